@@ -1,0 +1,58 @@
+"""DeepCache (arXiv 2312.00858): compute one deep feature on some steps, reuse it on all others."""
+
+from collections.abc import Callable, Collection, Hashable
+
+import torch
+from torch import Tensor
+
+
+class DeepCache:
+    """Compute the feature at skip `branch` on the full steps, reuse it on all others.
+
+    branch: 0-based skip index; 0 = conv_in reuses most, the last one reuses the middle block alone.
+    full_steps: indices of the network calls that run the whole U-Net (see `caching.schedules`); 0 must be one.
+
+    `unet(x, t, cache=cache.at(step))` runs step `step`. Between steps one tensor is held, `cache.feature`.
+    Raises ValueError for a negative branch or full steps without 0, RuntimeError for a cached step with no feature.
+    """
+
+    def __init__(self, branch: int, full_steps: Collection[int]):
+        if branch < 0:
+            raise ValueError(f"branch must be 0 or more (0 = the skip of conv_in), got {branch}")
+        if 0 not in full_steps:
+            raise ValueError("full_steps must contain 0: the first step has nothing to reuse")
+        self.branch = branch
+        self.full_steps = frozenset(full_steps)
+        self.full = True
+        self.feature: Tensor | None = None
+
+    def at(self, step: int) -> "DeepCache":
+        """Choose what the next network call does. A plain bool, set outside any compiled region."""
+        self.full = step in self.full_steps
+        if not self.full and self.feature is None:
+            raise RuntimeError(f"step {step} is a cached step, but no full step has run before it")
+        return self
+
+    def reset(self) -> None:
+        """Let go of the feature, after the last step of a batch."""
+        self.feature = None
+        self.full = True
+
+    def reuse(self) -> Tensor:
+        """What a cached step sees in place of the feature."""
+        return self.feature
+
+    def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        if key != self.branch:
+            return compute()
+        if not self.full:
+            return self.reuse()
+        self.feature = compute()
+        return self.feature
+
+
+class ZeroedCache(DeepCache):
+    """The ablation of the paper's Table 5: cached steps see zeros instead of the feature."""
+
+    def reuse(self) -> Tensor:
+        return torch.zeros_like(self.feature)

@@ -1,0 +1,84 @@
+"""A U-Net as nested levels, with one place where a feature can be reused.
+
+    level_k(x) = up_k(cat(level_{k+1}(s_k), s_k))        s_k = down_k(x)
+
+The plain forward and every cached forward are the same lines: a cache is asked for each value that it may keep,
+together with the way to compute it. DeepCache keeps the result of one level, Block Caching keeps residuals.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Cache = Callable[[Hashable, Callable[[], Tensor]], Tensor]
+
+
+def no_cache(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    """The cache that keeps nothing: every value is computed."""
+    return compute()
+
+
+class Cond(NamedTuple):
+    """What every block needs besides its input.
+
+    emb: [batch, channels], the embedding of the timestep (and of whatever else the model adds to it).
+    context: [batch, tokens, channels], what cross-attention attends to, or None.
+    cache: `cache(key, compute) -> Tensor`. Keys are the skip index k for the inner level that the decoder block of
+        skip k concatenates, and the module's name for a residual.
+    """
+    emb: Tensor
+    context: Tensor | None = None
+    cache: Cache = no_cache
+
+
+class Residual(nn.Module):
+    """x -> shortcut(x) + residual(x). The residual is what Block Caching reuses.
+
+    Subclasses define `residual(x, cond)`, and `shortcut` where the input needs a projection.
+    `key` is the module's name in its U-Net, set by `name_residuals`.
+    """
+    key = ""
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return x
+
+    def residual(self, x: Tensor, cond: Cond) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, cond: Cond) -> Tensor:
+        return self.shortcut(x) + cond.cache(self.key, lambda: self.residual(x, cond))
+
+
+class Block(nn.Sequential):
+    """Layers in sequence; the residual ones are given the conditioning too."""
+
+    def forward(self, x: Tensor, cond: Cond) -> Tensor:
+        for layer in self:
+            x = layer(x, cond) if isinstance(layer, Residual) else layer(x)
+        return x
+
+
+def name_residuals(unet: nn.Module) -> None:
+    """Give every residual its module name as the key under which a cache knows it."""
+    for name, module in unet.named_modules():
+        if isinstance(module, Residual):
+            module.key = name
+
+
+def nested_forward(x: Tensor, input_blocks: Sequence[Block], middle_block: Block, output_blocks: Sequence[Block],
+                   cond: Cond) -> Tensor:
+    """Run a U-Net whose output block -1-k concatenates the output of input block k (its skip k).
+
+    x: [batch, in_channels, height, width] -> [batch, channels, height, width], before the head.
+    Source: DeepCache (arXiv 2312.00858), Section 3.2: a reused level leaves only the blocks around it to run.
+    """
+    def level(k: int, x: Tensor) -> Tensor:
+        if k == len(input_blocks):
+            return middle_block(x, cond)
+        skip = input_blocks[k](x, cond)
+        inner = cond.cache(k, lambda: level(k + 1, skip))       # what the decoder block of skip k concatenates
+        return output_blocks[-1 - k](torch.cat([inner, skip], dim=1), cond)
+
+    return level(0, x)

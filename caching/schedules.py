@@ -1,0 +1,67 @@
+"""Which network calls of a run are full steps: sorted lists of indices that start with 0.
+
+Step 0 is the first network call, at the highest noise level. All three rules make ceil(num_steps / interval) full
+steps, except where `released_ldm` says otherwise.
+"""
+
+import math
+
+import numpy as np
+
+
+def _check(num_steps: int, interval: int, power: float = 2.0) -> int:
+    """Validate what all rules share; returns ceil(num_steps / interval)."""
+    if num_steps < 1:
+        raise ValueError(f"the number of steps must be 1 or more, got {num_steps}")
+    if not 1 <= interval <= num_steps:
+        raise ValueError(f"interval must be from 1 (no caching) to the number of steps ({num_steps}), got {interval}")
+    if not (math.isfinite(power) and power > 0):
+        raise ValueError(f"power must be a positive number, got {power}")
+    return math.ceil(num_steps / interval)
+
+
+def uniform(num_steps: int, interval: int) -> list[int]:
+    """Every `interval`-th step, from the first (DeepCache, Section 3.3, 1:N inference).
+
+    Raises ValueError unless 1 <= interval <= num_steps.
+    """
+    _check(num_steps, interval)
+    return list(range(0, num_steps, interval))
+
+
+def centered(num_steps: int, interval: int, center: float, power: float) -> list[int]:
+    """More full steps around step `center`, thinning out with `power` (DeepCache, Section 3.3, non-uniform 1:N).
+
+    Follows the released code (github horseee/DeepCache, 1691a3a), to the step. Raises ValueError for an interval
+    outside 1..num_steps, a center outside 0..num_steps - 1, or settings that give no such number of full steps.
+    """
+    num_full = _check(num_steps, interval, power)
+    if not 0 <= center < num_steps:
+        raise ValueError(f"center must be a step from 0 to {num_steps - 1}, got {center}")
+    tried = power
+    while True:
+        # The root of the negative end point is the complex principal value, c^(1/p) e^(i pi/p), so the points between
+        # the two ends lie on a line in the complex plane and the real part of their power is taken. A real power that
+        # keeps the sign gives other steps, and the paper's tables depend on these.
+        low = np.complex128(-center) ** (1 / tried) if center else np.complex128(0)
+        high = (num_steps - center) ** (1 / tried)
+        points = low + (high - low) * np.arange(num_full + 1) / num_full
+        offsets = sorted({int(offset) for offset in (points ** tried).real.astype(np.int32)})
+        steps = sorted({0, *(int(offset + center) for offset in offsets[1:-1])})
+        if len(steps) == num_full:
+            return steps
+        tried -= 0.02           # the released search; the paper's T=50 N=2 c=20 p=1.3 is met at 1.2
+        if tried <= 1:
+            raise ValueError(f"no schedule of {num_full} full steps in {num_steps} has center {center} and power "
+                             f"{power}: choose another center, a higher power, or a longer interval")
+
+
+def released_ldm(num_steps: int, interval: int, power: float) -> list[int]:
+    """The released LDM code's rule: dense at the start, without a center (github horseee/DeepCache, 1691a3a).
+
+    It drops repeated steps, so fewer than ceil(num_steps / interval) full steps can come out.
+    Raises ValueError unless 1 <= interval <= num_steps.
+    """
+    num_full = _check(num_steps, interval, power)
+    points = np.linspace(0, num_steps ** (1 / power), num_full + 1) ** power
+    return [int(step) for step in np.unique(points.astype(np.int32))[:-1]]

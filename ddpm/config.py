@@ -1,0 +1,72 @@
+"""The YAML files of configs/ for DDPM, checked against this schema: an unknown or missing key is an error."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from sampling.diffusion import alphas_cumprod
+from sampling.settings import read_yaml
+from training.loop import TrainConfig
+
+
+@dataclass
+class Unet:
+    """Arguments of `ddpm.unet.UNet`."""
+    resolution: int
+    in_channels: int
+    out_channels: int
+    ch: int
+    ch_mult: list[int]
+    num_res_blocks: int
+    attn_resolutions: list[int]
+
+
+@dataclass
+class Diffusion:
+    """Noise schedule of training (`sampling.diffusion.alphas_cumprod`)."""
+    beta_schedule: str = "linear"
+    num_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+
+
+@dataclass
+class Sampler:
+    """The paper's sampling settings: the defaults of `ddpm.sample`."""
+    steps: int = 100
+    timesteps: str = "uniform"      # uniform, quad
+    eta: float = 0.0
+    branch: int = 2
+    images: int = 50_000            # seeds 0 to images - 1
+
+
+@dataclass
+class Train:
+    """Data and settings of `ddpm.train`."""
+    group: str | None = None        # one group of data/emoji/index.csv, or all
+    dropout: float = 0.0
+    bf16: bool = True
+    loop: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class Config:
+    """One model."""
+    name: str
+    unet: Unet
+    diffusion: Diffusion
+    checkpoint: str                 # path, relative to the repository
+    sampler: Sampler = field(default_factory=Sampler)
+    md5: str | None = None          # of the published checkpoint file
+    train: Train | None = None
+
+    def alphas_cumprod(self) -> Tensor:
+        """float32 [num_timesteps]."""
+        d = self.diffusion
+        return alphas_cumprod(d.beta_schedule, d.num_timesteps, d.beta_start, d.beta_end)
+
+
+def load_config(path: Path) -> Config:
+    """Read one YAML file. Raises UserError that names the key which is unknown, missing or of the wrong type."""
+    return read_yaml(path, Config)

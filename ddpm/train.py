@@ -1,0 +1,87 @@
+"""Train a small DDPM on the emoji images of data/emoji/.
+
+    python -m ddpm.train --config configs/ddpm_emoji.yaml --out checkpoints/train_ddpm_emoji
+
+Stop it whenever you like; the same command goes on where it stopped. It writes the EMA weights, in float16 and under
+the published DDPM names, to OUT/ddpm_emoji.safetensors, beside a log (log.jsonl) and sample grids (grid-IMAGES.png).
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ddpm.checkpoint import published_state_dict
+from ddpm.config import load_config
+from ddpm.unet import UNet
+from sampling.cli import command
+from sampling.ddim import ddim, uniform_timesteps
+from sampling.noise import SeededNoise
+from training import emoji
+from training.loop import train
+
+
+def noise_loss(alphas: Tensor, autocast: bool):
+    """L_simple (Ho et al., Equation 14): the squared error of the predicted noise, at uniform timesteps."""
+    def loss(model: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
+        def draw(function, *args):
+            return function(*args, generator=generator, device=batch.device)
+
+        flip = draw(torch.rand, len(batch)) < 0.5
+        x0 = torch.where(flip[:, None, None, None], batch.flip(-1), batch).float() / 127.5 - 1
+        t = draw(torch.randint, 0, len(alphas), (len(batch),))
+        noise = torch.randn(x0.shape, generator=generator, device=batch.device)
+        alpha = alphas[t][:, None, None, None]
+        x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
+            predicted = model(x_t, t)
+        return F.mse_loss(predicted.float(), noise)
+    return loss
+
+
+def sample_grid(alphas: Tensor, shape: tuple[int, int, int], steps: int, count: int = 50):
+    """A function of the EMA network that samples the images of seeds 0..count-1."""
+    def grid(unet: nn.Module) -> np.ndarray:
+        device = alphas.device
+        x = SeededNoise(range(count), device)(shape)
+        x = ddim(lambda x, t, step: unet(x, torch.full((len(x),), t, device=device)), x,
+                 uniform_timesteps(steps, len(alphas)), alphas.cpu())
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return grid
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/ddpm_emoji.yaml"), help="with a `train` section")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed where it has a state.pt")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    config = load_config(args.config)
+    torch.manual_seed(config.train.loop.seed)
+    unet = UNet(**vars(config.unet), dropout=config.train.dropout)
+    images, rows = emoji.load(config.unet.resolution, "train", config.train.group)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(args.device)
+    alphas = config.alphas_cumprod().to(args.device)
+    print(f"{len(rows)} images, {sum(p.numel() for p in unet.parameters()):,} parameters")
+
+    ema = train(unet, noise_loss(alphas, config.train.bf16), images, config.train.loop, args.out,
+                sample_grid(alphas, tuple(images.shape[1:]), steps=50), args.device)
+    target = args.out / f"{config.name}.safetensors"
+    weights = {name: value.half().contiguous().cpu() for name, value in published_state_dict(ema).items()}
+    save_file(weights, f"{target}.tmp")
+    os.replace(f"{target}.tmp", target)
+    print(f"wrote {target}, {target.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

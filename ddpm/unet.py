@@ -1,0 +1,149 @@
+"""The U-Net of DDPM (Ho et al., arXiv 2006.11239), as in the public CIFAR-10 and LSUN checkpoints."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from caching.nested import Block, Cache, Cond, Residual, name_residuals, nested_forward, no_cache
+
+
+def timestep_embedding(t: Tensor, channels: int) -> Tensor:
+    """Sines, then cosines, of t at frequencies from 1 to 1/10000: [batch] -> [batch, channels]."""
+    half = channels // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(exponents * -(math.log(10000) / (half - 1)))
+    angles = t.float()[:, None] * frequencies                            # [batch, half]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)                # [batch, channels]
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(Residual):
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, dropout: float):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.temb_proj = nn.Linear(emb_channels, out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return self.nin_shortcut(x)
+
+    def residual(self, x: Tensor, cond: Cond) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))                            # [batch, out, height, width]
+        h = h + self.temb_proj(cond.emb)[:, :, None, None]
+        return self.conv2(self.dropout(F.silu(self.norm2(h))))
+
+
+class AttentionBlock(Residual):
+    """Self-attention over the pixels, one head, with 1x1 convolutions as projections."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def residual(self, x: Tensor, cond: Cond) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))   # [batch, pixels, channels]
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve height and width. The padding is below and to the right only, as in the published checkpoints."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """DDPM's noise predictor.
+
+    resolution: height and width of the images, in pixels. ch, ch_mult: channels of level i are ch * ch_mult[i].
+    attn_resolutions: sizes in pixels at which attention follows each ResNet block; the middle always has it.
+
+    `unet(x, t, cache)`: x [batch, in_channels, resolution, resolution], t [batch] -> [batch, out_channels, ...].
+    `num_branches`: how many skips there are, so that branch is 0..num_branches - 1.
+    Raises ValueError for sizes that cannot be halved often enough or channels that 32 groups do not divide.
+    """
+
+    def __init__(self, resolution: int, in_channels: int, out_channels: int, ch: int, ch_mult: Sequence[int],
+                 num_res_blocks: int, attn_resolutions: Sequence[int], dropout: float = 0.0):
+        super().__init__()
+        if resolution % 2 ** (len(ch_mult) - 1):
+            raise ValueError(f"resolution {resolution} cannot be halved {len(ch_mult) - 1} times, "
+                             f"as ch_mult {list(ch_mult)} asks")
+        if ch % 32:
+            raise ValueError(f"ch must be a multiple of 32 (GroupNorm has 32 groups), got {ch}")
+        self.num_levels, self.num_res_blocks = len(ch_mult), num_res_blocks
+        emb = 4 * ch
+        self.embed = nn.Sequential(nn.Linear(ch, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+
+        def res_block(in_channels: int, out_channels: int, size: int) -> Block:
+            block = Block(ResnetBlock(in_channels, out_channels, emb, dropout))
+            if size in attn_resolutions:
+                block.append(AttentionBlock(out_channels))
+            return block
+
+        # Encoder: conv_in, then for each level its ResNet blocks and a downsampling; each output is a skip.
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, ch, 3, padding=1))])
+        size, channels, skips = resolution, ch, [ch]
+        for level, mult in enumerate(ch_mult):
+            for _ in range(num_res_blocks):
+                self.input_blocks.append(res_block(channels, ch * mult, size))
+                channels = ch * mult
+                skips.append(channels)
+            if level < len(ch_mult) - 1:
+                self.input_blocks.append(Block(Downsample(channels)))
+                size //= 2
+                skips.append(channels)
+        self.num_branches = len(skips)
+
+        self.middle_block = Block(ResnetBlock(channels, channels, emb, dropout), AttentionBlock(channels),
+                                  ResnetBlock(channels, channels, emb, dropout))
+
+        # Decoder: one block for each skip, the innermost first; the last block of a level upsamples.
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(ch_mult))):
+            for i in range(num_res_blocks + 1):
+                block = res_block(channels + skips.pop(), ch * mult, size)
+                channels = ch * mult
+                if level > 0 and i == num_res_blocks:
+                    block.append(Upsample(channels))
+                    size *= 2
+                self.output_blocks.append(block)
+
+        self.out = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        name_residuals(self)
+
+    def forward(self, x: Tensor, t: Tensor, cache: Cache = no_cache) -> Tensor:
+        emb = self.embed(timestep_embedding(t, self.embed[0].in_features).to(x.dtype))   # [batch, 4 ch], activated once for all blocks
+        h = nested_forward(x, self.input_blocks, self.middle_block, self.output_blocks, Cond(emb, cache=cache))
+        return self.out(h)

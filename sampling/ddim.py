@@ -1,0 +1,62 @@
+"""DDIM (Song et al., arXiv 2010.02502) over any list of timesteps."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def uniform_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
+    """Every (num_timesteps // num_steps)-th timestep from 0: ascending, `num_steps` of them.
+
+    The released DDPM code's `skip_type uniform`; it makes more than `num_steps` where that does not divide
+    num_timesteps, ours stops at `num_steps`. Raises ValueError unless 1 <= num_steps <= num_timesteps.
+    """
+    _check(num_steps, num_timesteps)
+    return list(range(0, num_timesteps, num_timesteps // num_steps))[:num_steps]
+
+
+def quadratic_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
+    """Timesteps dense near the image: int(linspace(0, sqrt(0.8 * num_timesteps), num_steps)^2), ascending.
+
+    The released DDPM code's `skip_type quad`, used for CIFAR-10. Raises ValueError where two of them coincide.
+    """
+    _check(num_steps, num_timesteps)
+    root = (num_timesteps * 0.8) ** 0.5
+    steps = [int((root * i / max(num_steps - 1, 1)) ** 2) for i in range(num_steps)]
+    if len(set(steps)) < num_steps:
+        raise ValueError(f"{num_steps} quadratic steps out of {num_timesteps} repeat some timesteps: take fewer steps, "
+                         "or uniform timesteps")
+    return steps
+
+
+def _check(num_steps: int, num_timesteps: int) -> None:
+    if not 1 <= num_steps <= num_timesteps:
+        raise ValueError(f"the number of steps must be from 1 to {num_timesteps}, got {num_steps}")
+
+
+@torch.no_grad()
+def ddim(predict: Callable[[Tensor, int, int], Tensor], x: Tensor, timesteps: Sequence[int], alphas_cumprod: Tensor,
+         eta: float = 0.0, noise: Callable[[Sequence[int]], Tensor] | None = None, final_alpha: float = 1.0,
+         progress: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Sample x_0 from x_T by DDIM.
+
+    predict(x, t, step) -> the predicted noise; t is the timestep, step = 0, 1, ... the number of the network call.
+    x: [batch, channels, height, width], standard normal. timesteps: ascending; run from the last to the first.
+    alphas_cumprod: [num_timesteps]. final_alpha: alpha_bar of the end point, 1 for a clean image.
+    eta: 0 = deterministic, 1 = the variance of DDPM (Equation 16). noise: draws per image, needed when eta > 0.
+    progress: called after each step with (step, x).
+    """
+    bars = torch.tensor([final_alpha, *(alphas_cumprod[t].item() for t in timesteps)], dtype=torch.float64)
+    for step, i in enumerate(reversed(range(len(timesteps)))):
+        alpha, alpha_next = bars[i + 1].item(), bars[i].item()
+        sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5          # Equation 16
+
+        eps = predict(x, timesteps[i], step)
+        x0 = (x - (1 - alpha) ** 0.5 * eps) / alpha ** 0.5                                        # Equation 12: predicted x_0,
+        x = alpha_next ** 0.5 * x0 + (1 - alpha_next - sigma ** 2) ** 0.5 * eps                   # direction to x_t,
+        if sigma > 0:
+            x = x + sigma * noise(x.shape[1:])                                                    # random noise
+        if progress:
+            progress(step, x)
+    return x

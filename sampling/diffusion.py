@@ -1,0 +1,27 @@
+"""Noise schedules of training: the betas, and what of the image is left after t + 1 steps."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def alphas_cumprod(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
+    """The product of (1 - beta) up to each timestep: float32 [num_timesteps].
+
+    schedule: 'linear' (Ho et al., arXiv 2006.11239; the betas grow linearly), 'scaled_linear' (their square roots do;
+    LDM and Stable Diffusion) or 'cosine' (Nichol and Dhariwal, arXiv 2102.09672, Equation 17; takes no beta).
+    Raises ValueError for any other name.
+    """
+    if schedule == "linear":
+        betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+    elif schedule == "scaled_linear":
+        betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, num_timesteps, dtype=torch.float64) ** 2
+    elif schedule == "cosine":
+        t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"unknown beta schedule {schedule!r}: choose linear, scaled_linear or cosine")
+    # The released DDPM code holds the betas in float32 and multiplies in float32; its trajectories depend on it.
+    return (1 - betas.float()).cumprod(0)

@@ -1,0 +1,60 @@
+"""Reading weights: never code, always every tensor by name and shape."""
+
+import hashlib
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sampling.settings import UserError, one_line
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_tensors(path: Path) -> object:
+    """What a checkpoint file holds: a dict of tensors for .safetensors, whatever was pickled otherwise.
+
+    Pickles are opened with weights_only=True and mapped lazily. Raises UserError for a missing or damaged file, and
+    for a pickle that wants to run code, with the name of what it wanted.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted:
+            raise UserError(f"{path} is a pickle that wants {wanted[1]}, which is not a tensor, so it was not opened: "
+                            "take a file that holds tensors only, or convert it where you trust it") from None
+        raise UserError(f"{path} is damaged or not a checkpoint: {one_line(error)[:160]}") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged or not a checkpoint: {one_line(error)[:160]}") from None
+
+
+def load_strict(module: nn.Module, state_dict: dict[str, Tensor], published_name: Callable[[str], str]) -> None:
+    """Copy tensors given under published names into a module; works on the meta device too.
+
+    Raises UserError that names, in full, every missing, extra or misshapen tensor; nothing is loaded then.
+    """
+    ours = module.state_dict()
+    names = {published_name(name): name for name in ours}
+    faults = [f"missing {name}" for name in names if name not in state_dict]
+    faults += [f"extra {name}" for name in state_dict if name not in names]
+    faults += [f"{name} is {list(state_dict[name].shape)} and should be {list(ours[own].shape)}"
+               for name, own in names.items() if name in state_dict and state_dict[name].shape != ours[own].shape]
+    if faults:
+        raise UserError(f"the checkpoint does not fit {type(module).__module__}.{type(module).__name__}: "
+                        f"{'; '.join(faults)}")
+    module.load_state_dict({own: state_dict[name] for name, own in names.items()})

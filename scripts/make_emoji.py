@@ -1,0 +1,103 @@
+"""Render the emoji images of data/emoji/ from the Iconify packages that carry the artwork.
+
+    npm pack @iconify-json/noto @iconify-json/noto-v1 @iconify-json/fluent-emoji-flat \\
+             @iconify-json/fluent-emoji @iconify-json/twemoji
+    pip install resvg-py
+    python -m scripts.make_emoji --packages . --out data/emoji
+
+Every visible glyph without a skin-tone modifier is rasterised at each size on white and laid, in the order of
+index.csv, into one lossless WebP mosaic per size. The split is by NAME, since one glyph recurs across styles.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import sys
+import tarfile
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+STYLES = ("noto", "noto-v1", "fluent-emoji-flat", "fluent-emoji", "twemoji")
+HELD_OUT_PERCENT = 12
+
+
+def read_package(folder: Path, style: str) -> tuple[dict, dict, str]:
+    """(icons.json, metadata.json, version) of the npm tarball of one style in `folder`."""
+    found = [p for p in folder.glob(f"iconify-json-{style}-[0-9]*.tgz")]
+    if len(found) != 1:
+        sys.exit(f"error: expected one iconify-json-{style}-VERSION.tgz in {folder}, found {len(found)}; "
+                 f"fetch it with: npm pack @iconify-json/{style}")
+    with tarfile.open(found[0]) as tar:
+        def load(name):
+            return json.load(tar.extractfile(f"package/{name}.json"))
+        return load("icons"), load("metadata"), load("package")["version"]
+
+
+def split_of(name: str) -> str:
+    """'train' or 'held-out', from the name alone."""
+    return "held-out" if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT else "train"
+
+
+def svg(icon: dict, sheet: dict) -> str:
+    box = [icon.get(key, sheet.get(key, default)) for key, default in
+           (("left", 0), ("top", 0), ("width", 16), ("height", 16))]
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{" ".join(map(str, box))}">{icon["body"]}</svg>')
+
+
+def rasterise(source: str, size: int) -> Image.Image:
+    """The drawing centred on a white square of `size` pixels."""
+    import resvg_py
+    png = resvg_py.svg_to_bytes(svg_string=source, width=4 * size, height=4 * size)
+    drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    square = Image.new("RGBA", (max(drawing.size),) * 2, "white")
+    square.alpha_composite(drawing, ((square.width - drawing.width) // 2, (square.height - drawing.height) // 2))
+    return square.convert("RGB").resize((size, size), Image.Resampling.BOX)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--packages", type=Path, required=True, help="folder with the five iconify-json-*.tgz files")
+    parser.add_argument("--out", type=Path, default=Path("data/emoji"))
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="pixels per image")
+    args = parser.parse_args()
+
+    packages = {style: read_package(args.packages, style) for style in STYLES}
+    groups = {}      # name -> group; fluent-emoji has no groups of its own and takes those of the same name
+    for _, metadata, _ in packages.values():
+        for group, names in metadata.get("categories", {}).items():
+            for name in names:
+                groups.setdefault(name, group)
+
+    rows, sources = [], []
+    for style, (sheet, metadata, _) in packages.items():
+        own = {name: group for group, names in metadata.get("categories", {}).items() for name in names}
+        for name in sorted(sheet["icons"]):
+            icon = sheet["icons"][name]
+            if icon.get("hidden") or "skin-tone" in name:
+                continue
+            rows.append((name, own.get(name, groups.get(name, "")), style, split_of(name)))
+            sources.append(svg(icon, sheet))
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    columns = math.ceil(math.sqrt(len(rows)))
+    for size in args.sizes:
+        mosaic = Image.new("RGB", (columns * size, math.ceil(len(rows) / columns) * size), "white")
+        for i, source in enumerate(tqdm(sources, desc=f"{size} px", unit="image")):
+            mosaic.paste(rasterise(source, size), (i % columns * size, i // columns * size))
+        mosaic.save(args.out / f"emoji_{size}.webp", lossless=True, quality=100, method=6)
+    with open(args.out / "index.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("name", "group", "style", "split"))
+        writer.writerows(rows)
+    print(f"{len(rows)} images of {len({r[0] for r in rows})} names from",
+          ", ".join(f"@iconify-json/{style} {version}" for style, (_, _, version) in packages.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The emoji images of data/emoji/: five styles of artwork, 9 groups, split into train and held-out by name."""
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+FOLDER = Path(__file__).resolve().parent.parent / "data" / "emoji"
+
+
+class Emoji(NamedTuple):
+    """One row of index.csv: the n-th row is the n-th tile of the mosaic."""
+    name: str       # also the caption: "grinning-face"
+    group: str      # "Smileys & Emotion", ...
+    style: str      # "noto", "noto-v1", "fluent-emoji-flat", "fluent-emoji", "twemoji"
+    split: str      # "train" or "held-out"
+
+
+def load(size: int = 32, split: str | None = None, group: str | None = None,
+         folder: Path = FOLDER) -> tuple[np.ndarray, list[Emoji]]:
+    """Images and their rows, in the order of index.csv, narrowed to a split and a group.
+
+    Returns uint8 [n, size, size, 3] and n rows. Raises ValueError for a size, split or group that is not there.
+    """
+    mosaic = folder / f"emoji_{size}.webp"
+    if not mosaic.exists():
+        sizes = sorted(int(path.stem.split("_")[1]) for path in folder.glob("emoji_*.webp"))
+        raise ValueError(f"no emoji of {size} pixels in {folder}: there are {sizes}")
+    with open(folder / "index.csv", newline="") as file:
+        rows = [Emoji(**row) for row in csv.DictReader(file)]
+    for value, known in ((split, {row.split for row in rows}), (group, {row.group for row in rows})):
+        if value is not None and value not in known:
+            raise ValueError(f"no emoji of {value!r}: choose from {sorted(known)}")
+    sheet = np.asarray(Image.open(mosaic).convert("RGB"))
+    down, across = (extent // size for extent in sheet.shape[:2])
+    tiles = sheet.reshape(down, size, across, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+    chosen = [i for i, row in enumerate(rows) if split in (None, row.split) and group in (None, row.group)]
+    return tiles[chosen], [rows[i] for i in chosen]

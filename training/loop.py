@@ -1,0 +1,133 @@
+"""A training loop that can be killed at any moment and resumed: EMA, atomic checkpoints, a log, sample grids."""
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass
+class TrainConfig:
+    """How long and how fast a model is trained."""
+    images: int = 300_000           # training images seen in all
+    batch_size: int = 32
+    lr: float = 5e-4                # AdamW; warmed up linearly, cooled linearly over the last `cooldown` of the run
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup: int = 6_400             # images
+    cooldown: float = 0.2           # fraction of the run
+    ema: float = 0.9985             # per optimiser step
+    grad_clip: float = 1.0
+    seed: int = 0
+    save_every: float = 120.0       # seconds
+    grid_every: int = 25_000        # images
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model, for all parameters and buffers."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for kept, now in zip(ema.buffers(), model.buffers(), strict=True):
+        kept.copy_(now)
+
+
+def learning_rate(config: TrainConfig, seen: int) -> float:
+    """Linear warm-up, constant, linear cool-down, by images seen."""
+    cool = config.images * config.cooldown
+    return config.lr * min(1.0, (seen + config.batch_size) / config.warmup, max(0.02, (config.images - seen) / cool))
+
+
+def save_grid(images: np.ndarray, path: Path, columns: int) -> None:
+    """Write uint8 [n, height, width, 3] as one PNG, row by row."""
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * height, i % columns * width
+        sheet[top:top + height, left:left + width] = image
+    Image.fromarray(sheet).save(path)
+
+
+def train(model: nn.Module, loss: Callable[[nn.Module, Tensor, torch.Generator], Tensor], images: Tensor,
+          config: TrainConfig, out: Path, grid: Callable[[nn.Module], np.ndarray] | None = None,
+          device: str = "cpu", parameters: Iterable[nn.Parameter] | None = None) -> nn.Module:
+    """Train `model` on `images` and return its EMA copy. Resumes from out/state.pt where there is one.
+
+    images: [n, ...], the training set, held in memory. loss(model, batch, generator) -> scalar.
+    grid(ema) -> uint8 [n, height, width, 3] is called every `grid_every` images; written to out/grid-IMAGES.png.
+    out/log.jsonl gets a line per 1,000 images: images, loss, lr, seconds (of training, over all restarts).
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    model = model.to(device).train()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    trained = list(model.parameters() if parameters is None else parameters)
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    seen, seconds = 0, 0.0
+
+    state_path = out / "state.pt"
+    if state_path.exists():
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"].cpu())
+        seen, seconds = state["seen"], state["seconds"]
+        print(f"resuming at {seen:,} images")
+
+    def save() -> None:
+        state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                 "generator": generator.get_state(), "seen": seen, "seconds": seconds, "config": asdict(config)}
+        torch.save(state, out / "state.pt.tmp")
+        os.replace(out / "state.pt.tmp", state_path)
+
+    bar = tqdm(total=config.images, initial=seen, unit="img", smoothing=0.02, mininterval=2)
+    saved, losses = time.monotonic(), []
+    try:
+        while seen < config.images:
+            start = time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, seen)
+            chosen = torch.randint(len(images), (config.batch_size,), generator=generator, device=device)
+            value = loss(model, images[chosen], generator)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(trained, config.grad_clip)
+            optimizer.step()
+            steps = seen // config.batch_size
+            update_ema(ema, model, min(config.ema, (1 + steps) / (10 + steps)))
+            losses.append(value.detach())
+            before, seen = seen, seen + config.batch_size
+            seconds += time.monotonic() - start
+            bar.update(config.batch_size)
+            if seen // 1000 > before // 1000:
+                mean = torch.stack(losses).mean().item()
+                losses = []
+                bar.set_postfix(loss=f"{mean:.4f}")
+                with open(out / "log.jsonl", "a") as file:
+                    line = {"images": seen, "loss": round(mean, 6), "lr": optimizer.param_groups[0]["lr"],
+                            "seconds": round(seconds, 1)}
+                    file.write(json.dumps(line) + "\n")
+                if not mean < 1e4:
+                    raise RuntimeError(f"the loss is {mean} at {seen:,} images: lower the learning rate")
+            if grid and seen // config.grid_every > before // config.grid_every:
+                save_grid(grid(ema), out / f"grid-{seen:08d}.png", columns=10)
+            if time.monotonic() - saved > config.save_every:
+                save()
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted at {seen:,} of {config.images:,} images; the same command goes on from there")
+        raise
+    finally:
+        bar.close()
+        save()
+    return ema
