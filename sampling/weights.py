@@ -20,6 +20,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_md5(path: Path, md5: str) -> None:
+    """Compare a downloaded file with its published md5 (hex). Raises UserError where it is missing or differs."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint {path}")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found != md5.lower():
+        raise UserError(f"{path} has md5 {found}, and the published file has {md5}: it is damaged, cut short or another "
+                        "file; download it again")
+
+
 def read_tensors(path: Path) -> object:
     """What a checkpoint file holds: a dict of tensors for .safetensors, whatever was pickled otherwise.
 
