@@ -30,7 +30,8 @@ class DeepCache:
         """Choose what the next network call does. A plain bool, set outside any compiled region."""
         self.full = step in self.full_steps
         if not self.full and self.feature is None:
-            raise RuntimeError(f"step {step} is a cached step, but no full step has run before it")
+            raise RuntimeError(f"step {step} is a cached step, but there is no feature to reuse: no full step has run "
+                               f"since the start, or the U-Net has no branch {self.branch}")
         return self
 
     def reset(self) -> None:

@@ -29,7 +29,7 @@ def uniform(num_steps: int, interval: int) -> list[int]:
     return list(range(0, num_steps, interval))
 
 
-def centered(num_steps: int, interval: int, center: float, power: float) -> list[int]:
+def centered(num_steps: int, interval: int, center: int, power: float) -> list[int]:
     """More full steps around step `center`, thinning out with `power` (DeepCache, Section 3.3, non-uniform 1:N).
 
     Follows the released code (github horseee/DeepCache, 1691a3a), to the step. Raises ValueError for an interval
@@ -38,6 +38,8 @@ def centered(num_steps: int, interval: int, center: float, power: float) -> list
     num_full = _check(num_steps, interval, power)
     if not 0 <= center < num_steps:
         raise ValueError(f"center must be a step from 0 to {num_steps - 1}, got {center}")
+    if interval == 1:
+        return list(range(num_steps))
     tried = power
     while True:
         # The root of the negative end point is the complex principal value, c^(1/p) e^(i pi/p), so the points between
@@ -47,7 +49,7 @@ def centered(num_steps: int, interval: int, center: float, power: float) -> list
         high = (num_steps - center) ** (1 / tried)
         points = low + (high - low) * np.arange(num_full + 1) / num_full
         offsets = sorted({int(offset) for offset in (points ** tried).real.astype(np.int32)})
-        steps = sorted({0, *(int(offset + center) for offset in offsets[1:-1])})
+        steps = sorted({0, *(offset + center for offset in offsets[1:-1])})
         if len(steps) == num_full:
             return steps
         tried -= 0.02           # the released search; the paper's T=50 N=2 c=20 p=1.3 is met at 1.2

@@ -1,7 +1,8 @@
 """Loading and saving DDPM weights under their published names.
 
-The public checkpoints (pytorch DDIM code, used by DeepCache's release) name levels from the outermost: `down.1.block.0`,
-`mid.attn_1`, `up.1.block.2`. Our U-Net is a nest of blocks, so names are rewritten by rule; every tensor is kept.
+The public checkpoints (pytorch DDIM code, used by DeepCache's release) name levels from the outermost:
+`down.1.block.0`, `mid.attn_1`, `up.1.block.2`. Our U-Net is a nest of blocks, so names are rewritten by rule; every
+tensor is kept.
 """
 
 import re
@@ -25,7 +26,7 @@ def published_name(name: str, num_levels: int, num_res_blocks: int) -> str:
             return theirs + name[len(ours):]
     if match := re.fullmatch(r"middle_block\.(\d)\.(.+)", name):
         return f"mid.{_MIDDLE[match[1]]}.{match[2]}"
-    side, block, layer, leaf = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)", name).groups()
+    side, block, leaf = re.fullmatch(r"(input|output)_blocks\.(\d+)\.\d\.(.+)", name).groups()
     if side == "input":     # after conv_in, each level has its ResNet blocks and then a downsampling
         level, i = divmod(int(block) - 1, num_res_blocks + 1)
         part, samples = f"down.{level}", "downsample"
@@ -65,8 +66,8 @@ def ema_weights(content: object, path: Path) -> dict[str, Tensor]:
     """The EMA weights out of what a checkpoint file holds."""
     if isinstance(content, list):
         if len(content) < 5 or not isinstance(content[-1], dict):
-            raise UserError(f"{path} is a list of {len(content)} parts without EMA weights at its end: the DDIM training "
-                            "code writes [weights, optimizer, epoch, step, EMA weights]")
+            raise UserError(f"{path} is a list of {len(content)} parts without EMA weights at its end: the DDIM "
+                            "training code writes [weights, optimizer, epoch, step, EMA weights]")
         content = content[-1]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} does not hold named tensors, as a DDPM checkpoint does")

@@ -59,7 +59,7 @@ def sample_grid(alphas: Tensor, shape: tuple[int, int, int], steps: int, count: 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/ddpm_emoji.yaml"), help="with a `train` section")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed where it has a state.pt")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     args = parser.parse_args()

@@ -56,7 +56,7 @@ class AttentionBlock(Residual):
 
     def residual(self, x: Tensor, cond: Cond) -> Tensor:
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))   # [batch, pixels, channels]
+        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))   # [batch, pixels, ch]
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
@@ -144,6 +144,7 @@ class UNet(nn.Module):
         name_residuals(self)
 
     def forward(self, x: Tensor, t: Tensor, cache: Cache = no_cache) -> Tensor:
-        emb = self.embed(timestep_embedding(t, self.embed[0].in_features).to(x.dtype))   # [batch, 4 ch], activated once for all blocks
+        emb = timestep_embedding(t, self.embed[0].in_features).to(x.dtype)                   # [batch, ch]
+        emb = self.embed(emb)                                       # [batch, 4 ch], activated once for all blocks
         h = nested_forward(x, self.input_blocks, self.middle_block, self.output_blocks, Cond(emb, cache=cache))
         return self.out(h)

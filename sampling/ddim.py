@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +23,7 @@ def quadratic_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
     The released DDPM code's `skip_type quad`, used for CIFAR-10. Raises ValueError where two of them coincide.
     """
     _check(num_steps, num_timesteps)
-    root = (num_timesteps * 0.8) ** 0.5
-    steps = [int((root * i / max(num_steps - 1, 1)) ** 2) for i in range(num_steps)]
+    steps = [int(t) for t in np.linspace(0, np.sqrt(num_timesteps * 0.8), num_steps) ** 2]
     if len(set(steps)) < num_steps:
         raise ValueError(f"{num_steps} quadratic steps out of {num_timesteps} repeat some timesteps: take fewer steps, "
                          "or uniform timesteps")
@@ -50,13 +50,13 @@ def ddim(predict: Callable[[Tensor, int, int], Tensor], x: Tensor, timesteps: Se
     bars = torch.tensor([final_alpha, *(alphas_cumprod[t].item() for t in timesteps)], dtype=torch.float64)
     for step, i in enumerate(reversed(range(len(timesteps)))):
         alpha, alpha_next = bars[i + 1].item(), bars[i].item()
-        sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5          # Equation 16
+        sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5         # Equation 16
 
         eps = predict(x, timesteps[i], step)
-        x0 = (x - (1 - alpha) ** 0.5 * eps) / alpha ** 0.5                                        # Equation 12: predicted x_0,
-        x = alpha_next ** 0.5 * x0 + (1 - alpha_next - sigma ** 2) ** 0.5 * eps                   # direction to x_t,
+        x0 = (x - (1 - alpha) ** 0.5 * eps) / alpha ** 0.5                              # Equation 12: predicted x_0,
+        x = alpha_next ** 0.5 * x0 + (1 - alpha_next - sigma ** 2) ** 0.5 * eps         # direction to x_t,
         if sigma > 0:
-            x = x + sigma * noise(x.shape[1:])                                                    # random noise
+            x = x + sigma * noise(x.shape[1:])                                          # random noise
         if progress:
             progress(step, x)
     return x

@@ -1,0 +1,96 @@
+"""Sample images from a DDPM, with or without caching.
+
+    python -m ddpm.sample --config configs/ddpm_emoji.yaml --interval 5 --seeds 0-255 --out samples/emoji_n5
+    python -m ddpm.sample --config configs/ddpm_cifar10.yaml --interval 5 --out samples/cifar10_n5
+
+Defaults are the paper's settings for the model. One image per seed, the same for any batch size or number of
+processes; stop it whenever you like, the same command fills in what is missing. Several processes share the seeds
+under torchrun, or by giving each its own --seeds and one --out.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ddpm.checkpoint import load_checkpoint
+from ddpm.config import load_config
+from ddpm.unet import UNet
+from sampling.cli import command
+from sampling.ddim import ddim, quadratic_timesteps, uniform_timesteps
+from sampling.noise import SeededNoise
+from sampling.options import DTYPES, add_cache_options, add_run_options, at, plan_cache, prepare_device
+from sampling.provenance import provenance
+from sampling.runs import RunFolder, parse_seeds, to_uint8
+from sampling.settings import UserError
+from sampling.weights import check_md5, sha256
+
+TIMESTEPS = {"uniform": uniform_timesteps, "quad": quadratic_timesteps}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="configs/ddpm_*.yaml")
+    parser.add_argument("--checkpoint", type=Path, help="weights, instead of the config's")
+    sampler = parser.add_argument_group("the sampler (defaults: the config's, which are the paper's)")
+    sampler.add_argument("--sampler", choices=("ddim",), default="ddim")
+    sampler.add_argument("--steps", type=int, help="network calls per image")
+    sampler.add_argument("--timesteps", choices=TIMESTEPS, help="how the steps spread over the noise levels")
+    sampler.add_argument("--eta", type=float, help="0 = deterministic, 1 = the variance of DDPM")
+    add_cache_options(parser)
+    add_run_options(parser, batch_size=64)
+    return parser
+
+
+@command
+def main() -> None:
+    args = build_parser().parse_args()
+    config = load_config(args.config)
+    device = prepare_device(args)
+    steps = config.sampler.steps if args.steps is None else args.steps
+    spacing = args.timesteps or config.sampler.timesteps
+    eta = config.sampler.eta if args.eta is None else args.eta
+    if not 0 <= eta <= 1:
+        raise UserError(f"--eta must be from 0 to 1, got {eta}")
+    try:
+        timesteps = TIMESTEPS[spacing](steps, config.diffusion.num_timesteps)
+        unet = UNet(**vars(config.unet))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    plan = plan_cache(args, steps, unet.num_branches, config.sampler.branch)
+    seeds = parse_seeds(args.seeds) if args.seeds else list(range(config.sampler.images))
+    checkpoint = args.checkpoint or Path(config.checkpoint)
+    load_checkpoint(unet, checkpoint)
+    if config.md5 and args.checkpoint is None:
+        check_md5(checkpoint, config.md5)
+
+    settings = {"model": config.name, "unet": asdict(config.unet), "diffusion": asdict(config.diffusion),
+                "checkpoint_sha256": sha256(checkpoint), "sampler": "ddim", "steps": steps, "timesteps": spacing,
+                "eta": eta, "dtype": args.dtype, "cache": plan.settings}
+    run = RunFolder(args.out, settings, provenance(device) | {"compile": args.compile})
+
+    unet = unet.eval().requires_grad_(False).to(device, DTYPES[args.dtype])
+    network = torch.compile(unet, fullgraph=True) if args.compile else unet
+    alphas = config.alphas_cumprod()
+    shape = (config.unet.in_channels, config.unet.resolution, config.unet.resolution)
+
+    def sample(seeds: list[int], report) -> np.ndarray:
+        noise, cache = SeededNoise(seeds, device), plan.make()
+
+        def predict(x: torch.Tensor, t: int, step: int) -> torch.Tensor:
+            t = torch.full((len(x),), t, device=device)
+            return network(x.to(DTYPES[args.dtype]), t, at(cache, step)).float()
+
+        return to_uint8(ddim(predict, noise(shape), timesteps, alphas, eta, noise,
+                             progress=lambda step, x: report((step + 1) / steps)))
+
+    made = run.fill(seeds, args.batch_size, sample)
+    print(f"{args.out}: {len(seeds)} images asked for, {made} made now; "
+          f"{len(plan.full_steps)} full of {steps} steps"
+          + (f", branch {plan.branch}" if plan.cached else ", no caching"))
+
+
+if __name__ == "__main__":
+    main()

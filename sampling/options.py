@@ -1,0 +1,111 @@
+"""Command-line options that all sample commands share, and their checks."""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from caching.deepcache import DeepCache, ZeroedCache
+from caching.nested import Cache, no_cache
+from caching.schedules import centered, released_ldm, uniform
+from sampling.settings import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_run_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """--seeds, --out, --batch-size, --device, --dtype, --compile, --threads."""
+    run = parser.add_argument_group("the run")
+    run.add_argument("--seeds", help="one image per seed: 0-49999 or 0-9,20 (default: as many as the paper)")
+    run.add_argument("--out", type=Path, required=True, help="sample folder; images that are there are kept")
+    run.add_argument("--batch-size", type=int, default=batch_size,
+                     help="images at a time; changes no image (default: %(default)s)")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                     help="cpu, cuda, cuda:1 (default: %(default)s)")
+    run.add_argument("--dtype", choices=DTYPES, default="fp32",
+                     help="of the network; the sampler is fp32 (default: %(default)s)")
+    run.add_argument("--compile", action="store_true", help="torch.compile: a graph for full, one for cached steps")
+    run.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """--interval, --branch, --schedule, --center, --power, --zero-cache."""
+    cache = parser.add_argument_group("caching (DeepCache)")
+    cache.add_argument("--interval", type=int, default=1,
+                       help="N of 1:N: one full step in every N; 1 = no caching (default)")
+    cache.add_argument("--branch", type=int, help="0-based skip that is recomputed last; 0 = conv_in caches most "
+                                                  "(default: the paper's for this model)")
+    cache.add_argument("--schedule", choices=("uniform", "centered", "released-ldm"), default="uniform",
+                       help="which steps are full (default: %(default)s)")
+    cache.add_argument("--center", type=int, help="centered: the step around which full steps gather")
+    cache.add_argument("--power", type=float, help="centered and released-ldm: how quickly they thin out")
+    cache.add_argument("--zero-cache", action="store_true",
+                       help="ablation of the paper's Table 5: reuse zeros instead of the feature")
+
+
+class CachePlan(NamedTuple):
+    """Checked caching options of one run."""
+    branch: int | None              # None without caching
+    full_steps: list[int]
+    settings: dict                  # for run.json
+
+    @property
+    def cached(self) -> bool:
+        return self.branch is not None
+
+    def make(self) -> DeepCache | None:
+        """A fresh cache for one batch, or None without caching."""
+        if not self.cached:
+            return None
+        return (ZeroedCache if self.settings["zero_cache"] else DeepCache)(self.branch, self.full_steps)
+
+
+def at(cache: DeepCache | None, step: int) -> Cache:
+    """What the network is given at a step, with caching or without."""
+    return no_cache if cache is None else cache.at(step)
+
+
+def plan_cache(args: argparse.Namespace, num_calls: int, num_branches: int, default_branch: int) -> CachePlan:
+    """Check the caching options against a run of `num_calls` network calls. Raises UserError."""
+    branch = default_branch if args.branch is None else args.branch
+    if not 0 <= branch < num_branches:
+        raise UserError(f"--branch must be from 0 to {num_branches - 1} for this model, got {branch}")
+    takes = {"uniform": (), "centered": ("center", "power"), "released-ldm": ("power",)}[args.schedule]
+    for name in ("center", "power"):
+        given = getattr(args, name) is not None
+        if given != (name in takes):
+            raise UserError(f"--schedule {args.schedule} {'needs' if not given else 'takes no'} --{name}")
+    try:
+        if args.schedule == "uniform":
+            full_steps = uniform(num_calls, args.interval)
+        elif args.schedule == "centered":
+            full_steps = centered(num_calls, args.interval, args.center, args.power)
+        else:
+            full_steps = released_ldm(num_calls, args.interval, args.power)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if args.interval == 1:
+        if args.zero_cache:
+            raise UserError("--zero-cache needs an --interval of 2 or more: without caching there is nothing to zero")
+        return CachePlan(None, full_steps, {"interval": 1})
+    settings = {"interval": args.interval, "branch": branch, "schedule": args.schedule, "center": args.center,
+                "power": args.power, "zero_cache": args.zero_cache, "full_steps": full_steps}
+    return CachePlan(branch, full_steps, settings)
+
+
+def prepare_device(args: argparse.Namespace) -> torch.device:
+    """Check --device, --batch-size and --threads. Raises UserError."""
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be 1 or more, got {args.batch_size}")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise UserError(f"--threads must be 1 or more, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {args.device} is not there: "
+                        f"{torch.cuda.device_count()} CUDA devices are visible; cpu always works") from None
+    return device

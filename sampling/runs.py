@@ -1,0 +1,218 @@
+"""A sample folder: one PNG per seed, one run.json, resumable after any kill, never mixed.
+
+    OUT/run.json            settings that decide the pixels, and where the first images came from
+    OUT/sessions.jsonl      one line per process that added images: device, versions, commit
+    OUT/000/000123.png      the image of seed 123
+"""
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from sampling.settings import UserError
+
+FORMAT = 1      # of run.json
+_PNG_END = b"IEND\xaeB`\x82"
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'0-3,7' -> [0, 1, 2, 3, 7].
+
+    Raises UserError for anything else than numbers and ascending ranges, and for repeats.
+    """
+    seeds = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match:
+            raise UserError(f"seeds {text!r} do not parse at {part!r}: write numbers and ranges, like 0-49999 or "
+                            "0-9,20")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"seeds {text!r}: the range {part.strip()} runs backwards")
+        seeds.extend(range(first, last + 1))
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds {text!r} name some seed twice")
+    return seeds
+
+
+def format_seeds(seeds: Iterable[int]) -> str:
+    """The inverse of parse_seeds, sorted: [0, 1, 2, 3, 7] -> '0-3,7'."""
+    parts: list[list[int]] = []
+    for seed in sorted(seeds):
+        if parts and seed == parts[-1][1] + 1:
+            parts[-1][1] = seed
+        else:
+            parts.append([seed, seed])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def deal(seeds: Sequence[int]) -> Sequence[int]:
+    """The seeds of this process: a contiguous slice of them under torchrun (RANK, WORLD_SIZE), else all."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    bounds = [len(seeds) * i // world for i in (rank, rank + 1)]
+    return seeds[bounds[0]:bounds[1]]
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` a temporary file beside `path`, then move it there; on any failure nothing is left."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write readable JSON, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """[-1, 1] float [n, channels, height, width] -> uint8 [n, height, width, channels], rounded to nearest.
+
+    Raises UserError when the images are not finite, as after an overflow in float16.
+    """
+    if not torch.isfinite(x).all():
+        raise UserError("the network's output is not finite (an overflow of the number format): "
+                        "use --dtype fp32 or bf16")
+    pixels = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+class RunFolder:
+    """A folder of images that all come from the same settings.
+
+    settings: what decides the pixels, JSON-compatible. A folder that holds other settings, or images without a
+    run.json, is refused with a UserError that says what differs. provenance: where this process runs; recorded only.
+    Several processes may work on one folder: every file appears whole or not at all.
+    """
+
+    def __init__(self, path: Path, settings: dict, provenance: dict):
+        self.path = Path(path)
+        settings = json.loads(json.dumps(settings))
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file, not a folder for images")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
+        if not (self.path / "run.json").exists():
+            if any(self.path.glob("[0-9][0-9][0-9]*/*.png")):
+                raise UserError(f"{self.path} has images but no run.json, so their settings are unknown: "
+                                "use another folder")
+            self._create({"format": FORMAT, "settings": settings, "provenance": provenance})
+        differences = _differences(self.read()["settings"], settings)
+        if differences:
+            raise UserError(f"{self.path} holds images of other settings ({'; '.join(differences)}): "
+                            "use another folder, or the same settings")
+        self.provenance = provenance
+
+    def read(self) -> dict:
+        """run.json."""
+        try:
+            return json.loads((self.path / "run.json").read_text())
+        except json.JSONDecodeError:
+            raise UserError(f"{self.path / 'run.json'} is damaged: use another folder") from None
+
+    def _create(self, content: dict) -> None:
+        """Write run.json unless another process was faster."""
+        temporary = self.path / f".run.json.{socket.gethostname()}.{os.getpid()}.tmp"
+        try:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+            os.link(temporary, self.path / "run.json")
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> None:
+        """Temporary files of processes of this machine that are no more."""
+        for path in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
+            owner = re.fullmatch(rf".*\.{re.escape(socket.gethostname())}\.(\d+)\.tmp", path.name)
+            if owner and not _alive(int(owner[1])):
+                path.unlink(missing_ok=True)
+
+    def image_path(self, seed: int) -> Path:
+        """Where the image of a seed is or will be; folders of 1000."""
+        return self.path / f"{seed // 1000:03d}" / f"{seed:06d}.png"
+
+    def missing(self, seeds: Iterable[int]) -> list[int]:
+        """Those of the seeds whose image is not there, or not whole."""
+        return [seed for seed in seeds if not _is_whole_png(self.image_path(seed))]
+
+    def save(self, seed: int, image: np.ndarray) -> None:
+        """Write uint8 [height, width, 3] as the PNG of a seed, atomically."""
+        path = self.image_path(seed)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
+
+    def fill(self, seeds: Sequence[int], batch_size: int,
+             sample: Callable[[list[int], Callable[[float], None]], np.ndarray]) -> int:
+        """Make the missing images of this process's share of `seeds`; returns how many it made.
+
+        sample(batch of seeds, report) -> uint8 [batch, height, width, 3]; it may call report(done) with the fraction
+        of the batch that is done, for the progress bar.
+        """
+        share = deal(seeds)
+        todo = self.missing(share)
+        if todo:
+            line = {**self.provenance, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "seeds": format_seeds(todo), "batch_size": batch_size}
+            with open(self.path / "sessions.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        bar = tqdm(total=len(share), initial=len(share) - len(todo), unit="img", desc=self.path.name, smoothing=0.1)
+        with bar:
+            for first in range(0, len(todo), batch_size):
+                batch = todo[first:first + batch_size]
+                before = bar.n
+
+                def report(done: float) -> None:
+                    bar.update(before + int(done * len(batch)) - bar.n)
+
+                for seed, image in zip(batch, sample(batch, report), strict=True):
+                    self.save(seed, image)
+                report(1.0)
+        return len(todo)
+
+
+def _differences(theirs: dict, ours: dict, prefix: str = "") -> list[str]:
+    """'steps 100 there, 50 here' for every setting that differs."""
+    found = []
+    for key in sorted(theirs.keys() | ours.keys()):
+        a, b = theirs.get(key), ours.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            a, b = (json.dumps(value) for value in (a, b))
+            shown = f"{a} there, {b} here" if len(a) + len(b) < 120 else "differs"
+            found.append(f"{prefix}{key}: {shown}")
+    return found
+
+
+def _is_whole_png(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(_PNG_END), os.SEEK_END)
+            return file.read() == _PNG_END
+    except OSError:
+        return False
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,30 @@
+"""Shared by all tests: CPU threads, and the released code's numerical outputs (tests/goldens/README.md)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+torch.set_num_threads(2)
+
+
+def relative_error(value: torch.Tensor, golden: torch.Tensor) -> float:
+    """The largest difference as a fraction of the golden's largest magnitude."""
+    return ((value - golden).abs().max() / golden.abs().max()).item()
+
+
+class Golden:
+    """One small model of the released code: `manifest`, `io` tensors and `weights` in float32."""
+
+    def __init__(self, name: str):
+        self.manifest = json.loads((HERE / "goldens" / f"{name}.json").read_text())[name]
+        self.io = load_file(HERE / "goldens" / f"{name}.io.safetensors")
+        self.weights = {k: v.float() for k, v in load_file(HERE / "goldens" / f"{name}.weights.safetensors").items()}
+
+
+@pytest.fixture(scope="session")
+def ddpm_golden() -> Golden:
+    return Golden("ddpm_small")

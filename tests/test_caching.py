@@ -1,0 +1,139 @@
+"""The nested forward and DeepCache on it: what runs, what is kept, what equals what."""
+
+import pytest
+import torch
+
+from caching.deepcache import DeepCache, ZeroedCache
+from caching.nested import Cond, Residual
+from ddpm.unet import UNet
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet(16, 3, 3, 32, (1, 1, 2), 2, (8,)).eval()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(2, 3, 16, 16, generator=generator), torch.full((2,), t)) for t in (700, 650, 600)]
+
+
+def two_loops(unet, x, t):
+    """The usual U-Net forward: one loop down that collects the skips, one loop up that uses them."""
+    from ddpm.unet import timestep_embedding
+    cond = Cond(unet.embed(timestep_embedding(t, 32)))
+    skips = []
+    for block in unet.input_blocks:
+        x = block(x, cond)
+        skips.append(x)
+    x = unet.middle_block(x, cond)
+    for block in unet.output_blocks:
+        x = block(torch.cat([x, skips.pop()], dim=1), cond)
+    return unet.out(x)
+
+
+@torch.no_grad()
+def test_nested_forward_equals_two_loops_bit_for_bit(unet, inputs):
+    for x, t in inputs:
+        assert torch.equal(unet(x, t), two_loops(unet, x, t))
+
+
+@pytest.mark.parametrize("branch", range(9))
+@torch.no_grad()
+def test_full_steps_equal_no_cache_bit_for_bit(unet, inputs, branch):
+    cache = DeepCache(branch, full_steps=range(3))
+    for step, (x, t) in enumerate(inputs):
+        assert torch.equal(unet(x, t, cache.at(step)), unet(x, t))
+
+
+@pytest.mark.parametrize("branch", range(9))
+@torch.no_grad()
+def test_cached_step_runs_exactly_the_outer_blocks(unet, inputs, branch):
+    ran = []
+    hooks = [block.register_forward_hook(lambda *_, name=name: ran.append(name))
+             for name, block in [("middle", unet.middle_block),
+                                 *((f"in{i}", b) for i, b in enumerate(unet.input_blocks)),
+                                 *((f"out{i}", b) for i, b in enumerate(reversed(unet.output_blocks)))]]
+    try:
+        cache = DeepCache(branch, full_steps=[0])
+        unet(*inputs[0], cache.at(0))
+        assert len(ran) == 2 * unet.num_branches + 1
+        ran.clear()
+        unet(*inputs[1], cache.at(1))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert ran == [f"in{k}" for k in range(branch + 1)] + [f"out{k}" for k in reversed(range(branch + 1))]
+
+
+@torch.no_grad()
+def test_cached_step_keeps_the_feature_and_takes_a_fresh_skip(unet, inputs):
+    cache = DeepCache(2, full_steps=[0, 2])
+    unet(*inputs[0], cache.at(0))
+    feature = cache.feature.clone()
+    first, second = (unet(*inputs[i], cache.at(1)) for i in (1, 2))
+    assert torch.equal(cache.feature, feature)                  # a cached step does not update it
+    assert not torch.equal(first, second)                       # but sees its own input and timestep
+    unet(*inputs[2], cache.at(2))
+    assert not torch.equal(cache.feature, feature)              # a full step does
+
+
+@torch.no_grad()
+def test_caching_adds_one_tensor(unet, inputs):
+    cache = DeepCache(3, full_steps=[0])
+    for step, (x, t) in enumerate(inputs):
+        unet(x, t, cache.at(step))
+    held = [value for value in vars(cache).values() if torch.is_tensor(value)]
+    assert len(held) == 1 and held[0].shape == (2, 32, 8, 8)
+    cache.reset()
+    assert cache.feature is None
+
+
+@torch.no_grad()
+def test_zeroed_cache_reuses_zeros(unet, inputs):
+    plain, zeroed = DeepCache(2, [0]), ZeroedCache(2, [0])
+    for cache in (plain, zeroed):
+        unet(*inputs[0], cache.at(0))
+    out = unet(*inputs[1], zeroed.at(1))
+    assert not torch.allclose(out, unet(*inputs[1], plain.at(1)), atol=1e-3)
+    plain.feature = torch.zeros_like(plain.feature)
+    assert torch.equal(out, unet(*inputs[1], plain.at(1)))
+
+
+def test_misuse_is_refused(unet, inputs):
+    with pytest.raises(ValueError, match="0"):
+        DeepCache(2, full_steps=[1, 2])
+    with pytest.raises(ValueError, match="branch"):
+        DeepCache(-1, full_steps=[0])
+    with pytest.raises(RuntimeError, match="step 1"):
+        DeepCache(2, full_steps=[0]).at(1)
+    too_deep = DeepCache(unet.num_branches, full_steps=[0])
+    with torch.no_grad():
+        unet(*inputs[0], too_deep.at(0))
+    with pytest.raises(RuntimeError, match="branch 9"):
+        too_deep.at(1)
+
+
+def test_every_residual_is_offered_to_the_cache_under_its_name(unet, inputs):
+    offered = []
+
+    def listing(key, compute):
+        offered.append(key)
+        return compute()
+
+    with torch.no_grad():
+        assert torch.equal(unet(*inputs[0], listing), unet(*inputs[0]))
+    names = [name for name, module in unet.named_modules() if isinstance(module, Residual)]
+    assert sorted(key for key in offered if isinstance(key, str)) == sorted(names)
+    assert sorted(key for key in offered if isinstance(key, int)) == list(range(unet.num_branches))
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    ({"resolution": 18}, "halved"), ({"ch": 40}, "multiple of 32")])
+def test_impossible_sizes_are_refused(change, word):
+    arguments = {"resolution": 16, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": (1, 1, 2),
+                 "num_res_blocks": 1, "attn_resolutions": ()}
+    with pytest.raises(ValueError, match=word):
+        UNet(**arguments | change)
