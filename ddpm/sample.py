@@ -19,15 +19,13 @@ from ddpm.checkpoint import load_checkpoint
 from ddpm.config import load_config
 from ddpm.unet import UNet
 from sampling.cli import command
-from sampling.ddim import ddim, quadratic_timesteps, uniform_timesteps
+from sampling.ddim import SPACINGS, ddim, make_timesteps
 from sampling.noise import SeededNoise
 from sampling.options import DTYPES, add_cache_options, add_run_options, at, plan_cache, prepare_device
 from sampling.provenance import provenance
 from sampling.runs import RunFolder, parse_seeds, to_uint8
 from sampling.settings import UserError
 from sampling.weights import check_md5, sha256
-
-TIMESTEPS = {"uniform": uniform_timesteps, "quad": quadratic_timesteps}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampler = parser.add_argument_group("the sampler (defaults: the config's, which are the paper's)")
     sampler.add_argument("--sampler", choices=("ddim",), default="ddim")
     sampler.add_argument("--steps", type=int, help="network calls per image")
-    sampler.add_argument("--timesteps", choices=TIMESTEPS, help="how the steps spread over the noise levels")
+    sampler.add_argument("--timesteps", choices=SPACINGS, help="how the steps spread over the noise levels")
     sampler.add_argument("--eta", type=float, help="0 = deterministic, 1 = the variance of DDPM")
     add_cache_options(parser)
     add_run_options(parser, batch_size=64)
@@ -55,7 +53,8 @@ def main() -> None:
     if not 0 <= eta <= 1:
         raise UserError(f"--eta must be from 0 to 1, got {eta}")
     try:
-        timesteps = TIMESTEPS[spacing](steps, config.diffusion.num_timesteps)
+        timesteps = make_timesteps(spacing, steps, config.diffusion.num_timesteps)
+        alphas = config.alphas_cumprod()
         unet = UNet(**vars(config.unet))
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -73,7 +72,6 @@ def main() -> None:
 
     unet = unet.eval().requires_grad_(False).to(device, DTYPES[args.dtype])
     network = torch.compile(unet, fullgraph=True) if args.compile else unet
-    alphas = config.alphas_cumprod()
     shape = (config.unet.in_channels, config.unet.resolution, config.unet.resolution)
 
     def sample(seeds: list[int], report) -> np.ndarray:

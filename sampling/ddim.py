@@ -30,6 +30,16 @@ def quadratic_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
     return steps
 
 
+SPACINGS = {"uniform": uniform_timesteps, "quad": quadratic_timesteps}
+
+
+def make_timesteps(spacing: str, num_steps: int, num_timesteps: int = 1000) -> list[int]:
+    """Timesteps of a named spacing: 'uniform' or 'quad'. Raises ValueError for any other name."""
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing of timesteps {spacing!r}: choose from {', '.join(SPACINGS)}")
+    return SPACINGS[spacing](num_steps, num_timesteps)
+
+
 def _check(num_steps: int, num_timesteps: int) -> None:
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"the number of steps must be from 1 to {num_timesteps}, got {num_steps}")

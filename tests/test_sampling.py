@@ -1,0 +1,296 @@
+"""Noise, DDIM, and the runs of `ddpm.sample`: through the command line, as a user does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from ddpm.checkpoint import published_state_dict
+from ddpm.unet import UNet
+from sampling.ddim import ddim, quadratic_timesteps, uniform_timesteps
+from sampling.diffusion import alphas_cumprod
+from sampling.noise import SeededNoise
+from sampling.runs import RunFolder, format_seeds, parse_seeds, to_uint8
+from sampling.settings import UserError
+
+ROOT = Path(__file__).parent.parent
+UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
+        "attn_resolutions": [4]}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The config of a tiny random model, its checkpoint beside it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    save_file(published_state_dict(UNet(**UNET)), folder / "tiny.safetensors")
+    config = {"name": "tiny", "unet": UNET, "diffusion": {"beta_schedule": "linear"},
+              "checkpoint": str(folder / "tiny.safetensors"), "sampler": {"steps": 6, "branch": 1, "images": 4}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder / "tiny.yaml"
+
+
+def start(*args, **kwargs) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
+    return subprocess.Popen([sys.executable, "-m", "ddpm.sample", *map(str, args)], cwd=ROOT, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def sample(*args, code: int = 0, **kwargs) -> str:
+    """Run the command; returns what it wrote to stderr and checks its exit code."""
+    process = start(*args, **kwargs)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    return errors
+
+
+def in_process(monkeypatch, *args) -> int:
+    """The command within this process (quicker); returns its exit code."""
+    from ddpm.sample import main
+    monkeypatch.setattr(sys, "argv", ["ddpm.sample", *map(str, args)])
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def images(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/*.png"))}
+
+
+# ---- noise and DDIM
+
+def test_noise_depends_on_the_seed_alone():
+    together = SeededNoise([3, 1, 4])
+    first, second = together((3, 8, 8)), together((3, 8, 8))
+    for i, seed in enumerate([3, 1, 4]):
+        alone = SeededNoise([seed])
+        assert torch.equal(alone((3, 8, 8))[0], first[i])
+        assert torch.equal(alone((3, 8, 8))[0], second[i])
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_solves_a_gaussian_exactly(eta):
+    """For data N(0, s^2) the ideal noise prediction is known, and many small steps must give variance s^2."""
+    alphas, spread = alphas_cumprod("linear", 1000), 0.5
+
+    def ideal(x, t, step):
+        alpha = alphas[t]
+        return x * (1 - alpha).sqrt() / (alpha * spread ** 2 + 1 - alpha)
+
+    noise = SeededNoise(range(16))
+    x = ddim(ideal, noise((3, 16, 16)), uniform_timesteps(1000), alphas, eta, noise)
+    assert x.std().item() == pytest.approx(spread, rel=0.02)
+
+
+def test_ddim_ends_on_the_image_when_the_noise_is_known():
+    alphas = alphas_cumprod("cosine", 1000)
+    x0, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
+    timesteps = quadratic_timesteps(10)
+    start = alphas[timesteps[-1]].sqrt() * x0 + (1 - alphas[timesteps[-1]]).sqrt() * noise
+    assert torch.allclose(ddim(lambda *_: noise, start, timesteps, alphas), x0, atol=1e-5)
+
+
+def test_timesteps():
+    assert uniform_timesteps(8) == list(range(0, 1000, 125))
+    assert quadratic_timesteps(8) == [0, 16, 65, 146, 261, 408, 587, 800]
+    assert len(uniform_timesteps(30)) == 30
+    for bad in (0, 1001):
+        with pytest.raises(ValueError, match="steps"):
+            uniform_timesteps(bad)
+    with pytest.raises(ValueError, match="repeat"):
+        quadratic_timesteps(200)
+
+
+def test_to_uint8():
+    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0]).view(1, 1, 1, 5)
+    assert to_uint8(x).ravel().tolist() == [0, 0, 128, 255, 255]
+    every = torch.arange(256.0).view(1, 1, 1, 256) / 127.5 - 1
+    assert to_uint8(every).ravel().tolist() == list(range(256))
+    with pytest.raises(UserError, match="finite"):
+        to_uint8(torch.full((1, 3, 2, 2), float("nan")))
+
+
+# ---- runs
+
+def test_seeds_parse_and_format():
+    assert parse_seeds("0-3, 7,9-9") == [0, 1, 2, 3, 7, 9]
+    assert format_seeds([9, 7, 0, 1, 3, 2]) == "0-3,7,9"
+    for bad in ("", "a", "1-", "-1", "5-3", "1,,2", "1-3,2", "1.5"):
+        with pytest.raises(UserError, match="seeds"):
+            parse_seeds(bad)
+
+
+def test_interval_one_equals_no_cache_and_batches_do_not_matter(tiny, tmp_path, monkeypatch):
+    common = ["--config", tiny, "--seeds", "0-4", "--threads", 1]
+    assert in_process(monkeypatch, *common, "--out", tmp_path / "a", "--batch-size", 5) == 0
+    args = [*common, "--out", tmp_path / "b", "--batch-size", 5, "--interval", 1, "--branch", 0]
+    assert in_process(monkeypatch, *args) == 0
+    assert images(tmp_path / "a") == images(tmp_path / "b") and len(images(tmp_path / "a")) == 5
+    assert in_process(monkeypatch, *common, "--out", tmp_path / "c", "--batch-size", 2) == 0
+    for name in images(tmp_path / "a"):
+        a, c = (np.asarray(Image.open(tmp_path / x / name)).astype(int) for x in "ac")
+        assert np.abs(a - c).max() <= 1         # the same noise; rounding may differ by batch size
+    assert in_process(monkeypatch, *common, "--out", tmp_path / "d", "--interval", 3) == 0
+    assert images(tmp_path / "a") != images(tmp_path / "d")
+
+
+def test_run_json_tells_everything(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    assert in_process(monkeypatch, "--config", tiny, "--interval", 2, "--schedule", "centered", "--center", 2,
+                      "--power", 1.6, "--eta", 0.5, "--out", out) == 0
+    run = json.loads((out / "run.json").read_text())
+    settings, provenance = run["settings"], run["provenance"]
+    assert settings["cache"]["full_steps"][0] == 0 and len(settings["cache"]["full_steps"]) == 3
+    assert settings["cache"]["branch"] == 1 and settings["eta"] == 0.5 and settings["steps"] == 6
+    assert len(settings["checkpoint_sha256"]) == 64
+    assert provenance["versions"]["torch"] == torch.__version__ and provenance["device"] == "cpu"
+    assert len(images(out)) == 4                # as many as the config says
+    assert json.loads((out / "sessions.jsonl").read_text())["seeds"] == "0-3"
+
+
+def test_slices_and_resume_equal_one_run(tiny, tmp_path, monkeypatch):
+    common = ["--config", tiny, "--interval", 3, "--eta", 1, "--batch-size", 1, "--threads", 1]
+    assert in_process(monkeypatch, *common, "--seeds", "0-5", "--out", tmp_path / "whole") == 0
+    parts = tmp_path / "parts"
+    for seeds in ("4-5", "0,2", "0-5"):
+        assert in_process(monkeypatch, *common, "--seeds", seeds, "--out", parts) == 0
+    assert images(parts) == images(tmp_path / "whole")
+
+    broken = sorted(parts.glob("*/*.png"))
+    broken[0].unlink()
+    broken[1].write_bytes(broken[1].read_bytes()[:50])      # as after a power cut
+    (parts / "000" / ".000003.png.elsewhere.1.tmp").write_bytes(b"another machine's")
+    assert in_process(monkeypatch, *common, "--seeds", "0-5", "--out", parts) == 0
+    assert images(parts) == images(tmp_path / "whole")
+    assert (parts / "000" / ".000003.png.elsewhere.1.tmp").exists()
+
+
+def test_two_processes_and_ranks_share_a_folder(tiny, tmp_path, monkeypatch):
+    common = ["--config", tiny, "--interval", 2, "--seeds", "0-7", "--batch-size", 1, "--threads", 1]
+    assert in_process(monkeypatch, *common, "--out", tmp_path / "one") == 0
+    two = [start(*common, "--out", tmp_path / "two") for _ in range(2)]             # the same seeds at the same time
+    ranks = [start(*common, "--out", tmp_path / "ranks", env={"RANK": str(r), "WORLD_SIZE": "2"}) for r in range(2)]
+    for process in two + ranks:
+        assert process.wait(120) == 0, process.stderr.read()
+    assert images(tmp_path / "one") == images(tmp_path / "two") == images(tmp_path / "ranks")
+    sessions = [json.loads(line) for line in (tmp_path / "ranks" / "sessions.jsonl").read_text().splitlines()]
+    assert sorted(line["seeds"] for line in sessions) == ["0-3", "4-7"]
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on(tiny, tmp_path, kill):
+    out = tmp_path / "killed"
+    args = ["--config", tiny, "--steps", 50, "--seeds", "0-39", "--batch-size", 1, "--threads", 1, "--out", out]
+    process = start(*args)
+    deadline = time.monotonic() + 90
+    while not images(out) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(kill)
+    _, errors = process.communicate(timeout=60)
+    made = images(out)
+    assert 0 < len(made) < 40
+    if kill == signal.SIGINT:
+        assert process.returncode == 130 and "Traceback" not in errors and "goes on" in errors
+    sample(*args)
+    after = images(out)
+    assert len(after) == 40 and after.items() >= made.items()
+    assert not list(out.glob("**/.*.tmp"))
+
+
+def test_progress_bar_shows_rate_and_time_left(tiny, tmp_path):
+    errors = sample("--config", tiny, "--out", tmp_path / "x")
+    assert "4/4" in errors and ("img/s" in errors or "s/img" in errors)
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    (["--interval", "0"], "interval"), (["--interval", "7"], "interval"), (["--branch", "4"], "branch"),
+    (["--branch", "-1"], "branch"), (["--seeds", "3-1"], "backwards"), (["--seeds", "x"], "parse"),
+    (["--steps", "0"], "steps"), (["--eta", "2"], "eta"), (["--batch-size", "0"], "batch-size"),
+    (["--schedule", "centered"], "center"), (["--center", "3"], "center"), (["--zero-cache"], "zero-cache"),
+    (["--schedule", "centered", "--center", "9", "--power", "1.4", "--interval", "2"], "center"),
+    (["--checkpoint", "nowhere.ckpt"], "nowhere.ckpt"), (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["--device", "cuda:99"], "cuda:99"), (["--timesteps", "quad", "--steps", "500"], "repeat"),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(tiny, tmp_path, monkeypatch, capsys, change, word):
+    out = tmp_path / "out"
+    assert in_process(monkeypatch, "--config", tiny, "--out", out, *change) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and errors.startswith("error: ") and word in errors
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("edit", "word"), [
+    (lambda c: c.update(intervall=3), "intervall"), (lambda c: c["unet"].update(chh=3), "chh"),
+    (lambda c: c.pop("unet"), "unet"), (lambda c: c["unet"].update(ch="many"), "ch"),
+    (lambda c: c["diffusion"].update(beta_schedule="sine"), "sine"), (lambda c: c["unet"].update(ch=33), "ch"),
+    (lambda c: c["sampler"].update(timesteps="cubic"), "cubic"),
+    (lambda c: c["unet"].update(ch_mult=[1, 2]), "down.1.block.0.nin_shortcut.weight"),
+])
+def test_bad_config_is_one_line(tiny, tmp_path, monkeypatch, capsys, edit, word):
+    config = yaml.safe_load(tiny.read_text())
+    edit(config)
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(config))
+    assert in_process(monkeypatch, "--config", tmp_path / "bad.yaml", "--out", tmp_path / "out") == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and word in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    common = ["--config", tiny, "--out", out]
+    assert in_process(monkeypatch, *common, "--interval", 2) == 0
+    before = images(out)
+    capsys.readouterr()
+    for change in (["--interval", 3], ["--interval", 2, "--steps", 5], ["--interval", 2, "--branch", 0], []):
+        assert in_process(monkeypatch, *common, *change) == 2
+        errors = capsys.readouterr().err
+        assert "other settings" in errors and errors.count("\n") == 1
+    assert "interval: 2 there" in errors or "2 there, 1 here" in errors
+    assert images(out) == before
+    (out / "run.json").unlink()
+    assert in_process(monkeypatch, *common, "--interval", 2) == 2
+    assert "run.json" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(tiny, tmp_path, monkeypatch, capsys):
+    import errno
+
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert in_process(monkeypatch, "--config", tiny, "--out", tmp_path / "out") == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert "disk is full" in errors[-1]
+    monkeypatch.undo()
+    assert not images(tmp_path / "out") and not list((tmp_path / "out").glob("**/.*.tmp"))
+    assert in_process(monkeypatch, "--config", tiny, "--out", tmp_path / "out") == 0
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    """fill() asks for one batch at a time and keeps none."""
+    import weakref
+    kept = []
+
+    def sampler(seeds, report):
+        assert sum(ref() is not None for ref in kept) <= 1
+        batch = np.zeros((len(seeds), 8, 8, 3), np.uint8)
+        kept.append(weakref.ref(batch))
+        return batch
+
+    assert RunFolder(tmp_path / "out", {}, {}).fill(range(40), 4, sampler) == 40
+    assert len(kept) == 10
