@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sampling.diffusion import alphas_cumprod
+from sampling.diffusion import PREDICTIONS, alphas_cumprod
 from sampling.settings import read_yaml
 from training.loop import TrainConfig
 
@@ -24,11 +24,16 @@ class Unet:
 
 @dataclass
 class Diffusion:
-    """Noise schedule of training (`sampling.diffusion.alphas_cumprod`)."""
+    """What the network was trained for (`sampling.diffusion`)."""
     beta_schedule: str = "linear"
     num_timesteps: int = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
+    prediction: str = "noise"       # noise, v
+
+    def __post_init__(self):
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"unknown prediction {self.prediction!r}: choose from {', '.join(PREDICTIONS)}")
 
 
 @dataclass

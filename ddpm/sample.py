@@ -20,6 +20,7 @@ from ddpm.config import load_config
 from ddpm.unet import UNet
 from sampling.cli import command
 from sampling.ddim import SPACINGS, ddim, make_timesteps
+from sampling.diffusion import predicted_noise
 from sampling.noise import SeededNoise
 from sampling.options import DTYPES, add_cache_options, add_run_options, at, plan_cache, prepare_device
 from sampling.provenance import provenance
@@ -78,8 +79,8 @@ def main() -> None:
         noise, cache = SeededNoise(seeds, device), plan.make()
 
         def predict(x: torch.Tensor, t: int, step: int) -> torch.Tensor:
-            t = torch.full((len(x),), t, device=device)
-            return network(x.to(DTYPES[args.dtype]), t, at(cache, step)).float()
+            output = network(x.to(DTYPES[args.dtype]), torch.full((len(x),), t, device=device), at(cache, step))
+            return predicted_noise(config.diffusion.prediction, output.float(), x, alphas[t].item())
 
         return to_uint8(ddim(predict, noise(shape), timesteps, alphas, eta, noise,
                              progress=lambda step, x: report((step + 1) / steps)))

@@ -21,13 +21,15 @@ from ddpm.config import load_config
 from ddpm.unet import UNet
 from sampling.cli import command
 from sampling.ddim import ddim, uniform_timesteps
+from sampling.diffusion import predicted_noise, training_target
 from sampling.noise import SeededNoise
+from sampling.runs import to_uint8
 from training import emoji
 from training.loop import train
 
 
-def noise_loss(alphas: Tensor, autocast: bool):
-    """L_simple (Ho et al., Equation 14): the squared error of the predicted noise, at uniform timesteps."""
+def squared_error(alphas: Tensor, prediction: str, autocast: bool):
+    """L_simple (Ho et al., Equation 14): the squared error of the predicted noise (or v), at uniform timesteps."""
     def loss(model: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
         def draw(function, *args):
             return function(*args, generator=generator, device=batch.device)
@@ -40,18 +42,20 @@ def noise_loss(alphas: Tensor, autocast: bool):
         x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
             predicted = model(x_t, t)
-        return F.mse_loss(predicted.float(), noise)
+        return F.mse_loss(predicted.float(), training_target(prediction, x0, noise, alpha))
     return loss
 
 
-def sample_grid(alphas: Tensor, shape: tuple[int, int, int], steps: int, count: int = 50):
+def sample_grid(alphas: Tensor, prediction: str, shape: tuple[int, int, int], steps: int, count: int = 50):
     """A function of the EMA network that samples the images of seeds 0..count-1."""
     def grid(unet: nn.Module) -> np.ndarray:
         device = alphas.device
         x = SeededNoise(range(count), device)(shape)
-        x = ddim(lambda x, t, step: unet(x, torch.full((len(x),), t, device=device)), x,
-                 uniform_timesteps(steps, len(alphas)), alphas.cpu())
-        return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+        def predict(x: Tensor, t: int, step: int) -> Tensor:
+            return predicted_noise(prediction, unet(x, torch.full((len(x),), t, device=device)), x, alphas[t])
+
+        return to_uint8(ddim(predict, x, uniform_timesteps(steps, len(alphas)), alphas.cpu()))
     return grid
 
 
@@ -74,8 +78,9 @@ def main():
     alphas = config.alphas_cumprod().to(args.device)
     print(f"{len(rows)} images, {sum(p.numel() for p in unet.parameters()):,} parameters")
 
-    ema = train(unet, noise_loss(alphas, config.train.bf16), images, config.train.loop, args.out,
-                sample_grid(alphas, tuple(images.shape[1:]), steps=50), args.device)
+    prediction = config.diffusion.prediction
+    ema = train(unet, squared_error(alphas, prediction, config.train.bf16), images, config.train.loop, args.out,
+                sample_grid(alphas, prediction, tuple(images.shape[1:]), steps=50), args.device)
     target = args.out / f"{config.name}.safetensors"
     weights = {name: value.half().contiguous().cpu() for name, value in published_state_dict(ema).items()}
     save_file(weights, f"{target}.tmp")

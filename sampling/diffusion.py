@@ -1,4 +1,4 @@
-"""Noise schedules of training: the betas, and what of the image is left after t + 1 steps."""
+"""What a network was trained for: the noise schedule, and whether it predicts the noise or v."""
 
 import math
 
@@ -25,3 +25,20 @@ def alphas_cumprod(schedule: str, num_timesteps: int, beta_start: float = 1e-4, 
         raise ValueError(f"unknown beta schedule {schedule!r}: choose linear, scaled_linear or cosine")
     # The released DDPM code holds the betas in float32 and multiplies in float32; its trajectories depend on it.
     return (1 - betas.float()).cumprod(0)
+
+
+PREDICTIONS = ("noise", "v")
+
+
+def predicted_noise(prediction: str, output: Tensor, x: Tensor, alpha: Tensor | float) -> Tensor:
+    """The noise that a network's output stands for, at a noise level alpha = alphas_cumprod[t].
+
+    prediction: 'noise' (Ho et al.) or 'v' = sqrt(alpha) noise - sqrt(1 - alpha) x_0 (Salimans and Ho,
+    arXiv 2202.00512).
+    """
+    return output if prediction == "noise" else alpha ** 0.5 * output + (1 - alpha) ** 0.5 * x
+
+
+def training_target(prediction: str, x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+    """What the network's output is compared with: the noise, or v (see `predicted_noise`)."""
+    return noise if prediction == "noise" else alpha ** 0.5 * noise - (1 - alpha) ** 0.5 * x0

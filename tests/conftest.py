@@ -25,6 +25,17 @@ class Golden:
         self.weights = {k: v.float() for k, v in load_file(HERE / "goldens" / f"{name}.weights.safetensors").items()}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow checks too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes on a CPU; run with --slow"))
+
+
 @pytest.fixture(scope="session")
 def ddpm_golden() -> Golden:
     return Golden("ddpm_small")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
 from sampling.ddim import ddim, quadratic_timesteps, uniform_timesteps
-from sampling.diffusion import alphas_cumprod
+from sampling.diffusion import alphas_cumprod, predicted_noise, training_target
 from sampling.noise import SeededNoise
 from sampling.runs import RunFolder, format_seeds, parse_seeds, to_uint8
 from sampling.settings import UserError
@@ -101,6 +101,14 @@ def test_ddim_ends_on_the_image_when_the_noise_is_known():
     timesteps = quadratic_timesteps(10)
     start = alphas[timesteps[-1]].sqrt() * x0 + (1 - alphas[timesteps[-1]]).sqrt() * noise
     assert torch.allclose(ddim(lambda *_: noise, start, timesteps, alphas), x0, atol=1e-5)
+
+
+def test_v_and_noise_stand_for_the_same():
+    alpha, x0, noise = torch.tensor(0.3), torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+    for prediction in ("noise", "v"):
+        output = training_target(prediction, x0, noise, alpha)
+        assert torch.allclose(predicted_noise(prediction, output, x, alpha), noise, atol=1e-6)
 
 
 def test_timesteps():
@@ -236,7 +244,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny, tmp_path, monkeypatch, c
     (lambda c: c.update(intervall=3), "intervall"), (lambda c: c["unet"].update(chh=3), "chh"),
     (lambda c: c.pop("unet"), "unet"), (lambda c: c["unet"].update(ch="many"), "ch"),
     (lambda c: c["diffusion"].update(beta_schedule="sine"), "sine"), (lambda c: c["unet"].update(ch=33), "ch"),
-    (lambda c: c["sampler"].update(timesteps="cubic"), "cubic"),
+    (lambda c: c["sampler"].update(timesteps="cubic"), "cubic"), (lambda c: c["diffusion"].update(prediction="x"), "'x'"),
     (lambda c: c["unet"].update(ch_mult=[1, 2]), "down.1.block.0.nin_shortcut.weight"),
 ])
 def test_bad_config_is_one_line(tiny, tmp_path, monkeypatch, capsys, edit, word):
