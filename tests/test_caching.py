@@ -137,3 +137,17 @@ def test_impossible_sizes_are_refused(change, word):
                  "num_res_blocks": 1, "attn_resolutions": ()}
     with pytest.raises(ValueError, match=word):
         UNet(**arguments | change)
+
+
+@torch.no_grad()
+def test_compiles_to_two_graphs(unet, inputs):
+    from torch._dynamo.testing import CompileCounter
+    torch.compiler.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(unet, fullgraph=True, backend=graphs)
+    for _ in range(2):
+        caches = [DeepCache(2, full_steps=[0, 3]) for _ in range(2)]
+        for step in range(5):
+            x, t = inputs[step % 3]
+            assert torch.allclose(compiled(x, t, caches[0].at(step)), unet(x, t, caches[1].at(step)), atol=1e-5)
+    assert graphs.frame_count == 2

@@ -3,8 +3,10 @@
 import copy
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +32,19 @@ class TrainConfig:
     seed: int = 0
     save_every: float = 120.0       # seconds
     grid_every: int = 25_000        # images
+
+
+@contextmanager
+def deferred_interrupt():
+    """Within, Ctrl-C and SIGTERM only make the yielded function return True, so that no step is cut in half."""
+    caught = []
+    before = {number: signal.signal(number, lambda number, _: caught.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @torch.no_grad()
@@ -92,8 +107,12 @@ def train(model: nn.Module, loss: Callable[[nn.Module, Tensor, torch.Generator],
 
     bar = tqdm(total=config.images, initial=seen, unit="img", smoothing=0.02, mininterval=2)
     saved, losses = time.monotonic(), []
-    try:
+    with bar, deferred_interrupt() as interrupted:
         while seen < config.images:
+            if interrupted():
+                save()
+                print(f"\ninterrupted at {seen:,} of {config.images:,} images; the same command goes on from there")
+                raise KeyboardInterrupt
             start = time.monotonic()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, seen)
@@ -124,10 +143,5 @@ def train(model: nn.Module, loss: Callable[[nn.Module, Tensor, torch.Generator],
             if time.monotonic() - saved > config.save_every:
                 save()
                 saved = time.monotonic()
-    except KeyboardInterrupt:
-        print(f"\ninterrupted at {seen:,} of {config.images:,} images; the same command goes on from there")
-        raise
-    finally:
-        bar.close()
-        save()
+    save()
     return ema
