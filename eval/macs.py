@@ -1,0 +1,181 @@
+"""Multiply-accumulates of full and cached steps, counted exactly on the meta device: no weights, no memory.
+
+    python -m eval.macs --config configs/ddpm_cifar10.yaml                              a table of all branches
+    python -m eval.macs --config configs/ddpm_cifar10.yaml --interval 5 --branch 2      the average over a run
+
+Two conventions, batch 1. `macs` is the papers': the hook counter of DeepCache's released code, which counts biases and
+norms but no attention product. `macs_fc` is PyTorch's FlopCounterMode / 2: convolutions, linear layers and attention
+products, without biases and norms.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
+
+from caching.deepcache import DeepCache
+from caching.nested import Cache, no_cache
+from ddpm.config import Config, load_config
+from ddpm.unet import UNet
+from sampling.cli import command
+from sampling.options import add_cache_options, plan_cache
+from sampling.settings import UserError
+
+
+class Macs(NamedTuple):
+    """Multiply-accumulates in both conventions; whole numbers for one step, fractions for an average."""
+    hook: float
+    fc: float
+
+
+class Policy(Protocol):
+    """A caching policy: `at(step)` returns the cache that the network call `step` is given."""
+
+    def at(self, step: int) -> Cache: ...
+
+
+def _hook_macs(module: nn.Module, x: Tensor, out: Tensor) -> int:
+    """MACs of one layer in the released code's convention (github horseee/DeepCache, 1691a3a)."""
+    if isinstance(module, nn.Conv2d):
+        products = out.numel() * module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
+        return products + (out.numel() if module.bias is not None else 0)
+    if isinstance(module, nn.Linear):       # the bias once for each layer, however many rows x has
+        return x.numel() * module.out_features + (module.out_features if module.bias is not None else 0)
+    if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+        return 2 * x.numel()
+    if next(module.parameters(recurse=False), None) is not None:
+        raise TypeError(f"no rule for the MACs of {type(module).__name__}, which has weights of its own")
+    return 0                                # activations, resampling, and containers, whose layers count themselves
+
+
+def count(forward: Callable[[], object]) -> Macs:
+    """MACs of what `forward()` computes, layers called outside any network included.
+
+    Attention is exact in `fc` on the meta device, where it is two matrix products; fused CPU kernels are not counted.
+    Raises TypeError for a layer with weights that the hook convention has no rule for.
+    """
+    total = 0
+
+    def add(module: nn.Module, args: tuple, out: Tensor) -> None:
+        nonlocal total
+        total += _hook_macs(module, args[0] if args else None, out)
+
+    handle = register_module_forward_hook(add)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            forward()
+    finally:
+        handle.remove()
+    return Macs(total, counter.get_total_flops() // 2)
+
+
+def on_meta(unet: nn.Module, inputs: Sequence[Tensor]) -> Callable[[Cache], Tensor]:
+    """`cache -> unet(*inputs, cache=cache)` on the meta device, wherever `unet` and `inputs` are."""
+    weights = {name: value.to("meta") for name, value in unet.state_dict().items()}
+    inputs = tuple(value.to("meta") for value in inputs)
+
+    @torch.no_grad()
+    def forward(cache: Cache) -> Tensor:
+        return functional_call(unet, weights, inputs, {"cache": cache})
+    return forward
+
+
+def branch_macs(unet: nn.Module, inputs: Sequence[Tensor], branches: Iterable[int]) -> tuple[Macs, dict[int, Macs]]:
+    """MACs of a full step, and of DeepCache's cached step at each branch; divide by the batch size of `inputs`.
+
+    inputs: what the U-Net takes before `cache`: (x, t) or (x, t, context); their values do not matter.
+    """
+    forward, cached = on_meta(unet, inputs), {}
+    full = count(lambda: forward(no_cache))
+    for branch in branches:
+        cache = DeepCache(branch, [0])
+        forward(cache.at(0))
+        cached[branch] = count(lambda cache=cache: forward(cache.at(1)))
+    return full, cached
+
+
+def step_macs(unet: nn.Module, inputs: Sequence[Tensor], branch: int) -> tuple[Macs, Macs]:
+    """`branch_macs` of one branch: (full, cached)."""
+    full, cached = branch_macs(unet, inputs, [branch])
+    return full, cached[branch]
+
+
+def average(full: Macs, cached: Macs, full_steps: Collection[int], num_steps: int) -> Macs:
+    """MACs per step of a run: (k F + (T - k) C) / T with k full steps of T."""
+    k = len(full_steps)
+    return Macs(*((k * f + (num_steps - k) * c) / num_steps for f, c in zip(full, cached, strict=True)))
+
+
+def run_macs(unet: nn.Module, inputs: Sequence[Tensor], policy: Policy, num_steps: int) -> Macs:
+    """MACs per step of a run under any caching policy, by counting each of its steps."""
+    forward = on_meta(unet, inputs)
+    steps = [count(lambda step=step: forward(policy.at(step))) for step in range(num_steps)]
+    return Macs(*(sum(values) / num_steps for values in zip(*steps, strict=True)))
+
+
+def build(config: Config, device: torch.device | str = "meta") -> UNet:
+    """The U-Net of a config, in evaluation mode, with random weights (none on the meta device). Raises UserError."""
+    try:
+        with torch.device(device):
+            return UNet(**vars(config.unet)).eval().requires_grad_(False)
+    except ValueError as error:
+        raise UserError(f"{config.name}: {error}") from None
+
+
+def example_inputs(config: Config, batch_size: int = 1, device: torch.device | str = "meta",
+                   dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Zeros of the shapes that the U-Net of a config takes: x and t."""
+    shape = (batch_size, config.unet.in_channels, config.unet.resolution, config.unet.resolution)
+    return torch.zeros(shape, device=device, dtype=dtype), torch.zeros(batch_size, device=device, dtype=torch.long)
+
+
+def giga(macs: float) -> float:
+    return macs / 1e9
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="configs/ddpm_*.yaml")
+    parser.add_argument("--steps", type=int, help="network calls per image (default: the config's)")
+    parser.add_argument("--json", action="store_true", help="print JSON, in MACs, instead of text, in G")
+    add_cache_options(parser)
+    args = parser.parse_args()
+
+    config = load_config(args.config)
+    steps = config.sampler.steps if args.steps is None else args.steps
+    unet, inputs = build(config), example_inputs(config)
+    plan = plan_cache(args, steps, unet.num_branches, config.sampler.branch)
+    if plan.cached:
+        full, cached = step_macs(unet, inputs, plan.branch)
+        mean = average(full, cached, plan.full_steps, steps)
+        result = {"model": config.name, "steps": steps, **plan.settings, "macs": mean.hook, "macs_fc": mean.fc,
+                  "macs_full": full.hook, "macs_cached": cached.hook,
+                  "macs_fc_full": full.fc, "macs_fc_cached": cached.fc}
+        text = [f"{config.name}: {len(plan.full_steps)} full of {steps} steps, branch {plan.branch}, in G",
+                f"{'':8}{'macs':>10}{'macs_fc':>10}",
+                *(f"{name:8}{giga(macs.hook):10.4f}{giga(macs.fc):10.4f}"
+                  for name, macs in (("full", full), ("cached", cached), ("average", mean)))]
+    else:
+        branches = range(unet.num_branches) if args.branch is None else [plan.branch]
+        full, counted = branch_macs(unet, inputs, branches)
+        result = {"model": config.name, "macs_full": full.hook, "macs_fc_full": full.fc,
+                  "branches": [{"branch": branch, "macs_cached": cached.hook, "macs_fc_cached": cached.fc}
+                               for branch, cached in counted.items()]}
+        text = [f"{config.name}: one step, in G; ratio = cached / full",
+                f"{'branch':8}{'macs':>10}{'ratio':>8}{'macs_fc':>10}{'ratio':>8}",
+                f"{'full':8}{giga(full.hook):10.4f}{1:8.3f}{giga(full.fc):10.4f}{1:8.3f}",
+                *(f"{branch:<8}{giga(cached.hook):10.4f}{cached.hook / full.hook:8.3f}"
+                  f"{giga(cached.fc):10.4f}{cached.fc / full.fc:8.3f}" for branch, cached in counted.items())]
+    print(json.dumps(result, indent=1) if args.json else "\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
