@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def check_md5(path: Path, md5: str) -> None:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != md5.lower():
-        raise UserError(f"{path} has md5 {found}, and the published file has {md5}: it is damaged, cut short or another "
+        raise UserError(f"{path} has md5 {found}, the published file {md5}: it is cut short, damaged or another "
                         "file; download it again")
 
 
@@ -43,13 +44,16 @@ def read_tensors(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(category=UserWarning, action="ignore"):    # of a pickle protocol; refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted:
             raise UserError(f"{path} is a pickle that wants {wanted[1]}, which is not a tensor, so it was not opened: "
                             "take a file that holds tensors only, or convert it where you trust it") from None
-        raise UserError(f"{path} is damaged or not a checkpoint: {one_line(error)[:160]}") from None
+        # The rest of the message advises to open the file unsafely.
+        reason = str(error).split("WeightsUnpickler error:")[-1].split("Check the documentation")[0]
+        raise UserError(f"{path} is damaged or not a checkpoint of tensors alone: {one_line(reason)[:160]}") from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged or not a checkpoint: {one_line(error)[:160]}") from None
 

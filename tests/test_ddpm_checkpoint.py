@@ -1,0 +1,207 @@
+"""Published DDPM checkpoints: every tensor by name and shape, nothing else, and no code."""
+
+import gzip
+import hashlib
+import json
+import pickle
+
+import pytest
+import torch
+from conftest import HERE
+from safetensors.torch import save_file
+
+from ddpm.checkpoint import load_checkpoint, load_state_dict, published_state_dict
+from ddpm.config import load_config
+from ddpm.unet import UNet
+from sampling.settings import UserError
+from sampling.weights import check_md5
+
+CONFIGS = HERE.parent / "configs"
+
+
+@pytest.mark.parametrize(("config", "keys", "parameters", "branches"), [
+    ("ddpm_cifar10", "ddpm_cifar10", 35_746_307, 12),
+    ("ddpm_bedroom", "ddpm_lsun256", 113_673_219, 18),
+    ("ddpm_church", "ddpm_lsun256", 113_673_219, 18),
+])
+def test_published_keys_load_strictly(config, keys, parameters, branches):
+    published = json.loads(gzip.decompress((HERE / "formats" / f"keys_{keys}.json.gz").read_bytes()))["keys"]
+    with torch.device("meta"):
+        unet = UNet(**vars(load_config(CONFIGS / f"{config}.yaml").unet))
+        load_state_dict(unet, {name: torch.empty(shape, dtype=getattr(torch, dtype))
+                               for name, (shape, dtype) in published.items()})
+    assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
+    assert unet.num_branches == branches
+    assert {name: list(value.shape) for name, value in published_state_dict(unet).items()} \
+        == {name: shape for name, (shape, _) in published.items()}
+
+
+def test_published_configs_have_the_papers_settings():
+    for name, timesteps in (("cifar10", "quad"), ("bedroom", "uniform"), ("church", "uniform")):
+        config = load_config(CONFIGS / f"ddpm_{name}.yaml")
+        sampler = config.sampler
+        assert (sampler.steps, sampler.timesteps, sampler.eta, sampler.branch) == (100, timesteps, 0.0, 2)
+        assert config.checkpoint.startswith("checkpoints/") and len(config.md5) == 32
+        assert config.alphas_cumprod()[-1].item() == pytest.approx(4.036e-5, rel=1e-3)
+
+
+def make(seed: int) -> UNet:
+    torch.manual_seed(seed)
+    return UNet(resolution=8, in_channels=3, out_channels=3, ch=32, ch_mult=[1, 2], num_res_blocks=1,
+                attn_resolutions=[4])
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    """Of another network than the one they are loaded into, under published names."""
+    return {name: value.clone() for name, value in published_state_dict(make(1)).items()}
+
+
+def assert_loaded(unet: UNet, weights: dict[str, torch.Tensor]) -> None:
+    own = published_state_dict(unet)
+    assert own.keys() == weights.keys()
+    assert all(torch.equal(own[name], weights[name]) for name in own)
+
+
+def assert_refused(unet: UNet, *parts: str, load) -> None:
+    """`load` raises one line with all of `parts`, and no weight has changed."""
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        load()
+    assert all(part in str(error.value) for part in parts), str(error.value)
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+def test_round_trip(weights):
+    unet = make(0)
+    load_state_dict(unet, weights)
+    assert_loaded(unet, weights)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 999])
+    assert torch.equal(unet.eval()(x, t), make(1).eval()(x, t))
+
+
+@pytest.mark.parametrize("name", ["down.0.block.0.norm1.weight", "down.0.downsample.conv.bias",
+                                  "down.1.attn.0.q.weight", "mid.attn_1.proj_out.bias",
+                                  "up.0.block.1.nin_shortcut.weight", "up.1.upsample.conv.weight",
+                                  "temb.dense.1.bias", "conv_in.weight", "norm_out.bias", "conv_out.weight"])
+def test_a_missing_or_misshapen_tensor_is_named(weights, name):
+    unet, value = make(0), weights.pop(name)
+    assert_refused(unet, f"missing {name}", load=lambda: load_state_dict(unet, weights))
+    weights[name] = torch.zeros(*value.shape, 2)
+    assert_refused(unet, name, f"{list(value.shape)}", f"{[*value.shape, 2]}",
+                   load=lambda: load_state_dict(unet, weights))
+
+
+def test_every_fault_is_named(weights):
+    unet = make(0)
+    del weights["mid.block_1.conv1.weight"]
+    weights["conv_in.bias"] = torch.zeros(1)
+    weights["down.7.block.0.conv1.weight"] = torch.zeros(1)
+    weights["input_blocks.0.0.bias"] = torch.zeros(32)      # our own name is not a published one
+    assert_refused(unet, "missing mid.block_1.conv1.weight", "conv_in.bias is [1] and should be [32]",
+                   "extra down.7.block.0.conv1.weight", "extra input_blocks.0.0.bias",
+                   load=lambda: load_state_dict(unet, weights))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "pt", "pth"])
+def test_files(weights, tmp_path, suffix):
+    path = tmp_path / f"model.{suffix}"
+    save_file(weights, path) if suffix == "safetensors" else torch.save(weights, path)
+    unet = make(0)
+    load_checkpoint(unet, path)
+    assert_loaded(unet, weights)
+
+
+def test_half_precision_file(weights, tmp_path):
+    halves = {name: value.half() for name, value in weights.items()}
+    save_file(halves, tmp_path / "model.safetensors")
+    unet = make(0)
+    load_checkpoint(unet, tmp_path / "model.safetensors")
+    assert_loaded(unet, {name: value.float() for name, value in halves.items()})
+
+
+def test_data_parallel_prefix(weights, tmp_path):
+    torch.save({f"module.{name}": value for name, value in weights.items()}, tmp_path / "model.pth")
+    unet = make(0)
+    load_checkpoint(unet, tmp_path / "model.pth")
+    assert_loaded(unet, weights)
+
+
+def test_training_checkpoint_gives_its_ema(weights, tmp_path):
+    raw = {f"module.{name}": value for name, value in published_state_dict(make(2)).items()}
+    content = [raw, {"state": {}, "param_groups": []}, 12, 3456, weights]
+    torch.save(content, tmp_path / "ckpt.pth")
+    unet = make(0)
+    load_checkpoint(unet, tmp_path / "ckpt.pth")
+    assert_loaded(unet, weights)
+
+    torch.save(content[:4], tmp_path / "no_ema.pth")
+    assert_refused(unet, "no_ema.pth", "EMA", load=lambda: load_checkpoint(unet, tmp_path / "no_ema.pth"))
+
+
+class Lightning:
+    """Stands for what a training framework leaves in its checkpoints."""
+
+
+class Payload:
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Payload, "ran", True)
+
+
+@pytest.mark.parametrize(("extra", "wanted"), [(Lightning(), "Lightning"), (Payload(), "setattr")])
+def test_a_pickle_that_wants_code_is_refused_by_name(weights, tmp_path, extra, wanted):
+    torch.save({**weights, "callbacks": extra}, tmp_path / "model.ckpt")
+    unet = make(0)
+    assert_refused(unet, "model.ckpt", wanted, load=lambda: load_checkpoint(unet, tmp_path / "model.ckpt"))
+    (tmp_path / "bare.ckpt").write_bytes(pickle.dumps({"callbacks": extra}, protocol=2))
+    assert_refused(unet, "bare.ckpt", wanted, load=lambda: load_checkpoint(unet, tmp_path / "bare.ckpt"))
+    (tmp_path / "newer.ckpt").write_bytes(pickle.dumps({"callbacks": extra}, protocol=5))     # torch stops before names
+    assert_refused(unet, "newer.ckpt", "not a checkpoint", load=lambda: load_checkpoint(unet, tmp_path / "newer.ckpt"))
+    assert not Payload.ran
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.99])
+def test_a_cut_file_is_refused(weights, tmp_path, suffix, kept):
+    path = tmp_path / f"model.{suffix}"
+    save_file(weights, path) if suffix == "safetensors" else torch.save(weights, path)
+    content = path.read_bytes()
+    path.write_bytes(content[:int(kept * len(content))])
+    unet = make(0)
+    assert_refused(unet, f"model.{suffix}", load=lambda: load_checkpoint(unet, path))
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>Not found</html>", b"version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, suffix):
+    path = tmp_path / f"model.{suffix}"
+    path.write_bytes(content)
+    unet = make(0)
+    assert_refused(unet, f"model.{suffix}", load=lambda: load_checkpoint(unet, path))
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {"epoch": 3}, {"model": {"conv_in.bias": torch.zeros(3)}}, [], 7])
+def test_a_file_without_named_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "model.ckpt")
+    unet = make(0)
+    assert_refused(unet, "model.ckpt", load=lambda: load_checkpoint(unet, tmp_path / "model.ckpt"))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    unet = make(0)
+    for name in ("none.ckpt", "none.safetensors", "."):
+        assert_refused(unet, "no checkpoint", load=lambda: load_checkpoint(unet, tmp_path / name))
+
+
+def test_md5(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"weights")
+    digest = hashlib.md5(b"weights").hexdigest()
+    check_md5(tmp_path / "model.ckpt", digest)
+    check_md5(tmp_path / "model.ckpt", digest.upper())
+    with pytest.raises(UserError, match=digest):
+        check_md5(tmp_path / "model.ckpt", "0" * 32)
+    with pytest.raises(UserError, match="no checkpoint"):
+        check_md5(tmp_path / "none.ckpt", digest)
