@@ -1,0 +1,119 @@
+"""Timing: what runs how often and what is reported. Never how long anything took."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import HERE
+
+from caching.deepcache import DeepCache
+from ddpm.unet import UNet
+from eval import throughput
+from eval.throughput import Timing, interleave, measure, time_steps
+
+CONFIGS = HERE.parent / "configs"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny layers on two threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny():
+    unet = UNet(resolution=8, in_channels=3, out_channels=3, ch=32, ch_mult=[1, 2], num_res_blocks=1,
+                attn_resolutions=[4]).eval().requires_grad_(False)
+    return unet, (torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
+
+
+def test_variants_take_turns():
+    calls = []
+    timings = interleave({name: lambda name=name: calls.append(name) for name in "abc"}, "cpu", repeats=4, warmup=2)
+    assert "".join(calls) == "abc" * 6
+    assert [len(timings[name].seconds) for name in "abc"] == [4, 4, 4]
+    assert all(second >= 0 for timing in timings.values() for second in timing.seconds)
+
+
+@pytest.mark.parametrize("rounds", [dict(repeats=0), dict(warmup=0), dict(repeats=-1)])
+def test_no_rounds_is_an_error(rounds):
+    with pytest.raises(ValueError, match="round"):
+        interleave({"a": lambda: None}, "cpu", **rounds)
+
+
+def test_ratio_is_taken_round_by_round():
+    busy = Timing([1.0, 10.0, 1.0, 1.0])          # the second round ran on a busy machine
+    assert Timing([0.5, 5.0, 0.4, 0.6]).ratio(busy) == 0.5
+    assert busy.median == 1.0
+
+
+def test_each_variant_runs_its_own_blocks(tiny):
+    unet, inputs = tiny
+    ran = [0] * unet.num_branches
+    for k, block in enumerate(unet.input_blocks):
+        def record(*_, k=k):
+            ran[k] += 1
+        block.register_forward_hook(record)
+    timings = time_steps(unet, inputs, {"one": DeepCache(1, [0]), "three": DeepCache(3, [0])}, repeats=3, warmup=1)
+    assert list(timings) == ["full", "one", "three"]
+    # Two fill the caches; then 4 rounds: full runs all 4 input blocks, branch 1 the first 2, branch 3 all.
+    assert ran == [2 + 4 * 3, 2 + 4 * 3, 2 + 4 * 2, 2 + 4 * 2]
+    assert {len(timing.seconds) for timing in timings.values()} == {3}
+
+
+def test_measure_is_consistent(tiny):
+    unet, inputs = tiny
+    result = measure(unet, inputs, [1, 0], [2, 3], num_steps=10, repeats=3, warmup=1)
+    full = result["full"]
+    assert full["images_per_second"] == pytest.approx(2 / (10 * full["median"]))
+    assert [row["branch"] for row in result["branches"]] == [1, 0]
+    assert result["branches"][0]["feature_bytes"] == 2 * 64 * 8 * 8 * 4     # batch, channels, upsampled to 8x8, fp32
+    for row in (full, *result["branches"]):
+        assert len(row["rounds"]) == 3 and row["min"] <= row["quartiles"][0] <= row["median"] <= row["quartiles"][1]
+    for row in result["branches"]:
+        assert 0 < row["macs_ratio"] == row["macs"] / full["macs"] < 1
+        assert 0 < row["macs_fc_ratio"] == row["macs_fc"] / full["macs_fc"] < 1
+    assert [(run["branch"], run["interval"], run["full_steps"]) for run in result["runs"]] \
+        == [(1, 2, 5), (1, 3, 4), (0, 2, 5), (0, 3, 4)]
+    run, cached = result["runs"][1], result["branches"][0]
+    assert run["images_per_second"] == pytest.approx(2 / (4 * full["median"] + 6 * cached["median"]))
+    assert run["speedup"] == pytest.approx(10 / (4 + 6 * cached["ratio"]))
+    assert run["macs"] == (4 * full["macs"] + 6 * cached["macs"]) / 10
+
+
+def run(monkeypatch, *args: str) -> None:
+    monkeypatch.setattr("sys.argv", ["eval.throughput", "--config", str(CONFIGS / "ddpm_emoji.yaml"), *args])
+    throughput.main()
+
+
+def test_command_writes_all_it_knows(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "results" / "emoji.json"
+    run(monkeypatch, "--branch", "1", "11", "1", "--batch-size", "1", "--repeats", "2", "--warmup", "1", "--steps", "7",
+        "--interval", "3", "--dtype", "bf16", "--device", "cpu", "--out", str(out))
+    result = json.loads(out.read_text())
+    assert result["model"] == "ddpm_emoji"
+    assert result["settings"] == {"batch_size": 1, "dtype": "bf16", "repeats": 2, "warmup": 1, "weights": "random"}
+    assert result["provenance"].keys() >= {"commit", "versions", "device", "device_name", "threads"}
+    assert [row["branch"] for row in result["branches"]] == [1, 11]
+    assert [(row["branch"], row["interval"], row["full_steps"], row["steps"]) for row in result["runs"]] \
+        == [(1, 3, 3, 7), (11, 3, 3, 7)]
+    assert all(math.isfinite(row[key]) and row[key] > 0 for row in result["runs"]
+               for key in ("images_per_second", "speedup", "macs", "macs_fc", "macs_speedup"))
+    printed = capsys.readouterr().out
+    assert "batch 1, bf16, cpu" in printed and "branch 11, N = 3" in printed
+    assert [path.name for path in out.parent.iterdir()] == ["emoji.json"]
+
+
+@pytest.mark.parametrize("args", ["--branch 12", "--branch 1 -1", "--interval 0", "--interval 2 101", "--steps 0",
+                                  "--repeats 0", "--warmup 0", "--batch-size 0", "--threads 0", "--device abacus",
+                                  "--device cuda:99", "--config nowhere.yaml", "--checkpoint nowhere.ckpt"])
+def test_command_refuses_bad_input(monkeypatch, capsys, tmp_path, args):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *args.split(), "--out", str(tmp_path / "x.json"))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "x.json").exists()
