@@ -180,6 +180,8 @@ def main() -> None:
     args = parser.parse_args()
 
     config, device, dtype = load_config(args.config), prepare_device(args), DTYPES[args.dtype]
+    if device.type == "meta":
+        raise UserError("--device meta computes nothing that could be timed: use cpu or cuda")
     branches = list(dict.fromkeys(args.branch or [config.sampler.branch]))
     steps = config.sampler.steps if args.steps is None else args.steps
     torch.manual_seed(0)

@@ -110,7 +110,8 @@ def test_command_writes_all_it_knows(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("args", ["--branch 12", "--branch 1 -1", "--interval 0", "--interval 2 101", "--steps 0",
                                   "--repeats 0", "--warmup 0", "--batch-size 0", "--threads 0", "--device abacus",
-                                  "--device cuda:99", "--config nowhere.yaml", "--checkpoint nowhere.ckpt"])
+                                  "--device cuda:99", "--device meta", "--config nowhere.yaml",
+                                  "--checkpoint nowhere.ckpt"])
 def test_command_refuses_bad_input(monkeypatch, capsys, tmp_path, args):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *args.split(), "--out", str(tmp_path / "x.json"))
