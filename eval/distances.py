@@ -1,0 +1,220 @@
+"""Distances between two sets of features, with error bars and the distance that real images have from real images.
+
+Frechet distance (Heusel et al., arXiv 1706.08500) in a PCA basis of the reference, since with fewer images than
+dimensions it is mostly bias, and the kernel distance (KID; Binkowski et al., arXiv 1801.01401) on all dimensions.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from scipy.spatial.distance import cdist
+
+from sampling.settings import UserError
+
+_BLOCK = 1024       # rows of a kernel matrix held at a time
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error over draws of as many generated images; the reference is held fixed."""
+    value: float
+    stderr: float
+
+    def json(self) -> dict:
+        """With a 95% interval."""
+        return {"value": self.value, "stderr": self.stderr,
+                "interval": [self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr]}
+
+
+def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
+    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), in float64.
+
+    mu: [d]; cov: [d, d], symmetric. (cov1 cov2)^(1/2) has the trace of (S cov2 S)^(1/2) with S = cov1^(1/2), which is
+    symmetric: eigh serves for both roots, and no imaginary part or offset on the diagonal comes up.
+    """
+    mu1, cov1, mu2, cov2 = (np.asarray(a, np.float64) for a in (mu1, cov1, mu2, cov2))
+    values, vectors = np.linalg.eigh(cov1)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    product = root @ cov2 @ root
+    shared = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0)).sum()
+    return float(((mu1 - mu2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * shared)
+
+
+def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [d] and unbiased covariance [d, d] of features [n, d], in float64; warns when n <= d (singular)."""
+    n, d = features.shape
+    if n <= d:
+        warnings.warn(f"{n} images for {d} dimensions: the covariance is singular and the Frechet distance mostly bias: "
+                      "use more images or fewer dimensions", stacklevel=2)
+    return _statistics(features)
+
+
+def _statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    features = np.asarray(features, np.float64)
+    return features.mean(0), np.cov(features, rowvar=False).reshape(features.shape[1], features.shape[1])
+
+
+class Basis(NamedTuple):
+    """Orthonormal directions of largest variance. mean: [D]; directions: [D, dims]; explained: share of variance."""
+    mean: np.ndarray
+    directions: np.ndarray
+    explained: float
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """[n, D] -> float64 [n, dims]."""
+        return (np.asarray(features, np.float64) - self.mean) @ self.directions
+
+
+def pca_basis(reference_features: np.ndarray, dims: int = 64) -> Basis:
+    """The first `dims` principal directions of reference features [n, D]. Raises UserError unless dims < n and <= D."""
+    n, full = reference_features.shape
+    if not 1 <= dims <= min(n - 1, full):
+        raise UserError(f"{dims} PCA dimensions of {n} reference images with {full} features: "
+                        f"choose 1 to {min(n - 1, full)}")
+    mean, cov = _statistics(reference_features)
+    values, vectors = np.linalg.eigh(cov)                   # ascending
+    return Basis(mean, vectors[:, :-dims - 1:-1], float(values[-dims:].sum() / values.sum()))
+
+
+def frechet(samples: np.ndarray, reference: np.ndarray, basis: Basis, repeats: int = 200, seed: int = 0) -> Estimate:
+    """Frechet distance of features [n, D] to a reference [m, D] within `basis`; warns where n or m <= dims.
+
+    It falls as n grows, for equal distributions too: compare only numbers of equal n and m.
+    """
+    x = basis(samples)
+    reference_statistics = statistics(basis(reference))
+    value = frechet_distance(*statistics(x), *reference_statistics)
+    weights = _subsets(len(x), repeats, seed)
+    without = [frechet_distance(*_statistics(x[w]), *reference_statistics) for w in weights.T]
+    return Estimate(value, _stderr(np.array(without), len(x), weights[:, 0].sum()))
+
+
+def kid(samples: np.ndarray, reference: np.ndarray, repeats: int = 200, seed: int = 0) -> Estimate:
+    """Unbiased squared MMD of features [n, D] and [m, D] with the kernel (x.y / D + 1)^3, on all images at once.
+
+    Zero on average for equal distributions at any n and m, so it may be negative. No random subsets of 100 or 1000
+    images as in other implementations: they estimate the same number with more noise.
+    """
+    _needs_two(samples, reference)
+    weights = _subsets(len(samples), repeats, seed)
+    everything = np.ones((len(samples), 1), bool)
+    values = _kid_of_subsets(samples, np.hstack([everything, weights]), reference, np.ones((len(reference), 1), bool))
+    return Estimate(float(values[0]), _stderr(values[1:], len(samples), weights[:, 0].sum()))
+
+
+def _subsets(n: int, repeats: int, seed: int) -> np.ndarray:
+    """bool [n, repeats]: random subsets of 80% of n, drawn WITHOUT replacement.
+
+    A bootstrap (with replacement) repeats images. In an unbiased kernel estimate the pairs of an image with itself
+    are left out for a reason: its copies bring them back and push every resample up; in a covariance, copies lower
+    the number of distinct images, and the Frechet distance with it rises. Subsets have no copies.
+    """
+    keep = min(max(2, round(0.8 * n)), n - 1) if n > 2 else n
+    return _draw(n, keep, repeats, np.random.default_rng(seed))
+
+
+def _draw(n: int, keep: int, repeats: int, rng: np.random.Generator) -> np.ndarray:
+    chosen = np.zeros((n, repeats), bool)
+    for r in range(repeats):
+        chosen[rng.permutation(n)[:keep], r] = True
+    return chosen
+
+
+def _stderr(values: np.ndarray, n: int, keep: int) -> float:
+    """Standard error at n from values at `keep` of the same n (delete-d jackknife; Shao and Wu 1989).
+
+    The mean of `keep` out of n has variance s^2 / keep * (1 - keep / n): smaller than s^2 / n by (n - keep) / keep.
+    Against 60 real draws of 256 emoji: right for KID (0.0096 for 0.0088), a third too large for FD in 64 dimensions
+    (5.4 for 3.9), where the bootstrap was by more than half (6.1).
+    """
+    return float(np.std(values) * np.sqrt(keep / (n - keep))) if n > keep else float("nan")
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _pair_sums(x: np.ndarray, wx: np.ndarray, y: np.ndarray, wy: np.ndarray) -> np.ndarray:
+    """sum_ij wx[i, r] k(x_i, y_j) wy[j, r] for every r, a block of the kernel matrix at a time."""
+    total = 0
+    for i in range(0, len(x), _BLOCK):
+        rows = sum(_kernel(x[i:i + _BLOCK], y[j:j + _BLOCK]) @ wy[j:j + _BLOCK] for j in range(0, len(y), _BLOCK))
+        total = total + (wx[i:i + _BLOCK] * rows).sum(0)
+    return total
+
+
+def _kid_of_subsets(x: np.ndarray, wx: np.ndarray, y: np.ndarray, wy: np.ndarray) -> np.ndarray:
+    """KID [R] of the subsets wx (bool [n, R]) of x with the subsets wy (bool [m, R] or [m, 1]) of y."""
+    def within(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+        count, itself = w.sum(0), (np.einsum("ij,ij->i", x, x) / x.shape[1] + 1) ** 3
+        return (_pair_sums(x, w, x, w) - itself @ w) / (count * (count - 1))
+
+    x, y, wx, wy = (np.asarray(a, np.float64) for a in (x, y, wx, wy))
+    across = _pair_sums(x, wx, y, wy) / (wx.sum(0) * wy.sum(0))
+    return within(x, wx) + within(y, wy) - 2 * across
+
+
+def _needs_two(*sets: np.ndarray) -> None:
+    for features in sets:
+        if len(features) < 2:
+            raise UserError(f"a distance of sets needs at least 2 images, got {len(features)}")
+
+
+def real_floor(reference: np.ndarray, samples: np.ndarray, basis: Basis, held_out: np.ndarray | None = None,
+               repeats: int = 100, seed: int = 0) -> dict:
+    """What real images score against real images, and the samples at exactly the same sizes. Features [n, D] all.
+
+    With held_out: min(len(held_out), len(samples)) of them against the whole reference. Without: the reference is
+    split at random into at most half, as many as there are samples, and the rest. Every number is the mean over
+    `repeats` draws with its 2.5% and 97.5% quantiles: where a set of so many real images (real) or of so many of the
+    samples (samples) falls; for all of the held-out images, their number and its 95% interval. A split knows the same subjects on both sides, held-out images other subjects: the
+    first floor is a little low, the second a little high.
+    Returns {kind, n, reference_n, FD: {real, samples}, KID: {real, samples}}.
+    """
+    rng = np.random.default_rng(seed)
+    if held_out is not None:
+        n, real = min(len(held_out), len(samples)), held_out
+        left = np.ones((len(reference), 1), bool)
+        taken = _draw(len(held_out), n, repeats, rng)
+    else:
+        n, real = min(len(reference) // 2, len(samples)), reference
+        taken = _draw(len(reference), n, repeats, rng)
+        left = ~taken
+    _needs_two(real[:n], reference[n if held_out is None else 0:])
+    drawn = _draw(len(samples), n, repeats, rng)
+    low = {"reference": basis(reference), "real": basis(real), "samples": basis(samples)}
+
+    def frechets(x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        against = [_statistics(low["reference"][w]) for w in left.T]
+        return np.array([frechet_distance(*_statistics(x[w]), *against[r % len(against)])
+                         for r, w in enumerate(chosen.T)])
+
+    floor = {"kind": "split" if held_out is None else "held-out", "n": n, "reference_n": int(left[:, 0].sum()),
+             "FD": {"samples": _spread(frechets(low["samples"], drawn))},
+             "KID": {"samples": _spread(_kid_of_subsets(samples, drawn, reference, left))}}
+    if held_out is not None and n == len(held_out):         # every draw is the whole set
+        for name, estimate in (("FD", frechet(held_out, reference, basis, repeats, seed)),
+                               ("KID", kid(held_out, reference, repeats, seed))):
+            floor[name]["real"] = {"mean": estimate.value, "range": estimate.json()["interval"]}
+    else:
+        floor["FD"]["real"] = _spread(frechets(low["real"], taken))
+        floor["KID"]["real"] = _spread(_kid_of_subsets(real, taken, reference, left))
+    return floor
+
+
+def _spread(values: np.ndarray) -> dict:
+    return {"mean": float(values.mean()), "range": [float(q) for q in np.quantile(values, (0.025, 0.975))]}
+
+
+def nearest_neighbours(features: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of features [n, D] the index of the nearest reference image and its Euclidean distance: int, float [n].
+
+    A sample much nearer to a training image than held-out images are is a copy of it.
+    """
+    _needs_two(reference)
+    indices, distances = [], []
+    for first in range(0, len(features), 256):
+        block = cdist(np.asarray(features[first:first + 256], np.float64), np.asarray(reference, np.float64))
+        indices.append(block.argmin(1))
+        distances.append(block.min(1))
+    return np.concatenate(indices), np.concatenate(distances)

@@ -1,0 +1,146 @@
+"""How close images are to those of the same seeds in another folder: cached against uncached sampling.
+
+    python -m eval.fidelity --samples samples/interval5 --against samples/full --out results/interval5_fidelity.json
+
+PSNR (dB) and SSIM per image, and the distance of EfficientNet-Lite0 features (1 - cosine). LPIPS needs a weight file
+that no package carries, so it is not among them.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from eval.features import EffLite0, features_of
+from eval.images import ImageSet, open_images
+from sampling.cli import command
+from sampling.provenance import provenance
+from sampling.runs import format_seeds, parse_seeds, write_json
+from sampling.settings import UserError
+
+_SSIM_WINDOW = 11
+LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "feature_distance": "1 - cos, EffLite0"}
+
+
+def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_size: int = 32, seed: int = 0) -> dict:
+    """PSNR, SSIM and feature distance of each image to its partner of the same seed, and their means.
+
+    Returns {images, identical, psnr, ssim, feature_distance: {mean, interval, unrelated}, per_image: {seed, psnr, ssim,
+    feature_distance}}. interval: 95%, bootstrap over images. unrelated: the same between images of different seeds.
+    The PSNR of identical images is infinite: None per image, and left out of the mean; `identical` counts them.
+    Raises UserError when an image has no partner or the sizes differ.
+    """
+    seeds = _paired(samples, against)
+    found = {"psnr": [], "ssim": []}
+    unrelated = {"psnr": [], "ssim": []}
+    for x, y in zip(samples.batches(batch_size), against.batches(batch_size), strict=True):
+        x, y = (torch.tensor(a).permute(0, 3, 1, 2).float() for a in (x, y))
+        for measured, other in ((found, y), (unrelated, y.roll(1, 0))):
+            if other is y or len(y) > 1:
+                for name, values in _pixels(x, other).items():
+                    measured[name].append(values)
+    found, unrelated = ({name: np.concatenate(values) if values else np.empty(0) for name, values in measured.items()}
+                        for measured in (found, unrelated))
+    fx, fy = (features_of(images, extractor, batch_size) for images in (samples, against))
+    found["feature_distance"] = _cosine_distance(fx.values, fy.values)
+    if len(seeds) > 1:
+        unrelated["feature_distance"] = _cosine_distance(fx.values, np.roll(fy.values, 1, 0))
+    else:
+        unrelated["feature_distance"] = np.empty(0)
+
+    result = {"images": len(seeds), "identical": int(np.isinf(found["psnr"]).sum())}
+    for name in LABELS:
+        mean, interval = mean_interval(found[name][np.isfinite(found[name])], seed)
+        usual = unrelated[name][np.isfinite(unrelated[name])]
+        result[name] = {"mean": mean, "interval": interval, "unrelated": float(usual.mean()) if len(usual) else None}
+    result["per_image"] = {"seed": seeds} | {
+        name: [round(float(v), 6) if np.isfinite(v) else None for v in found[name]] for name in LABELS}
+    result["images_sha256"] = {"samples": fx.images_sha256, "against": fy.images_sha256}
+    return result
+
+
+def mean_interval(values: np.ndarray, seed: int = 0, repeats: int = 1000) -> tuple[float | None, list[float] | None]:
+    """The mean of values [n] and its 95% interval by the percentile bootstrap; (None, None) of nothing."""
+    if not len(values):
+        return None, None
+    rng = np.random.default_rng(seed)
+    means = np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(repeats)])
+    return float(values.mean()), [float(q) for q in np.quantile(means, (0.025, 0.975))]
+
+
+def _pixels(x: torch.Tensor, y: torch.Tensor) -> dict[str, np.ndarray]:
+    """Per image, of float [n, 3, height, width] in 0..255; SSIM with the usual 11 x 11 Gaussian window."""
+    psnr = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))
+    ssim = structural_similarity_index_measure(x, y, data_range=255.0, reduction="none")
+    return {"psnr": psnr.reshape(-1).double().numpy(), "ssim": ssim.reshape(-1).double().numpy()}
+
+
+def _cosine_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    cosine = (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
+    return (1 - cosine).clip(0)
+
+
+def _paired(samples: ImageSet, against: ImageSet) -> list[int]:
+    for images in (samples, against):
+        if images.seeds is None:
+            raise UserError(f"{images.description}: the file names are not numbers, so images cannot be paired by seed")
+    for one, other in ((samples, against), (against, samples)):
+        alone = set(one.seeds) - set(other.seeds)
+        if alone:
+            text = format_seeds(alone)
+            raise UserError(f"{len(alone)} of the {len(one)} images in {one.description} have no partner in "
+                            f"{other.description}: seeds {text if len(text) <= 60 else text[:60] + '...'}")
+    if samples.size != against.size:
+        raise UserError(f"{samples.description} has images of {samples.size[1]}x{samples.size[0]} pixels, "
+                        f"{against.description} of {against.size[1]}x{against.size[0]}")
+    if min(samples.size) < _SSIM_WINDOW:
+        raise UserError(f"SSIM needs images of at least {_SSIM_WINDOW} pixels a side, {samples.description} has "
+                        f"{samples.size[1]}x{samples.size[0]}")
+    return samples.seeds
+
+
+def table(result: dict) -> str:
+    """The means as a few lines of text."""
+    lines = [f"{result['images']} images, {result['identical']} identical to their partner",
+             f"{'':20}{'mean':>9}  {'95% interval':^19}{'unrelated':>11}"]
+    for name, label in LABELS.items():
+        row = result[name]
+        if row["mean"] is None:
+            lines.append(f"{label:20}{'inf':>9}")
+            continue
+        low, high = row["interval"]
+        unrelated = "-" if row["unrelated"] is None else f"{row['unrelated']:.4f}"
+        lines.append(f"{label:20}{row['mean']:9.4f}  {low:9.4f} {high:9.4f}{unrelated:>11}")
+    return "\n".join(lines)
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
+    parser.add_argument("--against", type=Path, required=True, help="folder or npz with the same seeds, uncached")
+    parser.add_argument("--seeds", help="exactly these must be in both, like 0-255 (default: whatever is there)")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the features")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    seeds = parse_seeds(args.seeds) if args.seeds else None
+    samples, against = (open_images(path, seeds) for path in (args.samples, args.against))
+    extractor = EffLite0(args.device)
+    result = fidelity(samples, against, extractor, args.batch_size)
+    print(table(result))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, {"kind": "fidelity", "samples": samples.description, "against": against.description,
+                              **result, "extractor": extractor.id, "run": samples.run(), "against_run": against.run(),
+                              "provenance": provenance(args.device)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Reading a set of images: a sample folder, a plain folder of PNGs, or an npz; always in the same order, in batches."""
+
+import hashlib
+import itertools
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sampling.runs import format_seeds
+from sampling.settings import UserError, one_line
+
+# What Pillow raises for a PNG that is cut off or not one: SyntaxError too, for a damaged chunk.
+_UNREADABLE = (OSError, ValueError, SyntaxError)
+
+
+@dataclass
+class ImageSet:
+    """Images that are read when asked for; memory does not grow with their number.
+
+    description: where they are. names: one per image, in order. seeds: the same as numbers, where the names are.
+    size: (height, width). fingerprint: changes when the files do. root: the folder or file; None for arrays.
+    """
+    description: str
+    names: list[str]
+    seeds: list[int] | None
+    size: tuple[int, int]
+    fingerprint: str
+    root: Path | None
+    read: Callable[[int], Iterator[np.ndarray]]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batches(self, n: int) -> Iterator[np.ndarray]:
+        """uint8 [at most n, height, width, 3], in order. Raises UserError that names a file it cannot use."""
+        yield from self.read(n)
+
+    def run(self) -> dict | None:
+        """run.json of a sample folder, None where there is none."""
+        path = self.root / "run.json" if self.root else None
+        if path is None or not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is damaged: where these images come from is unknown; sample them again") from None
+
+
+def open_images(path: Path | str, seeds: Sequence[int] | None = None, expected: int | None = None) -> ImageSet:
+    """The images of a sample folder (000/000123.png), of a plain folder of PNGs, or of an npz (`arr_0`, uint8 NHWC).
+
+    Order: by seed where the names are numbers, else by name; an npz as it lies, its positions counting as seeds.
+    seeds: exactly these must be there. expected: at least so many must be there.
+    Raises UserError for no images, too few, missing or leftover seeds, and files that are no 8-bit RGB images.
+    """
+    path = Path(path)
+    if path.is_dir():
+        images = _folder(path)
+    elif path.is_file():
+        images = _npz(path)
+    else:
+        raise UserError(f"no images at {path}: give a folder of PNGs or an npz")
+    if seeds is not None:
+        _check_seeds(images, seeds)
+    if expected is not None and len(images) < expected:
+        raise UserError(f"{path} has {len(images)} of the {expected} images expected: sample the rest first")
+    return images
+
+
+def from_array(pixels: np.ndarray, description: str, names: Sequence[str]) -> ImageSet:
+    """Images in memory: uint8 [n, height, width, 3] and n names."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) != len(names):
+        raise ValueError(f"expected uint8 [{len(names)}, height, width, 3], got {pixels.dtype} {list(pixels.shape)}")
+
+    def read(n: int) -> Iterator[np.ndarray]:
+        for first in range(0, len(pixels), n):
+            yield pixels[first:first + n]
+
+    digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
+    return ImageSet(description, list(names), None, pixels.shape[1:3], digest, None, read)
+
+
+def _folder(path: Path) -> ImageSet:
+    # A plain folder may hold sub-folders of something else, and a sample folder a picture of all samples.
+    dealt = sorted(path.glob("[0-9][0-9][0-9]*/[0-9]*.png"))
+    files = dealt if dealt or (path / "run.json").exists() else sorted(path.glob("*.png"))
+    if not files:
+        raise UserError(f"no PNG images in {path}")
+    seeds = None
+    if all(re.fullmatch(r"[0-9]+", file.stem) for file in files):
+        files.sort(key=lambda file: int(file.stem))
+        seeds = [int(file.stem) for file in files]
+        if len(set(seeds)) < len(seeds):
+            twice = next(a for a, b in itertools.pairwise(seeds) if a == b)
+            raise UserError(f"{path} has two images of seed {twice}")
+    names = [str(file.relative_to(path)) for file in files]
+    first = _read_png(files[0])
+
+    def read(n: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(files), n):
+            yield np.stack([_read_png(file, first.shape, files[0]) for file in files[start:start + n]])
+
+    return ImageSet(str(path), names, seeds, first.shape[:2], _fingerprint(files, names), path, read)
+
+
+def _read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | None = None) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            if image.mode != "RGB":
+                raise UserError(f"{path} is of mode {image.mode}: expected 8-bit RGB")
+            pixels = np.asarray(image)
+    except _UNREADABLE as error:
+        raise UserError(f"{path} is truncated or not an image ({one_line(error)}): "
+                        "delete it and sample it again") from None
+    if shape is not None and pixels.shape != shape:
+        raise UserError(f"mixed sizes: {path} is {pixels.shape[1]}x{pixels.shape[0]}, "
+                        f"{example} is {shape[1]}x{shape[0]}")
+    return pixels
+
+
+def _npz(path: Path) -> ImageSet:
+    with _open_array(path) as (_, shape):
+        pass
+
+    def read(n: int) -> Iterator[np.ndarray]:
+        # The archive is decompressed as it is read: numpy.load would hold all 10 GB of 50,000 images.
+        with _open_array(path) as (file, shape):
+            for first in range(0, shape[0], n):
+                batch = (min(n, shape[0] - first), *shape[1:])
+                try:
+                    data = file.read(int(np.prod(batch)))
+                except (zipfile.BadZipFile, OSError, EOFError, zipfile.zlib.error) as error:
+                    raise UserError(f"{path} is damaged: {one_line(error)}") from None
+                if len(data) < np.prod(batch):
+                    raise UserError(f"{path} is truncated: arr_0 ends before image {first + batch[0]} of {shape[0]}")
+                yield np.frombuffer(data, np.uint8).reshape(batch)
+
+    names = [str(i) for i in range(shape[0])]
+    return ImageSet(str(path), names, list(range(shape[0])), shape[1:3], _fingerprint([path], [path.name]), path, read)
+
+
+class _open_array:
+    """Context of arr_0 in an npz: (a file positioned at the first pixel, shape)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self):
+        try:
+            self.archive = zipfile.ZipFile(self.path)
+            self.file = self.archive.open("arr_0.npy")
+            version = np.lib.format.read_magic(self.file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = header(self.file)
+        except KeyError:
+            raise UserError(f"{self.path} has no arr_0: expected uint8 [n, height, width, 3]") from None
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise UserError(f"{self.path} is truncated or not an npz: {one_line(error)}") from None
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+            raise UserError(f"{self.path}: arr_0 is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}: "
+                            "expected uint8 [n, height, width, 3]")
+        if not shape[0]:
+            raise UserError(f"no images in {self.path}")
+        return self.file, shape
+
+    def __exit__(self, *_) -> None:
+        self.archive.close()
+
+
+def _fingerprint(files: Iterable[Path], names: Iterable[str]) -> str:
+    """Of names, sizes and times of change: reading 50,000 images to learn that they are the same takes too long."""
+    digest = hashlib.sha256()
+    for file, name in zip(files, names, strict=True):
+        status = file.stat()
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _check_seeds(images: ImageSet, seeds: Sequence[int]) -> None:
+    if images.seeds is None:
+        raise UserError(f"{images.description}: the file names are not numbers, so seeds cannot be told")
+    wanted, there = set(seeds), set(images.seeds)
+    if wanted - there:
+        raise UserError(f"{images.description} has {len(wanted & there)} of the {len(wanted)} images asked for; "
+                        f"missing seeds {_some(wanted - there)}: sample them first")
+    if there - wanted:
+        raise UserError(f"{images.description} has {len(there - wanted)} images more than asked for, seeds "
+                        f"{_some(there - wanted)}: ask for them too, or use another folder")
+
+
+def _some(seeds: Iterable[int]) -> str:
+    """The seeds, cut short."""
+    text = format_seeds(seeds)
+    return text if len(text) <= 60 else text[:60].rsplit(",", 1)[0] + ",..."

@@ -1,0 +1,141 @@
+"""How close a set of images is to a set of real ones, on EfficientNet-Lite0 features.
+
+    python -m eval.quality --samples samples/full --reference "emoji:Smileys & Emotion" --out results/full_quality.json
+
+FD-EffLite0: Frechet distance in the first 64 principal directions of the reference. KID-EffLite0: unbiased kernel
+distance on all 1280 features. Both with error bars, and with the floor: what real images score at equal numbers.
+These are not FID and KID of the literature, which use another network. Compare FD only between equal numbers of images.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eval import distances
+from eval.features import EffLite0, features_of
+from eval.images import ImageSet, from_array, open_images
+from sampling.cli import command
+from sampling.provenance import provenance
+from sampling.runs import parse_seeds, write_json
+from sampling.settings import UserError
+from training import emoji
+
+FD, KID = "FD-EffLite0", "KID-EffLite0"
+
+
+def open_reference(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet | None]:
+    """(reference, held-out or None) of 'emoji:GROUP' (training images; 'emoji:all' for all groups), a folder or an npz.
+
+    size: (height, width) of the samples; a reference of another size is a UserError, since sharpness would differ.
+    """
+    if not text.startswith("emoji:"):
+        reference = open_images(text)
+        if reference.size != size:
+            raise UserError(f"the samples are {size[1]}x{size[0]} pixels and {text} is "
+                            f"{reference.size[1]}x{reference.size[0]}: take a reference of the same size")
+        return reference, None
+    group = text.removeprefix("emoji:")
+
+    def load(split: str) -> ImageSet:
+        pixels, rows = emoji.load(size[0], split, None if group == "all" else group)
+        return from_array(pixels, f"{text} ({split}, {size[0]} px)", [f"{row.style}/{row.name}" for row in rows])
+
+    if size[0] != size[1]:
+        raise UserError(f"the samples are {size[1]}x{size[0]} pixels: the emoji are square")
+    try:
+        return load("train"), load("held-out")
+    except ValueError as error:
+        raise UserError(f"--reference {text}: {error}") from None
+
+
+def quality(samples: ImageSet, reference: ImageSet, extractor: EffLite0, held_out: ImageSet | None = None,
+            dims: int = 64, repeats: int = 200, batch_size: int = 32) -> dict:
+    """Distances of samples to reference with errors, floors and nearest neighbours, JSON-compatible.
+
+    dims: of the PCA basis. repeats: subsets per error bar, and half as many for each floor.
+    """
+    x, y = (features_of(images, extractor, batch_size) for images in (samples, reference))
+    held = features_of(held_out, extractor, batch_size) if held_out else None
+    basis = distances.pca_basis(y.values, dims)
+    floors = [distances.real_floor(y.values, x.values, basis, real, repeats // 2)
+              for real in ((None, held.values) if held else (None,))]
+    nearest = {"samples": _nearest(x.values, y.values)}
+    if held:
+        nearest["held_out"] = _nearest(held.values, y.values)
+    return {
+        FD: {**distances.frechet(x.values, y.values, basis, repeats).json(),
+             "dims": dims, "explained": basis.explained},
+        KID: {**distances.kid(x.values, y.values, repeats).json(), "dims": x.values.shape[1]},
+        "floors": [{FD if k == "FD" else KID if k == "KID" else k: v for k, v in floor.items()} for floor in floors],
+        "nearest_reference": nearest,
+        "samples": _described(samples, x.images_sha256),
+        "reference": _described(reference, y.images_sha256),
+        "held_out": _described(held_out, held.images_sha256) if held else None,
+        "extractor": extractor.id,
+    }
+
+
+def _nearest(features: np.ndarray, reference: np.ndarray) -> dict:
+    """Quantiles of the distance to the nearest reference image: far below those of held-out images = copied."""
+    _, found = distances.nearest_neighbours(features, reference)
+    return {name: float(np.quantile(found, q)) for name, q in (("min", 0), ("5%", 0.05), ("median", 0.5), ("95%", 0.95))}
+
+
+def _described(images: ImageSet, digest: str) -> dict:
+    return {"from": images.description, "images": len(images), "size": list(images.size), "sha256": digest}
+
+
+def table(result: dict) -> str:
+    """The numbers as a few lines of text; KID in thousandths."""
+    lines = [f"{result['samples']['images']} images against {result['reference']['images']} of "
+             f"{result['reference']['from']}", f"{'':44}{FD:>20}  {KID + ' x 1000':>22}"]
+
+    def row(label: str, fd: str, kid: str) -> None:
+        lines.append(f"{label:44}{fd:>20}  {kid:>22}")
+
+    fd, kid = result[FD], result[KID]
+    row("all images", f"{fd['value']:.2f} +- {1.96 * fd['stderr']:.2f}",
+        f"{1e3 * kid['value']:.2f} +- {1.96e3 * kid['stderr']:.2f}")
+    for floor in result["floors"]:
+        sizes = f"{floor['n']} against {floor['reference_n']}"
+        for kind, label in (("real", f"  real ({floor['kind']})"), ("samples", "  samples")):
+            f, k = floor[FD][kind], floor[KID][kind]
+            row(f"{label}, {sizes}", "{:.2f} [{:.2f} {:.2f}]".format(f["mean"], *f["range"]),
+                "{:.2f} [{:.2f} {:.2f}]".format(*(1e3 * v for v in (k["mean"], *k["range"]))))
+    near = result["nearest_reference"]
+    lines.append("distance to the nearest reference image, median (5%): "
+                 + ", ".join(f"{name.replace('_', '-')} {q['median']:.2f} ({q['5%']:.2f})" for name, q in near.items()))
+    return "\n".join(lines)
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
+    parser.add_argument("--reference", required=True, help="emoji:GROUP, emoji:all, a folder of PNGs, or an npz")
+    parser.add_argument("--seeds", help="exactly these must be there, like 0-255 (default: whatever is there)")
+    parser.add_argument("--count", type=int, help="at least so many images must be there")
+    parser.add_argument("--dims", type=int, default=64, help="principal directions of FD (default: 64)")
+    parser.add_argument("--repeats", type=int, default=200, help="subsets per error bar (default: 200)")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the features")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.repeats < 2 or args.batch_size < 1:
+        raise UserError("--repeats must be 2 or more and --batch-size 1 or more")
+    samples = open_images(args.samples, parse_seeds(args.seeds) if args.seeds else None, args.count)
+    reference, held_out = open_reference(args.reference, samples.size)
+    result = quality(samples, reference, EffLite0(args.device), held_out, args.dims, args.repeats, args.batch_size)
+    print(table(result))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, {"kind": "quality", **result, "run": samples.run(), "provenance": provenance(args.device)})
+
+
+if __name__ == "__main__":
+    main()
