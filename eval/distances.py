@@ -4,10 +4,13 @@ Frechet distance (Heusel et al., arXiv 1706.08500) in a PCA basis of the referen
 dimensions it is mostly bias, and the kernel distance (KID; Binkowski et al., arXiv 1801.01401) on all dimensions.
 """
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy.spatial.distance import cdist
 
 from sampling.settings import UserError
@@ -26,32 +29,47 @@ class Estimate(NamedTuple):
                 "interval": [self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr]}
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small eigenproblems on several threads spend their time waiting for each other: with a busy core next door, that
+    of 1280 dimensions took 41 s on two threads and 0.7 s on one. NumPy's BLAS cannot be told so; torch's can."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), in float64.
 
     mu: [d]; cov: [d, d], symmetric. (cov1 cov2)^(1/2) has the trace of (S cov2 S)^(1/2) with S = cov1^(1/2), which is
     symmetric: eigh serves for both roots, and no imaginary part or offset on the diagonal comes up.
     """
-    mu1, cov1, mu2, cov2 = (np.asarray(a, np.float64) for a in (mu1, cov1, mu2, cov2))
-    values, vectors = np.linalg.eigh(cov1)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    mu1, cov1, mu2, cov2 = (torch.tensor(a, dtype=torch.float64) for a in (mu1, cov1, mu2, cov2))
+    values, vectors = torch.linalg.eigh(cov1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     product = root @ cov2 @ root
-    shared = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0)).sum()
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * shared)
+    shared = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    return (((mu1 - mu2) ** 2).sum() + cov1.trace() + cov2.trace() - 2 * shared).item()
 
 
 def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean [d] and unbiased covariance [d, d] of features [n, d], in float64; warns when n <= d (singular)."""
     n, d = features.shape
     if n <= d:
-        warnings.warn(f"{n} images for {d} dimensions: the covariance is singular and the Frechet distance mostly bias: "
-                      "use more images or fewer dimensions", stacklevel=2)
+        warnings.warn(f"{n} images for {d} dimensions: the covariance is singular and the Frechet distance mostly "
+                      "bias: use more images or fewer dimensions", stacklevel=2)
     return _statistics(features)
 
 
+@_one_thread()
 def _statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    features = np.asarray(features, np.float64)
-    return features.mean(0), np.cov(features, rowvar=False).reshape(features.shape[1], features.shape[1])
+    x = torch.tensor(features, dtype=torch.float64)
+    centred = x - x.mean(0)
+    return x.mean(0).numpy(), (centred.T @ centred / (len(x) - 1)).numpy()
 
 
 class Basis(NamedTuple):
@@ -62,9 +80,11 @@ class Basis(NamedTuple):
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """[n, D] -> float64 [n, dims]."""
-        return (np.asarray(features, np.float64) - self.mean) @ self.directions
+        x = torch.tensor(features, dtype=torch.float64) - torch.from_numpy(self.mean)
+        return (x @ torch.from_numpy(self.directions)).numpy()
 
 
+@_one_thread()
 def pca_basis(reference_features: np.ndarray, dims: int = 64) -> Basis:
     """The first `dims` principal directions of reference features [n, D]. Raises UserError unless dims < n and <= D."""
     n, full = reference_features.shape
@@ -72,8 +92,8 @@ def pca_basis(reference_features: np.ndarray, dims: int = 64) -> Basis:
         raise UserError(f"{dims} PCA dimensions of {n} reference images with {full} features: "
                         f"choose 1 to {min(n - 1, full)}")
     mean, cov = _statistics(reference_features)
-    values, vectors = np.linalg.eigh(cov)                   # ascending
-    return Basis(mean, vectors[:, :-dims - 1:-1], float(values[-dims:].sum() / values.sum()))
+    values, vectors = torch.linalg.eigh(torch.from_numpy(cov))      # ascending
+    return Basis(mean, vectors[:, -dims:].flip(1).numpy(), (values[-dims:].sum() / values.sum()).item())
 
 
 def frechet(samples: np.ndarray, reference: np.ndarray, basis: Basis, repeats: int = 200, seed: int = 0) -> Estimate:
@@ -130,11 +150,11 @@ def _stderr(values: np.ndarray, n: int, keep: int) -> float:
     return float(np.std(values) * np.sqrt(keep / (n - keep))) if n > keep else float("nan")
 
 
-def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def _pair_sums(x: np.ndarray, wx: np.ndarray, y: np.ndarray, wy: np.ndarray) -> np.ndarray:
+def _pair_sums(x: torch.Tensor, wx: torch.Tensor, y: torch.Tensor, wy: torch.Tensor) -> torch.Tensor:
     """sum_ij wx[i, r] k(x_i, y_j) wy[j, r] for every r, a block of the kernel matrix at a time."""
     total = 0
     for i in range(0, len(x), _BLOCK):
@@ -145,13 +165,13 @@ def _pair_sums(x: np.ndarray, wx: np.ndarray, y: np.ndarray, wy: np.ndarray) -> 
 
 def _kid_of_subsets(x: np.ndarray, wx: np.ndarray, y: np.ndarray, wy: np.ndarray) -> np.ndarray:
     """KID [R] of the subsets wx (bool [n, R]) of x with the subsets wy (bool [m, R] or [m, 1]) of y."""
-    def within(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-        count, itself = w.sum(0), (np.einsum("ij,ij->i", x, x) / x.shape[1] + 1) ** 3
+    def within(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        count, itself = w.sum(0), ((x * x).sum(1) / x.shape[1] + 1) ** 3
         return (_pair_sums(x, w, x, w) - itself @ w) / (count * (count - 1))
 
-    x, y, wx, wy = (np.asarray(a, np.float64) for a in (x, y, wx, wy))
+    x, y, wx, wy = (torch.tensor(a, dtype=torch.float64) for a in (x, y, wx, wy))
     across = _pair_sums(x, wx, y, wy) / (wx.sum(0) * wy.sum(0))
-    return within(x, wx) + within(y, wy) - 2 * across
+    return (within(x, wx) + within(y, wy) - 2 * across).numpy()
 
 
 def _needs_two(*sets: np.ndarray) -> None:
@@ -167,8 +187,9 @@ def real_floor(reference: np.ndarray, samples: np.ndarray, basis: Basis, held_ou
     With held_out: min(len(held_out), len(samples)) of them against the whole reference. Without: the reference is
     split at random into at most half, as many as there are samples, and the rest. Every number is the mean over
     `repeats` draws with its 2.5% and 97.5% quantiles: where a set of so many real images (real) or of so many of the
-    samples (samples) falls; for all of the held-out images, their number and its 95% interval. A split knows the same subjects on both sides, held-out images other subjects: the
-    first floor is a little low, the second a little high.
+    samples (samples) falls; where all of the held-out images are taken, their number and its 95% interval.
+    A split knows the same subjects on both sides, held-out images other subjects: the first floor is a little low,
+    the second a little high.
     Returns {kind, n, reference_n, FD: {real, samples}, KID: {real, samples}}.
     """
     rng = np.random.default_rng(seed)

@@ -61,7 +61,7 @@ class EffLite0:
 
     @torch.no_grad()
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        x = torch.tensor(pixels, device=self.device).permute(0, 3, 1, 2).float()
+        x = torch.tensor(np.ascontiguousarray(pixels), device=self.device).permute(0, 3, 1, 2).float()
         x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False) / 127.5 - 1
         return self.net.extract_features(x).mean(dim=(2, 3)).cpu().numpy()
 

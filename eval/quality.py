@@ -8,6 +8,7 @@ These are not FID and KID of the literature, which use another network. Compare 
 """
 
 import argparse
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,8 @@ def quality(samples: ImageSet, reference: ImageSet, extractor: EffLite0, held_ou
 def _nearest(features: np.ndarray, reference: np.ndarray) -> dict:
     """Quantiles of the distance to the nearest reference image: far below those of held-out images = copied."""
     _, found = distances.nearest_neighbours(features, reference)
-    return {name: float(np.quantile(found, q)) for name, q in (("min", 0), ("5%", 0.05), ("median", 0.5), ("95%", 0.95))}
+    quantiles = {"min": 0, "5%": 0.05, "median": 0.5, "95%": 0.95}
+    return {name: float(np.quantile(found, q)) for name, q in quantiles.items()}
 
 
 def _described(images: ImageSet, digest: str) -> dict:
@@ -128,6 +130,7 @@ def main():
         torch.set_num_threads(args.threads)
     if args.repeats < 2 or args.batch_size < 1:
         raise UserError("--repeats must be 2 or more and --batch-size 1 or more")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     samples = open_images(args.samples, parse_seeds(args.seeds) if args.seeds else None, args.count)
     reference, held_out = open_reference(args.reference, samples.size)
     result = quality(samples, reference, EffLite0(args.device), held_out, args.dims, args.repeats, args.batch_size)
