@@ -1,15 +1,17 @@
 """Reading weights: never code, always every tensor by name and shape."""
 
 import hashlib
+import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sampling.settings import UserError, one_line
@@ -32,11 +34,38 @@ def check_md5(path: Path, md5: str) -> None:
                         "file; download it again")
 
 
+# What training frameworks leave beside the weights. Unpickled as classes without behaviour, whatever the name says.
+_HARMLESS = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
+    "pytorch_lightning.callbacks.progress.ProgressBar",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype",
+)
+
+
+class _Inert:
+    """Takes any arguments and any state, and keeps none of it."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+_INERT = [(type(name.rsplit(".", 1)[1], (_Inert,), {}), name) for name in _HARMLESS]
+
+
 def read_tensors(path: Path) -> object:
     """What a checkpoint file holds: a dict of tensors for .safetensors, whatever was pickled otherwise.
 
-    Pickles are opened with weights_only=True and mapped lazily. Raises UserError for a missing or damaged file, and
-    for a pickle that wants to run code, with the name of what it wanted.
+    Both are mapped, not copied. Pickles are opened with weights_only=True; what frameworks leave beside the weights is
+    read as objects without behaviour. Raises UserError for a missing or damaged file, and for a pickle that wants to
+    run code, with the name of what it wanted.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,8 +73,9 @@ def read_tensors(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with warnings.catch_warnings(category=UserWarning, action="ignore"):    # of a pickle protocol; refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # The warnings are of a pickle protocol; refused below. Files from before torch 1.6 cannot be mapped.
+        with (warnings.catch_warnings(category=UserWarning, action="ignore"), torch.serialization.safe_globals(_INERT)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted:
@@ -58,8 +88,19 @@ def read_tensors(path: Path) -> object:
         raise UserError(f"{path} is damaged or not a checkpoint: {one_line(error)[:160]}") from None
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a .safetensors file: whole, or not at all."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
 def load_strict(module: nn.Module, state_dict: dict[str, Tensor], published_name: Callable[[str], str]) -> None:
-    """Copy tensors given under published names into a module; works on the meta device too.
+    """Copy tensors given under published names into a module; one on the meta device takes them over uncopied.
 
     Raises UserError that names, in full, every missing, extra or misshapen tensor; nothing is loaded then.
     """
@@ -72,4 +113,5 @@ def load_strict(module: nn.Module, state_dict: dict[str, Tensor], published_name
     if faults:
         raise UserError(f"the checkpoint does not fit {type(module).__module__}.{type(module).__name__}: "
                         f"{'; '.join(faults)}")
-    module.load_state_dict({own: state_dict[name] for name, own in names.items()})
+    module.load_state_dict({own: state_dict[name] for name, own in names.items()},
+                           assign=all(value.is_meta for value in ours.values()))

@@ -1,0 +1,142 @@
+"""Loading and saving LDM weights under their published names.
+
+A public checkpoint (cin256-v2, CompVis) holds three networks, told apart by prefix: the U-Net, the first stage and the
+class embedder. Our U-Net's modules have the published names, so its tensors are used as they lie in the file.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import VQModel
+from torch import Tensor, nn
+
+from ldm import first_stage
+from ldm.config import Config
+from ldm.unet import UNet
+from sampling.settings import UserError
+from sampling.weights import load_strict, read_tensors, save_tensors, sha256
+
+UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+_DROPPED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "loss.")       # EMA shadows, losses and their networks
+_DROPPED = frozenset((                                                       # buffers of the noise schedule
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
+    "scale_factor"))
+
+
+class Model(NamedTuple):
+    """What a checkpoint holds. `classes`: label -> context vector; the last label is the unconditional one."""
+    unet: UNet
+    first_stage: VQModel
+    classes: nn.Embedding
+
+
+def load_state_dict(unet: UNet, state_dict: dict[str, Tensor]) -> None:
+    """Load tensors given under their published names, with or without `model.diffusion_model.`.
+
+    Raises UserError that names every missing, extra or misshapen tensor; the U-Net is left untouched then.
+    """
+    load_strict(unet, {name.removeprefix(UNET): value for name, value in state_dict.items()}, str)
+
+
+def split(content: object, path: Path) -> dict[str, dict[str, Tensor]]:
+    """A whole checkpoint by prefix, without it: {UNET: {...}, FIRST_STAGE: {...}, CLASSES: {...}}.
+
+    Lightning's `state_dict` entry is entered; EMA shadows, losses and schedule buffers are dropped by name.
+    Raises UserError, naming `path`, for anything else, for a part that is not there, and for another model's weights.
+    """
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} does not hold named tensors, as an LDM checkpoint does")
+    parts = {UNET: {}, FIRST_STAGE: {}, CLASSES: {}}
+    unknown = []
+    for name, value in content.items():
+        if name in _DROPPED or name.startswith(_DROPPED_PREFIXES):
+            continue
+        prefix = next((prefix for prefix in parts if name.startswith(prefix)), None)
+        if prefix is None:
+            unknown.append(name)
+        else:
+            parts[prefix][name.removeprefix(prefix)] = value
+    missing = [f"{prefix}*" for prefix, part in parts.items() if not part]
+    if missing:
+        found = f"; it holds {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}" if unknown else ""
+        raise UserError(f"{path} is not a whole LDM checkpoint: it has no {', '.join(missing)}{found}")
+    if unknown:
+        raise UserError(f"{path} holds tensors that are no part of an LDM checkpoint: {', '.join(unknown)}")
+    if "embedding.weight" not in parts[CLASSES]:
+        raise UserError(f"{path} is not class-conditional: it has no {CLASSES}embedding.weight but "
+                        f"{CLASSES}{next(iter(parts[CLASSES]))}; Stable Diffusion has a package of its own")
+    return parts
+
+
+def load_checkpoint(config: Config, path: Path) -> Model:
+    """Build the three networks with the weights of a whole checkpoint file, in evaluation mode, float32 on the CPU.
+
+    A pickle is converted to safetensors next to it, once. Weights in float32 are used where they lie in the file,
+    which is mapped, so that loading takes little more memory than they do.
+    Raises UserError for a file that is missing, damaged, unsafe or of another model.
+    """
+    parts = split(read_tensors(convert(path)), path)
+    with torch.device("meta"):
+        model = Model(UNet(**vars(config.unet)), first_stage.build(**vars(config.first_stage)),
+                      nn.Embedding(config.num_classes + 1, config.unet.context_dim))
+    try:
+        load_strict(model.classes, parts[CLASSES], lambda name: f"embedding.{name}")
+        load_state_dict(model.unet, parts[UNET])
+        first_stage.load_state_dict(model.first_stage, parts[FIRST_STAGE])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return Model(*(network.float().eval().requires_grad_(False) for network in model))
+
+
+def published_state_dict(model: Model) -> dict[str, Tensor]:
+    """The three networks' tensors under their published names, as one checkpoint holds them."""
+    return ({UNET + name: value for name, value in model.unet.state_dict().items()}
+            | {FIRST_STAGE + name: value for name, value in first_stage.published_state_dict(model.first_stage).items()}
+            | {f"{CLASSES}embedding.weight": model.classes.weight})
+
+
+def convert(path: Path) -> Path:
+    """The safetensors file to load for `path`: itself, or MODEL.safetensors next to the pickle MODEL.ckpt.
+
+    It is written the first time, with what `split` keeps, and again when the pickle is newer; its digest goes to
+    MODEL.safetensors.sha256, in the format of sha256sum. In a folder that cannot be written the pickle is used.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors" or not path.is_file():
+        return path
+    target = path.with_suffix(".safetensors")
+    digest = Path(f"{target}.sha256")
+    if target.is_file() and digest.is_file() and target.stat().st_mtime >= path.stat().st_mtime:
+        return target
+    if target.exists() and not digest.is_file():
+        raise UserError(f"{target} is in the way of converting {path}: it was not made from it; move one of them")
+    if not os.access(path.parent, os.W_OK):
+        return path
+    parts = split(read_tensors(path), path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        save_tensors({prefix + name: value for prefix, part in parts.items() for name, value in part.items()},
+                     temporary)
+        # The digest first, so that a target without one was never made here; other processes may be doing the same.
+        note = temporary.with_suffix(".sha256")
+        note.write_text(f"{sha256(temporary)}  {target.name}\n")
+        os.replace(note, digest)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def checkpoint_sha256(path: Path) -> str:
+    """Hex digest of the file that `load_checkpoint` reads for `path`; from its .sha256 file where that is current."""
+    file = convert(path)
+    digest = Path(f"{file}.sha256")
+    if digest.is_file() and digest.stat().st_mtime >= file.stat().st_mtime:
+        return digest.read_text().split()[0]
+    return sha256(file)

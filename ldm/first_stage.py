@@ -1,0 +1,85 @@
+"""The autoencoder between images and latents: VQ-f4 of the public LDM, as diffusers' VQModel."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from diffusers import VQModel
+from torch import Tensor
+
+from sampling.weights import load_strict
+
+
+def build(resolution: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int,
+          n_embed: int) -> VQModel:
+    """An untrained VQModel from the arguments of the public configuration; the codes have z_channels entries."""
+    levels = len(ch_mult)
+    return VQModel(down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+                   block_out_channels=tuple(ch * mult for mult in ch_mult), layers_per_block=num_res_blocks,
+                   latent_channels=z_channels, sample_size=resolution, num_vq_embeddings=n_embed)
+
+
+def downsampling(vq: VQModel) -> int:
+    """How many pixels, in each direction, make one latent."""
+    return 2 ** (len(vq.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def encode(vq: VQModel, images: Tensor) -> Tensor:
+    """Images [batch, 3, height, width] in -1..1 -> latents [batch, z_channels, height / f, width / f].
+
+    The latents are those before quantisation, which is where the diffusion model lives.
+    """
+    return vq.encode(images).latents
+
+
+@torch.no_grad()
+def decode(vq: VQModel, latents: Tensor, quantize: bool = True) -> Tensor:
+    """Latents -> images, about -1..1. `quantize`: replace each latent by the nearest code first, as LDM does."""
+    return vq.decode(latents, force_not_quantize=not quantize).sample
+
+
+_SHARED = {"norm_out": "conv_norm_out", "mid.block_1": "mid_block.resnets.0", "mid.block_2": "mid_block.resnets.1",
+           "mid.attn_1": "mid_block.attentions.0"}
+_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+def published_name(name: str, levels: int) -> str:
+    """The published name of one of diffusers' tensors, without the prefix of a whole checkpoint.
+
+    'decoder.up_blocks.0.resnets.1.conv_shortcut.weight' -> 'decoder.up.2.block.1.nin_shortcut.weight': the published
+    decoder counts its levels from the outermost, as its encoder does.
+    """
+    name = name.replace("conv_shortcut", "nin_shortcut")
+    for theirs, ours in _SHARED.items():
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    for theirs, ours in _ATTENTION.items():
+        name = name.replace(f".attn_1.{ours}.", f".attn_1.{theirs}.")
+    name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
+    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
+    name = name.replace(".resnets.", ".block.")
+    return name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
+
+
+def published_state_dict(vq: VQModel) -> dict[str, Tensor]:
+    """The model's tensors under their published names; its attention has 1x1 convolutions there."""
+    levels = len(vq.config.block_out_channels)
+    tensors = {published_name(name, levels): value for name, value in vq.state_dict().items()}
+    return {name: value[:, :, None, None] if _is_projection(name) and value.ndim == 2 else value
+            for name, value in tensors.items()}
+
+
+def load_state_dict(vq: VQModel, state_dict: dict[str, Tensor]) -> None:
+    """Load tensors given under their published names, with or without `first_stage_model.`.
+
+    Raises UserError that names every missing, extra or misshapen tensor; the model is left untouched then.
+    """
+    state_dict = {name.removeprefix("first_stage_model."): value for name, value in state_dict.items()}
+    flat = {name: value[:, :, 0, 0] if _is_projection(name) and value.shape[2:] == (1, 1) else value
+            for name, value in state_dict.items()}
+    load_strict(vq, flat, lambda name: published_name(name, len(vq.config.block_out_channels)))
+
+
+def _is_projection(name: str) -> bool:
+    """Whether a published name is a weight of attention, a 1x1 convolution there and a linear layer in diffusers."""
+    return re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name) is not None

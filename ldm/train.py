@@ -1,0 +1,146 @@
+"""Train a small class-conditional latent diffusion model on the emoji images of data/emoji/.
+
+    python -m ldm.train --first-stage checkpoints/train_ldm_first_stage/first_stage.safetensors \\
+                        --out checkpoints/train_ldm_emoji
+
+Stop it whenever you like; the same command goes on where it stopped. It writes the EMA weights of the U-Net and the
+class embedder together with the first stage, in float16 and in the layout of the public checkpoints, to
+OUT/ldm_emoji.safetensors, beside a log (log.jsonl) and sample grids (grid-IMAGES.png, one row per class).
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm import first_stage
+from ldm.checkpoint import Model, published_state_dict
+from ldm.config import Config, load_config
+from ldm.unet import UNet
+from sampling.cli import command
+from sampling.ddim import ddim, uniform_timesteps
+from sampling.diffusion import predicted_noise, training_target
+from sampling.noise import SeededNoise
+from sampling.runs import to_uint8
+from sampling.settings import UserError
+from sampling.weights import read_tensors, save_tensors
+from training import emoji
+from training.loop import train
+
+
+class Conditional(nn.Module):
+    """The U-Net and the class embedder, trained together."""
+
+    def __init__(self, unet: UNet, classes: nn.Embedding):
+        super().__init__()
+        self.unet, self.classes = unet, classes
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return self.unet(x, t, self.classes(labels)[:, None])
+
+
+def class_names(groups: list[str], rows: list[emoji.Emoji]) -> list[str]:
+    """'group, style' for each label, by group and then by style."""
+    styles = sorted({row.style for row in rows})
+    return [f"{group}, {style}" for group in groups for style in styles]
+
+
+def load_images(config: Config, split: str) -> tuple[Tensor, Tensor]:
+    """uint8 [n, 3, size, size] and labels [n] of the configured groups. Raises UserError if the classes do not fit."""
+    parts = [emoji.load(config.first_stage.resolution, split, group) for group in config.train.groups]
+    rows = [row for _, part in parts for row in part]
+    names = class_names(config.train.groups, rows)
+    if len(names) != config.num_classes:
+        raise UserError(f"num_classes is {config.num_classes}, but the groups have {len(names)} classes: {names}")
+    images = torch.from_numpy(np.concatenate([images for images, _ in parts])).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor([names.index(f"{row.group}, {row.style}") for row in rows])
+
+
+def squared_error(config: Config, latents: Tensor, labels: Tensor):
+    """The squared error of the predicted noise (or v), at uniform timesteps, for batches of indices into `latents`."""
+    alphas = config.alphas_cumprod().to(latents.device)
+    settings, prediction = config.train, config.diffusion.prediction
+
+    def loss(model: Conditional, batch: Tensor, generator: torch.Generator) -> Tensor:
+        def draw(function, *args):
+            return function(*args, generator=generator, device=batch.device)
+
+        x0 = latents[batch]
+        t = draw(torch.randint, 0, len(alphas), (len(batch),))
+        unconditional = draw(torch.rand, len(batch)) < settings.drop_label
+        label = torch.where(unconditional, config.num_classes, labels[batch])
+        noise = torch.randn(x0.shape, generator=generator, device=batch.device)
+        alpha = alphas[t][:, None, None, None]
+        x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=settings.bf16):
+            predicted = model(x_t, t, label)
+        return F.mse_loss(predicted.float(), training_target(prediction, x0, noise, alpha))
+    return loss
+
+
+def sample_grid(config: Config, vq: nn.Module, shape: torch.Size, steps: int = 50, columns: int = 10):
+    """A function of the EMA networks that samples `columns` images of every class, with the configured guidance."""
+    alphas = config.alphas_cumprod()
+    count = columns * config.num_classes
+
+    def grid(model: Conditional) -> np.ndarray:
+        device = next(model.parameters()).device
+        labels = torch.arange(count, device=device) // columns
+        both = torch.cat([torch.full_like(labels, config.num_classes), labels])
+
+        def predict(x: Tensor, t: int, step: int) -> Tensor:
+            output = model(torch.cat([x, x]), torch.full((2 * count,), t, device=device), both)
+            uncond, cond = predicted_noise(config.diffusion.prediction, output, torch.cat([x, x]), alphas[t]).chunk(2)
+            return uncond + config.sampler.guidance * (cond - uncond)
+
+        x = SeededNoise(range(count), device)(shape)
+        timesteps = [t + 1 for t in uniform_timesteps(steps, len(alphas))]      # as LDM's own sampler does
+        x = ddim(predict, x, timesteps, alphas, final_alpha=alphas[0].item())
+        return to_uint8(first_stage.decode(vq, x))
+    return grid
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/ldm_emoji.yaml"), help="with a `train` section")
+    parser.add_argument("--first-stage", type=Path, required=True, help="what ldm.train_first_stage wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    config = load_config(args.config)
+    if config.train is None:
+        raise UserError(f"{args.config} has no train section: it is a published model")
+    torch.manual_seed(config.train.loop.seed)
+    vq = first_stage.build(**vars(config.first_stage))
+    first_stage.load_state_dict(vq, read_tensors(args.first_stage))
+    vq = vq.eval().requires_grad_(False).to(args.device)
+    unet = UNet(**vars(config.unet), dropout=config.train.dropout)
+    model = Conditional(unet, nn.Embedding(config.num_classes + 1, config.unet.context_dim))
+
+    # Each image twice, as it is and mirrored, encoded once; training draws indices.
+    images, labels = load_images(config, "train")
+    pixels = torch.cat([images, images.flip(-1)]).split(64)
+    latents = torch.cat([first_stage.encode(vq, x.to(args.device).float() / 127.5 - 1) for x in pixels])
+    print(f"{len(images)} images of {config.num_classes} classes, latents {list(latents.shape[1:])} of mean "
+          f"{latents.mean():.3f} and deviation {latents.std():.3f}, "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters")
+
+    ema = train(model, squared_error(config, latents, labels.repeat(2).to(args.device)),
+                torch.arange(len(latents), device=args.device), config.train.loop, args.out,
+                sample_grid(config, vq, latents.shape[1:]), args.device)
+    target = args.out / f"{config.name}.safetensors"
+    whole = Model(ema.unet, vq, ema.classes)
+    save_tensors({name: value.half() for name, value in published_state_dict(whole).items()}, target)
+    print(f"wrote {target}, {target.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

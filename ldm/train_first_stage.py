@@ -1,0 +1,139 @@
+"""Train a small autoencoder on the emoji images: the first stage of the latent model.
+
+    python -m ldm.train_first_stage --config configs/ldm_emoji.yaml --out checkpoints/train_ldm_first_stage
+
+Stop it whenever you like; the same command goes on where it stopped. While it trains, the latents are continuous, with
+a little noise added, so that the decoder forgives what quantisation and diffusion will do to them. At the end they are
+scaled to mean 0 and variance 1 (LDM's scale factor is then 1, as for the published VQ-f4) and the codebook is fitted to
+them by k-means. It writes the EMA weights, in float16 and under the published names, to OUT/first_stage.safetensors.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import VQModel
+from torch import Tensor
+
+from ldm.config import load_config
+from ldm.first_stage import build, decode, downsampling, encode, published_state_dict
+from sampling.cli import command
+from sampling.runs import to_uint8
+from sampling.weights import save_tensors
+from training import emoji
+from training.loop import train
+
+
+def to_float(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+def reconstruction_loss(noise: float, penalty: float, autocast: bool):
+    """The absolute error of the pixels and of their differences to the right and below, which keep edges sharp."""
+    def loss(vq: VQModel, batch: Tensor, generator: torch.Generator) -> Tensor:
+        flip = torch.rand(len(batch), generator=generator, device=batch.device) < 0.5
+        x = to_float(torch.where(flip[:, None, None, None], batch.flip(-1), batch))
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
+            z = vq.encode(x).latents.float()
+            noisy = z + noise * torch.randn(z.shape, generator=generator, device=z.device)
+            y = vq.decode(noisy, force_not_quantize=True).sample.float()
+        edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (-1, -2))
+        return F.l1_loss(y, x) + edges + penalty * z.square().mean()
+    return loss
+
+
+def comparison_grid(held_out: Tensor, columns: int = 10):
+    """A function of the EMA network: rows of held-out images, each above the row of their reconstructions."""
+    def grid(vq: VQModel) -> np.ndarray:
+        rebuilt = decode(vq, encode(vq, to_float(held_out)), quantize=False)
+        pairs = zip(to_uint8(to_float(held_out).cpu()), to_uint8(rebuilt.cpu()), strict=True)
+        real, fake = (np.stack(images) for images in zip(*pairs, strict=True))
+        rows = [images[i:i + columns] for i in range(0, len(real), columns) for images in (real, fake)]
+        return np.concatenate(rows)
+    return grid
+
+
+def psnr(vq: VQModel, images: Tensor, quantize: bool) -> float:
+    """Decibels, of reconstructions rounded to a range of 0..255, over all images at once."""
+    errors = [(decode(vq, encode(vq, to_float(x)), quantize).clamp(-1, 1) - to_float(x)).square().mean(dim=(1, 2, 3))
+              for x in images.split(64)]
+    return 10 * torch.log10(4 / torch.cat(errors).mean()).item()
+
+
+@torch.no_grad()
+def standardise(vq: VQModel, latents: Tensor) -> Tensor:
+    """Fold mean 0 and variance 1 of every latent channel into the 1x1 convolutions around it.
+
+    latents: [vectors, z_channels] as they are; returned as they become.
+    """
+    mean, std = latents.mean(0), latents.std(0)
+    vq.quant_conv.weight /= std[:, None, None, None]
+    vq.quant_conv.bias.sub_(mean).div_(std)
+    vq.post_quant_conv.bias += vq.post_quant_conv.weight[:, :, 0, 0] @ mean
+    vq.post_quant_conv.weight *= std[None, :, None, None]
+    return (latents - mean) / std
+
+
+@torch.no_grad()
+def fit_codebook(codes: Tensor, vectors: Tensor, generator: torch.Generator, rounds: int = 8) -> None:
+    """k-means in place: codes [n_embed, channels] become centres of vectors [many, channels]; none is left unused."""
+    codes.copy_(vectors[torch.randperm(len(vectors), generator=generator)[:len(codes)]])
+    for _ in range(rounds):
+        nearest = torch.cat([torch.cdist(part, codes).argmin(1) for part in vectors.split(2048)])
+        count = torch.bincount(nearest, minlength=len(codes))
+        sums = torch.zeros_like(codes).index_add_(0, nearest, vectors)
+        codes.copy_(sums / count.clamp(min=1)[:, None])
+        empty = (count == 0).nonzero()[:, 0]
+        codes[empty] = vectors[torch.randperm(len(vectors), generator=generator)[:len(empty)]]
+
+
+@torch.no_grad()
+def finish(vq: VQModel, images: Tensor, held_out: Tensor, target: Path) -> None:
+    """Standardise the latents, fit the codebook, print how good the result is, and write it."""
+    vectors = torch.cat([encode(vq, to_float(x)) for x in images.split(64)]).permute(0, 2, 3, 1).flatten(0, 2)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(vectors), generator=generator)[:12 * vq.config.num_vq_embeddings]
+    fit_codebook(vq.quantize.embedding.weight, standardise(vq, vectors)[chosen.to(vectors.device)], generator)
+    weights = {name: value.half() for name, value in published_state_dict(vq).items()}
+    vq.load_state_dict({name: value.half().float() for name, value in vq.state_dict().items()})
+    print(f"held-out PSNR {psnr(vq, held_out, quantize=False):.2f} dB continuous, "
+          f"{psnr(vq, held_out, quantize=True):.2f} dB quantised")
+    save_tensors(weights, target)
+    print(f"wrote {target}, {target.stat().st_size / 2**20:.1f} MiB")
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/ldm_emoji.yaml"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
+    parser.add_argument("--data", type=Path, default=emoji.FOLDER, help="folder with emoji_SIZE.webp and index.csv")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    config = load_config(args.config)
+    settings = config.train_first_stage
+    torch.manual_seed(settings.loop.seed)
+    vq = build(**vars(config.first_stage))
+    size = config.first_stage.resolution
+
+    def load(split: str) -> Tensor:
+        images, _ = emoji.load(size, split, folder=args.data)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(args.device)
+
+    images, held_out = load("train"), load("held-out")
+    print(f"{len(images)} images of {size} pixels, {size // downsampling(vq)}x{size // downsampling(vq)}x"
+          f"{config.first_stage.z_channels} latents, {sum(p.numel() for p in vq.parameters()):,} parameters")
+    some = held_out[:: len(held_out) // 50][:50]
+    ema = train(vq, reconstruction_loss(settings.noise, settings.penalty, settings.bf16), images, settings.loop,
+                args.out, comparison_grid(some), args.device)
+    finish(ema, images, held_out, args.out / "first_stage.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The U-Net of latent diffusion (Rombach et al., arXiv 2112.10752), as in the public LDM-4-G checkpoint cin256-v2."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from caching.nested import Block, Cache, Cond, Residual, name_residuals, nested_forward, no_cache
+
+
+def timestep_embedding(t: Tensor, channels: int) -> Tensor:
+    """Cosines, then sines, of t at frequencies from 1 to nearly 1/10000: [batch] -> [batch, channels]."""
+    half = channels // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(exponents * -(math.log(10000) / half))
+    angles = t.float()[:, None] * frequencies                            # [batch, half]
+    return torch.cat([angles.cos(), angles.sin()], dim=1)                # [batch, channels]
+
+
+class ResBlock(Residual):
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, dropout: float):
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, in_channels), nn.SiLU(),
+                                       nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(dropout),
+                                        nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip_connection = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return self.skip_connection(x)
+
+    def residual(self, x: Tensor, cond: Cond) -> Tensor:
+        h = self.in_layers(x)                                            # [batch, out, height, width]
+        h = h + self.emb_layers(cond.emb)[:, :, None, None]
+        return self.out_layers(h)
+
+
+class Attention(nn.Module):
+    """Attention from x to the context, or to x itself where there is none."""
+
+    def __init__(self, channels: int, num_heads: int, context_channels: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Identity())    # published as to_out.0
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)        # [batch, heads, tokens, width]
+                   for tokens in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(h.transpose(1, 2).flatten(2))                             # [batch, tokens, channels]
+
+
+class GEGLU(nn.Module):
+    """Half of a projection, gated by the GELU (exact, not its tanh approximation) of the other half."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, channels: int, num_heads: int, context_dim: int):
+        super().__init__()
+        self.attn1 = Attention(channels, num_heads, channels)
+        self.ff = FeedForward(channels)
+        self.attn2 = Attention(channels, num_heads, context_dim)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(Residual):
+    """A transformer block over the pixels of a feature map, between two 1x1 convolutions."""
+
+    def __init__(self, channels: int, num_heads: int, context_dim: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, num_heads, context_dim)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def residual(self, x: Tensor, cond: Cond) -> Tensor:
+        tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)   # [batch, pixels, channels]
+        for block in self.transformer_blocks:
+            tokens = block(tokens, cond.context)
+        return self.proj_out(tokens.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve height and width."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double height and width."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """LDM's noise predictor in the latent space.
+
+    model_channels, channel_mult: channels of level i are model_channels * channel_mult[i].
+    attention_resolutions: downsampling factors (1 = the latent's own size) at which a SpatialTransformer follows each
+    ResNet block; the middle always has one. context_dim: channels of each context token.
+
+    `unet(x, t, context, cache)`: x [batch, in_channels, height, width], t [batch], context [batch, tokens, context_dim]
+    -> [batch, out_channels, height, width]. Module names are the published ones.
+    `num_branches`: how many skips there are, so that branch is 0..num_branches - 1.
+    Raises ValueError for channels that 32 groups, or the heads, do not divide.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, model_channels: int, channel_mult: Sequence[int],
+                 num_res_blocks: int, attention_resolutions: Sequence[int], num_heads: int, context_dim: int,
+                 dropout: float = 0.0):
+        super().__init__()
+        if model_channels % 32:
+            raise ValueError(f"model_channels must be a multiple of 32 (GroupNorm has 32 groups), got {model_channels}")
+        if any(model_channels * mult % num_heads for mult in channel_mult):
+            raise ValueError(f"{num_heads} heads do not divide model_channels {model_channels} times {channel_mult}")
+        emb = 4 * model_channels
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+
+        def res_block(in_channels: int, out_channels: int, factor: int) -> Block:
+            block = Block(ResBlock(in_channels, out_channels, emb, dropout))
+            if factor in attention_resolutions:
+                block.append(SpatialTransformer(out_channels, num_heads, context_dim))
+            return block
+
+        # Encoder: a convolution, then for each level its ResNet blocks and a downsampling; each output is a skip.
+        channels, skips = model_channels, [model_channels]
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                self.input_blocks.append(res_block(channels, model_channels * mult, 2 ** level))
+                channels = model_channels * mult
+                skips.append(channels)
+            if level < len(channel_mult) - 1:
+                self.input_blocks.append(Block(Downsample(channels)))
+                skips.append(channels)
+        self.num_branches = len(skips)
+
+        self.middle_block = Block(ResBlock(channels, channels, emb, dropout),
+                                  SpatialTransformer(channels, num_heads, context_dim),
+                                  ResBlock(channels, channels, emb, dropout))
+
+        # Decoder: one block for each skip, the innermost first; the last block of a level upsamples.
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                block = res_block(channels + skips.pop(), model_channels * mult, 2 ** level)
+                channels = model_channels * mult
+                if level > 0 and i == num_res_blocks:
+                    block.append(Upsample(channels))
+                self.output_blocks.append(block)
+
+        self.out = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(),
+                                 nn.Conv2d(channels, out_channels, 3, padding=1))
+        name_residuals(self)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, cache: Cache = no_cache) -> Tensor:
+        sinusoid = timestep_embedding(t, self.time_embed[0].in_features)                 # [batch, model_channels]
+        emb = self.time_embed(sinusoid.to(x.dtype))                                      # [batch, 4 model_channels]
+        h = nested_forward(x, self.input_blocks, self.middle_block, self.output_blocks, Cond(emb, context, cache))
+        return self.out(h)

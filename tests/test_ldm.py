@@ -1,0 +1,352 @@
+"""LDM's networks against the authors' released code, and its checkpoints in the public layouts."""
+
+import gzip
+import json
+import os
+import sys
+import types
+
+import pytest
+import torch
+from conftest import HERE, Golden, relative_error
+from diffusers import VQModel
+from safetensors.torch import save_file
+from torch import nn
+
+from caching.deepcache import DeepCache
+from caching.nested import Cond, Residual
+from caching.schedules import released_ldm, uniform
+from ldm import first_stage
+from ldm.checkpoint import (
+    CLASSES,
+    FIRST_STAGE,
+    UNET,
+    Model,
+    checkpoint_sha256,
+    convert,
+    load_checkpoint,
+    load_state_dict,
+    published_state_dict,
+    split,
+)
+from ldm.config import Config, FirstStage, Unet, load_config
+from ldm.unet import ResBlock, SpatialTransformer, UNet, timestep_embedding
+from sampling.ddim import ddim, uniform_timesteps
+from sampling.settings import UserError
+from sampling.weights import sha256
+
+CONFIGS = HERE.parent / "configs"
+TOLERANCE = 2e-5        # of the largest magnitude; the authors' own noise floor is 3e-6
+SMALL = Config(
+    name="small", num_classes=10, checkpoint="",
+    unet=Unet(in_channels=3, out_channels=3, model_channels=32, channel_mult=[1, 2, 2], num_res_blocks=2,
+              attention_resolutions=[4, 2], num_heads=1, context_dim=16),
+    first_stage=FirstStage(resolution=64, ch=32, ch_mult=[1, 2, 2], num_res_blocks=1, z_channels=3, n_embed=64))
+
+
+def published(name: str) -> dict[str, list[int]]:
+    keys = json.loads(gzip.decompress((HERE / "formats" / f"keys_{name}.json.gz").read_bytes()))["keys"]
+    return {key: shape for key, (shape, _) in keys.items()}
+
+
+def empty(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def golden() -> Golden:
+    return Golden("ldm_small")
+
+
+@pytest.fixture(scope="module")
+def model(golden, tmp_path_factory) -> Model:
+    """The golden networks, by way of a whole checkpoint file."""
+    path = tmp_path_factory.mktemp("golden") / "model.safetensors"
+    save_file(golden.weights, path)
+    return load_checkpoint(SMALL, path)
+
+
+# The released code's outputs
+
+@torch.no_grad()
+def test_full_forward(model, golden):
+    io = golden.io
+    for x, t, out in (("x_full", "t_full", "out_full"), ("x_retrieve", "t_retrieve", "out_full_at_retrieve_input")):
+        assert relative_error(model.unet(io[f"fwd.{x}"], io[f"fwd.{t}"], io["fwd.context"]),
+                              io[f"fwd.{out}"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("branch", range(9))
+@torch.no_grad()
+def test_cached_forward_at_every_branch(model, golden, branch):
+    io = golden.io
+    cache = DeepCache(branch, full_steps=[0])
+    model.unet(io["fwd.x_full"], io["fwd.t_full"], io["fwd.context"], cache.at(0))
+    assert relative_error(cache.feature, io[f"fwd.cached.skip{branch}"]) < TOLERANCE
+    out = model.unet(io["fwd.x_retrieve"], io["fwd.t_retrieve"], io["fwd.context"], cache.at(1))
+    expected = io["fwd.out_retrieve.skip0" if branch == 0 else f"fwd.out_retrieve_derived.skip{branch}"]
+    assert relative_error(out, expected) < TOLERANCE
+
+
+RUNS = [run for run in json.loads((HERE / "goldens" / "ldm_small.json").read_text())["ldm_small"]["runs"]
+        if run["sampler"] == "ddim"]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run["name"])
+def test_trajectory(model, golden, run):
+    io, steps, interval = golden.io, run["steps"], run["N"] or 1
+    full_steps = released_ldm(steps, interval, run["pow"]) if run.get("nonuniform") else uniform(steps, interval)
+    assert [int(step in full_steps) for step in range(steps)] == run["full_mask"]
+
+    context = torch.cat([io["cond.uc"], io["cond.c"]])
+    cache = DeepCache(0, full_steps)
+    states = []
+
+    def predict(x, t, step):
+        both = model.unet(torch.cat([x, x]), torch.full((2 * len(x),), t), context, cache.at(step))
+        uncond, cond = both.chunk(2)
+        return uncond + run["scale"] * (cond - uncond)
+
+    alphas = SMALL.alphas_cumprod()
+    ddim(predict, io["traj.x_T"], [t + 1 for t in uniform_timesteps(steps)], alphas, final_alpha=alphas[0].item(),
+         progress=lambda step, x: states.append(x))
+    for state, expected in zip(states, io[f"{run['name']}.xs"][1:], strict=True):
+        assert relative_error(state, expected) < TOLERANCE
+
+
+def test_noise_schedule(golden):
+    assert torch.allclose(SMALL.alphas_cumprod(), golden.io["sched.alphas_cumprod"], rtol=1e-5, atol=0)
+
+
+def test_class_embeddings(model, golden):
+    io = golden.io
+    assert torch.equal(model.classes(io["cond.labels"])[:, None], io["cond.c"])
+    assert torch.equal(model.classes(io["cond.uncond_labels"])[:, None], io["cond.uc"])
+    assert (io["cond.uncond_labels"] == SMALL.num_classes).all()
+
+
+def test_decoding(model, golden):
+    io = golden.io
+    assert relative_error(first_stage.decode(model.first_stage, io["decode.z"]), io["decode.image"]) < TOLERANCE
+    assert relative_error(first_stage.decode(model.first_stage, io["decode.z"], quantize=False),
+                          io["decode.image_not_quantized"]) < TOLERANCE
+    assert relative_error(io["decode.image"], io["decode.image_not_quantized"]) > 0.01     # quantisation is on
+
+
+# What the goldens are too coarse to tell
+
+def test_epsilons(model):
+    for name, module in model.unet.named_modules():
+        if isinstance(module, nn.GroupNorm):
+            inside_transformer = isinstance(model.unet.get_submodule(name.rpartition(".")[0]), SpatialTransformer)
+            assert module.eps == (1e-6 if inside_transformer else 1e-5), name
+        if isinstance(module, nn.LayerNorm):
+            assert module.eps == 1e-5, name
+    norms = [module for module in model.first_stage.modules() if isinstance(module, nn.GroupNorm)]
+    assert norms and all(module.eps == 1e-6 for module in norms)
+
+
+def test_timestep_embedding():
+    t = torch.tensor([0, 1, 999])
+    embedding = timestep_embedding(t, 8)
+    assert torch.equal(embedding[0], torch.tensor([1.0] * 4 + [0.0] * 4))      # cosines first
+    angles = t[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001])
+    assert torch.allclose(embedding, torch.cat([angles.cos(), angles.sin()], dim=1), atol=1e-4)
+
+
+def test_residuals_go_through_the_cache(model):
+    asked = []
+
+    def cache(key, compute):
+        asked.append(key)
+        return compute()
+
+    residuals = [name for name, module in model.unet.named_modules() if isinstance(module, Residual)]
+    assert sum(isinstance(model.unet.get_submodule(name), ResBlock) for name in residuals) == 2 * 3 + 2 + 3 * 3
+    with torch.no_grad():
+        model.unet(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, 1, 16), cache)
+    assert sorted(key for key in asked if isinstance(key, str)) == sorted(residuals)
+    assert [key for key in asked if isinstance(key, int)] == list(range(model.unet.num_branches))
+
+
+def test_attention_heads_share_the_channels():
+    torch.manual_seed(0)
+    block = SpatialTransformer(32, num_heads=4, context_dim=8)
+    attention = block.transformer_blocks[0].attn2
+    x, context = torch.randn(2, 5, 32), torch.randn(2, 3, 8)
+    q, k, v = attention.to_q(x), attention.to_k(context), attention.to_v(context)
+    heads = [torch.softmax(q[..., s] @ k[..., s].mT / 8 ** 0.5, dim=-1) @ v[..., s]
+             for s in (slice(i, i + 8) for i in range(0, 32, 8))]
+    assert torch.allclose(attention(x, context), attention.to_out(torch.cat(heads, dim=-1)), atol=1e-6)
+    assert block(torch.randn(2, 32, 4, 4), Cond(torch.zeros(0), context)).shape == (2, 32, 4, 4)
+
+
+@pytest.mark.parametrize("wrong", [{"model_channels": 48}, {"num_heads": 5}])
+def test_sizes_that_do_not_divide_are_refused(wrong):
+    with pytest.raises(ValueError):
+        UNet(**vars(SMALL.unet) | wrong)
+
+
+# Published checkpoints
+
+def test_cin256_keys_load_strictly():
+    config = load_config(CONFIGS / "ldm_cin256.yaml")
+    with torch.device("meta"):
+        unet, vq = UNet(**vars(config.unet)), first_stage.build(**vars(config.first_stage))
+    keys = published("ldm_cin256_unet")
+    load_state_dict(unet, empty(keys))
+    load_state_dict(unet, empty({name.removeprefix(UNET): shape for name, shape in keys.items()}))
+    first_stage.load_state_dict(vq, empty(published("ldm_cin256_vqf4")))
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 400_920_579
+    assert unet.num_branches == 12
+
+    classes = nn.Embedding(config.num_classes + 1, config.unet.context_dim, device="meta")
+    shapes = {name: list(value.shape) for name, value in published_state_dict(Model(unet, vq, classes)).items()}
+    whole = published("ldm_cin256_v2_full")
+    parts = split({"state_dict": empty(whole)}, "model.ckpt")
+    assert {prefix + name for prefix, part in parts.items() for name in part} == shapes.keys()
+    assert shapes == {name: shape for name, shape in whole.items() if name in shapes}
+    assert shapes == keys | published("ldm_cin256_vqf4") | published("ldm_cin256_classembed")
+
+
+def test_cin256_config_has_the_papers_settings():
+    config = load_config(CONFIGS / "ldm_cin256.yaml")
+    assert (config.sampler.steps, config.sampler.eta, config.sampler.guidance, config.sampler.branch) \
+        == (250, 0.0, 1.5, 0)
+    assert first_stage.downsampling(first_stage.build(64, 32, [1, 1, 1], 1, 3, 8)) == 4
+    assert config.diffusion == SMALL.diffusion             # whose alphas are compared with the released code's
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
+@pytest.mark.parametrize(("prefix", "name"), [
+    (UNET, "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"), (FIRST_STAGE, "decoder.mid.attn_1.q.weight"),
+    (FIRST_STAGE, "quantize.embedding.weight")])
+def test_faults_are_named(golden, tmp_path, change, prefix, name):
+    weights = dict(golden.weights)
+    if change == "missing":
+        del weights[prefix + name]
+    elif change == "extra":
+        name = "surplus.weight"
+        weights[prefix + name] = torch.zeros(1)
+    else:
+        weights[prefix + name] = torch.zeros(3, 5)
+    refused(weights, tmp_path, name, change if change != "misshapen" else "[3, 5]")
+
+
+def refused(content: dict, folder, *parts: str) -> None:
+    path = folder / "weights.safetensors"
+    save_file(content, path)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(SMALL, path)
+    assert all(part in str(error.value) for part in (*parts, "weights.safetensors")), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_files_are_refused(golden, tmp_path):
+    unet_only = {name: value for name, value in golden.weights.items() if name.startswith(UNET)}
+    refused(unet_only, tmp_path, "no first_stage_model.*, cond_stage_model.*")
+    refused({"conv_in.weight": torch.zeros(1)}, tmp_path, "not a whole LDM checkpoint", "conv_in.weight")
+    refused(golden.weights | {"optimizer.lr": torch.zeros(1)}, tmp_path, "optimizer.lr")
+    refused(golden.weights | {f"{CLASSES}embedding.weight": torch.zeros(1001, 16)}, tmp_path, "[1001, 16]", "[11, 16]")
+    text = {name: value for name, value in golden.weights.items() if not name.startswith(CLASSES)}
+    text[f"{CLASSES}transformer.text_model.final_layer_norm.weight"] = torch.zeros(768)
+    refused(text, tmp_path, "not class-conditional", "transformer.text_model", "Stable Diffusion")
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_checkpoint(SMALL, tmp_path / "none.ckpt")
+
+
+def test_unet_of_stable_diffusion_is_refused():
+    with torch.device("meta"):
+        unet = UNet(**vars(load_config(CONFIGS / "ldm_cin256.yaml").unet))
+    with pytest.raises(UserError) as error:
+        load_state_dict(unet, empty(published("sd15_unet_compvis")))
+    assert "input_blocks.0.0.weight is [320, 4, 3, 3] and should be [192, 3, 3, 3]" in str(error.value)
+
+
+# Lightning pickles
+
+@pytest.fixture
+def lightning(golden, monkeypatch) -> dict:
+    """What the public file holds: weights, and a callback's class that only pytorch_lightning defines."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+    for part in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    monkeypatch.setitem(sys.modules, name, module)
+    extra = {"betas": torch.zeros(1000), "model_ema.decay": torch.zeros(()), "logvar": torch.zeros(1000),
+             "first_stage_model.loss.perceptual_loss.net.weight": torch.zeros(3)}
+    return {"epoch": 1, "state_dict": golden.weights | extra, "optimizer_states": [{"state": {}}],
+            "callbacks": {module.ModelCheckpoint: {"monitor": "val/loss", "best": torch.tensor(1.0)}}}
+
+
+def same(model: Model, weights: dict[str, torch.Tensor]) -> bool:
+    own = published_state_dict(model)
+    return own.keys() == weights.keys() and all(torch.equal(own[name], weights[name]) for name in own)
+
+
+def test_lightning_pickle(golden, lightning, tmp_path, monkeypatch):
+    path, target = tmp_path / "model.ckpt", tmp_path / "model.safetensors"
+    torch.save(lightning, path)
+    for name in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert same(load_checkpoint(SMALL, path), golden.weights)
+    assert convert(path) == convert(target) == target
+    assert (tmp_path / "model.safetensors.sha256").read_text() == f"{sha256(target)}  model.safetensors\n"
+    assert checkpoint_sha256(path) == checkpoint_sha256(target) == sha256(target)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.ckpt", "model.safetensors",
+                                                               "model.safetensors.sha256"]
+
+    before = target.stat().st_ino                              # once; again where the pickle is newer
+    assert same(load_checkpoint(SMALL, path), golden.weights) and target.stat().st_ino == before
+    later = target.stat().st_mtime + 10
+    os.utime(path, (later, later))
+    changed = dict(golden.weights)
+    changed[f"{CLASSES}embedding.weight"] = torch.ones(11, 16)
+    torch.save({"state_dict": changed}, path)
+    os.utime(path, (later, later))
+    assert same(load_checkpoint(SMALL, path), changed) and checkpoint_sha256(path) == sha256(target)
+
+
+def test_conversion_leaves_a_strangers_file_alone(lightning, tmp_path):
+    torch.save(lightning, tmp_path / "model.ckpt")
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(UserError, match="in the way"):
+        load_checkpoint(SMALL, tmp_path / "model.ckpt")
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
+
+
+class Payload:
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Payload, "ran", True)
+
+
+def test_a_pickle_that_wants_code_is_refused_by_name(lightning, tmp_path):
+    torch.save(lightning | {"hyper_parameters": Payload()}, tmp_path / "model.ckpt")
+    with pytest.raises(UserError, match="setattr"):
+        load_checkpoint(SMALL, tmp_path / "model.ckpt")
+    assert not Payload.ran and [file.name for file in tmp_path.iterdir()] == ["model.ckpt"]
+
+
+def test_half_precision_weights_come_out_in_float32(golden, tmp_path):
+    save_file({name: value.half() for name, value in golden.weights.items()}, tmp_path / "half.safetensors")
+    model = load_checkpoint(SMALL, tmp_path / "half.safetensors")
+    assert same(model, golden.weights) and all(p.dtype == torch.float32 for net in model for p in net.parameters())
+
+
+# The first stage in diffusers
+
+def test_first_stage_keeps_its_weights_through_published_names():
+    torch.manual_seed(0)
+    ours, again = (first_stage.build(32, 32, [1, 2], 1, 3, 16) for _ in range(2))
+    tensors = first_stage.published_state_dict(ours)
+    assert {"encoder.down.0.downsample.conv.weight", "decoder.up.1.upsample.conv.weight",
+            "decoder.up.0.block.0.nin_shortcut.weight", "quantize.embedding.weight"} <= tensors.keys()
+    first_stage.load_state_dict(again, {f"first_stage_model.{name}": value for name, value in tensors.items()})
+    images = torch.randn(2, 3, 32, 32)
+    latents = first_stage.encode(ours, images)
+    assert isinstance(ours, VQModel) and latents.shape == (2, 3, 16, 16)
+    assert torch.equal(first_stage.encode(again, images), latents)
+    assert torch.equal(first_stage.decode(again, latents), first_stage.decode(ours, latents))
