@@ -16,6 +16,7 @@ from torch import nn
 from caching.deepcache import DeepCache
 from caching.nested import Cond, Residual
 from caching.schedules import released_ldm, uniform
+from eval.macs import average, branch_macs
 from ldm import first_stage
 from ldm.checkpoint import (
     CLASSES,
@@ -261,6 +262,50 @@ def test_unet_of_stable_diffusion_is_refused():
     with pytest.raises(UserError) as error:
         load_state_dict(unet, empty(published("sd15_unet_compvis")))
     assert "input_blocks.0.0.weight is [320, 4, 3, 3] and should be [192, 3, 3, 3]" in str(error.value)
+
+
+# MACs at real size, batch 1, one context token: the papers' digits
+
+@pytest.fixture(scope="module")
+def macs():
+    with torch.device("meta"):
+        unet = UNet(**vars(load_config(CONFIGS / "ldm_cin256.yaml").unet)).eval()
+        inputs = torch.zeros(1, 3, 64, 64), torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, 512)
+    return branch_macs(unet, inputs, range(unet.num_branches))
+
+
+def in_g(values, digits: int) -> list[float]:
+    return [round(value / 1e9, digits) for value in values]
+
+
+# The released counter leaves GroupNorm32 out; eval.macs counts it with the other norms so far.
+released_norms = pytest.mark.xfail(reason="eval.macs counts GroupNorm32, the released counter does not")
+
+
+@released_norms
+def test_macs_of_a_step(macs):
+    full, cached = macs
+    assert in_g([full.hook], 4) == [99.8231]
+    assert in_g([cached[branch].hook for branch in (0, 1, 2)], 4) == [4.4254, 11.5264, 20.1373]
+    assert in_g([cached[branch].hook for branch in range(3, 12)], 3) \
+        == [32.564, 45.108, 59.011, 66.291, 73.488, 81.449, 86.421, 91.380, 96.517]
+
+
+def test_fc_macs_of_a_step(macs):
+    full, cached = macs
+    assert in_g([full.fc, *(cached[branch].fc for branch in range(4))], 4) \
+        == [104.2272, 4.4222, 11.5193, 20.1263, 33.3524]
+    # Ours count both products over the single context token, the released code's count has one of them.
+    released = [47.497, 63.002, 70.354, 77.699, 85.808, 90.786, 95.760, 100.911]
+    assert all(0 < cached[branch].fc / 1e9 - fc < 0.004 for branch, fc in enumerate(released, start=4))
+
+
+@released_norms
+@pytest.mark.parametrize(("interval", "printed"), [(1, 99.82), (2, 52.12), (3, 36.48), (5, 23.50), (10, 13.97),
+                                                   (20, 9.39)])
+def test_macs_of_table_1(macs, interval, printed):
+    full, cached = macs
+    assert in_g([average(full, cached[0], uniform(250, interval), 250).hook], 2) == [printed]
 
 
 # Lightning pickles
