@@ -188,6 +188,7 @@ def real_floor(reference: np.ndarray, samples: np.ndarray, basis: Basis, held_ou
     split at random into at most half, as many as there are samples, and the rest. Every number is the mean over
     `repeats` draws with its 2.5% and 97.5% quantiles: where a set of so many real images (real) or of so many of the
     samples (samples) falls; where all of the held-out images are taken, their number and its 95% interval.
+    Where all of the samples are taken, their range shows the choice of the reference alone, not their own error.
     A split knows the same subjects on both sides, held-out images other subjects: the first floor is a little low,
     the second a little high.
     Returns {kind, n, reference_n, FD: {real, samples}, KID: {real, samples}}.

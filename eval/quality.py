@@ -104,8 +104,11 @@ def table(result: dict) -> str:
         sizes = f"{floor['n']} against {floor['reference_n']}"
         for kind, label in (("real", f"  real ({floor['kind']})"), ("samples", "  samples")):
             f, k = floor[FD][kind], floor[KID][kind]
-            row(f"{label}, {sizes}", "{:.2f} [{:.2f} {:.2f}]".format(f["mean"], *f["range"]),
-                "{:.2f} [{:.2f} {:.2f}]".format(*(1e3 * v for v in (k["mean"], *k["range"]))))
+            if kind == "samples":       # their error is in the first row; this range may leave it out
+                row(f"{label}, {sizes}", f"{f['mean']:.2f}", f"{1e3 * k['mean']:.2f}")
+            else:
+                row(f"{label}, {sizes}", "{:.2f} [{:.2f} {:.2f}]".format(f["mean"], *f["range"]),
+                    "{:.2f} [{:.2f} {:.2f}]".format(*(1e3 * v for v in (k["mean"], *k["range"]))))
     near = result["nearest_reference"]
     lines.append("distance to the nearest reference image, median (5%): "
                  + ", ".join(f"{name.replace('_', '-')} {q['median']:.2f} ({q['5%']:.2f})" for name, q in near.items()))
