@@ -22,7 +22,7 @@ from sampling.cli import command
 from sampling.ddim import SPACINGS, ddim, make_timesteps
 from sampling.diffusion import predicted_noise
 from sampling.noise import SeededNoise
-from sampling.options import DTYPES, add_cache_options, add_run_options, at, plan_cache, prepare_device
+from sampling.options import DTYPES, add_cache_options, add_run_options, at, place, plan_cache, prepare_device
 from sampling.provenance import provenance
 from sampling.runs import RunFolder, parse_seeds, to_uint8
 from sampling.settings import UserError
@@ -62,16 +62,16 @@ def main() -> None:
     plan = plan_cache(args, steps, unet.num_branches, config.sampler.branch)
     seeds = parse_seeds(args.seeds) if args.seeds else list(range(config.sampler.images))
     checkpoint = args.checkpoint or Path(config.checkpoint)
-    load_checkpoint(unet, checkpoint)
     if config.md5 and args.checkpoint is None:
-        check_md5(checkpoint, config.md5)
+        check_md5(checkpoint, config.md5)       # first: a download that was cut short should be called that
+    load_checkpoint(unet, checkpoint)
 
     settings = {"model": config.name, "unet": asdict(config.unet), "diffusion": asdict(config.diffusion),
                 "checkpoint_sha256": sha256(checkpoint), "sampler": "ddim", "steps": steps, "timesteps": spacing,
                 "eta": eta, "dtype": args.dtype, "cache": plan.settings}
     run = RunFolder(args.out, settings, provenance(device) | {"compile": args.compile})
 
-    unet = unet.eval().requires_grad_(False).to(device, DTYPES[args.dtype])
+    unet = place(unet, device, DTYPES[args.dtype])
     network = torch.compile(unet, fullgraph=True) if args.compile else unet
     shape = (config.unet.in_channels, config.unet.resolution, config.unet.resolution)
 
@@ -79,7 +79,8 @@ def main() -> None:
         noise, cache = SeededNoise(seeds, device), plan.make()
 
         def predict(x: torch.Tensor, t: int, step: int) -> torch.Tensor:
-            output = network(x.to(DTYPES[args.dtype]), torch.full((len(x),), t, device=device), at(cache, step))
+            t_batch = torch.full((len(x),), t, device=device)
+            output = network(x.to(DTYPES[args.dtype]), t_batch, at(cache, step))
             return predicted_noise(config.diffusion.prediction, output.float(), x, alphas[t].item())
 
         return to_uint8(ddim(predict, noise(shape), timesteps, alphas, eta, noise,

@@ -26,7 +26,7 @@ from ddpm.checkpoint import load_checkpoint
 from ddpm.config import load_config
 from eval.macs import Policy, average, branch_macs, build, example_inputs
 from sampling.cli import command
-from sampling.options import DTYPES, prepare_device
+from sampling.options import DTYPES, place, prepare_device
 from sampling.provenance import provenance
 from sampling.runs import write_json
 from sampling.settings import UserError
@@ -188,7 +188,7 @@ def main() -> None:
     unet = build(config, "cpu")
     if args.checkpoint:
         load_checkpoint(unet, args.checkpoint)
-    unet = unet.to(device, dtype)
+    unet = place(unet, device, dtype)
     x, t = example_inputs(config, args.batch_size, device, dtype)
     inputs = (torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device, dtype), t + 500)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from caching.deepcache import DeepCache, ZeroedCache
 from caching.nested import Cache, no_cache
@@ -94,6 +95,15 @@ def plan_cache(args: argparse.Namespace, num_calls: int, num_branches: int, defa
     return CachePlan(branch, full_steps, settings)
 
 
+def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """A network ready for inference: on its device, in its dtype, and with channels last.
+
+    Channels last saves 10 to 20 % of a U-Net's time in float32 on a CPU (eval/throughput.py), and follows the weights:
+    the input may come in either layout.
+    """
+    return network.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
+
+
 def prepare_device(args: argparse.Namespace) -> torch.device:
     """Check --device, --batch-size and --threads. Raises UserError."""
     if args.batch_size < 1:
@@ -104,7 +114,7 @@ def prepare_device(args: argparse.Namespace) -> torch.device:
         torch.set_num_threads(args.threads)
     try:
         device = torch.device(args.device)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device} is not there: "
                         f"{torch.cuda.device_count()} CUDA devices are visible; cpu always works") from None
