@@ -101,7 +101,7 @@ def time_arms(arms: list[Arm], branch: int, quick: bool) -> dict:
     x, t = example_inputs(config, batch_size=32, device="cpu")
     timings = time_steps(unet, (torch.randn_like(x), t + 500), {"cached": DeepCache(branch, [0])}, 8 if quick else 20)
     full, ratio = timings["full"], timings["cached"].ratio(timings["full"])
-    # The cost of a run in full steps. The ratio is taken round by round, so a machine that is busy at times cancels out.
+    # The cost of a run in full steps. The ratio is taken round by round, so that times when the machine is busy cancel.
     cost = {arm.name: len(arm.full_steps) + (arm.steps - len(arm.full_steps)) * ratio for arm in arms}
     return {"batch_size": len(x), "full": full.to_json(), "cached": timings["cached"].to_json(), "ratio": ratio,
             "images_per_second": {name: len(x) / (value * full.median) for name, value in cost.items()},

@@ -244,7 +244,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny, tmp_path, monkeypatch, c
     (lambda c: c.update(intervall=3), "intervall"), (lambda c: c["unet"].update(chh=3), "chh"),
     (lambda c: c.pop("unet"), "unet"), (lambda c: c["unet"].update(ch="many"), "ch"),
     (lambda c: c["diffusion"].update(beta_schedule="sine"), "sine"), (lambda c: c["unet"].update(ch=33), "ch"),
-    (lambda c: c["sampler"].update(timesteps="cubic"), "cubic"), (lambda c: c["diffusion"].update(prediction="x"), "'x'"),
+    (lambda c: c["sampler"].update(timesteps="cubic"), "cubic"),
+    (lambda c: c["diffusion"].update(prediction="x"), "'x'"),
     (lambda c: c["unet"].update(ch_mult=[1, 2]), "down.1.block.0.nin_shortcut.weight"),
 ])
 def test_bad_config_is_one_line(tiny, tmp_path, monkeypatch, capsys, edit, word):
