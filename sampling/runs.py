@@ -56,9 +56,14 @@ def format_seeds(seeds: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
+def rank_and_world() -> tuple[int, int]:
+    """Which of how many processes this is: torchrun's RANK and WORLD_SIZE, else (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def deal(seeds: Sequence[int]) -> Sequence[int]:
-    """The seeds of this process: a contiguous slice of them under torchrun (RANK, WORLD_SIZE), else all."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """The seeds of this process: a contiguous slice of them, as long as those of the other ranks up to one."""
+    rank, world = rank_and_world()
     bounds = [len(seeds) * i // world for i in (rank, rank + 1)]
     return seeds[bounds[0]:bounds[1]]
 
@@ -161,7 +166,7 @@ class RunFolder:
         """Make the missing images of this process's share of `seeds`; returns how many it made.
 
         sample(batch of seeds, report) -> uint8 [batch, height, width, 3]; it may call report(done) with the fraction
-        of the batch that is done, for the progress bar.
+        of the batch that is done, for the progress bar, which only the first rank shows.
         """
         share = deal(seeds)
         todo = self.missing(share)
@@ -170,7 +175,9 @@ class RunFolder:
                     "seeds": format_seeds(todo), "batch_size": batch_size}
             with open(self.path / "sessions.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-        bar = tqdm(total=len(share), initial=len(share) - len(todo), unit="img", desc=self.path.name, smoothing=0.1)
+        rank, world = rank_and_world()
+        bar = tqdm(total=len(share), initial=len(share) - len(todo), unit="img", smoothing=0.1, disable=rank > 0,
+                   desc=self.path.name + (f", 1 of {world} processes" if world > 1 else ""))
         with bar:
             for first in range(0, len(todo), batch_size):
                 batch = todo[first:first + batch_size]
