@@ -2,10 +2,11 @@
 
     python -m eval.macs --config configs/ddpm_cifar10.yaml                              a table of all branches
     python -m eval.macs --config configs/ddpm_cifar10.yaml --interval 5 --branch 2      the average over a run
+    python -m eval.macs --config configs/ldm_cin256.yaml --interval 5                   so for LDM
 
-Two conventions, batch 1. `macs` is the papers': the hook counter of DeepCache's released code, which counts biases and
-norms but no attention product. `macs_fc` is PyTorch's FlopCounterMode / 2: convolutions, linear layers and attention
-products, without biases and norms.
+Two conventions, for one row of a batch (with guidance an image takes two). `macs` is the papers': the hook counter of
+DeepCache's released code, which counts biases and norms (those of torch's own classes) but no attention product.
+`macs_fc` is PyTorch's FlopCounterMode / 2: convolutions, linear layers and attention products, no biases, no norms.
 """
 
 import argparse
@@ -22,11 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from caching.deepcache import DeepCache
 from caching.nested import Cache, no_cache
-from ddpm.config import Config, load_config
-from ddpm.unet import UNet
+from eval.models import build, example_inputs, load_config
 from sampling.cli import command
 from sampling.options import add_cache_options, plan_cache
-from sampling.settings import UserError
 
 
 class Macs(NamedTuple):
@@ -48,8 +47,8 @@ def _hook_macs(module: nn.Module, x: Tensor, out: Tensor) -> int:
         return products + (out.numel() if module.bias is not None else 0)
     if isinstance(module, nn.Linear):       # the bias once for each layer, however many rows x has
         return x.numel() * module.out_features + (module.out_features if module.bias is not None else 0)
-    if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-        return 2 * x.numel()
+    if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):        # the released counter goes by exact class, which
+        return 2 * x.numel() if type(module) in (nn.GroupNorm, nn.LayerNorm) else 0     # leaves GroupNorm32 out
     if next(module.parameters(recurse=False), None) is not None:
         raise TypeError(f"no rule for the MACs of {type(module).__name__}, which has weights of its own")
     return 0                                # activations, resampling, and containers, whose layers count themselves
@@ -120,22 +119,6 @@ def run_macs(unet: nn.Module, inputs: Sequence[Tensor], policy: Policy, num_step
     return Macs(*(sum(values) / num_steps for values in zip(*steps, strict=True)))
 
 
-def build(config: Config, device: torch.device | str = "meta") -> UNet:
-    """The U-Net of a config, in evaluation mode, with random weights (none on the meta device). Raises UserError."""
-    try:
-        with torch.device(device):
-            return UNet(**vars(config.unet)).eval().requires_grad_(False)
-    except ValueError as error:
-        raise UserError(f"{config.name}: {error}") from None
-
-
-def example_inputs(config: Config, batch_size: int = 1, device: torch.device | str = "meta",
-                   dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Zeros of the shapes that the U-Net of a config takes: x and t."""
-    shape = (batch_size, config.unet.in_channels, config.unet.resolution, config.unet.resolution)
-    return torch.zeros(shape, device=device, dtype=dtype), torch.zeros(batch_size, device=device, dtype=torch.long)
-
-
 def giga(macs: float) -> float:
     return macs / 1e9
 
@@ -143,7 +126,7 @@ def giga(macs: float) -> float:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="configs/ddpm_*.yaml")
+    parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
     parser.add_argument("--steps", type=int, help="network calls per image (default: the config's)")
     parser.add_argument("--json", action="store_true", help="print JSON, in MACs, instead of text, in G")
     add_cache_options(parser)

@@ -2,6 +2,7 @@
 
     python -m eval.throughput --config configs/ddpm_cifar10.yaml --branch 1 2 3 --batch-size 8 --threads 1
     python -m eval.throughput --config configs/ddpm_emoji.yaml --interval 2 3 5 10 --out results/throughput/emoji.json
+    python -m eval.throughput --config configs/ldm_cin256.yaml --branch 0 --batch-size 1 --threads 1
 
 Only the U-Net runs, on random weights unless --checkpoint is given, and nothing is written meanwhile. All variants
 take turns in one process, so that a busy machine slows them alike: trust the ratios, which are medians over the rounds,
@@ -22,9 +23,8 @@ from torch import Tensor, nn
 from caching.deepcache import DeepCache
 from caching.nested import no_cache
 from caching.schedules import uniform
-from ddpm.checkpoint import load_checkpoint
-from ddpm.config import load_config
-from eval.macs import Policy, average, branch_macs, build, example_inputs
+from eval.macs import Policy, average, branch_macs
+from eval.models import build, example_inputs, load_config, load_unet, rows_per_image
 from sampling.cli import command
 from sampling.options import DTYPES, place, prepare_device
 from sampling.provenance import provenance
@@ -103,13 +103,14 @@ def time_steps(unet: nn.Module, inputs: Sequence[Tensor], policies: Mapping[str,
 
 
 def measure(unet: nn.Module, inputs: Sequence[Tensor], branches: Sequence[int], intervals: Sequence[int],
-            num_steps: int, repeats: int = 20, warmup: int = 2) -> dict:
+            num_steps: int, repeats: int = 20, warmup: int = 2, rows_per_image: int = 1) -> dict:
     """Time DeepCache at `branches`, with the MACs (batch 1) beside, and derive whole runs with uniform schedules.
 
+    rows_per_image: rows of the inputs that make one image; 2 with guidance, whose two halves share a batch.
     Returns JSON-compatible {full, branches: [per branch], runs: [per branch and interval]}; images/s are of the network
     alone. Raises UserError for a branch or an interval that does not exist, or no repeats.
     """
-    batch_size = len(inputs[0])
+    images = len(inputs[0]) / rows_per_image
     for branch in branches:
         if not 0 <= branch < unet.num_branches:
             raise UserError(f"--branch must be from 0 to {unet.num_branches - 1} for this model, got {branch}")
@@ -129,14 +130,14 @@ def measure(unet: nn.Module, inputs: Sequence[Tensor], branches: Sequence[int], 
             "macs": macs.hook, "macs_fc": macs.fc,
             "macs_ratio": macs.hook / full_macs.hook, "macs_fc_ratio": macs.fc / full_macs.fc,
             "feature_bytes": cache.feature.numel() * cache.feature.element_size()})
-    result["full"]["images_per_second"] = batch_size / (num_steps * full.median)
+    result["full"]["images_per_second"] = images / (num_steps * full.median)
     for branch in branches:
         for interval, full_steps in schedules.items():
             k, cached = len(full_steps), timings[str(branch)]
             macs = average(full_macs, cached_macs[branch], full_steps, num_steps)
             result["runs"].append({
                 "branch": branch, "interval": interval, "steps": num_steps, "full_steps": k,
-                "images_per_second": batch_size / (k * full.median + (num_steps - k) * cached.median),
+                "images_per_second": images / (k * full.median + (num_steps - k) * cached.median),
                 "speedup": num_steps / (k + (num_steps - k) * cached.ratio(full)),
                 "macs": macs.hook, "macs_fc": macs.fc, "macs_speedup": full_macs.hook / macs.hook})
     return result
@@ -163,13 +164,14 @@ def table(result: dict) -> str:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="configs/ddpm_*.yaml")
+    parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
     parser.add_argument("--checkpoint", type=Path, help="weights (default: random; they do not change the time)")
     parser.add_argument("--branch", type=int, nargs="+", help="0-based skips (default: the paper's for this model)")
     parser.add_argument("--interval", type=int, nargs="+", default=[2, 3, 5, 10],
                         help="N of 1:N of the whole runs (default: 2 3 5 10)")
     parser.add_argument("--steps", type=int, help="network calls per image of the whole runs (default: the config's)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images at a time (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8,
+                        help="images at a time; with guidance each takes two rows of the batch (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=2, help="untimed rounds before them (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -185,21 +187,22 @@ def main() -> None:
     branches = list(dict.fromkeys(args.branch or [config.sampler.branch]))
     steps = config.sampler.steps if args.steps is None else args.steps
     torch.manual_seed(0)
-    unet = build(config, "cpu")
-    if args.checkpoint:
-        load_checkpoint(unet, args.checkpoint)
-    unet = place(unet, device, dtype)
-    x, t = example_inputs(config, args.batch_size, device, dtype)
-    inputs = (torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device, dtype), t + 500)
+    unet = place(load_unet(config, args.checkpoint) if args.checkpoint else build(config, "cpu"), device, dtype)
+    rows = args.batch_size * rows_per_image(config)
+    noise = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(value.shape, generator=noise).to(device, dtype) if value.is_floating_point() else value + 500
+              for value in example_inputs(config, rows, device, dtype)]
 
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)      # fails before the work, where it fails
     where = provenance(device)
-    settings = {"batch_size": args.batch_size, "dtype": args.dtype, "repeats": args.repeats, "warmup": args.warmup,
-                "weights": str(args.checkpoint) if args.checkpoint else "random"}
-    print(f"{config.name}: batch {args.batch_size}, {args.dtype}, {where['device']} ({where['device_name']}), "
+    settings = {"batch_size": args.batch_size, "rows": rows, "dtype": args.dtype, "repeats": args.repeats,
+                "warmup": args.warmup, "weights": str(args.checkpoint) if args.checkpoint else "random"}
+    guided = f" ({rows} rows with guidance)" if rows != args.batch_size else ""
+    print(f"{config.name}: batch {args.batch_size}{guided}, {args.dtype}, {where['device']} ({where['device_name']}), "
           f"{where['threads']} CPU threads, {args.repeats} rounds", flush=True)
-    result = measure(unet, inputs, branches, args.interval, steps, args.repeats, args.warmup)
+    result = measure(unet, inputs, branches, args.interval, steps, args.repeats, args.warmup,
+                     rows_per_image(config))
     print(table(result))
     if args.out:
         write_json(args.out, {"kind": "throughput", "model": config.name, "settings": settings, "provenance": where,

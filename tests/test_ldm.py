@@ -278,11 +278,6 @@ def in_g(values, digits: int) -> list[float]:
     return [round(value / 1e9, digits) for value in values]
 
 
-# The released counter leaves GroupNorm32 out; eval.macs counts it with the other norms so far.
-released_norms = pytest.mark.xfail(reason="eval.macs counts GroupNorm32, the released counter does not")
-
-
-@released_norms
 def test_macs_of_a_step(macs):
     full, cached = macs
     assert in_g([full.hook], 4) == [99.8231]
@@ -300,7 +295,6 @@ def test_fc_macs_of_a_step(macs):
     assert all(0 < cached[branch].fc / 1e9 - fc < 0.004 for branch, fc in enumerate(released, start=4))
 
 
-@released_norms
 @pytest.mark.parametrize(("interval", "printed"), [(1, 99.82), (2, 52.12), (3, 36.48), (5, 23.50), (10, 13.97),
                                                    (20, 9.39)])
 def test_macs_of_table_1(macs, interval, printed):

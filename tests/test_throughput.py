@@ -96,7 +96,8 @@ def test_command_writes_all_it_knows(monkeypatch, capsys, tmp_path):
         "--interval", "3", "--dtype", "bf16", "--device", "cpu", "--out", str(out))
     result = json.loads(out.read_text())
     assert result["model"] == "ddpm_emoji"
-    assert result["settings"] == {"batch_size": 1, "dtype": "bf16", "repeats": 2, "warmup": 1, "weights": "random"}
+    assert result["settings"] == {"batch_size": 1, "rows": 1, "dtype": "bf16", "repeats": 2, "warmup": 1,
+                                  "weights": "random"}
     assert result["provenance"].keys() >= {"commit", "versions", "device", "device_name", "threads"}
     assert [row["branch"] for row in result["branches"]] == [1, 11]
     assert [(row["branch"], row["interval"], row["full_steps"], row["steps"]) for row in result["runs"]] \
