@@ -19,12 +19,24 @@ from ddpm.checkpoint import load_checkpoint
 from ddpm.config import load_config
 from ddpm.unet import UNet
 from sampling.cli import command
-from sampling.ddim import SPACINGS, ddim, make_timesteps
+from sampling.ddim import SPACINGS, ddim, final_alpha, make_timesteps
 from sampling.diffusion import predicted_noise
 from sampling.noise import SeededNoise
-from sampling.options import DTYPES, add_cache_options, add_run_options, at, place, plan_cache, prepare_device
+from sampling.options import (
+    DTYPES,
+    add_cache_options,
+    add_run_options,
+    add_sampler_options,
+    at,
+    chosen_eta,
+    chosen_seeds,
+    place,
+    plan_cache,
+    prepare_device,
+    summary,
+)
 from sampling.provenance import provenance
-from sampling.runs import RunFolder, parse_seeds, to_uint8
+from sampling.runs import RunFolder, to_uint8
 from sampling.settings import UserError
 from sampling.weights import check_md5, sha256
 
@@ -33,11 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="configs/ddpm_*.yaml")
     parser.add_argument("--checkpoint", type=Path, help="weights, instead of the config's")
-    sampler = parser.add_argument_group("the sampler (defaults: the config's, which are the paper's)")
-    sampler.add_argument("--sampler", choices=("ddim",), default="ddim")
-    sampler.add_argument("--steps", type=int, help="network calls per image")
+    sampler = add_sampler_options(parser)
     sampler.add_argument("--timesteps", choices=SPACINGS, help="how the steps spread over the noise levels")
-    sampler.add_argument("--eta", type=float, help="0 = deterministic, 1 = the variance of DDPM")
     add_cache_options(parser)
     add_run_options(parser, batch_size=64)
     return parser
@@ -50,9 +59,7 @@ def main() -> None:
     device = prepare_device(args)
     steps = config.sampler.steps if args.steps is None else args.steps
     spacing = args.timesteps or config.sampler.timesteps
-    eta = config.sampler.eta if args.eta is None else args.eta
-    if not 0 <= eta <= 1:
-        raise UserError(f"--eta must be from 0 to 1, got {eta}")
+    eta = chosen_eta(args, config.sampler.eta)
     try:
         timesteps = make_timesteps(spacing, steps, config.diffusion.num_timesteps)
         alphas = config.alphas_cumprod()
@@ -60,7 +67,7 @@ def main() -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     plan = plan_cache(args, steps, unet.num_branches, config.sampler.branch)
-    seeds = parse_seeds(args.seeds) if args.seeds else list(range(config.sampler.images))
+    seeds = chosen_seeds(args, config.sampler.images)
     checkpoint = args.checkpoint or Path(config.checkpoint)
     if config.md5 and args.checkpoint is None:
         check_md5(checkpoint, config.md5)       # first: a download that was cut short should be called that
@@ -84,12 +91,10 @@ def main() -> None:
             return predicted_noise(config.diffusion.prediction, output.float(), x, alphas[t].item())
 
         return to_uint8(ddim(predict, noise(shape), timesteps, alphas, eta, noise,
-                             progress=lambda step, x: report((step + 1) / steps)))
+                             final_alpha(spacing, alphas), lambda step, x: report((step + 1) / steps)))
 
     made = run.fill(seeds, args.batch_size, sample)
-    print(f"{args.out}: {len(seeds)} images asked for, {made} made now; "
-          f"{len(plan.full_steps)} full of {steps} steps"
-          + (f", branch {plan.branch}" if plan.cached else ", no caching"))
+    print(summary(args, seeds, made, steps, plan))
 
 
 if __name__ == "__main__":

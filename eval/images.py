@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sampling.runs import format_seeds
+from sampling.runs import format_some
 from sampling.settings import UserError, one_line
 
 # What Pillow raises for a PNG that is cut off or not one: SyntaxError too, for a damaged chunk.
@@ -100,16 +100,20 @@ def _folder(path: Path) -> ImageSet:
             twice = next(a for a, b in itertools.pairwise(seeds) if a == b)
             raise UserError(f"{path} has two images of seed {twice}")
     names = [str(file.relative_to(path)) for file in files]
-    first = _read_png(files[0])
+    first = read_png(files[0])
 
     def read(n: int) -> Iterator[np.ndarray]:
         for start in range(0, len(files), n):
-            yield np.stack([_read_png(file, first.shape, files[0]) for file in files[start:start + n]])
+            yield np.stack([read_png(file, first.shape, files[0]) for file in files[start:start + n]])
 
     return ImageSet(str(path), names, seeds, first.shape[:2], _fingerprint(files, names), path, read)
 
 
-def _read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | None = None) -> np.ndarray:
+def read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | None = None) -> np.ndarray:
+    """One image: uint8 [height, width, 3]; `shape`: what it must be, as `example` is.
+
+    Raises UserError for a file that is no image, not 8-bit RGB, or of another shape.
+    """
     try:
         with Image.open(path) as image:
             if image.mode != "RGB":
@@ -188,13 +192,7 @@ def _check_seeds(images: ImageSet, seeds: Sequence[int]) -> None:
     wanted, there = set(seeds), set(images.seeds)
     if wanted - there:
         raise UserError(f"{images.description} has {len(wanted & there)} of the {len(wanted)} images asked for; "
-                        f"missing seeds {_some(wanted - there)}: sample them first")
+                        f"missing seeds {format_some(wanted - there)}: sample them first")
     if there - wanted:
         raise UserError(f"{images.description} has {len(there - wanted)} images more than asked for, seeds "
-                        f"{_some(there - wanted)}: ask for them too, or use another folder")
-
-
-def _some(seeds: Iterable[int]) -> str:
-    """The seeds, cut short."""
-    text = format_seeds(seeds)
-    return text if len(text) <= 60 else text[:60].rsplit(",", 1)[0] + ",..."
+                        f"{format_some(there - wanted)}: ask for them too, or use another folder")

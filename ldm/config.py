@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sampling.diffusion import alphas_cumprod
+from sampling.diffusion import PREDICTIONS, alphas_cumprod
 from sampling.settings import read_yaml
 from training.loop import TrainConfig
 
@@ -42,6 +42,10 @@ class Diffusion:
     beta_start: float = 0.0015
     beta_end: float = 0.0195
     prediction: str = "noise"           # noise, v
+
+    def __post_init__(self):
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"unknown prediction {self.prediction!r}: choose from {', '.join(PREDICTIONS)}")
 
 
 @dataclass
@@ -81,6 +85,7 @@ class Config:
     first_stage: FirstStage
     num_classes: int
     checkpoint: str                     # path, relative to the repository
+    class_names: str | None = None      # text file, a name per line in the order of the labels, for listings only
     diffusion: Diffusion = field(default_factory=Diffusion)
     sampler: Sampler = field(default_factory=Sampler)
     train_first_stage: TrainFirstStage | None = None

@@ -21,8 +21,8 @@ from ldm.checkpoint import Model, published_state_dict
 from ldm.config import Config, load_config
 from ldm.unet import UNet
 from sampling.cli import command
-from sampling.ddim import ddim, uniform_timesteps
-from sampling.diffusion import predicted_noise, training_target
+from sampling.ddim import ddim, offset_timesteps
+from sampling.diffusion import guided, predicted_noise, training_target
 from sampling.noise import SeededNoise
 from sampling.runs import to_uint8
 from sampling.settings import UserError
@@ -93,12 +93,10 @@ def sample_grid(config: Config, vq: nn.Module, shape: torch.Size, steps: int = 5
 
         def predict(x: Tensor, t: int, step: int) -> Tensor:
             output = model(torch.cat([x, x]), torch.full((2 * count,), t, device=device), both)
-            uncond, cond = predicted_noise(config.diffusion.prediction, output, torch.cat([x, x]), alphas[t]).chunk(2)
-            return uncond + config.sampler.guidance * (cond - uncond)
+            return predicted_noise(config.diffusion.prediction, guided(output, config.sampler.guidance), x, alphas[t])
 
         x = SeededNoise(range(count), device)(shape)
-        timesteps = [t + 1 for t in uniform_timesteps(steps, len(alphas))]      # as LDM's own sampler does
-        x = ddim(predict, x, timesteps, alphas, final_alpha=alphas[0].item())
+        x = ddim(predict, x, offset_timesteps(steps, len(alphas)), alphas, final_alpha=alphas[0].item())
         return to_uint8(first_stage.decode(vq, x))
     return grid
 

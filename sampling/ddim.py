@@ -8,13 +8,14 @@ from torch import Tensor
 
 
 def uniform_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
-    """Every (num_timesteps // num_steps)-th timestep from 0: ascending, `num_steps` of them.
+    """Evenly spaced timesteps from 0: ascending, `num_steps` of them.
 
-    The released DDPM code's `skip_type uniform`; it makes more than `num_steps` where that does not divide
-    num_timesteps, ours stops at `num_steps`. Raises ValueError unless 1 <= num_steps <= num_timesteps.
+    The released DDPM code's `skip_type uniform`. Where num_steps does not divide num_timesteps, that code takes the
+    stride num_timesteps // num_steps and so makes more steps than asked for; ours makes as many, over the same range.
+    Raises ValueError unless 1 <= num_steps <= num_timesteps.
     """
     _check(num_steps, num_timesteps)
-    return list(range(0, num_timesteps, num_timesteps // num_steps))[:num_steps]
+    return [i * num_timesteps // num_steps for i in range(num_steps)]
 
 
 def quadratic_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
@@ -30,14 +31,40 @@ def quadratic_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
     return steps
 
 
-SPACINGS = {"uniform": uniform_timesteps, "quad": quadratic_timesteps}
+def offset_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
+    """`uniform_timesteps`, each one later, as in LDM and Stable Diffusion: ascending, 1 to num_timesteps - 1.
+
+    Sampling ends on the alpha_bar of timestep 0 then, not on 1 (`final_alpha` of `ddim`).
+    Raises ValueError unless 1 <= num_steps < num_timesteps.
+    """
+    _check(num_steps, num_timesteps - 1)
+    return [t + 1 for t in uniform_timesteps(num_steps, num_timesteps)]
+
+
+def trailing_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
+    """Evenly spaced timesteps that end on the last one, num_timesteps - 1, where the image is nearly all noise.
+
+    Lin et al. (arXiv 2305.08891), Table 2: with few steps, the other spacings start the sampler, on pure noise, at a
+    timestep where the network expects some of the image. Raises ValueError unless 1 <= num_steps <= num_timesteps.
+    """
+    _check(num_steps, num_timesteps)
+    return [(i + 1) * num_timesteps // num_steps - 1 for i in range(num_steps)]
+
+
+SPACINGS = {"uniform": uniform_timesteps, "quad": quadratic_timesteps, "offset": offset_timesteps,
+            "trailing": trailing_timesteps}
 
 
 def make_timesteps(spacing: str, num_steps: int, num_timesteps: int = 1000) -> list[int]:
-    """Timesteps of a named spacing: 'uniform' or 'quad'. Raises ValueError for any other name."""
+    """Timesteps of a named spacing (SPACINGS). Raises ValueError for any other name."""
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing of timesteps {spacing!r}: choose from {', '.join(SPACINGS)}")
     return SPACINGS[spacing](num_steps, num_timesteps)
+
+
+def final_alpha(spacing: str, alphas_cumprod: Tensor) -> float:
+    """Alpha_bar of the end point: 1, a clean image, but for 'offset', whose released samplers end on timestep 0."""
+    return alphas_cumprod[0].item() if spacing == "offset" else 1.0
 
 
 def _check(num_steps: int, num_timesteps: int) -> None:

@@ -39,6 +39,15 @@ def predicted_noise(prediction: str, output: Tensor, x: Tensor, alpha: Tensor | 
     return output if prediction == "noise" else alpha ** 0.5 * output + (1 - alpha) ** 0.5 * x
 
 
+def guided(output: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) of a doubled batch [uncond, cond] -> [batch, ...].
+
+    guidance 1 is the conditional output, 0 the unconditional one.
+    """
+    uncond, cond = output.chunk(2)
+    return uncond + guidance * (cond - uncond)
+
+
 def training_target(prediction: str, x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
     """What the network's output is compared with: the noise, or v (see `predicted_noise`)."""
     return noise if prediction == "noise" else alpha ** 0.5 * noise - (1 - alpha) ** 0.5 * x0

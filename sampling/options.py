@@ -10,9 +10,19 @@ from torch import nn
 from caching.deepcache import DeepCache, ZeroedCache
 from caching.nested import Cache, no_cache
 from caching.schedules import centered, released_ldm, uniform
+from sampling.runs import parse_seeds
 from sampling.settings import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_sampler_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--sampler, --steps, --eta of DDIM; returns their group, for more."""
+    sampler = parser.add_argument_group("the sampler (defaults: the config's, which are the paper's)")
+    sampler.add_argument("--sampler", choices=("ddim",), default="ddim")
+    sampler.add_argument("--steps", type=int, help="network calls per image")
+    sampler.add_argument("--eta", type=float, help="0 = deterministic, 1 = the variance of DDPM")
+    return sampler
 
 
 def add_run_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
@@ -43,6 +53,25 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--power", type=float, help="centered and released-ldm: how quickly they thin out")
     cache.add_argument("--zero-cache", action="store_true",
                        help="ablation of the paper's Table 5: reuse zeros instead of the feature")
+
+
+def chosen_eta(args: argparse.Namespace, default: float) -> float:
+    """--eta or the config's, checked. Raises UserError."""
+    eta = default if args.eta is None else args.eta
+    if not 0 <= eta <= 1:
+        raise UserError(f"--eta must be from 0 to 1, got {eta}")
+    return eta
+
+
+def chosen_seeds(args: argparse.Namespace, images: int) -> list[int]:
+    """--seeds, or as many as the config's images. Raises UserError."""
+    return parse_seeds(args.seeds) if args.seeds is not None else list(range(images))
+
+
+def summary(args: argparse.Namespace, seeds: list[int], made: int, steps: int, plan: "CachePlan") -> str:
+    """The last line of a sample command."""
+    return (f"{args.out}: {len(seeds)} images asked for, {made} made now; {len(plan.full_steps)} full of {steps} steps"
+            + (f", branch {plan.branch}" if plan.cached else ", no caching"))
 
 
 class CachePlan(NamedTuple):
@@ -95,8 +124,8 @@ def plan_cache(args: argparse.Namespace, num_calls: int, num_branches: int, defa
     return CachePlan(branch, full_steps, settings)
 
 
-def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """A network ready for inference: on its device, in its dtype, and with channels last.
+def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """A network ready for inference: on its device, in its dtype (None: as it is), and with channels last.
 
     Channels last saves 10 to 20 % of a U-Net's time in float32 on a CPU (eval/throughput.py), and follows the weights:
     the input may come in either layout.

@@ -25,8 +25,8 @@ FORMAT = 1      # of run.json
 _PNG_END = b"IEND\xaeB`\x82"
 
 
-def parse_seeds(text: str) -> list[int]:
-    """'0-3,7' -> [0, 1, 2, 3, 7].
+def parse_seeds(text: str, what: str = "seeds") -> list[int]:
+    """'0-3,7' -> [0, 1, 2, 3, 7]. `what` the numbers are, for messages.
 
     Raises UserError for anything else than numbers and ascending ranges, and for repeats.
     """
@@ -34,14 +34,14 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not match:
-            raise UserError(f"seeds {text!r} do not parse at {part!r}: write numbers and ranges, like 0-49999 or "
+            raise UserError(f"{what} {text!r} do not parse at {part!r}: write numbers and ranges, like 0-49999 or "
                             "0-9,20")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise UserError(f"seeds {text!r}: the range {part.strip()} runs backwards")
+            raise UserError(f"{what} {text!r}: the range {part.strip()} runs backwards")
         seeds.extend(range(first, last + 1))
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds {text!r} name some seed twice")
+        raise UserError(f"{what} {text!r} name some number twice")
     return seeds
 
 
@@ -61,11 +61,38 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def format_some(seeds: Iterable[int]) -> str:
+    """The seeds, cut short for a message."""
+    text = format_seeds(seeds)
+    return text if len(text) <= 60 else text[:60].rsplit(",", 1)[0] + ",..."
+
+
 def deal(seeds: Sequence[int]) -> Sequence[int]:
     """The seeds of this process: a contiguous slice of them, as long as those of the other ranks up to one."""
     rank, world = rank_and_world()
     bounds = [len(seeds) * i // world for i in (rank, rank + 1)]
     return seeds[bounds[0]:bounds[1]]
+
+
+def read_run(folder: Path) -> dict:
+    """run.json of a sample folder. Raises UserError where it is missing or damaged."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no sample folder: it has no run.json")
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged, so the settings of its images are unknown: use another folder") from None
+
+
+def image_path(folder: Path, seed: int) -> Path:
+    """Where a sample folder has the image of a seed; sub-folders of 1000."""
+    return folder / f"{seed // 1000:03d}" / f"{seed:06d}.png"
+
+
+def missing_seeds(folder: Path, seeds: Iterable[int]) -> list[int]:
+    """Those of the seeds whose image is not in a sample folder, or not whole."""
+    return [seed for seed in seeds if not _is_whole_png(image_path(folder, seed))]
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -77,6 +104,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(temporaries: Iterable[Path]) -> None:
+    """Delete those temporary files of `write_atomically` whose process, on this machine, is no more."""
+    for path in temporaries:
+        owner = re.fullmatch(rf".*\.{re.escape(socket.gethostname())}\.(\d+)\.tmp", path.name)
+        if owner and not _alive(int(owner[1])):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -110,24 +145,17 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file, not a folder for images")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
+        remove_leftovers([*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")])
         if not (self.path / "run.json").exists():
             if any(self.path.glob("[0-9][0-9][0-9]*/*.png")):
                 raise UserError(f"{self.path} has images but no run.json, so their settings are unknown: "
                                 "use another folder")
             self._create({"format": FORMAT, "settings": settings, "provenance": provenance})
-        differences = _differences(self.read()["settings"], settings)
+        differences = _differences(read_run(self.path)["settings"], settings)
         if differences:
             raise UserError(f"{self.path} holds images of other settings ({'; '.join(differences)}): "
                             "use another folder, or the same settings")
         self.provenance = provenance
-
-    def read(self) -> dict:
-        """run.json."""
-        try:
-            return json.loads((self.path / "run.json").read_text())
-        except json.JSONDecodeError:
-            raise UserError(f"{self.path / 'run.json'} is damaged: use another folder") from None
 
     def _create(self, content: dict) -> None:
         """Write run.json unless another process was faster."""
@@ -140,24 +168,13 @@ class RunFolder:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _remove_leftovers(self) -> None:
-        """Temporary files of processes of this machine that are no more."""
-        for path in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
-            owner = re.fullmatch(rf".*\.{re.escape(socket.gethostname())}\.(\d+)\.tmp", path.name)
-            if owner and not _alive(int(owner[1])):
-                path.unlink(missing_ok=True)
-
-    def image_path(self, seed: int) -> Path:
-        """Where the image of a seed is or will be; folders of 1000."""
-        return self.path / f"{seed // 1000:03d}" / f"{seed:06d}.png"
-
-    def missing(self, seeds: Iterable[int]) -> list[int]:
-        """Those of the seeds whose image is not there, or not whole."""
-        return [seed for seed in seeds if not _is_whole_png(self.image_path(seed))]
+    def seeds(self) -> list[int]:
+        """The seeds whose images are there now, sorted."""
+        return sorted(int(path.stem) for path in self.path.glob("[0-9][0-9][0-9]*/[0-9]*.png"))
 
     def save(self, seed: int, image: np.ndarray) -> None:
         """Write uint8 [height, width, 3] as the PNG of a seed, atomically."""
-        path = self.image_path(seed)
+        path = image_path(self.path, seed)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
 
@@ -169,7 +186,7 @@ class RunFolder:
         of the batch that is done, for the progress bar, which only the first rank shows.
         """
         share = deal(seeds)
-        todo = self.missing(share)
+        todo = missing_seeds(self.path, share)
         if todo:
             line = {**self.provenance, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     "seeds": format_seeds(todo), "batch_size": batch_size}

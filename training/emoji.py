@@ -18,6 +18,12 @@ class Emoji(NamedTuple):
     split: str      # "train" or "held-out"
 
 
+def read_index(folder: Path = FOLDER) -> list[Emoji]:
+    """All rows of index.csv."""
+    with open(folder / "index.csv", newline="") as file:
+        return [Emoji(**row) for row in csv.DictReader(file)]
+
+
 def load(size: int = 32, split: str | None = None, group: str | None = None,
          folder: Path = FOLDER) -> tuple[np.ndarray, list[Emoji]]:
     """Images and their rows, in the order of index.csv, narrowed to a split and a group.
@@ -28,8 +34,7 @@ def load(size: int = 32, split: str | None = None, group: str | None = None,
     if not mosaic.exists():
         sizes = sorted(int(path.stem.split("_")[1]) for path in folder.glob("emoji_*.webp"))
         raise ValueError(f"no emoji of {size} pixels in {folder}: there are {sizes}")
-    with open(folder / "index.csv", newline="") as file:
-        rows = [Emoji(**row) for row in csv.DictReader(file)]
+    rows = read_index(folder)
     for value, known in ((split, {row.split for row in rows}), (group, {row.group for row in rows})):
         if value is not None and value not in known:
             raise ValueError(f"no emoji of {value!r}: choose from {sorted(known)}")

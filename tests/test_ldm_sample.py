@@ -1,0 +1,377 @@
+"""`ldm.sample` and `sampling.npz` through the command line, on a tiny random model."""
+
+import collections
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import HERE
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from caching.schedules import released_ldm
+from eval.images import open_images
+from ldm import first_stage
+from ldm.checkpoint import Model, published_state_dict
+from ldm.sample import main
+from ldm.unet import UNet
+from sampling import npz
+from sampling.ddim import offset_timesteps
+from sampling.labels import Labels
+from sampling.options import DTYPES
+from sampling.runs import image_path
+from sampling.settings import UserError
+
+CLASSES = 5
+CONFIG = {
+    "name": "tiny", "num_classes": CLASSES,
+    "unet": {"in_channels": 3, "out_channels": 3, "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1,
+             "attention_resolutions": [2], "num_heads": 1, "context_dim": 8},
+    "first_stage": {"resolution": 16, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 3,
+                    "n_embed": 64},
+    "sampler": {"steps": 6, "eta": 0.0, "guidance": 1.5, "branch": 0, "images": 10}}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """The config of a tiny random model, its checkpoint and its class names beside it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    model = Model(UNet(**CONFIG["unet"]), first_stage.build(**CONFIG["first_stage"]), nn.Embedding(CLASSES + 1, 8))
+    nn.init.normal_(model.classes.weight, std=5)                 # so that the label shows in the image
+    save_file({name: value.contiguous() for name, value in published_state_dict(model).items()},
+              folder / "tiny.safetensors")
+    (folder / "names.txt").write_text("\n".join(["goldfish", "daisy, yellow", 'the "cup"', "pier", "abaya"]) + "\n")
+    return write_config(folder / "tiny.yaml", folder / "tiny.safetensors", class_names=str(folder / "names.txt"))
+
+
+def write_config(path: Path, checkpoint: Path, **changes) -> Path:
+    path.write_text(yaml.safe_dump(CONFIG | {"checkpoint": str(checkpoint)} | changes))
+    return path
+
+
+@pytest.fixture
+def sample(tiny, monkeypatch):
+    """The command within this process; returns its exit code."""
+    def run(*args, command=main, name="ldm.sample", config=tiny) -> int:
+        given = ["--config", config, "--threads", 1] if command is main else []
+        monkeypatch.setattr(sys, "argv", [name, *map(str, [*given, *args])])
+        try:
+            command()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+    return run
+
+
+@pytest.fixture
+def pack(sample):
+    return lambda *args: sample(*args, command=npz.main, name="sampling.npz")
+
+
+def pixels(folder: Path) -> dict[int, np.ndarray]:
+    return {int(path.stem): np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*/*.png"))}
+
+
+def same(a: Path, b: Path, tolerance: int = 0) -> bool:
+    """Whether two folders hold the same seeds and, up to so many of 255 grey levels, the same images."""
+    a, b = pixels(a), pixels(b)
+    return a.keys() == b.keys() and all(np.abs(a[seed] - b[seed]).max() <= tolerance for seed in a)
+
+
+def listing(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "images.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- labels
+
+def test_balanced_labels_are_exactly_balanced():
+    labels = Labels.parse("balanced", 1000)
+    assert labels.counts(list(range(50_000))) == [50] * 1000
+    assert [labels.of(seed) for seed in (0, 999, 1000, 2207)] == [0, 999, 0, 207]
+    assert "50 images of each of 1000" in labels.describe(list(range(50_000)))
+    assert "not even: 0 to 1 images" in labels.describe(list(range(10)))
+
+
+def test_random_labels_are_uniform_and_fixed():
+    labels = Labels.parse("random", 10)
+    counts = labels.counts(list(range(10_000)))
+    assert min(counts) > 850 and max(counts) < 1150
+    assert [labels.of(seed) for seed in range(12)] == [5, 2, 1, 3, 6, 5, 1, 4, 3, 7, 0, 7]     # for good
+
+
+def test_listed_labels_go_round():
+    assert [Labels.parse("207,360", 1000).of(seed) for seed in range(4)] == [207, 360, 207, 360]
+    assert [Labels.parse("0-9", 10).of(seed) for seed in range(12)] == [*range(10), 0, 1]
+
+
+@pytest.mark.parametrize(("text", "word"), [
+    ("1000", "0 to 999"), ("5-1000", "0 to 999"), ("-1", "balanced, random or a list"), ("cats", "balanced, random"),
+    ("", "balanced, random"), ("3,", "parse"), ("1,1", "twice"), ("1.5", "parse")])
+def test_bad_labels(text, word):
+    with pytest.raises(UserError, match=word):
+        Labels.parse(text, 1000)
+
+
+def test_labels_come_back_from_run_json():
+    for text in ("balanced", "random", "3,1"):
+        labels = Labels.parse(text, 10)
+        assert Labels.from_settings(json.loads(json.dumps({"labels": labels.rule, "num_classes": 10}))) == labels
+    assert Labels.from_settings({"unet": {}}) is None
+
+
+# ---- runs
+
+def test_an_image_depends_on_its_seed_alone(sample, tmp_path):
+    for labels in ("balanced", "random"):
+        common = ["--interval", 2, "--eta", 1, "--labels", labels]
+        whole, split, parts = (tmp_path / f"{labels}-{name}" for name in ("whole", "split", "parts"))
+        assert sample(*common, "--batch-size", 10, "--out", whole) == 0
+        assert len(pixels(whole)) == 10                             # as many as the config says
+        assert sample(*common, "--batch-size", 3, "--out", split) == 0
+        assert same(whole, split, tolerance=1)                      # rounding differs by batch size
+        for seeds in ("7-9", "0-2", "0-9"):                         # in pieces, then filled in
+            assert sample(*common, "--batch-size", 3, "--seeds", seeds, "--out", parts) == 0
+        assert same(whole, parts, tolerance=1)
+    assert not same(tmp_path / "balanced-whole", tmp_path / "random-whole", tolerance=1)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(sample, tmp_path):
+    common = ["--interval", 3, "--batch-size", 1, "--seeds", "0-3"]
+    assert sample(*common, "--out", tmp_path / "a") == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    image_path(tmp_path / "b", 1).unlink()
+    image_path(tmp_path / "b", 2).write_bytes(b"\x89PNG cut short")
+    (tmp_path / "b" / "images.csv").unlink()
+    assert sample(*common, "--out", tmp_path / "b") == 0
+    assert same(tmp_path / "a", tmp_path / "b") and listing(tmp_path / "a") == listing(tmp_path / "b")
+
+
+def test_labels_steer_the_image_but_not_its_noise(sample, tmp_path, monkeypatch):
+    import ldm.sample
+    started = collections.defaultdict(list)
+    ddim = ldm.sample.ddim
+
+    def watched(predict, x, *args, **kwargs):
+        started[out].append(x)
+        return ddim(predict, x, *args, **kwargs)
+
+    monkeypatch.setattr(ldm.sample, "ddim", watched)
+    for out, labels in (("a", "balanced"), ("b", "random"), ("c", "4")):
+        assert sample("--labels", labels, "--seeds", "0-4", "--out", tmp_path / out) == 0
+    assert torch.equal(started["a"][0], started["b"][0]) and torch.equal(started["a"][0], started["c"][0])
+    a, c = pixels(tmp_path / "a"), pixels(tmp_path / "c")
+    assert [np.array_equal(a[seed], c[seed]) for seed in range(5)] == [False] * 4 + [True]
+
+
+def test_guidance(sample, tmp_path, monkeypatch):
+    """Guidance 1 runs single batches; near 1, the doubled batch gives the same images."""
+    batches = []
+    forward = UNet.forward
+
+    def watched(self, x, *args):
+        batches.append(len(x))
+        return forward(self, x, *args)
+
+    monkeypatch.setattr(UNet, "forward", watched)
+    common = ["--seeds", "0-2", "--interval", 2]
+    for name, guidance in (("one", 1), ("near", 1.0000001), ("two", 4)):
+        batches.clear()
+        assert sample(*common, "--guidance", guidance, "--out", tmp_path / name) == 0
+        assert set(batches) == {3 if guidance == 1 else 6} and len(batches) == 6
+    assert same(tmp_path / "one", tmp_path / "near", tolerance=1)
+    assert not same(tmp_path / "one", tmp_path / "two", tolerance=2)
+
+
+def test_caching_options(sample, tmp_path):
+    seeds = ["--seeds", "0-1"]
+    arms = {"none": [], "n1": ["--interval", 1], "n3": ["--interval", 3],
+            "zeroed": ["--interval", 3, "--zero-cache"], "deep": ["--interval", 3, "--branch", 3],
+            "released": ["--interval", 2, "--schedule", "released-ldm", "--power", 1.5],
+            "centered": ["--interval", 2, "--schedule", "centered", "--center", 2, "--power", 1.4]}
+    for name, args in arms.items():
+        assert sample(*seeds, *args, "--out", tmp_path / name) == 0
+    assert same(tmp_path / "none", tmp_path / "n1")
+    different = ["none", "n3", "zeroed", "released"]
+    assert not any(same(tmp_path / a, tmp_path / b) for a in different for b in different if a != b)
+    cache = json.loads((tmp_path / "released" / "run.json").read_text())["settings"]["cache"]
+    assert cache["full_steps"] == released_ldm(6, 2, 1.5) and cache["schedule"] == "released-ldm"
+
+
+def test_timesteps_are_one_later_than_ddpms():
+    assert offset_timesteps(8) == [1, 126, 251, 376, 501, 626, 751, 876]
+    assert offset_timesteps(250)[::249] == [1, 997] and offset_timesteps(999)[-1] == 999
+    with pytest.raises(ValueError, match="1 to 999"):
+        offset_timesteps(1000)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_number_formats(sample, tmp_path, monkeypatch, dtype):
+    """The U-Net, and its context, in half precision; the first stage in float32."""
+    seen = set()
+    forward, decode = UNet.forward, first_stage.decode
+    monkeypatch.setattr(UNet, "forward", lambda self, x, t, context, cache: (
+        seen.add((x.dtype, context.dtype)), forward(self, x, t, context, cache))[1])
+    monkeypatch.setattr(first_stage, "decode", lambda vq, z: (seen.add((z.dtype, vq.dtype)), decode(vq, z))[1])
+    common = ["--seeds", "0-1", "--interval", 2]
+    assert sample(*common, "--dtype", dtype, "--out", tmp_path / dtype) == 0
+    assert seen == {(DTYPES[dtype],) * 2, (torch.float32,) * 2}
+    assert sample(*common, "--out", tmp_path / "fp32") == 0
+    a, b = pixels(tmp_path / dtype), pixels(tmp_path / "fp32")
+    assert all(np.abs(a[seed] - b[seed]).mean() < 1 for seed in a)
+
+
+def test_run_json_and_listing(sample, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert sample("--labels", "2,1", "--seeds", "0-2", "--out", out) == 0
+    assert "2 classes" in capsys.readouterr().out
+    settings = json.loads((out / "run.json").read_text())["settings"]
+    assert (settings["labels"], settings["num_classes"], settings["guidance"], settings["eta"]) == ([2, 1], 5, 1.5, 0)
+    assert len(settings["checkpoint_sha256"]) == 64 and settings["timesteps"] == "uniform + 1"
+    assert [tuple(row.values()) for row in listing(out)] == [
+        ("0", "2", 'the "cup"'), ("1", "1", "daisy, yellow"), ("2", "2", 'the "cup"')]
+    assert sample("--labels", "2,1", "--seeds", "7", "--out", out) == 0
+    assert [row["seed"] for row in listing(out)] == ["0", "1", "2", "7"]        # of all that is there
+
+
+def test_the_shipped_models_classes_have_names():
+    from ldm.config import load_config
+    from ldm.sample import names_of_classes
+    names = names_of_classes(load_config(HERE.parent / "configs" / "ldm_emoji.yaml"))
+    assert len(names) == 5 and names[0].startswith("Smileys & Emotion, ")
+    assert names_of_classes(load_config(HERE.parent / "configs" / "ldm_cin256.yaml")) is None
+
+
+# ---- bad input
+
+def fails(capsys, code: int, *words: str) -> bool:
+    errors = capsys.readouterr().err
+    assert code == 2 and errors.count("\n") == 1 and errors.startswith("error: "), errors
+    assert all(word in errors for word in words), errors
+    return True
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    (["--labels", "5"], "0 to 4"), (["--labels", "0-9"], "0 to 4"), (["--labels", "dogs"], "labels"),
+    (["--guidance", "-1"], "guidance"), (["--guidance", "inf"], "guidance"), (["--guidance", "nan"], "guidance"),
+    (["--eta", "1.5"], "eta"), (["--steps", "1000"], "999"), (["--branch", "4"], "0 to 3"), (["--interval", "7"], "1 "),
+    (["--schedule", "released-ldm"], "power"), (["--schedule", "released-ldm", "--power", "-1", "--interval", "2"],
+                                                 "power"),
+    (["--zero-cache"], "zero-cache"), (["--checkpoint", "nowhere.ckpt"], "nowhere.ckpt"), (["--seeds", "x"], "seeds"),
+])
+def test_bad_options_are_one_line_and_leave_nothing(sample, tmp_path, capsys, change, word):
+    assert fails(capsys, sample("--out", tmp_path / "out", *change), word)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("changes", "word"), [
+    ({"class_names": "nowhere.txt"}, "nowhere.txt"), ({"num_classes": 6}, "names"),
+    ({"num_classes": 6, "class_names": None}, "embedding.weight is [6, 8] and should be [7, 8]"),
+    ({"diffusion": {"prediction": "x"}}, "'x'"), ({"diffusion": {"beta_schedule": "sine"}}, "sine"),
+    ({"first_stage": CONFIG["first_stage"] | {"z_channels": 4}}, "channels"),
+    ({"first_stage": CONFIG["first_stage"] | {"resolution": 18}}, "divisible"),
+    ({"unet": CONFIG["unet"] | {"model_channels": 40}}, "32"),
+])
+def test_bad_configs_are_one_line(sample, tiny, tmp_path, capsys, changes, word):
+    config = yaml.safe_load(tiny.read_text()) | changes
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(config))
+    assert fails(capsys, sample("--out", tmp_path / "out", config=tmp_path / "bad.yaml"), word)
+    assert not (tmp_path / "out").exists()
+
+
+def test_stable_diffusions_weights_are_refused(sample, tmp_path, capsys):
+    """Its layout has all three prefixes; the text encoder gives it away."""
+    path = tmp_path / "sd.safetensors"
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3),
+               "first_stage_model.quant_conv.weight": torch.zeros(8, 8, 1, 1),
+               "cond_stage_model.transformer.text_model.final_layer_norm.weight": torch.zeros(768)}, path)
+    assert fails(capsys, sample("--checkpoint", path, "--out", tmp_path / "out"), "sd.safetensors", "Stable Diffusion")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_in_the_same_folder_are_refused(sample, tmp_path, capsys):
+    common = ["--out", tmp_path / "out", "--seeds", "0"]
+    assert sample(*common) == 0
+    before = sorted(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    capsys.readouterr()
+    for change, word in ((["--guidance", 2], "guidance: 1.5 there, 2.0 here"), (["--eta", 1], "eta"),
+                         (["--labels", "random"], 'labels: "balanced" there, "random" here'),
+                         (["--labels", "0"], "labels"), (["--dtype", "bf16"], "dtype"),
+                         (["--interval", 2], "interval")):
+        assert fails(capsys, sample(*common, *change), word)
+    assert sorted(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()) == before
+
+
+# ---- npz
+
+@pytest.fixture
+def folder(sample, tmp_path) -> Path:
+    assert sample("--labels", "random", "--steps", 1, "--seeds", "0-11", "--out", tmp_path / "samples") == 0
+    return tmp_path / "samples"
+
+
+def test_npz_round_trip(pack, folder, tmp_path):
+    out = tmp_path / "x.npz"
+    assert pack("--samples", folder, "--seeds", "9-11,0-3", "--out", out) == 0
+    seeds = [0, 1, 2, 3, 9, 10, 11]
+    expected = np.stack([np.asarray(Image.open(image_path(folder, seed))) for seed in seeds])
+    with np.load(out) as loaded:
+        assert loaded.files == ["arr_0", "arr_1"]
+        assert loaded["arr_0"].dtype == np.uint8 and np.array_equal(loaded["arr_0"], expected)
+        assert loaded["arr_1"].dtype == np.int64
+        assert loaded["arr_1"].tolist() == [int(listing(folder)[seed]["label"]) for seed in seeds]
+    images = open_images(out)
+    assert len(images) == 7 and images.size == (16, 16)
+    assert np.array_equal(np.concatenate(list(images.batches(3))), expected)
+    before = out.read_bytes()
+    assert pack("--samples", folder, "--seeds", "0-3,9-11", "--out", out) == 0
+    assert out.read_bytes() == before                                   # the same images, the same file
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "x.npz"]
+
+
+def test_npz_without_classes(pack, folder, tmp_path):
+    run = json.loads((folder / "run.json").read_text())
+    del run["settings"]["labels"]
+    (folder / "run.json").write_text(json.dumps(run))
+    assert pack("--samples", folder, "--seeds", "0-11", "--out", tmp_path / "x.npz") == 0
+    assert np.load(tmp_path / "x.npz").files == ["arr_0"]
+
+
+def test_npz_of_an_incomplete_folder_is_refused(pack, folder, tmp_path, capsys):
+    out = tmp_path / "x.npz"
+    image_path(folder, 5).unlink()
+    capsys.readouterr()
+    assert fails(capsys, pack("--samples", folder, "--seeds", "0-19", "--out", out), "11 of the 20", "5,12-19")
+    (folder / "run.json").unlink()
+    assert fails(capsys, pack("--samples", folder, "--seeds", "0", "--out", out), "no run.json")
+    assert fails(capsys, pack("--samples", tmp_path / "none", "--seeds", "0", "--out", out), "none")
+    assert not list(tmp_path.glob("*x.npz*"))
+
+
+def test_npz_of_mixed_sizes_leaves_nothing(pack, folder, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(image_path(folder, 7))
+    capsys.readouterr()
+    assert pack("--samples", folder, "--seeds", "0-11", "--out", tmp_path / "x.npz") == 2
+    assert "mixed sizes" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
+
+
+def test_npz_that_does_not_fit_the_disk_is_refused(pack, folder, tmp_path, capsys, monkeypatch):
+    capsys.readouterr()
+    size = 12 * 16 * 16 * 3
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 6, 10 ** 6 - size, size))
+    out = tmp_path / "x.npz"
+    assert fails(capsys, pack("--samples", folder, "--seeds", "0-11", "--out", out), "13,408 bytes", "9,216 free")
+    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
+    assert fails(capsys, pack("--samples", folder, "--seeds", "0", "--out", tmp_path / "no" / "x.npz"), "no folder")
+    monkeypatch.undo()
+    npz.pack(folder, range(12), out)
+    assert size < out.stat().st_size < 13_408
