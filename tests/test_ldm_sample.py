@@ -5,15 +5,17 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import HERE
+from conftest import HERE, Golden, relative_error
 from PIL import Image
 from safetensors.torch import save_file
+from test_ldm import SMALL, TOLERANCE
 from torch import nn
 
 from caching.schedules import released_ldm
@@ -204,6 +206,28 @@ def test_caching_options(sample, tmp_path):
     assert not any(same(tmp_path / a, tmp_path / b) for a in different for b in different if a != b)
     cache = json.loads((tmp_path / "released" / "run.json").read_text())["settings"]["cache"]
     assert cache["full_steps"] == released_ldm(6, 2, 1.5) and cache["schedule"] == "released-ldm"
+
+
+RUNS = [run for run in json.loads((HERE / "goldens" / "ldm_small.json").read_text())["ldm_small"]["runs"]
+        if run["sampler"] == "ddim"]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run["name"])
+def test_the_command_follows_the_released_code(sample, tmp_path, monkeypatch, run):
+    """From the released code's x_T and labels to its last latent, through all of the command."""
+    golden, ended = Golden("ldm_small"), []
+    weights = tmp_path / "golden.safetensors"
+    save_file(golden.weights, weights)
+    config = write_config(tmp_path / "golden.yaml", weights, **{
+        key: asdict(getattr(SMALL, key)) for key in ("unet", "first_stage")}, num_classes=10)
+    decode = first_stage.decode
+    monkeypatch.setattr("ldm.sample.SeededNoise", lambda seeds, device: lambda shape: golden.io["traj.x_T"])
+    monkeypatch.setattr(first_stage, "decode", lambda vq, z: (ended.append(z), decode(vq, z))[1])
+    labels = ",".join(map(str, golden.io["cond.labels"].tolist()))
+    schedule = ["--schedule", "released-ldm", "--power", run["pow"]] if run.get("nonuniform") else []
+    assert sample("--steps", 8, "--guidance", run["scale"], "--interval", run["N"] or 1, *schedule, "--labels", labels,
+                  "--seeds", "0-1", "--out", tmp_path / "out", config=config) == 0
+    assert relative_error(ended[0], golden.io[f"{run['name']}.xs"][-1]) < TOLERANCE
 
 
 def test_timesteps_are_one_later_than_ddpms():
