@@ -40,7 +40,7 @@ class Diffusion:
 class Sampler:
     """The paper's sampling settings: the defaults of `ddpm.sample`."""
     steps: int = 100
-    timesteps: str = "uniform"      # uniform, quad
+    timesteps: str = "uniform"      # sampling.ddim.SPACINGS
     eta: float = 0.0
     branch: int = 2
     images: int = 50_000            # seeds 0 to images - 1

@@ -19,7 +19,7 @@ from ddpm.checkpoint import load_checkpoint
 from ddpm.config import load_config
 from ddpm.unet import UNet
 from sampling.cli import command
-from sampling.ddim import SPACINGS, ddim, final_alpha, make_timesteps
+from sampling.ddim import ddim, final_alpha, make_timesteps
 from sampling.diffusion import predicted_noise
 from sampling.noise import SeededNoise
 from sampling.options import (
@@ -45,8 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="configs/ddpm_*.yaml")
     parser.add_argument("--checkpoint", type=Path, help="weights, instead of the config's")
-    sampler = add_sampler_options(parser)
-    sampler.add_argument("--timesteps", choices=SPACINGS, help="how the steps spread over the noise levels")
+    add_sampler_options(parser)
     add_cache_options(parser)
     add_run_options(parser, batch_size=64)
     return parser

@@ -52,6 +52,7 @@ class Diffusion:
 class Sampler:
     """The paper's sampling settings: the defaults of `ldm.sample`."""
     steps: int = 250
+    timesteps: str = "offset"           # sampling.ddim.SPACINGS
     eta: float = 0.0
     guidance: float = 1.5
     branch: int = 0

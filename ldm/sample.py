@@ -22,7 +22,7 @@ from ldm.config import Config, load_config
 from ldm.train import class_names
 from ldm.unet import UNet
 from sampling.cli import command
-from sampling.ddim import ddim, offset_timesteps
+from sampling.ddim import ddim, final_alpha, make_timesteps
 from sampling.diffusion import guided, predicted_noise
 from sampling.labels import Labels, read_names, write_listing
 from sampling.noise import SeededNoise
@@ -94,12 +94,13 @@ def main() -> None:
     config = load_config(args.config)
     device, dtype = prepare_device(args), DTYPES[args.dtype]
     steps = config.sampler.steps if args.steps is None else args.steps
+    spacing = args.timesteps or config.sampler.timesteps
     eta = chosen_eta(args, config.sampler.eta)
     guidance = config.sampler.guidance if args.guidance is None else args.guidance
     if not 0 <= guidance < float("inf"):
         raise UserError(f"--guidance must be 0 or more, got {guidance}")
     try:
-        timesteps = offset_timesteps(steps, config.diffusion.num_timesteps)
+        timesteps = make_timesteps(spacing, steps, config.diffusion.num_timesteps)
         alphas = config.alphas_cumprod()
         with torch.device("meta"):
             num_branches = UNet(**vars(config.unet)).num_branches
@@ -116,7 +117,7 @@ def main() -> None:
     settings = {"model": config.name, "unet": asdict(config.unet), "first_stage": asdict(config.first_stage),
                 "num_classes": config.num_classes, "diffusion": asdict(config.diffusion),
                 "checkpoint_sha256": checkpoint_sha256(checkpoint), "sampler": "ddim", "steps": steps,
-                "timesteps": "uniform + 1", "eta": eta, "guidance": guidance, "labels": labels.rule,
+                "timesteps": spacing, "eta": eta, "guidance": guidance, "labels": labels.rule,
                 "dtype": args.dtype, "first_stage_dtype": "fp32", "cache": plan.settings}
     run = RunFolder(args.out, settings, provenance(device) | {"compile": args.compile})
     print(labels.describe(seeds), flush=True)
@@ -143,7 +144,7 @@ def main() -> None:
             return predicted_noise(config.diffusion.prediction, output, x, alphas[t].item())
 
         z = ddim(predict, noise((config.unet.in_channels, size, size)), timesteps, alphas, eta, noise,
-                 final_alpha=alphas[0].item(), progress=lambda step, x: report((step + 1) / steps))
+                 final_alpha(spacing, alphas), lambda step, x: report((step + 1) / steps))
         return np.concatenate([to_uint8(first_stage.decode(vq, part)) for part in z.split(DECODED_AT_ONCE)])
 
     made = run.fill(seeds, args.batch_size, sample)

@@ -10,6 +10,7 @@ from torch import nn
 from caching.deepcache import DeepCache, ZeroedCache
 from caching.nested import Cache, no_cache
 from caching.schedules import centered, released_ldm, uniform
+from sampling.ddim import SPACINGS
 from sampling.runs import parse_seeds
 from sampling.settings import UserError
 
@@ -17,10 +18,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_sampler_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """--sampler, --steps, --eta of DDIM; returns their group, for more."""
+    """--sampler, --steps, --timesteps, --eta of DDIM; returns their group, for more."""
     sampler = parser.add_argument_group("the sampler (defaults: the config's, which are the paper's)")
     sampler.add_argument("--sampler", choices=("ddim",), default="ddim")
     sampler.add_argument("--steps", type=int, help="network calls per image")
+    sampler.add_argument("--timesteps", choices=SPACINGS, help="how the steps spread over the noise levels")
     sampler.add_argument("--eta", type=float, help="0 = deterministic, 1 = the variance of DDPM")
     return sampler
 

@@ -1,10 +1,10 @@
-"""DeepCache on the shipped DDPM, end to end: sample every arm, judge it, time it, write a table and pictures.
+"""DeepCache on the models that are shipped here, end to end: sample every arm, judge it, time it, draw it.
 
-    python -m scripts.demo              about 12 minutes on 2 cores
-    python -m scripts.demo --quick      two minutes: fewer images, fewer arms
+    python -m scripts.demo              about 18 minutes on 2 cores
+    python -m scripts.demo --quick      about two minutes: fewer images, steps and arms
 
-All arms start from the same seeds, so their images can be compared one by one. Images go to samples/demo/ARM, results
-to results/demo/ (results/demo_quick/ with --quick). A second run reuses the images that are there.
+All arms of a model start from the same seeds, so their images can be compared one by one. Images go to
+samples/demo/MODEL/ARM, results to results/demo/ (demo_quick with --quick). A second run reuses the images.
 """
 
 import argparse
@@ -20,12 +20,11 @@ from tqdm import tqdm
 
 from caching.deepcache import DeepCache
 from caching.schedules import centered, uniform
-from ddpm.checkpoint import load_checkpoint
-from ddpm.config import load_config
 from eval.features import EffLite0
 from eval.fidelity import fidelity
 from eval.images import open_images
-from eval.macs import average, build, example_inputs, giga, step_macs
+from eval.macs import Macs, average, giga, step_macs
+from eval.models import build, example_inputs, load_config, load_unet, rows_per_image
 from eval.plots import cost_against_quality, sample_rows
 from eval.quality import FD, KID, open_reference, quality
 from eval.throughput import time_steps
@@ -37,9 +36,25 @@ from sampling.settings import UserError
 from scripts.demo_report import report
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "ddpm_emoji.yaml"
-CENTER, POWER = 40, 1.4         # of the non-uniform arms, in 100 steps; as the paper has for LDM and SD, not tuned
-SHOWN = 16                      # images per row of the picture
+REFERENCE = "emoji:Smileys & Emotion"       # what both models were trained on
+POWER = 1.4                                 # of the non-uniform arms, with the center at 40 % of the steps: about where
+CENTER = 0.4                                # the paper has them for LDM and SD; not tuned here
+SHOWN = 16                                  # images per row of the pictures
+
+
+class Model(NamedTuple):
+    """A model of the demo. package: whose `sample` command makes the images."""
+    package: str
+    title: str
+    steps: int
+
+    @property
+    def config(self) -> Path:
+        return ROOT / "configs" / f"{self.package}_emoji.yaml"
+
+
+MODELS = (Model("ddpm", "DDPM in pixels, branch 2", 100),
+          Model("ldm", "LDM in latents, by class, guidance 1.5, branch 0", 50))
 
 
 class Arm(NamedTuple):
@@ -49,36 +64,37 @@ class Arm(NamedTuple):
     family: str                 # a key of eval.plots.STYLE
     steps: int
     full_steps: list[int]
-    options: list[str]          # of ddpm.sample
+    options: list[str]          # of the sample command
 
 
 def plan(steps: int, ratio: float, quick: bool) -> list[Arm]:
-    """The arms of the demo, the uncached one first. ratio: MACs of a cached step over those of a full one."""
-    arms = [Arm("uncached", "no cache", "uncached", steps, list(range(steps)), [])]
-    intervals = (3, 5, 10) if quick else (2, 3, 5, 10)
-    for n in intervals:
-        arms.append(Arm(f"n{n}", f"N={n}", "uniform", steps, uniform(steps, n), ["--interval", str(n)]))
-    for n in () if quick else (5, 10):
-        arms.append(Arm(f"n{n}_centered", f"N={n} non-uniform", "non-uniform", steps, centered(steps, n, CENTER, POWER),
-                        ["--interval", str(n), "--schedule", "centered",
-                         "--center", str(CENTER), "--power", str(POWER)]))
-    for n in () if quick else intervals:
-        k = math.ceil(steps / n)
-        fewer = round(k + (steps - k) * ratio)
-        arms.append(Arm(f"ddim{fewer}", f"DDIM {fewer}", "fewer steps", fewer, list(range(fewer)),
-                        ["--steps", str(fewer)]))
-    arms.append(Arm("ddim10", "DDIM 10", "ablation", 10, list(range(10)), ["--steps", "10"]))
-    arms.append(Arm("n10_zeroed", "N=10, cache zeroed", "ablation", steps, uniform(steps, 10),
-                    ["--interval", "10", "--zero-cache"]))
-    return arms
+    """The arms of a model, the uncached one first. ratio: MACs of a cached step over those of a full one."""
+    def cached(name: str, label: str, family: str, interval: int, full_steps: list[int], *options: str) -> Arm:
+        return Arm(name, label, family, steps, full_steps, ["--interval", str(interval), *options])
+
+    def fewer(name: str, family: str, steps: int) -> Arm:
+        return Arm(name, f"DDIM {steps}", family, steps, list(range(steps)), ["--steps", str(steps)])
+
+    intervals, center = ((5, 10) if quick else (2, 3, 5, 10)), round(CENTER * steps)
+    arms = [fewer("uncached", "uncached", steps)._replace(label="no cache")]
+    arms += [cached(f"n{n}", f"N={n}", "uniform", n, uniform(steps, n)) for n in intervals]
+    if not quick:
+        arms += [cached(f"n{n}_centered", f"N={n} non-uniform", "non-uniform", n, centered(steps, n, center, POWER),
+                        "--schedule", "centered", "--center", str(center), "--power", str(POWER)) for n in (5, 10)]
+        equal_cost = [round(k + (steps - k) * ratio) for k in (math.ceil(steps / n) for n in intervals)]
+        arms += [fewer(f"equal{n}", "fewer steps", calls) for n, calls in zip(intervals, equal_cost, strict=True)]
+    arms.append(fewer("ddim10", "ablation", 10))
+    arms.append(cached("n10_zeroed", "N=10, cache zeroed", "ablation", 10, uniform(steps, 10), "--zero-cache"))
+    return [arm._replace(options=["--steps", str(arm.steps), *(arm.options if arm.full_steps != list(range(arm.steps))
+                                                              else [])]) for arm in arms]
 
 
-def sample(arm: Arm, folder: Path, images: int, batch_size: int) -> None:
-    """Run ddpm.sample for one arm; it keeps what is there.
+def sample(model: Model, arm: Arm, folder: Path, images: int, batch_size: int) -> None:
+    """Run the model's sample command for one arm; it keeps what is there.
 
     One process with one thread per core: for a small network that is quicker than one process with all threads.
     """
-    command = [sys.executable, "-m", "ddpm.sample", "--config", str(CONFIG.relative_to(ROOT)),
+    command = [sys.executable, "-m", f"{model.package}.sample", "--config", str(model.config.relative_to(ROOT)),
                "--seeds", f"0-{images - 1}", "--batch-size", str(batch_size), "--out", str(folder.relative_to(ROOT)),
                "--device", "cpu", "--threads", "1", *arm.options]
     world = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
@@ -98,86 +114,102 @@ def sample(arm: Arm, folder: Path, images: int, batch_size: int) -> None:
 def judge(folder: Path, uncached: Path, extractor: EffLite0) -> dict:
     """Distances to the real images, and to the uncached images of the same seeds."""
     samples = open_images(folder)
-    reference, held_out = open_reference(f"emoji:{load_config(CONFIG).train.group}", samples.size)
+    reference, held_out = open_reference(REFERENCE, samples.size)
     result = {"quality": quality(samples, reference, extractor, held_out)}
     if folder != uncached:
         result["fidelity"] = fidelity(samples, open_images(uncached), extractor)
     return result | {"run": samples.run()}
 
 
-def time_arms(arms: list[Arm], branch: int, quick: bool) -> dict:
+def time_arms(model: Model, arms: list[Arm], quick: bool) -> dict:
     """Seconds of a full and of a cached step, in turns, and from them the seconds of a run of every arm."""
-    config = load_config(CONFIG)
-    unet = build(config, "cpu")
-    load_checkpoint(unet, ROOT / config.checkpoint)
-    unet = place(unet, "cpu", torch.float32)
-    x, t = example_inputs(config, batch_size=32, device="cpu")
-    timings = time_steps(unet, (torch.randn_like(x), t + 500), {"cached": DeepCache(branch, [0])}, 8 if quick else 20)
+    config = load_config(model.config)
+    unet = place(load_unet(config, ROOT / config.checkpoint), "cpu", torch.float32)
+    batch_size = 32
+    x, t, *context = example_inputs(config, batch_size * rows_per_image(config), "cpu")
+    inputs = (torch.randn_like(x), t + 500, *context)
+    timings = time_steps(unet, inputs, {"cached": DeepCache(config.sampler.branch, [0])}, 5 if quick else 20)
     full, ratio = timings["full"], timings["cached"].ratio(timings["full"])
     # The cost of a run in full steps. The ratio is taken round by round, so that times when the machine is busy cancel.
     cost = {arm.name: len(arm.full_steps) + (arm.steps - len(arm.full_steps)) * ratio for arm in arms}
-    return {"batch_size": len(x), "full": full.to_json(), "cached": timings["cached"].to_json(), "ratio": ratio,
-            "images_per_second": {name: len(x) / (value * full.median) for name, value in cost.items()},
+    return {"batch_size": batch_size, "threads": torch.get_num_threads(),
+            "full": full.to_json(), "cached": timings["cached"].to_json(), "ratio": ratio,
+            "images_per_second": {name: batch_size / (value * full.median) for name, value in cost.items()},
             "speedup": {name: cost["uncached"] / value for name, value in cost.items()}}
 
 
-def pictures(arms: list[Arm], results: dict[str, dict], folder: Path, samples: Path) -> None:
-    """samples.png and cost_quality.png."""
-    shown = [arm for arm in arms if arm.name in ("uncached", "n2", "n3", "n5", "n5_centered", "n10", "n10_centered",
-                                                 "ddim10", "n10_zeroed")]
+def pictures(model: Model, arms: list[Arm], results: dict[str, dict], folder: Path, samples: Path) -> None:
+    """samples_MODEL.png and cost_quality_MODEL.png."""
+    shown = [arm for arm in arms if arm.family != "fewer steps" and arm.name != "n2"]
     rows = [(arm.label, next(open_images(samples / arm.name).batches(SHOWN))) for arm in shown]
-    sample_rows(rows, folder / "samples.png")
+    sample_rows(rows, folder / f"samples_{model.package}.png")
 
     def interval(result: dict, measure: str, scale: float = 1.0) -> list[float]:
         value = result["quality"][measure]
         return [scale * v for v in (value["value"], *value["interval"])]
 
-    points = [{"family": arm.family, "label": arm.label, "cost": giga(results[arm.name]["macs"]["hook"]),
-               "fd": interval(results[arm.name], FD), "kid": interval(results[arm.name], KID, 1e3),
-               "psnr": results[arm.name]["fidelity"]["psnr"]["mean"] if "fidelity" in results[arm.name] else None}
-              for arm in arms if arm.family != "ablation"]
-    cost_against_quality(points, folder / "cost_quality.png",
+    points = []
+    for arm in arms:
+        if arm.family != "ablation":
+            result = results[arm.name]
+            points.append({"family": arm.family, "label": arm.label, "cost": giga(result["macs"]["hook"]),
+                           "fd": interval(result, FD), "kid": interval(result, KID, 1e3),
+                           "psnr": result["fidelity"]["psnr"]["mean"] if "fidelity" in result else None})
+    cost_against_quality(points, folder / f"cost_quality_{model.package}.png",
                          [("fd", "FD-EffLite0 (lower is better)"), ("kid", "KID-EffLite0 x 1000 (lower is better)"),
                           ("psnr", "PSNR to uncached, dB (higher is better)")])
+
+
+def arms_of(model: Model, quick: bool) -> tuple[list[Arm], Macs, Macs]:
+    """The arms of a model and the MACs of its full and cached steps, for one image."""
+    config = load_config(model.config)
+    rows = rows_per_image(config)
+    full, cached = (Macs(*(rows * value for value in macs))
+                    for macs in step_macs(build(config), example_inputs(config), config.sampler.branch))
+    return plan(50 if quick else model.steps, cached.hook / full.hook, quick), full, cached
 
 
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images and arms: two minutes")
-    parser.add_argument("--images", type=int, help="images per arm (default: 256, or 96 with --quick)")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--quick", action="store_true", help="fewer images, steps and arms: about two minutes")
+    parser.add_argument("--models", nargs="+", choices=[model.package for model in MODELS], help="only these")
+    parser.add_argument("--images", type=int, help="images per arm (default: 256, or 80 with --quick)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
     args = parser.parse_args()
-    images = args.images or (96 if args.quick else 256)
+    images = args.images or (80 if args.quick else 256)
     if images < 80:
         raise UserError(f"--images must be 80 or more for the distances to mean something, got {images}")
+    models = [model for model in MODELS if args.models is None or model.package in args.models]
+    plans = {model: arms_of(model, args.quick) for model in models}
 
-    config = load_config(CONFIG)
-    branch, steps = config.sampler.branch, config.sampler.steps
-    full, cached = step_macs(build(config), example_inputs(config), branch)
-    arms = plan(steps, cached.hook / full.hook, args.quick)
     name = "demo_quick" if args.quick else "demo"
     samples, folder = ROOT / "samples" / name, ROOT / "results" / name
-    for i, arm in enumerate(arms):
-        print(f"[{i + 1}/{len(arms)}] {arm.label}: {len(arm.full_steps)} full of {arm.steps} steps", flush=True)
-        sample(arm, samples / arm.name, images, args.batch_size)
+    jobs = [(model, arm) for model, (arms, _, _) in plans.items() for arm in arms]
+    for i, (model, arm) in enumerate(jobs):
+        print(f"[{i + 1}/{len(jobs)}] {model.package}: {arm.label}, {len(arm.full_steps)} full of {arm.steps} steps",
+              flush=True)
+        sample(model, arm, samples / model.package / arm.name, images, args.batch_size)
 
-    print("timing full and cached steps", flush=True)
-    where, timing = provenance("cpu"), time_arms(arms, branch, args.quick)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "timing.json", {"kind": "throughput", **timing, "provenance": where})
-    results, extractor = {}, EffLite0()
-    for arm in tqdm(arms, desc="judging", unit="arm"):
-        macs = average(full, cached, arm.full_steps, arm.steps)
-        results[arm.name] = {"kind": "demo", "arm": arm.name, "label": arm.label, "steps": arm.steps,
-                             "full_steps": arm.full_steps,
-                             "macs": {"hook": macs.hook * arm.steps, "fc": macs.fc * arm.steps, "per": "image"},
-                             **judge(samples / arm.name, samples / "uncached", extractor), "provenance": where}
-        write_json(folder / f"{arm.name}.json", results[arm.name])
-    table = report(results, timing, where)
+    where, extractor, sections = provenance("cpu"), EffLite0(), []
+    for model, (arms, full, cached) in plans.items():
+        print(f"{model.package}: timing full and cached steps", flush=True)
+        timing = time_arms(model, arms, args.quick)
+        (folder / model.package).mkdir(parents=True, exist_ok=True)
+        write_json(folder / model.package / "timing.json", {"kind": "throughput", **timing, "provenance": where})
+        results, root = {}, samples / model.package
+        for arm in tqdm(arms, desc=f"judging {model.package}", unit="arm"):
+            macs = average(full, cached, arm.full_steps, arm.steps)
+            results[arm.name] = {"kind": "demo", "arm": arm.name, "label": arm.label, "steps": arm.steps,
+                                 "full_steps": arm.full_steps,
+                                 "macs": {"hook": macs.hook * arm.steps, "fc": macs.fc * arm.steps, "per": "image"},
+                                 **judge(root / arm.name, root / "uncached", extractor), "provenance": where}
+            write_json(folder / model.package / f"{arm.name}.json", results[arm.name])
+        sections.append(f"## {model.title}\n\n" + report(results, timing, where))
+        pictures(model, arms, results, folder, root)
+    table = "\n".join(sections)
     write_atomically(folder / "table.md", lambda temporary: temporary.write_text(table))
-    pictures(arms, results, folder, samples)
-    print(f"\n{table}\nwrote {folder.relative_to(ROOT)}/: table.md, samples.png, cost_quality.png, one JSON per arm")
+    print(f"\n{table}\nwrote {folder.relative_to(ROOT)}/: table.md, pictures, one JSON per arm")
 
 
 if __name__ == "__main__":

@@ -48,26 +48,27 @@ def floor_rows(floors: list[dict]) -> list[tuple[str, ...]]:
 
 
 def report(results: dict[str, dict], timing: dict, where: dict) -> str:
-    """The whole table.md: can the scores be trusted, then what caching costs and saves."""
+    """One model's section of table.md: what caching costs and saves, and whether the scores can be trusted."""
     first = results["uncached"]["quality"]
     nearest = first["nearest_reference"]
     unrelated = next(result["fidelity"]["psnr"]["unrelated"] for result in results.values() if "fidelity" in result)
     checks = []
-    for name, what in (("ddim10", "10 instead of 100 sampling steps"),
+    for name, what in (("ddim10", f"10 instead of {results['uncached']['steps']} sampling steps"),
                        ("n10_zeroed", "a cache that is zeroed, as in the paper's Table 5")):
         verdicts = [f"{measure} {'' if clearly_worse(results[name], results['uncached'], measure) else 'NOT '}"
                     "clearly worse" for measure in (FD, KID)]
         checks.append(f"- {what}: {', '.join(verdicts)} than the uncached run")
     return "\n".join([
         f"{first['samples']['images']} images per arm, the same seeds in each; {where['device_name']}, "
-        f"{where['threads']} threads, fp32.", "",
+        "fp32.", "",
         *markdown(arm_rows(results, timing)), "",
         f"FD: Frechet distance in the first {first[FD]['dims']} principal directions of the "
         f"{first['reference']['images']} real training images. KID: unbiased kernel distance. Both are on "
         "EfficientNet-Lite0 features: they are not FID, and compare with each other only. ± is 1.96 standard errors "
         "over draws of the samples.",
         "Measured: network time of a run, from full and cached steps timed in turns at batch "
-        f"{timing['batch_size']}; a cached step took {timing['ratio']:.3f} of a full one.",
+        f"{timing['batch_size']} on {timing['threads']} threads; a cached step took {timing['ratio']:.3f} of a full "
+        "one.",
         f"PSNR, SSIM and feature distance (1 - cosine): to the uncached image of the same seed; images of different "
         f"seeds have a PSNR of {unrelated:.1f} dB.", "",
         "**Can the scores see what matters?** (95 % intervals that do not overlap)", "", *checks, "",

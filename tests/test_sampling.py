@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
-from sampling.ddim import ddim, quadratic_timesteps, uniform_timesteps
+from sampling.ddim import ddim, offset_timesteps, quadratic_timesteps, trailing_timesteps, uniform_timesteps
 from sampling.diffusion import alphas_cumprod, predicted_noise, training_target
 from sampling.noise import SeededNoise
 from sampling.runs import RunFolder, format_seeds, parse_seeds, to_uint8
@@ -114,7 +114,9 @@ def test_v_and_noise_stand_for_the_same():
 def test_timesteps():
     assert uniform_timesteps(8) == list(range(0, 1000, 125))
     assert quadratic_timesteps(8) == [0, 16, 65, 146, 261, 408, 587, 800]
-    assert len(uniform_timesteps(30)) == 30
+    assert len(uniform_timesteps(30)) == 30 and uniform_timesteps(30)[-1] > 960
+    assert trailing_timesteps(4) == [249, 499, 749, 999]
+    assert offset_timesteps(8) == list(range(1, 1000, 125))
     for bad in (0, 1001):
         with pytest.raises(ValueError, match="steps"):
             uniform_timesteps(bad)
