@@ -52,16 +52,17 @@ def open_reference(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet
 
 
 def quality(samples: ImageSet, reference: ImageSet, extractor: EffLite0, held_out: ImageSet | None = None,
-            dims: int = 64, repeats: int = 200, batch_size: int = 32) -> dict:
+            dims: int = 64, repeats: int = 200, batch_size: int = 32, with_floors: bool = True) -> dict:
     """Distances of samples to reference with errors, floors and nearest neighbours, JSON-compatible.
 
-    dims: of the PCA basis. repeats: subsets per error bar, and half as many for each floor.
+    dims: of the PCA basis. repeats: subsets per error bar, and half as many for each floor. with_floors: they take most
+    of the time, and one of several sets of equal size tells them.
     """
     x, y = (features_of(images, extractor, batch_size) for images in (samples, reference))
     held = features_of(held_out, extractor, batch_size) if held_out else None
     basis = distances.pca_basis(y.values, dims)
     floors = [distances.real_floor(y.values, x.values, basis, real, repeats // 2)
-              for real in ((None, held.values) if held else (None,))]
+              for real in ((None, held.values) if held else (None,))] if with_floors else []
     nearest = {"samples": _nearest(x.values, y.values)}
     if held:
         nearest["held_out"] = _nearest(held.values, y.values)

@@ -115,7 +115,7 @@ def judge(folder: Path, uncached: Path, extractor: EffLite0) -> dict:
     """Distances to the real images, and to the uncached images of the same seeds."""
     samples = open_images(folder)
     reference, held_out = open_reference(REFERENCE, samples.size)
-    result = {"quality": quality(samples, reference, extractor, held_out)}
+    result = {"quality": quality(samples, reference, extractor, held_out, with_floors=folder == uncached)}
     if folder != uncached:
         result["fidelity"] = fidelity(samples, open_images(uncached), extractor)
     return result | {"run": samples.run()}
