@@ -134,7 +134,7 @@ def train(model: nn.Module, loss: Callable[[nn.Module, Tensor, torch.Generator],
                 bar.set_postfix(loss=f"{mean:.4f}")
                 with open(out / "log.jsonl", "a") as file:
                     line = {"images": seen, "loss": round(mean, 6), "lr": optimizer.param_groups[0]["lr"],
-                            "seconds": round(seconds, 1)}
+                            "seconds": round(seconds, 3)}
                     file.write(json.dumps(line) + "\n")
                 if not mean < 1e4:
                     raise RuntimeError(f"the loss is {mean} at {seen:,} images: lower the learning rate")
