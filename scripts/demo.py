@@ -1,6 +1,6 @@
 """DeepCache on the models that are shipped here, end to end: sample every arm, judge it, time it, draw it.
 
-    python -m scripts.demo              about 18 minutes on 2 cores
+    python -m scripts.demo              just under 20 minutes on 2 cores
     python -m scripts.demo --quick      about two minutes: fewer images, steps and arms
 
 All arms of a model start from the same seeds, so their images can be compared one by one. Images go to
