@@ -114,6 +114,7 @@ def sample(model: Model, arm: Arm, folder: Path, images: int, batch_size: int) -
 def judge(folder: Path, uncached: Path, extractor: EffLite0) -> dict:
     """Distances to the real images, and to the uncached images of the same seeds."""
     samples = open_images(folder)
+    samples.description = str(folder.relative_to(ROOT))         # for the record, which is read on other machines too
     reference, held_out = open_reference(REFERENCE, samples.size)
     result = {"quality": quality(samples, reference, extractor, held_out, with_floors=folder == uncached)}
     if folder != uncached:
