@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sampling.diffusion import PREDICTIONS, alphas_cumprod
+from sampling.diffusion import Diffusion
 from sampling.settings import read_yaml
 from training.loop import TrainConfig
 
@@ -20,20 +20,6 @@ class Unet:
     ch_mult: list[int]
     num_res_blocks: int
     attn_resolutions: list[int]
-
-
-@dataclass
-class Diffusion:
-    """What the network was trained for (`sampling.diffusion`)."""
-    beta_schedule: str = "linear"
-    num_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    prediction: str = "noise"       # noise, v
-
-    def __post_init__(self):
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"unknown prediction {self.prediction!r}: choose from {', '.join(PREDICTIONS)}")
 
 
 @dataclass
@@ -68,8 +54,7 @@ class Config:
 
     def alphas_cumprod(self) -> Tensor:
         """float32 [num_timesteps]."""
-        d = self.diffusion
-        return alphas_cumprod(d.beta_schedule, d.num_timesteps, d.beta_start, d.beta_end)
+        return self.diffusion.alphas_cumprod()
 
 
 def load_config(path: Path) -> Config:

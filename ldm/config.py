@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sampling.diffusion import PREDICTIONS, alphas_cumprod
+from sampling import diffusion
 from sampling.settings import read_yaml
 from training.loop import TrainConfig
 
@@ -35,17 +35,11 @@ class FirstStage:
 
 
 @dataclass
-class Diffusion:
-    """Noise schedule of training (`sampling.diffusion.alphas_cumprod`), and what the network predicts."""
+class Diffusion(diffusion.Diffusion):
+    """LDM's noise schedule, unless the config says otherwise."""
     beta_schedule: str = "scaled_linear"
-    num_timesteps: int = 1000
     beta_start: float = 0.0015
     beta_end: float = 0.0195
-    prediction: str = "noise"           # noise, v
-
-    def __post_init__(self):
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"unknown prediction {self.prediction!r}: choose from {', '.join(PREDICTIONS)}")
 
 
 @dataclass
@@ -94,8 +88,7 @@ class Config:
 
     def alphas_cumprod(self) -> Tensor:
         """float32 [num_timesteps]."""
-        d = self.diffusion
-        return alphas_cumprod(d.beta_schedule, d.num_timesteps, d.beta_start, d.beta_end)
+        return self.diffusion.alphas_cumprod()
 
 
 def load_config(path: Path) -> Config:

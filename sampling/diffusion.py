@@ -1,6 +1,7 @@
 """What a network was trained for: the noise schedule, and whether it predicts the noise or v."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,3 +52,24 @@ def guided(output: Tensor, guidance: float) -> Tensor:
 def training_target(prediction: str, x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
     """What the network's output is compared with: the noise, or v (see `predicted_noise`)."""
     return noise if prediction == "noise" else alpha ** 0.5 * noise - (1 - alpha) ** 0.5 * x0
+
+
+@dataclass
+class Diffusion:
+    """The `diffusion` section of a config: what its network was trained for.
+
+    Raises ValueError for an unknown prediction.
+    """
+    beta_schedule: str = "linear"
+    num_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    prediction: str = "noise"           # noise, v
+
+    def __post_init__(self):
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"unknown prediction {self.prediction!r}: choose from {', '.join(PREDICTIONS)}")
+
+    def alphas_cumprod(self) -> Tensor:
+        """float32 [num_timesteps]. Raises ValueError for an unknown beta_schedule."""
+        return alphas_cumprod(self.beta_schedule, self.num_timesteps, self.beta_start, self.beta_end)
