@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import sampling  # noqa: F401  before diffusers, see sampling/libraries.py
+
 HERE = Path(__file__).parent
 torch.set_num_threads(1)       # the networks here are tiny: a second thread costs more than it brings
 
