@@ -27,10 +27,13 @@ class Cond(NamedTuple):
     context: [batch, tokens, channels], what cross-attention attends to, or None.
     cache: `cache(key, compute) -> Tensor`. Keys are the skip index k for the inner level that the decoder block of
         skip k concatenates, and the module's name for a residual.
+    control: what a ControlNet (arXiv 2302.05543) adds to each skip where the decoder takes it, in the order of the
+        skips, and then to the middle's output; or None.
     """
     emb: Tensor
     context: Tensor | None = None
     cache: Cache = no_cache
+    control: Sequence[Tensor] | None = None
 
 
 class Residual(nn.Module):
@@ -76,9 +79,12 @@ def nested_forward(x: Tensor, input_blocks: Sequence[Block], middle_block: Block
     """
     def level(k: int, x: Tensor) -> Tensor:
         if k == len(input_blocks):
-            return middle_block(x, cond)
+            return controlled(middle_block(x, cond), k)
         skip = input_blocks[k](x, cond)
         inner = cond.cache(k, lambda: level(k + 1, skip))       # what the decoder block of skip k concatenates
-        return output_blocks[-1 - k](torch.cat([inner, skip], dim=1), cond)
+        return output_blocks[-1 - k](torch.cat([inner, controlled(skip, k)], dim=1), cond)
+
+    def controlled(x: Tensor, k: int) -> Tensor:
+        return x if cond.control is None else x + cond.control[k]
 
     return level(0, x)

@@ -1,6 +1,6 @@
 """Any model of the project by its config file: its U-Net and the inputs that this takes, for counting and timing.
 
-Which package a config belongs to is told by the first word of its `name`: ddpm_..., ldm_...
+Which package a config belongs to is told by the first word of its `name`: ddpm_..., ldm_..., sd_...
 """
 
 from collections.abc import Callable
@@ -17,9 +17,11 @@ import ddpm.config
 import ddpm.unet
 import ldm.config
 import ldm.unet
+import stable_diffusion.config
+import stable_diffusion.unet
 from sampling.settings import UserError, one_line
 
-Config: TypeAlias = ddpm.config.Config | ldm.config.Config
+Config: TypeAlias = ddpm.config.Config | ldm.config.Config | stable_diffusion.config.Config
 
 
 class Family(NamedTuple):
@@ -40,6 +42,11 @@ def _ldm_shapes(config: ldm.config.Config) -> list[tuple[int, ...]]:
     return [(config.unet.in_channels, size, size), (1, config.unet.context_dim)]        # one token: the class
 
 
+def _sd_shapes(config: stable_diffusion.config.Config) -> list[tuple[int, ...]]:
+    return [(config.unet.in_channels, config.latent_size, config.latent_size),
+            (config.tokens, config.unet.context_dim)]
+
+
 def _load_ddpm(config: ddpm.config.Config, path: Path) -> nn.Module:
     from ddpm.checkpoint import load_checkpoint
     unet = build(config, "cpu")
@@ -52,8 +59,15 @@ def _load_ldm(config: ldm.config.Config, path: Path) -> nn.Module:
     return load_checkpoint(config, path).unet
 
 
+def _load_sd(config: stable_diffusion.config.Config, path: Path) -> nn.Module:
+    from stable_diffusion.checkpoint import load_unet  # here: it imports diffusers, which takes seconds
+    return load_unet(config, path)
+
+
 FAMILIES = {"ddpm": Family(ddpm.config.Config, ddpm.config.load_config, ddpm.unet.UNet, _ddpm_shapes, _load_ddpm),
-            "ldm": Family(ldm.config.Config, ldm.config.load_config, ldm.unet.UNet, _ldm_shapes, _load_ldm)}
+            "ldm": Family(ldm.config.Config, ldm.config.load_config, ldm.unet.UNet, _ldm_shapes, _load_ldm),
+            "sd": Family(stable_diffusion.config.Config, stable_diffusion.config.load_config,
+                         stable_diffusion.unet.UNet, _sd_shapes, _load_sd)}
 
 
 def load_config(path: Path) -> Config:
@@ -73,7 +87,7 @@ def load_config(path: Path) -> Config:
 
 
 def family(config: Config) -> str:
-    """The package of a config: 'ddpm' or 'ldm'."""
+    """The prefix of a config's name: 'ddpm', 'ldm' or 'sd'."""
     return next(name for name, known in FAMILIES.items() if isinstance(config, known.config))
 
 

@@ -1,7 +1,7 @@
 """The U-Net of latent diffusion (Rombach et al., arXiv 2112.10752), as in the public LDM-4-G checkpoint cin256-v2."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +29,13 @@ class GroupNorm32(nn.GroupNorm):
 
 
 class ResBlock(Residual):
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, dropout: float):
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, dropout: float,
+                 norm: Callable[[int], nn.Module] = GroupNorm32):
         super().__init__()
-        self.in_layers = nn.Sequential(GroupNorm32(in_channels), nn.SiLU(),
+        self.in_layers = nn.Sequential(norm(in_channels), nn.SiLU(),
                                        nn.Conv2d(in_channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
-        self.out_layers = nn.Sequential(GroupNorm32(out_channels), nn.SiLU(), nn.Dropout(dropout),
+        self.out_layers = nn.Sequential(norm(out_channels), nn.SiLU(), nn.Dropout(dropout),
                                         nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip_connection = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -102,20 +103,27 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(Residual):
-    """A transformer block over the pixels of a feature map, between two 1x1 convolutions."""
+    """A transformer block over the pixels of a feature map, between two 1x1 convolutions or two linear layers."""
 
-    def __init__(self, channels: int, num_heads: int, context_dim: int):
+    def __init__(self, channels: int, num_heads: int, context_dim: int, linear: bool = False):
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, num_heads, context_dim)])
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.linear = linear
 
     def residual(self, x: Tensor, cond: Cond) -> Tensor:
-        tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)   # [batch, pixels, channels]
+        tokens = self.norm(x) if self.linear else self.proj_in(self.norm(x))
+        tokens = tokens.flatten(2).transpose(1, 2)                       # [batch, pixels, channels]
+        if self.linear:
+            tokens = self.proj_in(tokens)
         for block in self.transformer_blocks:
             tokens = block(tokens, cond.context)
-        return self.proj_out(tokens.transpose(1, 2).reshape(x.shape))
+        if self.linear:
+            tokens = self.proj_out(tokens)
+        out = tokens.transpose(1, 2).reshape(x.shape)
+        return out if self.linear else self.proj_out(out)
 
 
 class Downsample(nn.Module):
@@ -146,28 +154,37 @@ class UNet(nn.Module):
     model_channels, channel_mult: channels of level i are model_channels * channel_mult[i].
     attention_resolutions: downsampling factors (1 = the latent's own size) at which a SpatialTransformer follows each
     ResNet block; the middle always has one. context_dim: channels of each context token.
+    num_heads: of every attention; with num_head_channels, heads of that width instead, more of them in wider levels.
+    linear_projections: whether linear layers, not 1x1 convolutions, lead into and out of a SpatialTransformer.
 
-    `unet(x, t, context, cache)`: x [batch, in_channels, height, width], t [batch], context [batch, tokens, context_dim]
-    -> [batch, out_channels, height, width]. Module names are the published ones.
-    `num_branches`: how many skips there are, so that branch is 0..num_branches - 1.
+    `unet(x, t, context, cache, control)`: x [batch, in_channels, height, width], t [batch], context
+    [batch, tokens, context_dim] -> [batch, out_channels, height, width]; control: see `caching.nested.Cond`.
+    Module names are the published ones. `num_branches`: how many skips there are: branch is 0..num_branches - 1.
     Raises ValueError for channels that 32 groups, or the heads, do not divide.
     """
+    norm: Callable[[int], nn.Module] = GroupNorm32      # of ResNet blocks and of the head
 
     def __init__(self, in_channels: int, out_channels: int, model_channels: int, channel_mult: Sequence[int],
                  num_res_blocks: int, attention_resolutions: Sequence[int], num_heads: int, context_dim: int,
-                 dropout: float = 0.0):
+                 num_head_channels: int | None = None, linear_projections: bool = False, dropout: float = 0.0):
         super().__init__()
         if model_channels % 32:
             raise ValueError(f"model_channels must be a multiple of 32 (GroupNorm has 32 groups), got {model_channels}")
-        if any(model_channels * mult % num_heads for mult in channel_mult):
-            raise ValueError(f"{num_heads} heads do not divide model_channels {model_channels} times {channel_mult}")
+        divisor, what = ((num_heads, f"{num_heads} heads do") if num_head_channels is None else
+                         (num_head_channels, f"heads of {num_head_channels} channels do"))
+        if any(model_channels * mult % divisor for mult in channel_mult):
+            raise ValueError(f"{what} not divide model_channels {model_channels} times {channel_mult}")
         emb = 4 * model_channels
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
 
+        def transformer(channels: int) -> SpatialTransformer:
+            heads = num_heads if num_head_channels is None else channels // num_head_channels
+            return SpatialTransformer(channels, heads, context_dim, linear_projections)
+
         def res_block(in_channels: int, out_channels: int, factor: int) -> Block:
-            block = Block(ResBlock(in_channels, out_channels, emb, dropout))
+            block = Block(ResBlock(in_channels, out_channels, emb, dropout, self.norm))
             if factor in attention_resolutions:
-                block.append(SpatialTransformer(out_channels, num_heads, context_dim))
+                block.append(transformer(out_channels))
             return block
 
         # Encoder: a convolution, then for each level its ResNet blocks and a downsampling; each output is a skip.
@@ -183,9 +200,9 @@ class UNet(nn.Module):
                 skips.append(channels)
         self.num_branches = len(skips)
 
-        self.middle_block = Block(ResBlock(channels, channels, emb, dropout),
-                                  SpatialTransformer(channels, num_heads, context_dim),
-                                  ResBlock(channels, channels, emb, dropout))
+        self.middle_block = Block(ResBlock(channels, channels, emb, dropout, self.norm),
+                                  transformer(channels),
+                                  ResBlock(channels, channels, emb, dropout, self.norm))
 
         # Decoder: one block for each skip, the innermost first; the last block of a level upsamples.
         self.output_blocks = nn.ModuleList()
@@ -197,12 +214,14 @@ class UNet(nn.Module):
                     block.append(Upsample(channels))
                 self.output_blocks.append(block)
 
-        self.out = nn.Sequential(GroupNorm32(channels), nn.SiLU(),
+        self.out = nn.Sequential(self.norm(channels), nn.SiLU(),
                                  nn.Conv2d(channels, out_channels, 3, padding=1))
         name_residuals(self)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, cache: Cache = no_cache) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, cache: Cache = no_cache,
+                control: Sequence[Tensor] | None = None) -> Tensor:
         sinusoid = timestep_embedding(t, self.time_embed[0].in_features)                 # [batch, model_channels]
         emb = self.time_embed(sinusoid.to(x.dtype))                                      # [batch, 4 model_channels]
-        h = nested_forward(x, self.input_blocks, self.middle_block, self.output_blocks, Cond(emb, context, cache))
+        cond = Cond(emb, context, cache, control)
+        h = nested_forward(x, self.input_blocks, self.middle_block, self.output_blocks, cond)
         return self.out(h)
