@@ -5,8 +5,36 @@ steps, except where `released_ldm` says otherwise.
 """
 
 import math
+from numbers import Integral
 
 import numpy as np
+
+RULES = {"uniform": (), "centered": ("center", "power"), "released-ldm": ("power",)}     # name: what it takes
+
+
+def check_settings(rule: str, interval: int, center: int | None = None, power: float | None = None) -> None:
+    """Check what can be known before the number of steps is. Raises ValueError."""
+    if rule not in RULES:
+        raise ValueError(f"unknown schedule {rule!r}: choose from {', '.join(RULES)}")
+    for name, value in (("center", center), ("power", power)):
+        if (value is not None) != (name in RULES[rule]):
+            raise ValueError(f"schedule {rule} {'needs a' if value is None else 'takes no'} {name}")
+    for name, value, least in (("interval", interval, 1), ("center", center, 0)):
+        if value is not None and not (isinstance(value, Integral) and value >= least):
+            raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
+    if power is not None and not (math.isfinite(power) and power > 0):
+        raise ValueError(f"power must be a positive number, got {power}")
+
+
+def full_steps(rule: str, num_steps: int, interval: int, center: int | None = None,
+               power: float | None = None) -> list[int]:
+    """The full steps by a rule's name, one of RULES. Raises ValueError for settings that the rule does not take."""
+    check_settings(rule, interval, center, power)
+    if rule == "uniform":
+        return uniform(num_steps, interval)
+    if rule == "centered":
+        return centered(num_steps, interval, center, power)
+    return released_ldm(num_steps, interval, power)
 
 
 def _check(num_steps: int, interval: int, power: float = 2.0) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 
 from caching.deepcache import DeepCache, ZeroedCache
 from caching.nested import Cache, no_cache
-from caching.schedules import centered, released_ldm, uniform
+from caching.schedules import RULES, full_steps
 from sampling.ddim import SPACINGS
 from sampling.runs import parse_seeds
 from sampling.settings import UserError
@@ -49,7 +49,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
                        help="N of 1:N: one full step in every N; 1 = no caching (default)")
     cache.add_argument("--branch", type=int, help="0-based skip that is recomputed last; 0 = conv_in caches most "
                                                   "(default: the paper's for this model)")
-    cache.add_argument("--schedule", choices=("uniform", "centered", "released-ldm"), default="uniform",
+    cache.add_argument("--schedule", choices=RULES, default="uniform",
                        help="which steps are full (default: %(default)s)")
     cache.add_argument("--center", type=int, help="centered: the step around which full steps gather")
     cache.add_argument("--power", type=float, help="centered and released-ldm: how quickly they thin out")
@@ -103,27 +103,17 @@ def plan_cache(args: argparse.Namespace, num_calls: int, num_branches: int, defa
     branch = default_branch if args.branch is None else args.branch
     if not 0 <= branch < num_branches:
         raise UserError(f"--branch must be from 0 to {num_branches - 1} for this model, got {branch}")
-    takes = {"uniform": (), "centered": ("center", "power"), "released-ldm": ("power",)}[args.schedule]
-    for name in ("center", "power"):
-        given = getattr(args, name) is not None
-        if given != (name in takes):
-            raise UserError(f"--schedule {args.schedule} {'needs' if not given else 'takes no'} --{name}")
     try:
-        if args.schedule == "uniform":
-            full_steps = uniform(num_calls, args.interval)
-        elif args.schedule == "centered":
-            full_steps = centered(num_calls, args.interval, args.center, args.power)
-        else:
-            full_steps = released_ldm(num_calls, args.interval, args.power)
+        steps = full_steps(args.schedule, num_calls, args.interval, args.center, args.power)
     except ValueError as error:
         raise UserError(str(error)) from None
     if args.interval == 1:
         if args.zero_cache:
             raise UserError("--zero-cache needs an --interval of 2 or more: without caching there is nothing to zero")
-        return CachePlan(None, full_steps, {"interval": 1})
+        return CachePlan(None, steps, {"interval": 1})
     settings = {"interval": args.interval, "branch": branch, "schedule": args.schedule, "center": args.center,
-                "power": args.power, "zero_cache": args.zero_cache, "full_steps": full_steps}
-    return CachePlan(branch, full_steps, settings)
+                "power": args.power, "zero_cache": args.zero_cache, "full_steps": steps}
+    return CachePlan(branch, steps, settings)
 
 
 def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
