@@ -15,6 +15,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from eval.features import EffLite0, features_of
 from eval.images import ImageSet, open_images
+from eval.intervals import mean_interval
 from sampling.cli import command
 from sampling.provenance import provenance
 from sampling.runs import format_seeds, parse_seeds, write_json
@@ -62,13 +63,6 @@ def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_si
     return result
 
 
-def mean_interval(values: np.ndarray, seed: int = 0, repeats: int = 1000) -> tuple[float | None, list[float] | None]:
-    """The mean of values [n] and its 95% interval by the percentile bootstrap; (None, None) of nothing."""
-    if not len(values):
-        return None, None
-    rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(repeats)])
-    return float(values.mean()), [float(q) for q in np.quantile(means, (0.025, 0.975))]
 
 
 def _pixels(x: torch.Tensor, y: torch.Tensor) -> dict[str, np.ndarray]:

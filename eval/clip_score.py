@@ -1,0 +1,273 @@
+"""How well images match their prompts: the CLIP score of the papers' tables, with any model of open_clip.
+
+    python -m eval.clip_score --samples samples/parti_interval5 --prompts PartiPrompts.tsv \\
+        --weights open_clip_pytorch_model.bin --out results/parti_interval5_clip.json
+
+100 * cosine between image and text features, negative ones counted as 0, mean over images: what DeepCache's released
+evaluation computes, with ViT-g-14 and laion2b_s34b_b88k. In float16 on a GPU as there (features; the cosine is in
+float32), in float32 on a CPU. Numbers of other models or weights are not comparable.
+With --against RESULT.json, the mean difference between the images of equal seeds of two runs: its interval is much
+narrower than the two scores', since the prompts are the same.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from eval.images import ImageSet, open_images
+from eval.intervals import mean_estimate
+from sampling.cli import command
+from sampling.options import prepare_device
+from sampling.prompts import prompts_sha256, read_prompts
+from sampling.provenance import provenance
+from sampling.runs import format_some, write_json
+from sampling.settings import UserError, one_line
+from sampling.weights import read_tensors, sha256
+
+MODEL, PAPER_TAG = "ViT-g-14", "laion2b_s34b_b88k"      # of DeepCache's released evaluation
+_SAME = ("model", "tag", "weights_sha256", "precision", "prompts_sha256", "images_per_prompt")
+
+
+def precision(device: torch.device) -> str:
+    """Of the features: float16 autocast on a GPU, as in the released evaluation."""
+    return "fp16 autocast" if device.type == "cuda" else "fp32"
+
+
+class ImageText(NamedTuple):
+    """An image-text model in evaluation mode. preprocess: PIL image -> [3, h, w]; tokenize: texts -> [n, length]."""
+    net: nn.Module
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenize: Callable[[Sequence[str]], Tensor]
+    device: torch.device
+
+    @torch.no_grad()
+    def scores(self, pixels: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+        """100 * cosine, at least 0, of uint8 [n, height, width, 3] with n texts: float32 [n]."""
+        images = torch.stack([self.preprocess(Image.fromarray(image)) for image in pixels]).to(self.device)
+        with torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda"):
+            x, y = self.net.encode_image(images), self.net.encode_text(self.tokenize(texts).to(self.device))
+        cosine = torch.cosine_similarity(x.float(), y.float(), dim=-1)
+        return (100 * cosine).clamp(min=0).cpu().numpy()
+
+
+def import_open_clip():
+    """The library, told never to download. Raises UserError where it is not installed or does not load."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        import huggingface_hub.constants
+        import open_clip
+    except ModuleNotFoundError as error:
+        raise UserError(f"open_clip is not installed ({error.name} is missing): pip install open_clip_torch") from None
+    except Exception as error:      # a library that breaks while it is imported may raise anything
+        raise UserError(f"open_clip does not load here: {type(error).__name__}: {one_line(error)[:200]}") from None
+    huggingface_hub.constants.HF_HUB_OFFLINE = True     # read from the environment only at its first import
+    return open_clip
+
+
+def check_model(name: str, weights: Path, tag: str | None = None, config: Path | None = None) -> tuple[str, dict]:
+    """The model's name, and how its images are prepared (mean, std, interpolation, resize_mode where known).
+
+    name: an architecture of open_clip; config: a JSON of the same form for another one, instead.
+    tag: which of open_clip's pretrained weights the file holds; needed only where they were trained on images that
+    were prepared differently. Raises UserError for what is not there, before any weights are read.
+    """
+    open_clip = import_open_clip()
+    if config is not None:
+        name = _add_config(open_clip, config)
+    if name not in open_clip.list_models():
+        near = [known for known in open_clip.list_models() if known.lower().startswith(name.lower()[:5])]
+        raise UserError(f"open_clip has no model {name!r}; near it: {', '.join(near[:12]) or 'none'} "
+                        f"({len(open_clip.list_models())} in open_clip.list_models())")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag is not None and tag not in tags:
+        raise UserError(f"open_clip has no weights {tag!r} for {name}: choose from {', '.join(tags) or 'none'}")
+    known = {t: open_clip.get_pretrained_cfg(name, t) for t in tags}
+    if not Path(weights).is_file():
+        tag = tag or PAPER_TAG
+        hub = known.get(tag, {}).get("hf_hub", "").rstrip("/")
+        source = f"; {tag} is open_clip_model.safetensors or open_clip_pytorch_model.bin of {hub} on Hugging Face"
+        raise UserError(f"no weights {weights}: give a file for open_clip's {name}{source if hub else ''}")
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    ways = {t: {key: cfg[key] for key in keys if cfg.get(key) is not None} for t, cfg in known.items()
+            if tag in (None, t)}
+    if any(way != next(iter(ways.values())) for way in ways.values()):
+        raise UserError(f"the weights of {name} differ in how images are prepared: say which yours are with --tag, "
+                        f"one of {', '.join(tags)}")
+    return name, next(iter(ways.values()), {})
+
+
+def _add_config(open_clip, config: Path) -> str:
+    try:
+        keys = json.loads(Path(config).read_text()).keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--model-config {config} cannot be read: {one_line(error)}") from None
+    missing = {"embed_dim", "vision_cfg", "text_cfg"} - keys
+    if missing:
+        raise UserError(f"--model-config {config} has no {', '.join(sorted(missing))}: it should be like the files in "
+                        "open_clip's model_configs")
+    if config.suffix != ".json" or config.stem in open_clip.list_models():
+        raise UserError(f"--model-config {config}: its name becomes the model's; it should end in .json and not be a "
+                        "model of open_clip")
+    open_clip.add_model_config(config)
+    return config.stem
+
+
+def load_model(name: str, weights: Path, preparation: dict, device: torch.device | str = "cpu") -> ImageText:
+    """A model of open_clip with the weights of a local file. Raises UserError where they do not fit."""
+    open_clip = import_open_clip()
+    read_tensors(weights)       # its messages are clear; open_clip reads the file again
+    try:
+        # The absolute path cannot be taken for the name of weights to download.
+        net, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=str(Path(weights).resolve()), pretrained_image=False,
+            image_mean=preparation.get("mean"), image_std=preparation.get("std"),
+            image_interpolation=preparation.get("interpolation"), image_resize_mode=preparation.get("resize_mode"))
+        tokenize = open_clip.get_tokenizer(name)
+    except (OSError, ImportError) as error:         # tokenizers and text towers of Hugging Face
+        raise UserError(f"{name} needs more than the weights, and it is not on this machine: "
+                        f"{one_line(error)[:300]}") from None
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{weights} does not fit open_clip's {name}: {one_line(error)[:300]}") from None
+    return ImageText(net.eval().requires_grad_(False).to(device), preprocess, tokenize, torch.device(device))
+
+
+def prompts_of_seeds(images: ImageSet, prompts: Sequence[str], images_per_prompt: int | None = None,
+                     allow_fewer: bool = False) -> tuple[np.ndarray, int]:
+    """(which prompt each image belongs to [n], images per prompt): seed s has prompt s // images_per_prompt.
+
+    Raises UserError where run.json tells of other prompts, where an image has none, and, unless allow_fewer, where
+    an image is missing.
+    """
+    if images.seeds is None:
+        raise UserError(f"{images.description}: the file names are not numbers, so images have no prompts")
+    settings = (images.run() or {}).get("settings", {})
+    recorded = settings.get("prompts_sha256")
+    if recorded is not None and recorded != prompts_sha256(prompts):
+        raise UserError(f"{images.description} was sampled from other prompts (prompts_sha256 {recorded[:12]}... in "
+                        f"its run.json, {prompts_sha256(prompts)[:12]}... here): give the file that was sampled")
+    per = settings.get("images_per_prompt", images_per_prompt or 1)
+    if per < 1 or images_per_prompt not in (None, per):
+        raise UserError(f"--images-per-prompt {images_per_prompt}: {images.description} has {per} per prompt")
+    index = np.array(images.seeds) // per
+    if index.max() >= len(prompts):
+        raise UserError(f"{images.description} has seed {max(images.seeds)}, and {len(prompts)} prompts with {per} "
+                        f"images each end at {len(prompts) * per - 1}")
+    missing = set(range(len(prompts) * per)) - set(images.seeds)
+    if missing and not allow_fewer:
+        raise UserError(f"{images.description} has {len(images)} of {len(prompts) * per} images; missing seeds "
+                        f"{format_some(missing)}: sample them first, or add --allow-fewer for a number that says so")
+    return index, per
+
+
+def image_scores(images: ImageSet, texts: Sequence[str], model: ImageText, batch_size: int = 16) -> np.ndarray:
+    """The score of each image with its text: float64 [n]. Raises UserError where it is not finite."""
+    found: list[float] = []
+    with tqdm(total=len(images), unit="img", desc=f"scores of {images.description}", leave=False, disable=None) as bar:
+        for batch in images.batches(batch_size):
+            found += model.scores(batch, texts[len(found):len(found) + len(batch)]).tolist()
+            bar.update(len(batch))
+    if not np.isfinite(found).all():
+        raise UserError("the features are not finite: an overflow in float16, or damaged weights")
+    return np.array(found)
+
+
+def check_comparable(result: dict, other: dict) -> None:
+    """Raises UserError unless `other` is a result of the same measurement of images with the same seeds."""
+    if other.get("kind") != "clip_score":
+        raise UserError("--against takes a result of eval.clip_score")
+    unlike = [f"{key} {other.get(key)} there, {result[key]} here" for key in _SAME if other.get(key) != result[key]]
+    if unlike:
+        raise UserError(f"--against: the scores were not measured alike: {'; '.join(unlike)}")
+    alone = set(result["per_image"]["seed"]) ^ set(other["per_image"]["seed"])
+    if alone:
+        raise UserError(f"--against: the two runs have other seeds: {format_some(alone)} in only one of them")
+
+
+def difference(result: dict, other: dict) -> dict:
+    """Score of `result` minus that of `other`, paired by seed: {mean, stderr, interval (95%), correlation}.
+
+    What varies is the choice of prompts: the bootstrap draws prompts, each with all of its images in both runs.
+    """
+    a, b = (np.array(r["per_image"]["score"]) for r in (result, other))
+    groups = np.array(result["per_image"]["seed"]) // result["images_per_prompt"]
+    spread = a.std() * b.std()
+    return {**mean_estimate(a - b, groups=groups),
+            "correlation": float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread else None}
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
+    parser.add_argument("--prompts", type=Path, required=True, help="the file that was sampled (sampling/prompts.py)")
+    parser.add_argument("--weights", type=Path, required=True, help="file of the model's; nothing is downloaded")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", default=MODEL, help="architecture of open_clip (default: %(default)s); OpenAI's own "
+                                                      "weights need the one that ends in -quickgelu")
+    which.add_argument("--model-config", type=Path, help="JSON of another architecture, like open_clip's model_configs")
+    parser.add_argument("--tag", help="open_clip's name of the weights, where it asks for it")
+    parser.add_argument("--images-per-prompt", type=int, help="seed s has prompt s // this (default: run.json's, or 1)")
+    parser.add_argument("--allow-fewer", action="store_true", help="score what is there; the result says so")
+    parser.add_argument("--against", type=Path, help="JSON of another run with the same seeds: print the difference")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    args = parser.parse_args()
+    device = prepare_device(args)
+    prompts = read_prompts(args.prompts)
+    images = open_images(args.samples)
+    index, per = prompts_of_seeds(images, prompts, args.images_per_prompt, args.allow_fewer)
+    other = _read_result(args.against) if args.against else None
+    name, preparation = check_model(args.model, args.weights, args.tag, args.model_config)
+    expected = len(prompts) * per
+    result = {"kind": "clip_score", "metric": "image-text score" if args.model_config else "CLIP score",
+              "model": name, "tag": args.tag, "weights": args.weights.name, "weights_sha256": sha256(args.weights),
+              "precision": precision(device), "prompts": args.prompts.name, "prompts_sha256": prompts_sha256(prompts),
+              "images_per_prompt": per, "samples": images.description, "images": len(images), "expected": expected,
+              "complete": len(images) == expected, "per_image": {"seed": images.seeds}}
+    if other is not None:
+        check_comparable(result, other)
+    model = load_model(name, args.weights, preparation, device)
+    scores = image_scores(images, [prompts[i] for i in index], model, args.batch_size)
+    result["per_image"]["score"] = [round(score, 5) for score in scores.tolist()]
+    result |= {"score": mean_estimate(scores, groups=index), "clamped": int((scores == 0).sum())}
+    if other is not None:
+        result["difference"] = {"against": str(args.against), **difference(result, other)}
+    print(table(result))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, {**result, "run": images.run(), "provenance": provenance(device)})
+
+
+def table(result: dict) -> str:
+    """The numbers as a few lines of text."""
+    some = "" if result["complete"] else f" of {result['expected']} expected: NOT the full set"
+    score = result["score"]
+    lines = [f"{result['metric']} {score['mean']:.3f}  [{score['interval'][0]:.3f} {score['interval'][1]:.3f}], "
+             f"{result['model']} ({result['precision']}), {result['images']} images{some}"]
+    if "difference" in result:
+        by = result["difference"]
+        lines.append(f"minus {by['against']}: {by['mean']:+.3f}  [{by['interval'][0]:+.3f} {by['interval'][1]:+.3f}], "
+                     "paired by seed")
+    return "\n".join(lines)
+
+
+def _read_result(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--against {path} cannot be read: {one_line(error)}") from None
+
+
+if __name__ == "__main__":
+    main()
