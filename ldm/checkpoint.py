@@ -15,16 +15,11 @@ from torch import Tensor, nn
 from ldm import first_stage
 from ldm.config import Config
 from ldm.unet import UNet
+from sampling import weights
 from sampling.settings import UserError
 from sampling.weights import load_strict, read_tensors, save_tensors, sha256
 
 UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
-_DROPPED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "loss.")       # EMA shadows, losses and their networks
-_DROPPED = frozenset((                                                       # buffers of the noise schedule
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
-    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
-    "scale_factor"))
 
 
 class Model(NamedTuple):
@@ -45,29 +40,9 @@ def load_state_dict(unet: UNet, state_dict: dict[str, Tensor]) -> None:
 def split(content: object, path: Path) -> dict[str, dict[str, Tensor]]:
     """A whole checkpoint by prefix, without it: {UNET: {...}, FIRST_STAGE: {...}, CLASSES: {...}}.
 
-    Lightning's `state_dict` entry is entered; EMA shadows, losses and schedule buffers are dropped by name.
-    Raises UserError, naming `path`, for anything else, for a part that is not there, and for another model's weights.
+    Raises UserError, naming `path`, where `sampling.weights.split` does, and for another model's weights.
     """
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} does not hold named tensors, as an LDM checkpoint does")
-    parts = {UNET: {}, FIRST_STAGE: {}, CLASSES: {}}
-    unknown = []
-    for name, value in content.items():
-        if name in _DROPPED or name.startswith(_DROPPED_PREFIXES):
-            continue
-        prefix = next((prefix for prefix in parts if name.startswith(prefix)), None)
-        if prefix is None:
-            unknown.append(name)
-        else:
-            parts[prefix][name.removeprefix(prefix)] = value
-    missing = [f"{prefix}*" for prefix, part in parts.items() if not part]
-    if missing:
-        found = f"; it holds {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}" if unknown else ""
-        raise UserError(f"{path} is not a whole LDM checkpoint: it has no {', '.join(missing)}{found}")
-    if unknown:
-        raise UserError(f"{path} holds tensors that are no part of an LDM checkpoint: {', '.join(unknown)}")
+    parts = weights.split(weights.tensors_of(content, path, "LDM"), path, (UNET, FIRST_STAGE, CLASSES), "LDM")
     if "embedding.weight" not in parts[CLASSES]:
         raise UserError(f"{path} is not class-conditional: it has no {CLASSES}embedding.weight but "
                         f"{CLASSES}{next(iter(parts[CLASSES]))}; Stable Diffusion has a package of its own")

@@ -4,9 +4,10 @@ import hashlib
 import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ def read_tensors(path: Path) -> object:
         # The rest of the message advises to open the file unsafely.
         reason = str(error).split("WeightsUnpickler error:")[-1].split("Check the documentation")[0]
         raise UserError(f"{path} is damaged or not a checkpoint of tensors alone: {one_line(reason)[:160]}") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
         raise UserError(f"{path} is damaged or not a checkpoint: {one_line(error)[:160]}") from None
 
 
@@ -97,6 +98,51 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+_DROPPED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "loss.")       # EMA shadows, losses and their networks
+_DROPPED = frozenset((                                                       # buffers of the noise schedule
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
+    "scale_factor"))
+
+
+def tensors_of(content: object, path: Path, model: str) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint; Lightning's `state_dict` entry is entered.
+
+    model: the name of the architecture, for messages. Raises UserError, naming `path`, for anything else.
+    """
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} does not hold named tensors, as {model} checkpoints do")
+    return content
+
+
+def split(tensors: dict[str, Tensor], path: Path, prefixes: Sequence[str], model: str) -> dict[str, dict[str, Tensor]]:
+    """A whole CompVis checkpoint by prefix, without it: {prefix: {name: tensor}}.
+
+    EMA shadows, losses and schedule buffers are dropped by name. model: the name of the architecture, for messages.
+    Raises UserError, naming `path`, for a part that is not there, and for tensors that belong to none.
+    """
+    parts = {prefix: {} for prefix in prefixes}
+    unknown = []
+    for name, value in tensors.items():
+        if name in _DROPPED or name.startswith(_DROPPED_PREFIXES):
+            continue
+        prefix = next((prefix for prefix in parts if name.startswith(prefix)), None)
+        if prefix is None:
+            unknown.append(name)
+        else:
+            parts[prefix][name.removeprefix(prefix)] = value
+    missing = [f"{prefix}*" for prefix, part in parts.items() if not part]
+    if missing:
+        found = f"; it holds {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}" if unknown else ""
+        raise UserError(f"{path} is not a whole {model} checkpoint: it has no {', '.join(missing)}{found}")
+    if unknown:
+        raise UserError(f"{path} holds tensors that are no part of {model} checkpoints: {', '.join(unknown)}")
+    return parts
 
 
 def load_strict(module: nn.Module, state_dict: dict[str, Tensor], published_name: Callable[[str], str]) -> None:
