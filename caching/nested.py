@@ -40,9 +40,11 @@ class Residual(nn.Module):
     """x -> shortcut(x) + residual(x). The residual is what Block Caching reuses.
 
     Subclasses define `residual(x, cond)`, and `shortcut` where the input needs a projection.
-    `key` is the module's name in its U-Net, set by `name_residuals`.
+    `key` is the module's name in its U-Net, set by `name_residuals`. `kind`: "resnet", or "transformer" for attention
+    with all that surrounds it. The attention layers inside a transformer go through the cache too, as "attention".
     """
     key = ""
+    kind = "resnet"
 
     def shortcut(self, x: Tensor) -> Tensor:
         return x
@@ -64,9 +66,9 @@ class Block(nn.Sequential):
 
 
 def name_residuals(unet: nn.Module) -> None:
-    """Give every residual its module name as the key under which a cache knows it."""
+    """Give every module whose output a cache may keep its name in the U-Net as `key`; they are those with a `kind`."""
     for name, module in unet.named_modules():
-        if isinstance(module, Residual):
+        if hasattr(module, "kind"):
             module.key = name
 
 

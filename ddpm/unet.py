@@ -45,6 +45,7 @@ class ResnetBlock(Residual):
 
 class AttentionBlock(Residual):
     """Self-attention over the pixels, one head, with 1x1 convolutions as projections."""
+    kind = "transformer"
 
     def __init__(self, channels: int):
         super().__init__()
@@ -143,8 +144,12 @@ class UNet(nn.Module):
         self.out = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         name_residuals(self)
 
+    def embedding(self, t: Tensor) -> Tensor:
+        """What the blocks know of the timestep: [batch] -> [batch, 4 ch], activated once for all of them."""
+        sinusoid = timestep_embedding(t, self.embed[0].in_features)                          # [batch, ch]
+        return self.embed(sinusoid.to(self.embed[0].weight.dtype))
+
     def forward(self, x: Tensor, t: Tensor, cache: Cache = no_cache) -> Tensor:
-        emb = timestep_embedding(t, self.embed[0].in_features).to(x.dtype)                   # [batch, ch]
-        emb = self.embed(emb)                                       # [batch, 4 ch], activated once for all blocks
-        h = nested_forward(x, self.input_blocks, self.middle_block, self.output_blocks, Cond(emb, cache=cache))
+        cond = Cond(self.embedding(t), cache=cache)
+        h = nested_forward(x, self.input_blocks, self.middle_block, self.output_blocks, cond)
         return self.out(h)

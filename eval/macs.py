@@ -11,7 +11,8 @@ DeepCache's released code, which counts biases and norms (those of torch's own c
 
 import argparse
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -54,8 +55,9 @@ def _hook_macs(module: nn.Module, x: Tensor, out: Tensor) -> int:
     return 0                                # activations, resampling, and containers, whose layers count themselves
 
 
-def count(forward: Callable[[], object]) -> Macs:
-    """MACs of what `forward()` computes, layers called outside any network included.
+@contextmanager
+def counting() -> Iterator[Callable[[], Macs]]:
+    """Count the MACs of what runs inside: yields a function that tells how many it were so far.
 
     Attention is exact in `fc` on the meta device, where it is two matrix products; fused CPU kernels are not counted.
     Raises TypeError for a layer with weights that the hook convention has no rule for.
@@ -69,10 +71,16 @@ def count(forward: Callable[[], object]) -> Macs:
     handle = register_module_forward_hook(add)
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            forward()
+            yield lambda: Macs(total, counter.get_total_flops() // 2)
     finally:
         handle.remove()
-    return Macs(total, counter.get_total_flops() // 2)
+
+
+def count(forward: Callable[[], object]) -> Macs:
+    """MACs of what `forward()` computes, layers called outside any network included (see `counting`)."""
+    with counting() as so_far:
+        forward()
+        return so_far()
 
 
 def on_meta(unet: nn.Module, inputs: Sequence[Tensor]) -> Callable[[Cache], Tensor]:
@@ -117,6 +125,33 @@ def run_macs(unet: nn.Module, inputs: Sequence[Tensor], policy: Policy, num_step
     forward = on_meta(unet, inputs)
     steps = [count(lambda step=step: forward(policy.at(step))) for step in range(num_steps)]
     return Macs(*(sum(values) / num_steps for values in zip(*steps, strict=True)))
+
+
+def residual_macs(unet: nn.Module, inputs: Sequence[Tensor]) -> tuple[Macs, dict[str, Macs]]:
+    """MACs of a full step, and of each residual in it: what a step saves that reuses the residual."""
+    residuals: dict[str, Macs] = {}
+    with counting() as so_far:
+        def cache(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+            before, value = so_far(), compute()
+            if isinstance(key, str):
+                residuals[key] = Macs(*(b - a for a, b in zip(before, so_far(), strict=True)))
+            return value
+
+        on_meta(unet, inputs)(cache)
+        return so_far(), residuals
+
+
+def schedule_macs(full: Macs, residuals: Mapping[str, Macs], schedule: Mapping[str, Collection[int]],
+                  num_steps: int) -> Macs:
+    """MACs per step of a run in which each residual of `schedule` is computed on its own steps only.
+
+    full, residuals: of `residual_macs`. No residual of the schedule may lie inside another one.
+    """
+    def mean(convention: str) -> float:
+        saved = sum((num_steps - len(steps)) * getattr(residuals[name], convention)
+                    for name, steps in schedule.items())
+        return getattr(full, convention) - saved / num_steps
+    return Macs(mean("hook"), mean("fc"))
 
 
 def giga(macs: float) -> float:

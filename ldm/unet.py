@@ -50,6 +50,7 @@ class ResBlock(Residual):
 
 class Attention(nn.Module):
     """Attention from x to the context, or to x itself where there is none."""
+    key, kind = "", "attention"
 
     def __init__(self, channels: int, num_heads: int, context_channels: int):
         super().__init__()
@@ -96,14 +97,15 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(channels, num_heads, context_dim)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+    def forward(self, x: Tensor, cond: Cond) -> Tensor:
+        x = x + cond.cache(self.attn1.key, lambda: self.attn1(self.norm1(x)))
+        x = x + cond.cache(self.attn2.key, lambda: self.attn2(self.norm2(x), cond.context))
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(Residual):
     """A transformer block over the pixels of a feature map, between two 1x1 convolutions or two linear layers."""
+    kind = "transformer"
 
     def __init__(self, channels: int, num_heads: int, context_dim: int, linear: bool = False):
         super().__init__()
@@ -119,7 +121,7 @@ class SpatialTransformer(Residual):
         if self.linear:
             tokens = self.proj_in(tokens)
         for block in self.transformer_blocks:
-            tokens = block(tokens, cond.context)
+            tokens = block(tokens, cond)
         if self.linear:
             tokens = self.proj_out(tokens)
         out = tokens.transpose(1, 2).reshape(x.shape)
@@ -218,10 +220,13 @@ class UNet(nn.Module):
                                  nn.Conv2d(channels, out_channels, 3, padding=1))
         name_residuals(self)
 
+    def embedding(self, t: Tensor) -> Tensor:
+        """What the blocks know of the timestep: [batch] -> [batch, 4 model_channels]."""
+        sinusoid = timestep_embedding(t, self.time_embed[0].in_features)                 # [batch, model_channels]
+        return self.time_embed(sinusoid.to(self.time_embed[0].weight.dtype))
+
     def forward(self, x: Tensor, t: Tensor, context: Tensor, cache: Cache = no_cache,
                 control: Sequence[Tensor] | None = None) -> Tensor:
-        sinusoid = timestep_embedding(t, self.time_embed[0].in_features)                 # [batch, model_channels]
-        emb = self.time_embed(sinusoid.to(x.dtype))                                      # [batch, 4 model_channels]
-        cond = Cond(emb, context, cache, control)
+        cond = Cond(self.embedding(t), context, cache, control)
         h = nested_forward(x, self.input_blocks, self.middle_block, self.output_blocks, cond)
         return self.out(h)

@@ -1,0 +1,137 @@
+"""Block Caching (arXiv 2312.03209): reuse single residuals, each on a schedule derived from how much it changes.
+
+The paper measures L1rel(i, t) = |C_i(t) - C_i(t - 1)|_1 / |C_i(t)|_1 of each block's residual C_i from step to step
+(`caching.meters`), and keeps a value until the sum of these changes since it was computed exceeds a threshold delta.
+Steps count in the order in which they run, 0 at the highest noise level; the change of step t is that from step t - 1.
+"""
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from caching.deepcache import DeepCache
+
+KINDS = ("transformer", "attention", "resnet", "all")
+Adjustment = Mapping[str, tuple[Tensor, Tensor]]        # residual -> (scale, shift) of its channels
+
+
+def residual_names(unet: nn.Module, kinds: str = "transformer") -> list[str]:
+    """The residuals of a U-Net under which a cache knows them, in the order of its modules.
+
+    kinds: 'transformer' (as in the paper: spatial transformers, DDPM's attention blocks), 'attention' (the self- and
+    cross-attentions inside transformers alone), 'resnet' or 'all' (transformers and ResNet blocks).
+    Raises ValueError for any other kind, or when the U-Net has none of it.
+    """
+    if kinds not in KINDS:
+        raise ValueError(f"unknown kind of blocks {kinds!r}: choose from {', '.join(KINDS)}")
+    wanted = ("transformer", "resnet") if kinds == "all" else (kinds,)
+    names = [name for name, module in unet.named_modules() if getattr(module, "kind", None) in wanted]
+    if not names:
+        raise ValueError(f"this U-Net has no {kinds} blocks that could be cached")
+    return names
+
+
+def threshold_schedule(changes: Sequence[float], delta: float) -> list[int]:
+    """The steps at which a block is computed: at 0, and whenever its change since the last time exceeds delta.
+
+    changes[t]: from step t - 1 to step t; changes[0] is not looked at. delta 0 computes every step.
+    Raises ValueError for a negative delta or changes that are not finite.
+    """
+    if not delta >= 0:
+        raise ValueError(f"delta must be 0 or more, got {delta}")
+    steps, total = [0], 0.0
+    for t in range(1, len(changes)):
+        total += changes[t]
+        if not 0 <= total < float("inf"):
+            raise ValueError(f"the change of step {t} is {changes[t]}: changes are finite and not negative")
+        if total > delta or delta == 0:
+            steps.append(t)
+            total = 0.0
+    return steps
+
+
+class BlockCache:
+    """Compute each residual on its own steps, reuse it on all others.
+
+    schedule: for each residual that is cached, the steps that compute it; 0 must be one. Others are always computed.
+    adjust: for each step, what to do to the values that it reuses: value * scale + shift, per channel
+    (see `caching.scale_shift`); None reuses them as they are.
+
+    `unet(x, t, cache=cache.at(step))` runs step `step`. Between steps one tensor per cached residual is held.
+    Raises ValueError for a schedule without step 0, RuntimeError for a step that would reuse what was never computed.
+    """
+
+    def __init__(self, schedule: Mapping[str, Collection[int]], adjust: Sequence[Adjustment] | None = None):
+        for key, steps in schedule.items():
+            if 0 not in steps:
+                raise ValueError(f"the schedule of {key} must contain 0: the first step has nothing to reuse")
+        self.schedule = {key: frozenset(steps) for key, steps in schedule.items()}
+        self.adjust = adjust
+        self.reset()
+
+    def reset(self) -> None:
+        """Let go of all values, after the last step of a batch."""
+        self.values: dict[str, Tensor] = {}
+        self.reused: frozenset[str] = frozenset()
+        self.adjustment: Adjustment = {}
+
+    def at(self, step: int) -> "BlockCache":
+        """Choose what the next network call reuses: plain values, set outside any compiled region."""
+        self.reused = frozenset(key for key, steps in self.schedule.items() if step not in steps)
+        self.adjustment = self.adjust[step] if self.adjust is not None else {}
+        absent = self.reused - self.values.keys()
+        if absent:
+            raise RuntimeError(f"step {step} is to reuse {min(absent)}, which has not been computed since the start")
+        return self
+
+    def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        if key in self.reused:
+            return self.reuse(key)
+        value = compute()
+        if key in self.schedule:
+            self.values[key] = value
+        return value
+
+    def reuse(self, key: str) -> Tensor:
+        """What stands in for a residual that is not computed."""
+        value = self.values[key]
+        if key not in self.adjustment:
+            return value
+        scale, shift = (like_channels(x, value) for x in self.adjustment[key])
+        return value * scale + shift
+
+
+def like_channels(x: Tensor, value: Tensor) -> Tensor:
+    """[..., channels] shaped to multiply a feature map [batch, channels, h, w] or tokens [batch, tokens, channels]."""
+    return x[..., None, None] if value.ndim == 4 else x[..., None, :]
+
+
+class Together:
+    """DeepCache for one level, Block Caching for residuals outside it (see `outside`): two policies on one seam."""
+
+    def __init__(self, level: DeepCache, blocks: BlockCache):
+        self.level, self.blocks = level, blocks
+
+    def reset(self) -> None:
+        self.level.reset()
+        self.blocks.reset()
+
+    def at(self, step: int) -> "Together":
+        self.level.at(step)
+        self.blocks.at(step)
+        return self
+
+    def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        return (self.level if isinstance(key, int) else self.blocks)(key, compute)
+
+
+def outside(names: Sequence[str], unet: nn.Module, branch: int) -> list[str]:
+    """Those of the residuals that run on a cached step of DeepCache at `branch`: in blocks 0..branch of either side."""
+    last = len(unet.output_blocks) - 1
+
+    def runs(name: str) -> bool:
+        side, index, *_ = name.split(".")
+        skip = {"input_blocks": int(index), "output_blocks": last - int(index)}.get(side)
+        return skip is not None and skip <= branch
+
+    return [name for name in names if runs(name)]

@@ -1,0 +1,269 @@
+"""Block Caching on the seam: what is measured, when residuals are computed, what reusing them costs and changes."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import relative_error
+
+from caching.block_cache import BlockCache, Together, outside, residual_names, threshold_schedule
+from caching.deepcache import DeepCache
+from caching.meters import ChangeMeter, SimilarityMeter
+from caching.scale_shift import Distiller, ScaleShift
+from ddpm.unet import UNet
+from eval.macs import residual_macs, run_macs, schedule_macs
+from ldm.unet import UNet as LatentUNet
+from sampling.ddim import ddim, uniform_timesteps
+from sampling.diffusion import alphas_cumprod
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet(16, 3, 3, 32, (1, 1, 2), 1, (8,)).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def latent():
+    torch.manual_seed(0)
+    return LatentUNet(3, 3, 32, (1, 2), 1, (1, 2), num_heads=2, context_dim=16).eval().requires_grad_(False)
+
+
+def run(unet, policy=None, network=None, batch=2, seed=0, context=()):
+    """x_0 of a short DDIM run."""
+    network = unet if network is None else network
+    x = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+    def predict(x, t, step):
+        cache = {} if policy is None else {"cache": policy.at(step)}
+        return network(x, torch.full((len(x),), t), *context, **cache)
+
+    return ddim(predict, x, uniform_timesteps(STEPS, 1000), alphas_cumprod("linear", 1000))
+
+
+def measured(unet, kinds="transformer", **kwargs):
+    meter = ChangeMeter(residual_names(unet, kinds), STEPS)
+    run(unet, meter, **kwargs)
+    return meter.changes()
+
+
+class Counting:
+    """A policy's cache that notes what was computed at each step."""
+
+    def __init__(self, policy):
+        self.policy, self.computed = policy, []
+
+    def at(self, step):
+        self.cache = self.policy.at(step)
+        self.computed.append([])
+        return self
+
+    def __call__(self, key, compute):
+        def noted():
+            self.computed[-1].append(key)
+            return compute()
+        return self.cache(key, noted)
+
+
+def test_kinds_of_residuals(unet, latent):
+    transformers, resnets = residual_names(latent, "transformer"), residual_names(latent, "resnet")
+    assert len(transformers) == 1 + 1 + 1 + 2 + 2 and len(resnets) == 2 + 2 + 4
+    assert set(residual_names(latent, "all")) == {*transformers, *resnets}
+    inner = residual_names(latent, "attention")
+    assert inner == [f"{name}.transformer_blocks.0.attn{i}" for name in transformers for i in (1, 2)]
+    assert residual_names(unet)[-1] == "middle_block.1" or "output_blocks" in residual_names(unet)[-1]
+    with pytest.raises(ValueError, match="choose from"):
+        residual_names(unet, "spatial")
+    with pytest.raises(ValueError, match="no attention blocks"):
+        residual_names(unet, "attention")
+
+
+def test_threshold_schedule_by_hand():
+    changes = [9.0, 0.2, 0.2, 0.2, 0.5, 0.1, 0.1, 0.4]
+    assert threshold_schedule(changes, 0.55) == [0, 3, 5]       # sums from 0: 0.2 0.4 0.6; from 3: 0.5 0.6; 0.1 0.5
+    assert threshold_schedule([0, 1, 1, 1], 1) == [0, 2]
+    assert threshold_schedule(changes, 0) == list(range(8))
+    assert threshold_schedule([0, 0, 0], 0) == [0, 1, 2]
+    assert threshold_schedule(changes, 100) == [0]
+    for delta in (-1, float("nan")):
+        with pytest.raises(ValueError, match="delta"):
+            threshold_schedule(changes, delta)
+    with pytest.raises(ValueError, match="step 1"):
+        threshold_schedule([0, float("nan")], 1)
+
+
+def test_change_is_the_relative_l1_difference_averaged_over_rows(unet):
+    name, values = residual_names(unet)[0], []
+
+    class Spy:
+        def at(self, step):
+            return self
+
+        def __call__(self, key, compute):
+            value = compute()
+            if key == name:
+                values.append(value.clone())
+            return value
+
+    run(unet, Spy(), batch=3)
+    expected = [((b - a).abs().sum((1, 2, 3)) / b.abs().sum((1, 2, 3))).mean().item()
+                for a, b in pairwise(values)]
+    assert measured(unet, batch=3)[name] == pytest.approx([0, *expected], rel=1e-5)
+
+
+def test_changes_of_two_batches_are_those_of_one(unet):
+    """Nothing is carried over from one batch to the next."""
+    meter = ChangeMeter(residual_names(unet), STEPS)
+    for seed in (1, 2):
+        run(unet, meter, seed=seed)
+        meter.reset()
+    one, two = measured(unet, seed=1), measured(unet, seed=2)
+    for name, changes in meter.changes().items():
+        assert changes == pytest.approx([(a + b) / 2 for a, b in zip(one[name], two[name], strict=True)], rel=1e-6)
+    with pytest.raises(RuntimeError, match="measured"):
+        ChangeMeter(residual_names(unet), STEPS).changes()
+
+
+def test_similarity_is_a_cosine(unet):
+    meter = SimilarityMeter([0, 2])
+    run(unet, meter)
+    meter.reset()
+    for similar in meter.similarities().values():
+        assert similar.shape == (STEPS, STEPS)
+        assert torch.allclose(similar.diagonal(), torch.ones(STEPS, dtype=torch.double), atol=2e-3)
+        assert torch.allclose(similar, similar.T) and similar.max() < 1.002
+
+
+@pytest.mark.parametrize("kinds", ["transformer", "resnet", "all"])
+def test_delta_0_equals_no_cache_bit_for_bit(unet, kinds):
+    schedule = {name: threshold_schedule(c, 0) for name, c in measured(unet, kinds).items()}
+    assert torch.equal(run(unet, BlockCache(schedule)), run(unet))
+
+
+@pytest.mark.parametrize("kinds", ["transformer", "resnet", "all", "attention"])
+def test_what_is_computed_is_what_the_schedule_says(unet, latent, kinds):
+    unet, context = (latent, (torch.randn(2, 1, 16),)) if kinds == "attention" else (unet, ())
+    changes = measured(unet, kinds, context=context)
+    schedule = {name: threshold_schedule(c, 1.5 * max(c)) for name, c in changes.items()}
+    assert any(len(steps) < STEPS for steps in schedule.values())
+    counting = Counting(BlockCache(schedule))
+    run(unet, counting, context=context)
+    for step, computed in enumerate(counting.computed):
+        assert {key for key in computed if key in schedule} == {k for k, steps in schedule.items() if step in steps}
+        assert sorted(key for key in computed if isinstance(key, int)) == list(range(unet.num_branches))
+
+
+def test_reuse_changes_the_result_and_leaks_nothing(unet):
+    schedule = {name: [0, 3] for name in residual_names(unet)}
+    cache, other = BlockCache(schedule), run(unet, seed=5)
+    first = run(unet, cache)
+    assert not torch.equal(first, run(unet))
+    cache.reset()
+    run(unet, cache, seed=5)
+    assert not torch.equal(other, first)
+    cache.reset()
+    assert torch.equal(run(unet, cache), first)         # of the run between, nothing is left
+    rows = [run(unet, BlockCache(schedule), batch=2)[:1], run(unet, BlockCache(schedule), batch=1)]
+    assert relative_error(*rows) < 1e-5                 # and rows of a batch do not see each other
+    cache.reset()
+    with pytest.raises(RuntimeError, match="has not been computed"):
+        cache.at(1)
+    with pytest.raises(ValueError, match="must contain 0"):
+        BlockCache({"a": [1]})
+
+
+def test_identity_adjustment_equals_plain_reuse_bit_for_bit(unet):
+    names = residual_names(unet, "all")
+    schedule = {name: [0, 2] for name in names}
+    channels = channels_of(unet, names)
+    scale_shift = ScaleShift(channels, 128)
+    table = scale_shift.table(unet.embedding(torch.arange(STEPS)))
+    assert torch.equal(run(unet, BlockCache(schedule, table)), run(unet, BlockCache(schedule)))
+
+
+def channels_of(unet, names, context=()):
+    channels = {}
+
+    def cache(key, compute):
+        value = compute()
+        if key in names:
+            channels[key] = value.shape[1 if value.ndim == 4 else -1]
+        return value
+
+    unet(torch.zeros(1, 3, 16, 16), torch.zeros(1), *context, cache=cache)
+    return channels
+
+
+def test_macs_of_a_schedule_equal_those_counted_step_by_step(unet, latent):
+    for net, context, kinds in ((unet, (), "all"), (latent, (torch.zeros(1, 1, 16),), "transformer"),
+                                (latent, (torch.zeros(1, 1, 16),), "attention")):
+        inputs = (torch.zeros(1, 3, 16, 16), torch.zeros(1), *context)
+        names = residual_names(net, kinds)
+        schedule = {name: range(0, STEPS, 1 + i % 4) for i, name in enumerate(names)}
+        full, residuals = residual_macs(net, inputs)
+        exact = run_macs(net, inputs, BlockCache(schedule), STEPS)
+        assert schedule_macs(full, residuals, schedule, STEPS) == pytest.approx(exact, rel=1e-12)
+        assert exact.hook < full.hook and exact.fc < full.fc
+
+
+def test_deepcache_and_block_caching_together(unet):
+    names, branch = outside(residual_names(unet, "all"), unet, 1), 1
+    assert names and not any(name.startswith("middle") for name in names)
+    schedule = {name: [0, 2, 4] for name in names}
+    level = DeepCache(branch, [0, 3])
+    counting = Counting(Together(level, BlockCache(schedule)))
+    run(unet, counting)
+    for step, computed in enumerate(counting.computed):
+        assert ("middle_block.0" in computed) == (step in (0, 3))
+        assert {key for key in computed if key in schedule} == (set(schedule) if step in (0, 2, 4) else set())
+    everything = Together(DeepCache(branch, range(STEPS)), BlockCache({name: range(STEPS) for name in names}))
+    assert torch.equal(run(unet, everything), run(unet))
+    alone = run(unet, DeepCache(branch, [0, 3]))
+    none = Together(DeepCache(branch, [0, 3]), BlockCache({}))
+    assert torch.equal(run(unet, none), alone)
+
+
+def test_scale_shift_learns_what_the_teacher_computes():
+    """On seeds that it has not seen the adjusted residuals are nearer to the computed ones, and so is the result."""
+    torch.manual_seed(0)
+    unet = UNet(16, 3, 3, 32, (1, 2), 1, (8,)).eval().requires_grad_(False)
+    names = residual_names(unet, "all")
+    schedule = {name: [0, 3] for name in names}
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    scale_shift = ScaleShift(channels_of(unet, names), 128)
+    distiller = Distiller(unet, scale_shift, torch.optim.Adam(scale_shift.parameters(), 3e-3))
+    for seed in range(12):
+        run(unet, BlockCache(schedule), network=distiller, batch=8, seed=seed)
+    trained, plain = zip(*distiller.losses[-8:], strict=True)
+    assert sum(trained) < 0.9 * sum(plain)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+    table = scale_shift.table(unet.embedding(torch.tensor(uniform_timesteps(STEPS, 1000)[::-1])))
+    exact = run(unet, batch=8, seed=100)
+    error = [(run(unet, BlockCache(schedule, adjust), batch=8, seed=100) - exact).square().mean().item()
+             for adjust in (None, table)]
+    assert error[1] < error[0]
+
+
+def test_compiled_with_one_graph_for_each_set_of_reused_residuals(unet):
+    schedule = {name: steps for name, steps in zip(residual_names(unet), ([0, 2], [0, 2], [0, 3]), strict=False)}
+    graphs = []
+
+    def backend(module, example_inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(unet, backend=backend, fullgraph=True)
+    policy = BlockCache(schedule)
+    sets = {policy_set(schedule, step) for step in range(STEPS)}
+    with torch.no_grad():
+        result = run(unet, BlockCache(schedule), network=compiled)
+    assert torch.equal(result, run(unet, policy))
+    assert len(graphs) <= len(sets) + 1
+
+
+def policy_set(schedule, step):
+    return frozenset(name for name, steps in schedule.items() if step not in steps)
