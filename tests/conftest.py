@@ -41,3 +41,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def ddpm_golden() -> Golden:
     return Golden("ddpm_small")
+
+
+@pytest.fixture(scope="session")
+def sd_golden() -> Golden:
+    return Golden("sd_small")
