@@ -6,19 +6,17 @@ them the photograph of matplotlib's sample data is a "military uniform" at 224 p
 emoji better than BGR or than ImageNet's mean and deviation do.
 """
 
-import hashlib
-import zipfile
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from eval.extract import Features, extract
 from eval.images import ImageSet
-from sampling.runs import write_atomically
 from sampling.settings import UserError
 from sampling.weights import sha256
 
@@ -27,7 +25,6 @@ from sampling.weights import sha256
 SIZE = 96
 # Bilinear, not bicubic: it never leaves [0, 255], so nothing is clipped; antialias acts where images shrink.
 PREPROCESSING = f"rgb-bilinear-antialias-{SIZE}px-[-1,1]-fp32"
-CACHE_NAME = "features-efflite0.npz"
 
 
 class EffLite0:
@@ -35,7 +32,7 @@ class EffLite0:
 
     Raises UserError when the weight package is not installed. The network is loaded on first use.
     """
-    dims = 1280
+    layers: Mapping[str, int] = MappingProxyType({"pooled": 1280})
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
@@ -66,65 +63,19 @@ class EffLite0:
         x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False) / 127.5 - 1
         return self.net.extract_features(x).mean(dim=(2, 3)).cpu().numpy()
 
-
-class Features(NamedTuple):
-    """values: float32 [n, dims]. images_sha256: of names and pixels, for the record."""
-    values: np.ndarray
-    images_sha256: str
+    def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """By layer, as eval.extract takes them."""
+        return {"pooled": self(pixels)}
 
 
-def features_of(images: ImageSet, extractor: EffLite0, batch_size: int = 32, cache: bool = True) -> Features:
-    """The features of a set of images, kept in the folder (or beside the npz) until a file or the extractor changes.
+def features_of(images: ImageSet, extractor: EffLite0, batch_size: int = 32) -> Features:
+    """The features of a set of images, kept beside them until an image or the extractor changes (eval/extract.py).
 
     Those of images in memory, such as a reference that several sets are compared with, are kept by the extractor.
     """
-    in_memory = f"{images.fingerprint} {images.names}"
-    if cache and in_memory in extractor.kept:
-        return extractor.kept[in_memory]
-    path = _cache_path(images) if cache else None
-    key = hashlib.sha256(f"{images.fingerprint} {extractor.id}".encode()).hexdigest()
-    if path is not None and (kept := _read_cache(path, key, (len(images), extractor.dims))):
-        return kept
-    digest, values = hashlib.sha256("\n".join(images.names).encode()), []
-    title = f"features of {images.description}"
-    with tqdm(total=len(images), unit="img", desc=title, leave=False, disable=None) as bar:
-        for batch in images.batches(batch_size):
-            digest.update(np.ascontiguousarray(batch))
-            values.append(extractor(batch))
-            bar.update(len(batch))
-    found = Features(np.concatenate(values), digest.hexdigest())
-    if path is not None:
-        _write_cache(path, key, found)
-    elif cache:
-        extractor.kept[in_memory] = found
-    return found
-
-
-def _cache_path(images: ImageSet) -> Path | None:
-    if images.root is None:
-        return None
-    if images.root.is_dir():
-        return images.root / CACHE_NAME
-    return images.root.with_name(f"{images.root.name}.{CACHE_NAME}")
-
-
-def _read_cache(path: Path, key: str, shape: tuple[int, int]) -> Features | None:
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            if str(kept["key"]) == key and kept["values"].shape == shape:
-                return Features(kept["values"], str(kept["images_sha256"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass        # not there or damaged: it is only a cache
-    return None
-
-
-def _write_cache(path: Path, key: str, found: Features) -> None:
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            np.savez(file, key=key, values=found.values, images_sha256=found.images_sha256)
-    try:
-        write_atomically(path, write)
-    except PermissionError:
-        tqdm.write(f"note: {path.parent} is not writable, so its features are not kept")
-    except OSError as error:
-        tqdm.write(f"note: the features were not kept ({error})")
+    if images.root is not None:
+        return extract(images, extractor, batch_size)
+    key = f"{images.fingerprint} {images.names}"
+    if key not in extractor.kept:
+        extractor.kept[key] = extract(images, extractor, batch_size)
+    return extractor.kept[key]

@@ -1,22 +1,28 @@
-"""Reading a set of images: a sample folder, a plain folder of PNGs, or an npz; always in the same order, in batches."""
+"""Reading a set of images: a sample folder, a plain folder, or an npz; always in the same order, in batches."""
 
 import hashlib
 import itertools
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from sampling.runs import format_some
+from sampling.runs import format_some, parse_seeds
 from sampling.settings import UserError, one_line
 
 # What Pillow raises for a PNG that is cut off or not one: SyntaxError too, for a damaged chunk.
 _UNREADABLE = (OSError, ValueError, SyntaxError)
+_SUFFIXES = {".png", ".jpg", ".jpeg"}
+_OTHER_SUFFIXES = {".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic"}
+_READERS = min(8, os.cpu_count() or 1)      # threads that decode; Pillow lets others run meanwhile
 
 
 @dataclass
@@ -25,6 +31,8 @@ class ImageSet:
 
     description: where they are. names: one per image, in order. seeds: the same as numbers, where the names are.
     size: (height, width). fingerprint: changes when the files do. root: the folder or file; None for arrays.
+    read: (n, ranges) -> the images of each range of positions in turn, in batches of at most n that end with a range.
+    stamp: (range) -> what changes when the files of these images do. reopen: the same path as it is now.
     """
     description: str
     names: list[str]
@@ -32,14 +40,19 @@ class ImageSet:
     size: tuple[int, int]
     fingerprint: str
     root: Path | None
-    read: Callable[[int], Iterator[np.ndarray]]
+    read: Callable[[int, Sequence[range]], Iterator[np.ndarray]]
+    stamp: Callable[[range], str]
+    reopen: Callable[[], "ImageSet"] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def batches(self, n: int) -> Iterator[np.ndarray]:
-        """uint8 [at most n, height, width, 3], in order. Raises UserError that names a file it cannot use."""
-        yield from self.read(n)
+    def batches(self, n: int, ranges: Sequence[range] | None = None) -> Iterator[np.ndarray]:
+        """uint8 [at most n, height, width, 3], in order. Raises UserError that names a file it cannot use.
+
+        ranges: ascending ranges of positions (default: all images); no batch crosses the end of one.
+        """
+        yield from self.read(n, [range(len(self))] if ranges is None else ranges)
 
     def run(self) -> dict | None:
         """run.json of a sample folder, None where there is none."""
@@ -53,7 +66,7 @@ class ImageSet:
 
 
 def open_images(path: Path | str, seeds: Sequence[int] | None = None, expected: int | None = None) -> ImageSet:
-    """The images of a sample folder (000/000123.png), of a plain folder of PNGs, or of an npz (`arr_0`, uint8 NHWC).
+    """The images of a sample folder (000/000123.png), a plain folder (PNG, JPEG), or an npz (`arr_0`, uint8 NHWC).
 
     Order: by seed where the names are numbers, else by name; an npz as it lies, its positions counting as seeds.
     seeds: exactly these must be there. expected: at least so many must be there.
@@ -73,23 +86,63 @@ def open_images(path: Path | str, seeds: Sequence[int] | None = None, expected: 
     return images
 
 
+def check_finished(images: ImageSet, allow_fewer: bool = False) -> str | None:
+    """Refuse a sample folder that lacks images which its own runs were asked for: it grows, or was interrupted.
+
+    Returns None, or with allow_fewer a line that says what is missing. Raises UserError. For judging: a number that
+    depends on when it was computed is none.
+    """
+    log = images.root / "sessions.jsonl" if images.root else None
+    if log is None or not log.is_file():
+        return None
+    asked: set[int] = set()
+    for line in log.read_text().splitlines():
+        try:
+            asked.update(parse_seeds(json.loads(line)["seeds"]))
+        except (ValueError, KeyError, UserError):
+            continue        # a line that was being written; the images are what counts
+    missing = asked - set(images.seeds or ())
+    if not missing:
+        return None
+    line = (f"{images.description} lacks {len(missing)} images that its runs were asked for, seeds "
+            f"{format_some(missing)}: it is still being written, or was interrupted")
+    if not allow_fewer:
+        raise UserError(f"{line}; run the same sample command to the end first")
+    return line
+
+
+def check_unchanged(images: ImageSet) -> None:
+    """Raises UserError where images were added, removed or rewritten since they were opened."""
+    if images.root and images.reopen is not None and images.reopen().fingerprint != images.fingerprint:
+        raise UserError(f"{images.description} changed while it was read: it is still being written; wait for that")
+
+
+def batched(ranges: Sequence[range], n: int) -> Iterator[range]:
+    """The ranges cut into pieces of at most n."""
+    for positions in ranges:
+        for first in range(positions.start, positions.stop, n):
+            yield range(first, min(first + n, positions.stop))
+
+
 def from_array(pixels: np.ndarray, description: str, names: Sequence[str]) -> ImageSet:
     """Images in memory: uint8 [n, height, width, 3] and n names."""
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) != len(names):
         raise ValueError(f"expected uint8 [{len(names)}, height, width, 3], got {pixels.dtype} {list(pixels.shape)}")
 
-    def read(n: int) -> Iterator[np.ndarray]:
-        for first in range(0, len(pixels), n):
-            yield pixels[first:first + n]
+    def read(n: int, ranges: Sequence[range]) -> Iterator[np.ndarray]:
+        for some in batched(ranges, n):
+            yield pixels[some.start:some.stop]
 
-    digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
-    return ImageSet(description, list(names), None, pixels.shape[1:3], digest, None, read)
+    def stamp(some: range) -> str:
+        return hashlib.sha256(np.ascontiguousarray(pixels[some.start:some.stop])).hexdigest()
+
+    return ImageSet(description, list(names), None, pixels.shape[1:3], stamp(range(len(pixels))), None, read, stamp)
 
 
 def _folder(path: Path) -> ImageSet:
     # A plain folder may hold sub-folders of something else, and a sample folder a picture of all samples.
     dealt = sorted(path.glob("[0-9][0-9][0-9]*/[0-9]*.png"))
-    files = dealt if dealt or (path / "run.json").exists() else sorted(path.glob("*.png"))
+    files = dealt if dealt or (path / "run.json").exists() else _plain(path)
     if not files:
         raise UserError(f"no PNG images in {path}")
     seeds = None
@@ -102,11 +155,26 @@ def _folder(path: Path) -> ImageSet:
     names = [str(file.relative_to(path)) for file in files]
     first = read_png(files[0])
 
-    def read(n: int) -> Iterator[np.ndarray]:
-        for start in range(0, len(files), n):
-            yield np.stack([read_png(file, first.shape, files[0]) for file in files[start:start + n]])
+    def read(n: int, ranges: Sequence[range]) -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor(_READERS) as pool:
+            for some in batched(ranges, n):
+                yield np.stack(list(pool.map(lambda i: read_png(files[i], first.shape, files[0]), some)))
 
-    return ImageSet(str(path), names, seeds, first.shape[:2], _fingerprint(files, names), path, read)
+    def stamp(some: range) -> str:
+        return _fingerprint(files[some.start:some.stop], names[some.start:some.stop])
+
+    return ImageSet(str(path), names, seeds, first.shape[:2], stamp(range(len(files))), path, read, stamp,
+                    lambda: _folder(path))
+
+
+def _plain(path: Path) -> list[Path]:
+    """The images that lie in a folder, by name; text and the like beside them are left alone."""
+    files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    other = [file for file in files if file.suffix.lower() in _OTHER_SUFFIXES]
+    if other:
+        raise UserError(f"{other[0]} and {len(other) - 1} more are images of a kind that is not read here, and leaving "
+                        "them out would judge another set: convert them to PNG")
+    return [file for file in files if file.suffix.lower() in _SUFFIXES]
 
 
 def read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | None = None) -> np.ndarray:
@@ -132,21 +200,30 @@ def _npz(path: Path) -> ImageSet:
     with _open_array(path) as (_, shape):
         pass
 
-    def read(n: int) -> Iterator[np.ndarray]:
-        # The archive is decompressed as it is read: numpy.load would hold all 10 GB of 50,000 images.
-        with _open_array(path) as (file, shape):
-            for first in range(0, shape[0], n):
-                batch = (min(n, shape[0] - first), *shape[1:])
-                try:
-                    data = file.read(int(np.prod(batch)))
-                except (zipfile.BadZipFile, OSError, EOFError, zipfile.zlib.error) as error:
-                    raise UserError(f"{path} is damaged: {one_line(error)}") from None
-                if len(data) < np.prod(batch):
-                    raise UserError(f"{path} is truncated: arr_0 ends before image {first + batch[0]} of {shape[0]}")
-                yield np.frombuffer(data, np.uint8).reshape(batch)
+    def take(file: BinaryIO, some: range) -> bytes:
+        size = len(some) * int(np.prod(shape[1:]))
+        try:
+            data = file.read(size)
+        except (zipfile.BadZipFile, OSError, EOFError, zipfile.zlib.error) as error:
+            raise UserError(f"{path} is damaged: {one_line(error)}") from None
+        if len(data) < size:
+            raise UserError(f"{path} is truncated: arr_0 ends before image {some.stop} of {shape[0]}")
+        return data
 
-    names = [str(i) for i in range(shape[0])]
-    return ImageSet(str(path), names, list(range(shape[0])), shape[1:3], _fingerprint([path], [path.name]), path, read)
+    def read(n: int, ranges: Sequence[range]) -> Iterator[np.ndarray]:
+        # The archive is decompressed as it is read: numpy.load would hold all 10 GB of 50,000 images. What lies before
+        # a range is read too, so that the checksum at the end is of everything.
+        at = 0
+        with _open_array(path) as (file, _):
+            for some in batched(ranges, n):
+                for skipped in batched([range(at, some.start)], n):
+                    take(file, skipped)
+                yield np.frombuffer(take(file, some), np.uint8).reshape(len(some), *shape[1:])
+                at = some.stop
+
+    names, fingerprint = [str(i) for i in range(shape[0])], _fingerprint([path], [path.name])
+    return ImageSet(str(path), names, list(range(shape[0])), shape[1:3], fingerprint, path, read,
+                    lambda some: f"{fingerprint} {some.start}-{some.stop}", lambda: _npz(path))
 
 
 class _open_array:
