@@ -2,71 +2,105 @@
 
     python -m eval.fidelity --samples samples/interval5 --against samples/full --out results/interval5_fidelity.json
 
-PSNR (dB) and SSIM per image, and the distance of EfficientNet-Lite0 features (1 - cosine). LPIPS needs a weight file
-that no package carries, so it is not among them.
+PSNR (dB) and SSIM per image, the distance of EfficientNet-Lite0 features (1 - cosine), and LPIPS where the file of its
+backbone is given (--lpips-backbone). Beside --out come two pictures: how the numbers are distributed over the seeds
+(..._distribution.png), and the pairs with the lowest PSNR (..._worst.png).
 """
 
 import argparse
+import heapq
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from tqdm import tqdm
 
 from eval.features import EffLite0, features_of
 from eval.images import ImageSet, open_images
 from eval.intervals import mean_interval
+from eval.lpips import BACKBONE, Lpips
+from eval.plots import distributions, worst_pairs
 from sampling.cli import command
+from sampling.options import prepare_device
 from sampling.provenance import provenance
 from sampling.runs import format_seeds, parse_seeds, write_json
 from sampling.settings import UserError
 
 _SSIM_WINDOW = 11
-LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "feature_distance": "1 - cos, EffLite0"}
+LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "feature_distance": "1 - cos, EffLite0", "lpips": "LPIPS",
+          "lpips_other_backbone": "not LPIPS (backbone)"}
 
 
-def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_size: int = 32, seed: int = 0) -> dict:
-    """PSNR, SSIM and feature distance of each image to its partner of the same seed, and their means.
+class WorstPairs:
+    """The `count` pairs with the lowest PSNR of those shown to it. pairs: (PSNR, seed, image, its partner)."""
 
-    Returns {images, identical, psnr, ssim, feature_distance: {mean, interval, unrelated}, per_image: {seed, psnr, ssim,
-    feature_distance}}. interval: 95%, bootstrap over images. unrelated: the same between images of different seeds.
+    def __init__(self, count: int):
+        self.count = count
+        self._heap: list[tuple] = []        # of the negative PSNR: the best pair comes first, and leaves first
+
+    def add(self, seeds: list[int], psnr: np.ndarray, images: np.ndarray, partners: np.ndarray) -> None:
+        for pair in zip(-psnr, seeds, images, partners, strict=True):
+            if np.isfinite(pair[0]):        # not of identical images
+                heapq.heappush(self._heap, pair)        # seeds differ, so images are never compared
+                if len(self._heap) > self.count:
+                    heapq.heappop(self._heap)
+
+    def pairs(self) -> list[tuple[float, int, np.ndarray, np.ndarray]]:
+        """The worst first."""
+        return [(-low, *rest) for low, *rest in sorted(self._heap, key=lambda pair: -pair[0])]
+
+
+def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_size: int = 32, seed: int = 0,
+             lpips: Lpips | None = None, worst: WorstPairs | None = None) -> dict:
+    """PSNR, SSIM, feature distance and, with `lpips`, LPIPS of each image to its partner of the same seed, and means.
+
+    Returns {images, identical, psnr, ssim, feature_distance, lpips: {mean, interval, unrelated}, per_image: {seed,
+    psnr, ...}}. interval: 95%, bootstrap over seeds, a pair drawn as one. unrelated: the same between images of
+    different seeds. worst: is shown every pair on the way.
     The PSNR of identical images is infinite: None per image, and left out of the mean; `identical` counts them.
-    Raises UserError when an image has no partner or the sizes differ.
+    Raises UserError when an image has no partner, the sizes differ, or the images are too small.
     """
     seeds = _paired(samples, against)
-    found = {"psnr": [], "ssim": []}
-    unrelated = {"psnr": [], "ssim": []}
-    for x, y in zip(samples.batches(batch_size), against.batches(batch_size), strict=True):
-        # In float32 the variances inside SSIM cancel: an image and itself came out at 0.99992.
-        x, y = (torch.tensor(a).permute(0, 3, 1, 2).double() for a in (x, y))
-        for measured, other in ((found, y), (unrelated, y.roll(1, 0))):
-            if other is y or len(y) > 1:
-                for name, values in _pixels(x, other).items():
-                    measured[name].append(values)
-    found, unrelated = ({name: np.concatenate(values) if values else np.empty(0) for name, values in measured.items()}
+    if lpips is not None:
+        lpips.check_size(samples.size)
+    found: dict[str, list] = {}
+    unrelated: dict[str, list] = {}
+    done = 0
+    with tqdm(total=len(seeds), unit="img", desc=f"{samples.description}, pairs", leave=False, disable=None) as bar:
+        for x, y in zip(samples.batches(batch_size), against.batches(batch_size), strict=True):
+            for measured, other in ((found, y), (unrelated, np.roll(y, 1, 0))):
+                if measured is found or len(y) > 1:
+                    for name, values in (_pixels(x, other) | ({lpips.name: lpips(x, other)} if lpips else {})).items():
+                        measured.setdefault(name, []).append(values)
+            if worst is not None:
+                worst.add(seeds[done:done + len(x)], found["psnr"][-1], x, y)
+            done += len(x)
+            bar.update(len(x))
+    found, unrelated = ({name: np.concatenate(values) for name, values in measured.items()}
                         for measured in (found, unrelated))
     fx, fy = (features_of(images, extractor, batch_size) for images in (samples, against))
     found["feature_distance"] = _cosine_distance(fx.values, fy.values)
     if len(seeds) > 1:
         unrelated["feature_distance"] = _cosine_distance(fx.values, np.roll(fy.values, 1, 0))
-    else:
-        unrelated["feature_distance"] = np.empty(0)
 
     result = {"images": len(seeds), "identical": int(np.isinf(found["psnr"]).sum())}
-    for name in LABELS:
+    names = [name for name in LABELS if name in found]
+    for name in names:
         mean, interval = mean_interval(found[name][np.isfinite(found[name])], seed)
-        usual = unrelated[name][np.isfinite(unrelated[name])]
+        usual = unrelated.get(name, np.empty(0))
+        usual = usual[np.isfinite(usual)]
         result[name] = {"mean": mean, "interval": interval, "unrelated": float(usual.mean()) if len(usual) else None}
     result["per_image"] = {"seed": seeds} | {
-        name: [round(float(v), 6) if np.isfinite(v) else None for v in found[name]] for name in LABELS}
+        name: [round(float(v), 6) if np.isfinite(v) else None for v in found[name]] for name in names}
     result["images_sha256"] = {"samples": fx.images_sha256, "against": fy.images_sha256}
     return result
 
 
-
-
-def _pixels(x: torch.Tensor, y: torch.Tensor) -> dict[str, np.ndarray]:
-    """Per image, of float64 [n, 3, height, width] in 0..255; SSIM with the usual 11 x 11 Gaussian window."""
+def _pixels(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+    """Per image, of uint8 [n, height, width, 3]; SSIM with the usual 11 x 11 Gaussian window."""
+    # In float32 the variances inside SSIM cancel: an image and itself came out at 0.99992.
+    x, y = (torch.tensor(a).permute(0, 3, 1, 2).double() for a in (x, y))
     psnr = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))
     ssim = structural_similarity_index_measure(x, y, data_range=255.0, reduction="none")
     return {"psnr": psnr.reshape(-1).numpy(), "ssim": ssim.reshape(-1).numpy()}
@@ -102,6 +136,8 @@ def table(result: dict) -> str:
     lines = [f"{result['images']} images, {result['identical']} identical to their partner",
              f"{'':20}{'mean':>9}  {'95% interval':^19}{'unrelated':>11}"]
     for name, label in LABELS.items():
+        if name not in result:
+            continue
         row = result[name]
         if row["mean"] is None:
             lines.append(f"{label:20}{'inf':>9}")
@@ -118,23 +154,42 @@ def main():
     parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
     parser.add_argument("--against", type=Path, required=True, help="folder or npz with the same seeds, uncached")
     parser.add_argument("--seeds", help="exactly these must be in both, like 0-255 (default: whatever is there)")
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--lpips-backbone", type=Path, help=f"{BACKBONE}, torchvision's AlexNet, for LPIPS")
+    parser.add_argument("--out", type=Path, help="JSON to write, and the pictures beside it")
+    parser.add_argument("--worst", type=int, default=8, help="pairs in the picture of the worst (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the features")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the networks")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = prepare_device(args)
+    if args.worst < 1:
+        raise UserError(f"--worst must be 1 or more, got {args.worst}")
     seeds = parse_seeds(args.seeds) if args.seeds else None
     samples, against = (open_images(path, seeds) for path in (args.samples, args.against))
-    extractor = EffLite0(args.device)
-    result = fidelity(samples, against, extractor, args.batch_size)
+    extractor = EffLite0(device)
+    lpips = Lpips(args.lpips_backbone, device) if args.lpips_backbone else None
+    worst = WorstPairs(args.worst)
+    result = fidelity(samples, against, extractor, args.batch_size, lpips=lpips, worst=worst)
     print(table(result))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, {"kind": "fidelity", "samples": samples.description, "against": against.description,
-                              **result, "extractor": extractor.id, "run": samples.run(), "against_run": against.run(),
-                              "provenance": provenance(args.device)})
+                              **result, "extractor": extractor.id, "lpips_network": lpips.id if lpips else None,
+                              "run": samples.run(), "against_run": against.run(), "provenance": provenance(device)})
+        picture(result, worst, args.out)
+
+
+def picture(result: dict, worst: WorstPairs, out: Path) -> None:
+    """The two pictures beside the JSON `out`; of the worst pairs only where some are not identical."""
+    measures, unrelated = {}, {}
+    for name in (name for name in LABELS if name in result):
+        values = [value for value in result["per_image"][name] if value is not None]
+        left_out = result["images"] - len(values)
+        label = LABELS[name] + (f", without {left_out} identical pairs" if left_out else "")
+        measures[label], unrelated[label] = values, result[name]["unrelated"]
+    distributions(measures, out.with_name(f"{out.stem}_distribution.png"), unrelated)
+    if pairs := worst.pairs():
+        worst_pairs(pairs, out.with_name(f"{out.stem}_worst.png"))
 
 
 if __name__ == "__main__":
