@@ -89,11 +89,11 @@ def read_tensors(path: Path) -> object:
         raise UserError(f"{path} is damaged or not a checkpoint: {one_line(error)[:160]}") from None
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a .safetensors file: whole, or not at all."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, temporary)
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, temporary, metadata)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:

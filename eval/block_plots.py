@@ -1,0 +1,66 @@
+"""Pictures of Block Caching: how much blocks change, when they are computed, how alike features of two steps are."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from sampling.runs import write_atomically
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    plt.close(figure)
+
+
+def short(name: str) -> str:
+    """input_blocks.4.1 -> in 4.1, for the axis of a picture."""
+    return (name.replace("input_blocks.", "in ").replace("output_blocks.", "out ").replace("middle_block.", "middle ")
+            .replace("transformer_blocks.0.", ""))
+
+
+def change_curves(changes: Mapping[str, Sequence[float]], path: Path) -> None:
+    """A curve per residual: its relative change at every step; colour = where it lies in the network."""
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(changes)))
+    for colour, (name, values) in zip(colours, changes.items(), strict=True):
+        axis.plot(range(1, len(values)), values[1:], color=colour, linewidth=1, label=short(name))
+    axis.set_xlabel("step (0 = highest noise level)")
+    axis.set_ylabel("relative L1 change of the residual")
+    axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    figure.legend(fontsize=6, ncols=1 + len(changes) // 24, loc="outside right upper")
+    _save(figure, path)
+
+
+def schedule_chart(schedule: Mapping[str, Sequence[int]], num_steps: int, path: Path) -> None:
+    """A row per residual: a dot where it is computed, an arrow over the steps that reuse the value."""
+    figure, axis = plt.subplots(figsize=(2 + 0.16 * num_steps, 0.8 + 0.2 * len(schedule)), layout="constrained")
+    for row, steps in enumerate(schedule.values()):
+        for start, end in zip(steps, [*steps[1:], num_steps], strict=True):
+            if end - 1 > start:
+                axis.annotate("", (end - 1 + 0.3, row), (start, row),
+                              arrowprops={"arrowstyle": "->", "color": "C0", "linewidth": 1})
+        axis.plot(steps, [row] * len(steps), "o", color="black", markersize=3)
+    axis.set_yticks(range(len(schedule)), [short(name) for name in schedule], fontsize=7)
+    axis.set_xlim(-1, num_steps)
+    axis.set_ylim(len(schedule) - 0.4, -0.6)
+    axis.set_xlabel("step: a dot computes the residual, the arrow reuses it")
+    _save(figure, path)
+
+
+def similarity_maps(similarities: Mapping[int, np.ndarray], path: Path) -> None:
+    """A square per branch: cosine similarity of its feature between all pairs of steps."""
+    figure, axes = plt.subplots(1, len(similarities), figsize=(0.8 + 3.2 * len(similarities), 3.2), squeeze=False,
+                                layout="constrained")
+    for axis, (branch, values) in zip(axes[0], similarities.items(), strict=True):
+        image = axis.imshow(values, vmin=0, vmax=1, cmap="magma", origin="upper")
+        axis.set_title(f"branch {branch}", fontsize=10)
+        axis.set_xlabel("step")
+    axes[0][0].set_ylabel("step")
+    figure.colorbar(image, ax=list(axes[0]), label="cosine similarity", shrink=0.8)
+    _save(figure, path)
