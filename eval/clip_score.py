@@ -5,7 +5,7 @@
 
 100 * cosine between image and text features, negative ones counted as 0, mean over images: what DeepCache's released
 evaluation computes, with ViT-g-14 and laion2b_s34b_b88k. In float16 on a GPU as there (features; the cosine is in
-float32), in float32 on a CPU. Numbers of other models or weights are not comparable.
+float32), in float32 on a CPU. Numbers of other models or weights are not comparable; they carry the model's name.
 With --against RESULT.json, the mean difference between the images of equal seeds of two runs: its interval is much
 narrower than the two scores', since the prompts are the same.
 """
@@ -13,6 +13,7 @@ narrower than the two scores', since the prompts are the same.
 import argparse
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,18 +24,18 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from eval import results
 from eval.images import ImageSet, open_images
 from eval.intervals import mean_estimate
+from eval.results import Metric, Result
 from sampling.cli import command
 from sampling.options import prepare_device
 from sampling.prompts import prompts_sha256, read_prompts
-from sampling.provenance import provenance
-from sampling.runs import format_some, write_json
+from sampling.runs import format_some
 from sampling.settings import UserError, one_line
 from sampling.weights import read_tensors, sha256
 
 MODEL, PAPER_TAG = "ViT-g-14", "laion2b_s34b_b88k"      # of DeepCache's released evaluation
-_SAME = ("model", "tag", "weights_sha256", "precision", "prompts_sha256", "images_per_prompt")
 
 
 def precision(device: torch.device) -> str:
@@ -180,25 +181,28 @@ def image_scores(images: ImageSet, texts: Sequence[str], model: ImageText, batch
     return np.array(found)
 
 
-def check_comparable(result: dict, other: dict) -> None:
+def check_comparable(ours: Result, other: Result) -> None:
     """Raises UserError unless `other` is a result of the same measurement of images with the same seeds."""
-    if other.get("kind") != "clip_score":
+    if other.kind != ours.kind:
         raise UserError("--against takes a result of eval.clip_score")
-    unlike = [f"{key} {other.get(key)} there, {result[key]} here" for key in _SAME if other.get(key) != result[key]]
+    pairs = [(key, getattr(other, where).get(key), getattr(ours, where)[key])
+             for where, keys in (("details", ("model", "tag", "precision", "images_per_prompt")),
+                                 ("hashes", ("weights", "prompts"))) for key in keys]
+    unlike = [f"{key} {there} there, {here} here" for key, there, here in pairs if there != here]
     if unlike:
         raise UserError(f"--against: the scores were not measured alike: {'; '.join(unlike)}")
-    alone = set(result["per_image"]["seed"]) ^ set(other["per_image"]["seed"])
+    alone = set(ours.details["per_image"]["seed"]) ^ set(other.details["per_image"]["seed"])
     if alone:
         raise UserError(f"--against: the two runs have other seeds: {format_some(alone)} in only one of them")
 
 
-def difference(result: dict, other: dict) -> dict:
-    """Score of `result` minus that of `other`, paired by seed: {mean, stderr, interval (95%), correlation}.
+def difference(ours: Result, other: Result) -> dict:
+    """Score of `ours` minus that of `other`, paired by seed: {mean, stderr, interval (95%), correlation}.
 
     What varies is the choice of prompts: the bootstrap draws prompts, each with all of its images in both runs.
     """
-    a, b = (np.array(r["per_image"]["score"]) for r in (result, other))
-    groups = np.array(result["per_image"]["seed"]) // result["images_per_prompt"]
+    a, b = (np.array(result.details["per_image"]["score"]) for result in (ours, other))
+    groups = np.array(ours.details["per_image"]["seed"]) // ours.details["images_per_prompt"]
     spread = a.std() * b.std()
     return {**mean_estimate(a - b, groups=groups),
             "correlation": float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread else None}
@@ -223,50 +227,52 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     args = parser.parse_args()
-    device = prepare_device(args)
+    started, device = time.time(), prepare_device(args)
     prompts = read_prompts(args.prompts)
     images = open_images(args.samples)
     index, per = prompts_of_seeds(images, prompts, args.images_per_prompt, args.allow_fewer)
-    other = _read_result(args.against) if args.against else None
     name, preparation = check_model(args.model, args.weights, args.tag, args.model_config)
     expected = len(prompts) * per
-    result = {"kind": "clip_score", "metric": "image-text score" if args.model_config else "CLIP score",
-              "model": name, "tag": args.tag, "weights": args.weights.name, "weights_sha256": sha256(args.weights),
-              "precision": precision(device), "prompts": args.prompts.name, "prompts_sha256": prompts_sha256(prompts),
-              "images_per_prompt": per, "samples": images.description, "images": len(images), "expected": expected,
-              "complete": len(images) == expected, "per_image": {"seed": images.seeds}}
-    if other is not None:
+    result = results.of_samples(
+        "clip_score", images, {}, device,
+        inputs={"prompts": str(args.prompts), "weights": str(args.weights)},
+        hashes={"prompts": prompts_sha256(prompts), "weights": sha256(args.weights)},
+        details={"model": name, "tag": args.tag, "precision": precision(device), "images_per_prompt": per,
+                 "expected": expected, "complete": len(images) == expected, "per_image": {"seed": images.seeds}})
+    if args.against:
+        other = results.read(args.against)
         check_comparable(result, other)
     model = load_model(name, args.weights, preparation, device)
     scores = image_scores(images, [prompts[i] for i in index], model, args.batch_size)
-    result["per_image"]["score"] = [round(score, 5) for score in scores.tolist()]
-    result |= {"score": mean_estimate(scores, groups=index), "clamped": int((scores == 0).sum())}
-    if other is not None:
-        result["difference"] = {"against": str(args.against), **difference(result, other)}
+    mean = mean_estimate(scores, groups=index)
+    result.metrics[metric_name(name, args.model_config)] = Metric(mean["mean"], mean["interval"], mean["stderr"])
+    result.details["per_image"]["score"] = [round(score, 5) for score in scores.tolist()]
+    result.details["clamped"] = int((scores == 0).sum())
+    if args.against:
+        result.details["difference"] = {"against": str(args.against), **difference(result, other)}
+    result.duration_s = round(time.time() - started, 3)
     print(table(result))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, {**result, "run": images.run(), "provenance": provenance(device)})
+        results.write(args.out, result)
 
 
-def table(result: dict) -> str:
+def metric_name(model: str, config: Path | None) -> str:
+    """'CLIP score' is the papers' model's alone; others carry their name, and own models have another word."""
+    if config is not None:
+        return f"image-text score, {model}"
+    return "CLIP score" if model == MODEL else f"CLIP score, {model}"
+
+
+def table(result: Result) -> str:
     """The numbers as a few lines of text."""
-    some = "" if result["complete"] else f" of {result['expected']} expected: NOT the full set"
-    score = result["score"]
-    lines = [f"{result['metric']} {score['mean']:.3f}  [{score['interval'][0]:.3f} {score['interval'][1]:.3f}], "
-             f"{result['model']} ({result['precision']}), {result['images']} images{some}"]
-    if "difference" in result:
-        by = result["difference"]
+    (name, score), = result.metrics.items()
+    some = "" if result.details["complete"] else f" of {result.details['expected']} expected: NOT the full set"
+    lines = [f"{name} {score.value:.3f}  [{score.interval[0]:.3f} {score.interval[1]:.3f}], "
+             f"{result.details['model']} in {result.details['precision']}, {result.images} images{some}"]
+    if by := result.details.get("difference"):
         lines.append(f"minus {by['against']}: {by['mean']:+.3f}  [{by['interval'][0]:+.3f} {by['interval'][1]:+.3f}], "
                      "paired by seed")
     return "\n".join(lines)
-
-
-def _read_result(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--against {path} cannot be read: {one_line(error)}") from None
 
 
 if __name__ == "__main__":

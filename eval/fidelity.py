@@ -9,6 +9,7 @@ backbone is given (--lpips-backbone). Beside --out come two pictures: how the nu
 
 import argparse
 import heapq
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +17,22 @@ import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
+from eval import results
 from eval.features import EffLite0, features_of
 from eval.images import ImageSet, open_images
 from eval.intervals import mean_interval
 from eval.lpips import BACKBONE, Lpips
 from eval.plots import distributions, worst_pairs
+from eval.results import Metric
 from sampling.cli import command
 from sampling.options import prepare_device
-from sampling.provenance import provenance
-from sampling.runs import format_seeds, parse_seeds, write_json
+from sampling.runs import format_seeds, parse_seeds
 from sampling.settings import UserError
 
 _SSIM_WINDOW = 11
 LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "feature_distance": "1 - cos, EffLite0", "lpips": "LPIPS",
           "lpips_other_backbone": "not LPIPS (backbone)"}
+METRICS = LABELS | {"psnr": "PSNR"}     # in result files
 
 
 class WorstPairs:
@@ -161,7 +164,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the networks")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     args = parser.parse_args()
-    device = prepare_device(args)
+    started, device = time.time(), prepare_device(args)
     if args.worst < 1:
         raise UserError(f"--worst must be 1 or more, got {args.worst}")
     seeds = parse_seeds(args.seeds) if args.seeds else None
@@ -172,14 +175,17 @@ def main():
     result = fidelity(samples, against, extractor, args.batch_size, lpips=lpips, worst=worst)
     print(table(result))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, {"kind": "fidelity", "samples": samples.description, "against": against.description,
-                              **result, "extractor": extractor.id, "lpips_network": lpips.id if lpips else None,
-                              "run": samples.run(), "against_run": against.run(), "provenance": provenance(device)})
-        picture(result, worst, args.out)
+        metrics = {METRICS[name]: Metric(result[name]["mean"], result[name]["interval"])
+                   for name in LABELS if name in result and result[name]["mean"] is not None}
+        hashes = {"images": result["images_sha256"]["samples"], "against": result["images_sha256"]["against"],
+                  "extractor": extractor.id} | ({"lpips": lpips.sha256} if lpips else {})
+        results.write(args.out, results.of_samples(
+            "fidelity", samples, metrics, device, inputs={"against": against.description}, hashes=hashes,
+            details=result | {"against_run": against.run()}, started=started))
+        pictures(result, worst, args.out)
 
 
-def picture(result: dict, worst: WorstPairs, out: Path) -> None:
+def pictures(result: dict, worst: WorstPairs, out: Path) -> None:
     """The two pictures beside the JSON `out`; of the worst pairs only where some are not identical."""
     measures, unrelated = {}, {}
     for name in (name for name in LABELS if name in result):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from eval import clip_score
+from eval import clip_score, results
 from eval.intervals import mean_estimate
 from sampling.prompts import prompts_sha256
 
@@ -89,47 +89,48 @@ def run(monkeypatch, tiny, *args):
 def measure(monkeypatch, tiny, samples, prompts, *args):
     out = samples.parent / "results" / f"{samples.name}.json"
     run(monkeypatch, tiny, "--samples", samples, "--prompts", prompts, "--out", out, *args)
-    return json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    return results.read(out)
 
 
 def test_the_score_is_the_cosine_by_hand_clamped_at_zero(monkeypatch, capsys, tiny, samples, prompts):
     expected = by_hand(tiny[2], pixels_of(samples), PROMPTS)
     assert (expected < 0).any() and (expected > 0).sum() > 1      # else clamping is not tested
     result = measure(monkeypatch, tiny, samples, prompts, "--batch-size", 4)
-    assert result["per_image"]["seed"] == list(range(6))
-    assert result["per_image"]["score"] == pytest.approx(expected.clip(0), abs=1e-3)
-    assert result["score"]["mean"] == pytest.approx(expected.clip(0).mean(), abs=1e-3)
-    assert result["clamped"] == (expected < 0).sum() and result["complete"] is True
-    assert result["score"]["interval"][0] < result["score"]["mean"] < result["score"]["interval"][1]
-    assert len(result["weights_sha256"]) == 64 and result["prompts_sha256"] == prompts_sha256(PROMPTS)
-    assert result["metric"] == "image-text score"       # only the published models give a CLIP score
-    assert result["precision"] == "fp32" and "commit" in result["provenance"]
-    assert f"{result['score']['mean']:.3f}" in capsys.readouterr().out
+    assert result.details["per_image"]["seed"] == list(range(6))
+    assert result.details["per_image"]["score"] == pytest.approx(expected.clip(0), abs=1e-3)
+    (name, score), = result.metrics.items()
+    assert name == "image-text score, tiny-for-tests"       # only the published models give a CLIP score
+    assert score.value == pytest.approx(expected.clip(0).mean(), abs=1e-3)
+    assert score.interval[0] < score.value < score.interval[1] and score.stderr > 0
+    assert result.details["clamped"] == (expected < 0).sum() and result.details["complete"] is True
+    assert len(result.hashes["weights"]) == 64 and result.hashes["prompts"] == prompts_sha256(PROMPTS)
+    assert result.details["precision"] == "fp32" and "commit" in result.provenance
+    assert f"{score.value:.3f}" in capsys.readouterr().out
 
 
 def test_weights_in_safetensors_score_the_same(monkeypatch, tmp_path, tiny, samples, prompts):
     save_file({k: v.contiguous() for k, v in tiny[2].state_dict().items()}, tmp_path / "tiny.safetensors")
     a = measure(monkeypatch, tiny, samples, prompts)
     b = measure(monkeypatch, (tiny[0], tmp_path / "tiny.safetensors"), samples, prompts)
-    assert a["per_image"] == b["per_image"] and a["weights_sha256"] != b["weights_sha256"]
+    assert a.details["per_image"] == b.details["per_image"] and a.hashes["weights"] != b.hashes["weights"]
 
 
 def test_several_images_share_a_prompt(monkeypatch, tmp_path, tiny, samples, prompts):
     prompts.write_text("\n".join(PROMPTS[:3]))
     expected = by_hand(tiny[2], pixels_of(samples), [PROMPTS[i // 2] for i in range(6)]).clip(0)
     given = measure(monkeypatch, tiny, samples, prompts, "--images-per-prompt", 2)
-    assert given["per_image"]["score"] == pytest.approx(expected, abs=1e-3)
+    assert given.details["per_image"]["score"] == pytest.approx(expected, abs=1e-3)
     recorded = save(tmp_path / "recorded", pixels_of(samples), images_per_prompt=2,
                     prompts_sha256=prompts_sha256(PROMPTS[:3]))
-    assert measure(monkeypatch, tiny, recorded, prompts)["per_image"] == given["per_image"]
+    assert measure(monkeypatch, tiny, recorded, prompts).details["per_image"] == given.details["per_image"]
 
 
 def test_fewer_images_are_scored_only_on_request_and_labelled(monkeypatch, capsys, tiny, samples, prompts):
     (samples / "000/000002.png").unlink()
     expected = by_hand(tiny[2], pixels_of(samples), PROMPTS[:2] + PROMPTS[3:]).clip(0)
     result = measure(monkeypatch, tiny, samples, prompts, "--allow-fewer")
-    assert result["per_image"]["score"] == pytest.approx(expected, abs=1e-3)
-    assert (result["complete"], result["images"], result["expected"]) == (False, 5, 6)
+    assert result.details["per_image"]["score"] == pytest.approx(expected, abs=1e-3)
+    assert (result.details["complete"], result.images, result.details["expected"]) == (False, 5, 6)
     assert "5 images of 6 expected: NOT the full set" in capsys.readouterr().out
 
 
@@ -138,8 +139,8 @@ def test_the_difference_of_two_runs_is_paired_by_seed(monkeypatch, capsys, tmp_p
     first = measure(monkeypatch, tiny, samples, prompts)
     second = measure(monkeypatch, tiny, save(tmp_path / "second", changed), prompts,
                      "--against", tmp_path / "results/samples.json")
-    by = second["difference"]
-    assert by["mean"] == pytest.approx(second["score"]["mean"] - first["score"]["mean"], abs=1e-4)
+    by, name = second.details["difference"], "image-text score, tiny-for-tests"
+    assert by["mean"] == pytest.approx(second.metrics[name].value - first.metrics[name].value, abs=1e-4)
     assert by["interval"][0] <= by["mean"] <= by["interval"][1] and -1 <= by["correlation"] <= 1
     assert "paired by seed" in capsys.readouterr().out
     itself = clip_score.difference(first, first)
@@ -168,10 +169,10 @@ def test_error_bars_are_the_spread_of_the_mean_over_prompts():
      ["--images-per-prompt", 1], "has 2 per prompt"),
     (None, ["--images-per-prompt", 0], "--images-per-prompt 0"),
     (None, ["--batch-size", 0], "--batch-size must be 1 or more"),
-    (None, ["--against", "nowhere.json"], "--against nowhere.json cannot be read"),
-    (lambda d: (d / "other.json").write_text('{"kind": "fidelity"}'), ["--against", "other.json"],
+    (None, ["--against", "nowhere.json"], "no result nowhere.json"),
+    (lambda d: results.write(d / "other.json", results.Result("fidelity")), ["--against", "other.json"],
      "takes a result of eval.clip_score"),
-    (lambda d: (d / "other.json").write_text('{"kind": "clip_score", "model": "ViT-g-14"}'),
+    (lambda d: results.write(d / "other.json", results.Result("clip_score", details={"model": "ViT-g-14"})),
      ["--against", "other.json"], "not measured alike: model ViT-g-14 there, tiny-for-tests here"),
     (None, ["--tag", "openai"], "no weights 'openai' for tiny-for-tests"),
     (None, ["--weights", "nowhere.bin"], "no weights nowhere.bin"),
@@ -214,6 +215,11 @@ def test_a_missing_open_clip_is_named(monkeypatch, capsys, tiny, samples, prompt
     with pytest.raises(SystemExit):
         clip_score.main()
     assert "pip install open_clip_torch" in capsys.readouterr().err
+
+
+def test_only_the_papers_model_gives_the_number_of_their_tables():
+    names = [clip_score.metric_name(*which) for which in (("ViT-g-14", None), ("ViT-B-32", None), ("own", "own.json"))]
+    assert names == ["CLIP score", "CLIP score, ViT-B-32", "image-text score, own"]
 
 
 def test_images_are_prepared_as_the_weights_were_trained(tmp_path):

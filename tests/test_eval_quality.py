@@ -12,7 +12,7 @@ from matplotlib import cbook
 from PIL import Image, ImageFilter
 from torchmetrics.image.kid import poly_mmd
 
-from eval import distances, fidelity, quality
+from eval import distances, fidelity, quality, results
 from eval.features import EffLite0, features_of
 from eval.images import from_array, open_images
 from sampling.settings import UserError
@@ -367,7 +367,8 @@ def test_fidelity_command_writes_a_table_and_json(tmp_path, monkeypatch, capsys,
     base = save(tmp_path / "base", smileys[:6])
     cached = save(tmp_path / "cached", blurred(smileys[:6], 1))
     run(monkeypatch, fidelity, "--samples", cached, "--against", base, "--seeds", "0-5", "--out", tmp_path / "f.json")
-    result = json.loads((tmp_path / "f.json").read_text())
-    assert result["images"] == 6 and result["run"] == result["against_run"] == {"settings": {"interval": 5}}
-    assert math.isclose(result["psnr"]["mean"], np.mean(result["per_image"]["psnr"]), rel_tol=1e-6)
+    result = results.read(tmp_path / "f.json")
+    assert result.images == 6 and result.settings == {"interval": 5}
+    assert result.details["against_run"] == {"settings": {"interval": 5}}
+    assert math.isclose(result.metrics["PSNR"].value, np.mean(result.details["per_image"]["psnr"]), rel_tol=1e-6)
     assert "PSNR (dB)" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """LPIPS from a file, and the pictures of eval.fidelity; its numbers are tested in test_eval_quality.py."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torchmetrics.functional.image
 import torchvision
 from PIL import Image
 
-from eval import fidelity
+from eval import fidelity, results
 from eval.lpips import Lpips
 from eval.plots import worst_pairs
 from sampling.settings import UserError
@@ -102,7 +101,10 @@ def test_the_command_writes_numbers_and_pictures(tmp_path, monkeypatch, capsys, 
         "prog", "--samples", samples, "--against", save(tmp_path / "base", base), "--out", out, "--worst", 3,
         "--lpips-backbone", alexnet[0], "--device", "cpu", "--batch-size", 4))))
     fidelity.main()
-    result = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    written = results.read(out)
+    result = written.details
+    assert written.metrics["PSNR"].value == result["psnr"]["mean"] and written.images == 9
+    assert "LPIPS" not in written.metrics and written.metrics["not LPIPS (backbone)"].interval[0] > 0
     assert result["identical"] == 1 and result["per_image"]["lpips_other_backbone"][0] == 0
     assert result["per_image"]["lpips_other_backbone"] == pytest.approx(
         by_hand(alexnet[1], (base + noise).clip(0, 255).astype(np.uint8), base), rel=1e-3, abs=1e-6)
@@ -148,7 +150,7 @@ def test_small_differences_are_amplified_and_large_ones_are_not(tmp_path):
 def test_identical_runs_have_a_distribution_and_no_worst_pairs(tmp_path):
     result = {"images": 2, "per_image": {"seed": [0, 1], "psnr": [None, None], "ssim": [1.0, 1.0]}}
     result |= {name: {"unrelated": 0.3} for name in ("psnr", "ssim")}
-    fidelity.picture(result, fidelity.WorstPairs(3), tmp_path / "x.json")
+    fidelity.pictures(result, fidelity.WorstPairs(3), tmp_path / "x.json")
     assert [path.name for path in tmp_path.iterdir()] == ["x_distribution.png"]
 
 
