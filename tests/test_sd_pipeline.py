@@ -1,0 +1,567 @@
+"""DeepCache in diffusers' own pipelines, on tiny random models: their results without it, and the PyPI helper's."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from conftest import relative_error
+from DeepCache import DeepCacheSDHelper
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import AttnAddedKVProcessor
+from peft import LoraConfig
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from caching.schedules import centered
+from sampling.settings import UserError
+from stable_diffusion.pipeline import disable_deepcache, enable_deepcache
+from stable_diffusion.unet import UNet
+
+TOLERANCE = 2e-5
+LEVELS = {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "cross_attention_dim": 16,
+          "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")}
+BRANCHES = 6            # of those levels: conv_in, (block, downsampling) twice, block
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+PROMPTS = ["a red cat", "two dogs"]
+SIZE = 32               # of images, in pixels; latents are half as large
+
+
+def tiny_unet(in_channels: int = 4, **changes) -> UNet2DConditionModel:
+    return UNet2DConditionModel(**{
+        "sample_size": SIZE // 2, "in_channels": in_channels,
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), **LEVELS, **changes}).eval()
+
+
+def tiny_controlnet(**changes) -> ControlNetModel:
+    net = ControlNetModel(**LEVELS | changes, conditioning_embedding_out_channels=(8, 8)).eval()
+    for block in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+        torch.nn.init.normal_(block.weight, std=0.2)        # they start at zero
+    return net
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict:
+    """What a pipeline is made of, but for the U-Net, the scheduler and a ControlNet."""
+    torch.manual_seed(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    text = CLIPTextConfig(vocab_size=len(tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                          num_attention_heads=2, max_position_embeddings=12, bos_token_id=52, eos_token_id=53)
+    return {"vae": AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+                                 down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2),
+            "text_encoder": CLIPTextModel(text).eval(),
+            "tokenizer": CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[],
+                                       model_max_length=12),
+            "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def build(parts: dict, cls: type = StableDiffusionPipeline, scheduler: type = DDIMScheduler, in_channels: int = 4,
+          **unet) -> DiffusionPipeline:
+    """A pipeline with random weights of its own U-Net (and ControlNet)."""
+    torch.manual_seed(1)
+    extra = {DDIMScheduler: {"clip_sample": False}, PNDMScheduler: {"skip_prk_steps": True}}.get(scheduler, {})
+    components = parts | {"unet": tiny_unet(in_channels, **unet), "scheduler": scheduler(**BETAS, **extra)}
+    if "ControlNet" in cls.__name__:
+        components["controlnet"] = tiny_controlnet(**unet)
+    pipe = cls(**components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).random((SIZE, SIZE, 3), dtype=np.float32)
+
+
+MASK = np.kron(np.array([[0, 1], [0, 0]], dtype=np.float32), np.ones((SIZE // 2, SIZE // 2), dtype=np.float32))
+INPUTS = {
+    StableDiffusionPipeline: {"height": SIZE, "width": SIZE},
+    StableDiffusionImg2ImgPipeline: {"image": picture(1)[None], "strength": 0.6},
+    StableDiffusionInpaintPipeline: {"image": picture(1)[None], "mask_image": MASK, "height": SIZE, "width": SIZE},
+    StableDiffusionControlNetPipeline: {"image": picture(2)[None], "height": SIZE, "width": SIZE},
+    StableDiffusionControlNetImg2ImgPipeline: {"image": picture(1)[None], "control_image": picture(2)[None],
+                                               "strength": 0.6, "height": SIZE, "width": SIZE},
+    StableDiffusionControlNetInpaintPipeline: {"image": picture(1)[None], "control_image": picture(2)[None],
+                                               "mask_image": MASK, "height": SIZE, "width": SIZE}}
+
+
+def run(pipe: DiffusionPipeline, prompt: str | list[str] = "a cat", seed: int = 0, steps: int = 6, **inputs) -> Tensor:
+    """The latents that a pipeline ends with: [images, 4, height, width]."""
+    kind = next(cls for cls in INPUTS if type(pipe) is cls)
+    settings = INPUTS[kind] | {"num_inference_steps": steps, "output_type": "latent"} | inputs
+    if isinstance(prompt, list):        # one input picture for each prompt
+        settings |= {name: np.repeat(value, len(prompt), axis=0) for name, value in settings.items()
+                     if name in ("image", "control_image")}
+    return pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).images
+
+
+class Calls(list):
+    """For each network call of ours, in order, whether the middle block ran in it."""
+
+    def __str__(self) -> str:
+        return "".join("01"[ran] for ran in self)
+
+    def take(self) -> str:
+        """The calls since the last time, as a mask: 1 = full."""
+        mask = str(self)
+        self.clear()
+        return mask
+
+
+@pytest.fixture
+def calls():
+    seen = Calls()
+
+    def called(module, *_):
+        if isinstance(module, UNet):
+            seen.append(False)
+
+    def ran(module, *_):
+        if getattr(module, "key", None) == "middle_block.0":
+            seen[-1] = True
+
+    handles = [register_module_forward_pre_hook(called), register_module_forward_hook(ran)]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("cls", "in_channels"), [*((cls, 4) for cls in INPUTS), (StableDiffusionInpaintPipeline, 9)])
+def test_without_caching_all_pipelines_are_as_they_were(parts, calls, cls, in_channels):
+    pipe = build(parts, cls, in_channels=in_channels)
+    before = run(pipe, PROMPTS)
+    enable_deepcache(pipe, interval=1)
+    assert relative_error(run(pipe, PROMPTS), before) < TOLERANCE
+    assert set(calls.take()) == {"1"}
+
+
+def test_heads_of_one_width_and_linear_projections_as_in_2x(parts):
+    pipe = build(parts, attention_head_dim=(2, 4, 4), use_linear_projection=True)
+    before = run(pipe)
+    enable_deepcache(pipe, interval=1)
+    assert relative_error(run(pipe), before) < TOLERANCE
+
+
+@pytest.mark.parametrize(("cls", "branch", "interval"), [
+    *((StableDiffusionPipeline, branch, 3) for branch in (0, 1, 2, 3, 5, 7)), (StableDiffusionPipeline, 1, 2),
+    (StableDiffusionImg2ImgPipeline, 1, 2), (StableDiffusionInpaintPipeline, 4, 3),
+    (StableDiffusionControlNetPipeline, 1, 3), (StableDiffusionControlNetPipeline, 4, 2)])
+def test_caching_agrees_with_the_helper_of_the_authors(parts, cls, branch, interval):
+    pipe = build(parts, cls, layers_per_block=2)
+    dense = run(pipe, PROMPTS)
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=interval, cache_branch_id=branch)
+    helper.enable()
+    theirs = run(pipe, PROMPTS)
+    helper.disable()
+    enable_deepcache(pipe, interval=interval, branch=branch)
+    ours = run(pipe, PROMPTS)
+    assert relative_error(ours, theirs) < TOLERANCE
+    assert relative_error(ours, dense) > 50 * TOLERANCE
+
+
+def test_plms_counts_calls_and_makes_one_more_than_steps(parts, calls):
+    pipe = build(parts, scheduler=PNDMScheduler)
+    for interval, mask in ((3, "100100100"), (2, "101010100"), (1, "111111111")):
+        enable_deepcache(pipe, interval)
+        run(pipe, steps=8)
+        assert calls.take() == mask
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])
+def test_image_to_image_counts_from_its_own_first_step(parts, calls, scheduler):
+    pipe = build(parts, StableDiffusionImg2ImgPipeline, scheduler)
+    enable_deepcache(pipe, interval=2)
+    run(pipe, steps=10, strength=0.5)       # 5 steps
+    assert calls.take() == "10101" + ("0" if scheduler is PNDMScheduler else "")
+
+
+def test_second_order_schedulers_count_each_call(parts, calls):
+    pipe = build(parts, scheduler=HeunDiscreteScheduler)
+    enable_deepcache(pipe, interval=3)
+    run(pipe, steps=4)
+    assert calls.take() == "1001001"
+
+
+def test_centered_schedules_and_runs_that_they_do_not_fit(parts, calls):
+    pipe = build(parts)
+    enable_deepcache(pipe, interval=3, schedule="centered", center=4, power=1.4)
+    run(pipe, steps=12)
+    assert calls.take() == "".join("01"[step in centered(12, 3, 4, 1.4)] for step in range(12))
+    with pytest.raises(UserError, match=r"4 steps.*center"):
+        run(pipe, steps=4)
+    assert calls.take() == ""
+    run(pipe, steps=12)
+    assert calls.take().count("1") == 4
+
+
+def test_an_interval_longer_than_the_run_leaves_one_full_step(parts, calls):
+    pipe = build(parts)
+    enable_deepcache(pipe, interval=5)
+    run(pipe, steps=3)
+    assert calls.take() == "100"
+
+
+def test_every_run_starts_afresh_whatever_changed(parts, calls):
+    pipe = build(parts)
+    enable_deepcache(pipe, interval=4)
+    first = run(pipe, steps=6)
+    assert calls.take() == "100010"
+    run(pipe, PROMPTS, steps=5, num_images_per_prompt=2)
+    assert calls.take() == "10001"
+    run(pipe, steps=6, height=2 * SIZE)
+    run(pipe, steps=6, guidance_scale=1.0)
+    assert calls.take() == "100010" * 2
+    pipe.scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True)
+    run(pipe, steps=4)
+    assert calls.take() == "10000"
+    pipe.scheduler = DDIMScheduler(**BETAS, clip_sample=False)
+    run(pipe, timesteps=None, steps=6)
+    assert calls.take() == "100010"
+    assert torch.equal(run(pipe, steps=6), first)
+
+
+def test_a_run_that_was_broken_off_leaves_nothing_behind(parts, calls):
+    pipe = build(parts)
+    enable_deepcache(pipe, interval=4)
+    first = run(pipe)
+    calls.take()
+
+    def fail(pipe, step, t, tensors):
+        if step == 1:
+            raise KeyboardInterrupt
+        return tensors
+
+    def stop(pipe, step, t, tensors):
+        pipe._interrupt = step == 2
+        return tensors
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, callback_on_step_end=fail)
+    assert calls.take() == "10"
+    run(pipe, callback_on_step_end=stop)
+    assert calls.take() == "100"
+    assert torch.equal(run(pipe), first)
+    assert calls.take() == "100010"
+
+
+def test_guidance_switched_off_midway_computes_a_full_step(parts, calls):
+    pipe = build(parts)
+
+    def switch(pipe, step, t, tensors):
+        if step == 1:
+            pipe._guidance_scale = 1.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+        return tensors
+
+    enable_deepcache(pipe, interval=4)
+    run(pipe, callback_on_step_end=switch, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert calls.take() == "101010"
+
+
+def test_each_row_of_a_batch_is_its_own_image(parts):
+    pipe = build(parts)
+    enable_deepcache(pipe, interval=3)
+    noise = torch.randn(4, 4, SIZE // 2, SIZE // 2, generator=torch.Generator().manual_seed(0))
+    together = run(pipe, PROMPTS, num_images_per_prompt=2, latents=noise)
+    for i, prompt in enumerate(PROMPTS):
+        alone = run(pipe, prompt, num_images_per_prompt=2, latents=noise[2 * i:2 * i + 2])
+        assert relative_error(together[2 * i:2 * i + 2], alone) < TOLERANCE
+
+
+def direct(pipe: DiffusionPipeline, timestep, **inputs) -> Tensor:
+    """One call of `pipe.unet`, outside any run."""
+    generator = torch.Generator().manual_seed(3)
+    x, text = (torch.randn(2, *shape, generator=generator) for shape in ((pipe.unet.config.in_channels, 8, 8), (5, 16)))
+    with torch.no_grad():
+        return pipe.unet(x, timestep, encoder_hidden_states=text, **inputs).sample
+
+
+def test_the_unet_may_be_called_directly_and_computes_everything(parts, calls):
+    pipe = build(parts)
+    before = direct(pipe, 500)
+    enable_deepcache(pipe, interval=6)
+    run(pipe)
+    calls.take()
+    for timestep in (500, 500.0, torch.tensor(500), torch.tensor([500]), torch.tensor([500, 500])):
+        assert relative_error(direct(pipe, timestep), before) < TOLERANCE
+    assert calls.take() == "11111"
+    ones = torch.ones(2, 5)
+    assert relative_error(direct(pipe, 500, attention_mask=None, encoder_attention_mask=ones,
+                                 cross_attention_kwargs={"scale": 0.5}), before) < TOLERANCE
+    output = pipe.unet(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 5, 16), return_dict=False)
+    assert isinstance(output, tuple) and output[0].shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize(("inputs", "message"), [
+    ({"class_labels": torch.zeros(2)}, "class_labels"), ({"timestep_cond": torch.zeros(2, 8)}, "timestep_cond"),
+    ({"encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0]] * 2)}, "encoder_attention_mask"),
+    ({"cross_attention_kwargs": {"gligen": {}}}, "gligen"),
+    ({"added_cond_kwargs": {"image_embeds": torch.zeros(2, 8)}}, "IP-Adapter"),
+    ({"down_intrablock_additional_residuals": [torch.zeros(2, 32, 8, 8)]}, "T2I-Adapter"),
+    ({"down_block_additional_residuals": [torch.zeros(2, 32, 8, 8)]}, "T2I-Adapter"),
+    ({"down_block_additional_residuals": [torch.zeros(2, 32, 8, 8)] * 3,
+      "mid_block_additional_residual": torch.zeros(2, 64, 2, 2)}, "3 residuals for 6 skips")])
+def test_inputs_that_would_be_ignored_are_refused(parts, inputs, message):
+    pipe = build(parts)
+    enable_deepcache(pipe, interval=2)
+    with pytest.raises(UserError, match=message):
+        direct(pipe, 500, **inputs)
+
+
+def test_on_and_off_leaves_the_pipeline_as_it_was(parts, calls):
+    pipe = build(parts)
+    before, unet, state = run(pipe), pipe.unet, dict(vars(pipe))
+    inside = dict(vars(unet))
+    pointers = [parameter.data_ptr() for parameter in unet.parameters()]
+    enable_deepcache(pipe, interval=3)
+    enable_deepcache(pipe, interval=2, branch=2)        # replaces the settings
+    cached = run(pipe)
+    assert calls.take() == "101010"
+    assert pipe.unet is unet
+    assert [parameter.data_ptr() for parameter in unet.parameters()] == pointers
+    assert {name: tuple(value.shape) for name, value in unet.state_dict().items()} \
+        == {name: tuple(value.shape) for name, value in tiny_unet().state_dict().items()}
+    for _ in range(2):                                  # the second time it is off already
+        disable_deepcache(pipe)
+        assert vars(pipe).keys() == state.keys() and vars(unet).keys() == inside.keys()
+        assert pipe.unet is unet and torch.equal(run(pipe), before)
+    assert calls.take() == ""
+    enable_deepcache(pipe, interval=2, branch=2)
+    assert torch.equal(run(pipe), cached)
+
+
+def test_a_progress_bar_of_the_users_own_goes_on(parts):
+    pipe = build(parts)
+    totals = []
+    own = pipe.progress_bar
+
+    def bar(iterable=None, total=None):
+        totals.append(total)
+        return own(iterable, total)
+
+    pipe.progress_bar = bar
+    enable_deepcache(pipe, interval=2)
+    run(pipe, steps=5)
+    assert list(pipe.progress_bar([1, 2])) == [1, 2]
+    disable_deepcache(pipe)
+    assert pipe.progress_bar is bar and totals == [5, None]
+
+
+def test_pipelines_that_share_a_unet_keep_their_own_settings(parts, calls):
+    pipe = build(parts)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    assert other.unet is pipe.unet
+    enable_deepcache(pipe, interval=3)
+    run(other, steps=6, strength=1.0)
+    assert calls.take() == "111111"                     # off in this one
+    enable_deepcache(other, interval=2)
+    run(pipe), run(other, steps=6, strength=1.0)
+    assert calls.take() == "100100" + "101010"
+    disable_deepcache(pipe)
+    run(pipe), run(other, steps=6, strength=1.0)
+    assert calls.take() == "111111" + "101010"
+    disable_deepcache(other)
+    run(pipe)
+    assert calls.take() == ""
+    assert "forward" not in vars(pipe.unet)
+
+
+def test_a_pipeline_within_a_run_of_another(parts, calls):
+    pipe = build(parts)
+    enable_deepcache(pipe, interval=3)
+
+    def inner(pipe, step, t, tensors):
+        if step == 1:
+            run(pipe, steps=4)
+        return tensors
+
+    run(pipe, callback_on_step_end=inner)
+    assert calls.take() == "10" + "1001" + "0100"
+
+
+def test_moves_and_casts_are_seen_and_stay(parts):
+    pipe = build({**parts, "vae": copy.deepcopy(parts["vae"]), "text_encoder": copy.deepcopy(parts["text_encoder"])})
+    enable_deepcache(pipe, interval=2)
+    pipe.to(torch.bfloat16)
+    assert run(pipe).dtype == torch.bfloat16
+    disable_deepcache(pipe)
+    dense = run(pipe)
+    enable_deepcache(pipe, interval=1)
+    assert relative_error(run(pipe).float(), dense.float()) < 0.05
+    with torch.no_grad():                               # weights changed in place, or put in the place of others
+        pipe.unet.conv_out.weight.zero_()
+        pipe.unet.conv_out.bias = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    assert (direct(pipe.to(torch.float32), 5) == 1).all()
+
+
+def test_the_hook_of_a_cpu_offload_still_runs(parts):
+    class Hook(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append("moved")
+            return args, kwargs
+
+    for hook_first in (True, False):
+        seen, pipe = [], build(parts)
+        dense = run(pipe)
+        if hook_first:
+            add_hook_to_module(pipe.unet, Hook())
+        enable_deepcache(pipe, interval=2)
+        if not hook_first:
+            add_hook_to_module(pipe.unet, Hook())
+        cached = run(pipe)
+        assert len(seen) == 6 and relative_error(cached, dense) > 50 * TOLERANCE
+        if hook_first:
+            disable_deepcache(pipe)
+            assert torch.equal(run(pipe), dense) and len(seen) == 12
+            remove_hook_from_module(pipe.unet)
+        else:
+            remove_hook_from_module(pipe.unet)
+            assert torch.equal(run(pipe), cached) and len(seen) == 6
+            disable_deepcache(pipe)
+        assert torch.equal(run(pipe), dense)
+
+
+def with_lora(pipe: DiffusionPipeline) -> None:
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False), "style")
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_fused_lora_is_respected(parts, fused_first):
+    pipe = build(parts)
+    plain = run(pipe)
+    if not fused_first:
+        enable_deepcache(pipe, interval=1)
+    torch.manual_seed(2)
+    with_lora(pipe)
+    pipe.fuse_lora()
+    if fused_first:
+        enable_deepcache(pipe, interval=1)
+    ours = run(pipe)
+    disable_deepcache(pipe)
+    assert relative_error(ours, run(pipe)) < TOLERANCE
+    assert relative_error(ours, plain) > 50 * TOLERANCE
+    enable_deepcache(pipe, interval=1)
+    pipe.unfuse_lora()
+    with pytest.raises(UserError, match=r"fuse_lora\(\)"):
+        run(pipe)
+    pipe.unet.delete_adapters("style")
+    assert relative_error(run(pipe), plain) < TOLERANCE
+
+
+def test_lora_that_is_not_fused_is_refused_and_one_switched_off_is_not_there(parts):
+    pipe = build(parts)
+    plain = run(pipe)
+    torch.manual_seed(2)
+    with_lora(pipe)
+    with pytest.raises(UserError, match=r"fuse_lora\(\)"):
+        enable_deepcache(pipe, interval=2)
+    assert "forward" not in vars(pipe.unet) and "progress_bar" not in vars(pipe)
+    pipe.disable_lora()
+    enable_deepcache(pipe, interval=1)
+    assert relative_error(run(pipe), plain) < TOLERANCE
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"branch": BRANCHES}, "branch must be from 0 to 5"), ({"branch": -1}, "branch"), ({"branch": 1.0}, "branch"),
+    ({"interval": 0}, "interval"), ({"interval": 2.5}, "interval"), ({"center": 3}, "center"),
+    ({"schedule": "centered", "center": 3}, "power"), ({"schedule": "centered", "power": 1.4}, "center"),
+    ({"schedule": "centered", "center": -1, "power": 1.4}, "center"),
+    ({"schedule": "centered", "center": 3, "power": 0.0}, "power"), ({"schedule": "cosine"}, "cosine")])
+def test_settings_that_cannot_be_are_refused_before_anything_changes(parts, settings, message):
+    pipe = build(parts)
+    with pytest.raises(UserError, match=message):
+        enable_deepcache(pipe, **{"interval": 2} | settings)
+    assert "forward" not in vars(pipe.unet) and "progress_bar" not in vars(pipe)
+    enable_deepcache(pipe, interval=2)
+    start = pipe.progress_bar
+    with pytest.raises(UserError, match=message):
+        enable_deepcache(pipe, **{"interval": 2} | settings)
+    assert pipe.progress_bar is start
+
+
+def test_pipelines_that_are_not_supported_are_refused(parts):
+    other = StableDiffusionXLPipeline(parts["vae"], None, None, None, None, tiny_unet(), DDIMScheduler())
+    with pytest.raises(UserError, match="StableDiffusionXLPipeline is not supported"):
+        enable_deepcache(other, interval=2)
+    pipe = build(parts)
+    pipe.unet = None
+    with pytest.raises(UserError, match="NoneType"):
+        enable_deepcache(pipe, interval=2)
+    pipe.unet = tiny_unet(class_embed_type="timestep")
+    with pytest.raises(UserError, match="class_embed_type"):
+        enable_deepcache(pipe, interval=2)
+    pipe.unet = tiny_unet()
+    enable_deepcache(pipe, interval=2)
+    pipe.unet = tiny_unet()
+    with pytest.raises(UserError, match="enable_deepcache again"):
+        run(pipe)
+
+
+def test_additions_that_would_not_run_are_refused_before_and_after(parts):
+    def freeu(pipe):
+        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+    def processor(pipe):
+        pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor = AttnAddedKVProcessor()
+
+    def hook(pipe):
+        add_hook_to_module(pipe.unet.conv_in, ModelHook())
+
+    for add, message in ((freeu, "FreeU"), (processor, "AttnAddedKVProcessor"), (hook, "conv_in")):
+        pipe = build(parts)
+        enable_deepcache(pipe, interval=2)
+        add(pipe)
+        with pytest.raises(UserError, match=message):
+            run(pipe)
+        disable_deepcache(pipe)
+        with pytest.raises(UserError, match=message):
+            enable_deepcache(pipe, interval=2)
+    pipe = build(parts)
+    dense = run(pipe)
+    pipe.enable_attention_slicing()                     # the same function by other means
+    enable_deepcache(pipe, interval=1)
+    assert relative_error(run(pipe), dense) < TOLERANCE
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_compiling_gives_a_graph_for_full_steps_and_one_for_cached_ones(parts, first):
+    pipe = build(parts)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    enable_deepcache(pipe, interval=3)
+    cached = run(pipe)
+    if first:
+        disable_deepcache(pipe)
+    unet = pipe.unet
+    torch.compiler.reset()
+    pipe.unet = torch.compile(unet, backend=backend)
+    if first:
+        enable_deepcache(pipe, interval=3)
+    assert relative_error(run(pipe), cached) < TOLERANCE
+    run(pipe)
+    assert len(graphs) == 2
+    disable_deepcache(pipe)
+    assert vars(unet).get("forward") is None
