@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from eval import results
 from eval.features import EffLite0, features_of
-from eval.images import ImageSet, open_images
+from eval.images import ImageSet, check_paired, open_images
 from eval.intervals import mean_interval
 from eval.lpips import BACKBONE, Lpips
 from eval.plots import distributions, worst_pairs
 from eval.results import Metric
 from sampling.cli import command
 from sampling.options import prepare_device
-from sampling.runs import format_seeds, parse_seeds
+from sampling.runs import parse_seeds
 from sampling.settings import UserError
 
 _SSIM_WINDOW = 11
@@ -64,7 +64,11 @@ def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_si
     The PSNR of identical images is infinite: None per image, and left out of the mean; `identical` counts them.
     Raises UserError when an image has no partner, the sizes differ, or the images are too small.
     """
-    seeds = _paired(samples, against)
+    check_paired(samples, against)
+    if min(samples.size) < _SSIM_WINDOW:
+        raise UserError(f"SSIM needs images of at least {_SSIM_WINDOW} pixels a side, {samples.description} has "
+                        f"{samples.size[1]}x{samples.size[0]}")
+    seeds = samples.seeds
     if lpips is not None:
         lpips.check_size(samples.size)
     found: dict[str, list] = {}
@@ -113,25 +117,6 @@ def _cosine_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     x, y = x.astype(np.float64), y.astype(np.float64)
     cosine = (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
     return (1 - cosine).clip(0)
-
-
-def _paired(samples: ImageSet, against: ImageSet) -> list[int]:
-    for images in (samples, against):
-        if images.seeds is None:
-            raise UserError(f"{images.description}: the file names are not numbers, so images cannot be paired by seed")
-    for one, other in ((samples, against), (against, samples)):
-        alone = set(one.seeds) - set(other.seeds)
-        if alone:
-            text = format_seeds(alone)
-            raise UserError(f"{len(alone)} of the {len(one)} images in {one.description} have no partner in "
-                            f"{other.description}: seeds {text if len(text) <= 60 else text[:60] + '...'}")
-    if samples.size != against.size:
-        raise UserError(f"{samples.description} has images of {samples.size[1]}x{samples.size[0]} pixels, "
-                        f"{against.description} of {against.size[1]}x{against.size[0]}")
-    if min(samples.size) < _SSIM_WINDOW:
-        raise UserError(f"SSIM needs images of at least {_SSIM_WINDOW} pixels a side, {samples.description} has "
-                        f"{samples.size[1]}x{samples.size[0]}")
-    return samples.seeds
 
 
 def table(result: dict) -> str:

@@ -139,6 +139,21 @@ def from_array(pixels: np.ndarray, description: str, names: Sequence[str]) -> Im
     return ImageSet(description, list(names), None, pixels.shape[1:3], stamp(range(len(pixels))), None, read, stamp)
 
 
+def check_paired(samples: ImageSet, against: ImageSet) -> None:
+    """Raises UserError unless every image has a partner of the same seed and size in the other set."""
+    for images in (samples, against):
+        if images.seeds is None:
+            raise UserError(f"{images.description}: the file names are not numbers, so images cannot be paired by seed")
+    for one, other in ((samples, against), (against, samples)):
+        alone = set(one.seeds) - set(other.seeds)
+        if alone:
+            raise UserError(f"{len(alone)} of the {len(one)} images in {one.description} have no partner in "
+                            f"{other.description}: seeds {format_some(alone)}")
+    if samples.size != against.size:
+        raise UserError(f"{samples.description} has images of {samples.size[1]}x{samples.size[0]} pixels, "
+                        f"{against.description} of {against.size[1]}x{against.size[0]}")
+
+
 def _folder(path: Path) -> ImageSet:
     # A plain folder may hold sub-folders of something else, and a sample folder a picture of all samples.
     dealt = sorted(path.glob("[0-9][0-9][0-9]*/[0-9]*.png"))

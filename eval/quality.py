@@ -5,6 +5,8 @@
 FD-EffLite0: Frechet distance in the first 64 principal directions of the reference. KID-EffLite0: unbiased kernel
 distance on all 1280 features. Both with error bars, and with the floor: what real images score at equal numbers.
 These are not FID and KID of the literature, which use another network. Compare FD only between equal numbers of images.
+With --against FOLDER of the same seeds, such as the uncached run: by how much the distances of the two differ, with an
+interval that knows of the pairs. Two runs may differ for certain although their own intervals overlap widely.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import torch
 
 from eval import distances
 from eval.features import EffLite0, features_of
-from eval.images import ImageSet, from_array, open_images
+from eval.images import ImageSet, check_paired, from_array, open_images
 from sampling.cli import command
 from sampling.provenance import provenance
 from sampling.runs import parse_seeds, write_json
@@ -79,6 +81,17 @@ def quality(samples: ImageSet, reference: ImageSet, extractor: EffLite0, held_ou
     }
 
 
+def difference(samples: ImageSet, against: ImageSet, reference: ImageSet, extractor: EffLite0, dims: int = 64,
+               repeats: int = 200, batch_size: int = 32) -> dict:
+    """Distances of samples minus those of against, paired by seed: {FD, KID: {value, stderr, interval}, against}."""
+    check_paired(samples, against)
+    x, other, y = (features_of(images, extractor, batch_size) for images in (samples, against, reference))
+    basis = distances.pca_basis(y.values, dims)
+    return {FD: distances.frechet_difference(x.values, other.values, y.values, basis, repeats).json(),
+            KID: distances.kid_difference(x.values, other.values, y.values, repeats).json(),
+            "against": _described(against, other.images_sha256)}
+
+
 def _nearest(features: np.ndarray, reference: np.ndarray) -> dict:
     """Quantiles of the distance to the nearest reference image: far below those of held-out images = copied."""
     _, found = distances.nearest_neighbours(features, reference)
@@ -110,6 +123,10 @@ def table(result: dict) -> str:
             else:
                 row(f"{label}, {sizes}", "{:.2f} [{:.2f} {:.2f}]".format(f["mean"], *f["range"]),
                     "{:.2f} [{:.2f} {:.2f}]".format(*(1e3 * v for v in (k["mean"], *k["range"]))))
+    if by := result.get("difference"):
+        row(f"minus {Path(by['against']['from']).name}, paired by seed",
+            "{:+.2f} [{:+.2f} {:+.2f}]".format(by[FD]["value"], *by[FD]["interval"]),
+            "{:+.2f} [{:+.2f} {:+.2f}]".format(*(1e3 * v for v in (by[KID]["value"], *by[KID]["interval"]))))
     near = result["nearest_reference"]
     lines.append("distance to the nearest reference image, median (5%): "
                  + ", ".join(f"{name.replace('_', '-')} {q['median']:.2f} ({q['5%']:.2f})" for name, q in near.items()))
@@ -121,6 +138,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
     parser.add_argument("--reference", required=True, help="emoji:GROUP, emoji:all, a folder of PNGs, or an npz")
+    parser.add_argument("--against", type=Path, help="folder or npz of the same seeds: print the difference, too")
     parser.add_argument("--seeds", help="exactly these must be there, like 0-255 (default: whatever is there)")
     parser.add_argument("--count", type=int, help="at least so many images must be there")
     parser.add_argument("--dims", type=int, default=64, help="principal directions of FD (default: 64)")
@@ -135,9 +153,17 @@ def main():
     if args.repeats < 2 or args.batch_size < 1:
         raise UserError("--repeats must be 2 or more and --batch-size 1 or more")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    samples = open_images(args.samples, parse_seeds(args.seeds) if args.seeds else None, args.count)
+    seeds = parse_seeds(args.seeds) if args.seeds else None
+    samples = open_images(args.samples, seeds, args.count)
+    against = open_images(args.against, seeds) if args.against else None
+    if against:
+        check_paired(samples, against)
     reference, held_out = open_reference(args.reference, samples.size)
-    result = quality(samples, reference, EffLite0(args.device), held_out, args.dims, args.repeats, args.batch_size)
+    extractor = EffLite0(args.device)
+    result = quality(samples, reference, extractor, held_out, args.dims, args.repeats, args.batch_size)
+    if against:
+        result["difference"] = difference(samples, against, reference, extractor, args.dims, args.repeats,
+                                          args.batch_size)
     print(table(result))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

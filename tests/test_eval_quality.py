@@ -249,6 +249,50 @@ def test_error_bars_are_the_spread_over_new_samples():
     assert abs(np.mean(unbiased)) < 3 * np.std(unbiased) / 80 ** 0.5
 
 
+@pytest.mark.parametrize("name", ["FD", "KID"])
+def test_paired_differences_cover_zero_and_find_what_separate_intervals_miss(name):
+    rng = np.random.default_rng(7)
+    reference = rng.normal(size=(400, 6))
+    basis = distances.pca_basis(reference, 4)
+
+    def paired(x, y):
+        return (distances.frechet_difference(x, y, reference, basis, 24) if name == "FD"
+                else distances.kid_difference(x, y, reference, 24))
+
+    def separate_error(x, y):
+        """Of the difference, if the two runs were independent."""
+        return np.hypot(*((distances.frechet(z, reference, basis, 24) if name == "FD"
+                           else distances.kid(z, reference, 24)).stderr for z in (x, y)))
+
+    def runs(shift, trials, n=100, shared=0.95):
+        """Images of a seed share most of what varies, as cached and uncached ones do."""
+        for _ in range(trials):
+            common, *own = rng.normal(size=(3, n, 6))
+            x, y = (1.2 * (shared ** 0.5 * common + (1 - shared) ** 0.5 * z) + 0.4 for z in own)
+            yield x + shift, y
+
+    value, error = np.array([paired(x, y) for x, y in runs(0, 80)]).T
+    assert 0.88 <= (np.abs(value) < 1.96 * error).mean() <= 0.99
+    assert 0.8 < np.sqrt((error ** 2).mean()) / value.std() < 1.25
+    value, error, separate = np.array([(*paired(x, y), separate_error(x, y)) for x, y in runs(0.1, 20)]).T
+    assert (value > 1.96 * error).mean() > 0.9          # found
+    assert (value > 1.96 * separate).mean() < 0.3       # missed without pairs
+
+
+def test_paired_differences_are_the_differences_of_the_distances():
+    rng = np.random.default_rng(8)
+    reference, x, y = (gaussians(rng, 6, n) for n in (200, 50, 50))
+    basis = distances.pca_basis(reference, 3)
+    for of_two, of_one in ((lambda *a: distances.frechet_difference(*a, reference, basis, 5),
+                            lambda a: distances.frechet(a, reference, basis, 5)),
+                           (lambda *a: distances.kid_difference(*a, reference, 5),
+                            lambda a: distances.kid(a, reference, 5))):
+        assert of_two(x, y).value == pytest.approx(of_one(x).value - of_one(y).value, rel=1e-9)
+        assert of_two(x, x) == (0, 0)
+        with pytest.raises(ValueError, match="50 and 49 images cannot be paired"):
+            of_two(x, y[:49])
+
+
 def test_floor_is_at_matched_sizes_and_below_a_different_set():
     rng = np.random.default_rng(5)
     reference, held_out = rng.normal(size=(300, 12)), rng.normal(size=(60, 12))
@@ -341,6 +385,22 @@ def test_quality_command_orders_blur_and_traces_its_numbers(tmp_path, monkeypatc
     assert result["run"] == {"settings": {"interval": 5}} and result["extractor"] == extractor.id
     assert result["samples"]["images"] == 72 and len(result["reference"]["sha256"]) == 64
     assert "commit" in result["provenance"] and quality.FD in capsys.readouterr().out
+
+
+def test_quality_command_tells_the_difference_to_another_run(tmp_path, monkeypatch, capsys, smileys):
+    np.savez(tmp_path / "reference.npz", emoji.load(32, "train", GROUP)[0][::5])
+    sharp, soft = (save(tmp_path / name, blurred(smileys[:40], radius)) for name, radius in (("sharp", 0), ("soft", 1)))
+    args = ("--reference", tmp_path / "reference.npz", "--dims", 8, "--repeats", 20, "--out", tmp_path / "q.json")
+    run(monkeypatch, quality, "--samples", soft, "--against", sharp, *args)
+    result = json.loads((tmp_path / "q.json").read_text())
+    by = result["difference"]
+    for name in (quality.FD, quality.KID):
+        assert 0 < by[name]["interval"][0] < by[name]["value"] < by[name]["interval"][1]
+    assert by["against"]["images"] == 40 and "sharp, paired by seed" in capsys.readouterr().out
+    (sharp / "000/000003.png").unlink()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, quality, "--samples", soft, "--against", sharp, *args)
+    assert "1 of the 40 images in" in capsys.readouterr().err
 
 
 def test_emoji_references_have_held_out_images():
