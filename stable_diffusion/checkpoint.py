@@ -255,9 +255,10 @@ def _load_folder(config: Config, path: Path) -> Model:
     unet, vae = _folder_unet(config, path), _folder_vae(path)
     if _text_encoder_class(path) == _MINILM:
         return Model(unet, vae, *minilm(config.tokens))
-    tokenizer, tensors, file = clip_tokenizer(path / "tokenizer"), *_tensors(path, "text_encoder")
+    text_config, (tensors, file) = _json(path / "text_encoder" / "config.json"), _tensors(path, "text_encoder")
     with _naming(file):
-        return Model(unet, vae, clip(_json(path / "text_encoder" / "config.json"), tensors), tokenizer)
+        text_encoder = clip(text_config, tensors)
+    return Model(unet, vae, text_encoder, clip_tokenizer(path / "tokenizer"))
 
 
 def _folder_unet(config: Config, path: Path) -> UNet:
