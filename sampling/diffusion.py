@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 
-def alphas_cumprod(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    """The product of (1 - beta) up to each timestep: float32 [num_timesteps].
+def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
+    """How much noise each timestep adds: float32 [num_timesteps].
 
     schedule: 'linear' (Ho et al., arXiv 2006.11239; the betas grow linearly), 'scaled_linear' (their square roots do;
     LDM and Stable Diffusion) or 'cosine' (Nichol and Dhariwal, arXiv 2102.09672, Equation 17; takes no beta).
@@ -24,8 +24,13 @@ def alphas_cumprod(schedule: str, num_timesteps: int, beta_start: float = 1e-4, 
         betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
     else:
         raise ValueError(f"unknown beta schedule {schedule!r}: choose linear, scaled_linear or cosine")
+    return betas.float()
+
+
+def alphas_cumprod(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
+    """The product of (1 - beta) up to each timestep: float32 [num_timesteps]. Arguments as of `make_betas`."""
     # The released DDPM code holds the betas in float32 and multiplies in float32; its trajectories depend on it.
-    return (1 - betas.float()).cumprod(0)
+    return (1 - make_betas(schedule, num_timesteps, beta_start, beta_end)).cumprod(0)
 
 
 PREDICTIONS = ("noise", "v")
@@ -69,6 +74,10 @@ class Diffusion:
     def __post_init__(self):
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"unknown prediction {self.prediction!r}: choose from {', '.join(PREDICTIONS)}")
+
+    def betas(self) -> Tensor:
+        """float32 [num_timesteps]. Raises ValueError for an unknown beta_schedule."""
+        return make_betas(self.beta_schedule, self.num_timesteps, self.beta_start, self.beta_end)
 
     def alphas_cumprod(self) -> Tensor:
         """float32 [num_timesteps]. Raises ValueError for an unknown beta_schedule."""
