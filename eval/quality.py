@@ -10,18 +10,20 @@ interval that knows of the pairs. Two runs may differ for certain although their
 """
 
 import argparse
+import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from eval import distances
+from eval import distances, results
 from eval.features import EffLite0, features_of
 from eval.images import ImageSet, check_paired, from_array, open_images
+from eval.results import Metric
 from sampling.cli import command
-from sampling.provenance import provenance
-from sampling.runs import parse_seeds, write_json
+from sampling.options import prepare_device
+from sampling.runs import parse_seeds
 from sampling.settings import UserError
 from training import emoji
 
@@ -148,10 +150,9 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the features")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.repeats < 2 or args.batch_size < 1:
-        raise UserError("--repeats must be 2 or more and --batch-size 1 or more")
+    started, device = time.time(), prepare_device(args)
+    if args.repeats < 2:
+        raise UserError(f"--repeats must be 2 or more, got {args.repeats}")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     seeds = parse_seeds(args.seeds) if args.seeds else None
     samples = open_images(args.samples, seeds, args.count)
@@ -159,15 +160,22 @@ def main():
     if against:
         check_paired(samples, against)
     reference, held_out = open_reference(args.reference, samples.size)
-    extractor = EffLite0(args.device)
+    if len(samples) < 3:
+        raise UserError(f"{args.samples} has {len(samples)} images: distances with errors need at least 3")
+    extractor = EffLite0(device)
     result = quality(samples, reference, extractor, held_out, args.dims, args.repeats, args.batch_size)
     if against:
         result["difference"] = difference(samples, against, reference, extractor, args.dims, args.repeats,
                                           args.batch_size)
     print(table(result))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, {"kind": "quality", **result, "run": samples.run(), "provenance": provenance(args.device)})
+        metrics = {name: Metric(result[name]["value"], result[name]["interval"], result[name]["stderr"])
+                   for name in (FD, KID)}
+        hashes = {"images": result["samples"]["sha256"], "reference": result["reference"]["sha256"],
+                  "extractor": result["extractor"]}
+        results.write(args.out, results.of_samples("quality", samples, metrics, device, hashes=hashes,
+                                                   inputs={"reference": args.reference}, details=result,
+                                                   started=started))
 
 
 if __name__ == "__main__":

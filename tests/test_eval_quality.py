@@ -375,16 +375,17 @@ def test_quality_command_orders_blur_and_traces_its_numbers(tmp_path, monkeypatc
         out = tmp_path / "results" / f"{radius}.json"
         run(monkeypatch, quality, "--samples", folder, "--reference", tmp_path / "reference.npz", "--dims", 16,
             "--repeats", 40, "--out", out, "--count", 72)
-        result = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
-        scores.append([result[name]["value"] for name in (quality.FD, quality.KID)])
+        written = results.read(out)
+        scores.append([written.metrics[name].value for name in (quality.FD, quality.KID)])
     assert scores == sorted(scores) and scores[0][1] < scores[1][1] < scores[2][1]
+    result = written.details
     floor, = result["floors"]
     assert floor[quality.FD]["real"]["range"][1] < floor[quality.FD]["samples"]["range"][0]
     assert floor[quality.KID]["real"]["range"][1] < floor[quality.KID]["samples"]["range"][0]
     assert (floor["n"], floor["reference_n"]) == (72, 164)
-    assert result["run"] == {"settings": {"interval": 5}} and result["extractor"] == extractor.id
+    assert written.settings == {"interval": 5} and written.hashes["extractor"] == extractor.id
     assert result["samples"]["images"] == 72 and len(result["reference"]["sha256"]) == 64
-    assert "commit" in result["provenance"] and quality.FD in capsys.readouterr().out
+    assert "commit" in written.provenance and quality.FD in capsys.readouterr().out
 
 
 def test_quality_command_tells_the_difference_to_another_run(tmp_path, monkeypatch, capsys, smileys):
@@ -392,8 +393,7 @@ def test_quality_command_tells_the_difference_to_another_run(tmp_path, monkeypat
     sharp, soft = (save(tmp_path / name, blurred(smileys[:40], radius)) for name, radius in (("sharp", 0), ("soft", 1)))
     args = ("--reference", tmp_path / "reference.npz", "--dims", 8, "--repeats", 20, "--out", tmp_path / "q.json")
     run(monkeypatch, quality, "--samples", soft, "--against", sharp, *args)
-    result = json.loads((tmp_path / "q.json").read_text())
-    by = result["difference"]
+    by = results.read(tmp_path / "q.json").details["difference"]
     for name in (quality.FD, quality.KID):
         assert 0 < by[name]["interval"][0] < by[name]["value"] < by[name]["interval"][1]
     assert by["against"]["images"] == 40 and "sharp, paired by seed" in capsys.readouterr().out
