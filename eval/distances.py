@@ -41,19 +41,30 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@_one_thread()
-def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
-    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), in float64.
+class Frechet:
+    """Frechet distance from one Gaussian to others: |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), in float64.
 
     mu: [d]; cov: [d, d], symmetric. (cov1 cov2)^(1/2) has the trace of (S cov2 S)^(1/2) with S = cov1^(1/2), which is
     symmetric: eigh serves for both roots, and no imaginary part or offset on the diagonal comes up.
     """
-    mu1, cov1, mu2, cov2 = (torch.tensor(a, dtype=torch.float64) for a in (mu1, cov1, mu2, cov2))
-    values, vectors = torch.linalg.eigh(cov1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    product = root @ cov2 @ root
-    shared = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    return (((mu1 - mu2) ** 2).sum() + cov1.trace() + cov2.trace() - 2 * shared).item()
+
+    @_one_thread()
+    def __init__(self, mu: np.ndarray, cov: np.ndarray):
+        self.mu, self.cov = (torch.tensor(a, dtype=torch.float64) for a in (mu, cov))
+        values, vectors = torch.linalg.eigh(self.cov)
+        self.root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+    @_one_thread()
+    def __call__(self, mu: np.ndarray, cov: np.ndarray) -> float:
+        mu, cov = (torch.tensor(a, dtype=torch.float64) for a in (mu, cov))
+        product = self.root @ cov @ self.root
+        shared = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+        return (((self.mu - mu) ** 2).sum() + self.cov.trace() + cov.trace() - 2 * shared).item()
+
+
+def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
+    """The Frechet distance of two Gaussians, each mu [d] and cov [d, d]."""
+    return Frechet(mu1, cov1)(mu2, cov2)
 
 
 def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

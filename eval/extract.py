@@ -88,15 +88,17 @@ class Features:
         return name
 
 
-def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store: Path | None = None) -> Features:
+def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store: Path | None = None,
+            share: bool = False) -> Features | None:
     """The features of all images; those that are kept and still right are not computed again.
 
-    store: folder for them (default: beside the images; images in memory keep theirs in memory). Under torchrun, returns
-    on rank 0 once all parts are there, and ends the other processes when theirs are.
+    store: where to make the folder for them (default: beside the images; images in memory keep theirs in memory).
+    share: with torchrun's other processes, which get None when their parts are there; rank 0 waits for all of them.
     Raises UserError for images that cannot be used, that change meanwhile, and for a folder that cannot be written.
     """
+    rank, world = rank_and_world() if share else (0, 1)
     parts = [range(first, min(first + PART, len(images))) for first in range(0, len(images), PART)]
-    folder = _folder(images, extractor, store)
+    folder = _folder(images, extractor, store, world)
     if folder is None:
         found = dict(_compute(images, extractor, parts, batch_size))
         check_unchanged(images)
@@ -104,29 +106,31 @@ def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store:
                         images.names, extractor.layers)
     paths = [folder / f"part-{index:05d}.npz" for index in range(len(parts))]
     kept = {part: _Kept(path, images, part, extractor) for part, path in zip(parts, paths, strict=True)}
-    mine = list(deal(parts))
+    mine = list(deal(parts)) if share else parts
     moved = [part for part in mine if kept[part].digest and not kept[part].valid]
     for part, digest in _digests(images, moved, batch_size):
         kept[part].confirm(digest)
     for part, (values, digest) in _compute(images, extractor, [part for part in mine if not kept[part].valid],
                                            batch_size):
         kept[part].write(values, digest)
-    rank, world = rank_and_world()
     if rank:
-        print(f"rank {rank} of {world}: its {len(mine)} parts of {images.description} are there", flush=True)
-        raise SystemExit(0)
+        return None
     _wait([part for part in kept.values() if not part.valid])
     check_unchanged(images)
     return Features(paths, [part.digest for part in kept.values()], images.names, extractor.layers)
 
 
-def _folder(images: ImageSet, extractor: Extractor, store: Path | None) -> Path | None:
+def _folder(images: ImageSet, extractor: Extractor, store: Path | None, world: int) -> Path | None:
     """Where these features are kept, made and ready to be written to; None: in memory."""
-    if store is None and images.root is None:
+    if images.root is None:
         return None
-    beside = store or (images.root / ".features" if images.root.is_dir()
-                       else images.root.with_name(f"{images.root.name}.features"))
-    folder = beside / hashlib.sha256(extractor.id.encode()).hexdigest()[:16]
+    if store is not None:
+        of_set = store / images.root.resolve().name
+    elif images.root.is_dir():
+        of_set = images.root / ".features"
+    else:
+        of_set = images.root.with_name(f"{images.root.name}.features")
+    folder = of_set / hashlib.sha256(extractor.id.encode()).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
@@ -135,15 +139,16 @@ def _folder(images: ImageSet, extractor: Extractor, store: Path | None) -> Path 
         reason = "no permission"
     except OSError as error:
         reason = error.strerror
-    if store is not None or rank_and_world()[1] > 1:
-        raise UserError(f"the features are kept in {folder}, which cannot be written ({reason}): name another folder")
+    if store is not None or world > 1:
+        raise UserError(f"the features are kept in {folder}, which cannot be written ({reason}): name another folder "
+                        "with --features")
     tqdm.write(f"note: {folder} cannot be written ({reason}): the features stay in memory, and are computed again next "
                "time")
     return None
 
 
 class _Kept:
-    """One part on disk. digest: of the pixels it is of, None without a usable file. valid: the images are still these."""
+    """One part on disk. digest: of its images' pixels, None without a usable file. valid: the images are the same."""
 
     def __init__(self, path: Path, images: ImageSet, part: range, extractor: Extractor):
         self.path, self.stamp, self.extractor, self.size = path, images.stamp(part), extractor, len(part)

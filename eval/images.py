@@ -19,7 +19,7 @@ from sampling.runs import format_some, parse_seeds
 from sampling.settings import UserError, one_line
 
 # What Pillow raises for a PNG that is cut off or not one: SyntaxError too, for a damaged chunk.
-_UNREADABLE = (OSError, ValueError, SyntaxError)
+UNREADABLE = (OSError, ValueError, SyntaxError)
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
 _OTHER_SUFFIXES = {".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic"}
 _READERS = min(8, os.cpu_count() or 1)      # threads that decode; Pillow lets others run meanwhile
@@ -202,7 +202,7 @@ def read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | N
             if image.mode != "RGB":
                 raise UserError(f"{path} is of mode {image.mode}: expected 8-bit RGB")
             pixels = np.asarray(image)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} is truncated or not an image ({one_line(error)}): "
                         "delete it and sample it again") from None
     if shape is not None and pixels.shape != shape:
