@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,28 +20,20 @@ from ddpm.config import load_config
 from ddpm.unet import UNet
 from sampling.cli import command
 from sampling.ddim import ddim, uniform_timesteps
-from sampling.diffusion import predicted_noise, training_target
+from sampling.diffusion import predicted_noise
 from sampling.noise import SeededNoise
 from sampling.runs import to_uint8
 from training import emoji
 from training.loop import train
+from training.objective import denoising_error
 
 
 def squared_error(alphas: Tensor, prediction: str, autocast: bool):
-    """L_simple (Ho et al., Equation 14): the squared error of the predicted noise (or v), at uniform timesteps."""
+    """The squared error of the prediction for batches of images, mirrored at random."""
     def loss(model: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
-        def draw(function, *args):
-            return function(*args, generator=generator, device=batch.device)
-
-        flip = draw(torch.rand, len(batch)) < 0.5
+        flip = torch.rand(len(batch), generator=generator, device=batch.device) < 0.5
         x0 = torch.where(flip[:, None, None, None], batch.flip(-1), batch).float() / 127.5 - 1
-        t = draw(torch.randint, 0, len(alphas), (len(batch),))
-        noise = torch.randn(x0.shape, generator=generator, device=batch.device)
-        alpha = alphas[t][:, None, None, None]
-        x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
-            predicted = model(x_t, t)
-        return F.mse_loss(predicted.float(), training_target(prediction, x0, noise, alpha))
+        return denoising_error(model, x0, alphas, prediction, generator, autocast)
     return loss
 
 

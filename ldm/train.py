@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm import first_stage
@@ -22,13 +21,14 @@ from ldm.config import Config, load_config
 from ldm.unet import UNet
 from sampling.cli import command
 from sampling.ddim import ddim, offset_timesteps
-from sampling.diffusion import guided, predicted_noise, training_target
+from sampling.diffusion import guided, predicted_noise
 from sampling.noise import SeededNoise
 from sampling.runs import to_uint8
 from sampling.settings import UserError
 from sampling.weights import read_tensors, save_tensors
 from training import emoji
 from training.loop import train
+from training.objective import denoising_error
 
 
 class Conditional(nn.Module):
@@ -50,34 +50,23 @@ def class_names(groups: list[str], rows: list[emoji.Emoji]) -> list[str]:
 
 def load_images(config: Config, split: str) -> tuple[Tensor, Tensor]:
     """uint8 [n, 3, size, size] and labels [n] of the configured groups. Raises UserError if the classes do not fit."""
-    parts = [emoji.load(config.first_stage.resolution, split, group) for group in config.train.groups]
-    rows = [row for _, part in parts for row in part]
+    images, rows = emoji.load_groups(config.first_stage.resolution, split, config.train.groups)
     names = class_names(config.train.groups, rows)
     if len(names) != config.num_classes:
         raise UserError(f"num_classes is {config.num_classes}, but the groups have {len(names)} classes: {names}")
-    images = torch.from_numpy(np.concatenate([images for images, _ in parts])).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor([names.index(f"{row.group}, {row.style}") for row in rows])
 
 
 def squared_error(config: Config, latents: Tensor, labels: Tensor):
-    """The squared error of the predicted noise (or v), at uniform timesteps, for batches of indices into `latents`."""
+    """The squared error of the prediction for batches of indices into `latents`."""
     alphas = config.alphas_cumprod().to(latents.device)
     settings, prediction = config.train, config.diffusion.prediction
 
     def loss(model: Conditional, batch: Tensor, generator: torch.Generator) -> Tensor:
-        def draw(function, *args):
-            return function(*args, generator=generator, device=batch.device)
-
-        x0 = latents[batch]
-        t = draw(torch.randint, 0, len(alphas), (len(batch),))
-        unconditional = draw(torch.rand, len(batch)) < settings.drop_label
+        unconditional = torch.rand(len(batch), generator=generator, device=batch.device) < settings.drop_label
         label = torch.where(unconditional, config.num_classes, labels[batch])
-        noise = torch.randn(x0.shape, generator=generator, device=batch.device)
-        alpha = alphas[t][:, None, None, None]
-        x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=settings.bf16):
-            predicted = model(x_t, t, label)
-        return F.mse_loss(predicted.float(), training_target(prediction, x0, noise, alpha))
+        return denoising_error(lambda x, t: model(x, t, label), latents[batch], alphas, prediction, generator,
+                               settings.bf16)
     return loss
 
 

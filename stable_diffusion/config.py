@@ -38,7 +38,7 @@ class Sampler:
     """The paper's sampling settings: the defaults of `stable_diffusion.sample`."""
     sampler: str = "plms"               # plms, ddim, dpmpp
     steps: int = 50
-    timesteps: str = "offset"           # sampling.ddim.SPACINGS
+    timesteps: str = "leading"          # sampling.samplers.TIMESTEPS
     guidance: float = 7.5
     branch: int = 1
 
@@ -48,6 +48,7 @@ class Train:
     """Data and settings of `stable_diffusion.train`."""
     groups: list[str]                   # of data/emoji/index.csv
     drop_text: float = 0.1              # fraction of the captions that become the empty one
+    drop_style: float = 0.5             # fraction of the others that do not say the style of the artwork
     dropout: float = 0.0
     bf16: bool = True
     loop: TrainConfig = field(default_factory=TrainConfig)

@@ -70,5 +70,6 @@ def minilm(tokens: int) -> tuple[BertModel, BertTokenizer]:
     folder = minilm_folder()
     logging.disable_progress_bar()
     model = BertModel.from_pretrained(folder, local_files_only=True)
+    model.config.use_attention_mask = True      # for diffusers' pipelines: padding is not attended to
     return (model.float().eval().requires_grad_(False),
             BertTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=tokens))

