@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from caching.deepcache import DeepCache
-from caching.nested import Cache, no_cache
+from caching.nested import Cache
 from eval.models import build, example_inputs, load_config
 from sampling.cli import command
 from sampling.options import add_cache_options, plan_cache
@@ -99,11 +99,16 @@ def branch_macs(unet: nn.Module, inputs: Sequence[Tensor], branches: Iterable[in
 
     inputs: what the U-Net takes before `cache`: (x, t) or (x, t, context); their values do not matter.
     """
-    forward, cached = on_meta(unet, inputs), {}
-    full = count(lambda: forward(no_cache))
+    forward, features, cached = on_meta(unet, inputs), {}, {}
+
+    def keep(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        features[key] = compute()
+        return features[key]
+
+    full = count(lambda: forward(keep))
     for branch in branches:
         cache = DeepCache(branch, [0])
-        forward(cache.at(0))
+        cache.feature = features[branch]        # as a full step leaves it, without running one for each branch
         cached[branch] = count(lambda cache=cache: forward(cache.at(1)))
     return full, cached
 
