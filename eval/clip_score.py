@@ -136,7 +136,7 @@ def load_model(name: str, weights: Path, preparation: dict, device: torch.device
     except (OSError, ImportError) as error:         # tokenizers and text towers of Hugging Face
         raise UserError(f"{name} needs more than the weights, and it is not on this machine: "
                         f"{one_line(error)[:300]}") from None
-    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{weights} does not fit open_clip's {name}: {one_line(error)[:300]}") from None
     return ImageText(net.eval().requires_grad_(False).to(device), preprocess, tokenize, torch.device(device))
 

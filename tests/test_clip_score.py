@@ -179,6 +179,10 @@ def test_error_bars_are_the_spread_of_the_mean_over_prompts():
     (lambda d: (d / "other.bin").write_bytes(b"text"), ["--weights", "other.bin"], "other.bin is damaged"),
     (lambda d: torch.save({"a": torch.ones(1)}, d / "other.bin"), ["--weights", "other.bin"],
      "other.bin does not fit open_clip's tiny-for-tests"),
+    (lambda d: torch.save(open_clip.CLIP(**CONFIG | {"embed_dim": 8}).state_dict(), d / "other.bin"),
+     ["--weights", "other.bin"], "other.bin does not fit open_clip's tiny-for-tests"),
+    (lambda d: torch.save({"positional_embedding": torch.ones(16, 8)}, d / "other.bin"), ["--weights", "other.bin"],
+     "other.bin does not fit open_clip's tiny-for-tests: text pos_embed width changed"),
     (lambda d: (d / "other.json").write_text('{"embed_dim": 1}'), ["--model-config", "other.json"],
      "has no text_cfg, vision_cfg"),
 ])
@@ -206,6 +210,19 @@ def test_published_models_say_what_they_need(monkeypatch, tmp_path, capsys, samp
     with pytest.raises(SystemExit):
         run(monkeypatch, None, "--samples", samples, "--prompts", prompts, *args)
     assert message in capsys.readouterr().err
+
+
+def test_nothing_is_downloaded_for_models_that_need_further_files(monkeypatch, capsys, tiny, samples, prompts):
+    asked = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **_: asked.append(args[0]) or [])
+    config = json.loads(json.dumps(CONFIG))
+    config["text_cfg"]["hf_tokenizer_name"] = "nobody/nothing"
+    own = tiny[0].with_name("tiny-hub.json")
+    own.write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, None, "--samples", samples, "--prompts", prompts, "--model-config", own, "--weights", tiny[1])
+    assert "tiny-hub needs more than the weights, and it is not on this machine" in capsys.readouterr().err
+    assert asked == []
 
 
 def test_a_missing_open_clip_is_named(monkeypatch, capsys, tiny, samples, prompts):
