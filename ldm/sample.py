@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ldm import first_stage
 from ldm.checkpoint import checkpoint_sha256, load_checkpoint
@@ -22,8 +21,6 @@ from ldm.config import Config, load_config
 from ldm.train import class_names
 from ldm.unet import UNet
 from sampling.cli import command
-from sampling.ddim import ddim, final_alpha, make_timesteps
-from sampling.diffusion import guided, predicted_noise
 from sampling.labels import Labels, read_names, write_listing
 from sampling.noise import SeededNoise
 from sampling.options import (
@@ -31,16 +28,17 @@ from sampling.options import (
     add_cache_options,
     add_run_options,
     add_sampler_options,
-    at,
-    chosen_eta,
+    chosen_guidance,
     chosen_seeds,
     place,
     plan_cache,
+    plan_sampler,
     prepare_device,
     summary,
 )
 from sampling.provenance import provenance
 from sampling.runs import RunFolder, to_uint8
+from sampling.samplers import noise_predictor
 from sampling.settings import UserError
 from training import emoji
 
@@ -93,20 +91,14 @@ def main() -> None:
     args = build_parser().parse_args()
     config = load_config(args.config)
     device, dtype = prepare_device(args), DTYPES[args.dtype]
-    steps = config.sampler.steps if args.steps is None else args.steps
-    spacing = args.timesteps or config.sampler.timesteps
-    eta = chosen_eta(args, config.sampler.eta)
-    guidance = config.sampler.guidance if args.guidance is None else args.guidance
-    if not 0 <= guidance < float("inf"):
-        raise UserError(f"--guidance must be 0 or more, got {guidance}")
+    sampler = plan_sampler(args, config.sampler, config.diffusion)
+    guidance = chosen_guidance(args, config.sampler.guidance)
     try:
-        timesteps = make_timesteps(spacing, steps, config.diffusion.num_timesteps)
-        alphas = config.alphas_cumprod()
         with torch.device("meta"):
             num_branches = UNet(**vars(config.unet)).num_branches
     except ValueError as error:
         raise UserError(str(error)) from None
-    plan = plan_cache(args, steps, num_branches, config.sampler.branch)
+    plan = plan_cache(args, sampler.steps, num_branches, config.sampler.branch)
     seeds = chosen_seeds(args, config.sampler.images)
     labels = Labels.parse(args.labels, config.num_classes)
     names = names_of_classes(config)
@@ -115,10 +107,9 @@ def main() -> None:
     model = load_checkpoint(config, checkpoint)
 
     settings = {"model": config.name, "unet": asdict(config.unet), "first_stage": asdict(config.first_stage),
-                "num_classes": config.num_classes, "diffusion": asdict(config.diffusion),
-                "checkpoint_sha256": checkpoint_sha256(checkpoint), "sampler": "ddim", "steps": steps,
-                "timesteps": spacing, "eta": eta, "guidance": guidance, "labels": labels.rule,
-                "dtype": args.dtype, "first_stage_dtype": "fp32", "cache": plan.settings}
+                "num_classes": config.num_classes, "checkpoint_sha256": checkpoint_sha256(checkpoint),
+                **sampler.settings, "guidance": guidance, "labels": labels.rule, "dtype": args.dtype,
+                "first_stage_dtype": "fp32", "cache": plan.settings}
     run = RunFolder(args.out, settings, provenance(device) | {"compile": args.compile})
     print(labels.describe(seeds), flush=True)
 
@@ -129,27 +120,18 @@ def main() -> None:
     vq = place(model.first_stage, device)
 
     def sample(seeds: list[int], report) -> np.ndarray:
-        noise, cache = SeededNoise(seeds, device), plan.make()
+        noise = SeededNoise(seeds, device)
         label = torch.tensor([labels.of(seed) for seed in seeds], device=device)
         if guidance != 1:
             label = torch.cat([torch.full_like(label, config.num_classes), label])      # [uncond, cond]
         context = classes(label)[:, None]                                               # [batch, 1 token, context_dim]
-
-        def predict(x: Tensor, t: int, step: int) -> Tensor:
-            both = x if guidance == 1 else torch.cat([x, x])
-            t_batch = torch.full((len(both),), t, device=device)
-            output = network(both.to(dtype), t_batch, context, at(cache, step)).float()
-            if guidance != 1:
-                output = guided(output, guidance)
-            return predicted_noise(config.diffusion.prediction, output, x, alphas[t].item())
-
-        z = ddim(predict, noise((config.unet.in_channels, size, size)), timesteps, alphas, eta, noise,
-                 final_alpha(spacing, alphas), lambda step, x: report((step + 1) / steps))
+        predict = noise_predictor(network, config.diffusion, dtype, plan.make(), [context], guidance)
+        z = sampler.run(predict, noise((config.unet.in_channels, size, size)), noise, report)
         return np.concatenate([to_uint8(first_stage.decode(vq, part)) for part in z.split(DECODED_AT_ONCE)])
 
     made = run.fill(seeds, args.batch_size, sample)
     write_listing(run, labels, names)
-    print(summary(args, seeds, made, steps, plan))
+    print(summary(args, seeds, made, sampler, plan))
 
 
 if __name__ == "__main__":

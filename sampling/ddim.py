@@ -41,6 +41,16 @@ def offset_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
     return [t + 1 for t in uniform_timesteps(num_steps, num_timesteps)]
 
 
+def leading_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
+    """Multiples of num_timesteps // num_steps, each one later, as diffusers has them for Stable Diffusion: ascending.
+
+    They are `offset_timesteps` where num_steps divides num_timesteps, and do not reach as high otherwise.
+    Sampling ends as there. Raises ValueError unless 1 <= num_steps < num_timesteps.
+    """
+    _check(num_steps, num_timesteps - 1)
+    return [i * (num_timesteps // num_steps) + 1 for i in range(num_steps)]
+
+
 def trailing_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
     """Evenly spaced timesteps that end on the last one, num_timesteps - 1, where the image is nearly all noise.
 
@@ -52,7 +62,7 @@ def trailing_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
 
 
 SPACINGS = {"uniform": uniform_timesteps, "quad": quadratic_timesteps, "offset": offset_timesteps,
-            "trailing": trailing_timesteps}
+            "leading": leading_timesteps, "trailing": trailing_timesteps}
 
 
 def make_timesteps(spacing: str, num_steps: int, num_timesteps: int = 1000) -> list[int]:
@@ -63,8 +73,8 @@ def make_timesteps(spacing: str, num_steps: int, num_timesteps: int = 1000) -> l
 
 
 def final_alpha(spacing: str, alphas_cumprod: Tensor) -> float:
-    """Alpha_bar of the end point: 1, a clean image, but for 'offset', whose released samplers end on timestep 0."""
-    return alphas_cumprod[0].item() if spacing == "offset" else 1.0
+    """Alpha_bar of the end point: 1, a clean image, but for 'offset' and 'leading', which end on timestep 0."""
+    return alphas_cumprod[0].item() if spacing in ("offset", "leading") else 1.0
 
 
 def _check(num_steps: int, num_timesteps: int) -> None:

@@ -8,22 +8,24 @@ import torch
 from torch import nn
 
 from caching.deepcache import DeepCache, ZeroedCache
-from caching.nested import Cache, no_cache
 from caching.schedules import RULES, full_steps
-from sampling.ddim import SPACINGS
+from sampling.diffusion import Diffusion
 from sampling.runs import parse_seeds
+from sampling.samplers import SAMPLERS, TIMESTEPS, Sampler, timesteps_for
 from sampling.settings import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_sampler_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """--sampler, --steps, --timesteps, --eta of DDIM; returns their group, for more."""
+    """--sampler, --steps, --timesteps, --eta; returns their group, for more."""
     sampler = parser.add_argument_group("the sampler (defaults: the config's, which are the paper's)")
-    sampler.add_argument("--sampler", choices=("ddim",), default="ddim")
-    sampler.add_argument("--steps", type=int, help="network calls per image")
-    sampler.add_argument("--timesteps", choices=SPACINGS, help="how the steps spread over the noise levels")
-    sampler.add_argument("--eta", type=float, help="0 = deterministic, 1 = the variance of DDPM")
+    sampler.add_argument("--sampler", choices=SAMPLERS, help="dpmpp: DPM-Solver++ (2M)")
+    sampler.add_argument("--steps", type=int, help="network calls per image; plms makes one more")
+    sampler.add_argument("--timesteps", choices=TIMESTEPS,
+                         help="how the steps spread over the noise levels; plms takes leading (its default, where the "
+                              "config's is another) and trailing, dpmpp these and linspace, ddim all but linspace")
+    sampler.add_argument("--eta", type=float, help="ddim: 0 = deterministic, 1 = the variance of DDPM")
     return sampler
 
 
@@ -57,12 +59,25 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
                        help="ablation of the paper's Table 5: reuse zeros instead of the feature")
 
 
-def chosen_eta(args: argparse.Namespace, default: float) -> float:
-    """--eta or the config's, checked. Raises UserError."""
-    eta = default if args.eta is None else args.eta
-    if not 0 <= eta <= 1:
-        raise UserError(f"--eta must be from 0 to 1, got {eta}")
-    return eta
+def plan_sampler(args: argparse.Namespace, defaults: object, diffusion: Diffusion) -> Sampler:
+    """The chosen sampler, with `defaults`, the config's `sampler` section, for what was not given. Raises UserError."""
+    name = args.sampler or getattr(defaults, "sampler", "ddim")
+    steps = defaults.steps if args.steps is None else args.steps
+    eta = args.eta
+    if eta is None:
+        eta = getattr(defaults, "eta", 0.0) if name == "ddim" else 0.0
+    try:
+        return Sampler(name, steps, args.timesteps or timesteps_for(name, defaults.timesteps), eta, diffusion)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def chosen_guidance(args: argparse.Namespace, default: float) -> float:
+    """--guidance or the config's, checked. Raises UserError."""
+    guidance = default if args.guidance is None else args.guidance
+    if not 0 <= guidance < float("inf"):
+        raise UserError(f"--guidance must be 0 or more, got {guidance}")
+    return guidance
 
 
 def chosen_seeds(args: argparse.Namespace, images: int) -> list[int]:
@@ -70,9 +85,10 @@ def chosen_seeds(args: argparse.Namespace, images: int) -> list[int]:
     return parse_seeds(args.seeds) if args.seeds is not None else list(range(images))
 
 
-def summary(args: argparse.Namespace, seeds: list[int], made: int, steps: int, plan: "CachePlan") -> str:
+def summary(args: argparse.Namespace, seeds: list[int], made: int, sampler: Sampler, plan: "CachePlan") -> str:
     """The last line of a sample command."""
-    return (f"{args.out}: {len(seeds)} images asked for, {made} made now; {len(plan.full_steps)} full of {steps} steps"
+    full = len(plan.full_steps) if plan.cached else sampler.calls
+    return (f"{args.out}: {len(seeds)} images asked for, {made} made now; {full} full of {sampler.calls} network calls"
             + (f", branch {plan.branch}" if plan.cached else ", no caching"))
 
 
@@ -93,18 +109,13 @@ class CachePlan(NamedTuple):
         return (ZeroedCache if self.settings["zero_cache"] else DeepCache)(self.branch, self.full_steps)
 
 
-def at(cache: DeepCache | None, step: int) -> Cache:
-    """What the network is given at a step, with caching or without."""
-    return no_cache if cache is None else cache.at(step)
-
-
-def plan_cache(args: argparse.Namespace, num_calls: int, num_branches: int, default_branch: int) -> CachePlan:
-    """Check the caching options against a run of `num_calls` network calls. Raises UserError."""
+def plan_cache(args: argparse.Namespace, num_steps: int, num_branches: int, default_branch: int) -> CachePlan:
+    """Check the caching options against a run of `num_steps` steps. Raises UserError."""
     branch = default_branch if args.branch is None else args.branch
     if not 0 <= branch < num_branches:
         raise UserError(f"--branch must be from 0 to {num_branches - 1} for this model, got {branch}")
     try:
-        steps = full_steps(args.schedule, num_calls, args.interval, args.center, args.power)
+        steps = full_steps(args.schedule, num_steps, args.interval, args.center, args.power)
     except ValueError as error:
         raise UserError(str(error)) from None
     if args.interval == 1:

@@ -11,11 +11,6 @@ _SPACINGS = {"leading": {"timestep_spacing": "leading", "steps_offset": 1, "set_
              "trailing": {"timestep_spacing": "trailing", "set_alpha_to_one": True}}
 
 
-def num_calls(num_steps: int) -> int:
-    """How many network calls PLMS makes: one more than steps, since its first step takes two; but a single step, one."""
-    return num_steps + (num_steps > 1)
-
-
 def scheduler(num_steps: int, betas: Tensor, spacing: str = "leading") -> PNDMScheduler:
     """diffusers' scheduler, with its timesteps set: descending, the second one twice.
 
@@ -40,7 +35,10 @@ def scheduler(num_steps: int, betas: Tensor, spacing: str = "leading") -> PNDMSc
 @torch.no_grad()
 def plms(predict: Callable[[Tensor, int, int], Tensor], x: Tensor, num_steps: int, betas: Tensor,
          spacing: str = "leading", progress: Callable[[int, Tensor], None] | None = None) -> Tensor:
-    """Sample x_0 from x_T by PLMS, with `num_calls(num_steps)` network calls.
+    """Sample x_0 from x_T by PLMS, with one network call more than steps (`sampling.samplers.num_calls`).
+
+    The multistep rule is of predicted noises, as in the paper, for networks that predict v too; diffusers' scheduler
+    would take it over the v of different timesteps.
 
     predict(x, t, step) -> the predicted noise; t is the timestep, step = 0, 1, ... the number of the network call.
     x: [batch, channels, height, width], standard normal. betas: float32 [num_timesteps]. spacing: see `scheduler`.

@@ -1,0 +1,110 @@
+"""The samplers by name, called alike, and what they call: a network's predicted noise."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from caching.deepcache import DeepCache
+from caching.nested import no_cache
+from sampling.ddim import SPACINGS, ddim, final_alpha, make_timesteps
+from sampling.diffusion import Diffusion, guided, predicted_noise
+from sampling.noise import SeededNoise
+
+SAMPLERS = ("ddim", "plms", "dpmpp")
+TIMESTEPS = (*SPACINGS, "linspace")
+_OF_DIFFUSERS = ("leading", "trailing", "linspace")     # spacings of plms and dpmpp; linspace is dpmpp's alone
+
+
+def num_calls(sampler: str, num_steps: int) -> int:
+    """Network calls of a run: PLMS makes one more than it has steps, since its first step takes two.
+
+    Caching schedules are made for the steps and indexed by call, so that PLMS's last call is a cached one wherever
+    anything is, as in the released code (github horseee/DeepCache, 1691a3a).
+    """
+    return num_steps + (sampler == "plms" and num_steps > 1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler with its settings. Raises ValueError for settings that do not go together.
+
+    name: of SAMPLERS. timesteps: of TIMESTEPS. eta: of ddim.
+    """
+    name: str
+    steps: int
+    timesteps: str
+    eta: float
+    diffusion: Diffusion
+
+    def __post_init__(self):
+        if self.name not in SAMPLERS:
+            raise ValueError(f"unknown sampler {self.name!r}: choose from {', '.join(SAMPLERS)}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be from 0 to 1, got {self.eta}")
+        if self.name != "ddim" and self.eta != 0:
+            raise ValueError(f"{self.name} is deterministic: eta is for ddim")
+        betas = self.diffusion.betas()
+        if self.name == "ddim":
+            make_timesteps(self.timesteps, self.steps, len(betas))
+        else:
+            self._rule().scheduler(self.steps, betas, self.timesteps)
+
+    @property
+    def calls(self) -> int:
+        """Network calls of a run."""
+        return num_calls(self.name, self.steps)
+
+    @property
+    def settings(self) -> dict:
+        """For run.json."""
+        return {"diffusion": asdict(self.diffusion), "sampler": self.name, "steps": self.steps,
+                "timesteps": self.timesteps, "eta": self.eta}
+
+    def run(self, predict: Callable[[Tensor, int, int], Tensor], x: Tensor, noise: SeededNoise | None = None,
+            progress: Callable[[float], None] | None = None) -> Tensor:
+        """Sample x_0 from x_T.
+
+        predict, x: see `sampling.ddim.ddim`. noise: draws per image, for eta > 0. progress: called with the fraction
+        of the network calls that is done.
+        """
+        def report(step: int, x: Tensor) -> None:
+            if progress:
+                progress((step + 1) / self.calls)
+
+        if self.name == "ddim":
+            alphas = self.diffusion.alphas_cumprod()
+            timesteps = make_timesteps(self.timesteps, self.steps, len(alphas))
+            return ddim(predict, x, timesteps, alphas, self.eta, noise, final_alpha(self.timesteps, alphas), report)
+        rule = self._rule()
+        sample = rule.plms if self.name == "plms" else rule.dpm_solver
+        return sample(predict, x, self.steps, self.diffusion.betas(), self.timesteps, report)
+
+    def _rule(self):
+        from sampling import dpm_solver, plms  # here: they import diffusers, which takes seconds
+        return plms if self.name == "plms" else dpm_solver
+
+
+def timesteps_for(sampler: str, of_config: str) -> str:
+    """The config's spacing where the sampler knows it; else 'leading', Stable Diffusion's."""
+    return of_config if sampler == "ddim" or of_config in _OF_DIFFUSERS else "leading"
+
+
+def noise_predictor(network: nn.Module, diffusion: Diffusion, dtype: torch.dtype, cache: DeepCache | None,
+                    context: Sequence[Tensor] = (), guidance: float = 1.0) -> Callable[[Tensor, int, int], Tensor]:
+    """What samplers call: predict(x, t, step) -> the predicted noise, both float32.
+
+    network: called as network(x, t, *context, cache), with x in `dtype`.
+    context: for a guidance other than 1, of the doubled batch [uncond, cond].
+    """
+    alphas = diffusion.alphas_cumprod()
+
+    def predict(x: Tensor, t: int, step: int) -> Tensor:
+        batch = x if guidance == 1 else torch.cat([x, x])
+        t_batch = torch.full((len(batch),), t, device=x.device)
+        output = network(batch.to(dtype), t_batch, *context, no_cache if cache is None else cache.at(step)).float()
+        if guidance != 1:
+            output = guided(output, guidance)
+        return predicted_noise(diffusion.prediction, output, x, alphas[t].item())
+    return predict
