@@ -29,12 +29,15 @@ schedulers, as Heun's, count each of their calls.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
 from diffusers import (
+    DDIMScheduler,
     DiffusionPipeline,
+    PNDMScheduler,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
@@ -56,7 +59,14 @@ from caching.deepcache import DeepCache
 from caching.nested import Cache, no_cache
 from caching.schedules import check_settings, full_steps
 from sampling.settings import UserError
-from stable_diffusion.checkpoint import diffusers_names, unet_arguments
+from stable_diffusion.checkpoint import (
+    diffusers_arguments,
+    diffusers_names,
+    diffusers_state_dict,
+    load_checkpoint,
+    unet_arguments,
+)
+from stable_diffusion.config import Config, Diffusion
 from stable_diffusion.unet import UNet
 
 PIPELINES = (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline,
@@ -98,6 +108,37 @@ def disable_deepcache(pipe: DiffusionPipeline) -> None:
             del pipe.progress_bar
         else:
             pipe.progress_bar = start.shadowed
+
+
+def load_pipeline(config: Config, path: Path) -> StableDiffusionPipeline:
+    """A text-to-image pipeline of a checkpoint, on our U-Net, without caching until `enable_deepcache` sets it.
+
+    path: as `stable_diffusion.checkpoint.load_checkpoint` takes it, whose UserErrors it raises. In float32, on the CPU.
+    The scheduler is PLMS, as Stable Diffusion's own; DDIM for a network that predicts v, because PNDMScheduler combines
+    the v of different timesteps. There is no safety checker.
+    """
+    model = load_checkpoint(config, path)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=config.latent_size, **diffusers_arguments(vars(config.unet)))
+    unet.load_state_dict(diffusers_state_dict(model.unet), assign=True)
+    pipe = StableDiffusionPipeline(
+        vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer,
+        unet=unet.eval().requires_grad_(False), scheduler=scheduler(config.diffusion),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    enable_deepcache(pipe, interval=1)
+    return pipe
+
+
+def scheduler(diffusion: Diffusion) -> PNDMScheduler | DDIMScheduler:
+    """diffusers' scheduler for a network's noise schedule and prediction."""
+    cosine = diffusion.beta_schedule == "cosine"
+    noise = {"num_train_timesteps": diffusion.num_timesteps,
+             "beta_schedule": "squaredcos_cap_v2" if cosine else diffusion.beta_schedule,
+             **({} if cosine else {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}),
+             "steps_offset": 1, "set_alpha_to_one": False}
+    if diffusion.prediction == "v":
+        return DDIMScheduler(prediction_type="v_prediction", clip_sample=False, **noise)
+    return PNDMScheduler(skip_prk_steps=True, **noise)
 
 
 class Settings(NamedTuple):
@@ -176,7 +217,10 @@ class CachedForward:
         with torch.device("meta"):
             self.net = UNet(**unet_arguments(unet.config)).eval()
         self.unet = unet
-        self.names = diffusers_names(self.net)
+        self.factor = 2 ** (len(unet.config.block_out_channels) - 1)    # from the outermost level to the innermost
+        # Where each of our parameters belongs, with its name in diffusers.
+        self.places = [(self.net.get_submodule(path), leaf, name) for own, name in diffusers_names(self.net).items()
+                       for path, _, leaf in [own.rpartition(".")]]
         self.run: Run | None = None
         self.pipes: WeakSet[DiffusionPipeline] = WeakSet()      # in which DeepCache is on
 
@@ -204,14 +248,13 @@ class CachedForward:
 
     def check(self) -> None:
         """Take over the U-Net's parameters, as they are now. Raises UserError for layers that ours has not."""
-        _refuse_additions(self.unet)
-        theirs = _parameters(self.unet)
-        differing = sorted(theirs.keys() ^ set(self.names.values()))
+        modules = dict(self.unet.named_modules())
+        _refuse_additions(modules)
+        theirs = _parameters(modules)
+        differing = sorted(theirs.keys() ^ {name for _, _, name in self.places})
         if differing:
             raise UserError(f"pipe.unet is not a plain U-Net of Stable Diffusion: it differs in {', '.join(differing)}")
-        for own, name in self.names.items():
-            path, _, leaf = own.rpartition(".")
-            module = self.net.get_submodule(path)
+        for module, leaf, name in self.places:
             if getattr(module, leaf) is not theirs[name]:
                 setattr(module, leaf, theirs[name])
 
@@ -238,6 +281,8 @@ class CachedForward:
         _refuse(f"added_cond_kwargs {', '.join(added)}", added != [], "they are of an IP-Adapter or another U-Net")
         control = self._control(down_block_additional_residuals, mid_block_additional_residual,
                                 down_intrablock_additional_residuals)
+        _refuse(f"latents of {sample.shape[-2]} x {sample.shape[-1]}", any(n % self.factor for n in sample.shape[-2:]),
+                f"height and width must be multiples of {self.factor}, which is {8 * self.factor} pixels of an image")
         if self.run is None:
             self.check()
             cache = no_cache
@@ -282,20 +327,24 @@ def _installed(unet: UNet2DConditionModel) -> CachedForward | None:
     return next((owner for owner in owners if isinstance(owner, CachedForward)), None)
 
 
+# These look at every module at the start of every run; vars() is ten times as fast as hasattr() where nothing is found.
+
 def _is_lora(module: nn.Module) -> bool:
-    return hasattr(module, "base_layer") and hasattr(module, "merged_adapters")
+    return "base_layer" in vars(module)["_modules"]
 
 
-def _parameters(unet: UNet2DConditionModel) -> Mapping[str, nn.Parameter]:
-    """The U-Net's parameters by name, without those of LoRA layers around them."""
-    layers = tuple(f"{name}." for name, module in unet.named_modules() if _is_lora(module))
-    return {name.replace(".base_layer.", "."): parameter for name, parameter in unet.named_parameters()
-            if ".base_layer." in name or not name.startswith(layers)}
+def _parameters(modules: Mapping[str, nn.Module]) -> Mapping[str, nn.Parameter]:
+    """A U-Net's parameters by name, without those of LoRA layers around them."""
+    layers = tuple(f"{name}." for name, module in modules.items() if _is_lora(module))
+    return {f"{name}.{leaf}".replace(".base_layer.", "."): parameter for name, module in modules.items()
+            for leaf, parameter in vars(module)["_parameters"].items()
+            if parameter is not None and (f"{name}.".endswith(".base_layer.") or not f"{name}.".startswith(layers))}
 
 
-def _refuse_additions(unet: UNet2DConditionModel) -> None:
+def _refuse_additions(modules: Mapping[str, nn.Module]) -> None:
     """Raises UserError for what has been added to a U-Net and would not run."""
-    for name, module in unet.named_modules():
+    for name, module in modules.items():
+        added = vars(module)
         if _is_lora(module):
             # A layer that is switched off takes its weights out of the fused ones again as it runs.
             if module.disable_adapters and module.merged:
@@ -303,16 +352,16 @@ def _refuse_additions(unet: UNet2DConditionModel) -> None:
             if module.active_adapters and not (module.disable_adapters or module.merged):
                 raise UserError("pipe.unet has LoRA layers that are not fused, which would not run: call "
                                 "pipe.fuse_lora() first")
-        processor = getattr(module, "processor", None)
+        processor = added.get("processor") or added["_modules"].get("processor")
         if processor is not None and type(processor) not in SAME_ATTENTION:
             raise UserError(f"pipe.unet has an attention processor of its own, {type(processor).__name__} at {name}, "
                             "which would not run: call pipe.unet.set_default_attn_processor() first")
-        if all(getattr(module, scale, None) for scale in ("s1", "s2", "b1", "b2")):
+        if all(added.get(scale) for scale in ("s1", "s2", "b1", "b2")):
             raise UserError("FreeU is on, which would not run: call pipe.disable_freeu() first")
-        if name and (hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")):
+        if name and ("_hf_hook" in added or "_diffusers_hook" in added):
             raise UserError(f"pipe.unet has a hook at {name} (sequential or group offload, layerwise casting), which "
                             "would not run: offload whole models, with pipe.enable_model_cpu_offload()")
-    if getattr(unet, "encoder_hid_proj", None) is not None:
+    if "encoder_hid_proj" in modules:
         raise UserError("pipe.unet has an IP-Adapter, which is not supported: call pipe.unload_ip_adapter() first")
 
 

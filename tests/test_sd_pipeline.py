@@ -33,7 +33,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from caching.schedules import centered
 from sampling.settings import UserError
-from stable_diffusion.pipeline import disable_deepcache, enable_deepcache
+from stable_diffusion.config import Config, Diffusion, Unet
+from stable_diffusion.pipeline import disable_deepcache, enable_deepcache, load_pipeline
 from stable_diffusion.unet import UNet
 
 TOLERANCE = 2e-5
@@ -327,6 +328,13 @@ def test_inputs_that_would_be_ignored_are_refused(parts, inputs, message):
         direct(pipe, 500, **inputs)
 
 
+def test_sizes_that_do_not_halve_are_refused(parts):
+    pipe = build(parts)
+    enable_deepcache(pipe, interval=2)
+    with pytest.raises(UserError, match=r"latents of 20 x 18: .* multiples of 4"):
+        pipe.unet(torch.zeros(1, 4, 20, 18), 5, torch.zeros(1, 5, 16))
+
+
 def test_on_and_off_leaves_the_pipeline_as_it_was(parts, calls):
     pipe = build(parts)
     before, unet, state = run(pipe), pipe.unet, dict(vars(pipe))
@@ -565,3 +573,23 @@ def test_compiling_gives_a_graph_for_full_steps_and_one_for_cached_ones(parts, f
     assert len(graphs) == 2
     disable_deepcache(pipe)
     assert vars(unet).get("forward") is None
+
+
+@pytest.mark.parametrize(("prediction", "name"), [("noise", "PNDMScheduler"), ("v", "DDIMScheduler")])
+def test_a_checkpoint_becomes_a_pipeline_on_our_unet(parts, calls, tmp_path, prediction, name):
+    diffusers_prediction = {"noise": "epsilon", "v": "v_prediction"}[prediction]
+    cls = {"noise": PNDMScheduler, "v": DDIMScheduler}[prediction]
+    theirs = build(parts)
+    theirs.scheduler = cls(**BETAS, set_alpha_to_one=False, prediction_type=diffusers_prediction,
+                           **({"skip_prk_steps": True} if prediction == "noise" else {"clip_sample": False}))
+    theirs.save_pretrained(tmp_path)
+    config = Config("sd_tiny", Unet(4, 4, 32, [1, 2, 2], 1, [1, 2], 4, 16), resolution=SIZE, downsampling=2, tokens=12,
+                    checkpoint="", diffusion=Diffusion(prediction=prediction))
+    ours = load_pipeline(config, tmp_path)
+    ours.set_progress_bar_config(disable=True)
+    assert type(ours.scheduler).__name__ == name
+    assert relative_error(run(ours), run(theirs)) < TOLERANCE
+    assert "0" not in calls.take()
+    enable_deepcache(ours, interval=3)
+    run(ours, steps=6)
+    assert calls.take() == "100100" + ("0" if prediction == "noise" else "")
