@@ -225,6 +225,14 @@ def checkpoint_sha256(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def published_state_dict(model: Model) -> dict[str, Tensor]:
+    """The tensors of all networks as one CompVis file of 1.x holds them. Its text encoder must be CLIP's."""
+    return ({UNET + name: value for name, value in model.unet.state_dict().items()}
+            | {FIRST_STAGE + name: value for name, value in first_stage.published_state_dict(model.vae).items()}
+            | {f"{TEXT}transformer.text_model.{name.removeprefix('text_model.')}": value
+               for name, value in model.text_encoder.state_dict().items()})
+
+
 def _unet(config: Config, tensors: dict[str, Tensor], path: Path) -> UNet:
     with _naming(path), torch.device("meta"):
         unet = UNet(**vars(config.unet))

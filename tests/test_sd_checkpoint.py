@@ -28,6 +28,7 @@ from stable_diffusion.checkpoint import (
     load_checkpoint,
     load_state_dict,
     load_unet,
+    published_state_dict,
     unet_arguments,
 )
 from stable_diffusion.config import Config, Unet, load_config
@@ -209,11 +210,7 @@ def one_file(model, tmp_path, monkeypatch) -> tuple[Path, dict[str, torch.Tensor
     """The same model as one CompVis file, and its tensors; what is known of 1.x has its small sizes."""
     monkeypatch.setattr(checkpoint, "KL_F8", KL)
     monkeypatch.setattr(checkpoint, "VIT_L_14", CLIP)
-    tensors = {UNET + name: value for name, value in model.unet.state_dict().items()}
-    tensors |= {FIRST_STAGE + name: value for name, value in first_stage.published_state_dict(model.vae).items()}
-    tensors |= {f"{TEXT}transformer.text_model.{name.removeprefix('text_model.')}": value
-                for name, value in model.text_encoder.state_dict().items()}
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    tensors = {name: value.contiguous() for name, value in published_state_dict(model).items()}
     surplus = {f"{TEXT}transformer.text_model.embeddings.position_ids": torch.arange(77)[None], "model_ema.decay":
                torch.zeros(()), "betas": torch.zeros(1000), "sqrt_alphas_cumprod": torch.zeros(1000)}
     save_file(tensors | surplus, tmp_path / "model.safetensors")
