@@ -14,18 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
 from ldm import first_stage
 from ldm.checkpoint import FIRST_STAGE
+from ldm.config import Config as LdmConfig
 from ldm.config import load_config as load_ldm_config
 from sampling.cli import command
-from sampling.ddim import ddim, offset_timesteps
-from sampling.diffusion import guided, predicted_noise
 from sampling.noise import SeededNoise
 from sampling.prompts import read_prompts
 from sampling.runs import to_uint8
+from sampling.samplers import Sampler, noise_predictor
 from sampling.settings import UserError
 from sampling.weights import read_tensors, save_tensors
 from stable_diffusion.autoencoder import from_first_stage
@@ -47,22 +47,26 @@ def encode_texts(texts: list[str], tokens: int) -> Tensor:
     return torch.cat([encoder(ids, attention_mask=mask).last_hidden_state for ids, mask in parts])
 
 
-def load_autoencoder(config: Path, path: Path, images: Tensor) -> tuple[AutoencoderKL, Tensor]:
-    """The first stage of a class-conditional model, normalised for `images`, and their latents.
-
-    images: uint8 [n, 3, size, size]. path: a whole checkpoint, or the first stage alone.
-    """
-    vq = first_stage.build(**vars(load_ldm_config(config).first_stage))
+def load_first_stage(config: LdmConfig, path: Path) -> VQModel:
+    """The first stage of a class-conditional model. path: its checkpoint, or the first stage alone."""
+    vq = first_stage.build(**vars(config.first_stage))
     tensors = read_tensors(path)
-    first_stage.load_state_dict(vq, {name: value for name, value in tensors.items() if name.startswith(FIRST_STAGE)}
-                                or tensors)
-    vq = vq.float().eval().requires_grad_(False)
-    pixels = images.split(64)
-    latents = torch.cat([first_stage.encode(vq, x.float() / 127.5 - 1) for x in pixels])
+    part = {name: value for name, value in tensors.items() if name.startswith(FIRST_STAGE)}
+    try:
+        first_stage.load_state_dict(vq, part or tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return vq.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def make_autoencoder(vq: VQModel, images: Tensor) -> tuple[AutoencoderKL, Tensor]:
+    """An autoencoder that gives `images`, uint8 [n, 3, size, size], latents of mean 0 and deviation 1; and those."""
+    pixels = [part.float() / 127.5 - 1 for part in images.split(64)]
+    latents = torch.cat([first_stage.encode(vq, x) for x in pixels])
     vae = from_first_stage(vq, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
-    vae = vae.half().float()                                # as it will be shipped
-    with torch.no_grad():
-        return vae, torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mode() for x in pixels])
+    vae = vae.half().float()                                # as it will be written
+    return vae, torch.cat([vae.encode(x).latent_dist.mode() for x in pixels])
 
 
 def squared_error(config: Config, latents: Tensor, texts: Tensor, captions: Tensor):
@@ -86,23 +90,19 @@ def squared_error(config: Config, latents: Tensor, texts: Tensor, captions: Tens
     return loss
 
 
-def sample_grid(config: Config, vae: AutoencoderKL, texts: Tensor, steps: int = 50):
-    """A function of the EMA network that samples an image of each text, with the configured guidance; the first of
-    `texts` is the empty one."""
-    alphas = config.alphas_cumprod()
+def sample_grid(config: Config, vae: AutoencoderKL, texts: Tensor):
+    """A function of the EMA network that samples an image of each text as the config says.
+
+    texts: [1 + images, tokens, context_dim], the empty one first.
+    """
+    sampler = Sampler(config.sampler.sampler, config.sampler.steps, config.sampler.timesteps, 0.0, config.diffusion)
     context = torch.cat([texts[:1].expand_as(texts[1:]), texts[1:]])
 
+    @torch.no_grad()
     def grid(unet: UNet) -> np.ndarray:
-        device = context.device
-
-        def predict(x: Tensor, t: int, step: int) -> Tensor:
-            output = unet(torch.cat([x, x]), torch.full((len(context),), t, device=device), context)
-            return predicted_noise(config.diffusion.prediction, guided(output, config.sampler.guidance), x, alphas[t])
-
-        x = SeededNoise(range(len(texts) - 1), device)((config.unet.in_channels, *[config.latent_size] * 2))
-        x = ddim(predict, x, offset_timesteps(steps, len(alphas)), alphas, final_alpha=alphas[0].item())
-        with torch.no_grad():
-            return to_uint8(vae.decode(x).sample)
+        predict = noise_predictor(unet, config.diffusion, torch.float32, None, (context,), config.sampler.guidance)
+        x = SeededNoise(range(len(texts) - 1), context.device)((config.unet.in_channels, *[config.latent_size] * 2))
+        return to_uint8(vae.decode(sampler.run(predict, x)).sample)
     return grid
 
 
@@ -157,16 +157,25 @@ def main():
     if config.train is None:
         raise UserError(f"{args.config} has no train section: it is a published model")
     prompts = read_prompts(args.prompts)[::3][:30]
-    images, rows = emoji.load_groups(config.resolution, "train", config.train.groups)
-    vae, latents = load_autoencoder(args.first_stage_config, args.first_stage, images)
+    vq = load_first_stage(load_ldm_config(args.first_stage_config), args.first_stage)
+    found = first_stage.downsampling(vq), vq.config.latent_channels, minilm(config.tokens)[0].config.hidden_size
+    expected = config.downsampling, config.unet.in_channels, config.unet.context_dim
+    if found != expected:
+        raise UserError(f"{args.config}: downsampling, in_channels and context_dim are {expected}, and {found} in the "
+                        "first stage and the text encoder")
+    torch.manual_seed(config.train.loop.seed)
+    try:
+        images, rows = emoji.load_groups(config.resolution, "train", config.train.groups)
+        unet = UNet(**vars(config.unet), dropout=config.train.dropout)
+    except ValueError as error:
+        raise UserError(f"{args.config}: {error}") from None
+    vae, latents = make_autoencoder(vq, images)
 
     # Every caption is encoded once; the empty one comes first.
     captions = ["", *sorted({row.caption(style) for row in rows for style in (True, False)})]
     places = {caption: i for i, caption in enumerate(captions)}
     indices = torch.tensor([[places[row.caption(style)] for style in (True, False)] for row in rows])
     texts = encode_texts(captions, config.tokens)
-    torch.manual_seed(config.train.loop.seed)
-    unet = UNet(**vars(config.unet), dropout=config.train.dropout)
     print(f"{len(images)} images, {len(captions)} captions, latents {list(latents.shape[1:])} of mean "
           f"{latents.mean():.3f} and deviation {latents.std():.3f}, "
           f"{sum(p.numel() for p in unet.parameters()):,} parameters")

@@ -59,6 +59,9 @@ def load(size: int = 32, split: str | None = None, group: str | None = None,
 
 def load_groups(size: int, split: str | None, groups: Sequence[str]) -> tuple[Tensor, list[Emoji]]:
     """Several groups, one after the other: uint8 [n, 3, size, size] and n rows. Raises ValueError as `load` does."""
-    parts = [load(size, split, group) for group in groups]
-    images = torch.from_numpy(np.concatenate([images for images, _ in parts])).permute(0, 3, 1, 2).contiguous()
-    return images, [row for _, rows in parts for row in rows]
+    images, rows = load(size, split)
+    unknown = set(groups) - {row.group for row in rows}
+    if unknown:
+        raise ValueError(f"no emoji of {unknown.pop()!r}: choose from {sorted({row.group for row in rows})}")
+    chosen = [i for group in groups for i, row in enumerate(rows) if row.group == group]
+    return torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).contiguous(), [rows[i] for i in chosen]
