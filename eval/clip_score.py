@@ -6,8 +6,8 @@
 100 * cosine between image and text features, negative ones counted as 0, mean over images: what DeepCache's released
 evaluation computes, with ViT-g-14 and laion2b_s34b_b88k. In float16 on a GPU as there (features; the cosine is in
 float32), in float32 on a CPU. Numbers of other models or weights are not comparable; they carry the model's name.
-With --against RESULT.json, the mean difference between the images of equal seeds of two runs: its interval is much
-narrower than the two scores', since the prompts are the same.
+With --against RESULT.json, the mean difference between the images of equal seeds of two runs. Scores vary far more from
+prompt to prompt than from run to run: the interval of the difference leaves that out.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -60,7 +61,7 @@ class ImageText(NamedTuple):
         return (100 * cosine).clamp(min=0).cpu().numpy()
 
 
-def import_open_clip():
+def import_open_clip() -> ModuleType:
     """The library, told never to download. Raises UserError where it is not installed or does not load."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -106,7 +107,7 @@ def check_model(name: str, weights: Path, tag: str | None = None, config: Path |
     return name, next(iter(ways.values()), {})
 
 
-def _add_config(open_clip, config: Path) -> str:
+def _add_config(open_clip: ModuleType, config: Path) -> str:
     try:
         keys = json.loads(Path(config).read_text()).keys()
     except (OSError, ValueError, AttributeError) as error:
@@ -213,7 +214,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
     parser.add_argument("--prompts", type=Path, required=True, help="the file that was sampled (sampling/prompts.py)")
-    parser.add_argument("--weights", type=Path, required=True, help="file of the model's; nothing is downloaded")
+    parser.add_argument("--weights", type=Path, required=True, help="the model's, a local file; never downloaded")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", default=MODEL, help="architecture of open_clip (default: %(default)s); OpenAI's own "
                                                       "weights need the one that ends in -quickgelu")
@@ -245,7 +246,8 @@ def main():
     model = load_model(name, args.weights, preparation, device)
     scores = image_scores(images, [prompts[i] for i in index], model, args.batch_size)
     mean = mean_estimate(scores, groups=index)
-    result.metrics[metric_name(name, args.model_config)] = Metric(mean["mean"], mean["interval"], mean["stderr"])
+    result.metrics = {metric_name(name, args.tag, args.model_config): Metric(mean["mean"], mean["interval"],
+                                                                             mean["stderr"])}
     result.details["per_image"]["score"] = [round(score, 5) for score in scores.tolist()]
     result.details["clamped"] = int((scores == 0).sum())
     if args.against:
@@ -256,11 +258,12 @@ def main():
         results.write(args.out, result)
 
 
-def metric_name(model: str, config: Path | None) -> str:
+def metric_name(model: str, tag: str | None, config: Path | None) -> str:
     """'CLIP score' is the papers' model's alone; others carry their name, and own models have another word."""
     if config is not None:
         return f"image-text score, {model}"
-    return "CLIP score" if model == MODEL else f"CLIP score, {model}"
+    of_the_papers = model == MODEL and tag in (None, PAPER_TAG)
+    return "CLIP score" if of_the_papers else f"CLIP score, {model}{f' {tag}' if tag else ''}"
 
 
 def table(result: Result) -> str:

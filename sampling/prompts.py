@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, object]]:
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    rows = csv.reader(text.splitlines(keepends=True), strict=True)
+    rows = csv.reader(io.StringIO(text.rstrip("\r\n")), strict=True)
     column = _column(path, next(rows, []))
     for row in rows:
         yield f"line {rows.line_num}", row[column] if column < len(row) else None

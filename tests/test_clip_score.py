@@ -235,8 +235,10 @@ def test_a_missing_open_clip_is_named(monkeypatch, capsys, tiny, samples, prompt
 
 
 def test_only_the_papers_model_gives_the_number_of_their_tables():
-    names = [clip_score.metric_name(*which) for which in (("ViT-g-14", None), ("ViT-B-32", None), ("own", "own.json"))]
-    assert names == ["CLIP score", "CLIP score, ViT-B-32", "image-text score, own"]
+    names = {("ViT-g-14", None, None): "CLIP score", ("ViT-g-14", "laion2b_s34b_b88k", None): "CLIP score",
+             ("ViT-g-14", "laion2b_s12b_b42k", None): "CLIP score, ViT-g-14 laion2b_s12b_b42k",
+             ("ViT-B-32", None, None): "CLIP score, ViT-B-32", ("own", None, "own.json"): "image-text score, own"}
+    assert {which: clip_score.metric_name(*which) for which in names} == names
 
 
 def test_images_are_prepared_as_the_weights_were_trained(tmp_path):

@@ -41,6 +41,8 @@ def test_csv_has_a_column_of_prompts(tmp_path):
         assert read_prompts(path) == PROMPTS
     path = write(tmp_path / "both.csv", 'caption,prompt\nno,"a\nred cube"\n')
     assert read_prompts(path) == ["a red cube"]
+    path = write(tmp_path / "odd.csv", "prompt\nNo.\u20281\nNo. 2\n\n")
+    assert read_prompts(path) == ["No. 1", "No. 2"]
 
 
 def test_json_is_a_list_of_strings_or_objects(tmp_path):
