@@ -1,0 +1,199 @@
+"""Features kept in parts: resumed, shared out, invalidated by pixels alone; sets of images that are no good."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval import extract as extraction
+from eval.extract import extract
+from eval.images import check_finished, open_images
+from eval.statistics import Moments
+from sampling.settings import UserError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (14, 8, 10, 3), np.uint8)
+
+
+class Extractor:
+    """Two layers that tell images apart; counts what it computes, and can be stopped on the way."""
+    id, layers = "test", {"wide": 5, "narrow": 2}
+
+    def __init__(self, stop_after: float = float("inf")):
+        self.computed, self.stop_after = 0, stop_after
+        self.mix = np.random.default_rng(1).normal(size=(240, 7)).astype(np.float32)
+
+    def features(self, pixels):
+        if self.computed + len(pixels) > self.stop_after:
+            raise KeyboardInterrupt
+        self.computed += len(pixels)
+        out = pixels.reshape(len(pixels), -1).astype(np.float32) @ self.mix
+        return {"wide": out[:, :5], "narrow": out[:, 5:]}
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(extraction, "PART", 4)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+def save(folder, pixels, first=0):
+    for seed, image in enumerate(pixels, first):
+        path = folder / f"{seed // 1000:03d}" / f"{seed:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+def expected(layer):
+    return Extractor().features(PIXELS)[layer]
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz", "compressed"])
+def test_features_are_those_of_the_images_in_order(tmp_path, kind):
+    path = tmp_path / "x.npz"
+    if kind == "folder":
+        path = save(tmp_path / "x", PIXELS)
+    else:
+        (np.savez if kind == "npz" else np.savez_compressed)(path, PIXELS)
+    for _ in range(2):
+        found = extract(open_images(path), Extractor(), batch_size=3)
+        for layer in ("wide", "narrow"):
+            assert np.allclose(found.all(layer), expected(layer), rtol=1e-5)
+            assert [len(part) for part in found.parts(layer)] == [4, 4, 4, 2]
+    assert found.count == 14
+
+
+def test_a_stopped_extraction_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, PIXELS)
+    with pytest.raises(KeyboardInterrupt):
+        extract(open_images(path), Extractor(stop_after=9), batch_size=2)
+    rest = Extractor()
+    resumed = extract(open_images(path), rest, batch_size=2)
+    assert rest.computed == 14 - 8
+    whole = extract(open_images(path), Extractor(), batch_size=2, store=tmp_path / "elsewhere")
+    assert np.array_equal(resumed.all("wide"), whole.all("wide")) and resumed.images_sha256 == whole.images_sha256
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_pixels_decide_what_is_computed_again(tmp_path):
+    folder = save(tmp_path / "x", PIXELS[:12])
+    first = extract(open_images(folder), Extractor())
+
+    def again(path=folder):
+        extractor = Extractor()
+        return extract(open_images(path), extractor), extractor.computed
+
+    for image in folder.glob("000/*.png"):      # touched, as by copying
+        os.utime(image, (1, 1))
+    same, computed = again()
+    assert computed == 0 and same.images_sha256 == first.images_sha256
+    copied = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)
+    assert again(copied)[1] == 0
+
+    save(folder, PIXELS[12:], first=12)         # grown
+    grown, computed = again()
+    assert computed == 2 and np.allclose(grown.all("wide"), expected("wide"), rtol=1e-5)
+
+    save(folder, PIXELS[:1], first=5)           # another image
+    other, computed = again()
+    assert computed == 4 and other.images_sha256 != grown.images_sha256
+    assert np.allclose(other.all("wide")[5], expected("wide")[0], rtol=1e-5)
+
+    extractor = Extractor()
+    extractor.id = "another network"
+    extract(open_images(folder), extractor)
+    assert extractor.computed == 14
+
+
+def test_a_damaged_part_is_computed_again(tmp_path):
+    folder = save(tmp_path / "x", PIXELS)
+    extract(open_images(folder), Extractor())
+    part = next(folder.glob(".features/*/part-00001.npz"))
+    part.write_bytes(part.read_bytes()[:200])
+    extractor = Extractor()
+    extract(open_images(folder), extractor)
+    assert extractor.computed == 4
+
+
+def test_four_processes_get_the_numbers_of_one(tmp_path, monkeypatch):
+    np.savez(tmp_path / "x.npz", PIXELS)
+    images = open_images(tmp_path / "x.npz")
+    one = extract(images, Extractor(), batch_size=3, store=tmp_path / "one")
+    computed = []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in (3, 1, 2, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        extractor = Extractor()
+        four = extract(images, extractor, batch_size=3, store=tmp_path / "four", share=True)
+        assert (four is None) == (rank > 0)
+        computed.append(extractor.computed)
+    assert sorted(computed) == [2, 4, 4, 4]
+    for layer in ("wide", "narrow"):
+        for a, b in zip(Moments(one.parts(layer)).statistics(), Moments(four.parts(layer)).statistics(), strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_rank_0_does_not_wait_for_ever(tmp_path, monkeypatch):
+    np.savez(tmp_path / "x.npz", PIXELS)
+    monkeypatch.setattr(extraction, "_PATIENCE", 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="2 parts are still missing"):
+        extract(open_images(tmp_path / "x.npz"), Extractor(), share=True)
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path):
+    class Broken(Extractor):
+        def features(self, pixels):
+            return {name: values + np.nan for name, values in super().features(pixels).items()}
+
+    with pytest.raises(UserError, match=r"wide features .* not finite"):
+        extract(open_images(save(tmp_path / "x", PIXELS)), Broken())
+    assert not list(tmp_path.rglob("part-*"))
+
+
+def test_images_that_change_meanwhile_are_refused(tmp_path):
+    folder = save(tmp_path / "x", PIXELS)
+
+    class Grows(Extractor):
+        def features(self, pixels):
+            save(folder, PIXELS[:1], first=99)
+            return super().features(pixels)
+
+    with pytest.raises(UserError, match="changed while it was read: it is still being written"):
+        extract(open_images(folder), Grows())
+
+
+def test_an_unfinished_folder_is_refused(tmp_path):
+    folder = save(tmp_path / "x", PIXELS[:5])
+    sessions = [{"seeds": "0-3"}, {"seeds": "4-9"}]
+    (folder / "sessions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sessions) + '{"se')
+    with pytest.raises(UserError, match=r"lacks 5 images .* seeds 5-9: it is still being written, or was interrupted"):
+        check_finished(open_images(folder))
+    assert "seeds 5-9" in check_finished(open_images(folder), allow_fewer=True)
+    save(folder, PIXELS[5:10], first=5)
+    assert check_finished(open_images(folder)) is None
+
+
+def test_a_plain_folder_holds_png_and_jpeg_and_no_other_kind(tmp_path):
+    Image.fromarray(PIXELS[0]).save(tmp_path / "b.png")
+    Image.fromarray(PIXELS[1]).save(tmp_path / "a.JPG", quality=100)
+    (tmp_path / "notes.txt").write_text("not an image")
+    assert open_images(tmp_path).names == ["a.JPG", "b.png"]
+    Image.fromarray(PIXELS[2]).save(tmp_path / "c.webp")
+    with pytest.raises(UserError, match=r"c.webp .* of a kind that is not read here"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("ranges", [[range(0, 14)], [range(3, 5), range(9, 14)], [range(13, 14)]])
+def test_ranges_of_images(tmp_path, ranges):
+    np.savez_compressed(tmp_path / "x.npz", PIXELS)
+    for path in (tmp_path / "x.npz", save(tmp_path / "x", PIXELS)):
+        batches = list(open_images(path).batches(3, ranges))
+        assert np.array_equal(np.concatenate(batches), np.concatenate([PIXELS[r.start:r.stop] for r in ranges]))
+        assert max(map(len, batches)) <= 3
