@@ -163,11 +163,10 @@ def _judge(args: argparse.Namespace) -> None:
     columns = plan([read_reference(path) for path in args.reference], args.mode, samples, base.sha256)
     notes += options.few(len(samples), DIMS["pool"], "images") + base.notes
     notes += [note for column in columns for note in column.notes]
-    unavailable, extractors = {}, {base.mode: base}
+    unavailable, extractors = {}, {}
     for column in columns:
         try:
-            if column.mode not in extractors:
-                extractors[column.mode] = Inception(args.inception, column.mode, device=device)
+            extractors[column.mode] = base.in_mode(column.mode)
         except NoLibrary as error:
             unavailable[column.names[0]] = str(error)
             if len(columns) == 1:

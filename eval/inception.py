@@ -7,6 +7,7 @@ file under two names, TensorFlow's weights in the layout of torchvision:
 Which number an image set gets depends on how the images are brought to 299 pixels, so each way has a name (MODES).
 """
 
+import copy
 import io
 import warnings
 from collections.abc import Callable, Mapping
@@ -74,6 +75,12 @@ def clean_fid_resizer(mode: str) -> Callable[[np.ndarray], np.ndarray]:
         raise NoLibrary(f"clean-fid does not load here: {type(error).__name__}: {one_line(error)[:200]}") from None
 
 
+def _check_library(mode: str) -> None:
+    if mode in ("clean", "legacy_pytorch"):
+        with warnings.catch_warnings():
+            clean_fid_resizer(mode)
+
+
 # The network behind legacy_tensorflow and clean is clean-fid's torchscript file in clean-fid, the same weights here.
 MODES: dict[str, Callable[[Tensor], Tensor]] = {
     "adm": tensorflow, "pytorch-fid": pytorch_fid, "clean": clean, "legacy_pytorch": legacy_pytorch,
@@ -92,19 +99,27 @@ class Inception:
 
     def __init__(self, weights: Path, mode: str, layers: tuple[str, ...] = ("pool",),
                  device: torch.device | str = "cpu"):
-        self.weights, self.mode, self.prepare, self.device = Path(weights), mode, MODES[mode], torch.device(device)
+        _check_library(mode)
+        self.weights, self.mode, self.device = Path(weights), mode, torch.device(device)
         self.layers: Mapping[str, int] = {name: DIMS[name] for name in layers}
         if not self.weights.is_file():
             raise UserError(f"no Inception weights {weights}: get {WHERE}")
-        if mode in ("clean", "legacy_pytorch"):
-            with warnings.catch_warnings():
-                clean_fid_resizer(mode)
         self.net = load(self.weights).to(self.device)       # before any image is read: it may not fit
         self.sha256 = sha256(self.weights)
         self.published = self.sha256.startswith(PUBLISHED)
-        # adm and legacy_tensorflow are the same computation, and share what is kept.
-        way = {"adm": "tensorflow", "legacy_tensorflow": "tensorflow"}.get(mode, mode)
-        self.id = f"Inception-2015-12-05:sha256={self.sha256}:{way}:{'+'.join(layers)}:fp32"
+
+    def in_mode(self, mode: str) -> "Inception":
+        """The same network on images that are prepared in another way. Raises NoLibrary as above."""
+        _check_library(mode)
+        other = copy.copy(self)
+        other.mode = mode
+        return other
+
+    @property
+    def id(self) -> str:
+        """What decides the features. adm and legacy_tensorflow are the same computation, and share what is kept."""
+        way = {"adm": "tensorflow", "legacy_tensorflow": "tensorflow"}.get(self.mode, self.mode)
+        return f"Inception-2015-12-05:sha256={self.sha256}:{way}:{'+'.join(self.layers)}:fp32"
 
     @property
     def notes(self) -> list[str]:
@@ -128,7 +143,7 @@ class Inception:
         try:
             # torch-fidelity's forward prepares images in one way only; its modules in their order are the network.
             *body, fc = self.net.children()
-            found["pool"] = nn.Sequential(*body)(self.prepare(x)).flatten(1)
+            found["pool"] = nn.Sequential(*body)(MODES[self.mode](x)).flatten(1)
             found["logits"] = found["pool"] @ fc.weight.T
         finally:
             hook.remove()

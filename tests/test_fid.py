@@ -1,0 +1,274 @@
+"""eval.fid: preparation of images in every mode, references and where they come from, the commands."""
+
+import json
+import pickle
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cleanfid.resize import build_resizer
+from PIL import Image
+
+from eval import fid
+from eval.distances import frechet_distance
+from eval.extract import extract
+from eval.images import from_array, open_images
+from eval.inception import MODES, Inception
+from eval.sources import cifar10, open_source
+from sampling.settings import UserError
+
+RNG = np.random.default_rng(0)
+PIXELS = np.stack([np.asarray(Image.fromarray(image).resize((40, 40), Image.Resampling.BICUBIC))
+                   for image in RNG.integers(0, 256, (9, 6, 6, 3), np.uint8)])
+
+
+@pytest.fixture(scope="module")
+def inception(inception_file):
+    return Inception(inception_file, "pytorch-fid")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, inception):
+    """(samples npz, reference npz of mode pytorch-fid): 5 and 4 images, their features kept beside them."""
+    folder = tmp_path_factory.mktemp("made")
+    np.savez(folder / "x.npz", PIXELS[:5])
+    np.savez(folder / "real.npz", PIXELS[5:])
+    real = open_images(folder / "real.npz")
+    fid.write_reference(folder / "ref.npz", real, extract(real, inception), inception)
+    return folder / "x.npz", folder / "ref.npz"
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["eval.fid", *map(str, args)])
+    fid.main()
+
+
+# Preparing images
+
+def test_every_mode_prepares_images_as_its_library_does():
+    noise = RNG.integers(0, 256, (3, 40, 40, 3), np.uint8)
+    x = torch.from_numpy(noise).permute(0, 3, 1, 2)
+    prepared = {mode: MODES[mode](x) for mode in MODES}
+    enlarged = F.interpolate(x.float() / 255, size=(299, 299), mode="bilinear", align_corners=False, antialias=False)
+    assert torch.equal(prepared["pytorch-fid"], 2 * enlarged - 1)
+    resized = torch.from_numpy(np.stack([build_resizer("clean")(image) for image in noise])).permute(0, 3, 1, 2)
+    assert torch.equal(prepared["clean"], (resized - 128) / 128)
+    by_hand = np.asarray(Image.fromarray(noise[0, :, :, 1].astype(np.float32)).resize((299, 299), Image.BICUBIC))
+    assert np.allclose(prepared["clean"][0, 1], (by_hand.clip(0, 255) - 128) / 128)
+    # clean-fid's version of pytorch-fid differs by rounding alone, the others by the way of resizing
+    assert torch.allclose(prepared["legacy_pytorch"], prepared["pytorch-fid"], atol=1e-5)
+    assert torch.equal(prepared["legacy_tensorflow"], prepared["adm"])
+    distinct = [prepared[mode] for mode in ("pytorch-fid", "clean", "adm")]
+    assert all((a - b).abs().max() > 0.05 for i, a in enumerate(distinct) for b in distinct[:i])
+
+
+def test_modes_keep_their_features_apart(inception):
+    ids = {mode: inception.in_mode(mode).id for mode in ("pytorch-fid", "clean", "adm", "legacy_tensorflow")}
+    assert len(set(ids.values())) == 3 and ids["adm"] == ids["legacy_tensorflow"]
+
+
+# References
+
+def test_a_reference_remembers_what_it_is_of(made, inception):
+    reference = fid.read_reference(made[1])
+    features = inception.features(PIXELS[5:])["pool"].astype(np.float64)
+    assert np.allclose(reference.mu, features.mean(0), rtol=1e-5, atol=1e-8)
+    assert np.allclose(reference.sigma, np.cov(features, rowvar=False), rtol=1e-3, atol=1e-8)
+    assert (reference.mode, reference.count, reference.size) == ("pytorch-fid", 4, (40, 40))
+    assert reference.extractor_sha256 == inception.sha256 and np.allclose(reference.features, features, atol=1e-5)
+
+
+def test_a_reference_keeps_some_features_of_many_images(tmp_path, monkeypatch, made, inception):
+    monkeypatch.setattr(fid, "KEPT", 2)
+    real = open_images(made[0].with_name("real.npz"))
+    features = extract(real, inception)
+    fid.write_reference(tmp_path / "ref.npz", real, features, inception)
+    kept = fid.read_reference(tmp_path / "ref.npz").features
+    assert len(kept) == 2 and all((row == features.values).all(1).any() for row in kept)
+
+
+def write(path, **content):
+    np.savez(path, **{key: value for key, value in content.items() if value is not None})
+    return path
+
+
+@pytest.mark.parametrize("change, mode, message", [
+    ({"mu": None}, None, "has no mu"),
+    ({"mu": np.zeros(64)}, None, r"mu and sigma are \[64\]"),
+    ({"sigma": np.full((2048, 2048), np.inf)}, None, "not finite"),
+    ({"extractor_sha256": "f" * 64}, None, "other Inception weights"),
+    ({"size": np.array([256, 256])}, None, "samples are 40x40 pixels and .* is of 256x256"),
+    ({}, "clean", "is of mode pytorch-fid, not clean"),
+    ({"mode": "other"}, None, "none of pytorch-fid, clean"),
+    ({"format": 99}, None, "has format 99"),
+    ({"features": None}, None, "damaged or no reference"),
+])
+def test_a_reference_that_does_not_fit_is_refused(tmp_path, made, inception, change, mode, message):
+    with np.load(made[1]) as file:
+        reference = write(tmp_path / "ref.npz", **{**file, **change})
+    with pytest.raises(UserError, match=message) as caught:
+        fid.plan([fid.read_reference(reference)], mode, open_images(made[0]), inception.sha256)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_reference_is_refused(tmp_path, made):
+    (tmp_path / "ref.npz").write_bytes(made[1].read_bytes()[:100_000])
+    with pytest.raises(UserError, match="damaged or no reference"):
+        fid.read_reference(tmp_path / "ref.npz")
+
+
+def test_bad_arguments_end_in_one_line(tmp_path, monkeypatch, capsys, made, inception_file):
+    common = ("--inception", inception_file)
+    for args, message in (
+            (("--samples", made[0], "--reference", made[1]), "5 of the 50000 images expected"),
+            (("--samples", made[0], "--reference", tmp_path / "no.npz", "--allow-fewer"), "make-reference"),
+            (("make-reference", "--from", tmp_path / "no", "--out", tmp_path / "r.npz"), "no images at"),
+            (("make-reference", "--from", made[0], "--count", 6, "--out", tmp_path / "r.npz"), "from 2 to 5, got 6"),
+            (("make-reference", "--from", made[0], "--out", tmp_path / "no" / "r.npz"), "no folder")):
+        with pytest.raises(SystemExit) as caught:
+            run(monkeypatch, *args, *common)
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and error.count("\n") == 1 and message in error
+    assert not list(tmp_path.iterdir())
+
+
+# The commands
+
+def test_commands_from_real_images_to_json(tmp_path, monkeypatch, capsys, made, inception_file, inception):
+    """A published file, one of make-reference, and a column whose library is broken."""
+    real = made[0].with_name("real.npz")
+    run(monkeypatch, "make-reference", "--from", real, "--out", tmp_path / "tf.npz", "--mode", "legacy_tensorflow",
+        "--inception", inception_file)
+    assert "4 images of 40x40" in capsys.readouterr().out
+    with np.load(made[1]) as file:
+        published = write(tmp_path / "published.npz", mu=file["mu"], sigma=file["sigma"] + 0.01 * np.eye(2048))
+        broken = write(tmp_path / "clean.npz", **{**file, "mode": "clean"})
+    monkeypatch.setitem(sys.modules, "cleanfid.resize", None)
+    run(monkeypatch, "--samples", made[0], "--reference", published, tmp_path / "tf.npz", broken, "--inception",
+        inception_file, "--count", 5, "--groups", 0, "--out", tmp_path / "out" / "x.json")
+    printed = capsys.readouterr()
+    result = json.loads((tmp_path / "out" / "x.json").read_text())
+    tensorflow = "(clean-fid, legacy_tensorflow)"
+    assert set(result["metrics"]) == {"FID", f"FID {tensorflow}", f"KID {tensorflow}"}
+    assert "clean-fid is not installed" in result["details"]["unavailable"]["clean-FID"] and "clean-FID" in printed.out
+    assert "no features" in result["details"]["unavailable"]["KID"]
+    assert "published.npz does not say which network" in printed.err
+    x = inception.features(PIXELS[:5])["pool"].astype(np.float64)
+    reference = fid.read_reference(published)
+    centred = (x - x.mean(0)) / 2
+    shared = np.sqrt(np.clip(np.linalg.eigvalsh(centred @ reference.sigma @ centred.T), 0, None)).sum()
+    expected = (((x.mean(0) - reference.mu) ** 2).sum() + np.trace(reference.sigma) + (centred ** 2).sum() - 2 * shared)
+    assert result["metrics"]["FID"]["value"] == pytest.approx(expected, rel=1e-6)
+    assert result["kind"] == "fid" and result["images"] == 5 and len(result["hashes"]["images"]) == 64
+    assert {"reference published.npz", "reference tf.npz", "extractor"} <= set(result["hashes"])
+
+    with pytest.raises(SystemExit) as caught:       # the only column
+        run(monkeypatch, "--samples", made[0], "--reference", broken, "--inception", inception_file, "--allow-fewer")
+    assert caught.value.code == 2 and "clean-fid is not installed" in capsys.readouterr().err
+
+
+def test_frechet_of_singular_and_regular_covariances_agree():
+    """One by Cholesky, the other by eigenvalues."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(9, 5)), rng.normal(size=(9, 9))
+    singular, regular, mu = a @ a.T, b @ b.T, np.zeros(9)
+    assert frechet_distance(mu, singular, mu, regular) == pytest.approx(
+        frechet_distance(mu, regular, mu, singular), rel=1e-6)
+    assert frechet_distance(mu, np.zeros((9, 9)), mu, regular) == pytest.approx(np.trace(regular))
+
+
+# Where real images come from
+
+def batches(folder, content=None):
+    """CIFAR-10's five files: rows of 1024 red, 1024 green, 1024 blue values."""
+    folder.mkdir(exist_ok=True)
+    images = RNG.integers(0, 256, (10, 32, 32, 3), np.uint8)
+    for i in range(5):
+        data = images[2 * i:2 * i + 2].transpose(0, 3, 1, 2).reshape(2, 3072)
+        with open(folder / f"data_batch_{i + 1}", "wb") as file:
+            pickle.dump(content or {"data": data, "labels": [0, 1], "batch_label": "x"}, file, protocol=2)
+    return images
+
+
+def test_cifar10_is_read_from_its_python_batches(tmp_path):
+    images = batches(tmp_path / "cifar-10-batches-py")
+    for path in (tmp_path, tmp_path / "cifar-10-batches-py"):
+        found = open_source(path)
+        assert found.size == (32, 32) and np.array_equal(np.concatenate(list(found.batches(3))), images)
+    few = open_source(tmp_path, count=4)
+    assert len(few) == 4 and np.array_equal(np.concatenate(list(few.batches(3))), images[:4])
+
+
+class Runs:
+    def __reduce__(self):
+        return print, ("code that a pickle ran",)
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"data": Runs()}, r"data_batch_1 is damaged, or not CIFAR-10's: it wants builtins.print|__builtin__.print"),
+    ({"data": np.zeros((2, 5), np.uint8)}, "no uint8 data of 3072 columns"),
+    ({"fine_labels": [1]}, "no uint8 data"),
+])
+def test_pickles_of_anything_else_are_refused(tmp_path, capsys, content, message):
+    batches(tmp_path / "x", content)
+    with pytest.raises(UserError, match=message):
+        cifar10(tmp_path / "x")
+    assert "ran" not in capsys.readouterr().out
+    (tmp_path / "x" / "data_batch_3").unlink()
+    with pytest.raises(UserError, match="lacks data_batch_3"):
+        cifar10(tmp_path / "x")
+
+
+def fake_lmdb(content):
+    """The part of the package lmdb that is used: a read-only environment over a dict."""
+    class Transaction:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def stat(self):
+            return {"entries": len(content)}
+
+        def cursor(self):
+            return types.SimpleNamespace(iternext=lambda values: iter(sorted(content)))
+
+        def get(self, key):
+            return content[key]
+
+    environment = types.SimpleNamespace(begin=Transaction)
+    return types.SimpleNamespace(open=lambda path, **_: environment, Error=type("Error", (Exception,), {}))
+
+
+def test_lsun_is_cropped_as_for_ddim(tmp_path, monkeypatch):
+    (tmp_path / "data.mdb").write_bytes(b"lmdb")
+    images = [Image.fromarray(RNG.integers(0, 256, size, np.uint8)) for size in ((20, 31, 3), (33, 16, 3), (16, 16))]
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    content = {b"%d" % i: (tmp_path / f"{i}.png").read_bytes() for i in range(3)}
+    monkeypatch.setitem(sys.modules, "lmdb", fake_lmdb(content))
+    found = np.concatenate(list(open_source(tmp_path, size=16).batches(2)))
+    wide = images[0].resize((24, 16), Image.Resampling.BILINEAR).crop((4, 0, 20, 16))      # int(16 * 31 / 20) = 24
+    tall = images[1].crop((0, 8, 16, 24))                                                  # (33 - 16) / 2 = 8.5 -> 8
+    assert np.array_equal(found, np.stack([np.asarray(image.convert("RGB")) for image in (wide, tall, images[2])]))
+    assert len(open_source(tmp_path, 16, 2)) == 2
+    content[b"1"] = content[b"1"][:60]
+    with pytest.raises(UserError, match="the picture 1 is damaged"):
+        list(open_source(tmp_path, size=16).batches(2))
+
+
+def test_an_lmdb_without_the_package_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "data.mdb").write_bytes(b"lmdb")
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(UserError, match="pip install lmdb"):
+        open_source(tmp_path)
+
+
+def test_real_images_in_memory_have_features_too(inception):
+    images = from_array(PIXELS[:2], "two", ["a", "b"])
+    assert np.allclose(extract(images, inception).values, inception.features(PIXELS[:2])["pool"])
