@@ -68,10 +68,6 @@ class Row(NamedTuple):
         return Path(self.given.model).name.split("-")[2] if self.given.diffusers_unet else None
 
     @property
-    def checkpoint(self) -> Path:
-        return Path(self.given.model or self.config.checkpoint)
-
-    @property
     def pixels(self) -> int:
         """Bytes of an image's pixels."""
         config = self.config

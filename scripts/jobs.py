@@ -68,20 +68,23 @@ class Job(NamedTuple):
 
     def judge_command(self) -> list[str]:
         given = [word for option, path in self.inputs.items() for word in (option, str(path))]
-        return ["-m", f"eval.{self.kind}", "--samples", str(self.folder), *given, "--out", str(self.result),
-                *(["--device", self.device] if self.device else []),
-                *([] if self.complete else ["--allow-fewer"])]
+        expected = [] if self.complete else ["--allow-fewer"]
+        if self.kind != "clip_score":
+            expected = ["--count", str(self.images)]
+        return ["-m", f"eval.{self.kind}", "--samples", str(self.folder), *given, *expected,
+                *(["--device", self.device] if self.device else []), "--out", str(self.result)]
+
+    def inputs_of_sampling(self) -> dict[str, Path]:
+        """What the sampler reads: checkpoint and prompts."""
+        given = _last("--model", self.command) or _last("--checkpoint", self.command)
+        prompts = self.row.given.prompts
+        return {"checkpoint": Path(given or self.row.config.checkpoint),
+                **({"prompts": Path(prompts)} if prompts else {})}
 
     def missing_for_sampling(self) -> list[str]:
         """What the sampler lacks on this machine."""
-        checkpoint = Path(_after("--model", self.command) or _after("--checkpoint", self.command)
-                          or self.row.checkpoint)
-        found = [] if _there(checkpoint) else [f"checkpoint {checkpoint} (scripts/download.sh --list; "
-                                               f"{self.row.config_path} says where it comes from)"]
-        prompts = self.row.given.prompts
-        if prompts and not _there(Path(prompts)):
-            found.append(f"prompts {prompts} (scripts/download.sh --list)")
-        return found
+        return [f"{what} {path} (python -m scripts.doctor says where it comes from)"
+                for what, path in self.inputs_of_sampling().items() if not _there(path)]
 
     def missing_for_judging(self) -> list[str]:
         """What the evaluator lacks on this machine."""
@@ -93,8 +96,9 @@ def _there(path: Path) -> bool:
     return (ROOT / path).exists()
 
 
-def _after(option: str, words: Sequence[str]) -> str | None:
-    return words[words.index(option) + 1] if option in words else None
+def _last(option: str, words: Sequence[str]) -> str | None:
+    """The value of an option that may be given twice: the user's comes after the row's, and counts."""
+    return next((words[i + 1] for i in range(len(words) - 2, -1, -1) if words[i] == option), None)
 
 
 def make_job(row: Row, table: Table, args: argparse.Namespace) -> Job:

@@ -1,0 +1,136 @@
+"""What is on this machine and what is missing: packages, weights, references, prompts, and what each table still needs.
+
+    python -m scripts.doctor                  every table
+    python -m scripts.doctor table3 table12   these
+    python -m scripts.doctor --hash           compute the digests of files that have a published one; reads them all
+"""
+
+import argparse
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from eval.paper import Table, find, tables
+from eval.rows import of_table
+from eval.table import align
+from sampling.cli import command
+from sampling.provenance import device_name
+from scripts.download import ROOT, Item, catalogue, digest_of, fits
+from scripts.jobs import REFERENCES, Job, make_job
+from scripts.plan import user_parser
+
+# References that are made here, from images that are fetched: model -> (images by name of the download, their place).
+MADE_FROM = {"ddpm_cifar10": ("cifar10_images", "data/cifar10/cifar-10-batches-py"),
+             "ddpm_bedroom": ("bedroom_images", "data/lsun/bedroom_train_lmdb --count 50000"),
+             "ddpm_church": ("church_images", "data/lsun/church_outdoor_train_lmdb --count 50000"),
+             "sd_v15": ("coco_images", "data/coco/val2017 --size 512")}
+
+
+def machine() -> Iterator[str]:
+    """Processor, accelerators, memory, disk."""
+    yield f"CPU: {device_name('cpu')}, {os.cpu_count()} cores"
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        yield f"GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if not torch.cuda.device_count():
+        yield "GPU: none that this PyTorch sees; the tables with published weights take weeks on a CPU"
+    usage = shutil.disk_usage(ROOT)
+    yield f"disk: {usage.free / 1e9:.0f} of {usage.total / 1e9:.0f} GB free"
+
+
+def packages() -> Iterator[str]:
+    """Those of requirements.txt that are missing or of another version."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    wanted, bad = [Requirement(line) for line in lines if line], 0
+    for requirement in wanted:
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            found = None
+        if found is None or not requirement.specifier.contains(found.split("+")[0], prereleases=True):
+            bad += 1
+            yield f"{requirement}: {'missing' if found is None else f'{found} is installed'}"
+    yield f"{len(wanted) - bad} of {len(wanted)} packages of requirements.txt are right"
+
+
+def state(item: Item, hashing: bool) -> str:
+    """Here or missing; with `hashing`, whether the digests are right."""
+    absent = [file for file in item.files if not file.there(ROOT)]
+    if absent:
+        here = len(item.files) - len(absent)
+        return f"missing, {here} of {len(item.files)} files here" if here else "missing"
+    known = [file for file in item.files if file.digest and file.unpack is None]
+    if not known:
+        return "here, no digest is published"
+    if not hashing:
+        return "here, not checked (--hash)"
+    wrong = [file for file in known if not fits(ROOT / file.path, file.digest)]
+    if wrong:
+        return f"WRONG {wrong[0].digest[0]}: {wrong[0].path} has {digest_of(ROOT / wrong[0].path, wrong[0].digest[0])}"
+    return "here, digest right"
+
+
+def named(path: Path, items: dict[str, Item]) -> str:
+    """How to get what belongs at a path."""
+    for item in items.values():
+        for file in item.files:
+            if any(path == result or path in result.parents for result in file.results()):
+                return f"bash scripts/download.sh {item.name}"
+    for model, (images, where) in MADE_FROM.items():
+        if path == REFERENCES[model]:
+            fetch = f"bash scripts/download.sh {images} && "
+            return (f"{fetch}python -m eval.fid make-reference --from {where} --out {path} --inception "
+                    "checkpoints/inception/weights-inception-2015-12-05-6726825d.pth")
+    return "no download is known"
+
+
+def jobs_of(table: Table) -> list[Job]:
+    """The jobs of a table with nothing but defaults."""
+    args = user_parser(table.name).parse_args([])
+    return [make_job(row, table, args) for row in of_table(table).rows]
+
+
+def needs(table: Table, items: dict[str, Item]) -> Iterator[str]:
+    """What a table still needs, a line each, and how to get it; first what sampling needs, then what judging needs."""
+    lines: dict[str, None] = {}
+    for job in [] if table.schedules else jobs_of(table):
+        for option, path in job.inputs_of_sampling().items():
+            if not (ROOT / path).exists():
+                lines[f"to sample: {option} {path}: {named(path, items)}"] = None
+    for job in [] if table.schedules else jobs_of(table):
+        for option, path in job.inputs.items():
+            if option != "--prompts" and not (ROOT / path).exists():
+                lines[f"to judge: {path}: {named(path, items)}"] = None
+    yield from lines
+
+
+def report(chosen: Sequence[Table], hashing: bool) -> str:
+    """All of it, as text."""
+    items = catalogue()
+    parts = ["\n".join(machine()), "\n".join(packages()),
+             align([["file or folder", "state"], *([item.name, state(item, hashing)] for item in items.values())])]
+    for table in chosen:
+        lines = list(needs(table, items))
+        if table.script is None:
+            lines = ["nothing can be run: its model is not public"]
+        parts.append("\n".join([f"{table.heading}", *(f"  {line}" for line in lines or ["nothing is missing"])]))
+    return "\n\n".join(parts)
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE",
+                        help="table1 to table14, block_caching_table1 (default: all)")
+    parser.add_argument("--hash", action="store_true", help="compute digests of what is here")
+    args = parser.parse_args()
+    print(report([find(name) for name in args.tables] or list(tables().values()), args.hash))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Downloads against a server of this machine that breaks off, and what the doctor says is missing."""
+
+import hashlib
+import http.server
+import io
+import re
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import yaml
+
+from eval.paper import find, tables
+from eval.rows import of_table
+from sampling.settings import UserError
+from scripts import doctor, download
+from scripts.download import File, catalogue, fetch
+from scripts.jobs import CLIP, INCEPTION, REFERENCES
+
+CONTENT = bytes(range(256)) * 4096      # 1 MiB
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `files` by path, byte ranges included; each answer stops after `limit` bytes; `log`: the ranges asked."""
+    files: ClassVar[dict] = {}
+    log: ClassVar[list] = []
+    limit, ranges = None, True
+
+    def do_GET(self):
+        data, wanted = self.files.get(self.path), self.headers.get("Range")
+        self.log.append(wanted)
+        if data is None:
+            self.send_error(404)
+            return
+        first = int(re.match(r"bytes=(\d+)-", wanted)[1]) if wanted and self.ranges else 0
+        if wanted and self.ranges and first >= len(data):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            self.end_headers()
+            return
+        self.send_response(206 if wanted and self.ranges else 200)
+        if wanted and self.ranges:
+            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data) - first))
+        self.end_headers()
+        self.wfile.write(data[first:][:self.limit])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    handler = type("Handler", (Server,), {"files": {"/x": CONTENT}, "log": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        handler.url = f"http://127.0.0.1:{running.server_port}"
+        yield handler
+        running.shutdown()
+        thread.join()
+
+
+def one(server, **other) -> File:
+    return File(**{"url": f"{server.url}/x", "path": Path("a/b.bin"), "digest": ("md5", MD5)} | other)
+
+
+def test_a_broken_transfer_goes_on_where_it_stopped(server, tmp_path):
+    server.limit = 300_000
+    with pytest.raises(UserError, match=r"2 times; 600,000 bytes are kept, and the same command goes on from there"):
+        fetch(one(server), tmp_path, tries=2, pause=0)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.bin.part"]
+    assert fetch(one(server), tmp_path, pause=0).endswith("fetched, md5 right")
+    assert (tmp_path / "a/b.bin").read_bytes() == CONTENT
+    assert server.log == [None, *(f"bytes={n}-" for n in (300_000, 600_000, 900_000))]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.bin"]
+
+
+def test_a_server_without_ranges_is_started_over(server, tmp_path):
+    server.limit, server.ranges = 300_000, False
+    with pytest.raises(UserError, match="300,000 bytes are kept"):
+        fetch(one(server), tmp_path, tries=2, pause=0)
+    server.limit = None
+    fetch(one(server), tmp_path)
+    assert (tmp_path / "a/b.bin").read_bytes() == CONTENT
+
+
+def test_a_part_that_is_complete_is_taken(server, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/b.bin.part").write_bytes(CONTENT)
+    assert "fetched" in fetch(one(server), tmp_path)
+
+
+def test_a_part_that_is_of_something_else_is_thrown_away(server, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/b.bin.part").write_bytes(CONTENT + b"more")
+    fetch(one(server), tmp_path, pause=0)
+    assert (tmp_path / "a/b.bin").read_bytes() == CONTENT
+
+
+def test_what_is_there_is_kept_and_never_overwritten(server, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/b.bin").write_bytes(b"mine")
+    with pytest.raises(UserError, match="is there and its md5 is not the published"):
+        fetch(one(server), tmp_path)
+    assert fetch(one(server, digest=None), tmp_path).endswith("there already, no digest to check it by")
+    assert (tmp_path / "a/b.bin").read_bytes() == b"mine" and server.log == []
+
+
+def test_damage_is_not_kept(server, tmp_path):
+    with pytest.raises(UserError, match="arrived with another sha256 than the published 00ff"):
+        fetch(one(server, digest=("sha256", "00ff")), tmp_path)
+    assert not any((tmp_path / "a").iterdir())
+    begins = ("sha256", hashlib.sha256(CONTENT).hexdigest()[:8])
+    assert fetch(one(server, digest=begins), tmp_path).endswith("sha256 right")
+
+
+def test_refusals_and_dead_hosts(server, tmp_path):
+    with pytest.raises(UserError, match="the server says 404"):
+        fetch(one(server, url=f"{server.url}/none"), tmp_path)
+    with pytest.raises(UserError, match="refused"):
+        fetch(one(server, url="http://127.0.0.1:9/x"), tmp_path, tries=1)
+    assert not any((tmp_path / "a").iterdir())
+
+
+def test_archives_are_unpacked(server, tmp_path):
+    zipped, tarred = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("in/side.json", "[]")
+    with tarfile.open(fileobj=tarred, mode="w:gz") as archive:
+        info = tarfile.TarInfo("set/one.txt")
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"one"))
+    server.files |= {"/z": zipped.getvalue(), "/t": tarred.getvalue()}
+    single = File(f"{server.url}/z", Path("z.zip"), unpack={"in/side.json": "p/out.json"})
+    assert fetch(single, tmp_path) == "p/out.json: fetched, no digest to check it by, unpacked"
+    folder = File(f"{server.url}/t", Path("t.tar.gz"), unpack="q/set")
+    fetch(folder, tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == ["p/out.json",
+                                                                                               "q/set/one.txt"]
+    asked = len(server.log)
+    assert "there already" in fetch(single, tmp_path) and "there already" in fetch(folder, tmp_path)
+    assert len(server.log) == asked
+    with pytest.raises(UserError, match=r"does not unpack: .*no item named 'x'"):
+        fetch(single._replace(unpack={"x": "p/x"}), tmp_path)
+    assert not (tmp_path / "p/x").exists()
+
+
+def run(monkeypatch, *args: str) -> None:
+    monkeypatch.setattr("sys.argv", ["scripts.download", *args])
+    download.main()
+
+
+def test_the_command(server, monkeypatch, capsys, tmp_path):
+    listed = tmp_path / "list.yaml"
+    thing = {"about": "a thing", "base": f"{server.url}/", "to": "d/", "unsure": True,
+             "files": [{"url": "x", "md5": MD5}]}
+    listed.write_text(yaml.safe_dump({"thing": thing}))
+    where = ["--catalogue", str(listed), "--into", str(tmp_path)]
+    run(monkeypatch, "thing", *where)
+    assert (tmp_path / "d/x").read_bytes() == CONTENT
+    run(monkeypatch, "--list", *where)
+    assert re.search(r"thing +here +a thing \(address unsure\)", capsys.readouterr().out)
+    for bad in (["nothing", *where], where, ["thing", "--list", *where]):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, *bad)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_file_of_the_tables_has_a_download():
+    items = catalogue()
+    for table in tables().values():
+        if table.script and not table.schedules:
+            for job in doctor.jobs_of(table):
+                for path in [*job.inputs_of_sampling().values(), *job.inputs.values()]:
+                    assert doctor.named(path, items).startswith("bash scripts/download.sh "), path
+    for path in (INCEPTION, CLIP, *REFERENCES.values()):
+        assert "download.sh" in doctor.named(path, items)
+
+
+def test_downloads_agree_with_the_configs():
+    """Paths and md5 of the published checkpoints are said in configs/ too, where they are checked when loaded."""
+    files = {file.path: file for item in catalogue().values() for file in item.files}
+    seen = set()
+    for row in of_table(find("2")).rows:
+        assert files[Path(row.config.checkpoint)].digest == ("md5", row.config.md5)
+        assert files[Path(row.config.checkpoint)].url in row.config_path.read_text()
+        seen.add(row.config.name)
+    assert len(seen) == 3
+    for item in catalogue().values():
+        for file in item.files:
+            assert file.url.startswith("http") and not file.path.is_absolute()
+            assert file.path.parts[0] in ("checkpoints", "data")      # which git ignores
+            assert not file.digest or re.fullmatch(r"[0-9a-f]{8}|[0-9a-f]{32}|[0-9a-f]{64}", file.digest[1])
+
+
+def test_the_doctor_says_what_a_table_needs(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["scripts.doctor", "3", "9"])
+    monkeypatch.setattr(doctor, "ROOT", Path("/nowhere"))
+    monkeypatch.setattr(doctor, "packages", lambda: iter(["no packages"]))
+    monkeypatch.setattr(doctor, "machine", lambda: iter(["no machine"]))
+    doctor.main()
+    out = capsys.readouterr().out
+    for line in ("to sample: checkpoint checkpoints/stable-diffusion-v1-5: bash scripts/download.sh sd_v15",
+                 "to sample: prompts data/prompts/parti.tsv: bash scripts/download.sh parti_prompts",
+                 "to sample: checkpoint checkpoints/bk-sdm-tiny-2m: bash scripts/download.sh bk_sdm_tiny",
+                 "to judge: checkpoints/clip_vit_g_14/open_clip_pytorch_model.bin: bash scripts/download.sh clip"):
+        assert line in out
+    assert out.count("bash scripts/download.sh") == 7 and "Table 9" in out and "nothing is missing" in out
+
+
+def test_states_of_what_is_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    (tmp_path / "x").write_bytes(b"abc")
+    right = ("md5", hashlib.md5(b"abc").hexdigest())
+
+    def said(*files: File, hashing: bool = True) -> str:
+        return doctor.state(download.Item("n", "about", False, list(files)), hashing)
+
+    assert said(File("u", Path("x"), right)) == "here, digest right"
+    assert said(File("u", Path("x"), right), hashing=False) == "here, not checked (--hash)"
+    assert said(File("u", Path("x"))) == "here, no digest is published"
+    assert said(File("u", Path("x"), ("md5", "0" * 32))).startswith("WRONG md5: x has 900150983cd24fb0")
+    assert said(File("u", Path("x")), File("u", Path("y"))) == "missing, 1 of 2 files here"
+    assert said(File("u", Path("y"))) == "missing"
+
+
+def test_packages_that_are_missing_or_old_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    (tmp_path / "requirements.txt").write_text("# these\nnumpy>=1\nnumpy<1\nno-such-package==1\n")
+    lines = list(doctor.packages())
+    assert lines[0].startswith("numpy<1: ") and lines[0].endswith(" is installed")
+    assert lines[1:] == ["no-such-package==1: missing", "1 of 3 packages of requirements.txt are right"]
