@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from sampling.runs import RunFolder, parse_seeds, write_atomically
+from sampling.runs import RunFolder, parse_seeds, quoted
 from sampling.settings import UserError
 
 RULES = ("balanced", "random")
@@ -84,20 +84,8 @@ def read_names(path: Path, num_classes: int) -> list[str]:
 
 
 def write_listing(run: RunFolder, labels: Labels, names: list[str] | None) -> None:
-    """Write images.csv of a sample folder: seed, label and, where `names` are given, class name of every image there.
-
-    Several processes may end at the same time: each looks again after writing, so the last listing is complete.
-    """
-    header = "seed,label,class" if names else "seed,label"
-    listed = None
-    while (seeds := run.seeds()) != listed:
-        rows = [f"{seed},{labels.of(seed)}" + (f",{_quoted(names[labels.of(seed)])}" if names else "")
-                for seed in seeds]
-        text = "\n".join([header, *rows]) + "\n"
-        write_atomically(run.path / "images.csv", lambda path: path.write_text(text, encoding="utf-8"))
-        listed = seeds
-
-
-def _quoted(name: str) -> str:
-    """A field of a CSV file."""
-    return '"' + name.replace('"', '""') + '"'
+    """Write images.csv of a sample folder: seed, label and, where `names` are given, class name of each image."""
+    def line(seed: int) -> str:
+        label = labels.of(seed)
+        return f"{seed},{label}" + (f",{quoted(names[label])}" if names else "")
+    run.write_listing("images.csv", "seed,label,class" if names else "seed,label", line)

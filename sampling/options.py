@@ -29,10 +29,10 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     return sampler
 
 
-def add_run_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
+def add_run_options(parser: argparse.ArgumentParser, batch_size: int, seeds: str = "as many as the paper") -> None:
     """--seeds, --out, --batch-size, --device, --dtype, --compile, --threads."""
     run = parser.add_argument_group("the run")
-    run.add_argument("--seeds", help="one image per seed: 0-49999 or 0-9,20 (default: as many as the paper)")
+    run.add_argument("--seeds", help=f"one image per seed: 0-49999 or 0-9,20 (default: {seeds})")
     run.add_argument("--out", type=Path, required=True, help="sample folder; images that are there are kept")
     run.add_argument("--batch-size", type=int, default=batch_size,
                      help="images at a time; changes no image (default: %(default)s)")

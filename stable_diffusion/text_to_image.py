@@ -1,0 +1,103 @@
+"""From prompts and noise to images: a loaded model on its device, as stable_diffusion.sample and compare use it."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from caching.deepcache import DeepCache
+from caching.nested import Cache, no_cache
+from sampling.noise import SeededNoise
+from sampling.options import place
+from sampling.runs import check_finite, to_uint8
+from sampling.samplers import Sampler, noise_predictor
+from sampling.settings import UserError
+from stable_diffusion.checkpoint import Model
+from stable_diffusion.config import Config
+
+DECODED_AT_ONCE = 4     # images; what the autoencoder needs for more would decide the batch size
+
+
+class DiffusersUNet(nn.Module):
+    """diffusers' U-Net, called as ours: the baseline for pruned layouts (BK-SDM). It cannot be cached."""
+
+    def __init__(self, unet: UNet2DConditionModel):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, cache: Cache = no_cache) -> Tensor:
+        return self.unet(x, t, context, return_dict=False)[0]
+
+
+def latent_size(config: Config, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width of the latents for images of so many pixels (None: the config's). Raises UserError."""
+    unit = config.downsampling * 2 ** (len(config.unet.channel_mult) - 1)
+    found = [config.resolution if given is None else given for given in (height, width)]
+    for side, pixels in zip(("height", "width"), found, strict=True):
+        if pixels < 1 or pixels % unit:
+            raise UserError(f"--{side} must be a multiple of {unit} pixels ({config.downsampling} in the autoencoder, "
+                            f"{unit // config.downsampling} in the U-Net), got {pixels}")
+    return found[0] // config.downsampling, found[1] // config.downsampling
+
+
+def check_text_to_image(config: Config) -> None:
+    """Raises UserError for a U-Net that takes more than latents, as for inpainting."""
+    if config.unet.in_channels != config.unet.out_channels:
+        raise UserError(f"{config.name} takes {config.unet.in_channels} channels and predicts "
+                        f"{config.unet.out_channels}: it needs an image besides the prompt; use it from Python, in a "
+                        "diffusers pipeline (stable_diffusion/pipeline.py)")
+
+
+class TextToImage:
+    """A model on its device: the U-Net in `dtype`; text encoder and autoencoder in float32, whatever the dtype is.
+
+    They run once for all the steps, and the autoencoder of 1.x overflows in float16.
+    """
+
+    def __init__(self, model: Model, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool = False):
+        self.config, self.device, self.dtype = config, device, dtype
+        unet = model.unet if not isinstance(model.unet, UNet2DConditionModel) else DiffusersUNet(model.unet)
+        unet = place(unet, device, dtype)
+        self.network = torch.compile(unet, fullgraph=True) if compiled else unet
+        self.vae = place(model.vae, device)
+        self.text_encoder = model.text_encoder.to(device)
+        self.tokenizer = model.tokenizer
+
+    def dropped_tokens(self, prompts: Sequence[str]) -> dict[int, int]:
+        """Which prompts are longer than the text encoder takes: index -> how many of its tokens are not read."""
+        lengths = [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
+        limit = self.tokenizer.model_max_length
+        return {i: length - limit for i, length in enumerate(lengths) if length > limit}
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """What the U-Net attends to: [prompts, tokens, context_dim], in its dtype. Equal prompts are encoded once."""
+        distinct = sorted(set(prompts))
+        batch = self.tokenizer(distinct, padding="max_length", max_length=self.tokenizer.model_max_length,
+                               truncation=True, return_tensors="pt").to(self.device)
+        # As diffusers' pipelines: CLIP attends to the padding too.
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        found = self.text_encoder(batch.input_ids, attention_mask=batch.attention_mask if masked else None)[0]
+        return found[[distinct.index(prompt) for prompt in prompts]].to(self.dtype)
+
+    @torch.no_grad()
+    def latents(self, sampler: Sampler, x: Tensor, prompts: Sequence[str], negative_prompt: str, guidance: float,
+                cache: DeepCache | None = None, noise: SeededNoise | None = None,
+                progress: Callable[[float], None] | None = None) -> Tensor:
+        """Sample the latents of an image for each prompt, from x: [prompts, channels, height, width], float32.
+
+        Raises UserError where they are not finite.
+        """
+        context = self.encode(prompts)
+        if guidance != 1:
+            context = torch.cat([self.encode([negative_prompt]).expand_as(context), context])
+        predict = noise_predictor(self.network, self.config.diffusion, self.dtype, cache, [context], guidance)
+        return check_finite(sampler.run(predict, x, noise, progress))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents -> images: uint8 [n, height, width, 3]."""
+        parts = (latents / self.vae.config.scaling_factor).split(DECODED_AT_ONCE)
+        return np.concatenate([to_uint8(self.vae.decode(part).sample) for part in parts])
