@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from eval import results
 from eval.models import load_config
@@ -62,7 +62,7 @@ def compare(config: Config, batch_size: int, branch: int, interval: int, device:
     torch.manual_seed(0)
     theirs = UNet2DConditionModel(sample_size=config.latent_size, **diffusers_arguments(vars(config.unet)))
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    theirs.eval().requires_grad_(False).to(device, dtype, memory_format=layout)
+    nn.Module.to(theirs.eval().requires_grad_(False), device, dtype, memory_format=layout)      # diffusers' own warns
     ours = copy.deepcopy(theirs, {id(tensor): tensor for tensor in theirs.parameters()})        # the same weights
     pipes = {"ours": build_pipeline(config, ours), "theirs": build_pipeline(config, theirs)}
 

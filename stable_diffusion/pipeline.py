@@ -21,6 +21,7 @@ schedulers, as Heun's, count each of their calls.
   computes everything.
 - ControlNets run on every step, and their residuals enter at all skips that a step computes: on a cached step, at the
   skips up to the branch. A cached feature holds the residuals of its own full step.
+- Images must be multiples of 64 pixels high and wide, so that every level of the U-Net halves.
 - Attention is PyTorch's scaled_dot_product_attention: `enable_attention_slicing` and xformers change nothing here.
 - Forward hooks on modules inside `pipe.unet` do not run.
 - `torch.compile(pipe.unet)`, before or after, compiles our U-Net: one graph for full steps, one for cached ones.
@@ -108,6 +109,10 @@ def disable_deepcache(pipe: DiffusionPipeline) -> None:
             del pipe.progress_bar
         else:
             pipe.progress_bar = start.shadowed
+    elif isinstance(pipe, PIPELINES) and pipe.unet is not None:     # the user has set another progress_bar since
+        forward = _installed(_unwrapped(pipe.unet))
+        if forward is not None:
+            forward.uninstall(pipe)
 
 
 def load_pipeline(config: Config, path: Path) -> StableDiffusionPipeline:
@@ -282,7 +287,8 @@ class CachedForward:
         control = self._control(down_block_additional_residuals, mid_block_additional_residual,
                                 down_intrablock_additional_residuals)
         _refuse(f"latents of {sample.shape[-2]} x {sample.shape[-1]}", any(n % self.factor for n in sample.shape[-2:]),
-                f"height and width must be multiples of {self.factor}, which is {8 * self.factor} pixels of an image")
+                f"height and width must be multiples of {self.factor} (of {8 * self.factor} in pixels of a 1.x or 2.x "
+                "image)")
         if self.run is None:
             self.check()
             cache = no_cache
