@@ -31,8 +31,9 @@ FD, KID = "FD-EffLite0", "KID-EffLite0"
 
 
 def open_reference(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet | None]:
-    """(reference, held-out or None) of 'emoji:GROUP' (training images; 'emoji:all' for all groups), a folder or an npz.
+    """(reference, held-out or None) of 'emoji:GROUP' (training images), a folder or an npz.
 
+    GROUP: one group of the emoji, several with commas between, or 'all'.
     size: (height, width) of the samples; a reference of another size is a UserError, since sharpness would differ.
     """
     if not text.startswith("emoji:"):
@@ -41,10 +42,10 @@ def open_reference(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet
             raise UserError(f"the samples are {size[1]}x{size[0]} pixels and {text} is "
                             f"{reference.size[1]}x{reference.size[0]}: take a reference of the same size")
         return reference, None
-    group = text.removeprefix("emoji:")
+    groups = None if text == "emoji:all" else text.removeprefix("emoji:").split(",")
 
     def load(split: str) -> ImageSet:
-        pixels, rows = emoji.load(size[0], split, None if group == "all" else group)
+        pixels, rows = emoji.load(size[0], split, groups)
         return from_array(pixels, f"{text} ({split}, {size[0]} px)", [f"{row.style}/{row.name}" for row in rows])
 
     if size[0] != size[1]:
@@ -139,7 +140,8 @@ def table(result: dict) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
-    parser.add_argument("--reference", required=True, help="emoji:GROUP, emoji:all, a folder of PNGs, or an npz")
+    parser.add_argument("--reference", required=True, help="emoji:GROUP (or GROUP,GROUP or all), a folder of "
+                                                            "PNGs, or an npz")
     parser.add_argument("--against", type=Path, help="folder or npz of the same seeds: print the difference, too")
     parser.add_argument("--seeds", help="exactly these must be there, like 0-255 (default: whatever is there)")
     parser.add_argument("--count", type=int, help="at least so many images must be there")

@@ -36,9 +36,9 @@ def read_index(folder: Path = FOLDER) -> list[Emoji]:
         return [Emoji(**row) for row in csv.DictReader(file)]
 
 
-def load(size: int = 32, split: str | None = None, group: str | None = None,
+def load(size: int = 32, split: str | None = None, groups: str | Sequence[str] | None = None,
          folder: Path = FOLDER) -> tuple[np.ndarray, list[Emoji]]:
-    """Images and their rows, in the order of index.csv, narrowed to a split and a group.
+    """Images and their rows, in the order of index.csv, narrowed to a split and to one or several groups.
 
     Returns uint8 [n, size, size, 3] and n rows. Raises ValueError for a size, split or group that is not there.
     """
@@ -47,21 +47,21 @@ def load(size: int = 32, split: str | None = None, group: str | None = None,
         sizes = sorted(int(path.stem.split("_")[1]) for path in folder.glob("emoji_*.webp"))
         raise ValueError(f"no emoji of {size} pixels in {folder}: there are {sizes}")
     rows = read_index(folder)
-    for value, known in ((split, {row.split for row in rows}), (group, {row.group for row in rows})):
-        if value is not None and value not in known:
-            raise ValueError(f"no emoji of {value!r}: choose from {sorted(known)}")
+    groups = [groups] if isinstance(groups, str) else groups
+    for values, known in (([split] if split else [], {row.split for row in rows}),
+                          (groups or [], {row.group for row in rows})):
+        for value in values:
+            if value not in known:
+                raise ValueError(f"no emoji of {value!r}: choose from {sorted(known)}")
     sheet = np.asarray(Image.open(mosaic).convert("RGB"))
     down, across = (extent // size for extent in sheet.shape[:2])
     tiles = sheet.reshape(down, size, across, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
-    chosen = [i for i, row in enumerate(rows) if split in (None, row.split) and group in (None, row.group)]
+    chosen = [i for i, row in enumerate(rows) if split in (None, row.split) and (groups is None or row.group in groups)]
     return tiles[chosen], [rows[i] for i in chosen]
 
 
 def load_groups(size: int, split: str | None, groups: Sequence[str]) -> tuple[Tensor, list[Emoji]]:
     """Several groups, one after the other: uint8 [n, 3, size, size] and n rows. Raises ValueError as `load` does."""
-    images, rows = load(size, split)
-    unknown = set(groups) - {row.group for row in rows}
-    if unknown:
-        raise ValueError(f"no emoji of {unknown.pop()!r}: choose from {sorted({row.group for row in rows})}")
+    images, rows = load(size, split, groups)
     chosen = [i for group in groups for i, row in enumerate(rows) if row.group == group]
     return torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).contiguous(), [rows[i] for i in chosen]
