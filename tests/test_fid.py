@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import re
 import sys
 import types
 
@@ -113,6 +112,12 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path, made, inception, cha
     with pytest.raises(UserError, match=message) as caught:
         fid.plan([fid.read_reference(reference)], mode, open_images(made[0]), inception.sha256)
     assert "\n" not in str(caught.value)
+
+
+def test_two_references_of_one_mode_are_refused(made, inception):
+    reference = fid.read_reference(made[1])
+    with pytest.raises(UserError, match="two references of mode pytorch-fid"):
+        fid.plan([reference, reference], None, open_images(made[0]), inception.sha256)
 
 
 def test_a_truncated_reference_is_refused(tmp_path, made):
