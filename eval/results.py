@@ -101,7 +101,8 @@ def cost(settings: Mapping[str, Any]) -> Cost | None:
     """MACs of a run from its settings; None where they are no DeepCache schedule of a model in configs/."""
     path = _CONFIGS / f"{settings.get('model')}.yaml"
     cache = settings.get("cache") or {}
-    if not path.is_file() or "steps" not in settings or (cache.get("interval", 1) != 1 and "full_steps" not in cache):
+    known = not cache or cache.get("interval") == 1 or {"branch", "full_steps"} <= cache.keys()
+    if not path.is_file() or "steps" not in settings or not known:
         return None
     config, steps = load_config(path), settings["steps"]
     full, cached = step_macs(build(config), example_inputs(config), cache.get("branch") or 0)

@@ -313,12 +313,13 @@ here: `demo/`; step times: `throughput/`.
 
 def everything(found: Found) -> dict[str, str]:
     """The text of results/README.md and of every file of results/tables/, by path below results/."""
-    rendered = {table: (render(table, runs := of_table(table), found),
-                        schedules(table, runs) if table.schedules else ()) for table in tables().values()}
-    files = {"README.md": "\n".join([_ABOUT, *(as_markdown(*parts) for parts in rendered.values())])}
-    for table, parts in rendered.items():
+    files, sections = {}, [_ABOUT]
+    for table in tables().values():
+        runs = of_table(table)
+        parts = render(table, runs, found), schedules(table, runs) if table.schedules else ()
+        sections.append(as_markdown(*parts))
         files |= {f"tables/{table.name}.csv": as_csv(*parts), f"tables/{table.name}.tex": as_latex(*parts)}
-    return files
+    return {"README.md": "\n".join(sections), **files}
 
 
 @command

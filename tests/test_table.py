@@ -1,0 +1,311 @@
+"""The papers' tables: what is printed is consistent, MACs are its digits, results appear where they belong."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import HERE
+
+from eval import results, rows, table
+from eval.paper import COLUMNS, FOLDER, Table, find, tables
+from eval.results import Metric, Result
+from sampling.settings import UserError
+
+ROOT = HERE.parent
+SCRIPTED = [found for found in tables().values() if found.script]
+
+
+# What is printed
+
+def pairs(name: str, section: str, *keys: str) -> dict[str, tuple[float, ...]]:
+    printed = tables()[name].sections[section].rows
+    return {label: tuple(float(row[key]) for key in keys) for label, row in printed.items()
+            if all(row.get(key) is not None for key in keys)}
+
+
+
+
+@pytest.mark.parametrize("name", [found.name for found in tables().values()])
+def test_speed_ups_are_ratios_of_the_printed_throughputs(name):
+    for section in tables()[name].sections.values():
+        found = pairs(name, section.name, "throughput", "speedup")
+        if not found:
+            continue
+        half = 0.5 * 10.0 ** -section.decimals.get("throughput", COLUMNS["throughput"].decimals)
+        step = 0.5 * 10.0 ** -section.decimals.get("speedup", COLUMNS["speedup"].decimals)
+        base = None
+        for label, (throughput, speedup) in found.items():
+            if speedup == 1:
+                base = throughput
+            # Block Caching's rows follow the baseline of their own solver and steps; skip branches that of Table 2.
+            base = base or pairs("table2", "cifar10", "throughput")["DDPM* (reproduced)"][0]
+            low, high = (throughput - half) / (base + half), (throughput + half) / (base - half)
+            assert low - 2 * step <= speedup <= high + 2 * step, (section.name, label)
+
+
+def test_tables_that_print_one_setting_twice_agree_but_where_a_note_says_otherwise():
+    def row(name: str, label: str, section: str = "") -> dict:
+        return tables()[name].sections[section].rows[label]
+
+    for label in ("Uniform N=2", "Uniform N=3", "Uniform N=5", "Uniform N=10", "Uniform N=20", "NonUniform N=10"):
+        assert row("table11", label).items() <= row("table1", label).items()
+    for n, m in ((5, "table4"), (3, "table4")):
+        one, other = row(m, f"DeepCache N={n}"), row("table1", f"Uniform N={n}")
+        assert {key: other[key] for key in one} == one
+    assert row("table7", "centre 120") == row("table8", "power 1.2")
+    for name, label, section, column, text in (
+            ("table1", "NonUniform N=20", "", None, "7.13"), ("table11", "NonUniform N=20", "", None, "7.11"),
+            ("table2", "N=10", "cifar10", "fid", "10.38"), ("table6", "DeepCache N=10", "", "fid", "9.74"),
+            ("table3", "DeepCache N=5", "parti", "clip", "29.50"), ("table3", "PLMS 50 steps", "coco", "clip", "30.24"),
+            ("table3", "PLMS 25 steps", "parti", "clip", "29.32"), ("table4", "DDIM 91 steps", "", "sfid", "5.06"),
+            ("table8", "power 1.1", "", None, "slip"), ("table2", "N=5", "church", "speedup", "1.85"),
+            ("table3", "DeepCache N=5", "coco", "macs_G", "113.6291"), ("table13", "Uniform N=5", "", "clip", "29.46"),
+            ("table14", "PLMS 50 steps", "", "clip", "30.30")):
+        notes = [note for note in tables()[name].notes
+                 if (note.marks_cell(section, label, column) if column else note.marks_row(section, label))]
+        assert any(text in note.text for note in notes), (name, label)
+
+
+def test_settings_of_block_caching_are_kept():
+    content = yaml.safe_load((FOLDER / "block_caching.yaml").read_text())
+    assert content["settings"]["delta"]["LDM-512"] == 0.5 and content["contradictions"]
+    assert len(tables()["block_caching_table2"].sections[""].rows) == 4
+
+
+# MACs
+
+# Cells whose exact MACs do not round to the printed digits. Each must carry a footnote with the exact number.
+EXCEPTIONS = {("table2", "cifar10", "N=2"): "4.1552", ("table3", "parti", "DeepCache N=5"): "113.6291",
+              ("table3", "coco", "DeepCache N=5"): "113.6291", **{
+                  ("table12", "", f"skip branch {m}"): exact for m, exact in (
+                      (1, "1.6096"), (4, "3.8993"), (5, "4.5854"), (6, "5.3252"), (7, "5.5738"), (8, "5.7319"),
+                      (9, "5.8900"))}}
+
+
+@pytest.fixture(scope="module")
+def rendered() -> dict[str, table.Rendered]:
+    found = list(results.read_all(ROOT / "results"))
+    return {paper.name: table.render(paper, rows.of_table(paper), found) for paper in tables().values()}
+
+
+def test_every_macs_cell_is_the_papers_digits_or_has_a_footnote(rendered):
+    odd, counted = {}, 0
+    for name, one in rendered.items():
+        for part in one.filled:
+            for label, run, column, paper, ours, difference, source in part.values:
+                if column != "macs_G" or not run:
+                    continue
+                counted += 1
+                assert re.fullmatch(r"\d+\.\d+", ours) and source == "counted"
+                if paper != "-" and float(paper) != float(ours):
+                    odd[name, part.section.name, label] = difference
+                elif paper != "-":
+                    assert float(difference) == 0
+    assert odd.keys() == EXCEPTIONS.keys()
+    assert counted == sum(len(rows.of_table(paper).rows) for paper in SCRIPTED)
+    for (name, section, label), exact in EXCEPTIONS.items():
+        [row] = [row for row in rows.of_table(tables()[name]).beside(section, label) if "/" not in row.label]
+        assert f"{row.macs(tables()[name].macs_steps).hook / 1e9:.4f}" == exact
+        [note] = [note for note in tables()[name].notes if note.marks_cell(section, label, "macs_G")]
+        assert exact in note.text
+
+
+def test_the_written_tables_are_current(rendered):
+    """results/README.md and results/tables/ are what `python -m eval.table --all` writes from results/ as it is."""
+    found = list(results.read_all(ROOT / "results"))
+    for name, text in table.everything(found).items():
+        assert (ROOT / "results" / name).read_text() == text, f"{name} is old: run python -m eval.table --all"
+    assert {path.name for path in (ROOT / "results/tables").iterdir()} == {
+        f"{paper.name}.{ending}" for paper in tables().values() for ending in ("csv", "tex")}
+
+
+# Results in their places
+
+def measured(row: rows.Row, **other) -> Result:
+    """As an evaluator writes it for the images of a row."""
+    settings = {"model": row.config.name, "steps": row.steps, "sampler": row.sampler, "dtype": row.dtype,
+                "cache": row.plan.settings}
+    settings |= {key: getattr(row.config.sampler, key) for key in ("timesteps", "eta", "guidance")
+                 if hasattr(row.config.sampler, key)}
+    kind = {"ldm": "adm", "ddpm": "fid", "sd": "clip_score"}[row.package]
+    metrics = {"FID": Metric(3.456), "precision": Metric(0.8266)} if kind == "adm" else {"FID": Metric(4.2)}
+    if kind == "clip_score":
+        metrics = {"CLIP score": Metric(29.53)}
+    inputs = {"prompts": f"/elsewhere/{Path(row.given.prompts).name}"} if row.given.prompts else {}
+    images = {"sd": 1632}.get(row.package, 50_000)
+    return Result(**{"kind": kind, "model": row.config.name, "settings": settings, "images": images, "metrics": metrics,
+                     "inputs": inputs, "provenance": {"device": "cuda", "device_name": "GPU", "threads": 1},
+                     "finished": "2026-01-01T00:00:00Z", "hashes": {"checkpoint": "ab" * 32}} | other)
+
+
+def cell(paper: Table, found: table.Found, label: str, column: str) -> tuple[str, str, str, str]:
+    for part in table.render(paper, rows.of_table(paper), found).filled:
+        for row, run, key, *numbers in part.values:
+            if (run or row, key) == (label, column):
+                return tuple(numbers)
+    raise AssertionError(label)
+
+
+def run_of(name: str, label: str) -> rows.Row:
+    return next(row for row in rows.of_table(find(name)).rows if row.label == label)
+
+
+def test_a_result_goes_to_every_row_of_its_settings_and_to_no_other():
+    found = [(Path("r/n5.json"), measured(run_of("1", "Uniform N=5")))]
+    assert cell(find("1"), found, "Uniform N=5", "fid") == ("3.59", "3.46", "-0.13", "n5.json")
+    assert cell(find("1"), found, "Uniform N=5", "precision") == ("82.36", "82.66", "+0.30", "n5.json")
+    assert cell(find("1"), found, "Uniform N=5", "sfid") == ("5.16", "-", "-", "")
+    assert cell(find("4"), found, "DeepCache N=5", "fid")[1] == "3.46"
+    for name, label in (("1", "Uniform N=3"), ("1", "LDM-4* (regenerated by authors)"), ("11", "NonUniform N=5"),
+                        ("4", "DDIM 59 steps"), ("7", "centre 10")):
+        assert cell(find(name), found, label, "fid")[1] == "-"
+    sd = [(Path("r/sd.json"), measured(run_of("13", "NonUniform N=5")))]
+    assert cell(find("13"), sd, "NonUniform N=5", "clip") == ("29.50", "29.53", "+0.03", "sd.json")
+    assert cell(find("13"), sd, "Uniform N=5", "clip")[1] == cell(find("14"), sd, "NonUniform N=5", "clip")[1] == "-"
+    assert cell(find("3"), sd, "DeepCache N=5", "clip")[1] == "29.53"
+    zeroed = [(Path("r/z.json"), measured(run_of("5", "DDPM CIFAR-10 N=10, zeroed cache")))]
+    assert cell(find("5"), zeroed, "DDPM CIFAR-10 N=10, zeroed cache", "fid")[1] == "4.20"
+    assert cell(find("5"), zeroed, "DDPM CIFAR-10 N=10", "fid")[1] == "-"
+
+
+@pytest.mark.parametrize("change", [
+    {"kind": "fid"}, {"images": 10_000}, {"settings": {"dtype": "bf16"}}, {"settings": {"steps": 100}},
+    {"settings": {"eta": 1.0}}, {"settings": {"guidance": 3.0}}, {"settings": {"model": "ldm_emoji"}},
+    {"settings": {"sampler": "plms"}}, {"settings": {"labels": [207]}}, {"cache": {"branch": 1}},
+    {"cache": {"zero_cache": True}}, {"cache": {"full_steps": [0, 9]}}, {"settings": {"cache": {"interval": 1}}}])
+def test_a_result_of_other_settings_stays_out(change):
+    row = run_of("1", "Uniform N=5")
+    other = measured(row)
+    settings = other.settings | change.get("settings", {})
+    if "cache" in change:
+        settings["cache"] = settings["cache"] | change["cache"]
+    other = measured(row, **{key: change[key] for key in ("kind", "images") if key in change}, settings=settings)
+    section = find("1").sections[""]
+    assert table.is_of(measured(row), row, section, "adm") and not table.is_of(other, row, section, "adm")
+
+
+def test_the_newest_result_counts():
+    row, section = run_of("1", "Uniform N=5"), find("1").sections[""]
+    found = [(Path(f"{day}.json"), measured(row, finished=f"2026-01-{day}T00:00:00Z")) for day in ("09", "30", "12")]
+    assert table.newest(found, row, section, "adm")[0] == Path("30.json")
+
+
+def test_times_of_steps_become_throughput():
+    def timed(device: str, name: str) -> tuple[Path, Result]:
+        steps = {"full": {"median": 0.5}, "branches": [{"branch": 2, "median": 0.2, "ratio": 0.4}]}
+        return Path(f"{device}.json"), Result(
+            "throughput", "ddpm_cifar10", {"dtype": "fp32", "batch_size": 8, "weights": "random"}, throughput=steps,
+            provenance={"device": device, "device_name": name, "threads": 1})
+
+    found = [timed("cuda", "RTX 2080"), timed("cpu", "CPU")]
+    assert cell(find("2"), found, "N=10", "throughput") == ("20.26", "0.35", "-19.91", "cuda.json")
+    assert cell(find("2"), found, "N=10", "speedup") == ("2.07", "2.17", "+0.10", "cuda.json")
+    assert cell(find("2"), found, "DDPM* (reproduced)", "speedup")[1] == "1.00"
+    assert cell(find("2"), found[1:], "N=10", "throughput") == ("20.26", "0.35", "-", "cpu.json")
+    assert cell(find("12"), found, "skip branch 4", "speedup")[1] == "-"       # another branch was not timed
+    sd = Result("throughput", "sd_v15", {"dtype": "fp16", "batch_size": 1, "weights": "random"}, throughput={
+        "full": {"median": 1.0}, "branches": [{"branch": 1, "median": 0.5, "ratio": 0.5}]},
+        provenance={"device": "cuda", "device_name": "GPU", "threads": 1})
+    row = run_of("13", "Uniform N=5")
+    assert table.speed_of([(Path("x"), sd)], row).images_per_second == pytest.approx(1 / (10 + 41 * 0.5))
+    assert table.speed_of([(Path("x"), sd)], row).speedup == pytest.approx(51 / (10 + 41 * 0.5))
+
+
+# Formats and the command
+
+def run(monkeypatch, capsys, *args: str) -> str:
+    monkeypatch.setattr("sys.argv", ["eval.table", *args])
+    table.main()
+    return capsys.readouterr().out
+
+
+def test_formats(monkeypatch, capsys, tmp_path):
+    markdown = run(monkeypatch, capsys, "12", "--format", "markdown", "--results", str(tmp_path))
+    assert "| skip branch 7 | paper | 5.45 [3] | 11.27 | 1.151 | 4.92 |\n|  | ours | 5.57 | - | - | - |" in markdown
+    assert "\n- [3] The exact averages, 5.5738 and 5.7319" in markdown
+    lines = list(csv.DictReader(io.StringIO(run(monkeypatch, capsys, "table12", "--format", "csv", "--results",
+                                                str(tmp_path)))))
+    assert lines[0] == {"table": "table12", "section": "", "row": "skip branch 1", "run": "skip branch 1",
+                        "column": "macs_G", "paper": "1.60", "ours": "1.61", "difference": "+0.01", "from": "counted"}
+    assert len(lines) == 12 * 4
+    latex = run(monkeypatch, capsys, "2", "--format", "latex", "--results", str(tmp_path))
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3 and r"[1] The exact" in latex
+    assert not re.search(r"(?<!\\)[%#_]", latex.replace(r"\begin{table}", ""))
+    text = run(monkeypatch, capsys, "block_caching_table1", "--results", str(tmp_path))
+    assert "Not run (needs a block schedule" in text and "DPM 20 steps, caching" in text
+
+
+def test_all_writes_every_table_and_survives_other_json(monkeypatch, capsys, tmp_path, rendered):
+    (tmp_path / "other.json").write_text("[1]")
+    (tmp_path / "settings.json").write_text('{"interval": 5}')
+    run(monkeypatch, capsys, "--all", "--results", str(tmp_path))
+    text = (tmp_path / "README.md").read_text()
+    assert all(f"## {paper.heading}\n" in text for paper in tables().values())
+    assert len(list((tmp_path / "tables").iterdir())) == 2 * len(tables())
+
+
+@pytest.mark.parametrize("args", ["", "1 --all", "15", "table99", "1 --results nowhere"])
+def test_the_command_refuses_bad_input(monkeypatch, capsys, args):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, capsys, *args.split())
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+# The format of results
+
+def test_results_come_back_as_they_were_written(tmp_path):
+    written = measured(run_of("1", "Uniform N=5"), macs=results.Cost(1.0, 2.0), duration_s=3.5,
+                       metrics={"FID": Metric(3.0, [2.5, 3.5], 0.25), "IS": Metric(200.0)})
+    results.write(tmp_path / "deep/r.json", written)
+    assert results.read(tmp_path / "deep/r.json") == written
+    assert list(results.read_all(tmp_path)) == [(tmp_path / "deep/r.json", written)]
+    assert written.full_steps == list(range(0, 250, 5))
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"metrics": {"FID": {"value": float("nan"), "interval": None, "stderr": None}}}, "FID is not finite"),
+    ({"metrics": {"FID": {"value": 1.0, "interval": [2.0, 1.0], "stderr": None}}}, "runs backwards"),
+    ({"metrics": {"FID": 1.0}}, "FID needs value"), ({"images": 0}, "images is 0"), ({"images": "5"}, "images is '5'"),
+    ({"format": 2}, "format 2, this program reads 1"), ({"surprise": 1}, "unknown key surprise"),
+    ({"macs": {"macs": 1.0}}, "macs needs macs and macs_fc")])
+def test_what_is_no_result_is_refused(tmp_path, change, said):
+    results.write(tmp_path / "r.json", Result("adm"))
+    content = json.loads((tmp_path / "r.json").read_text())
+    (tmp_path / "r.json").write_text(json.dumps(content | change))
+    with pytest.raises(UserError, match=f"r.json is no result of this program: .*{re.escape(said)}"):
+        results.read(tmp_path / "r.json")
+    with pytest.raises(UserError, match=r"damaged|no result"):
+        (tmp_path / "r.json").write_text("{")
+        results.read(tmp_path / "r.json")
+
+
+def test_a_bad_result_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="FID is not finite"):
+        results.write(tmp_path / "r.json", Result("adm", metrics={"FID": Metric(float("inf"))}))
+    assert not any(tmp_path.iterdir())
+
+
+def test_files_from_before_the_format_are_read():
+    one = results.read(ROOT / "results/demo/ldm/n10.json")
+    old = json.loads((ROOT / "results/demo/ldm/n10.json").read_text())
+    if "format" in old:
+        pytest.skip("the demo was run again since")
+    assert one.metrics["PSNR"].value == old["fidelity"]["psnr"]["mean"] and one.images == 256
+    assert one.metrics["FD-EffLite0"].stderr == old["quality"]["FD-EffLite0"]["stderr"]
+    assert one.macs == pytest.approx(results.cost(one.settings)) and one.full_steps == old["full_steps"]
+
+
+def test_cost_needs_a_known_model_and_schedule():
+    settings = {"model": "ddpm_emoji", "steps": 10}
+    full = results.cost(settings)
+    assert full.macs > 0 and results.cost(settings | {"cache": {"interval": 1}}) == full
+    cached = {"interval": 5, "branch": 1, "full_steps": [0, 5]}
+    assert results.cost(settings | {"cache": cached}).macs < full.macs
+    assert results.cost({"model": "nobody's", "steps": 10}) is None
+    assert results.cost(settings | {"cache": {"method": "blocks"}}) is None
