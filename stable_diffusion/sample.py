@@ -63,8 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
                                                         "the batch")
     sampler.add_argument("--released-noise", action="store_true",
                          help="the released evaluation's noise, the same in every batch: seed 42 is set again for "
-                              "each; an image depends on its place in the batch then, and on --batch-size, --dtype and the "
-                              "kind of --device")
+                              "each; an image depends on its place in the batch then, and on --batch-size, --dtype and "
+                              "the kind of --device")
     add_cache_options(parser)
     add_run_options(parser, batch_size=8, seeds="as many as there are prompts")
     return parser

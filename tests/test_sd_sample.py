@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from test_ldm_sample import pixels, same
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import stable_diffusion.compare
+from eval.macs import step_macs
 from sampling.prompts import prompts_sha256
 from sampling.runs import image_path
 from stable_diffusion.sample import ReleasedNoise, main
@@ -158,7 +160,7 @@ def test_dpm_solver_as_switched_to_in_the_published_folder(sample, tiny, tmp_pat
 
 @pytest.mark.parametrize("sampler", [["plms"], ["ddim", "--eta", 1], ["dpmpp"]], ids=lambda words: words[0])
 def test_an_image_depends_on_its_seed_alone(sample, tmp_path, monkeypatch, sampler):
-    common = ["--sampler", *sampler, "--steps", 3, "--interval", 2]
+    common = ["--sampler", *sampler, "--steps", 2, "--interval", 2]
     whole, split, parts, ranks = (tmp_path / part for part in ("whole", "split", "parts", "ranks"))
     assert sample(*common, "--batch-size", 5, "--out", whole) == 0
     assert sample(*common, "--batch-size", 2, "--out", split) == 0
@@ -297,7 +299,7 @@ def test_diffusers_unet_gives_the_same_images(sample, tmp_path):
 # Bad input
 
 @pytest.mark.parametrize(("change", "word"), [
-    (["--guidance", "-1"], "guidance"), (["--eta", "0.5"], "ddim"), (["--sampler", "plms", "--timesteps", "quad"], "plms"),
+    (["--guidance", "-1"], "guidance"), (["--eta", "0.5"], "ddim"), (["--timesteps", "quad"], "plms"),
     (["--sampler", "ddim", "--timesteps", "linspace"], "linspace"), (["--steps", "0"], "from 1 to 999"),
     (["--steps", "1000"], "999"), (["--branch", "9"], "0 to 3"), (["--interval", "9"], "interval"),
     (["--model", "nowhere"], "nowhere"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
@@ -336,3 +338,51 @@ def test_nan_is_reported_and_not_saved(sample, tiny, tmp_path, capsys, part):
     save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, file)
     assert fails(capsys, sample("--model", folder, "--steps", 2, "--out", tmp_path / "x"), "not finite", "--dtype")
     assert not list((tmp_path / "x").glob("*/*.png"))
+
+
+# compare
+
+@pytest.fixture
+def compare(tiny, monkeypatch):
+    """The command within this process; returns its exit code."""
+    def run(*args, config=tiny) -> int:
+        words = ["stable_diffusion.compare", "--config", config, "--threads", 1, "--device", "cpu", "--prompt", "moon"]
+        monkeypatch.setattr(sys, "argv", [*map(str, [*words, *args])])
+        try:
+            stable_diffusion.compare.main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+    return run
+
+
+def test_compare_shows_what_sampling_gives(sample, compare, tmp_path, capsys):
+    out = tmp_path / "both.png"
+    assert compare("--interval", 3, "--seed", 4, "--out", out) == 0
+    printed, result = capsys.readouterr().out, json.loads(out.with_suffix(".json").read_text())
+    assert "2 / 7" in printed and "7 / 7" in printed and "speed-up" in printed and "PSNR" in printed
+    sheet = np.asarray(Image.open(out)).astype(int)
+    arms = {"a": (0, 1), "b": (sheet.shape[1] - 256, 3)}
+    for name, (left, interval) in arms.items():
+        assert sample("--prompt", "moon", "--seeds", 4, "--interval", interval, "--out", tmp_path / name) == 0
+        tile = sheet[8:256:16, left + 8:left + 256:16]                  # enlarged from 16 to 256 pixels
+        assert np.abs(pixels(tmp_path / name)[4] - tile).max() <= 1
+    a, b = (pixels(tmp_path / name)[4] for name in arms)
+    assert result["psnr_db"] == pytest.approx(10 * np.log10(255 ** 2 / ((a - b) ** 2).mean()), abs=0.5)
+
+    unet = UNet(**UNET)
+    inputs = torch.zeros(1, 4, SIZE // 2, SIZE // 2), torch.zeros(1), torch.zeros(1, TOKENS, 16)
+    full, cached = step_macs(unet, inputs, 1)
+    assert result["uncached"]["macs"] == 2 * 7 * full.hook
+    assert result["cached"]["macs_fc"] == pytest.approx(2 * (2 * full.fc + 5 * cached.fc))
+    assert result["speed_up"]["macs"] == pytest.approx(7 * full.hook / (2 * full.hook + 5 * cached.hook))
+    assert result["speed_up"]["seconds"] == result["uncached"]["seconds"] / result["cached"]["seconds"]
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    (["--interval", "1"], "2 or more"), (["--seed", "-1"], "--seed"), (["--out", "nowhere/x.png"], "nowhere/x.png"),
+    (["--out", "x.jpg"], ".png"), (["--model", "nowhere"], "nowhere"), (["--interval", "7"], "interval")])
+def test_compare_refuses(compare, tmp_path, monkeypatch, capsys, change, word):
+    monkeypatch.chdir(tmp_path)
+    assert fails(capsys, compare(*change), word)
+    assert not list(tmp_path.iterdir())
