@@ -7,12 +7,19 @@ together with the way to compute it. DeepCache keeps the result of one level, Bl
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Cache = Callable[[Hashable, Callable[[], Tensor]], Tensor]
+
+
+class Policy(Protocol):
+    """What decides over the steps of a run: `at(step)` returns the cache that network call `step` is given."""
+
+    def at(self, step: int) -> Cache: ...
 
 
 def no_cache(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
@@ -56,12 +63,27 @@ class Residual(nn.Module):
         return self.shortcut(x) + cond.cache(self.key, lambda: self.residual(x, cond))
 
 
-class Block(nn.Sequential):
-    """Layers in sequence; the residual ones are given the conditioning too."""
+class Upsample(nn.Module):
+    """Double height and width, or go to `size`: one less, where a level of odd size was halved."""
 
-    def forward(self, x: Tensor, cond: Cond) -> Tensor:
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        factor = 2.0 if size is None else None
+        return self.conv(F.interpolate(x, size=size, scale_factor=factor, mode="nearest"))
+
+
+class Block(nn.Sequential):
+    """Layers in sequence; the residual ones are given the conditioning too, an upsampling its height and width."""
+
+    def forward(self, x: Tensor, cond: Cond, size: Sequence[int] | None = None) -> Tensor:
         for layer in self:
-            x = layer(x, cond) if isinstance(layer, Residual) else layer(x)
+            if isinstance(layer, Residual):
+                x = layer(x, cond)
+            else:
+                x = layer(x, size) if isinstance(layer, Upsample) else layer(x)
         return x
 
 
@@ -76,7 +98,8 @@ def nested_forward(x: Tensor, input_blocks: Sequence[Block], middle_block: Block
                    cond: Cond) -> Tensor:
     """Run a U-Net whose output block -1-k concatenates the output of input block k (its skip k).
 
-    x: [batch, in_channels, height, width] -> [batch, channels, height, width], before the head.
+    x: [batch, in_channels, height, width] -> [batch, channels, height, width], before the head. Any height and width:
+    each level returns the size that it was given.
     Source: DeepCache (arXiv 2312.00858), Section 3.2: a reused level leaves only the blocks around it to run.
     """
     def level(k: int, x: Tensor) -> Tensor:
@@ -84,7 +107,7 @@ def nested_forward(x: Tensor, input_blocks: Sequence[Block], middle_block: Block
             return controlled(middle_block(x, cond), k)
         skip = input_blocks[k](x, cond)
         inner = cond.cache(k, lambda: level(k + 1, skip))       # what the decoder block of skip k concatenates
-        return output_blocks[-1 - k](torch.cat([inner, controlled(skip, k)], dim=1), cond)
+        return output_blocks[-1 - k](torch.cat([inner, controlled(skip, k)], dim=1), cond, x.shape[-2:])
 
     def controlled(x: Tensor, k: int) -> Tensor:
         return x if cond.control is None else x + cond.control[k]

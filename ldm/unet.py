@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from caching.nested import Block, Cache, Cond, Residual, name_residuals, nested_forward, no_cache
+from caching.nested import Block, Cache, Cond, Residual, Upsample, name_residuals, nested_forward, no_cache
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -137,17 +137,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
-
-
-class Upsample(nn.Module):
-    """Double height and width."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class UNet(nn.Module):

@@ -16,8 +16,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import Tensor
 from transformers import BertModel, CLIPTextModel, PreTrainedTokenizerBase
 
+from caching.nested import Upsample
 from ldm import first_stage
-from ldm.unet import Downsample, ResBlock, SpatialTransformer, Upsample
+from ldm.unet import Downsample, ResBlock, SpatialTransformer
 from sampling.settings import UserError, one_line
 from sampling.weights import load_strict, read_tensors, sha256, split, tensors_of
 from stable_diffusion.config import Config

@@ -21,7 +21,6 @@ schedulers, as Heun's, count each of their calls.
   computes everything.
 - ControlNets run on every step, and their residuals enter at all skips that a step computes: on a cached step, at the
   skips up to the branch. A cached feature holds the residuals of its own full step.
-- Images must be multiples of 64 pixels high and wide, so that every level of the U-Net halves.
 - Attention is PyTorch's scaled_dot_product_attention: `enable_attention_slicing` and xformers change nothing here.
 - Forward hooks on modules inside `pipe.unet` do not run.
 - `torch.compile(pipe.unet)`, before or after, compiles our U-Net: one graph for full steps, one for cached ones.
@@ -222,7 +221,6 @@ class CachedForward:
         with torch.device("meta"):
             self.net = UNet(**unet_arguments(unet.config)).eval()
         self.unet = unet
-        self.factor = 2 ** (len(unet.config.block_out_channels) - 1)    # from the outermost level to the innermost
         # Where each of our parameters belongs, with its name in diffusers.
         self.places = [(self.net.get_submodule(path), leaf, name) for own, name in diffusers_names(self.net).items()
                        for path, _, leaf in [own.rpartition(".")]]
@@ -286,9 +284,6 @@ class CachedForward:
         _refuse(f"added_cond_kwargs {', '.join(added)}", added != [], "they are of an IP-Adapter or another U-Net")
         control = self._control(down_block_additional_residuals, mid_block_additional_residual,
                                 down_intrablock_additional_residuals)
-        _refuse(f"latents of {sample.shape[-2]} x {sample.shape[-1]}", any(n % self.factor for n in sample.shape[-2:]),
-                f"height and width must be multiples of {self.factor} (of {8 * self.factor} in pixels of a 1.x or 2.x "
-                "image)")
         if self.run is None:
             self.check()
             cache = no_cache
