@@ -157,8 +157,9 @@ def main() -> None:
     scores = score(x, y, reference.statistics, args.groups)
     print(table(scores, len(samples), len(reference.images)))
     if args.out:
+        metrics = {inception.name(name): metric for name, metric in scores.metrics.items()}
         results.write(args.out, results.of_samples(
-            "adm", samples, scores.metrics, device, started=started, inputs={"reference": str(args.reference)},
+            "adm", samples, metrics, device, started=started, inputs={"reference": str(args.reference)},
             hashes={"reference": sha256(args.reference), "extractor": inception.sha256, "images": x.images_sha256},
             details={**scores.details, "unavailable": scores.unavailable, "notes": notes, "extractor": inception.id,
                      "reference_images": len(reference.images), "groups": args.groups}))

@@ -205,7 +205,7 @@ def _judge(args: argparse.Namespace) -> None:
         hashes = {f"reference {path.name}" if len(args.reference) > 1 else "reference": sha256(path)
                   for path in args.reference}
         results.write(args.out, results.of_samples(
-            "fid", samples, metrics, device, started=started,
+            "fid", samples, {base.name(name): metric for name, metric in metrics.items()}, device, started=started,
             inputs={"reference": ", ".join(str(path) for path in args.reference)},
             hashes={**hashes, "extractor": base.sha256, "images": digest},
             details={**details, "unavailable": unavailable, "notes": notes, "groups": args.groups}))

@@ -1,7 +1,7 @@
 """The Inception network of FID (2015-12-05, 1008 classes): torch-fidelity's, with weights from a local file.
 
-Nothing is downloaded. Either of these serves: going by the start of their sha256, which their names end with, it is one
-file under two names, TensorFlow's weights in the layout of torchvision:
+Nothing is downloaded. Either of these serves: it is one file under two names (95,628,359 bytes; the names end with the
+start of its sha256), TensorFlow's weights in the layout of torchvision:
     weights-inception-2015-12-05-6726825d.pth   github.com/toshas/torch-fidelity, release v0.2.0
     pt_inception-2015-12-05-6726825d.pth        github.com/mseitzer/pytorch-fid, release fid_weights
 Which number an image set gets depends on how the images are brought to 299 pixels, so each way has a name (MODES).
@@ -26,7 +26,7 @@ from sampling.weights import read_tensors, sha256
 WHERE = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth "
          "or https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
          "pt_inception-2015-12-05-6726825d.pth")
-PUBLISHED = "6726825d"          # how the file's sha256 starts
+PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"     # sha256 of that file
 SIZE = 299
 DIMS = {"pool": 2048, "logits": 1008, "spatial": 17 * 17 * 7}
 _SPATIAL_CHANNELS = 7
@@ -106,7 +106,7 @@ class Inception:
             raise UserError(f"no Inception weights {weights}: get {WHERE}")
         self.net = load(self.weights).to(self.device)       # before any image is read: it may not fit
         self.sha256 = sha256(self.weights)
-        self.published = self.sha256.startswith(PUBLISHED)
+        self.published = self.sha256 == PUBLISHED
 
     def in_mode(self, mode: str) -> "Inception":
         """The same network on images that are prepared in another way. Raises NoLibrary as above."""
@@ -121,11 +121,15 @@ class Inception:
         way = {"adm": "tensorflow", "legacy_tensorflow": "tensorflow"}.get(self.mode, self.mode)
         return f"Inception-2015-12-05:sha256={self.sha256}:{way}:{'+'.join(self.layers)}:fp32"
 
+    def name(self, metric: str) -> str:
+        """What a number may be called: with other weights it is not the metric of the literature, nor of any table."""
+        return metric if self.published else f"{metric}, other weights"
+
     @property
     def notes(self) -> list[str]:
         """What must be said about the numbers."""
         return [] if self.published else [
-            f"{self.weights} is not the published file (its sha256 does not start with {PUBLISHED}): with other "
+            f"{self.weights} is not the published file (sha256 {PUBLISHED[:16]}...): with other "
             "weights no number here is an FID, sFID, IS, KID, precision or recall of the literature"]
 
     @torch.no_grad()
