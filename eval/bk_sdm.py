@@ -3,6 +3,9 @@
 Sizes: the config.json files of github Nota-NetsPresso/BK-SDM, src/unet_config; all else is Stable Diffusion v1's.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -22,6 +25,15 @@ def build(size: str) -> nn.Module:
     with torch.device("meta"):
         return UNet2DConditionModel(sample_size=64, in_channels=4, out_channels=4, cross_attention_dim=768,
                                     attention_head_dim=8, **_SIZES[size])
+
+
+def size_of(layout: Mapping[str, Any]) -> str | None:
+    """Which size a diffusers config of a U-Net is of, as run.json has it; None for any other U-Net."""
+    def layers(config: Mapping[str, Any]) -> tuple:
+        return (config.get("layers_per_block", 2), config.get("mid_block_type", "UNetMidBlock2DCrossAttn"),
+                tuple(config.get("block_out_channels", (320, 640, 1280, 1280))))
+
+    return next((size for size, config in _SIZES.items() if layers(config) == layers(layout)), None)
 
 
 def step_macs(size: str) -> Macs:

@@ -98,11 +98,12 @@ def of_samples(kind: str, images: ImageSet, metrics: Mapping[str, Metric], devic
 
 
 def cost(settings: Mapping[str, Any]) -> Cost | None:
-    """MACs of a run from its settings; None where they are no DeepCache schedule of a model in configs/."""
+    """MACs of a run from its settings; None where they are not those of a model in configs/ with DeepCache or none."""
     path = _CONFIGS / f"{settings.get('model')}.yaml"
     cache = settings.get("cache") or {}
     known = not cache or cache.get("interval") == 1 or {"branch", "full_steps"} <= cache.keys()
-    if not path.is_file() or "steps" not in settings or not known:
+    other = "block_caching" in cache or "diffusers" in settings.get("unet", {})
+    if not path.is_file() or "steps" not in settings or not known or other:
         return None
     config, steps = load_config(path), settings["steps"]
     full, cached = step_macs(build(config), example_inputs(config), cache.get("branch") or 0)

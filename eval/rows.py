@@ -19,6 +19,7 @@ from eval.macs import Macs, average, step_macs
 from eval.models import Config, build, example_inputs, load_config, rows_per_image
 from eval.paper import Section, Table
 from sampling.options import CachePlan, add_cache_options, plan_cache
+from sampling.samplers import num_calls, timesteps_for
 from sampling.settings import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +55,8 @@ class Row(NamedTuple):
 
     @property
     def calls(self) -> int:
-        """Network calls per image: PLMS makes one more than it has steps; it is a cached one where anything is."""
-        return self.steps + (self.sampler == "plms" and self.steps > 1)
+        """Network calls per image."""
+        return num_calls(self.sampler, self.steps)
 
     @property
     def full_calls(self) -> int:
@@ -89,6 +90,15 @@ class Row(NamedTuple):
         """All network calls of an image, both rows of guidance."""
         mean = average(*self.step_macs(), range(self.full_calls), self.calls)
         return Macs(*(value * self.calls * rows_per_image(self.config) for value in mean))
+
+    def settings(self) -> dict:
+        """What run.json of the row's images says of sampling, the cache aside."""
+        sampler = self.config.sampler
+        found = {"model": self.config.name, "sampler": self.sampler, "steps": self.steps, "dtype": self.dtype,
+                 "timesteps": timesteps_for(self.sampler, sampler.timesteps), "eta": 0.0}
+        if hasattr(sampler, "guidance"):
+            found["guidance"] = sampler.guidance if self.given.guidance is None else self.given.guidance
+        return found
 
     def name(self) -> str:
         """Of the sample folder: uncached, steps59, uniform_n5, parti_centered_n5_c10_p1.5, uniform_n10_zeroed."""

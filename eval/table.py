@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from eval import results
+from eval import bk_sdm, results
 from eval.macs import giga
 from eval.paper import COLUMNS, Note, Section, Table, find, tables
 from eval.results import Result
 from eval.rows import Row, Runs, check_against, of_table
 from sampling.cli import command
+from sampling.labels import RULES
 from sampling.runs import write_atomically
 from sampling.settings import UserError
 
@@ -44,26 +45,22 @@ def judge(row: Row, columns: Sequence[str]) -> str:
 def is_of(result: Result, row: Row, section: Section, kind: str) -> bool:
     """Whether a result was measured on a run with a row's settings, and on as many images as the paper's."""
     settings, cache = result.settings, result.settings.get("cache") or {}
-    if (result.kind, settings.get("model"), result.images) != (kind, row.config.name, section.images):
+    if (result.kind, result.images) != (kind, section.images):
         return False
-    expected = {"steps": row.steps, "sampler": row.sampler, "dtype": row.dtype}
-    # Beyond these, whatever the run recorded must be the row's, or else the default, which is the paper's.
-    defaults = {key: getattr(row.config.sampler, key) for key in ("timesteps", "eta", "guidance")
-                if hasattr(row.config.sampler, key) and key in settings}
-    defaults |= {"guidance": row.given.guidance} if row.given.guidance is not None else {}
-    defaults |= {"released_noise": False} if "released_noise" in settings else {}
-    if any(settings.get(key) != value for key, value in (expected | defaults).items()):
+    if any(settings.get(key) != value for key, value in row.settings().items()):
         return False
-    if settings.get("labels", "balanced") not in ("balanced", "random"):
+    # Noise as the released code has it, one class only, other prompts and other networks are other experiments.
+    if settings.get("noise", "per seed") != "per seed" or settings.get("labels", "balanced") not in RULES:
         return False
     if row.given.prompts and Path(result.inputs.get("prompts", "")).name != Path(row.given.prompts).name:
         return False
-    if Path(row.given.model or "").name != (settings.get("checkpoint_name", "") if row.pruned else ""):
+    pruned = settings.get("unet", {}).get("diffusers")
+    if (row.pruned is not None) != (pruned is not None) or (pruned and bk_sdm.size_of(pruned) != row.pruned):
         return False
-    cached = bool(cache) and cache.get("interval") != 1
-    same_cache = not row.plan.cached or (cache.get("branch") == row.plan.branch and bool(cache.get("zero_cache"))
-                                         == row.plan.settings["zero_cache"])
-    return cached == row.plan.cached and result.full_steps == row.plan.full_steps and same_cache
+    if "block_caching" in cache or (cache.get("interval", 1) != 1) != row.plan.cached:
+        return False
+    return not row.plan.cached or all(cache.get(key) == row.plan.settings[key]
+                                      for key in ("branch", "full_steps", "zero_cache"))
 
 
 def newest(found: Found, row: Row, section: Section, kind: str) -> tuple[Path, Result] | None:

@@ -8,7 +8,7 @@ source "$(dirname "$0")/table.sh"
 table block_caching_table1
 
 ldm512() { row "$1" sd --prompts data/prompts/coco_captions_val2017.json --guidance 5.0 --dtype bf16 "${@:2}"; }
-cached() { later "$1" "needs a block schedule, which is not built yet"; }
+cached() { later "$1" "needs a block schedule measured on the weights, which this script does not make yet"; }
 
 # The paper:                                                                 img/s     x    FID
 ldm512 "DPM 20 steps"                           --sampler dpmpp --steps 20 #  2.17  1.00  17.15

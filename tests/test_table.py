@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import HERE
 
-from eval import results, rows, table
+from eval import bk_sdm, results, rows, table
 from eval.paper import COLUMNS, FOLDER, Table, find, tables
 from eval.results import Metric, Result
 from sampling.settings import UserError
@@ -127,10 +127,9 @@ def test_the_written_tables_are_current(rendered):
 
 def measured(row: rows.Row, **other) -> Result:
     """As an evaluator writes it for the images of a row."""
-    settings = {"model": row.config.name, "steps": row.steps, "sampler": row.sampler, "dtype": row.dtype,
-                "cache": row.plan.settings}
-    settings |= {key: getattr(row.config.sampler, key) for key in ("timesteps", "eta", "guidance")
-                 if hasattr(row.config.sampler, key)}
+    settings = row.settings() | {"cache": row.plan.settings}
+    if row.pruned:
+        settings["unet"] = {"diffusers": dict(bk_sdm.build(row.pruned).config)}
     kind = {"ldm": "adm", "ddpm": "fid", "sd": "clip_score"}[row.package]
     metrics = {"FID": Metric(3.456), "precision": Metric(0.8266)} if kind == "adm" else {"FID": Metric(4.2)}
     if kind == "clip_score":
@@ -175,7 +174,9 @@ def test_a_result_goes_to_every_row_of_its_settings_and_to_no_other():
 @pytest.mark.parametrize("change", [
     {"kind": "fid"}, {"images": 10_000}, {"settings": {"dtype": "bf16"}}, {"settings": {"steps": 100}},
     {"settings": {"eta": 1.0}}, {"settings": {"guidance": 3.0}}, {"settings": {"model": "ldm_emoji"}},
-    {"settings": {"sampler": "plms"}}, {"settings": {"labels": [207]}}, {"cache": {"branch": 1}},
+    {"settings": {"sampler": "plms"}}, {"settings": {"labels": [207]}},
+    {"settings": {"noise": {"rule": "released"}}}, {"settings": {"timesteps": "trailing"}},
+    {"settings": {"unet": {"diffusers": {}}}}, {"cache": {"block_caching": {}}}, {"cache": {"branch": 1}},
     {"cache": {"zero_cache": True}}, {"cache": {"full_steps": [0, 9]}}, {"settings": {"cache": {"interval": 1}}}])
 def test_a_result_of_other_settings_stays_out(change):
     row = run_of("1", "Uniform N=5")
@@ -186,6 +187,16 @@ def test_a_result_of_other_settings_stays_out(change):
     other = measured(row, **{key: change[key] for key in ("kind", "images") if key in change}, settings=settings)
     section = find("1").sections[""]
     assert table.is_of(measured(row), row, section, "adm") and not table.is_of(other, row, section, "adm")
+
+
+def test_pruned_models_are_told_apart():
+    tiny, section = run_of("3", "BK-SDM Tiny"), find("3").sections["parti"]
+    result = measured(tiny)
+    assert table.is_of(result, tiny, section, "clip_score")
+    for label in ("BK-SDM Base", "BK-SDM Small", "PLMS 50 steps"):
+        assert not table.is_of(result, run_of("3", label), section, "clip_score")
+    assert results.cost(result.settings) is None
+    assert bk_sdm.size_of({}) is None and bk_sdm.size_of({"layers_per_block": 1}) == "base"
 
 
 def test_the_newest_result_counts():
