@@ -5,7 +5,7 @@ The paper measures L1rel(i, t) = |C_i(t) - C_i(t - 1)|_1 / |C_i(t)|_1 of each bl
 Steps count in the order in which they run, 0 at the highest noise level; the change of step t is that from step t - 1.
 """
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -125,13 +125,11 @@ class Together:
         return (self.level if isinstance(key, int) else self.blocks)(key, compute)
 
 
-def outside(names: Sequence[str], unet: nn.Module, branch: int) -> list[str]:
+def outside(names: Iterable[str], num_branches: int, branch: int) -> list[str]:
     """Those of the residuals that run on a cached step of DeepCache at `branch`: in blocks 0..branch of either side."""
-    last = len(unet.output_blocks) - 1
-
     def runs(name: str) -> bool:
         side, index, *_ = name.split(".")
-        skip = {"input_blocks": int(index), "output_blocks": last - int(index)}.get(side)
+        skip = {"input_blocks": int(index), "output_blocks": num_branches - 1 - int(index)}.get(side)
         return skip is not None and skip <= branch
 
     return [name for name in names if runs(name)]

@@ -9,78 +9,91 @@ under torchrun, or by giving each its own --seeds and one --out.
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
+from torch import Tensor, nn
 
+from caching.nested import Policy
 from ddpm.checkpoint import load_checkpoint
 from ddpm.config import load_config
 from ddpm.unet import UNet
 from sampling.cli import command
+from sampling.image_model import ImageModel, sample_images
 from sampling.noise import SeededNoise
 from sampling.options import (
     DTYPES,
     add_cache_options,
     add_run_options,
     add_sampler_options,
-    chosen_seeds,
     place,
-    plan_cache,
     plan_sampler,
     prepare_device,
-    summary,
 )
-from sampling.provenance import provenance
-from sampling.runs import RunFolder, to_uint8
+from sampling.runs import to_uint8
 from sampling.samplers import noise_predictor
 from sampling.settings import UserError
 from sampling.weights import check_md5, sha256
 
+BATCH_SIZE = 64
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What decides the image of a seed, caching aside."""
     parser.add_argument("--config", type=Path, required=True, help="configs/ddpm_*.yaml")
     parser.add_argument("--checkpoint", type=Path, help="weights, instead of the config's")
     add_sampler_options(parser)
+
+
+class DDPM(ImageModel):
+    """Unconditional, in pixels: its latents are the images."""
+
+    def __init__(self, args: argparse.Namespace):
+        config = load_config(args.config)
+        self.config, self.md5 = config, config.md5 if args.checkpoint is None else None
+        self.device, self.dtype = prepare_device(args), DTYPES[args.dtype]
+        self.sampler = plan_sampler(args, config.sampler, config.diffusion)
+        try:
+            self.unet = UNet(**vars(config.unet))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.num_branches = self.unet.num_branches
+        self.branch, self.images = config.sampler.branch, config.sampler.images
+        self.checkpoint = args.checkpoint or Path(config.checkpoint)
+        self.settings = {"model": config.name, "unet": asdict(config.unet), **self.sampler.settings,
+                         "dtype": args.dtype}
+
+    def load(self) -> None:
+        if self.md5:
+            check_md5(self.checkpoint, self.md5)    # first: a download that was cut short should be called that
+        load_checkpoint(self.unet, self.checkpoint)
+        self.settings["checkpoint_sha256"] = sha256(self.checkpoint)
+        self.unet = place(self.unet, self.device, self.dtype)
+
+    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: nn.Module | None = None,
+                report: Callable[[float], None] | None = None) -> Tensor:
+        unet, noise = self.config.unet, SeededNoise(seeds, self.device)
+        predict = noise_predictor(network or self.unet, self.config.diffusion, self.dtype, policy)
+        return self.sampler.run(predict, noise((unet.in_channels, unet.resolution, unet.resolution)), noise, report)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        return to_uint8(latents)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
     add_cache_options(parser)
-    add_run_options(parser, batch_size=64)
+    add_run_options(parser, BATCH_SIZE)
     return parser
 
 
 @command
 def main() -> None:
     args = build_parser().parse_args()
-    config = load_config(args.config)
-    device, dtype = prepare_device(args), DTYPES[args.dtype]
-    sampler = plan_sampler(args, config.sampler, config.diffusion)
-    try:
-        unet = UNet(**vars(config.unet))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    plan = plan_cache(args, sampler.steps, unet.num_branches, config.sampler.branch)
-    seeds = chosen_seeds(args, config.sampler.images)
-    checkpoint = args.checkpoint or Path(config.checkpoint)
-    if config.md5 and args.checkpoint is None:
-        check_md5(checkpoint, config.md5)       # first: a download that was cut short should be called that
-    load_checkpoint(unet, checkpoint)
-
-    settings = {"model": config.name, "unet": asdict(config.unet), "checkpoint_sha256": sha256(checkpoint),
-                **sampler.settings, "dtype": args.dtype, "cache": plan.settings}
-    run = RunFolder(args.out, settings, provenance(device) | {"compile": args.compile})
-
-    unet = place(unet, device, dtype)
-    network = torch.compile(unet, fullgraph=True) if args.compile else unet
-    shape = (config.unet.in_channels, config.unet.resolution, config.unet.resolution)
-
-    def sample(seeds: list[int], report) -> np.ndarray:
-        noise = SeededNoise(seeds, device)
-        predict = noise_predictor(network, config.diffusion, dtype, plan.make())
-        return to_uint8(sampler.run(predict, noise(shape), noise, report))
-
-    made = run.fill(seeds, args.batch_size, sample)
-    print(summary(args, seeds, made, sampler, plan))
+    sample_images(args, DDPM(args))
 
 
 if __name__ == "__main__":

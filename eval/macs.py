@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from caching.deepcache import DeepCache
-from caching.nested import Cache
+from caching.nested import Cache, Policy
 from eval.models import build, example_inputs, load_config
 from sampling.cli import command
 from sampling.options import add_cache_options, plan_cache
@@ -33,12 +33,6 @@ class Macs(NamedTuple):
     """Multiply-accumulates in both conventions; whole numbers for one step, fractions for an average."""
     hook: float
     fc: float
-
-
-class Policy(Protocol):
-    """A caching policy: `at(step)` returns the cache that the network call `step` is given."""
-
-    def at(self, step: int) -> Cache: ...
 
 
 def _hook_macs(module: nn.Module, x: Tensor, out: Tensor) -> int:

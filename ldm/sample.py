@@ -9,18 +9,22 @@ seeds under torchrun, or by giving each its own --seeds and one --out. OUT/image
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from caching.nested import Policy
 from ldm import first_stage
 from ldm.checkpoint import checkpoint_sha256, load_checkpoint
 from ldm.config import Config, load_config
 from ldm.train import class_names
 from ldm.unet import UNet
 from sampling.cli import command
+from sampling.image_model import ImageModel, sample_images
 from sampling.labels import Labels, read_names, write_listing
 from sampling.noise import SeededNoise
 from sampling.options import (
@@ -29,24 +33,21 @@ from sampling.options import (
     add_run_options,
     add_sampler_options,
     chosen_guidance,
-    chosen_seeds,
     place,
-    plan_cache,
     plan_sampler,
     prepare_device,
-    summary,
 )
-from sampling.provenance import provenance
 from sampling.runs import RunFolder, to_uint8
 from sampling.samplers import noise_predictor
 from sampling.settings import UserError
 from training import emoji
 
+BATCH_SIZE = 32
 DECODED_AT_ONCE = 8     # images; what the first stage needs for more would decide the batch size
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What decides the image of a seed, caching aside."""
     parser.add_argument("--config", type=Path, required=True, help="configs/ldm_*.yaml")
     parser.add_argument("--checkpoint", type=Path, help="weights of all three networks, instead of the config's")
     sampler = add_sampler_options(parser)
@@ -55,9 +56,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--labels", default="balanced",
                         help="balanced (default): seed mod the number of classes; random: uniform, from the seed; or a "
                              "list like 207,360 or 0-9, taken in turn")
-    add_cache_options(parser)
-    add_run_options(parser, batch_size=32)
-    return parser
 
 
 def names_of_classes(config: Config) -> list[str] | None:
@@ -86,52 +84,71 @@ def check_sizes(config: Config) -> int:
     return stage.resolution // factor
 
 
+class LDM(ImageModel):
+    """Conditional on a class, in the latents of a first stage."""
+
+    def __init__(self, args: argparse.Namespace):
+        config = load_config(args.config)
+        self.config, self.checkpoint = config, args.checkpoint or Path(config.checkpoint)
+        self.device, self.dtype = prepare_device(args), DTYPES[args.dtype]
+        self.sampler = plan_sampler(args, config.sampler, config.diffusion)
+        self.guidance = chosen_guidance(args, config.sampler.guidance)
+        try:
+            with torch.device("meta"):
+                self.num_branches = UNet(**vars(config.unet)).num_branches
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.branch, self.images = config.sampler.branch, config.sampler.images
+        self.labels = Labels.parse(args.labels, config.num_classes)
+        self.names = names_of_classes(config)
+        self.size = check_sizes(config)
+        self.settings = {"model": config.name, "unet": asdict(config.unet), "first_stage": asdict(config.first_stage),
+                         "num_classes": config.num_classes, **self.sampler.settings, "guidance": self.guidance,
+                         "labels": self.labels.rule, "dtype": args.dtype, "first_stage_dtype": "fp32"}
+
+    def load(self) -> None:
+        model = load_checkpoint(self.config, self.checkpoint)
+        self.settings["checkpoint_sha256"] = checkpoint_sha256(self.checkpoint)
+        self.unet = place(model.unet, self.device, self.dtype)
+        self.classes = model.classes.to(self.device, self.dtype)
+        # In float32 for every --dtype: in half precision it would choose other codes, and it runs once for all the
+        # steps.
+        self.first_stage = place(model.first_stage, self.device)
+
+    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: nn.Module | None = None,
+                report: Callable[[float], None] | None = None) -> Tensor:
+        noise = SeededNoise(seeds, self.device)
+        label = torch.tensor([self.labels.of(seed) for seed in seeds], device=self.device)
+        if self.guidance != 1:
+            label = torch.cat([torch.full_like(label, self.config.num_classes), label])     # [uncond, cond]
+        context = self.classes(label)[:, None]                                  # [batch, 1 token, context_dim]
+        predict = noise_predictor(network or self.unet, self.config.diffusion, self.dtype, policy, [context],
+                                  self.guidance)
+        return self.sampler.run(predict, noise((self.config.unet.in_channels, self.size, self.size)), noise, report)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        parts = latents.split(DECODED_AT_ONCE)
+        return np.concatenate([to_uint8(first_stage.decode(self.first_stage, part)) for part in parts])
+
+    def describe(self, seeds: Sequence[int]) -> list[str]:
+        return [self.labels.describe(seeds)]
+
+    def write_listing(self, run: RunFolder) -> None:
+        write_listing(run, self.labels, self.names)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
+    add_cache_options(parser)
+    add_run_options(parser, BATCH_SIZE)
+    return parser
+
+
 @command
 def main() -> None:
     args = build_parser().parse_args()
-    config = load_config(args.config)
-    device, dtype = prepare_device(args), DTYPES[args.dtype]
-    sampler = plan_sampler(args, config.sampler, config.diffusion)
-    guidance = chosen_guidance(args, config.sampler.guidance)
-    try:
-        with torch.device("meta"):
-            num_branches = UNet(**vars(config.unet)).num_branches
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    plan = plan_cache(args, sampler.steps, num_branches, config.sampler.branch)
-    seeds = chosen_seeds(args, config.sampler.images)
-    labels = Labels.parse(args.labels, config.num_classes)
-    names = names_of_classes(config)
-    size = check_sizes(config)
-    checkpoint = args.checkpoint or Path(config.checkpoint)
-    model = load_checkpoint(config, checkpoint)
-
-    settings = {"model": config.name, "unet": asdict(config.unet), "first_stage": asdict(config.first_stage),
-                "num_classes": config.num_classes, "checkpoint_sha256": checkpoint_sha256(checkpoint),
-                **sampler.settings, "guidance": guidance, "labels": labels.rule, "dtype": args.dtype,
-                "first_stage_dtype": "fp32", "cache": plan.settings}
-    run = RunFolder(args.out, settings, provenance(device) | {"compile": args.compile})
-    print(labels.describe(seeds), flush=True)
-
-    unet = place(model.unet, device, dtype)
-    network = torch.compile(unet, fullgraph=True) if args.compile else unet
-    classes = model.classes.to(device, dtype)
-    # In float32 for every --dtype: in half precision it would choose other codes, and it runs once for all the steps.
-    vq = place(model.first_stage, device)
-
-    def sample(seeds: list[int], report) -> np.ndarray:
-        noise = SeededNoise(seeds, device)
-        label = torch.tensor([labels.of(seed) for seed in seeds], device=device)
-        if guidance != 1:
-            label = torch.cat([torch.full_like(label, config.num_classes), label])      # [uncond, cond]
-        context = classes(label)[:, None]                                               # [batch, 1 token, context_dim]
-        predict = noise_predictor(network, config.diffusion, dtype, plan.make(), [context], guidance)
-        z = sampler.run(predict, noise((config.unet.in_channels, size, size)), noise, report)
-        return np.concatenate([to_uint8(first_stage.decode(vq, part)) for part in z.split(DECODED_AT_ONCE)])
-
-    made = run.fill(seeds, args.batch_size, sample)
-    write_listing(run, labels, names)
-    print(summary(args, seeds, made, sampler, plan))
+    sample_images(args, LDM(args))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ reused ones are adjusted. Both belong to one model, sampler and number of steps,
 
 import hashlib
 import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from caching.block_cache import Adjustment, BlockCache
+from caching.block_cache import Adjustment, BlockCache, outside
 from sampling.runs import write_json
 from sampling.settings import UserError, one_line
 from sampling.weights import save_tensors
@@ -59,19 +59,36 @@ class BlockSchedule:
             if content.get("kind") != "block schedule" or content.get("format") != FORMAT:
                 raise UserError(f"{path} is no block schedule of format {FORMAT}")
             schedule = cls(**{field.name: content[field.name] for field in fields(cls)})
-        except (ValueError, KeyError, AttributeError) as error:
+            sha256 = schedule.sha256
+            missing = [key for key in BOUND if key not in schedule.run]
+        except KeyError as error:
+            raise UserError(f"{path} is damaged: it has no {error}") from None
+        except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{path} is damaged: {one_line(error)}") from None
-        if content.get("sha256") != schedule.sha256:
+        if content.get("sha256") != sha256:
             raise UserError(f"{path} has been changed since it was made: its sha256 does not fit")
+        if missing:
+            raise UserError(f"{path} does not say for which {', '.join(missing)} it was made")
+        for name, steps in schedule.blocks.items():
+            if steps != sorted(set(steps)) or steps[:1] != [0] or steps[-1] >= schedule.calls:
+                raise UserError(f"{path}: the steps of {name} must ascend from 0 and stay below {schedule.calls}, "
+                                f"got {steps}")
         return schedule
 
-    def check(self, settings: dict, path: Path) -> None:
-        """Refuse a run of other settings than it was made for: UserError that says what differs."""
-        differing = [key for key in BOUND if self.run.get(key) != settings.get(key)]
+    def check(self, settings: dict) -> None:
+        """Refuse a run of other settings than it was made for; those not known yet may be left out.
+
+        Raises UserError that says what differs.
+        """
+        differing = [key for key in BOUND if key in settings and self.run[key] != settings[key]]
         if differing:
-            shown = (f"{key} {self.run.get(key)} there, {settings.get(key)} here" if key != "unet" else "unet differs"
+            shown = (f"{key} {self.run[key]} there, {settings[key]} here" if key != "unet" else "unet differs"
                      for key in differing)
-            raise UserError(f"{path} was made for another run: {'; '.join(shown)}")
+            raise UserError(f"the block schedule was made for another run: {'; '.join(shown)}")
+
+    def outside(self, branch: int, num_branches: int) -> dict[str, list[int]]:
+        """The part of it that DeepCache at `branch` leaves to it."""
+        return {name: self.blocks[name] for name in outside(self.blocks, num_branches, branch)}
 
 
 def save_scale_shift(table: list[Adjustment], schedule: BlockSchedule, notes: dict, path: Path) -> None:
@@ -84,7 +101,7 @@ def save_scale_shift(table: list[Adjustment], schedule: BlockSchedule, notes: di
     save_tensors(tensors, path, {"schedule_sha256": schedule.sha256, "notes": json.dumps(notes)})
 
 
-def load_scale_shift(path: Path, schedule: BlockSchedule) -> list[dict[str, tuple[Tensor, Tensor]]]:
+def load_scale_shift(path: Path, schedule: BlockSchedule) -> list[Adjustment]:
     """The adjustments of each step. Raises UserError for a missing or damaged file, or one of another schedule."""
     if not Path(path).is_file():
         raise UserError(f"no scale-shift file {path}: python -m scripts.block_caching makes one")
@@ -96,18 +113,21 @@ def load_scale_shift(path: Path, schedule: BlockSchedule) -> list[dict[str, tupl
         raise UserError(f"{path} is damaged or no safetensors file: {one_line(error)}") from None
     if made_for != schedule.sha256:
         raise UserError(f"{path} was trained for another block schedule")
+    reusing = {name: [step for step in range(schedule.calls) if step not in steps]
+               for name, steps in schedule.blocks.items()}
+    if {name: len(values) for name, values in tensors.items()} != {k: len(v) for k, v in reusing.items() if v}:
+        raise UserError(f"{path} does not hold one scale and shift for each reused residual of the schedule")
     table = [{} for _ in range(schedule.calls)]
     for name, values in tensors.items():
-        reusing = (step for step in range(schedule.calls) if step not in schedule.blocks[name])
-        for step, (scale, shift) in zip(reusing, values, strict=True):
+        for step, (scale, shift) in zip(reusing[name], values, strict=True):
             table[step][name] = scale, shift
     return table
 
 
-def block_cache(schedule: BlockSchedule, table: list[dict] | None, device: torch.device | str,
-                dtype: torch.dtype) -> BlockCache:
+def block_cache(blocks: Mapping[str, Collection[int]], table: Sequence[Adjustment] | None,
+                device: torch.device | str, dtype: torch.dtype) -> BlockCache:
     """A fresh policy, with the adjustments on the network's device and in its dtype."""
     if table is not None:
         table = [{name: (scale.to(device, dtype), shift.to(device, dtype)) for name, (scale, shift) in step.items()}
                  for step in table]
-    return BlockCache(schedule.blocks, table)
+    return BlockCache(blocks, table)

@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from caching.block_cache import Adjustment, BlockCache, Together
 from caching.deepcache import DeepCache, ZeroedCache
 from caching.schedules import RULES, full_steps
+from sampling.block_schedule import BlockSchedule, block_cache, load_scale_shift
 from sampling.diffusion import Diffusion
 from sampling.runs import parse_seeds
 from sampling.samplers import SAMPLERS, TIMESTEPS, Sampler, timesteps_for
 from sampling.settings import UserError
+from sampling.weights import sha256
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,22 +33,42 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
 
 
 def add_run_options(parser: argparse.ArgumentParser, batch_size: int, seeds: str = "as many as the paper") -> None:
-    """--seeds, --out, --batch-size, --device, --dtype, --compile, --threads."""
+    """--seeds, --out, --batch-size, and those of `add_device_options`."""
     run = parser.add_argument_group("the run")
     run.add_argument("--seeds", help=f"one image per seed: 0-49999 or 0-9,20 (default: {seeds})")
     run.add_argument("--out", type=Path, required=True, help="sample folder; images that are there are kept")
     run.add_argument("--batch-size", type=int, default=batch_size,
                      help="images at a time; changes no image (default: %(default)s)")
+    add_device_options(run)
+
+
+def add_device_options(run: argparse._ArgumentGroup) -> None:
+    """--device, --dtype, --compile, --threads."""
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                      help="cpu, cuda, cuda:1 (default: %(default)s)")
     run.add_argument("--dtype", choices=DTYPES, default="fp32",
                      help="of the network; the sampler is fp32 (default: %(default)s)")
-    run.add_argument("--compile", action="store_true", help="torch.compile: a graph for full, one for cached steps")
+    run.add_argument("--compile", action="store_true",
+                     help="torch.compile: a graph for full, one for cached steps; with --block-schedule one for each "
+                          "set of blocks that some step reuses")
     run.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
-    """--interval, --branch, --schedule, --center, --power, --zero-cache."""
+    """Those of `add_deepcache_options`, --zero-cache, --block-schedule and --scale-shift."""
+    cache = add_deepcache_options(parser)
+    cache.add_argument("--zero-cache", action="store_true",
+                       help="ablation of the paper's Table 5: reuse zeros instead of the feature")
+    blocks = parser.add_argument_group("caching (Block Caching; together with --interval, of the blocks outside the "
+                                       "level that DeepCache reuses)")
+    blocks.add_argument("--block-schedule", type=Path, metavar="FILE",
+                        help="when each block is computed: a file that scripts.block_caching made for this model, "
+                             "sampler and number of steps")
+    blocks.add_argument("--scale-shift", type=Path, metavar="FILE", help="how reused blocks are adjusted, likewise")
+
+
+def add_deepcache_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--interval, --branch, --schedule, --center, --power; returns their group, for more."""
     cache = parser.add_argument_group("caching (DeepCache)")
     cache.add_argument("--interval", type=int, default=1,
                        help="N of 1:N: one full step in every N; 1 = no caching (default)")
@@ -55,8 +78,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
                        help="which steps are full (default: %(default)s)")
     cache.add_argument("--center", type=int, help="centered: the step around which full steps gather")
     cache.add_argument("--power", type=float, help="centered and released-ldm: how quickly they thin out")
-    cache.add_argument("--zero-cache", action="store_true",
-                       help="ablation of the paper's Table 5: reuse zeros instead of the feature")
+    return cache
 
 
 def plan_sampler(args: argparse.Namespace, defaults: object, diffusion: Diffusion) -> Sampler:
@@ -88,29 +110,82 @@ def chosen_seeds(args: argparse.Namespace, images: int) -> list[int]:
 def summary(args: argparse.Namespace, seeds: list[int], made: int, sampler: Sampler, plan: "CachePlan") -> str:
     """The last line of a sample command."""
     full = len(plan.full_steps) if plan.cached else sampler.calls
-    return (f"{args.out}: {len(seeds)} images asked for, {made} made now; {full} full of {sampler.calls} network calls"
-            + (f", branch {plan.branch}" if plan.cached else ", no caching"))
+    line = f"{args.out}: {len(seeds)} images asked for, {made} made now; {full} full of {sampler.calls} network calls"
+    if plan.cached:
+        line += f", branch {plan.branch}"
+    if plan.blocks is not None:
+        computed = sum(map(len, plan.block_steps.values()))
+        line += (f", blocks computed {computed} of {len(plan.block_steps) * sampler.calls} times"
+                 + (", with scale-shift" if plan.table is not None else ""))
+    return line if plan.cached or plan.blocks is not None else f"{line}, no caching"
 
 
 class CachePlan(NamedTuple):
     """Checked caching options of one run."""
-    branch: int | None              # None without caching
+    branch: int | None              # None without DeepCache
     full_steps: list[int]
     settings: dict                  # for run.json
+    blocks: BlockSchedule | None = None
+    block_steps: dict[str, list[int]] | None = None     # those of its blocks that DeepCache leaves to it
+    table: list[Adjustment] | None = None               # scale and shift
 
     @property
     def cached(self) -> bool:
+        """Whether DeepCache reuses a level."""
         return self.branch is not None
 
-    def make(self) -> DeepCache | None:
-        """A fresh cache for one batch, or None without caching."""
-        if not self.cached:
-            return None
-        return (ZeroedCache if self.settings["zero_cache"] else DeepCache)(self.branch, self.full_steps)
+    def make(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, adjusted: bool = True
+             ) -> DeepCache | BlockCache | Together | None:
+        """A fresh policy for one batch, or None without caching.
+
+        device, dtype: of the network. adjusted: with the scale-shift, where there is one.
+        """
+        level = blocks = None
+        if self.cached:
+            level = (ZeroedCache if self.settings["zero_cache"] else DeepCache)(self.branch, self.full_steps)
+        if self.blocks is not None:
+            blocks = block_cache(self.block_steps, self.table if adjusted else None, device, dtype)
+        return Together(level, blocks) if level and blocks else level or blocks
+
+    def graphs(self, calls: int) -> int:
+        """How many different sets of reused values the calls of a run have: as many graphs does compiling make."""
+        return len({(step in self.full_steps or not self.cached,
+                     frozenset(name for name, steps in (self.block_steps or {}).items() if step not in steps))
+                    for step in range(calls)})
+
+    def check(self, settings: dict) -> None:
+        """Refuse a run that the block schedule was not made for; settings that are not known yet may be left out.
+
+        Raises UserError that says what differs.
+        """
+        if self.blocks is not None:
+            self.blocks.check(settings)
 
 
 def plan_cache(args: argparse.Namespace, num_steps: int, num_branches: int, default_branch: int) -> CachePlan:
     """Check the caching options against a run of `num_steps` steps. Raises UserError."""
+    plan = plan_deepcache(args, num_steps, num_branches, default_branch)
+    if args.zero_cache:
+        if not plan.cached:
+            raise UserError("--zero-cache needs an --interval of 2 or more: without caching there is nothing to zero")
+        if args.block_schedule is not None:
+            raise UserError("--zero-cache is an ablation of DeepCache alone: leave out --block-schedule")
+        plan.settings["zero_cache"] = True
+    if args.block_schedule is None:
+        if args.scale_shift is not None:
+            raise UserError("--scale-shift adjusts the blocks of a schedule: it needs --block-schedule")
+        return plan
+    blocks = BlockSchedule.load(args.block_schedule)
+    table = None if args.scale_shift is None else load_scale_shift(args.scale_shift, blocks)
+    steps = blocks.outside(plan.branch, num_branches) if plan.cached else blocks.blocks
+    settings = {"schedule_sha256": blocks.sha256, "kinds": blocks.kinds, "delta": blocks.delta, "blocks": len(steps),
+                "scale_shift_sha256": None if args.scale_shift is None else sha256(args.scale_shift)}
+    return plan._replace(settings=plan.settings | {"block_caching": settings}, blocks=blocks, block_steps=steps,
+                         table=table)
+
+
+def plan_deepcache(args: argparse.Namespace, num_steps: int, num_branches: int, default_branch: int) -> CachePlan:
+    """Check the options of `add_deepcache_options` against a run of `num_steps` steps. Raises UserError."""
     branch = default_branch if args.branch is None else args.branch
     if not 0 <= branch < num_branches:
         raise UserError(f"--branch must be from 0 to {num_branches - 1} for this model, got {branch}")
@@ -119,12 +194,22 @@ def plan_cache(args: argparse.Namespace, num_steps: int, num_branches: int, defa
     except ValueError as error:
         raise UserError(str(error)) from None
     if args.interval == 1:
-        if args.zero_cache:
-            raise UserError("--zero-cache needs an --interval of 2 or more: without caching there is nothing to zero")
         return CachePlan(None, steps, {"interval": 1})
     settings = {"interval": args.interval, "branch": branch, "schedule": args.schedule, "center": args.center,
-                "power": args.power, "zero_cache": args.zero_cache, "full_steps": steps}
+                "power": args.power, "zero_cache": False, "full_steps": steps}
     return CachePlan(branch, steps, settings)
+
+
+def compiled(network: nn.Module, graphs: int) -> nn.Module:
+    """torch.compile, with room for that many graphs; beyond its own limit it would fall back or fail.
+
+    One more is for a first step, which finds no values yet.
+    """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, graphs + 1)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, graphs + 1)
+    print(f"torch.compile: {graphs} graph{'s' if graphs > 1 else ''}, one for each set of reused values", flush=True)
+    return torch.compile(network, fullgraph=True)
 
 
 def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
@@ -137,8 +222,8 @@ def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype | N
 
 
 def prepare_device(args: argparse.Namespace) -> torch.device:
-    """Check --device, --batch-size and --threads. Raises UserError."""
-    if args.batch_size < 1:
+    """Check --device, --threads and, where there is one, --batch-size. Raises UserError."""
+    if getattr(args, "batch_size", 1) < 1:
         raise UserError(f"--batch-size must be 1 or more, got {args.batch_size}")
     if args.threads is not None:
         if args.threads < 1:

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from caching.deepcache import DeepCache
-from caching.nested import no_cache
+from caching.nested import Policy, no_cache
 from sampling.ddim import SPACINGS, ddim, final_alpha, make_timesteps
 from sampling.diffusion import Diffusion, guided, predicted_noise
 from sampling.noise import SeededNoise
@@ -91,11 +90,12 @@ def timesteps_for(sampler: str, of_config: str) -> str:
     return of_config if sampler == "ddim" or of_config in _OF_DIFFUSERS else "leading"
 
 
-def noise_predictor(network: nn.Module, diffusion: Diffusion, dtype: torch.dtype, cache: DeepCache | None,
+def noise_predictor(network: nn.Module, diffusion: Diffusion, dtype: torch.dtype, cache: Policy | None,
                     context: Sequence[Tensor] = (), guidance: float = 1.0) -> Callable[[Tensor, int, int], Tensor]:
     """What samplers call: predict(x, t, step) -> the predicted noise, both float32.
 
-    network: called as network(x, t, *context, cache), with x in `dtype`.
+    network: called as network(x, t, *context, cache=cache), with x in `dtype`.
+    cache: a fresh caching policy; None computes everything.
     context: for a guidance other than 1, of the doubled batch [uncond, cond].
     """
     alphas = diffusion.alphas_cumprod()
@@ -103,7 +103,8 @@ def noise_predictor(network: nn.Module, diffusion: Diffusion, dtype: torch.dtype
     def predict(x: Tensor, t: int, step: int) -> Tensor:
         batch = x if guidance == 1 else torch.cat([x, x])
         t_batch = torch.full((len(batch),), t, device=x.device)
-        output = network(batch.to(dtype), t_batch, *context, no_cache if cache is None else cache.at(step)).float()
+        at_step = no_cache if cache is None else cache.at(step)
+        output = network(batch.to(dtype), t_batch, *context, cache=at_step).float()
         if guidance != 1:
             output = guided(output, guidance)
         return predicted_noise(diffusion.prediction, output, x, alphas[t].item())

@@ -10,15 +10,17 @@ giving each its own --seeds and one --out. OUT/prompts.csv lists seed and prompt
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from caching.nested import Policy
 from sampling.cli import command
+from sampling.image_model import ImageModel, sample_images
 from sampling.noise import SeededNoise
 from sampling.options import (
     DTYPES,
@@ -26,14 +28,10 @@ from sampling.options import (
     add_run_options,
     add_sampler_options,
     chosen_guidance,
-    chosen_seeds,
-    plan_cache,
     plan_sampler,
     prepare_device,
-    summary,
 )
 from sampling.prompts import prompts_sha256, read_prompts
-from sampling.provenance import provenance
 from sampling.runs import RunFolder, quoted
 from sampling.settings import UserError
 from stable_diffusion.checkpoint import checkpoint_sha256, load_checkpoint
@@ -42,10 +40,11 @@ from stable_diffusion.text_to_image import TextToImage, check_text_to_image, lat
 from stable_diffusion.unet import UNet
 
 RELEASED_SEED = 42      # of the released evaluation (github horseee/DeepCache, 1691a3a)
+BATCH_SIZE = 8
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What decides the image of a seed, caching aside."""
     parser.add_argument("--config", type=Path, required=True, help="configs/sd_*.yaml")
     parser.add_argument("--model", type=Path, help="a diffusers folder or one CompVis file, instead of the config's")
     parser.add_argument("--diffusers-unet", action="store_true",
@@ -65,9 +64,6 @@ def build_parser() -> argparse.ArgumentParser:
                          help="the released evaluation's noise, the same in every batch: seed 42 is set again for "
                               "each; an image depends on its place in the batch then, and on --batch-size, --dtype and "
                               "the kind of --device")
-    add_cache_options(parser)
-    add_run_options(parser, batch_size=8, seeds="as many as there are prompts")
-    return parser
 
 
 class Prompts:
@@ -149,57 +145,82 @@ def describe_dropped(dropped: dict[int, int], limit: int) -> str:
             f"last {some} tokens{', ...' if len(dropped) > 5 else ''}")
 
 
+class StableDiffusion(ImageModel):
+    """Conditional on a prompt, in the latents of an autoencoder."""
+
+    def __init__(self, args: argparse.Namespace):
+        config = load_config(args.config)
+        self.config, self.path, self.of_diffusers = config, args.model or Path(config.checkpoint), args.diffusers_unet
+        self.device, self.dtype = prepare_device(args), DTYPES[args.dtype]
+        self.sampler = plan_sampler(args, config.sampler, config.diffusion)
+        self.guidance, self.negative_prompt = chosen_guidance(args, config.sampler.guidance), args.negative_prompt
+        if args.released_noise and self.sampler.eta != 0:
+            raise UserError("--released-noise is the noise that sampling starts from: it needs --eta 0")
+        try:
+            with torch.device("meta"):
+                self.num_branches = UNet(**vars(config.unet)).num_branches
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.prompts = Prompts.chosen(args)
+        self.branch, self.images = config.sampler.branch, self.prompts.images
+        check_text_to_image(config)
+        height, width = latent_size(config, args.height, args.width)
+        self.shape = (config.unet.in_channels, height, width)
+        self.released = None
+        if args.released_noise:
+            self.released = ReleasedNoise(args.batch_size, None if self.prompts.per is None else self.images,
+                                          self.device, self.dtype)
+        self.settings = {"model": config.name, "unet": asdict(config.unet),
+                         "height": height * config.downsampling, "width": width * config.downsampling,
+                         **self.prompts.settings, "negative_prompt": args.negative_prompt, **self.sampler.settings,
+                         "guidance": self.guidance, "noise": self.released.settings if self.released else "per seed",
+                         "dtype": args.dtype, "first_stage_dtype": "fp32", "text_encoder_dtype": "fp32"}
+
+    def load(self) -> None:
+        loaded = load_checkpoint(self.config, self.path, diffusers_unet=self.of_diffusers)
+        self.settings["checkpoint_sha256"] = checkpoint_sha256(self.path)
+        if self.of_diffusers:
+            self.settings["unet"] = {"diffusers": layout(loaded.unet.config)}
+        self.model = TextToImage(loaded, self.config, self.device, self.dtype)
+        self.unet = self.model.unet
+
+    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: nn.Module | None = None,
+                report: Callable[[float], None] | None = None) -> Tensor:
+        noise = SeededNoise(seeds, self.device)
+        x = self.released.draw(seeds, self.shape) if self.released else noise(self.shape)
+        return self.model.latents(self.sampler, x, [self.prompts.of(seed) for seed in seeds], self.negative_prompt,
+                                  self.guidance, policy, noise, report, network)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        return self.model.decode(latents)
+
+    def check_seeds(self, seeds: Sequence[int]) -> None:
+        self.prompts.check(seeds)
+
+    def describe(self, seeds: Sequence[int]) -> list[str]:
+        dropped = self.model.dropped_tokens(self.prompts.prompts)
+        lines = [describe_dropped(dropped, self.model.tokenizer.model_max_length)] if dropped else []
+        return [*lines, *(["released noise: the same in every batch"] if self.released else [])]
+
+    def write_listing(self, run: RunFolder) -> None:
+        run.write_listing("prompts.csv", "seed,prompt", lambda seed: f"{seed},{quoted(self.prompts.of(seed))}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
+    add_cache_options(parser)
+    add_run_options(parser, BATCH_SIZE, seeds="as many as there are prompts")
+    return parser
+
+
 @command
 def main() -> None:
     args = build_parser().parse_args()
-    config = load_config(args.config)
-    device, dtype = prepare_device(args), DTYPES[args.dtype]
-    sampler = plan_sampler(args, config.sampler, config.diffusion)
-    guidance = chosen_guidance(args, config.sampler.guidance)
-    if args.diffusers_unet and args.interval != 1:
+    if args.diffusers_unet and (args.interval != 1 or args.block_schedule is not None):
         raise UserError("--diffusers-unet runs a U-Net of any layout through diffusers, where nothing is cached: it "
-                        "needs --interval 1")
-    if args.released_noise and sampler.eta != 0:
-        raise UserError("--released-noise is the noise that sampling starts from: it needs --eta 0")
-    try:
-        with torch.device("meta"):
-            num_branches = UNet(**vars(config.unet)).num_branches
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    plan = plan_cache(args, sampler.steps, num_branches, config.sampler.branch)
-    prompts = Prompts.chosen(args)
-    seeds = chosen_seeds(args, prompts.images)
-    prompts.check(seeds)
-    check_text_to_image(config)
-    height, width = latent_size(config, args.height, args.width)
-    path = args.model or Path(config.checkpoint)
-    loaded = load_checkpoint(config, path, diffusers_unet=args.diffusers_unet)
-    unet = {"diffusers": layout(loaded.unet.config)} if args.diffusers_unet else asdict(config.unet)
-    released = ReleasedNoise(args.batch_size, None if prompts.per is None else prompts.images, device, dtype)
-
-    settings = {"model": config.name, "unet": unet, "checkpoint_sha256": checkpoint_sha256(path),
-                "height": height * config.downsampling, "width": width * config.downsampling, **prompts.settings,
-                "negative_prompt": args.negative_prompt, **sampler.settings, "guidance": guidance,
-                "noise": released.settings if args.released_noise else "per seed", "dtype": args.dtype,
-                "first_stage_dtype": "fp32", "text_encoder_dtype": "fp32", "cache": plan.settings}
-    run = RunFolder(args.out, settings, provenance(device) | {"compile": args.compile})
-    model = TextToImage(loaded, config, device, dtype, args.compile)
-    dropped = model.dropped_tokens(prompts.prompts)
-    if dropped:
-        print(describe_dropped(dropped, model.tokenizer.model_max_length), flush=True)
-    shape = (config.unet.in_channels, height, width)
-
-    def sample(seeds: list[int], report: Callable[[float], None]) -> np.ndarray:
-        noise = SeededNoise(seeds, device)
-        x = released.draw(seeds, shape) if args.released_noise else noise(shape)
-        z = model.latents(sampler, x, [prompts.of(seed) for seed in seeds], args.negative_prompt, guidance, plan.make(),
-                          noise, report)
-        return model.decode(z)
-
-    made = run.fill(seeds, args.batch_size, sample)
-    run.write_listing("prompts.csv", "seed,prompt", lambda seed: f"{seed},{quoted(prompts.of(seed))}")
-    noise = ", released noise (the same in every batch)" if args.released_noise else ""
-    print(summary(args, seeds, made, sampler, plan) + noise)
+                        "needs --interval 1, and no --block-schedule")
+    sample_images(args, StableDiffusion(args))
 
 
 def layout(config: dict) -> dict:

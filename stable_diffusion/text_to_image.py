@@ -7,8 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from caching.deepcache import DeepCache
-from caching.nested import Cache, no_cache
+from caching.nested import Cache, Policy, no_cache
 from sampling.noise import SeededNoise
 from sampling.options import place
 from sampling.runs import check_finite, to_uint8
@@ -59,8 +58,8 @@ class TextToImage:
     def __init__(self, model: Model, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool = False):
         self.config, self.device, self.dtype = config, device, dtype
         unet = model.unet if not isinstance(model.unet, UNet2DConditionModel) else DiffusersUNet(model.unet)
-        unet = place(unet, device, dtype)
-        self.network = torch.compile(unet, fullgraph=True) if compiled else unet
+        self.unet = place(unet, device, dtype)
+        self.network = torch.compile(self.unet, fullgraph=True) if compiled else self.unet
         self.vae = place(model.vae, device)
         self.text_encoder = model.text_encoder.to(device)
         self.tokenizer = model.tokenizer
@@ -84,16 +83,18 @@ class TextToImage:
 
     @torch.no_grad()
     def latents(self, sampler: Sampler, x: Tensor, prompts: Sequence[str], negative_prompt: str, guidance: float,
-                cache: DeepCache | None = None, noise: SeededNoise | None = None,
-                progress: Callable[[float], None] | None = None) -> Tensor:
+                cache: Policy | None = None, noise: SeededNoise | None = None,
+                progress: Callable[[float], None] | None = None, network: nn.Module | None = None) -> Tensor:
         """Sample the latents of an image for each prompt, from x: [prompts, channels, height, width], float32.
 
+        network: what takes the place of the U-Net (see `sampling.image_model.ImageModel.latents`).
         Raises UserError where they are not finite.
         """
         context = self.encode(prompts)
         if guidance != 1:
             context = torch.cat([self.encode([negative_prompt]).expand_as(context), context])
-        predict = noise_predictor(self.network, self.config.diffusion, self.dtype, cache, [context], guidance)
+        predict = noise_predictor(network or self.network, self.config.diffusion, self.dtype, cache, [context],
+                                  guidance)
         return check_finite(sampler.run(predict, x, noise, progress))
 
     @torch.no_grad()

@@ -209,7 +209,7 @@ def test_macs_of_a_schedule_equal_those_counted_step_by_step(unet, latent):
 
 
 def test_deepcache_and_block_caching_together(unet):
-    names, branch = outside(residual_names(unet, "all"), unet, 1), 1
+    names, branch = outside(residual_names(unet, "all"), unet.num_branches, 1), 1
     assert names and not any(name.startswith("middle") for name in names)
     schedule = {name: [0, 2, 4] for name in names}
     level = DeepCache(branch, [0, 3])

@@ -1,0 +1,88 @@
+"""What the sample commands of all models share with the program of Block Caching: from seeds to images."""
+
+import argparse
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from caching.nested import Policy
+from sampling.options import chosen_seeds, compiled, plan_cache, summary
+from sampling.provenance import provenance
+from sampling.runs import RunFolder
+from sampling.samplers import Sampler
+
+
+class ImageModel(ABC):
+    """A model with all that decides the image of a seed, caching aside.
+
+    Made from parsed options; that checks everything which needs no weights. `load` reads them. Both raise UserError.
+    After construction there are
+        sampler
+        device, dtype       of the network
+        branch              default of --branch
+        num_branches        skips of the U-Net
+        images              how many seeds --seeds means by default
+        settings            for run.json; `load` adds the checkpoint's sha256
+    and after `load`
+        unet                on its device, in its dtype.
+    """
+    sampler: Sampler
+    device: torch.device
+    dtype: torch.dtype
+    branch: int
+    num_branches: int
+    images: int
+    settings: dict
+    unet: nn.Module
+
+    @abstractmethod
+    def load(self) -> None:
+        """Read the weights."""
+
+    @abstractmethod
+    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: nn.Module | None = None,
+                report: Callable[[float], None] | None = None) -> Tensor:
+        """What sampling ends on, for each seed: float32 [seeds, channels, height, width].
+
+        policy: a fresh caching policy; None computes everything. network: what takes the place of the U-Net, called as
+        network(x, t, *context, cache=cache). report: called with the fraction of the network calls that is done.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Their images: uint8 [seeds, height, width, 3]."""
+
+    def check_seeds(self, seeds: Sequence[int]) -> None:            # noqa: B027  few models have anything to check
+        """Raises UserError for a seed that has no image."""
+
+    def describe(self, seeds: Sequence[int]) -> list[str]:
+        """What the user is told before sampling, a line each."""
+        return []
+
+    def write_listing(self, run: RunFolder) -> None:                # noqa: B027  nor to list
+        """A CSV file about the images that are there, where there is anything to say."""
+
+
+def sample_images(args: argparse.Namespace, model: ImageModel) -> None:
+    """What the sample commands do: fill the folder --out, with the caching that was asked for."""
+    plan = plan_cache(args, model.sampler.steps, model.num_branches, model.branch)
+    plan.check(model.settings)                  # before the weights are read, as far as it can be known,
+    seeds = chosen_seeds(args, model.images)
+    model.check_seeds(seeds)
+    model.load()
+    plan.check(model.settings)                  # and after
+    run = RunFolder(args.out, model.settings | {"cache": plan.settings},
+                    provenance(model.device) | {"compile": args.compile})
+    for line in model.describe(seeds):
+        print(line, flush=True)
+    network = compiled(model.unet, plan.graphs(model.sampler.calls)) if args.compile else model.unet
+
+    def sample(seeds: list[int], report: Callable[[float], None]) -> np.ndarray:
+        return model.decode(model.latents(seeds, plan.make(model.device, model.dtype), network, report))
+
+    made = run.fill(seeds, args.batch_size, sample)
+    model.write_listing(run)
+    print(summary(args, seeds, made, model.sampler, plan))
