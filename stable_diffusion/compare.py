@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from caching.deepcache import DeepCache
-from eval.macs import average, step_macs
+from eval.macs import average, giga, step_macs
 from sampling.cli import command
 from sampling.noise import SeededNoise
 from sampling.options import (
@@ -146,12 +146,12 @@ def table(result: dict) -> str:
     cache, ratio, found = result["settings"]["cache"], result["speed_up"], result["psnr_db"]
     lines = [f"one image, {result['provenance']['device_name']}, {result['settings']['dtype']}; interval "
              f"{cache['interval']}, branch {cache['branch']}, {cache['schedule']}",
-             f"{'':10}{'full / calls':>14}{'seconds':>10}{'MACs (T)':>12}{'with attention (T)':>20}"]
+             f"{'':10}{'full / calls':>14}{'seconds':>10}{'MACs (G)':>12}{'with attention (G)':>20}"]
     for name in ("uncached", "cached"):
         arm = result[name]
         calls = f"{arm['full_calls']} / {arm['calls']}"
         lines.append(f"{name:10}{calls:>14}{arm['seconds']:10.2f}" + "".join(
-            f"{arm[key] / 1e12:{width}.4f}" for key, width in zip(MACS, (12, 20), strict=True)))
+            f"{giga(arm[key]):{width},.2f}" for key, width in zip(MACS, (12, 20), strict=True)))
     lines.append(f"{'speed-up':24}{ratio['seconds']:9.2f}x{ratio['macs']:11.2f}x{ratio['macs_fc']:19.2f}x")
     lines.append("the two images are equal" if found is None else f"PSNR between the two images: {found:.2f} dB")
     return "\n".join(lines)
