@@ -96,9 +96,13 @@ class Prompts:
         return {"prompts_sha256": prompts_sha256(self.prompts), "prompts_rule": "seed // images_per_prompt",
                 "images_per_prompt": self.per}
 
+    def place(self, seed: int) -> int:
+        """Which of the prompts a seed has."""
+        return 0 if self.per is None else seed // self.per
+
     def of(self, seed: int) -> str:
         """The prompt of a seed."""
-        return self.prompts[0 if self.per is None else seed // self.per]
+        return self.prompts[self.place(seed)]
 
     def check(self, seeds: list[int]) -> None:
         """Raises UserError for a seed that has no prompt."""
@@ -198,7 +202,9 @@ class StableDiffusion(ImageModel):
         self.prompts.check(seeds)
 
     def describe(self, seeds: Sequence[int]) -> list[str]:
-        dropped = self.model.dropped_tokens(self.prompts.prompts)
+        places = sorted({self.prompts.place(seed) for seed in seeds})
+        dropped = self.model.dropped_tokens([self.prompts.prompts[i] for i in places])
+        dropped = {places[i]: tokens for i, tokens in dropped.items()}
         lines = [describe_dropped(dropped, self.model.tokenizer.model_max_length)] if dropped else []
         return [*lines, *(["released noise: the same in every batch"] if self.released else [])]
 

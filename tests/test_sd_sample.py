@@ -243,6 +243,9 @@ def test_equal_prompts_differ_by_their_noise_and_others_by_the_prompt(sample, tm
 def test_what_is_not_read_of_long_prompts_is_said(sample, tmp_path, capsys):
     assert sample("--steps", 2, "--prompt", "abcdefghijklmnop", "--out", tmp_path / "x") == 0
     assert "1 prompt(s) longer than 12 tokens" in (out := capsys.readouterr().out) and "last 6 of prompt 0" in out
+    (tmp_path / "long.txt").write_text("moon\nabcdefghijklmnop\nabcdefghijklmnop\n")
+    assert sample("--steps", 2, "--prompts", tmp_path / "long.txt", "--seeds", "0-1", "--out", tmp_path / "y") == 0
+    assert "1 prompt(s)" in (out := capsys.readouterr().out) and "last 6 of prompt 1 " in out   # of those asked for
 
 
 def test_caching_is_counted_by_call(sample, tmp_path, monkeypatch, capsys):
