@@ -3,10 +3,15 @@
 A reused residual is multiplied and shifted per channel, by amounts that a linear layer makes of the timestep embedding.
 The layers start as the identity and learn from the network itself: a student run that reuses residuals meets, at every
 step, a teacher that computes all of them from the student's own input, and each reused residual, once adjusted, is to
-equal the teacher's. Nothing else is trained, and teacher and student are one network.
+equal the teacher's. Nothing else is trained, and teacher and student are one network (`Distiller`).
 
 The layers see nothing but the timestep: all that a run of given steps needs of them is one scale and shift per step,
-residual and channel. That table is what is kept, and what `caching.block_cache.BlockCache` takes.
+residual and channel. That table is what is kept, and what `caching.block_cache.BlockCache` takes. It can be solved for
+in closed form as well, without the layers (`LeastSquares`).
+
+The paper leaves open the loss, the optimiser, its learning rate, the batch, and the direction of its index t. Here: the
+error of `Distiller`, which weighs residuals of all sizes alike; Adam; one step per network call; and t counts the
+network calls, so that a change belongs to the later one of two.
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping
@@ -46,7 +51,7 @@ class ScaleShift(nn.Module):
 
 
 class _Recorder:
-    """The cache of the teacher: computes everything, and notes the residuals that the student does not."""
+    """The cache of the teacher: computes everything, and notes those of the residuals that are wanted."""
 
     def __init__(self, names: Collection[str]):
         self.names = names
@@ -59,36 +64,110 @@ class _Recorder:
         return value
 
 
-class Distiller:
-    """Stands in for the U-Net while a run samples with a `BlockCache`, and trains a `ScaleShift` on the way.
+class _OnStudentsPath:
+    """Stands in for the U-Net while a run samples with a `BlockCache`: the teacher computes, from the student's input,
+    what the student reuses; then the student predicts.
 
-    `distiller(x, t, *context, cache=cache.at(step))` returns what the student predicts, after one optimiser step on the
-    residuals that it reuses here. The loss is the mean over them of the squared error per squared teacher value.
-    `losses`: (step, loss before the optimiser step, loss without adjustment) of every call that reused something.
+    `network(x, t, *context, cache=cache.at(step))`, as `sampling.samplers.noise_predictor` calls it.
+    """
+
+    def __init__(self, unet: nn.Module):
+        self.unet = unet
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor, *context: Tensor, cache: BlockCache) -> Tensor:
+        teacher = _Recorder(cache.reused)
+        if cache.reused:
+            self.unet(x, t, *context, cache=teacher)
+        self.meet(t, cache, teacher.values)
+        return self.unet(x, t, *context, cache=cache)
+
+    def meet(self, t: Tensor, cache: BlockCache, wanted: Mapping[str, Tensor]) -> None:
+        """Look at, or set, `cache.adjustment`. wanted: what the reused residuals should be; empty where none is."""
+        raise NotImplementedError
+
+
+class Distiller(_OnStudentsPath):
+    """Trains a `ScaleShift` by an optimiser step at every network call that reuses something.
+
+    The loss is the mean over the reused residuals of the squared error per squared teacher value.
+    `losses`: (loss before the optimiser step, loss without adjustment) of every such call.
     """
 
     def __init__(self, unet: nn.Module, scale_shift: ScaleShift, optimizer: torch.optim.Optimizer):
-        self.unet, self.scale_shift, self.optimizer = unet, scale_shift, optimizer
+        super().__init__(unet)
+        self.scale_shift, self.optimizer = scale_shift, optimizer
         self.losses: list[tuple[float, float]] = []
 
-    def __call__(self, x: Tensor, t: Tensor, *context: Tensor, cache: BlockCache) -> Tensor:
-        emb = self.unet.embedding(t[:1])[0]                                             # [emb_channels]
-        if cache.reused:
-            teacher = _Recorder(cache.reused)
-            with torch.no_grad():
-                self.unet(x, t, *context, cache=teacher)
+    def meet(self, t: Tensor, cache: BlockCache, wanted: Mapping[str, Tensor]) -> None:
+        emb = self.unet.embedding(t[:1])[0].float()                                     # [emb_channels]
+        if wanted:
             with torch.enable_grad():
-                loss = self._loss(self.scale_shift(emb), cache, teacher.values)
+                loss = self._loss(self.scale_shift(emb), cache, wanted)
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
-            self.losses.append((loss.item(), self._loss({}, cache, teacher.values).item()))
-        with torch.no_grad():
-            cache.adjustment = self.scale_shift(emb)
-            return self.unet(x, t, *context, cache=cache)
+            self.losses.append((loss.item(), self._loss({}, cache, wanted).item()))
+        dtype = self.unet.embedding(t[:1]).dtype
+        cache.adjustment = {name: (scale.to(dtype), shift.to(dtype))
+                            for name, (scale, shift) in self.scale_shift(emb).items()}
 
     @staticmethod
     def _loss(adjustment: Adjustment, cache: BlockCache, wanted: Mapping[str, Tensor]) -> Tensor:
         cache.adjustment = adjustment
-        errors = [(cache.reuse(key) - value).square().mean() / value.square().mean() for key, value in wanted.items()]
+        errors = [(cache.reuse(key) - value.float()).square().mean() / value.float().square().mean()
+                  for key, value in wanted.items()]
         return torch.stack(errors).mean()
+
+
+class LeastSquares(_OnStudentsPath):
+    """Solves for the scale and shift of each step in closed form, as the run that it stands in comes to the step.
+
+    For a fixed step the embedding is fixed too, and the best scale and shift of a channel are those of a line through
+    the pairs (reused value, teacher's value) of all pixels of all images: no training. One run of a batch gives all.
+    ridge: weight of scale 1 against the data, in mean variances of the reused values over the channels.
+    `table`: what each network call does to the residuals that it reuses.
+    """
+
+    def __init__(self, unet: nn.Module, ridge: float = 1e-2):
+        super().__init__(unet)
+        self.ridge = ridge
+        self.table: list[Adjustment] = []
+
+    def meet(self, t: Tensor, cache: BlockCache, wanted: Mapping[str, Tensor]) -> None:
+        self.table.append({key: best_line(cache.values[key], value, self.ridge) for key, value in wanted.items()})
+        cache.adjustment = {key: (scale.to(wanted[key].dtype), shift.to(wanted[key].dtype))
+                            for key, (scale, shift) in self.table[-1].items()}
+
+
+def best_line(value: Tensor, wanted: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Scale and shift of each channel that bring value nearest to wanted, in squares: [channels] each, float32."""
+    x, y = (a.float().movedim(1 if a.ndim == 4 else -1, 0).flatten(1) for a in (value, wanted))   # [channels, n]
+    (x, x_mean), (y, y_mean) = ((a - a.mean(1, keepdim=True), a.mean(1)) for a in (x, y))
+    variance, covariance = x.square().mean(1), (x * y).mean(1)
+    towards_1 = (ridge * variance.mean()).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (covariance + towards_1) / (variance + towards_1)
+    return scale, y_mean - scale * x_mean
+
+
+class Comparison(_OnStudentsPath):
+    """How far reused residuals, adjusted as the run's cache says, are from those that the network would compute.
+
+    `errors`: for every network call that reuses something |reused - computed|_2 / |computed|_2, float32 [batch], the
+    mean over its reused residuals.
+    """
+
+    def __init__(self, unet: nn.Module):
+        super().__init__(unet)
+        self.errors: list[Tensor] = []
+
+    def meet(self, t: Tensor, cache: BlockCache, wanted: Mapping[str, Tensor]) -> None:
+        if wanted:
+            self.errors.append(torch.stack([relative_distance(cache.reuse(key), value)
+                                            for key, value in wanted.items()]).mean(0))
+
+
+def relative_distance(value: Tensor, exact: Tensor) -> Tensor:
+    """|value - exact|_2 / |exact|_2 of each row: [batch, ...] -> float32 [batch]."""
+    value, exact = value.float().flatten(1), exact.float().flatten(1)
+    return (value - exact).norm(dim=1) / exact.norm(dim=1)

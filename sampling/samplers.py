@@ -55,6 +55,17 @@ class Sampler:
         """Network calls of a run."""
         return num_calls(self.name, self.steps)
 
+    def call_timesteps(self) -> list[int]:
+        """The timestep of each network call, in their order."""
+        found = []
+
+        def predict(x: Tensor, t: int, step: int) -> Tensor:
+            found.append(t)
+            return x
+
+        self.run(predict, torch.zeros(1, 1, 1, 1), SeededNoise([0]))
+        return found
+
     @property
     def settings(self) -> dict:
         """For run.json."""

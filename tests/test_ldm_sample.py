@@ -179,9 +179,9 @@ def test_guidance(sample, tmp_path, monkeypatch):
     batches = []
     forward = UNet.forward
 
-    def watched(self, x, *args):
+    def watched(self, x, *args, **kwargs):
         batches.append(len(x))
-        return forward(self, x, *args)
+        return forward(self, x, *args, **kwargs)
 
     monkeypatch.setattr(UNet, "forward", watched)
     common = ["--seeds", "0-2", "--interval", 2]
