@@ -25,7 +25,6 @@ class BlockChanges:
     run, calls, measured: as in `sampling.block_schedule.BlockSchedule`.
     residuals: name -> {"kind", "changes" (of each call from the one before), "macs" [hook, fc]}.
     macs_full: of a full call. macs_cached: of DeepCache's cached call at each branch.
-    similarities: branch -> cosine similarity of DeepCache's feature, [calls, calls].
     """
     run: dict
     calls: int
@@ -33,7 +32,6 @@ class BlockChanges:
     residuals: dict[str, dict]
     macs_full: list[float]
     macs_cached: list[list[float]]
-    similarities: dict[str, list[list[float]]]
 
     def save(self, path: Path) -> None:
         """Write it as JSON, atomically."""

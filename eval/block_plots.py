@@ -55,12 +55,16 @@ def schedule_chart(schedule: Mapping[str, Sequence[int]], num_steps: int, path: 
 
 def similarity_maps(similarities: Mapping[int, np.ndarray], path: Path) -> None:
     """A square per branch: cosine similarity of its feature between all pairs of steps."""
-    figure, axes = plt.subplots(1, len(similarities), figsize=(0.8 + 3.2 * len(similarities), 3.2), squeeze=False,
+    columns = min(len(similarities), 6)
+    rows = -(-len(similarities) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(0.8 + 2.4 * columns, 2.6 * rows), squeeze=False,
                                 layout="constrained")
-    for axis, (branch, values) in zip(axes[0], similarities.items(), strict=True):
+    for axis in axes.flat[len(similarities):]:
+        axis.remove()
+    for axis, (branch, values) in zip(axes.flat, similarities.items(), strict=False):
         image = axis.imshow(values, vmin=0, vmax=1, cmap="magma", origin="upper")
         axis.set_title(f"branch {branch}", fontsize=10)
         axis.set_xlabel("step")
     axes[0][0].set_ylabel("step")
-    figure.colorbar(image, ax=list(axes[0]), label="cosine similarity", shrink=0.8)
+    figure.colorbar(image, ax=list(axes.flat[:len(similarities)]), label="cosine similarity", shrink=0.8)
     _save(figure, path)

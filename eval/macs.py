@@ -3,6 +3,7 @@
     python -m eval.macs --config configs/ddpm_cifar10.yaml                              a table of all branches
     python -m eval.macs --config configs/ddpm_cifar10.yaml --interval 5 --branch 2      the average over a run
     python -m eval.macs --config configs/ldm_cin256.yaml --interval 5                   so for LDM
+    python -m eval.macs --config configs/ddpm_emoji.yaml --block-schedule FILE          with Block Caching
 
 Two conventions, for one row of a batch (with guidance an image takes two). `macs` is the papers': the hook counter of
 DeepCache's released code, which counts biases and norms (those of torch's own classes) but no attention product.
@@ -13,6 +14,7 @@ import argparse
 import json
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +25,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from caching.deepcache import DeepCache
-from caching.nested import Cache, Policy
+from caching.nested import Cache, Policy, no_cache
 from eval.models import build, example_inputs, load_config
 from sampling.cli import command
 from sampling.options import add_cache_options, plan_cache
@@ -170,7 +172,19 @@ def main() -> None:
     steps = config.sampler.steps if args.steps is None else args.steps
     unet, inputs = build(config), example_inputs(config)
     plan = plan_cache(args, steps, unet.num_branches, config.sampler.branch)
-    if plan.cached:
+    if plan.blocks is not None:
+        plan.check({"model": config.name, "unet": asdict(config.unet), "steps": steps})
+        full = count(lambda: on_meta(unet, inputs)(no_cache))
+        mean = run_macs(unet, inputs, plan.make(adjusted=False), plan.blocks.calls)
+        result = {"model": config.name, "steps": steps, "calls": plan.blocks.calls, **plan.settings, "macs": mean.hook,
+                  "macs_fc": mean.fc, "macs_full": full.hook, "macs_fc_full": full.fc}
+        text = [f"{config.name}: {plan.blocks.kinds} blocks on their own schedules"
+                + (f", {len(plan.full_steps)} full steps, branch {plan.branch}" if plan.cached else "")
+                + f"; one of {plan.blocks.calls} network calls, in G",
+                f"{'':8}{'macs':>10}{'macs_fc':>10}",
+                *(f"{name:8}{giga(macs.hook):10.4f}{giga(macs.fc):10.4f}"
+                  for name, macs in (("full", full), ("average", mean)))]
+    elif plan.cached:
         full, cached = step_macs(unet, inputs, plan.branch)
         mean = average(full, cached, plan.full_steps, steps)
         result = {"model": config.name, "steps": steps, **plan.settings, "macs": mean.hook, "macs_fc": mean.fc,

@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from sampling.runs import write_atomically
 
 STYLE = {"uniform": ("C0", "o", "-"), "non-uniform": ("C2", "s", "-"), "fewer steps": ("C1", "^", "--"),
+         "block caching": ("C4", "D", "-"), "block caching, scale-shift": ("C6", "P", "-"),
+         "together": ("C9", "v", "-"), "transformers only": ("C5", "<", "none"),
          "uncached": ("black", "*", "none"), "ablation": ("C3", "x", "none")}
 
 

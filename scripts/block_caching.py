@@ -31,7 +31,7 @@ from eval.block_changes import BlockChanges, ScheduleMaker, summary
 from eval.block_plots import change_curves, schedule_chart, similarity_maps
 from eval.intervals import mean_estimate
 from eval.macs import branch_macs, on_meta, residual_macs
-from sampling.block_schedule import BOUND, BlockSchedule, block_cache, save_scale_shift
+from sampling.block_schedule import BOUND, BlockSchedule, block_cache, load_scale_shift, save_scale_shift
 from sampling.cli import command
 from sampling.image_model import ImageModel
 from sampling.options import add_deepcache_options, add_device_options, plan_deepcache
@@ -174,18 +174,16 @@ def measure(args: argparse.Namespace) -> None:
     macs_full, macs = residual_macs(model.unet, inputs)
     _, cached = branch_macs(model.unet, inputs, range(model.num_branches))
     changes = meter.changes()
-    similarities = similar.similarities() if args.similar else {}
     where = {"seeds": format_seeds(seeds), "settings": model.settings, "provenance": provenance(model.device)}
     found = BlockChanges({key: model.settings[key] for key in BOUND}, model.sampler.calls, where,
                          {name: {"kind": kind, "changes": changes[name], "macs": list(macs[name])}
                           for name, kind in kinds.items()},
-                         list(macs_full), [list(cached[branch]) for branch in range(model.num_branches)],
-                         {str(branch): values.tolist() for branch, values in similarities.items()})
+                         list(macs_full), [list(cached[branch]) for branch in range(model.num_branches)])
     found.save(args.out)
     for kind in sorted(set(kinds.values())):
         change_curves(found.of_kinds(kind), args.out.with_name(f"{args.out.stem}_{kind}.png"))
-    if similarities:
-        similarity_maps(similarities, args.out.with_name(f"{args.out.stem}_similarity.png"))
+    if args.similar:
+        similarity_maps(similar.similarities(), args.out.with_name(f"{args.out.stem}_similarity.png"))
     print(f"{args.out}: changes of {len(kinds)} residuals over {model.sampler.calls} network calls, "
           f"mean of {len(seeds)} runs; pictures beside it")
 
@@ -308,7 +306,7 @@ def train(args: argparse.Namespace) -> None:
     table, notes = METHODS[args.method](model, schedule, seeds, args)
     notes = {"method": args.method, "seeds": format_seeds(seeds), **notes}
     save_scale_shift(table, schedule, notes, args.out)
-    found = judge(model, schedule, table, held_out, args.batch_size)
+    found = judge(model, schedule, load_scale_shift(args.out, schedule), held_out, args.batch_size)
     write_json(args.out.with_suffix(".json"), {
         "kind": "scale-shift", **notes, "schedule_sha256": schedule.sha256, "held_out_seeds": format_seeds(held_out),
         **found, "settings": model.settings, "provenance": provenance(model.device)})
