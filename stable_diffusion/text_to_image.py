@@ -32,12 +32,11 @@ class DiffusersUNet(nn.Module):
 
 def latent_size(config: Config, height: int | None, width: int | None) -> tuple[int, int]:
     """Height and width of the latents for images of so many pixels (None: the config's). Raises UserError."""
-    unit = config.downsampling * 2 ** (len(config.unet.channel_mult) - 1)
     found = [config.resolution if given is None else given for given in (height, width)]
     for side, pixels in zip(("height", "width"), found, strict=True):
-        if pixels < 1 or pixels % unit:
-            raise UserError(f"--{side} must be a multiple of {unit} pixels ({config.downsampling} in the autoencoder, "
-                            f"{unit // config.downsampling} in the U-Net), got {pixels}")
+        if pixels < 1 or pixels % config.downsampling:
+            raise UserError(f"--{side} must be a multiple of {config.downsampling} pixels, by which the autoencoder "
+                            f"downsamples, got {pixels}")
     return found[0] // config.downsampling, found[1] // config.downsampling
 
 

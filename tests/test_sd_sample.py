@@ -270,9 +270,9 @@ def test_number_formats(sample, tmp_path, dtype):
 
 
 def test_sizes(sample, tmp_path, capsys):
-    assert sample("--steps", 2, "--seeds", 0, "--height", 24, "--width", 8, "--out", tmp_path / "x") == 0
-    assert Image.open(image_path(tmp_path / "x", 0)).size == (8, 24)
-    assert fails(capsys, sample("--height", 18, "--out", tmp_path / "y"), "multiple of 4")
+    assert sample("--steps", 2, "--seeds", 0, "--height", 26, "--width", 8, "--out", tmp_path / "x") == 0
+    assert Image.open(image_path(tmp_path / "x", 0)).size == (8, 26)          # 13 latents high: they need not halve
+    assert fails(capsys, sample("--height", 17, "--out", tmp_path / "y"), "multiple of 2")
 
 
 def test_a_pruned_layout_runs_through_diffusers(sample, tmp_path, capsys, ended):
