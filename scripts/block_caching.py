@@ -98,7 +98,7 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, help="JSON to write")
     add_deepcache_options(made)
 
-    trained = verb("train", train, "scale and shift of reused residuals: OUT.safetensors, and OUT.json about others")
+    trained = verb("train", train, "scale and shift of reused residuals: OUT.safetensors and OUT.scale_shift.json")
     run = of_model(trained)
     run.add_argument("--seeds", required=True, help="runs to learn from, each met once; others than the held-out ones")
     run.add_argument("--held-out-seeds", required=True, help="runs to judge on")
@@ -307,14 +307,15 @@ def train(args: argparse.Namespace) -> None:
     notes = {"method": args.method, "seeds": format_seeds(seeds), **notes}
     save_scale_shift(table, schedule, notes, args.out)
     found = judge(model, schedule, load_scale_shift(args.out, schedule), held_out, args.batch_size)
-    write_json(args.out.with_suffix(".json"), {
+    report = args.out.with_suffix(".scale_shift.json")          # not .json, which the schedule may be called
+    write_json(report, {
         "kind": "scale-shift", **notes, "schedule_sha256": schedule.sha256, "held_out_seeds": format_seeds(held_out),
         **found, "settings": model.settings, "provenance": provenance(model.device)})
     print(f"{len(held_out)} held-out seeds; distance to the network without caching, 95% intervals:")
     for measure, value in found.items():
         print(f"{measure:10}" + "".join("  {} {:.4f} [{:.4f}, {:.4f}]".format(name, one["mean"], *one["interval"])
                                         for name, one in value.items()))
-    print(f"{args.out} and {args.out.with_suffix('.json')}")
+    print(f"{args.out} and {report}")
 
 
 @command

@@ -1,0 +1,270 @@
+"""Block Caching through the commands: measure, schedule, train, show, and samples made with what they write."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from caching.block_cache import threshold_schedule
+from caching.scale_shift import best_line
+from ddpm import sample as ddpm_sample
+from ddpm.checkpoint import published_state_dict as ddpm_tensors
+from ddpm.unet import UNet
+from eval import macs
+from eval.block_changes import BlockChanges, ScheduleMaker
+from eval.images import open_images
+from ldm import first_stage
+from ldm import sample as ldm_sample
+from ldm.checkpoint import Model
+from ldm.checkpoint import published_state_dict as ldm_tensors
+from ldm.unet import UNet as LatentUNet
+from sampling.block_schedule import BlockSchedule, load_scale_shift
+from sampling.options import CachePlan
+from sampling.settings import UserError
+from scripts import block_caching
+
+STEPS = 5
+DDPM = {"resolution": 16, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
+        "attn_resolutions": [8]}
+LDM = {"in_channels": 3, "out_channels": 3, "model_channels": 32, "channel_mult": [1], "num_res_blocks": 1,
+       "attention_resolutions": [1], "num_heads": 1, "context_dim": 8}
+STAGE = {"resolution": 16, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 3, "n_embed": 16}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two tiny random models: ddpm.yaml and ldm.yaml."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    save_file(ddpm_tensors(UNet(**DDPM)), folder / "ddpm.safetensors")
+    model = Model(LatentUNet(**LDM), first_stage.build(**STAGE), nn.Embedding(4, 8))
+    save_file({name: value.contiguous() for name, value in ldm_tensors(model).items()}, folder / "ldm.safetensors")
+    diffusion = {"beta_schedule": "cosine", "prediction": "v"}
+    (folder / "ddpm.yaml").write_text(yaml.safe_dump({
+        "name": "ddpm_tiny", "unet": DDPM, "diffusion": diffusion, "checkpoint": str(folder / "ddpm.safetensors"),
+        "sampler": {"steps": STEPS, "timesteps": "trailing", "branch": 1, "images": 4}}))
+    (folder / "ldm.yaml").write_text(yaml.safe_dump({
+        "name": "ldm_tiny", "unet": LDM, "first_stage": STAGE, "num_classes": 3, "diffusion": diffusion,
+        "checkpoint": str(folder / "ldm.safetensors"),
+        "sampler": {"steps": STEPS, "guidance": 2.0, "branch": 0, "images": 4}}))
+    return folder
+
+
+def call(command, *words) -> int:
+    """Run a command in this process; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *map(str, words)])
+        try:
+            command()
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+def program(verb, *words) -> int:
+    return call(block_caching.main, verb, *words)
+
+
+@pytest.fixture
+def fails(capsys):
+    """Whether a command ended with one line about what was wrong."""
+    def check(code: int, *words: str) -> bool:
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert code == 2 and error.startswith("error: ") and all(word in error for word in words), error
+        return True
+    return check
+
+
+@pytest.fixture(scope="module")
+def made(folder) -> Path:
+    """changes.json of the DDPM, a schedule of half the MACs, and its scale-shift."""
+    common = ["--config", folder / "ddpm.yaml", "--device", "cpu"]
+    assert program("measure", *common, "--seeds", "0-3", "--similar", 1, "--out", folder / "changes.json") == 0
+    assert program("schedule", "--changes", folder / "changes.json", "--kinds", "all", "--macs", 0.5,
+                   "--out", folder / "half.json") == 0
+    assert program("train", *common, "--schedule", folder / "half.json", "--seeds", "10-17", "--held-out-seeds", "20-23",
+                   "--out", folder / "half.safetensors") == 0
+    return folder
+
+
+def sample(folder, out, *words, module=ddpm_sample, name="ddpm") -> int:
+    return call(module.main, "--config", folder / f"{name}.yaml", "--seeds", "0-3", "--device", "cpu", "--out", out,
+                *words)
+
+
+def pixels(path) -> np.ndarray:
+    return np.concatenate(list(open_images(path).batches(8)))
+
+
+def settings(path) -> dict:
+    return json.loads((path / "run.json").read_text())["settings"]
+
+
+def test_measured(made):
+    changes = BlockChanges.load(made / "changes.json")
+    assert changes.calls == STEPS and changes.run["model"] == "ddpm_tiny" and changes.measured["seeds"] == "0-3"
+    kinds = {one["kind"] for one in changes.residuals.values()}
+    assert kinds == {"transformer", "resnet"}
+    assert all(one["changes"][0] == 0 and min(one["changes"][1:]) > 0 for one in changes.residuals.values())
+    for picture in ("changes_transformer", "changes_resnet", "changes_similarity", "half"):
+        assert (made / f"{picture}.png").stat().st_size > 1000
+
+
+def test_schedule_from_a_budget(made, tmp_path, fails, capsys):
+    changes, half = BlockChanges.load(made / "changes.json"), BlockSchedule.load(made / "half.json")
+    assert half.blocks == {name: threshold_schedule(one["changes"], half.delta)
+                           for name, one in changes.residuals.items()}
+    maker = ScheduleMaker(changes, "all")
+    assert half.macs["hook"] <= 0.5 * half.macs_full["hook"]
+    assert maker.macs(maker.blocks(half.delta * (1 - 1e-6))).hook > 0.5 * half.macs_full["hook"]    # the smallest delta
+    make = ["schedule", "--changes", made / "changes.json", "--kinds", "all"]
+    assert program(*make, "--speedup", 2, "--out", tmp_path / "same.json") == 0
+    assert BlockSchedule.load(tmp_path / "same.json").sha256 == half.sha256
+    assert program("show", made / "half.json", "--out", tmp_path / "x.png") == 0
+    assert f"delta {half.delta:.6g}" in capsys.readouterr().out and (tmp_path / "x.png").is_file()
+    for words, why in ((["--macs", 0.01], "cannot be reached"), (["--macs", 2], "fraction"), (["--delta", -1], "delta"),
+                       (["--speedup", 0.5], "speedup"), (["--interval", 2], "--branch"),
+                       (["--kinds", "attention"], "no attention blocks")):
+        assert fails(program(*make, *words, "--out", tmp_path / "no.json"), why)
+    assert not (tmp_path / "no.json").exists()
+
+
+def test_delta_0_equals_no_cache_bit_for_bit(made, tmp_path):
+    assert program("schedule", "--changes", made / "changes.json", "--kinds", "all", "--delta", 0,
+                   "--out", tmp_path / "0.json") == 0
+    assert sample(made, tmp_path / "plain") == 0
+    assert sample(made, tmp_path / "zero", "--block-schedule", tmp_path / "0.json") == 0
+    assert (pixels(tmp_path / "plain") == pixels(tmp_path / "zero")).all()
+
+
+def test_samples_are_those_of_the_schedule_and_leak_nothing(made, tmp_path):
+    half = BlockSchedule.load(made / "half.json")
+    run = ["--block-schedule", made / "half.json"]
+    assert sample(made, tmp_path / "plain") == 0 and sample(made, tmp_path / "one", *run) == 0
+    assert sample(made, tmp_path / "two", *run, "--batch-size", 2) == 0
+    assert sample(made, tmp_path / "adjusted", *run, "--scale-shift", made / "half.safetensors") == 0
+    one, two, plain, adjusted = (pixels(tmp_path / name).astype(int) for name in ("one", "two", "plain", "adjusted"))
+    assert abs(one - two).max() <= 1 and (one != plain).any() and (adjusted != one).any()
+    cache = settings(tmp_path / "adjusted")["cache"]["block_caching"]
+    assert cache["schedule_sha256"] == half.sha256 and cache["kinds"] == "all" and cache["delta"] == half.delta
+    assert cache["scale_shift_sha256"] and settings(tmp_path / "one")["cache"]["block_caching"][
+        "scale_shift_sha256"] is None
+    assert "block_caching" not in settings(tmp_path / "plain")["cache"]
+
+
+def test_macs_of_the_run(made, capsys):
+    half = BlockSchedule.load(made / "half.json")
+    words = ["--config", made / "ddpm.yaml", "--block-schedule", made / "half.json", "--json"]
+    assert call(macs.main, *words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["macs"] == pytest.approx(half.macs["hook"]) and found["macs_fc"] == pytest.approx(half.macs["fc"])
+    assert found["macs_full"] == half.macs_full["hook"]
+    assert call(macs.main, *words, "--steps", STEPS + 1) == 2
+
+
+def test_together_with_deepcache(made, tmp_path, capsys):
+    make = ["schedule", "--changes", made / "changes.json", "--kinds", "all", "--macs", 0.7]
+    assert program(*make, "--interval", 2, "--branch", 1, "--out", tmp_path / "outer.json") == 0
+    outer, changes = BlockSchedule.load(tmp_path / "outer.json"), BlockChanges.load(made / "changes.json")
+    assert 0 < len(outer.blocks) < len(changes.residuals)
+    capsys.readouterr()
+    words = ["--block-schedule", tmp_path / "outer.json", "--interval", 2, "--branch", 1]
+    assert call(macs.main, "--config", made / "ddpm.yaml", *words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["macs"] <= 0.7 * found["macs_full"]
+    maker = ScheduleMaker(changes, "all", CachePlan(1, [0, 2, 4], {}))
+    assert found["macs"] == pytest.approx(maker.macs(outer.blocks).hook)
+    assert sample(made, tmp_path / "both", *words) == 0
+    assert sample(made, tmp_path / "level", *words[2:]) == 0
+    assert (pixels(tmp_path / "both") != pixels(tmp_path / "level")).any()
+    cache = settings(tmp_path / "both")["cache"]
+    assert cache["interval"] == 2 and cache["block_caching"]["blocks"] == len(outer.blocks)
+
+
+def test_other_runs_are_refused(made, tmp_path, fails):
+    run, out = ["--block-schedule", made / "half.json"], tmp_path / "no"
+    assert fails(sample(made, out, *run, "--steps", 6), "steps 5 there, 6 here")
+    assert fails(sample(made, out, *run, "--sampler", "dpmpp"), "sampler ddim there, dpmpp here")
+    assert fails(sample(made, out, *run, "--timesteps", "uniform"), "timesteps trailing there, uniform here")
+    weights = load_file(made / "ddpm.safetensors")
+    save_file({name: value + 1e-3 for name, value in weights.items()}, tmp_path / "other.safetensors")
+    assert fails(sample(made, out, *run, "--checkpoint", tmp_path / "other.safetensors"), "checkpoint_sha256")
+    assert fails(sample(made, out, "--scale-shift", made / "half.safetensors"), "--block-schedule")
+    assert fails(sample(made, out, *run, "--interval", 2, "--zero-cache"), "--zero-cache")
+    assert fails(sample(made, out, *run, module=ldm_sample, name="ldm"), "model ddpm_tiny there, ldm_tiny here")
+    assert not out.exists()
+
+
+def test_damaged_files(made, tmp_path, fails):
+    content, bad = json.loads((made / "half.json").read_text()), tmp_path / "bad.json"
+    edited = json.loads(json.dumps(content))
+    edited["blocks"][next(iter(edited["blocks"]))] = [0]
+    for text, why in (("{", "damaged"), ("[]", "damaged"), ("{}", "no block schedule"), (json.dumps(edited), "changed"),
+                      (json.dumps({k: v for k, v in content.items() if k != "calls"}), "'calls'")):
+        bad.write_text(text)
+        assert fails(sample(made, tmp_path / "no", "--block-schedule", bad), why)
+    assert fails(sample(made, tmp_path / "no", "--block-schedule", tmp_path / "none.json"), "no block schedule")
+    schedule = BlockSchedule.load(made / "half.json")
+    assert program("schedule", "--changes", made / "changes.json", "--kinds", "all", "--macs", 0.7,
+                   "--out", tmp_path / "more.json") == 0
+    more = BlockSchedule.load(tmp_path / "more.json")
+    with pytest.raises(UserError, match="another block schedule"):
+        load_scale_shift(made / "half.safetensors", more)
+    (tmp_path / "cut.safetensors").write_bytes((made / "half.safetensors").read_bytes()[:200])
+    with pytest.raises(UserError, match="damaged"):
+        load_scale_shift(tmp_path / "cut.safetensors", schedule)
+    bad.write_text("{")
+    assert fails(program("schedule", "--changes", bad, "--out", tmp_path / "no.json"), "damaged")
+
+
+def test_least_squares_is_the_best_line():
+    torch.manual_seed(0)
+    value = torch.randn(4, 3, 5, 5)
+    scale, shift = torch.tensor([0.5, 1.0, -2.0]), torch.tensor([0.0, 3.0, 1.0])
+    found = best_line(value, value * scale[:, None, None] + shift[:, None, None], ridge=0)
+    assert torch.allclose(found[0], scale, atol=1e-5) and torch.allclose(found[1], shift, atol=1e-5)
+    tokens = value.flatten(2).mT
+    assert torch.allclose(best_line(tokens, tokens * scale, ridge=0)[0], scale, atol=1e-5)
+    assert torch.allclose(best_line(value, -value, ridge=1e6)[0], torch.ones(3), atol=1e-4)     # towards the identity
+    assert torch.equal(best_line(torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4), 1e-2)[0], torch.ones(3))
+
+
+@pytest.mark.parametrize("method", ["least-squares", "adam"])
+def test_scale_shift_brings_held_out_seeds_nearer(made, tmp_path, method):
+    out = tmp_path / "x.safetensors"
+    assert program("train", "--config", made / "ddpm.yaml", "--device", "cpu", "--schedule", made / "half.json",
+                   "--seeds", "30-77", "--batch-size", 4, "--lr", 1e-2, "--held-out-seeds", "20-23", "--method", method,
+                   "--out", out) == 0
+    found = json.loads((tmp_path / "x.scale_shift.json").read_text())
+    assert found["method"] == method and found["held_out_seeds"] == "20-23"
+    assert found["residuals"]["difference"]["interval"][1] < 0
+    assert len(load_scale_shift(out, BlockSchedule.load(made / "half.json"))) == STEPS
+
+
+def test_bad_training_is_refused(made, tmp_path, fails):
+    train = ["train", "--config", made / "ddpm.yaml", "--device", "cpu", "--schedule", made / "half.json"]
+    out = tmp_path / "x.safetensors"
+    assert fails(program(*train, "--seeds", "0-3", "--held-out-seeds", "3-5", "--out", out), "seed 3")
+    assert fails(program(*train, "--seeds", "0-3", "--held-out-seeds", "4-5", "--out", tmp_path / "x.json"), "--out")
+    assert fails(program(*train, "--seeds", "0-3", "--held-out-seeds", "4-5", "--steps", 4, "--out", out), "steps")
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpmpp"])
+def test_latent_model_with_guidance_and_every_sampler(folder, tmp_path, sampler):
+    common = ["--config", folder / "ldm.yaml", "--device", "cpu", "--sampler", sampler]
+    assert program("measure", *common, "--seeds", "0-1", "--similar", 0, "--out", tmp_path / "c.json") == 0
+    changes = BlockChanges.load(tmp_path / "c.json")
+    assert changes.calls == STEPS + (sampler == "plms")
+    assert {one["kind"] for one in changes.residuals.values()} == {"transformer", "resnet", "attention"}
+    assert program("schedule", "--changes", tmp_path / "c.json", "--delta", 1, "--out", tmp_path / "s.json") == 0
+    assert program("train", *common, "--schedule", tmp_path / "s.json", "--seeds", "2-3", "--held-out-seeds", "4-5",
+                   "--out", tmp_path / "s.safetensors") == 0
+    assert sample(folder, tmp_path / "x", "--sampler", sampler, "--block-schedule", tmp_path / "s.json",
+                  "--scale-shift", tmp_path / "s.safetensors", module=ldm_sample, name="ldm") == 0
+    assert len(pixels(tmp_path / "x")) == 4
