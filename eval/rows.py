@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import nn
 
 from eval import bk_sdm
-from eval.macs import Macs, average, step_macs
+from eval.macs import Macs, average, run_macs, step_macs
 from eval.models import Config, build, example_inputs, load_config, rows_per_image
 from eval.paper import Section, Table
 from sampling.options import CachePlan, add_cache_options, plan_cache
@@ -83,12 +83,18 @@ class Row(NamedTuple):
 
     def macs(self, over: int | None = None) -> Macs:
         """Per step, as the papers count: the average over the steps, or their sum divided by `over` steps."""
-        mean = average(*self.step_macs(), self.plan.full_steps, self.steps)
+        if self.plan.blocks is not None:
+            mean = _blocks_macs(self.config_path, self.plan, self.calls)
+        else:
+            mean = average(*self.step_macs(), self.plan.full_steps, self.steps)
         return Macs(*(value * self.steps / (over or self.steps) for value in mean))
 
     def macs_per_image(self) -> Macs:
         """All network calls of an image, both rows of guidance."""
-        mean = average(*self.step_macs(), range(self.full_calls), self.calls)
+        if self.plan.blocks is not None:
+            mean = _blocks_macs(self.config_path, self.plan, self.calls)
+        else:
+            mean = average(*self.step_macs(), range(self.full_calls), self.calls)
         return Macs(*(value * self.calls * rows_per_image(self.config) for value in mean))
 
     def settings(self) -> dict:
@@ -112,6 +118,8 @@ class Row(NamedTuple):
             parts += [f"p{s['power']:g}"] if s["power"] is not None else []
             parts += [f"branch{self.plan.branch}"] if self.plan.branch != self.config.sampler.branch else []
             parts += ["zeroed"] if s["zero_cache"] else []
+        if self.plan.blocks is not None:
+            parts += [f"blocks_{self.given.block_schedule.stem}"] + (["scale_shift"] if self.given.scale_shift else [])
         parts += [self.sampler] if self.sampler != getattr(self.config.sampler, "sampler", "ddim") else []
         parts += [f"steps{self.steps}"] if self.steps != self.config.sampler.steps else []
         parts += [f"guidance{self.given.guidance:g}"] if self.given.guidance is not None else []
@@ -138,6 +146,12 @@ def _open(path: Path) -> tuple[Config, nn.Module]:
 def _step_macs(path: Path, branch: int) -> tuple[Macs, Macs]:
     config, unet = _open(path)
     return step_macs(unet, example_inputs(config), branch)
+
+
+def _blocks_macs(path: Path, plan: CachePlan, calls: int) -> Macs:
+    """Per network call, of a run with a block schedule, each of its calls counted."""
+    config, unet = _open(path)
+    return run_macs(unet, example_inputs(config), plan.make(adjusted=False), calls)
 
 
 @cache

@@ -88,8 +88,8 @@ def made(folder) -> Path:
     assert program("measure", *common, "--seeds", "0-3", "--similar", 1, "--out", folder / "changes.json") == 0
     assert program("schedule", "--changes", folder / "changes.json", "--kinds", "all", "--macs", 0.5,
                    "--out", folder / "half.json") == 0
-    assert program("train", *common, "--schedule", folder / "half.json", "--seeds", "10-17", "--held-out-seeds", "20-23",
-                   "--out", folder / "half.safetensors") == 0
+    assert program("train", *common, "--schedule", folder / "half.json", "--seeds", "10-17",
+                   "--held-out-seeds", "20-23", "--out", folder / "half.safetensors") == 0
     return folder
 
 
