@@ -187,6 +187,28 @@ def test_together_with_deepcache(made, tmp_path, capsys):
     assert cache["interval"] == 2 and cache["block_caching"]["blocks"] == len(outer.blocks)
 
 
+def test_compiled_with_one_graph_for_each_set(made, tmp_path, monkeypatch, capsys):
+    graphs, compile = [], torch.compile
+
+    def backend(module, example_inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)         # the command raises it
+    monkeypatch.setattr(torch, "compile", lambda network, fullgraph: compile(network, fullgraph=fullgraph,
+                                                                             backend=backend))
+    run = ["--block-schedule", made / "half.json", "--scale-shift", made / "half.safetensors", "--batch-size", 2]
+    assert sample(made, tmp_path / "eager", *run) == 0
+    capsys.readouterr()
+    assert sample(made, tmp_path / "compiled", *run, "--compile") == 0
+    half = BlockSchedule.load(made / "half.json")
+    sets = {frozenset(name for name, steps in half.blocks.items() if step not in steps) for step in range(STEPS)}
+    assert f"torch.compile: {len(sets)} graphs" in capsys.readouterr().out
+    assert len(graphs) <= len(sets) + 1
+    assert (pixels(tmp_path / "compiled") == pixels(tmp_path / "eager")).all()
+
+
 def test_other_runs_are_refused(made, tmp_path, fails):
     run, out = ["--block-schedule", made / "half.json"], tmp_path / "no"
     assert fails(sample(made, out, *run, "--steps", 6), "steps 5 there, 6 here")
