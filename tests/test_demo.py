@@ -13,7 +13,8 @@ from scripts import demo
 
 
 def test_arms_start_uncached_and_match_in_cost():
-    arms = {arm.name: arm for arm in demo.plan(100, 0.26, quick=False)}
+    model = demo.MODELS[0]
+    arms = {arm.name: arm for arm in demo.plan(model, 0.26, quick=False)}
     assert next(iter(arms)) == "uncached" and arms["uncached"].full_steps == list(range(100))
     for n in (2, 3, 5, 10):
         cached, fewer = arms[f"n{n}"], arms[f"equal{n}"]
@@ -22,7 +23,7 @@ def test_arms_start_uncached_and_match_in_cost():
     assert len(arms["n5_centered"].full_steps) == len(arms["n5"].full_steps)
     assert arms["n5_centered"].full_steps != arms["n5"].full_steps
     assert "--zero-cache" in arms["n10_zeroed"].options and "--zero-cache" not in arms["n10"].options
-    assert {arm.name for arm in demo.plan(50, 0.26, quick=True)} < set(arms)
+    assert {arm.name for arm in demo.plan(model, 0.26, quick=True)} < set(arms)
 
 
 def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
@@ -37,9 +38,10 @@ def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
     for package in ("caching", "ddpm", "sampling", "training", "data"):        # the commands run below this folder
         (tmp_path / package).symlink_to(demo.ROOT / package)
     monkeypatch.setattr(demo, "ROOT", tmp_path)
-    monkeypatch.setattr(demo, "MODELS", (demo.Model("ddpm", "A tiny DDPM", 12),))
-    monkeypatch.setattr(demo, "plan", lambda steps, ratio, quick: [
-        arm for arm in whole_plan(12, ratio, quick) if arm.name in ("uncached", "n5", "ddim10", "n10_zeroed")])
+    tiny = demo.MODELS[0]._replace(title="A tiny DDPM", steps=12)
+    monkeypatch.setattr(demo, "MODELS", (tiny,))
+    monkeypatch.setattr(demo, "plan", lambda model, ratio, quick: [
+        arm for arm in whole_plan(model, ratio, quick) if arm.name in ("uncached", "n5", "ddim10", "n10_zeroed")])
 
     monkeypatch.setattr("sys.argv", ["demo", "--quick", "--images", "80"])
     demo.main()
