@@ -75,7 +75,7 @@ class DDPM(ImageModel):
     def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: nn.Module | None = None,
                 report: Callable[[float], None] | None = None) -> Tensor:
         unet, noise = self.config.unet, SeededNoise(seeds, self.device)
-        predict = noise_predictor(network or self.unet, self.config.diffusion, self.dtype, policy)
+        predict = noise_predictor(self.unet if network is None else network, self.config.diffusion, self.dtype, policy)
         return self.sampler.run(predict, noise((unet.in_channels, unet.resolution, unet.resolution)), noise, report)
 
     def decode(self, latents: Tensor) -> np.ndarray:

@@ -122,8 +122,8 @@ class LDM(ImageModel):
         if self.guidance != 1:
             label = torch.cat([torch.full_like(label, self.config.num_classes), label])     # [uncond, cond]
         context = self.classes(label)[:, None]                                  # [batch, 1 token, context_dim]
-        predict = noise_predictor(network or self.unet, self.config.diffusion, self.dtype, policy, [context],
-                                  self.guidance)
+        network = self.unet if network is None else network
+        predict = noise_predictor(network, self.config.diffusion, self.dtype, policy, [context], self.guidance)
         return self.sampler.run(predict, noise((self.config.unet.in_channels, self.size, self.size)), noise, report)
 
     def decode(self, latents: Tensor) -> np.ndarray:

@@ -92,8 +92,8 @@ class TextToImage:
         context = self.encode(prompts)
         if guidance != 1:
             context = torch.cat([self.encode([negative_prompt]).expand_as(context), context])
-        predict = noise_predictor(network or self.network, self.config.diffusion, self.dtype, cache, [context],
-                                  guidance)
+        network = self.network if network is None else network
+        predict = noise_predictor(network, self.config.diffusion, self.dtype, cache, [context], guidance)
         return check_finite(sampler.run(predict, x, noise, progress))
 
     @torch.no_grad()
