@@ -116,16 +116,20 @@ class SpatialTransformer(Residual):
         self.linear = linear
 
     def residual(self, x: Tensor, cond: Cond) -> Tensor:
-        tokens = self.norm(x) if self.linear else self.proj_in(self.norm(x))
-        tokens = tokens.flatten(2).transpose(1, 2)                       # [batch, pixels, channels]
-        if self.linear:
+        h = self.norm(x)
+        if not self.linear:
+            h = self.proj_in(h)
+        tokens = h.flatten(2).transpose(1, 2).contiguous()               # [batch, pixels, channels]; sums of mixed
+        if self.linear:                                                  # layouts would take a tenth of the time
             tokens = self.proj_in(tokens)
         for block in self.transformer_blocks:
             tokens = block(tokens, cond)
         if self.linear:
             tokens = self.proj_out(tokens)
-        out = tokens.transpose(1, 2).reshape(x.shape)
-        return out if self.linear else self.proj_out(out)
+        h = tokens.transpose(1, 2).reshape(x.shape)
+        if x.is_contiguous():
+            h = h.contiguous()
+        return h if self.linear else self.proj_out(h)
 
 
 class Downsample(nn.Module):
