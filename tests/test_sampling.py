@@ -43,13 +43,15 @@ def tiny(tmp_path_factory) -> Path:
 def start(*args, **kwargs) -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
     return subprocess.Popen([sys.executable, "-m", "ddpm.sample", *map(str, args)], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            # Where tests run in the background, they ignore interrupts, and so would the command.
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **kwargs)
 
 
 def sample(*args, code: int = 0, **kwargs) -> str:
     """Run the command; returns what it wrote to stderr and checks its exit code."""
     process = start(*args, **kwargs)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == code, errors
     return errors
 
@@ -209,7 +211,7 @@ def test_a_killed_run_goes_on(tiny, tmp_path, kill):
     while not images(out) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(kill)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     made = images(out)
     assert 0 < len(made) < 40
     if kill == signal.SIGINT:

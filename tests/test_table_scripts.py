@@ -182,7 +182,7 @@ def test_flags_reach_the_right_commands():
     assert ldm.npz_command()[-1].endswith("/centered_n20_c80_p1.2_1000.npz") and ddpm.npz is None
     assert ldm.judge_command()[:2] == ["-m", "eval.adm"] and "r.npz" in ldm.judge_command()
     assert ddpm.judge_command()[:2] == ["-m", "eval.fid"] and "data/references/cifar10.npz" in ddpm.judge_command()
-    assert ldm.judge_command()[-3:] == ["--device", "cuda", "--allow-fewer"]
+    assert "--count 1000 --device cuda --out " in " ".join(ldm.judge_command())
     sd = made("table13", *flags, "--clip-weights", "c.bin")[1]
     assert " ".join(sd.command).startswith(
         "-m stable_diffusion.sample --config configs/sd_v15.yaml --prompts data/prompts/parti.tsv --dtype fp16 --steps "
@@ -250,7 +250,7 @@ def test_a_run_without_weights_says_which(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         plan.main()
     assert stop.value.code == 2
-    assert "model.ckpt (scripts/download.sh --list; configs/ldm_cin256.yaml says" in capsys.readouterr().err
+    assert "model.ckpt (python -m scripts.doctor says where it comes from)" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
