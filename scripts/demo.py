@@ -1,7 +1,7 @@
 """DeepCache on the models that are shipped here, end to end: sample every arm, judge it, time it, draw it.
 
-    python -m scripts.demo              about 20 minutes on 2 cores
-    python -m scripts.demo --quick      about three minutes: fewer images, steps and arms
+    python -m scripts.demo              about half an hour on 2 cores
+    python -m scripts.demo --quick      about five minutes: fewer images, steps and arms
 
 All arms of a model start from the same seeds, so their images can be compared one by one. Images go to
 samples/demo/MODEL/ARM, results to results/demo/ (demo_quick with --quick). A second run reuses the images.
@@ -210,7 +210,7 @@ def section(model: Model, folder: Path) -> str | None:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images, steps and arms: about three minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer images, steps and arms: about five minutes")
     parser.add_argument("--models", nargs="+", choices=[model.name for model in MODELS],
                         help="only these; the table keeps the results of the others")
     parser.add_argument("--images", type=int, help="images per arm (default: 256, of the slowest model 192; 80 with "
