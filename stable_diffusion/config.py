@@ -5,22 +5,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+import ldm.config
 from sampling import diffusion
 from sampling.settings import read_yaml
 from training.loop import TrainConfig
 
 
 @dataclass
-class Unet:
+class Unet(ldm.config.Unet):
     """Arguments of `stable_diffusion.unet.UNet`."""
-    in_channels: int
-    out_channels: int
-    model_channels: int
-    channel_mult: list[int]
-    num_res_blocks: int
-    attention_resolutions: list[int]    # downsampling factors
-    num_heads: int
-    context_dim: int
     num_head_channels: int | None = None
     linear_projections: bool = False
 
