@@ -135,8 +135,8 @@ def summary(schedule: BlockSchedule) -> Iterable[str]:
     """A schedule as lines of text."""
     run, calls = schedule.run, schedule.calls
     computed = sum(map(len, schedule.blocks.values()))
-    yield (f"{run['model']}, {run['sampler']} {run['steps']} steps ({run['timesteps']}), {schedule.kinds} blocks, "
-           f"delta {schedule.delta:.6g}")
+    rule = "given" if schedule.delta is None else f"delta {schedule.delta:.6g}"
+    yield f"{run['model']}, {run['sampler']} {run['steps']} steps ({run['timesteps']}), {schedule.kinds} blocks, {rule}"
     yield f"computed: {computed} of {calls * len(schedule.blocks)} times"
     for name, steps in schedule.blocks.items():
         yield f"  {name:44} {len(steps):4} of {calls}: {' '.join(map(str, steps))}"

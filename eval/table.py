@@ -57,7 +57,9 @@ def is_of(result: Result, row: Row, section: Section, kind: str) -> bool:
     pruned = settings.get("unet", {}).get("diffusers")
     if (row.pruned is not None) != (pruned is not None) or (pruned and bk_sdm.size_of(pruned) != row.pruned):
         return False
-    if "block_caching" in cache or (cache.get("interval", 1) != 1) != row.plan.cached:
+    if cache.get("block_caching") != row.plan.settings.get("block_caching"):
+        return False
+    if (cache.get("interval", 1) != 1) != row.plan.cached:
         return False
     return not row.plan.cached or all(cache.get(key) == row.plan.settings[key]
                                       for key in ("branch", "full_steps", "zero_cache"))
@@ -72,29 +74,43 @@ def newest(found: Found, row: Row, section: Section, kind: str) -> tuple[Path, R
 class Speed(NamedTuple):
     """Of the network alone, from the times of full and cached steps."""
     images_per_second: float
-    speedup: float                  # over the uncached run with the config's steps
+    speedup: float                  # over an uncached run of `base` network calls
     path: Path
     result: Result
 
 
-def speed_of(found: Found, row: Row) -> Speed | None:
-    """The throughput of a row; from an accelerator where there is one, else from a CPU, and from the newest of them."""
+def speed_of(found: Found, row: Row, base: int) -> Speed | None:
+    """The throughput of a row; from an accelerator where there is one, else from a CPU, and from the newest of them.
+
+    base: network calls of the uncached run that the speed-up is over.
+    """
     own = []
     for path, result in found:
         times = result.throughput
         if row.pruned or not times or result.model != row.config.name or result.settings.get("dtype") != row.dtype:
             continue
-        cached = [step for step in times.get("branches", ()) if step["branch"] == row.plan.branch]
-        if row.plan.cached and not cached:
-            continue
-        full, k = times["full"]["median"], row.full_calls
-        mean = cached[0] if row.plan.cached else {"median": 0.0, "ratio": 0.0}
-        seconds = k * full + (row.calls - k) * mean["median"]
-        base = row.config.sampler.steps + row.calls - row.steps
-        own.append(Speed(result.settings["batch_size"] / seconds, base / (k + (row.calls - k) * mean["ratio"]), path,
-                         result))
+        cost = _in_full_steps(times, row)           # of a run; the seconds of a round cancel in it
+        if cost is not None:
+            seconds, ratio = cost
+            own.append(Speed(result.settings["batch_size"] / seconds, base / ratio, path, result))
     return max(own, key=lambda s: (s.result.provenance.get("device") != "cpu", s.result.finished or "", str(s.path)),
                default=None)
+
+
+def _in_full_steps(times: Mapping, row: Row) -> tuple[float, float] | None:
+    """(seconds of a batch of a row's run, its time in full steps); None where its kind of steps was not timed."""
+    full = times["full"]["median"]
+    if row.plan.blocks is not None:
+        own = [timed for timed in times.get("schedules", ()) if timed["sha256"] == row.plan.blocks.sha256
+               and timed["scale_shift"] == (row.plan.table is not None)]
+        return (own[0]["seconds"], own[0]["calls"] / own[0]["speedup"]) if own and not row.plan.cached else None
+    k = row.full_calls
+    if not row.plan.cached:
+        return k * full, k
+    own = [step for step in times.get("branches", ()) if step["branch"] == row.plan.branch]
+    if not own:
+        return None
+    return k * full + (row.calls - k) * own[0]["median"], k + (row.calls - k) * own[0]["ratio"]
 
 
 class Line(NamedTuple):
@@ -126,9 +142,12 @@ def _decimals(section: Section, column: str, printed: float | str | None) -> int
     return section.decimals.get(column, COLUMNS[column].decimals)
 
 
-def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, found: Found,
+def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base: int, found: Found,
           sources: dict[str, None]) -> tuple[dict[str, float], dict[str, Path]]:
-    """What we have for a row, by column, and the files that it is from; they are added to `sources` in words."""
+    """What we have for a row, by column, and the files that it is from; they are added to `sources` in words.
+
+    base: see `speed_of`.
+    """
     values = {"macs_G": giga(row.macs(table.macs_steps).hook)}
     values |= {key: row.plan.settings[key] for key in _SETTINGS if key in columns}
     files: dict[str, Path] = {}
@@ -141,7 +160,7 @@ def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, foun
         digest = result.hashes.get("checkpoint", "not recorded")[:12]
         sources[f"{row.config.name} was measured by eval.{result.kind} on {section.images:,} images of each row; "
                 f"checkpoint sha256 {digest}. The CSV names the files."] = None
-    speed = speed_of(found, row) if {"throughput", "speedup"} & set(columns) else None
+    speed = speed_of(found, row, base) if {"throughput", "speedup"} & set(columns) else None
     if speed:
         values |= {"throughput": speed.images_per_second, "speedup": speed.speedup}
         files |= dict.fromkeys(("throughput", "speedup"), speed.path)
@@ -171,12 +190,16 @@ def _fill(table: Table, section: Section, runs: Runs, found: Found, numbers: Map
         found = [number for note, number in numbers.items() if getattr(note, test)(section.name, *args)]
         return "".join(f" [{number}]" for number in found)
 
+    base = None         # the run that the paper prints as 1x, for the rows after it; else the config's own steps
     for label, printed in section.rows.items():
         cells = [section.shown(key, printed.get(key)) + marks("marks_cell", label, key) for key in columns]
         lines.append(Line(label + marks("marks_row", label), "paper", cells))
         beside = runs.beside(section.name, label)
+        if beside and printed.get("speedup") in (1.0, "1.0", "1.00"):
+            base = beside[0].calls
         for row in beside:
-            ours, files = _ours(table, section, columns, row, found, sources)
+            ours, files = _ours(table, section, columns, row,
+                                base or row.config.sampler.steps + row.calls - row.steps, found, sources)
             device = {path: result.provenance.get("device_name") for path, result in found}.get(files.get("throughput"))
             shown = {key: f"{ours[key]:.{_decimals(section, key, printed.get(key))}f}" if key in ours else "-"
                      for key in columns}

@@ -3,6 +3,7 @@
     python -m eval.throughput --config configs/ddpm_cifar10.yaml --branch 1 2 3 --batch-size 8 --threads 1
     python -m eval.throughput --config configs/ddpm_emoji.yaml --interval 2 3 5 10 --out results/throughput/emoji.json
     python -m eval.throughput --config configs/ldm_cin256.yaml --branch 0 --batch-size 1 --threads 1
+    python -m eval.throughput --config configs/sd_v15.yaml --block-schedule configs/block_schedules/*.json
 
 Only the U-Net runs, on random weights unless --checkpoint is given, and nothing is written meanwhile. All variants
 take turns in one process, so that a busy machine slows them alike: trust the ratios, which are medians over the rounds,
@@ -12,7 +13,9 @@ before the seconds. What to expect is the ratio of the MACs.
 import argparse
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from caching.block_cache import BlockCache
 from caching.deepcache import DeepCache
 from caching.nested import no_cache
 from caching.schedules import uniform
-from eval.macs import Policy, average, branch_macs
+from eval.macs import Policy, average, branch_macs, residual_macs, schedule_macs
 from eval.models import build, example_inputs, load_config, load_unet, rows_per_image
+from sampling.block_schedule import BlockSchedule
 from sampling.cli import command
 from sampling.options import DTYPES, place, prepare_device
 from sampling.provenance import provenance
@@ -143,6 +148,80 @@ def measure(unet: nn.Module, inputs: Sequence[Tensor], branches: Sequence[int], 
     return result
 
 
+class ReusedSet(NamedTuple):
+    """Residuals that some steps of a schedule reuse, and how many steps those are."""
+    names: frozenset[str]
+    steps: int
+
+    def policy(self, adjusted: bool, unet: nn.Module, inputs: Sequence[Tensor]) -> BlockCache:
+        """Computes them on step 0 and reuses them on step 1, multiplied and shifted (by nothing) where `adjusted`."""
+        policy = BlockCache({name: [0] for name in self.names})
+        if adjusted:
+            unet(*inputs, cache=policy.at(0))
+            channels = {name: value.shape[1 if value.ndim == 4 else -1] for name, value in policy.values.items()}
+            dtype, device = inputs[0].dtype, inputs[0].device
+            policy.adjust = [{}, {name: (torch.ones(width, dtype=dtype, device=device),
+                                         torch.zeros(width, dtype=dtype, device=device))
+                                  for name, width in channels.items()}]
+        return policy
+
+
+def reused_sets(schedule: BlockSchedule) -> list[ReusedSet]:
+    """The different sets of residuals that the steps of a schedule reuse, the commonest first."""
+    found = Counter(frozenset(name for name, steps in schedule.blocks.items() if step not in steps)
+                    for step in range(schedule.calls))
+    return [ReusedSet(*pair) for pair in found.most_common()]
+
+
+def measure_schedules(unet: nn.Module, inputs: Sequence[Tensor], schedules: Mapping[str, BlockSchedule],
+                      repeats: int = 20, warmup: int = 2, rows_per_image: int = 1) -> dict:
+    """Time Block Caching: a step of each set of residuals that `schedules` reuse, without and with scale-shift.
+
+    schedules: by name. Returns JSON-compatible {full, schedules: [per schedule and with_scale_shift]}, with the MACs
+    (batch 1) of the whole runs beside their times; images/s are of the network alone. Raises UserError for no repeats.
+    """
+    sets = {name: reused_sets(schedule) for name, schedule in schedules.items()}
+    distinct = list(dict.fromkeys(one.names for found in sets.values() for one in found if one.names))
+    with torch.inference_mode():
+        policies = {f"{i}{'+' * adjusted}": ReusedSet(names, 0).policy(adjusted, unet, inputs)
+                    for i, names in enumerate(distinct) for adjusted in (False, True)}
+    try:
+        timings = time_steps(unet, inputs, policies, repeats, warmup)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    full = timings["full"]
+    macs_full, residuals = residual_macs(unet, [value[:1] for value in inputs])
+    images = len(inputs[0]) / rows_per_image
+    result = {"full": {**full.to_json(), "macs": macs_full.hook, "macs_fc": macs_full.fc}, "schedules": []}
+    for name, schedule in schedules.items():
+        macs = schedule_macs(macs_full, residuals, schedule.blocks, schedule.calls)
+        for adjusted in (False, True):
+            ratios, seconds = [], 0.0
+            for one in sets[name]:
+                timing = timings[f"{distinct.index(one.names)}{'+' * adjusted}"] if one.names else full
+                ratios.append({"reused": len(one.names), "steps": one.steps, "ratio": timing.ratio(full)})
+                seconds += one.steps * timing.median
+            result["schedules"].append({
+                "name": name, "sha256": schedule.sha256, "sampler": schedule.run["sampler"],
+                "steps": schedule.run["steps"], "calls": schedule.calls, "scale_shift": adjusted, "sets": ratios,
+                "seconds": seconds, "images_per_second": images / seconds,
+                "speedup": schedule.calls / sum(one["steps"] * one["ratio"] for one in ratios),
+                "macs": macs.hook, "macs_fc": macs.fc, "macs_speedup": macs_full.hook / macs.hook,
+                "macs_fc_speedup": macs_full.fc / macs.fc})
+    return result
+
+
+def schedules_table(result: dict) -> str:
+    """What `measure_schedules` found, for people."""
+    lines = [f"a full step: {1e3 * result['full']['median']:.2f} ms", "",
+             f"{'schedule':44}{'kinds of steps':>15}{'images/s':>10}{'speed-up':>10}{'by macs':>9}{'macs_fc':>9}"]
+    for row in result["schedules"]:
+        name = row["name"] + (", scale-shift" if row["scale_shift"] else "")
+        lines.append(f"{name:44}{len(row['sets']):15}{row['images_per_second']:10.4g}{row['speedup']:10.2f}"
+                     f"{row['macs_speedup']:9.2f}{row['macs_fc_speedup']:9.2f}")
+    return "\n".join(lines)
+
+
 def table(result: dict) -> str:
     """What `measure` found, for people."""
     full = result["full"]
@@ -170,6 +249,8 @@ def main() -> None:
     parser.add_argument("--interval", type=int, nargs="+", default=[2, 3, 5, 10],
                         help="N of 1:N of the whole runs (default: 2 3 5 10)")
     parser.add_argument("--steps", type=int, help="network calls per image of the whole runs (default: the config's)")
+    parser.add_argument("--block-schedule", type=Path, nargs="+", metavar="FILE",
+                        help="time Block Caching by these schedules instead, each without and with scale-shift")
     parser.add_argument("--batch-size", type=int, default=8,
                         help="images at a time; with guidance each takes two rows of the batch (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds (default: %(default)s)")
@@ -184,6 +265,10 @@ def main() -> None:
     config, device, dtype = load_config(args.config), prepare_device(args), DTYPES[args.dtype]
     if device.type == "meta":
         raise UserError("--device meta computes nothing that could be timed: use cpu or cuda")
+    schedules = {}
+    for path in args.block_schedule or ():
+        schedules[path.stem] = BlockSchedule.load(path)
+        schedules[path.stem].check({"model": config.name, "unet": asdict(config.unet)})
     branches = list(dict.fromkeys(args.branch or [config.sampler.branch]))
     steps = config.sampler.steps if args.steps is None else args.steps
     torch.manual_seed(0)
@@ -201,9 +286,13 @@ def main() -> None:
     guided = f" ({rows} rows with guidance)" if rows != args.batch_size else ""
     print(f"{config.name}: batch {args.batch_size}{guided}, {args.dtype}, {where['device']} ({where['device_name']}), "
           f"{where['threads']} CPU threads, {args.repeats} rounds", flush=True)
-    result = measure(unet, inputs, branches, args.interval, steps, args.repeats, args.warmup,
-                     rows_per_image(config))
-    print(table(result))
+    rounds = args.repeats, args.warmup, rows_per_image(config)
+    if schedules:
+        result = measure_schedules(unet, inputs, schedules, *rounds)
+        print(schedules_table(result))
+    else:
+        result = measure(unet, inputs, branches, args.interval, steps, *rounds)
+        print(table(result))
     if args.out:
         write_json(args.out, {"kind": "throughput", "model": config.name, "settings": settings, "provenance": where,
                               **result})

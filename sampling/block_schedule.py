@@ -26,14 +26,15 @@ BOUND = ("model", "unet", "checkpoint_sha256", "sampler", "steps", "timesteps")
 class BlockSchedule:
     """When each residual is computed, and where that comes from.
 
-    run: the settings under BOUND. calls: network calls. kinds: `caching.block_cache.KINDS`. delta: the threshold.
-    blocks: residual -> steps that compute it. measured: what the changes come from. macs, macs_full: per step and
-    row, {"hook", "fc"}, of a run with this schedule and of one without caching.
+    run: the settings under BOUND; a checkpoint_sha256 of None stands for any weights. calls: network calls. kinds:
+    `caching.block_cache.KINDS`. delta: the threshold, None where it was not made from one. blocks: residual -> steps
+    that compute it. measured: what the changes come from. macs, macs_full: per step and row, {"hook", "fc"}, of a run
+    with this schedule and of one without caching.
     """
     run: dict
     calls: int
     kinds: str
-    delta: float
+    delta: float | None
     blocks: dict[str, list[int]]
     measured: dict
     macs: dict
@@ -80,7 +81,8 @@ class BlockSchedule:
 
         Raises UserError that says what differs.
         """
-        differing = [key for key in BOUND if key in settings and self.run[key] != settings[key]]
+        differing = [key for key in BOUND if key in settings and self.run[key] != settings[key]
+                     and not (key == "checkpoint_sha256" and self.run[key] is None)]
         if differing:
             shown = (f"{key} {self.run[key]} there, {settings[key]} here" if key != "unet" else "unet differs"
                      for key in differing)

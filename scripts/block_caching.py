@@ -7,15 +7,16 @@
     python -m ddpm.sample --config configs/ddpm_emoji.yaml --block-schedule half.json --scale-shift half.safetensors ...
 
 measure: how much every residual changes from step to step, and pictures of it. schedule: when each is computed, from a
-threshold, or from a budget of MACs. train: the scale and shift of reused residuals, judged on other seeds. show: prints
-and draws a schedule. measure and train take the options of the model's sample command that say what is sampled; with
---config given, --help lists them.
+threshold, or from a budget of MACs. rhythm: the same steps for all, which needs no weights. train: the scale and shift
+of reused residuals, judged on other seeds. show: prints and draws a schedule. measure and train take the options of the
+model's sample command that say what is sampled; with --config given, --help lists them.
 """
 
 import argparse
 import importlib
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +24,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from caching.block_cache import KINDS, Adjustment, BlockCache
+from caching.block_cache import KINDS, Adjustment, BlockCache, residual_names
 from caching.meters import ChangeMeter, SimilarityMeter
 from caching.scale_shift import Comparison, Distiller, LeastSquares, ScaleShift, relative_distance
 from eval import models
 from eval.block_changes import BlockChanges, ScheduleMaker, summary
 from eval.block_plots import change_curves, schedule_chart, similarity_maps
 from eval.intervals import mean_estimate
-from eval.macs import branch_macs, on_meta, residual_macs
+from eval.macs import branch_macs, on_meta, residual_macs, schedule_macs
 from sampling.block_schedule import BOUND, BlockSchedule, block_cache, load_scale_shift, save_scale_shift
 from sampling.cli import command
 from sampling.image_model import ImageModel
-from sampling.options import add_deepcache_options, add_device_options, plan_deepcache
+from sampling.options import (
+    add_deepcache_options,
+    add_device_options,
+    add_sampler_options,
+    plan_deepcache,
+    plan_sampler,
+)
 from sampling.provenance import provenance
 from sampling.runs import format_seeds, parse_seeds, write_json
 from sampling.settings import UserError
@@ -59,7 +66,7 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     config = first.parse_known_args(words)[0].config
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(required=True, metavar="measure | schedule | train | show")
+    verbs = parser.add_subparsers(required=True, metavar="measure | schedule | rhythm | train | show")
 
     def verb(name: str, run: Callable[[argparse.Namespace], None], what: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=what, description=what, allow_abbrev=False)
@@ -97,6 +104,15 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     aim.add_argument("--speedup", type=float, help="the same as --macs 1/SPEEDUP")
     made.add_argument("--out", type=Path, required=True, help="JSON to write")
     add_deepcache_options(made)
+
+    given = verb("rhythm", make_rhythm, "all residuals computed on the same given steps, for any weights: OUT.json")
+    given.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
+    add_sampler_options(given)
+    given.add_argument("--computed", required=True, metavar="STEPS",
+                       help="steps that compute, like 0,5,9,13,17; 0 must be one")
+    given.add_argument("--kinds", choices=KINDS, default="transformer",
+                       help="of blocks that are cached (default: %(default)s, as in the paper)")
+    given.add_argument("--out", type=Path, required=True, help="JSON to write")
 
     trained = verb("train", train, "scale and shift of reused residuals: OUT.safetensors and OUT.scale_shift.json")
     run = of_model(trained)
@@ -211,6 +227,25 @@ def make_schedule(args: argparse.Namespace) -> None:
         print(f"with DeepCache, {len(plan.full_steps)} full steps, branch {plan.branch}: "
               f"{mean.hook / maker.full.hook:.4f} of the MACs ({mean.fc / maker.full.fc:.4f} with attention)")
     print(f"{args.out} and {args.out.with_suffix('.png')}")
+
+
+def make_rhythm(args: argparse.Namespace) -> None:
+    check_out(args.out, ".json")
+    config = models.load_config(args.config)
+    sampler = plan_sampler(args, config.sampler, config.diffusion)
+    steps = sorted(parse_seeds(args.computed, "--computed"))
+    if steps[0] != 0 or steps[-1] >= sampler.calls:
+        raise UserError(f"--computed must contain 0 and stay below the {sampler.calls} network calls, got "
+                        f"{args.computed}")
+    unet = models.build(config)
+    full, residuals = residual_macs(unet, models.example_inputs(config))
+    blocks = {name: steps for name in residual_names(unet, args.kinds)}
+    run = {"model": config.name, "unet": asdict(config.unet), "checkpoint_sha256": None, **sampler.settings}
+    schedule = BlockSchedule({key: run[key] for key in BOUND}, sampler.calls, args.kinds, None, blocks,
+                             {"rhythm": "given, not measured"},
+                             schedule_macs(full, residuals, blocks, sampler.calls)._asdict(), full._asdict())
+    schedule.save(args.out)
+    print("\n".join([*summary(schedule), str(args.out)]))
 
 
 def show(args: argparse.Namespace) -> None:

@@ -62,7 +62,8 @@ class Files:
         FILES.mkdir(parents=True, exist_ok=True)
         # Every third of the seeds that are not sampled: measured, learnt from, judged on.
         unused = range(images, images + 3 * max(MEASURED, TRAINED, HELD_OUT))
-        self.common = ["--config", str(model.config.relative_to(ROOT)), "--steps", str(model.steps), "--device", "cpu"]
+        self.common = ["--config", str(model.config.relative_to(ROOT)), "--steps", str(model.steps), "--device", "cpu",
+                       "--threads", "1"]                # small networks only wait for a second one
         if model.prompts is not None:
             prompts = len(read_prompts(model.prompts))
             each = math.ceil(unused.stop / prompts)
@@ -76,8 +77,9 @@ class Files:
         return FILES / f"{self.model.name}_{name}{suffix}"
 
     def make(self, path: Path, *words: str) -> Path:
-        """Run a verb of scripts.block_caching that writes `path`, unless it is there."""
-        if self.remake or not path.is_file():
+        """Run a verb of scripts.block_caching that writes `path`, and last its report, unless all is there."""
+        last = path.with_suffix(".scale_shift.json") if path.suffix == ".safetensors" else path
+        if self.remake or not (path.is_file() and last.is_file()):
             words = ["-m", "scripts.block_caching", *words, "--out", str(path.relative_to(ROOT))]
             print("python", *words, flush=True)
             if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
@@ -135,16 +137,20 @@ def arms_of(model: demo.Model, files: Files) -> list[Arm]:
         path = files.schedule(name, "--kinds", "all", "--macs", f"{fraction:.6f}")
         arms += scheduled(path, name, f"blocks {fraction:.2f}", "block caching")
 
-        # Together: more full steps than DeepCache alone has, paid by the blocks outside its level.
+        # Together: more full steps than DeepCache alone has, paid for by the blocks outside its level; at the
+        # outermost branch that leaves them a tenth of the budget to choose with.
         more = max(2, round(2 * n / 3))
-        maker = ScheduleMaker(changes, "all", deepcache(more))
-        if more < n and maker.macs({key: [0] for key in maker.measured}).hook <= uniform.hook:
-            path = files.schedule(f"together_{round(100 * budget)}", "--kinds", "all", "--macs", f"{fraction:.6f}",
-                                  "--interval", str(more), "--branch", str(branch))
-            arms.append(Arm(f"together_{round(100 * budget)}", f"N={more} and blocks", "together",
-                            maker.macs(BlockSchedule.load(path).blocks), calls,
-                            ["--steps", str(steps), "--interval", str(more), "--block-schedule",
-                             str(path.relative_to(ROOT))]))
+        for at in range(branch + (more == n), len(changes.macs_cached)):
+            maker = ScheduleMaker(changes, "all", deepcache(more)._replace(branch=at))
+            if maker.macs({key: [0] for key in maker.measured}).hook <= 0.9 * uniform.hook:
+                name = f"together_{round(100 * budget)}"
+                options = ["--interval", str(more), "--branch", str(at)]
+                path = files.schedule(name, "--kinds", "all", "--macs", f"{fraction:.6f}", *options)
+                level = "" if at == branch else f" at branch {at}"
+                arms.append(Arm(name, f"N={more}{level} and blocks", "together",
+                                maker.macs(BlockSchedule.load(path).blocks), calls,
+                                ["--steps", str(steps), *options, "--block-schedule", str(path.relative_to(ROOT))]))
+                break
         fewer = round(fraction * steps)
         arms.append(Arm(f"steps{fewer}", f"{model.sampler} {fewer}", "fewer steps", full,
                         fewer + calls - steps, ["--steps", str(fewer)]))

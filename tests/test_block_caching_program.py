@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import HERE
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -207,6 +208,25 @@ def test_compiled_with_one_graph_for_each_set(made, tmp_path, monkeypatch, capsy
     assert f"torch.compile: {len(sets)} graphs" in capsys.readouterr().out
     assert len(graphs) <= len(sets) + 1
     assert (pixels(tmp_path / "compiled") == pixels(tmp_path / "eager")).all()
+
+
+def test_a_rhythm_needs_no_weights_and_fits_any(made, tmp_path, fails):
+    """The ones that are shipped are what the command makes."""
+    make = ["rhythm", "--config", made / "ddpm.yaml", "--kinds", "all", "--out", tmp_path / "rhythm.json"]
+    assert program(*make, "--computed", "0,2") == 0
+    rhythm = BlockSchedule.load(tmp_path / "rhythm.json")
+    assert set(map(tuple, rhythm.blocks.values())) == {(0, 2)} and rhythm.run["checkpoint_sha256"] is None
+    assert sample(made, tmp_path / "images", "--block-schedule", tmp_path / "rhythm.json") == 0
+    assert sample(made, tmp_path / "plain") == 0
+    assert (pixels(tmp_path / "images") != pixels(tmp_path / "plain")).any()
+    for steps, why in (("1,2", "must contain 0"), ("0,5", "stay below"), ("x", "do not parse")):
+        assert fails(program(*make, "--computed", steps), why)
+    assert fails(sample(made, tmp_path / "no", "--block-schedule", tmp_path / "rhythm.json", "--steps", 6), "steps")
+    for path in (HERE.parent / "configs" / "block_schedules").glob("*.json"):
+        shipped = BlockSchedule.load(path)
+        example = [0, 5, 9, 13, 17]         # arXiv 2312.03209, Section 3.2, of 20 steps and counted from 1 there
+        assert shipped.calls in (20, 50)
+        assert all(steps == [s * shipped.calls // 20 for s in example] for steps in shipped.blocks.values())
 
 
 def test_other_runs_are_refused(made, tmp_path, fails):

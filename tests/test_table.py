@@ -10,7 +10,10 @@ import pytest
 import yaml
 from conftest import HERE
 
+from caching.block_cache import BlockCache
 from eval import bk_sdm, results, rows, table
+from eval.macs import run_macs
+from eval.models import build, example_inputs
 from eval.paper import COLUMNS, FOLDER, Table, find, tables
 from eval.results import Metric, Result
 from sampling.settings import UserError
@@ -222,8 +225,37 @@ def test_times_of_steps_become_throughput():
         "full": {"median": 1.0}, "branches": [{"branch": 1, "median": 0.5, "ratio": 0.5}]},
         provenance={"device": "cuda", "device_name": "GPU", "threads": 1})
     row = run_of("13", "Uniform N=5")
-    assert table.speed_of([(Path("x"), sd)], row).images_per_second == pytest.approx(1 / (10 + 41 * 0.5))
-    assert table.speed_of([(Path("x"), sd)], row).speedup == pytest.approx(51 / (10 + 41 * 0.5))
+    assert table.speed_of([(Path("x"), sd)], row, 51).images_per_second == pytest.approx(1 / (10 + 41 * 0.5))
+    assert table.speed_of([(Path("x"), sd)], row, 51).speedup == pytest.approx(51 / (10 + 41 * 0.5))
+
+
+def test_times_of_block_schedules_become_throughput():
+    """Each over the uncached run of as many steps; by the schedule that was timed, and no other."""
+    rhythm = run_of("block_caching_table1", "DPM 20 steps, caching / the example's rhythm")
+    timed = {"sha256": rhythm.plan.blocks.sha256, "scale_shift": False, "calls": 20, "seconds": 16.0, "speedup": 1.25}
+    found = [(Path("blocks.json"), Result(
+        "throughput", "sd_v15", {"dtype": "bf16", "batch_size": 2, "weights": "random"},
+        throughput={"full": {"median": 1.0}, "schedules": [timed]},
+        provenance={"device": "cpu", "device_name": "CPU", "threads": 1}))]
+    paper = find("block_caching_table1")
+    assert cell(paper, found, rhythm.label, "throughput")[1] == "0.12"         # 2 images in 16 seconds
+    assert cell(paper, found, rhythm.label, "speedup")[1] == "1.25"
+    assert cell(paper, found, "DDIM 20 steps, caching / the example's rhythm", "speedup")[1] == "-"
+    assert cell(paper, found, "DPM 14 steps", "speedup")[1] == "1.43"          # over 20 steps,
+    assert cell(paper, found, "DPM 30 steps", "speedup")[1] == "1.67"          # over 50 steps
+    counted = run_macs(build(rhythm.config), example_inputs(rhythm.config), BlockCache(rhythm.plan.blocks.blocks), 20)
+    assert float(cell(paper, found, rhythm.label, "macs_G")[1]) == pytest.approx(counted.hook / 1e9, abs=0.005)
+
+
+def test_a_result_of_block_caching_goes_to_its_row_alone():
+    rhythm, plain = (run_of("block_caching_table1", label)
+                     for label in ("DPM 20 steps, caching / the example's rhythm", "DPM 20 steps"))
+    section = find("block_caching_table1").sections[""]
+    result = measured(rhythm, images=5000, kind="fid", inputs={"prompts": rhythm.given.prompts})
+    result.settings["cache"] = rhythm.plan.settings
+    assert table.is_of(result, rhythm, section, "fid") and not table.is_of(result, plain, section, "fid")
+    result.settings["cache"] = plain.plan.settings
+    assert table.is_of(result, plain, section, "fid") and not table.is_of(result, rhythm, section, "fid")
 
 
 # Formats and the command
@@ -247,7 +279,7 @@ def test_formats(monkeypatch, capsys, tmp_path):
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3 and r"[1] The exact" in latex
     assert not re.search(r"(?<!\\)[%#_]", latex.replace(r"\begin{table}", ""))
     text = run(monkeypatch, capsys, "block_caching_table1", "--results", str(tmp_path))
-    assert "Not run (needs a block schedule" in text and "DPM 20 steps, caching" in text
+    assert "Not run (its schedule is not there yet" in text and "DPM 20 steps, caching" in text
 
 
 def test_all_writes_every_table_and_survives_other_json(monkeypatch, capsys, tmp_path, rendered):

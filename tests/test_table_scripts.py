@@ -157,7 +157,7 @@ def test_equal_settings_share_a_folder_and_others_do_not():
         if not table.schedules:
             for job in made(name):
                 commands.setdefault(job.folder, []).append(" ".join(job.command))
-    assert sum(map(len, commands.values())) == 8 + 13 + 14 + 4 + 4 + 6 + 8 + 6 + 11 + 12 + 22 + 22 + 8
+    assert sum(map(len, commands.values())) == 8 + 13 + 14 + 4 + 4 + 6 + 8 + 6 + 11 + 12 + 22 + 22 + 12
     for folder, lines in commands.items():     # an option that says the default changes nothing
         settled = {re.sub(r" --(branch 2|steps 50)\b", "", line) for line in lines}
         assert len(settled) == 1, folder

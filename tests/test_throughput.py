@@ -7,12 +7,16 @@ import pytest
 import torch
 from conftest import HERE
 
+from caching.block_cache import BlockCache, residual_names
 from caching.deepcache import DeepCache
 from ddpm.unet import UNet
 from eval import throughput
-from eval.throughput import Timing, interleave, measure, time_steps
+from eval.macs import run_macs
+from eval.throughput import Timing, interleave, measure, measure_schedules, reused_sets, time_steps
+from sampling.block_schedule import BlockSchedule
 
 CONFIGS = HERE.parent / "configs"
+RHYTHM = CONFIGS / "block_schedules" / "sd_v15_ddim_20_rhythm.json"      # of another model
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +89,24 @@ def test_measure_is_consistent(tiny):
     assert run["macs"] == (4 * full["macs"] + 6 * cached["macs"]) / 10
 
 
+def test_block_caching_is_timed_by_the_sets_that_its_steps_reuse(tiny):
+    unet, inputs = tiny
+    names = residual_names(unet, "all")
+    blocks = {name: [0, 3] if i % 2 else [0, 2, 3] for i, name in enumerate(names)}
+    schedule = BlockSchedule({"sampler": "ddim", "steps": 5}, 5, "all", None, blocks, {}, {}, {})
+    assert [(len(one.names), one.steps) for one in reused_sets(schedule)] \
+        == [(0, 2), (len(names), 2), (len(names) // 2, 1)]
+    result = measure_schedules(unet, inputs, {"one": schedule}, repeats=3, warmup=1)
+    plain, adjusted = result["schedules"]
+    assert (plain["scale_shift"], adjusted["scale_shift"]) == (False, True)
+    for run in (plain, adjusted):
+        assert run["sha256"] == schedule.sha256 and run["sets"][0] == {"reused": 0, "steps": 2, "ratio": 1.0}
+        assert run["speedup"] == pytest.approx(5 / sum(one["steps"] * one["ratio"] for one in run["sets"]))
+        assert run["images_per_second"] == pytest.approx(2 / run["seconds"])
+        counted = run_macs(unet, [value[:1] for value in inputs], BlockCache(blocks), 5)
+        assert (run["macs"], run["macs_fc"]) == pytest.approx(counted)
+
+
 def run(monkeypatch, *args: str) -> None:
     monkeypatch.setattr("sys.argv", ["eval.throughput", "--config", str(CONFIGS / "ddpm_emoji.yaml"), *args])
     throughput.main()
@@ -112,7 +134,8 @@ def test_command_writes_all_it_knows(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("args", ["--branch 12", "--branch 1 -1", "--interval 0", "--interval 2 101", "--steps 0",
                                   "--repeats 0", "--warmup 0", "--batch-size 0", "--threads 0", "--device abacus",
                                   "--device cuda:99", "--device meta", "--config nowhere.yaml",
-                                  "--checkpoint nowhere.ckpt"])
+                                  "--checkpoint nowhere.ckpt", "--block-schedule nowhere.json",
+                                  f"--block-schedule {RHYTHM}"])
 def test_command_refuses_bad_input(monkeypatch, capsys, tmp_path, args):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *args.split(), "--out", str(tmp_path / "x.json"))
