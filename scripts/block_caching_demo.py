@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from caching.schedules import full_steps
 from eval.block_changes import BlockChanges, ScheduleMaker
+from eval.block_plots import at_equal_cost
 from eval.features import EffLite0
 from eval.images import open_images
 from eval.macs import Macs, average, giga
 from eval.models import load_config, rows_per_image
-from eval.plots import cost_against_quality, sample_rows
+from eval.plots import sample_rows
 from eval.quality import FD, KID
 from sampling.block_schedule import BlockSchedule
 from sampling.cli import command
@@ -166,10 +167,20 @@ def row(result: dict, whole: float) -> tuple[str, ...]:
             f"{near['ssim']['mean']:.3f}" if near else "-")
 
 
-def learnt(files: Files) -> list[str]:
+def section(model: demo.Model, folder: Path) -> str | None:
+    """A model's part of table.md, from its results in `folder`; None where there are none."""
+    results = sorted((json.loads(path.read_text()) for path in (folder / model.name).glob("*.json")),
+                     key=lambda result: result["place"])
+    if not results:
+        return None
+    table = markdown([HEAD, *(row(result, results[0]["macs"]["hook"]) for result in results)])
+    return "\n".join([f"## {model.title}", "", *table, "", *learnt(model), ""])
+
+
+def learnt(model: demo.Model) -> list[str]:
     """What scale-shift does on the seeds that it was judged on."""
     rows = [("schedule", "distance to uncached of", "without", "with scale-shift", "difference, 95% interval")]
-    for path in sorted(FILES.glob(f"{files.model.name}_*.safetensors")):
+    for path in sorted(FILES.glob(f"{model.name}_*.safetensors")):
         found = json.loads(path.with_suffix(".scale_shift.json").read_text())
         for measure in ("residuals", "latents", "pixels"):
             one = found[measure]
@@ -191,7 +202,7 @@ def main() -> None:
     if args.images < 80:
         raise UserError(f"--images must be 80 or more for the distances to mean something, got {args.images}")
     samples, folder = ROOT / "samples" / "block_caching", ROOT / "results" / "block_caching"
-    extractor, where, sections = EffLite0(), provenance("cpu"), []
+    extractor, where = EffLite0(), provenance("cpu")
     for model in demo.MODELS:
         here = (ROOT / load_config(model.config).checkpoint).exists()
         if not (here if args.models is None else model.name in args.models):
@@ -202,13 +213,12 @@ def main() -> None:
             print(f"[{i + 1}/{len(arms)}] {model.name}: {arm.label}", flush=True)
             demo.sample(model, arm, root / arm.name, args.images, args.batch_size)
         (folder / model.name).mkdir(parents=True, exist_ok=True)
-        results, points, rows = {}, [], rows_per_image(load_config(model.config))
-        for arm in tqdm(arms, desc=f"judging {model.name}", unit="arm"):
+        rows, points = rows_per_image(load_config(model.config)), []
+        for place, arm in enumerate(tqdm(arms, desc=f"judging {model.name}", unit="arm")):
             macs = {"hook": arm.macs.hook * arm.calls * rows, "fc": arm.macs.fc * arm.calls * rows, "per": "image"}
-            result = {"kind": "block caching demo", "arm": arm.name, "label": arm.label, "macs": macs,
+            result = {"kind": "block caching demo", "arm": arm.name, "label": arm.label, "place": place, "macs": macs,
                       **demo.judge(model, root / arm.name, root / "uncached", extractor), "provenance": where}
             write_json(folder / model.name / f"{arm.name}.json", result)
-            results[arm.name] = result
 
             def interval(measure: str, scale: float, result: dict = result) -> list[float]:
                 value = result["quality"][measure]
@@ -216,15 +226,12 @@ def main() -> None:
             points.append({"family": arm.family, "label": arm.label, "cost": giga(macs["hook"]),
                            "fd": interval(FD, 1), "kid": interval(KID, 1e3),
                            "psnr": result["fidelity"]["psnr"]["mean"] if "fidelity" in result else None})
-        whole = results["uncached"]["macs"]["hook"]
-        table = markdown([HEAD, *(row(result, whole) for result in results.values())])
-        sections.append("\n".join([f"## {model.title}", "", *table, "", *learnt(files), ""]))
-        cost_against_quality(points, folder / f"cost_quality_{model.name}.png",
-                             [("fd", "FD-EffLite0 (lower is better)"), ("kid", "KID-EffLite0 x 1000 (lower is better)"),
-                              ("psnr", "PSNR to uncached, dB (higher is better)")])
+        at_equal_cost(points, folder / f"equal_cost_{model.name}.png",
+                      [("fd", "FD-EffLite0 (lower is better)"), ("kid", "KID-EffLite0 x 1000 (lower is better)"),
+                       ("psnr", "PSNR to uncached, dB (higher is better)")])
         sample_rows([(arm.label, next(open_images(root / arm.name).batches(demo.SHOWN))) for arm in arms],
                     folder / f"samples_{model.name}.png")
-        text = "\n".join(sections)
+        text = "\n".join(filter(None, (section(model, folder) for model in demo.MODELS)))
         write_atomically(folder / "table.md", lambda temporary, text=text: temporary.write_text(text))
     print(f"\n{text}\nwrote {folder.relative_to(ROOT)}/: table.md, pictures, one JSON per arm; charts and curves are "
           f"in {FILES.relative_to(ROOT)}/")

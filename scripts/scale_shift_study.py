@@ -99,8 +99,9 @@ def main() -> None:
             *(line(label, one) for label, one in found.items())]
     index = [("a change counts for", *head), line("the later step, plain reuse", as_plain(plain)),
              line("the earlier step, plain reuse", as_plain(earlier))]
-    text = "\n".join(["20 DDIM steps of the emoji DDPM, blocks of all kinds, half of the MACs; means over 64 held-out",
-                      "seeds with 95 % intervals; relative L2 distances.", "", *markdown(fits), "", *markdown(index), ""])
+    text = "\n".join(["20 DDIM steps of the emoji DDPM, blocks of all kinds, half of the MACs; relative L2 distances,",
+                      "means over 64 held-out seeds with 95 % intervals.", "", *markdown(fits), "", *markdown(index),
+                      ""])
     write_atomically(OUT / "table.md", lambda temporary: temporary.write_text(text))
     print(text)
 

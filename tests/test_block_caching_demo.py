@@ -43,4 +43,4 @@ def test_demo_end_to_end(tmp_path, monkeypatch):
     uniform = next(one for name, one in found.items() if name in ("n2", "n3"))
     assert cost <= 1.0001 * uniform["macs"]["hook"] < whole
     assert found["all_60_scale_shift"]["run"]["settings"]["cache"]["block_caching"]["scale_shift_sha256"]
-    assert (files / "ddpm_all_60.safetensors").is_file() and (out / "cost_quality_ddpm.png").is_file()
+    assert (files / "ddpm_all_60.safetensors").is_file() and (out / "equal_cost_ddpm.png").is_file()
