@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable
 
 from sampling.settings import UserError, one_line
+from sampling.stopping import Stopped
 
 INTERRUPTED = 130       # as a shell reports Ctrl-C
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Run `main`; a UserError exits with 2, a failing disk or file with 1, Ctrl-C with 130, each with one line.
+    """Run `main`; a UserError exits with 2, a failing disk or file with 1, Ctrl-C with 130, a stop in good order with
+    75 (sampling/stopping.py), each with one line.
 
     Anything else is a defect of this program and keeps its traceback.
     """
@@ -25,6 +27,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except OSError as error:
             full = " (the disk is full; free some space and run the same command again)"
             _exit(1, f"error: {one_line(error)}{full if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}")
+        except Stopped as stop:
+            _exit(os.EX_TEMPFAIL, f"stopped: {stop}; the same command goes on")
         except KeyboardInterrupt:
             _exit(INTERRUPTED, "interrupted; the same command goes on from here")
     return run

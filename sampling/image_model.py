@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from caching.nested import Policy
 from sampling.options import chosen_seeds, compiled, plan_cache, summary
 from sampling.provenance import provenance
-from sampling.runs import RunFolder
+from sampling.runs import RunFolder, missing_seeds
 from sampling.samplers import Sampler
+from sampling.stopping import Stopped, StopRequest
 
 
 class ImageModel(ABC):
@@ -72,17 +73,20 @@ def sample_images(args: argparse.Namespace, model: ImageModel) -> None:
     plan.check(model.settings)                  # before the weights are read, as far as it can be known,
     seeds = chosen_seeds(args, model.images)
     model.check_seeds(seeds)
-    model.load()
-    plan.check(model.settings)                  # and after
-    run = RunFolder(args.out, model.settings | {"cache": plan.settings},
-                    provenance(model.device) | {"compile": args.compile})
-    for line in model.describe(seeds):
-        print(line, flush=True)
-    network = compiled(model.unet, plan.graphs(model.sampler.calls)) if args.compile else model.unet
+    with StopRequest() as stop:
+        model.load()
+        plan.check(model.settings)              # and after
+        run = RunFolder(args.out, model.settings | {"cache": plan.settings},
+                        provenance(model.device) | {"compile": args.compile})
+        for line in model.describe(seeds):
+            print(line, flush=True)
+        network = compiled(model.unet, plan.graphs(model.sampler.calls)) if args.compile else model.unet
 
-    def sample(seeds: list[int], report: Callable[[float], None]) -> np.ndarray:
-        return model.decode(model.latents(seeds, plan.make(model.device, model.dtype), network, report))
+        def sample(seeds: list[int], report: Callable[[float], None]) -> np.ndarray:
+            return model.decode(model.latents(seeds, plan.make(model.device, model.dtype), network, report))
 
-    made = run.fill(seeds, args.batch_size, sample)
-    model.write_listing(run)
+        made = run.fill(seeds, args.batch_size, sample, lambda: stop.asked)
+        model.write_listing(run)
+    if stop.asked and (missing := missing_seeds(run.path, seeds)):
+        raise Stopped(f"{len(seeds) - len(missing)} of {len(seeds)} images are there")
     print(summary(args, seeds, made, model.sampler, plan))

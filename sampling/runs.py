@@ -200,11 +200,12 @@ class RunFolder:
         write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
 
     def fill(self, seeds: Sequence[int], batch_size: int,
-             sample: Callable[[list[int], Callable[[float], None]], np.ndarray]) -> int:
+             sample: Callable[[list[int], Callable[[float], None]], np.ndarray],
+             stop: Callable[[], bool] = lambda: False) -> int:
         """Make the missing images of this process's share of `seeds`; returns how many it made.
 
         sample(batch of seeds, report) -> uint8 [batch, height, width, 3]; it may call report(done) with the fraction
-        of the batch that is done, for the progress bar, which only the first rank shows.
+        of the batch that is done, for the progress bar, which only the first rank shows. stop: asked before each batch.
         """
         share = deal(seeds)
         todo = missing_seeds(self.path, share)
@@ -217,8 +218,9 @@ class RunFolder:
         bar = tqdm(total=len(share), initial=len(share) - len(todo), unit="img", smoothing=0.1, disable=rank > 0,
                    desc=self.path.name + (f", 1 of {world} processes" if world > 1 else ""))
         with bar:
-            for first in range(0, len(todo), batch_size):
-                batch = todo[first:first + batch_size]
+            made = 0
+            while made < len(todo) and not stop():
+                batch = todo[made:made + batch_size]
                 before = bar.n
 
                 def report(done: float) -> None:
@@ -227,7 +229,8 @@ class RunFolder:
                 for seed, image in zip(batch, sample(batch, report), strict=True):
                     self.save(seed, image)
                 report(1.0)
-        return len(todo)
+                made += len(batch)
+        return made
 
 
 def _differences(theirs: dict, ours: dict, prefix: str = "") -> list[str]:

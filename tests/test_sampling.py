@@ -207,9 +207,7 @@ def test_a_killed_run_goes_on(tiny, tmp_path, kill):
     out = tmp_path / "killed"
     args = ["--config", tiny, "--steps", 50, "--seeds", "0-39", "--batch-size", 1, "--threads", 1, "--out", out]
     process = start(*args)
-    deadline = time.monotonic() + 90
-    while not images(out) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_an_image(out)
     process.send_signal(kill)
     _, errors = process.communicate(timeout=600)
     made = images(out)
@@ -220,6 +218,49 @@ def test_a_killed_run_goes_on(tiny, tmp_path, kill):
     after = images(out)
     assert len(after) == 40 and after.items() >= made.items()
     assert not list(out.glob("**/.*.tmp"))
+
+
+def wait_for_an_image(out: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not images(out) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_stop_in_good_order_finishes_the_batch(tiny, tmp_path, number):
+    out = tmp_path / "stopped"
+    args = ["--config", tiny, "--steps", 100, "--seeds", "0-59", "--batch-size", 3, "--threads", 1, "--out", out]
+    process = start(*args)
+    wait_for_an_image(out)
+    process.send_signal(number)
+    process.send_signal(number)                 # an echo, as torchrun and batch systems make them
+    _, errors = process.communicate(timeout=600)
+    made = images(out)
+    assert process.returncode == 75, errors
+    assert errors.splitlines()[-1] == f"stopped: {len(made)} of 60 images are there; the same command goes on"
+    assert 0 < len(made) < 60 and len(made) % 3 == 0 and "Traceback" not in errors
+    sample(*args)
+    assert len(images(out)) == 60 and images(out).items() >= made.items()
+
+
+def test_the_same_signal_again_stops_at_once():
+    from sampling import stopping
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping.StopRequest() as stop:
+        assert not stop.asked
+    assert signal.getsignal(signal.SIGTERM) is before
+    code = ("import os, signal, sys, time; from sampling import stopping; from sampling.cli import command\n"
+            "stopping._ECHO = 0.05\n"
+            "@command\n"
+            "def main():\n"
+            "    with stopping.StopRequest():\n"
+            "        for number in (signal.SIGUSR1, signal.SIGTERM):\n"
+            "            os.kill(os.getpid(), number); time.sleep(0.1)\n"
+            "        print('still here', flush=True)\n"
+            "        os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+            "main()")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130 and "still here" in done.stdout and done.stderr.count("stopping after") == 1
 
 
 def test_progress_bar_shows_rate_and_time_left(tiny, tmp_path):
