@@ -1,16 +1,18 @@
 """A sample folder: one PNG per seed, one run.json, resumable after any kill, never mixed.
 
     OUT/run.json            settings that decide the pixels, and where the first images came from
-    OUT/sessions.jsonl      one line per process that added images: device, versions, commit
+    OUT/sessions.jsonl      one line per process that came to add images: which were missing, device, versions, commit
     OUT/000/000123.png      the image of seed 123
 """
 
 import json
+import math
 import os
 import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sampling.claims import Claims
 from sampling.settings import UserError
 
 FORMAT = 1      # of run.json
 _PNG_END = b"IEND\xaeB`\x82"
+_RECOUNT = 10   # seconds after which the progress bar looks what other processes have made
 
 
 def parse_seeds(text: str, what: str = "seeds") -> list[int]:
@@ -199,39 +203,66 @@ class RunFolder:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
 
+    def _save_all(self, seeds: Sequence[int], images: np.ndarray) -> None:
+        for seed, image in zip(seeds, images, strict=True):
+            self.save(seed, image)
+
+    def _log(self, line: dict) -> None:
+        """Add a line to sessions.jsonl; one that a full disk cut short before it stays alone."""
+        line = {**self.provenance, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **line}
+        with open(self.path / "sessions.jsonl", "a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            cut_short = file.read() not in (b"", b"\n")
+            file.write((b"\n" if cut_short else b"") + json.dumps(line).encode() + b"\n")
+
     def fill(self, seeds: Sequence[int], batch_size: int,
              sample: Callable[[list[int], Callable[[float], None]], np.ndarray],
              stop: Callable[[], bool] = lambda: False) -> int:
-        """Make the missing images of this process's share of `seeds`; returns how many it made.
+        """Make those images of `seeds` that are missing and that no other process makes; returns how many.
 
         sample(batch of seeds, report) -> uint8 [batch, height, width, 3]; it may call report(done) with the fraction
         of the batch that is done, for the progress bar, which only the first rank shows. stop: asked before each batch.
+        Processes share a folder as they come: each begins at its own place, goes round, and waits for nobody. Batches
+        are cut from `seeds` once and for all, so that a restart computes together what would have been.
+        A batch is encoded and written while the next is made; no more than that one waits.
         """
-        share = deal(seeds)
-        todo = missing_seeds(self.path, share)
-        if todo:
-            line = {**self.provenance, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    "seeds": format_seeds(todo), "batch_size": batch_size}
-            with open(self.path / "sessions.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
         rank, world = rank_and_world()
-        bar = tqdm(total=len(share), initial=len(share) - len(todo), unit="img", smoothing=0.1, disable=rank > 0,
-                   desc=self.path.name + (f", 1 of {world} processes" if world > 1 else ""))
-        with bar:
-            made = 0
-            while made < len(todo) and not stop():
-                batch = todo[made:made + batch_size]
+        todo = set(missing_seeds(self.path, seeds))
+        if not todo:
+            return 0
+        self._log({"seeds": format_seeds(todo), "batch_size": batch_size})
+        size = min(batch_size, math.ceil(len(seeds) / world))
+        batches = [seeds[first:first + size] for first in range(0, len(seeds), size)]
+        own = len(batches) * rank // world
+        made, saving, counted = 0, None, time.monotonic()
+        bar = tqdm(total=len(seeds), initial=len(seeds) - len(todo), unit="img", smoothing=0.1, disable=rank > 0,
+                   desc=self.path.name + (f", {world} processes" if world > 1 else ""))
+        with Claims(self.path / ".claims") as claims, ThreadPoolExecutor(1) as background, bar:
+            for batch in batches[own:] + batches[:own]:
+                if stop():
+                    break
+                batch = claims.take(seed for seed in batch if seed in todo)
+                batch = missing_seeds(self.path, batch)         # what another process has not made since
+                if not batch:
+                    continue
+                if not bar.disable and time.monotonic() - counted > _RECOUNT:
+                    counted = time.monotonic()
+                    bar.update(max(0, len(set(seeds).intersection(self.seeds())) - bar.n))
                 before = bar.n
 
                 def report(done: float) -> None:
+                    if saving is not None and saving.done():
+                        saving.result()                         # raises what went wrong: no step more than needed
                     bar.update(before + int(done * len(batch)) - bar.n)
 
-                for seed, image in zip(batch, sample(batch, report), strict=True):
-                    self.save(seed, image)
+                following = background.submit(self._save_all, batch, sample(batch, report))
+                if saving is not None:
+                    saving.result()
+                saving, made = following, made + len(batch)
                 report(1.0)
-                made += len(batch)
+            if saving is not None:
+                saving.result()
         return made
-
 
 def _differences(theirs: dict, ours: dict, prefix: str = "") -> list[str]:
     """'steps 100 there, 50 here' for every setting that differs."""

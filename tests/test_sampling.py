@@ -1,7 +1,10 @@
 """Noise, DDIM, and the runs of `ddpm.sample`: through the command line, as a user does."""
 
+import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +15,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forked import Forked
 from PIL import Image
 from safetensors.torch import save_file
 
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
+from sampling import stopping
+from sampling.claims import Claims
+from sampling.cli import command
 from sampling.ddim import ddim, offset_timesteps, quadratic_timesteps, trailing_timesteps, uniform_timesteps
 from sampling.diffusion import alphas_cumprod, predicted_noise, training_target
 from sampling.noise import SeededNoise
@@ -40,20 +47,11 @@ def tiny(tmp_path_factory) -> Path:
     return folder / "tiny.yaml"
 
 
-def start(*args, **kwargs) -> subprocess.Popen:
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
-    return subprocess.Popen([sys.executable, "-m", "ddpm.sample", *map(str, args)], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            # Where tests run in the background, they ignore interrupts, and so would the command.
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **kwargs)
-
-
-def sample(*args, code: int = 0, **kwargs) -> str:
-    """Run the command; returns what it wrote to stderr and checks its exit code."""
-    process = start(*args, **kwargs)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == code, errors
-    return errors
+@pytest.fixture
+def start(tmp_path):
+    """The command as a process of its own (tests/forked.py)."""
+    number = itertools.count()
+    return lambda *args, **kwargs: Forked("ddpm.sample", *args, log=tmp_path / f"log{next(number)}", **kwargs)
 
 
 def in_process(monkeypatch, *args) -> int:
@@ -190,31 +188,47 @@ def test_slices_and_resume_equal_one_run(tiny, tmp_path, monkeypatch):
     assert (parts / "000" / ".000003.png.elsewhere.1.tmp").exists()
 
 
-def test_two_processes_and_ranks_share_a_folder(tiny, tmp_path, monkeypatch):
+def test_processes_share_a_folder_as_they_come(tiny, tmp_path, monkeypatch, start):
     common = ["--config", tiny, "--interval", 2, "--seeds", "0-7", "--batch-size", 1, "--threads", 1]
     assert in_process(monkeypatch, *common, "--out", tmp_path / "one") == 0
-    two = [start(*common, "--out", tmp_path / "two") for _ in range(2)]             # the same seeds at the same time
+    two = [start(*common, "--out", tmp_path / "two") for _ in range(2)]             # the same command twice
     ranks = [start(*common, "--out", tmp_path / "ranks", env={"RANK": str(r), "WORLD_SIZE": "2"}) for r in range(2)]
     for process in two + ranks:
-        assert process.wait(120) == 0, process.stderr.read()
+        assert process.wait() == 0, process.output
     assert images(tmp_path / "one") == images(tmp_path / "two") == images(tmp_path / "ranks")
-    sessions = [json.loads(line) for line in (tmp_path / "ranks" / "sessions.jsonl").read_text().splitlines()]
-    assert sorted(line["seeds"] for line in sessions) == ["0-3", "4-7"]
+    for pair in (two, ranks):       # nothing was made twice
+        assert sum(int(re.search(r"(\d+) made now", process.output)[1]) for process in pair) == 8
+
+
+def test_a_restart_shares_what_a_dead_process_left(tiny, tmp_path, monkeypatch):
+    """Its claims die with it, and every rank takes from what is missing, wherever that is."""
+    common = ["--config", tiny, "--seeds", "0-7", "--batch-size", 2, "--threads", 1]
+    assert in_process(monkeypatch, *common, "--out", tmp_path / "one") == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "ranks")
+    for seed in range(2, 6):
+        (tmp_path / "ranks" / "000" / f"00000{seed}.png").unlink()
+    with Claims(tmp_path / "ranks" / ".claims") as claims:
+        assert claims.take([2, 3]) == [2, 3]
+        dead = Forked(lambda: print(Claims(claims.path).__enter__().take(range(8))), log=tmp_path / "log")
+        assert dead.wait() == 0 and dead.output == "[0, 1, 4, 5, 6, 7]\n"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    assert in_process(monkeypatch, *common, "--out", tmp_path / "ranks") == 0
+    assert images(tmp_path / "one") == images(tmp_path / "ranks")
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_goes_on(tiny, tmp_path, kill):
+def test_a_killed_run_goes_on(tiny, tmp_path, monkeypatch, start, kill):
     out = tmp_path / "killed"
     args = ["--config", tiny, "--steps", 50, "--seeds", "0-39", "--batch-size", 1, "--threads", 1, "--out", out]
     process = start(*args)
     wait_for_an_image(out)
-    process.send_signal(kill)
-    _, errors = process.communicate(timeout=600)
-    made = images(out)
+    process.send(kill)
+    code, made = process.wait(), images(out)
     assert 0 < len(made) < 40
     if kill == signal.SIGINT:
-        assert process.returncode == 130 and "Traceback" not in errors and "goes on" in errors
-    sample(*args)
+        assert code == 130 and "Traceback" not in process.output and "goes on" in process.output
+    assert in_process(monkeypatch, *args) == 0
     after = images(out)
     assert len(after) == 40 and after.items() >= made.items()
     assert not list(out.glob("**/.*.tmp"))
@@ -222,50 +236,56 @@ def test_a_killed_run_goes_on(tiny, tmp_path, kill):
 
 def wait_for_an_image(out: Path) -> None:
     deadline = time.monotonic() + 90
-    while not images(out) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    while not images(out):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_stop_in_good_order_finishes_the_batch(tiny, tmp_path, number):
+def test_a_stop_in_good_order_finishes_the_batch(tiny, tmp_path, monkeypatch, start, number):
     out = tmp_path / "stopped"
-    args = ["--config", tiny, "--steps", 100, "--seeds", "0-59", "--batch-size", 3, "--threads", 1, "--out", out]
+    args = ["--config", tiny, "--steps", 50, "--seeds", "0-59", "--batch-size", 3, "--threads", 1, "--out", out]
     process = start(*args)
     wait_for_an_image(out)
-    process.send_signal(number)
-    process.send_signal(number)                 # an echo, as torchrun and batch systems make them
-    _, errors = process.communicate(timeout=600)
+    process.send(number)
+    process.send(number)                        # an echo, as torchrun and batch systems make them
+    assert process.wait() == 75, process.output
     made = images(out)
-    assert process.returncode == 75, errors
-    assert errors.splitlines()[-1] == f"stopped: {len(made)} of 60 images are there; the same command goes on"
-    assert 0 < len(made) < 60 and len(made) % 3 == 0 and "Traceback" not in errors
-    sample(*args)
-    assert len(images(out)) == 60 and images(out).items() >= made.items()
+    assert process.output.splitlines()[-1] == f"stopped: {len(made)} of 60 images are there; the same command goes on"
+    assert 0 < len(made) < 60 and len(made) % 3 == 0 and "Traceback" not in process.output
+    assert in_process(monkeypatch, *args) == 0
+    assert in_process(monkeypatch, *args[:-1], tmp_path / "whole") == 0
+    assert images(out) == images(tmp_path / "whole") and images(out).items() >= made.items()
 
 
-def test_the_same_signal_again_stops_at_once():
-    from sampling import stopping
+def test_the_same_signal_again_stops_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "_ECHO", 0.05)
     before = signal.getsignal(signal.SIGTERM)
     with stopping.StopRequest() as stop:
         assert not stop.asked
     assert signal.getsignal(signal.SIGTERM) is before
-    code = ("import os, signal, sys, time; from sampling import stopping; from sampling.cli import command\n"
-            "stopping._ECHO = 0.05\n"
-            "@command\n"
-            "def main():\n"
-            "    with stopping.StopRequest():\n"
-            "        for number in (signal.SIGUSR1, signal.SIGTERM):\n"
-            "            os.kill(os.getpid(), number); time.sleep(0.1)\n"
-            "        print('still here', flush=True)\n"
-            "        os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
-            "main()")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 130 and "still here" in done.stdout and done.stderr.count("stopping after") == 1
+
+    @command
+    def main():
+        with stopping.StopRequest():
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+                time.sleep(0.1)
+            print("still here", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    process = Forked(main, log=tmp_path / "log")
+    assert process.wait(30) == 130
+    assert "still here" in process.output and process.output.count("stopping after") == 1
 
 
-def test_progress_bar_shows_rate_and_time_left(tiny, tmp_path):
-    errors = sample("--config", tiny, "--out", tmp_path / "x")
-    assert "4/4" in errors and ("img/s" in errors or "s/img" in errors)
+def test_the_command_itself_and_its_progress_bar(tiny, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "ddpm.sample", "--config", tiny, "--threads", "1", "--out",
+                           tmp_path / "x"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert "4/4" in done.stderr and ("img/s" in done.stderr or "s/img" in done.stderr)
 
 
 @pytest.mark.parametrize(("change", "word"), [
@@ -336,12 +356,12 @@ def test_a_full_disk_is_one_line(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    """fill() asks for one batch at a time and keeps none."""
+    """fill() asks for one batch at a time, and keeps the last one at most, which is being written."""
     import weakref
     kept = []
 
     def sampler(seeds, report):
-        assert sum(ref() is not None for ref in kept) <= 1
+        assert sum(ref() is not None for ref in kept) <= 2
         batch = np.zeros((len(seeds), 8, 8, 3), np.uint8)
         kept.append(weakref.ref(batch))
         return batch

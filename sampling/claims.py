@@ -1,0 +1,35 @@
+"""Which process makes which image: locks that the system drops with their process, so nothing stays claimed."""
+
+import errno
+import fcntl
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class Claims:
+    """A context in which this process claims seeds; other processes with the same file see them as taken.
+
+    The claim to a seed is the lock on the byte of its number in an empty file. Where the file system has no locks
+    every seed is free: two processes may then make the same image, and nothing worse.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> "Claims":
+        self._file = open(self.path, "ab")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()          # drops every claim
+
+    def take(self, seeds: Iterable[int]) -> list[int]:
+        """Claim those of the seeds that no other process has claimed; returns them."""
+        return [seed for seed in seeds if self._lock(seed % 2 ** 62)]
+
+    def _lock(self, byte: int) -> bool:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        except OSError as error:
+            return error.errno not in (errno.EACCES, errno.EAGAIN)
+        return True
