@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
+from eval.models import load_config
 from sampling import stopping
 from sampling.claims import Claims
 from sampling.cli import command
@@ -28,6 +29,7 @@ from sampling.ddim import ddim, offset_timesteps, quadratic_timesteps, trailing_
 from sampling.diffusion import alphas_cumprod, predicted_noise, training_target
 from sampling.noise import SeededNoise
 from sampling.runs import RunFolder, format_seeds, parse_seeds, to_uint8
+from sampling.samplers import Sampler
 from sampling.settings import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -120,8 +122,25 @@ def test_timesteps():
     for bad in (0, 1001):
         with pytest.raises(ValueError, match="steps"):
             uniform_timesteps(bad)
-    with pytest.raises(ValueError, match="repeat"):
-        quadratic_timesteps(200)
+    assert quadratic_timesteps(100)[:9] == [0, 0, 0, 0, 1, 2, 2, 3, 5]         # as in the released code, CIFAR-10
+
+
+def test_a_step_from_a_timestep_to_itself_leaves_the_image():
+    alphas, x, noise = alphas_cumprod("linear", 1000), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    seen = []
+    once = ddim(lambda *_: noise, x, [0, 2, 400], alphas)
+    again = ddim(lambda x, t, step: seen.append((t, step)) or noise, x, [0, 0, 0, 2, 2, 400], alphas)
+    assert torch.allclose(once, again, atol=1e-5)
+    assert seen == [(400, 0), (2, 1), (2, 2), (0, 3), (0, 4), (0, 5)]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_every_config_has_a_sampler_that_runs(path):
+    config = load_config(path)
+    name = getattr(config.sampler, "sampler", "ddim")
+    sampler = Sampler(name, config.sampler.steps, config.sampler.timesteps, getattr(config.sampler, "eta", 0.0),
+                      config.diffusion)
+    assert len(sampler.call_timesteps()) == sampler.calls
 
 
 def test_to_uint8():
@@ -295,7 +314,7 @@ def test_the_command_itself_and_its_progress_bar(tiny, tmp_path):
     (["--schedule", "centered"], "center"), (["--center", "3"], "center"), (["--zero-cache"], "zero-cache"),
     (["--schedule", "centered", "--center", "9", "--power", "1.4", "--interval", "2"], "center"),
     (["--checkpoint", "nowhere.ckpt"], "nowhere.ckpt"), (["--config", "nowhere.yaml"], "nowhere.yaml"),
-    (["--device", "cuda:99"], "cuda:99"), (["--timesteps", "quad", "--steps", "500"], "repeat"),
+    (["--device", "cuda:99"], "cuda:99"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(tiny, tmp_path, monkeypatch, capsys, change, word):
     out = tmp_path / "out"

@@ -1,0 +1,202 @@
+"""Sweeps: their points, what is refused, and whole runs of them on a tiny random model."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from ddpm.checkpoint import published_state_dict
+from ddpm.unet import UNet
+from eval import rows
+from scripts import plan, sweep, sweep_report
+
+SIZES = {"resolution": 32, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
+         "attn_resolutions": []}
+READY = sorted(Path(sweep.ROOT / "sweeps").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """The config of a DDPM with 4 branches that draws 4 steps, said to be trained on the smallest group."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    save_file(published_state_dict(UNet(**SIZES)), folder / "tiny.safetensors")
+    config = {"name": "ddpm_tiny", "unet": SIZES, "diffusion": {"beta_schedule": "cosine"},
+              "checkpoint": str(folder / "tiny.safetensors"), "train": {"group": "Flags"},
+              "sampler": {"steps": 4, "timesteps": "trailing", "branch": 1}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder / "tiny.yaml"
+
+
+def written(folder: Path, content: dict) -> Path:
+    path = folder / "some.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def points_of(path: Path, *flags: str) -> list:
+    parser = sweep.argparse.ArgumentParser()
+    plan.add_options(parser)
+    return sweep.make_points(sweep.read_sweep(path), path, parser.parse_args(flags))
+
+
+def call(monkeypatch, *words: object) -> None:
+    monkeypatch.setattr("sys.argv", ["sweep", *map(str, words)])
+    sweep.main()
+
+
+def test_points_are_every_combination_once(tmp_path, tiny):
+    path = written(tmp_path, {"images": 5, "grids": [
+        {"model": [str(tiny), "ldm_emoji"], "interval": [1, 2], "branch": "all"},
+        {"model": str(tiny), "interval": 2, "branch": [1, 2]},
+        {"model": str(tiny), "steps": [4, 2], "interval": 1}]})
+    jobs = points_of(path)
+    names = {model: [job.folder.name for job in jobs if job.row.config.name == model]
+             for model in ("ddpm_tiny", "ldm_emoji")}
+    assert names["ddpm_tiny"] == ["uncached", "uniform_n2_branch0", "uniform_n2", "uniform_n2_branch2",
+                                  "uniform_n2_branch3", "steps2"]
+    assert len(names["ldm_emoji"]) == 1 + sweep.num_branches(Path("configs/ldm_emoji.yaml"))
+    assert all(job.images == 5 for job in jobs) and len(jobs) == sum(map(len, names.values()))
+
+
+def test_uncached_run_has_the_first_steps_and_sampler(tmp_path, tiny):
+    path = written(tmp_path, {"images": 5, "grids": [{"model": str(tiny), "steps": [3, 2], "interval": 2,
+                                                      "sampler": "dpmpp"}]})
+    first, *others = points_of(path)
+    assert (first.row.steps, first.row.sampler, first.row.plan.cached) == (3, "dpmpp", False)
+    assert [job.row.steps for job in others] == [3, 2]
+
+
+GRID = {"model": "ddpm_emoji", "interval": 5}
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"grids": [GRID | {"brnach": 2}]}, "grid 1 has no axis 'brnach': is it branch?"),
+    ({"grids": [GRID, GRID | {"branch": 12}]}, r"grid 2, .*ddpm_emoji.*branch 12.*: --branch must be from 0 to 11"),
+    ({"grids": [{"model": ["ddpm_emoji", "ldm_emoji"], "interval": 5, "branch": [2, 10]}]},
+     r"ldm_emoji.*branch 10.*: --branch must be from 0 to 8"),
+    ({"grids": [GRID | {"center": 3}]}, "takes no center"),
+    ({"grids": [GRID | {"schedule": "centered", "center": 120, "power": 1.2}]}, "center must be a step from 0 to 99"),
+    ({"grids": [GRID | {"schedule": "centred"}]}, "schedule has no 'centred'"),
+    ({"grids": [GRID | {"sampler": "plsm"}]}, "sampler has no 'plsm'"),
+    ({"grids": [GRID | {"interval": 101}]}, "interval must be"),
+    ({"grids": [GRID | {"interval": "five"}]}, "interval takes whole numbers, got 'five'"),
+    ({"grids": [GRID | {"interval": []}]}, "interval has no values"),
+    ({"grids": [{"model": "ddpm_emoij"}]}, "no model 'ddpm_emoij': there are ddpm_bedroom"),
+    ({"grids": [{"interval": 5}]}, "names no model"),
+    ({"grids": [{"model": "sd_emoji", "interval": 5}]}, "say prompts: FILE"),
+    ({"grids": [{"model": "sd_emoji"}], "prompts": "data/emoji/prompts.txt", "images": 100}, "images_per_prompt of 2"),
+    ({"grids": [GRID], "imgaes": 3}, "imgaes"),
+    ({"grids": [GRID], "dtype": "fp8"}, "dtype must be one of fp32"),
+    ({"grids": [GRID], "images": 2}, "images must be 3 or more"),
+    ({"grids": []}, "grids is empty"),
+    ({}, "missing key grids"),
+])
+def test_bad_sweeps_are_refused_in_one_line(tmp_path, monkeypatch, capsys, content, message):
+    path = written(tmp_path, {"images": 90} | content)
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "--config", path, "--samples", tmp_path / "samples", "--results", tmp_path / "results")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(message, error) and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["some.yaml"]
+
+
+def test_block_schedule_of_another_model_is_refused(tmp_path, monkeypatch, capsys):
+    from sampling.block_schedule import BlockSchedule
+    run = {"model": "ldm_emoji", "unet": {}, "checkpoint_sha256": "0", "sampler": "ddim", "steps": 50,
+           "timesteps": "trailing"}
+    BlockSchedule(run, 50, "all", 0.5, {"mid": [0]}, {}, {}, {}).save(tmp_path / "other.json")
+    path = written(tmp_path, {"images": 90, "grids": [{"model": "ddpm_emoji",
+                                                       "block_schedule": str(tmp_path / "other.json")}]})
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--config", path, "--samples", tmp_path / "samples", "--list")
+    assert "made for another run: model ldm_emoji there, ddpm_emoji here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "1", "a/b"])
+def test_bad_shares_are_refused(tmp_path, monkeypatch, capsys, share):
+    path = written(tmp_path, {"images": 90, "grids": [{"model": "ddpm_emoji"}]})
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "--config", path, "--share", share, "--samples", tmp_path / "samples")
+    assert stop.value.code == 2 and "INDEX/COUNT" in capsys.readouterr().err
+
+
+def test_shares_are_all_points_once():
+    jobs = list(range(10))
+    assert sorted(job for i in (1, 2, 3) for job in sweep.share_of(jobs, f"{i}/3")) == jobs
+
+
+@pytest.mark.parametrize("path", READY, ids=[path.stem for path in READY])
+def test_ready_sweeps_can_be_planned(path):
+    jobs = points_of(path)
+    assert len(jobs) > 1 and not jobs[0].row.plan.cached
+    branches = {job.row.plan.branch for job in jobs if job.row.plan.cached}
+    if "branch" in path.stem:
+        assert branches == set(range(sweep.num_branches(jobs[0].row.config_path)))
+
+
+def test_papers_numbers_stand_beside_the_points_they_are_of():
+    jobs = points_of(sweep.ROOT / "sweeps" / "table12_branch.yaml")
+    printed = [rows.printed_values("ddpm_cifar10").get(job.folder.name, []) for job in jobs]
+    fid = [next(numbers["fid"] for table, _, numbers in point if table.name == "table12") for point in printed[1:]]
+    assert fid == [7.14, 5.94, 5.73, 5.69, 5.51, 4.93, 4.92, 4.76, 4.54, 4.57, 4.52, 4.48]
+    assert any(table.name == "table2" and numbers["fid"] == 5.73 for table, _, numbers in printed[3])
+
+
+def test_front():
+    points = [(3, 1.0), (1, 5.0), (2, 2.0), (2, 2.5), (4, 1.0), (1, 5.0)]
+    assert sweep_report.front(points, higher=False) == [0, 1, 2, 5]         # equals do not beat each other
+    assert sweep_report.front(points, higher=True) == [1, 5]
+
+
+def metrics_of(folder: Path) -> dict[str, dict]:
+    return {path.name: json.loads(path.read_text())["metrics"] for path in folder.glob("runs/ddpm_tiny/*_sweep.json")}
+
+
+def test_sweep_end_to_end(tmp_path, monkeypatch, capsys, tiny):
+    path = written(tmp_path, {"images": 6, "grids": [{"model": str(tiny), "interval": [2, 4], "branch": [0, 1]}]})
+
+    def run(name: str, *flags: str) -> tuple[str, Path]:
+        folders = ["--samples", tmp_path / name / "samples", "--results", tmp_path / name / "results"]
+        call(monkeypatch, "--config", path, *folders, "--threads", "1", "--device", "cpu", "--batch-size", "4", *flags)
+        return capsys.readouterr().out, tmp_path / name / "results"
+
+    said, results = run("whole")
+    out = results / "sweeps" / "some"
+    assert "5 of 5 points are judged" in said and "are few" in said
+    with open(out / "points.csv") as file:
+        points = list(csv.DictReader(file))
+    assert [(row["interval"], row["branch"]) for row in points] == [("1", ""), ("2", "0"), ("2", "1"), ("4", "0"),
+                                                                  ("4", "1")]
+    assert float(points[0]["speed-up measured"]) == float(points[0]["speed-up by MACs"]) == 1
+    assert all(float(row["PSNR"]) > 5 and float(row["network s per image"]) > 0 for row in points[1:])
+    assert points[0]["FD-EffLite0 minus uncached"] == "" != points[1]["FD-EffLite0 minus uncached"]
+    assert any(row["front of FD-EffLite0 by MACs"] == "1" for row in points)
+    for picture in ("fronts_ddpm_tiny.png", "interval_branch_ddpm_tiny.png"):
+        assert (out / picture).stat().st_size > 5000
+
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "whole").rglob("*.png") if "samples" in str(file)}
+    judged = {file: file.stat().st_mtime_ns for file in results.glob("runs/**/*.json")}
+    assert len(before) == 30 and len(judged) == 5
+    (tmp_path / "whole" / "samples" / "ddpm_tiny" / "uniform_n4" / "000" / "000003.png").unlink()
+    next(results.glob("runs/ddpm_tiny/uniform_n2_6_sweep.json")).unlink()
+    again, _ = run("whole")                                     # what is missing, and nothing else
+    assert "uniform_n2: 6 images asked for, 0 made now" in again and "5 of 5" in again
+    assert sum(file.stat().st_mtime_ns != at for file, at in before.items() if file.exists()) == 0
+    assert sum(file.stat().st_mtime_ns != at for file, at in judged.items()) == 1
+
+    listed, _ = run("shared", "--list")
+    assert "0 of 6" in listed and not (tmp_path / "shared").exists()
+    run("shared", "--share", "2/2")
+    assert not metrics_of(tmp_path / "shared" / "results")      # the uncached images are the other share's
+    run("shared", "--share", "1/2")
+    assert not (tmp_path / "shared" / "results" / "sweeps").exists()
+    drawn, _ = run("shared", "--render")
+    assert "3 of 5 points are judged" in drawn
+    run("shared")
+    assert metrics_of(tmp_path / "shared" / "results") == metrics_of(results)
