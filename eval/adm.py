@@ -27,6 +27,7 @@ from eval.extract import Features, extract
 from eval.images import ImageSet, open_images
 from eval.inception import DIMS, Inception
 from sampling.cli import command
+from sampling.options import prepare_device
 from sampling.runs import rank_and_world
 from sampling.settings import UserError, one_line
 from sampling.weights import sha256
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True, help="reference npz of ADM")
     options.add_options(parser)
     args = parser.parse_args()
-    started, device = time.time(), options.device_of(args)
+    started, device = time.time(), prepare_device(args)
     samples, notes = options.open_samples(args)
     reference = open_reference(args.reference)
     if reference.images.size != samples.size:

@@ -32,6 +32,7 @@ from eval.images import ImageSet
 from eval.inception import DIMS, Inception, NoLibrary
 from eval.sources import open_source
 from sampling.cli import command
+from sampling.options import prepare_device
 from sampling.runs import rank_and_world, write_atomically
 from sampling.settings import UserError, one_line
 from sampling.weights import sha256
@@ -157,7 +158,7 @@ def score(features: Features, reference: Reference, groups: int) -> tuple[result
 
 
 def _judge(args: argparse.Namespace) -> None:
-    started, device = time.time(), options.device_of(args)
+    started, device = time.time(), prepare_device(args)
     samples, notes = options.open_samples(args)
     base = Inception(args.inception, "pytorch-fid", device=device)
     columns = plan([read_reference(path) for path in args.reference], args.mode, samples, base.sha256)
@@ -213,7 +214,7 @@ def _judge(args: argparse.Namespace) -> None:
 
 
 def _make_reference(args: argparse.Namespace) -> None:
-    device = options.device_of(args)
+    device = prepare_device(args)
     if not args.out.parent.is_dir():
         raise UserError(f"no folder {args.out.parent} for {args.out.name}")
     if args.size < 1:

@@ -1,7 +1,6 @@
 """Command-line options that the evaluators on Inception features share, and their checks."""
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -10,7 +9,6 @@ from eval.distances import Estimate
 from eval.images import ImageSet, check_finished, open_images
 from eval.results import Metric
 from eval.statistics import GROUPS
-from sampling.options import prepare_device
 from sampling.settings import UserError
 
 COUNT = 50_000      # images behind the published numbers
@@ -36,13 +34,6 @@ def add_sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", type=int, default=GROUPS,
                         help="of the jackknife for the error of FID (default: %(default)s; 0: no error)")
     parser.add_argument("--out", type=Path, help="JSON to write (eval/results.py)")
-
-
-def device_of(args: argparse.Namespace) -> torch.device:
-    """--device, checked; under torchrun, cuda is the process's own GPU. Raises UserError."""
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
-        args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
-    return prepare_device(args)
 
 
 def open_samples(args: argparse.Namespace) -> tuple[ImageSet, list[str]]:

@@ -1,6 +1,7 @@
 """Command-line options that all sample commands share, and their checks."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ def add_run_options(parser: argparse.ArgumentParser, batch_size: int, seeds: str
 def add_device_options(run: argparse._ArgumentGroup) -> None:
     """--device, --dtype, --compile, --threads."""
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                     help="cpu, cuda, cuda:1 (default: %(default)s)")
+                     help="cpu, cuda, cuda:1 (default: %(default)s; under torchrun cuda is each process's own)")
     run.add_argument("--dtype", choices=DTYPES, default="fp32",
                      help="of the network; the sampler is fp32 (default: %(default)s)")
     run.add_argument("--compile", action="store_true",
@@ -222,13 +223,18 @@ def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype | N
 
 
 def prepare_device(args: argparse.Namespace) -> torch.device:
-    """Check --device, --threads and, where there is one, --batch-size. Raises UserError."""
+    """Check --device, --threads and, where there is one, --batch-size. Raises UserError.
+
+    Under torchrun cuda is the process's own GPU.
+    """
     if getattr(args, "batch_size", 1) < 1:
         raise UserError(f"--batch-size must be 1 or more, got {args.batch_size}")
     if args.threads is not None:
         if args.threads < 1:
             raise UserError(f"--threads must be 1 or more, got {args.threads}")
         torch.set_num_threads(args.threads)
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
     try:
         device = torch.device(args.device)
         torch.ones(1, device=device).item()
