@@ -108,9 +108,11 @@ def time_steps(unet: nn.Module, inputs: Sequence[Tensor], policies: Mapping[str,
 
 
 def measure(unet: nn.Module, inputs: Sequence[Tensor], branches: Sequence[int], intervals: Sequence[int],
-            num_steps: int, repeats: int = 20, warmup: int = 2, rows_per_image: int = 1) -> dict:
+            num_steps: int, repeats: int = 20, warmup: int = 2, rows_per_image: int = 1,
+            plain: nn.Module | None = None) -> dict:
     """Time DeepCache at `branches`, with the MACs (batch 1) beside, and derive whole runs with uniform schedules.
 
+    plain: the U-Net to count the MACs of, where the weights of the other are packed.
     rows_per_image: rows of the inputs that make one image; 2 with guidance, whose two halves share a batch.
     Returns JSON-compatible {full, branches: [per branch], runs: [per branch and interval]}; images/s are of the network
     alone. Raises UserError for a branch or an interval that does not exist, or no repeats.
@@ -125,7 +127,7 @@ def measure(unet: nn.Module, inputs: Sequence[Tensor], branches: Sequence[int], 
         timings = time_steps(unet, inputs, {str(branch): cache for branch, cache in caches.items()}, repeats, warmup)
     except ValueError as error:
         raise UserError(str(error)) from None
-    full_macs, cached_macs = branch_macs(unet, [value[:1] for value in inputs], branches)
+    full_macs, cached_macs = branch_macs(unet if plain is None else plain, [value[:1] for value in inputs], branches)
     full = timings["full"]
     result = {"full": {**full.to_json(), "macs": full_macs.hook, "macs_fc": full_macs.fc}, "branches": [], "runs": []}
     for branch, cache in caches.items():
@@ -174,10 +176,11 @@ def reused_sets(schedule: BlockSchedule) -> list[ReusedSet]:
 
 
 def measure_schedules(unet: nn.Module, inputs: Sequence[Tensor], schedules: Mapping[str, BlockSchedule],
-                      repeats: int = 20, warmup: int = 2, rows_per_image: int = 1) -> dict:
+                      repeats: int = 20, warmup: int = 2, rows_per_image: int = 1, plain: nn.Module | None = None
+                      ) -> dict:
     """Time Block Caching: a step of each set of residuals that `schedules` reuse, without and with scale-shift.
 
-    schedules: by name. Returns JSON-compatible {full, schedules: [per schedule and with_scale_shift]}, with the MACs
+    schedules: by name. plain: as `measure` takes it. Returns JSON-compatible {full, schedules: [per schedule and with_scale_shift]}, with the MACs
     (batch 1) of the whole runs beside their times; images/s are of the network alone. Raises UserError for no repeats.
     """
     sets = {name: reused_sets(schedule) for name, schedule in schedules.items()}
@@ -190,7 +193,7 @@ def measure_schedules(unet: nn.Module, inputs: Sequence[Tensor], schedules: Mapp
     except ValueError as error:
         raise UserError(str(error)) from None
     full = timings["full"]
-    macs_full, residuals = residual_macs(unet, [value[:1] for value in inputs])
+    macs_full, residuals = residual_macs(unet if plain is None else plain, [value[:1] for value in inputs])
     images = len(inputs[0]) / rows_per_image
     result = {"full": {**full.to_json(), "macs": macs_full.hook, "macs_fc": macs_full.fc}, "schedules": []}
     for name, schedule in schedules.items():
@@ -286,7 +289,7 @@ def main() -> None:
     guided = f" ({rows} rows with guidance)" if rows != args.batch_size else ""
     print(f"{config.name}: batch {args.batch_size}{guided}, {args.dtype}, {where['device']} ({where['device_name']}), "
           f"{where['threads']} CPU threads, {args.repeats} rounds", flush=True)
-    rounds = args.repeats, args.warmup, rows_per_image(config)
+    rounds = args.repeats, args.warmup, rows_per_image(config), build(config).to(dtype)
     if schedules:
         result = measure_schedules(unet, inputs, schedules, *rounds)
         print(schedules_table(result))

@@ -51,6 +51,7 @@ class ResBlock(Residual):
 class Attention(nn.Module):
     """Attention from x to the context, or to x itself where there is none."""
     key, kind = "", "attention"
+    attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int, num_heads: int, context_channels: int):
         super().__init__()
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         context = x if context is None else context
         q, k, v = (tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)        # [batch, heads, tokens, width]
                    for tokens in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.attend(q, k, v)
         return self.to_out(h.transpose(1, 2).flatten(2))                             # [batch, tokens, channels]
 
 

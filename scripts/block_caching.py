@@ -187,8 +187,9 @@ def measure(args: argparse.Namespace) -> None:
         similar.reset()
 
     inputs = models.example_inputs(model.config)
-    macs_full, macs = residual_macs(model.unet, inputs)
-    _, cached = branch_macs(model.unet, inputs, range(model.num_branches))
+    plain = models.build(model.config)
+    macs_full, macs = residual_macs(plain, inputs)
+    _, cached = branch_macs(plain, inputs, range(model.num_branches))
     changes = meter.changes()
     where = {"seeds": format_seeds(seeds), "settings": model.settings, "provenance": provenance(model.device)}
     found = BlockChanges({key: model.settings[key] for key in BOUND}, model.sampler.calls, where,
@@ -265,7 +266,7 @@ def by_adam(model: ImageModel, schedule: BlockSchedule, seeds: list[int], args: 
     def read(key: Hashable, value: Tensor) -> None:
         if key in schedule.blocks:
             channels[key] = value.shape[1 if value.ndim == 4 else -1]
-    on_example(model.unet, model.config, read)
+    on_example(models.build(model.config), model.config, read)
     steps = torch.tensor(model.sampler.call_timesteps(), device=model.device)
     embeddings = model.unet.embedding(steps).float()
     scale_shift = ScaleShift(channels, embeddings.shape[1]).to(model.device)

@@ -1,0 +1,80 @@
+"""Packed weights: the same results to rounding, in eager and compiled networks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from caching.deepcache import DeepCache
+from ddpm import unet as ddpm
+from ldm import unet as ldm
+from sampling import packed
+from sampling.options import place
+
+pytestmark = pytest.mark.skipif(not packed.packable(nn.Linear(1, 1)), reason="oneDNN packs weights on x86 CPUs alone")
+
+
+def tiny_ddpm() -> tuple[nn.Module, tuple]:
+    unet = ddpm.UNet(resolution=16, in_channels=3, out_channels=3, ch=32, ch_mult=[1, 2], num_res_blocks=1,
+                     attn_resolutions=[16])
+    return unet, (torch.randn(2, 3, 16, 16), torch.full((2,), 500))
+
+
+def tiny_ldm() -> tuple[nn.Module, tuple]:
+    unet = ldm.UNet(4, 4, 32, (1, 2), 1, (1, 2), num_heads=2, context_dim=16)
+    return unet, (torch.randn(2, 4, 16, 16), torch.full((2,), 500), torch.randn(2, 5, 16))
+
+
+def error(value: torch.Tensor, other: torch.Tensor) -> float:
+    return ((value.float() - other.float()).abs().max() / other.float().abs().max()).item()
+
+
+@pytest.mark.parametrize("make", [tiny_ddpm, tiny_ldm])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@torch.no_grad()
+def test_placed_network_predicts_the_same(make, dtype, limit):
+    torch.manual_seed(0)
+    unet, (x, *rest) = make()
+    expected = unet.eval()(x, *rest)
+    unet = place(unet, "cpu", dtype)
+    if dtype == torch.float32:
+        assert {type(module) for module in unet.modules()} >= {packed.Linear, packed.Conv2d}
+    rest = [value.to(dtype) if value.is_floating_point() else value for value in rest]
+    assert error(unet(x.to(dtype), *rest), expected) < limit
+    cache = DeepCache(1, [0])
+    for step in (0, 1):         # at the same x, what is reused is what would be computed
+        assert error(unet(x.to(dtype), *rest, cache=cache.at(step)), expected) < limit
+
+
+@pytest.mark.parametrize("tokens, keys", [(256, 256), (300, 1000), (8, 300), (300, 8)])
+@torch.no_grad()
+def test_attention(monkeypatch, tokens, keys):
+    monkeypatch.setattr(packed, "SCORES", 2**17)        # several parts, the last one smaller
+    query, key, value = (torch.randn(2, n, 3, 24).transpose(1, 2) for n in (tokens, keys, keys))
+    found = packed.attention(query, key, value)
+    assert found.shape == query.shape
+    assert torch.allclose(found, F.scaled_dot_product_attention(query, key, value), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(stride=2, padding=1), dict(padding=2, dilation=2), dict(groups=2),
+                                     dict(padding="same"), dict(padding=1, padding_mode="circular")])
+@torch.no_grad()
+def test_convolutions_of_all_kinds(options):
+    layer, x = nn.Conv2d(4, 6, 3, **options), torch.randn(2, 4, 9, 8)
+    expected = layer(x)
+    assert torch.allclose(packed.pack(layer)(x), expected, atol=1e-5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")       # its shapes as the compiler sees them
+    assert torch.allclose(compiled(x), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_linear_without_bias():
+    layer, x = nn.Linear(5, 7, bias=False), torch.randn(2, 3, 5)
+    expected = layer(x)
+    assert torch.allclose(packed.pack(layer)(x), expected, atol=1e-5)
+
+
+def test_half_precision_and_other_devices_are_left_alone():
+    assert not packed.packable(nn.Linear(1, 1).half())
+    assert not packed.packable(nn.Linear(1, 1, device="meta"))
+    assert not packed.packable(nn.ReLU())
