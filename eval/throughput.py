@@ -180,8 +180,9 @@ def measure_schedules(unet: nn.Module, inputs: Sequence[Tensor], schedules: Mapp
                       ) -> dict:
     """Time Block Caching: a step of each set of residuals that `schedules` reuse, without and with scale-shift.
 
-    schedules: by name. plain: as `measure` takes it. Returns JSON-compatible {full, schedules: [per schedule and with_scale_shift]}, with the MACs
-    (batch 1) of the whole runs beside their times; images/s are of the network alone. Raises UserError for no repeats.
+    schedules: by name. plain: as `measure` takes it. Returns JSON-compatible {full, schedules: [per schedule and
+    with_scale_shift]}, with the MACs (batch 1) of the whole runs beside their times; images/s are of the network
+    alone. Raises UserError for no repeats.
     """
     sets = {name: reused_sets(schedule) for name, schedule in schedules.items()}
     distinct = list(dict.fromkeys(one.names for found in sets.values() for one in found if one.names))

@@ -79,7 +79,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]
 
 @operator(lambda query, key, value: query.new_empty(query.transpose(1, 2).shape).transpose(1, 2))
 def rowwise_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of some rows of one head at a time: [batch, heads, tokens, width], in memory with heads after tokens."""
+    """Attention of some rows of one head at a time: [batch, heads, tokens, width], a view of heads behind tokens."""
     batch, heads, tokens, width = query.shape
     rows = max(1, SCORES * torch.get_num_threads() // (key.shape[2] * key.element_size()))
     out = query.new_empty(batch, tokens, heads, width)
