@@ -119,3 +119,81 @@ def cost_against_quality(points: Sequence[dict], path: Path, panels: Sequence[tu
     np.atleast_1d(axes)[0].legend(fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
     plt.close(figure)
+
+
+MARKERS = "osD^vPX<>hp*"
+
+
+def quality_fronts(points: Sequence[dict], path: Path, panels: Sequence[tuple], columns: int,
+                   axes: Sequence[str]) -> None:
+    """Quality against cost, points coloured by one setting and shaped by another, with the front as a line.
+
+    points: dicts with label, cached, color and marker (the values of the two `axes`; None: neither), cost by key, and
+    per measure (value, low, high) or None; printed: per measure what the papers have. panels: ((cost, label), (measure,
+    label, whether higher is better), places of the points on its front), `columns` in a row.
+    """
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(5.2 * columns + 1.2, 3.9 * rows), layout="constrained",
+                                squeeze=False)
+    colors, markers = (sorted({p[key] for p in points if p[key] is not None}) for key in ("color", "marker"))
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.95, max(len(colors), 1)))
+
+    def style(p: dict) -> dict:
+        if not p["cached"]:
+            return {"color": "black", "marker": "*"}
+        return {"color": shades[colors.index(p["color"])] if p["color"] is not None else "C0",
+                "marker": MARKERS[markers.index(p["marker"]) % len(MARKERS)] if p["marker"] is not None else "o"}
+
+    printed, hollow = False, {"marker": "D", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
+    for axis, ((cost, cost_label), (measure, label, higher), front) in zip(grid.flat, panels, strict=False):
+        drawn = [(i, p) for i, p in enumerate(points) if p.get(measure) is not None and p[cost] is not None]
+        for _, p in drawn:
+            value, low, high = p[measure]
+            axis.errorbar(p[cost], value, yerr=[[max(value - low, 0)], [max(high - value, 0)]], **style(p),
+                          linestyle="none", markersize=5 if p["cached"] else 9, elinewidth=0.5, alpha=0.9)
+            if cost == "macs":
+                for other in p["printed"][measure]:
+                    axis.plot(p[cost], other, color="C3", **hollow)
+                    printed = True
+        line = sorted(((p[cost], p[measure][0], p["label"]) for i, p in drawn if i in front))
+        axis.plot([x for x, *_ in line], [y for _, y, _ in line], color="C3", linewidth=1, alpha=0.7)
+        for x, y, text in line[:: max(1, -(-len(line) // 8))]:
+            axis.annotate(text, (x, y), textcoords="offset points", xytext=(4, -10), fontsize=6, color="C3")
+        axis.set_xlabel(cost_label)
+        axis.set_ylabel(f"{label} ({'higher' if higher else 'lower'} is better)")
+        axis.grid(alpha=0.3)
+    key = [plt.Line2D([], [], color="black", marker="*", linestyle="none", label="uncached"),
+           plt.Line2D([], [], color="C3", label="front")]
+    key += [plt.Line2D([], [], color="C3", label="paper", **hollow)] * printed
+    key += [plt.Line2D([], [], color=shade, marker="o", linestyle="none", label=f"{axes[0]} {value}")
+            for shade, value in zip(shades, colors, strict=False)]
+    key += [plt.Line2D([], [], color="gray", marker=MARKERS[i % len(MARKERS)], linestyle="none",
+                       label=f"{axes[1]} {value}") for i, value in enumerate(markers)]
+    figure.legend(handles=key, loc="outside right upper", fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    plt.close(figure)
+
+
+def heat_maps(panels: Sequence[tuple[str, Sequence, Sequence, np.ndarray, list[list[str]], bool]], path: Path,
+              rows: str, columns: str) -> None:
+    """A map per panel: (title, values of the rows, of the columns, numbers with NaN for none, texts, whether higher is
+    better); yellow is better in all of them."""
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    width, height = (len(panels[0][i]) for i in (2, 1))
+    figure, grid = plt.subplots(down, across, figsize=(across * (0.52 * width + 1.6), down * (0.42 * height + 1.3)),
+                                layout="constrained", squeeze=False)
+    for axis in grid.flat[len(panels):]:
+        axis.axis("off")
+    for axis, (title, down_values, across_values, numbers, texts, higher) in zip(grid.flat, panels, strict=False):
+        axis.imshow(numbers, cmap="viridis" if higher else "viridis_r", aspect="auto")
+        ranks = (numbers - np.nanmin(numbers)) / (np.nanmax(numbers) - np.nanmin(numbers) or 1)
+        for (i, j), rank in np.ndenumerate(ranks if higher else 1 - ranks):
+            axis.text(j, i, texts[i][j], ha="center", va="center", fontsize=7, color="black" if rank > 0.6 else "white")
+        axis.set_xticks(range(len(across_values)), across_values)
+        axis.set_yticks(range(len(down_values)), down_values)
+        axis.set_xlabel(columns)
+        axis.set_ylabel(rows)
+        axis.set_title(title, fontsize=10)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    plt.close(figure)

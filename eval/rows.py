@@ -17,7 +17,7 @@ from torch import nn
 from eval import bk_sdm
 from eval.macs import Macs, average, run_macs, step_macs
 from eval.models import Config, build, example_inputs, load_config, rows_per_image
-from eval.paper import Section, Table
+from eval.paper import Section, Table, tables
 from sampling.options import CachePlan, add_cache_options, plan_cache
 from sampling.samplers import num_calls, timesteps_for
 from sampling.settings import UserError
@@ -108,8 +108,8 @@ class Row(NamedTuple):
 
     def name(self) -> str:
         """Of the sample folder: uncached, steps59, uniform_n5, parti_centered_n5_c10_p1.5, uniform_n10_zeroed."""
-        prompts = self.given.prompts
-        parts = [Path(prompts).stem.removeprefix("captions_")] if prompts else []
+        prompts, each = self.given.prompts, self.given.images_per_prompt
+        parts = [Path(prompts).stem.removeprefix("captions_") + (f"_x{each}" if each != 1 else "")] if prompts else []
         parts += [Path(self.given.model).name] if self.given.model else []
         if self.plan.cached:
             s = self.plan.settings
@@ -142,6 +142,11 @@ def _open(path: Path) -> tuple[Config, nn.Module]:
     return config, build(config)
 
 
+def num_branches(path: Path) -> int:
+    """Skips of the U-Net of a config."""
+    return _open(path)[1].num_branches
+
+
 @cache
 def _step_macs(path: Path, branch: int) -> tuple[Macs, Macs]:
     config, unet = _open(path)
@@ -164,6 +169,7 @@ def options_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--prompts")
+    parser.add_argument("--images-per-prompt", type=int, default=1)
     parser.add_argument("--model")
     parser.add_argument("--diffusers-unet", action="store_true")
     parser.add_argument("--sampler")
@@ -220,6 +226,20 @@ def said_by(script: str) -> tuple[str, ...]:
 def of_table(table: Table) -> Runs:
     """The runs of a table, as its script says them; none where it has no script."""
     return parse_script(said_by(table.script))[1] if table.script else Runs([], {})
+
+
+@cache
+def printed_values(model: str) -> dict[str, list[tuple[Table, str, dict[str, float | str]]]]:
+    """What the papers print for the runs of a model: name of the sample folder -> (table, label, numbers) of each row.
+
+    Rows of ours that only stand beside one of the paper's are left out.
+    """
+    found: dict[str, list] = {}
+    for table in tables().values():
+        for row in [] if table.schedules else of_table(table).rows:
+            if row.config.name == model and row.label == row.printed_as:
+                found.setdefault(row.name(), []).append((table, row.label, section_of(table, row).rows[row.label]))
+    return found
 
 
 def check_against(table: Table, runs: Runs) -> None:

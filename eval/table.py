@@ -31,8 +31,8 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 Found = Sequence[tuple[Path, Result]]
 
 # Column -> name of the metric in a result, and what a result's value is multiplied by to be printed.
-_METRICS = {"fid": ("FID", 1), "sfid": ("sFID", 1), "is": ("IS", 1), "precision": ("precision", 100),
-            "recall": ("recall", 100), "clip": ("CLIP score", 1)}
+METRICS = {"fid": ("FID", 1), "sfid": ("sFID", 1), "is": ("IS", 1), "precision": ("precision", 100),
+           "recall": ("recall", 100), "clip": ("CLIP score", 1)}
 _SETTINGS = ("center", "power")
 _THEIR_GPU = "2080"
 
@@ -154,7 +154,7 @@ def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base
     measured = newest(found, row, section, judge(row, columns))
     if measured:
         path, result = measured
-        for column, (name, scale) in _METRICS.items():
+        for column, (name, scale) in METRICS.items():
             if column in columns and name in result.metrics:
                 values[column], files[column] = scale * result.metrics[name].value, path
         digest = result.hashes.get("checkpoint", "not recorded")[:12]

@@ -102,13 +102,19 @@ def _last(option: str, words: Sequence[str]) -> str | None:
 
 
 def make_job(row: Row, table: Table, args: argparse.Namespace) -> Job:
-    """Where a row goes and how it is made, by the user's options. Raises UserError."""
+    """A row of a table, by the user's options. Raises UserError."""
     section: Section = table.sections[row.section]
-    whole = section.images or row.config.sampler.images
+    return job_of(row, section.images or row.config.sampler.images, judge(row, section.columns()), args)
+
+
+def job_of(row: Row, whole: int, kind: str, args: argparse.Namespace) -> Job:
+    """Where a run goes and how it is made, by the user's options (scripts.plan.add_options). Raises UserError.
+
+    whole: images, unless the user says --images. kind: of its result.
+    """
     images = min(args.images or whole, whole) if row.given.prompts else args.images or whole
     folder = args.samples / row.config.name / row.name()
     npz = folder.with_name(f"{folder.name}_{images}.npz") if row.package == "ldm" else None
-    kind = judge(row, section.columns())
     result = args.results / "runs" / row.config.name / f"{folder.name}_{images}_{kind}.json"
     command = ["-m", COMMANDS[row.package], "--config", str(row.config_path), *row.options, "--seeds",
                f"0-{images - 1}", *passed_on(args, row.package), "--out", str(folder)]

@@ -10,7 +10,7 @@ import argparse
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -68,15 +68,21 @@ def user_parser(prog: str) -> argparse.ArgumentParser:
         "Sample the rows of one table of the paper, and judge them where the evaluator's files are given or in their "
         "places. A second run goes on where the first one stopped. Paths are relative to the repository."))
     parser.add_argument("--dry-run", action="store_true", help="print the plan and what is missing; do nothing")
-    parser.add_argument("--images", type=int, help="per row, seeds 0 to IMAGES - 1; a later run with more keeps them "
-                                                   "(default: as many as the paper)")
     parser.add_argument("--only", action="append", metavar="ROW", help="this row (label or sample folder); repeatable")
+    parser.add_argument("--config", type=Path, action="append", default=[],
+                        help="another model for the rows of its package, to try the script out; repeatable")
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, images: str = "as many as the paper") -> None:
+    """What scripts.jobs.job_of reads: --images, the folders, the evaluators' files, what is passed on."""
+    parser.add_argument("--images", type=int, help="per row, seeds 0 to IMAGES - 1; a later run with more keeps them "
+                                                   f"(default: {images})")
     parser.add_argument("--samples", type=Path, default=Path("samples"),
                         help="where the sample folders are (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=Path("results"),
                         help="where the measured numbers are (default: %(default)s)")
-    parser.add_argument("--config", type=Path, action="append", default=[],
-                        help="another model for the rows of its package, to try the script out; repeatable")
     judge = parser.add_argument_group("the evaluators (python -m scripts.doctor says where their files are looked for)")
     judge.add_argument("--inception", type=Path, help="weights of Inception, for FID and its kin")
     judge.add_argument("--reference", action="append", default=[], metavar="[MODEL=]PATH",
@@ -92,7 +98,6 @@ def user_parser(prog: str) -> argparse.ArgumentParser:
     passed.add_argument("--dtype", choices=DTYPES)
     passed.add_argument("--threads", type=int)
     passed.add_argument("--compile", action="store_true")
-    return parser
 
 
 def check(args: argparse.Namespace) -> None:
@@ -108,6 +113,15 @@ def check(args: argparse.Namespace) -> None:
     for path in (args.inception, args.clip_weights, *(Path(text.rpartition("=")[2]) for text in args.reference)):
         if path is not None and not path.exists():
             raise UserError(f"no file {path}")
+
+
+def check_one_model(args: argparse.Namespace, models: Collection[str]) -> None:
+    """Raises UserError for options that fit one model where there are several."""
+    for option, values in (("checkpoint", args.checkpoint), ("reference", [r for r in args.reference if "=" not in r])):
+        if values and len(models) > 1:
+            raise UserError(f"--{option} is for one model; here are {', '.join(sorted(models))}: "
+                            + ("name it in a config of its own" if option == "checkpoint"
+                               else "say --reference MODEL=PATH"))
 
 
 def chosen(jobs: list[Job], only: Sequence[str] | None) -> list[Job]:
@@ -132,13 +146,7 @@ def main() -> None:
         print(shown(table, found, runs=runs))
         return
     jobs = chosen([make_job(row, table, args) for row in runs.rows], args.only)
-    models = {job.row.config.name for job in jobs}
-    for option, values in (("checkpoint", args.checkpoint), ("reference", [r for r in args.reference if "=" not in r])):
-        if values and len(models) > 1:
-            raise UserError(f"--{option} is for tables of one model; this one has {', '.join(sorted(models))}: "
-                            + ("give each its own with --config" if option == "checkpoint"
-                               else "say --reference MODEL=PATH"))
-
+    check_one_model(args, {job.row.config.name for job in jobs})
     print(f"{describe(jobs, table.macs_steps)}\n\n{disk(jobs, args.samples)}")
     lacking = list(dict.fromkeys(thing for job in jobs for thing in job.missing_for_sampling()))
     unjudged = list(dict.fromkeys(thing for job in jobs for thing in job.missing_for_judging()))

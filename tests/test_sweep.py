@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     save_file(published_state_dict(UNet(**SIZES)), folder / "tiny.safetensors")
-    config = {"name": "ddpm_tiny", "unet": SIZES, "diffusion": {"beta_schedule": "cosine"},
+    config = {"name": "ddpm_tiny", "unet": SIZES, "diffusion": {"beta_schedule": "cosine", "prediction": "v"},
               "checkpoint": str(folder / "tiny.safetensors"), "train": {"group": "Flags"},
               "sampler": {"steps": 4, "timesteps": "trailing", "branch": 1}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
@@ -35,7 +36,7 @@ def tiny(tmp_path_factory) -> Path:
 
 def written(folder: Path, content: dict) -> Path:
     path = folder / "some.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
@@ -198,5 +199,6 @@ def test_sweep_end_to_end(tmp_path, monkeypatch, capsys, tiny):
     assert not (tmp_path / "shared" / "results" / "sweeps").exists()
     drawn, _ = run("shared", "--render")
     assert "3 of 5 points are judged" in drawn
+    shutil.copy(out / "times_ddpm_tiny.json", tmp_path / "shared" / "results" / "sweeps" / "some")
     run("shared")
     assert metrics_of(tmp_path / "shared" / "results") == metrics_of(results)
