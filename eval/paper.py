@@ -1,6 +1,6 @@
-"""What the papers print: the tables of results/paper/*.yaml, read and checked."""
+"""What the papers print: the tables of results/paper/*.yaml, read and checked. And tables of no paper."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,9 @@ COLUMNS = {
     "center": Column("centre", 0), "power": Column("power", 2), "macs_G": Column("MACs (G)", 2),
     "throughput": Column("images/s", 3), "speedup": Column("speed-up", 2), "fid": Column("FID", 2),
     "sfid": Column("sFID", 2), "is": Column("IS", 2), "precision": Column("precision", 2),
-    "recall": Column("recall", 2), "clip": Column("CLIP score", 2), "caching_img_s": Column("images/s, caching", 2),
+    "recall": Column("recall", 2), "clip": Column("CLIP score", 2),
+    "fd_efflite0": Column("FD-EffLite0", 1), "kid_efflite0": Column("KID-EffLite0 x 1000", 1),
+    "caching_img_s": Column("images/s, caching", 2),
     "baseline_img_s": Column("images/s, baseline", 2), "win": Column("win %", 1), "tie": Column("tie %", 1),
     "lose": Column("lose %", 1)}
 
@@ -47,7 +49,7 @@ class Section(NamedTuple):
     title: str
     images: int | None              # of each row, in the paper
     decimals: dict[str, int]
-    rows: dict[str, dict[str, float | str]]
+    rows: dict[str, dict[str, float | str | None]]
 
     def columns(self) -> list[str]:
         """Those that any row has."""
@@ -63,7 +65,7 @@ class Section(NamedTuple):
 class Table(NamedTuple):
     """One table of a paper. script: of scripts/, which has its commands; None where nothing can be run."""
     name: str                       # table1, block_caching_table1
-    paper: str
+    paper: str                      # empty: of no paper
     title: str
     script: str | None
     macs_steps: int | None          # what MACs are divided by; the row's own steps where None
@@ -73,7 +75,7 @@ class Table(NamedTuple):
 
     @property
     def heading(self) -> str:
-        return f"{self.paper}, Table {self.name.rsplit('table', 1)[1]}: {self.title}"
+        return f"{self.paper}, Table {self.name.rsplit('table', 1)[1]}: {self.title}" if self.paper else self.title
 
 
 _TABLE_KEYS = {"title", "script", "images", "decimals", "macs_steps", "schedules", "rows", "sections", "notes"}
@@ -103,6 +105,12 @@ def _table(name: str, paper: str, content: dict[str, Any]) -> Table:
             raise ValueError(f"a note is of rows that are not there: {', '.join(note.rows)}")
     return Table(name, paper, content["title"], content.get("script"), content.get("macs_steps"),
                  content.get("schedules", False), sections, notes)
+
+
+def own_table(name: str, title: str, script: str, labels: Sequence[str], images: int) -> Table:
+    """A table of no paper: rows by their labels, judged by eval.quality, whose network needs no download."""
+    rows = {label: dict.fromkeys(("fd_efflite0", "kid_efflite0")) for label in labels}
+    return Table(name, "", title, script, None, False, {"": Section("", "", images, {}, rows)}, [])
 
 
 @cache

@@ -198,7 +198,8 @@ def script_parser() -> argparse.ArgumentParser:
     """What a table script says (scripts/table.sh)."""
     parser = argparse.ArgumentParser(prog="scripts.plan", allow_abbrev=False)
     parser.add_argument("--script", required=True)
-    parser.add_argument("--table", required=True, help="of results/paper/*.yaml")
+    parser.add_argument("--table", required=True, help="of results/paper/*.yaml, where it is not --own")
+    parser.add_argument("--own", nargs=2, metavar=("IMAGES", "TITLE"), help="of no paper")
     parser.add_argument("--row", action="append", default=[])
     parser.add_argument("--later", action="append", default=[])
     return parser

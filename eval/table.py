@@ -32,13 +32,16 @@ Found = Sequence[tuple[Path, Result]]
 
 # Column -> name of the metric in a result, and what a result's value is multiplied by to be printed.
 METRICS = {"fid": ("FID", 1), "sfid": ("sFID", 1), "is": ("IS", 1), "precision": ("precision", 100),
-           "recall": ("recall", 100), "clip": ("CLIP score", 1)}
+           "recall": ("recall", 100), "clip": ("CLIP score", 1), "fd_efflite0": ("FD-EffLite0", 1),
+           "kid_efflite0": ("KID-EffLite0", 1000)}
 _SETTINGS = ("center", "power")
 _THEIR_GPU = "2080"
 
 
 def judge(row: Row, columns: Sequence[str]) -> str:
     """The kind of result that has a row's metrics: whose convention the paper's column follows."""
+    if "fd_efflite0" in columns:
+        return "quality"
     return "adm" if row.package == "ldm" else "clip_score" if "clip" in columns else "fid"
 
 
@@ -193,7 +196,8 @@ def _fill(table: Table, section: Section, runs: Runs, found: Found, numbers: Map
     base = None         # the run that the paper prints as 1x, for the rows after it; else the config's own steps
     for label, printed in section.rows.items():
         cells = [section.shown(key, printed.get(key)) + marks("marks_cell", label, key) for key in columns]
-        lines.append(Line(label + marks("marks_row", label), "paper", cells))
+        if table.paper:
+            lines.append(Line(label + marks("marks_row", label), "paper", cells))
         beside = runs.beside(section.name, label)
         if beside and printed.get("speedup") in (1.0, "1.0", "1.00"):
             base = beside[0].calls
@@ -205,8 +209,10 @@ def _fill(table: Table, section: Section, runs: Runs, found: Found, numbers: Map
                      for key in columns}
             difference = {key: _difference(section, key, printed.get(key), ours.get(key), device) for key in columns}
             variant = row.label.partition(" / ")[2]
-            lines.append(Line(variant and f"... {variant}", "ours", list(shown.values())))
-            lines.append(Line("", "difference", list(difference.values())))
+            ours_label = (variant and f"... {variant}") if table.paper else row.label
+            lines.append(Line(ours_label, "ours", list(shown.values())))
+            if table.paper:
+                lines.append(Line("", "difference", list(difference.values())))
             values += [(label, row.label, key, section.shown(key, printed.get(key)), shown[key], difference[key],
                         files[key].name if key in files else "counted" if key == "macs_G" else "") for key in columns]
         if not beside:

@@ -20,7 +20,8 @@ REFERENCES = {"ldm_cin256": Path("data/references/VIRTUAL_imagenet256_labeled.np
               "ddpm_cifar10": Path("data/references/cifar10.npz"),
               "ddpm_bedroom": Path("data/references/lsun_bedroom.npz"),
               "ddpm_church": Path("data/references/lsun_church.npz"),
-              "sd_v15": Path("data/references/coco_val2017.npz")}
+              "sd_v15": Path("data/references/coco_val2017.npz"),
+              "ddpm_emoji": Path("emoji:Smileys & Emotion")}        # what it was trained on, as eval.quality calls it
 _PASSED_ON = ("checkpoint", "labels", "batch_size", "device", "dtype", "threads", "compile", "released_noise")
 
 
@@ -32,7 +33,7 @@ class Job(NamedTuple):
     folder: Path
     npz: Path | None
     command: list[str]          # of the sampler, without "python"
-    kind: str                   # of evaluation: adm, fid, clip_score
+    kind: str                   # of evaluation: adm, fid, clip_score, quality
     inputs: dict[str, Path]     # of the evaluator, by option
     result: Path
     device: str | None
@@ -70,7 +71,7 @@ class Job(NamedTuple):
         given = [word for option, path in self.inputs.items() for word in (option, str(path))]
         expected = [] if self.complete else ["--allow-fewer"]
         if self.kind != "clip_score":
-            expected = ["--count", str(self.images)]
+            expected = ["--seeds", self.seeds] if self.kind == "quality" else ["--count", str(self.images)]
         return ["-m", f"eval.{self.kind}", "--samples", str(self.folder), *given, *expected,
                 *(["--device", self.device] if self.device else []), "--out", str(self.result)]
 
@@ -93,7 +94,7 @@ class Job(NamedTuple):
 
 
 def _there(path: Path) -> bool:
-    return (ROOT / path).exists()
+    return str(path).startswith("emoji:") or (ROOT / path).exists()
 
 
 def _last(option: str, words: Sequence[str]) -> str | None:
@@ -118,8 +119,11 @@ def job_of(row: Row, whole: int, kind: str, args: argparse.Namespace) -> Job:
     result = args.results / "runs" / row.config.name / f"{folder.name}_{images}_{kind}.json"
     command = ["-m", COMMANDS[row.package], "--config", str(row.config_path), *row.options, "--seeds",
                f"0-{images - 1}", *passed_on(args, row.package), "--out", str(folder)]
-    inputs = ({"--prompts": Path(row.given.prompts), "--weights": args.clip_weights or CLIP} if kind == "clip_score"
-              else {"--reference": reference_of(row, args), "--inception": args.inception or INCEPTION})
+    if kind == "clip_score":
+        inputs = {"--prompts": Path(row.given.prompts), "--weights": args.clip_weights or CLIP}
+    else:
+        inputs = {"--reference": reference_of(row, args)}
+        inputs |= {"--inception": args.inception or INCEPTION} if kind != "quality" else {}
     return Job(row, images, images >= whole, folder, npz, command, kind, inputs, result, args.device)
 
 

@@ -12,17 +12,19 @@ import shutil
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from eval import results
 from eval.macs import giga
 from eval.models import family, load_config
-from eval.paper import find
-from eval.rows import parse_script
+from eval.paper import Table, find, own_table
+from eval.rows import Runs, parse_script
 from eval.table import align, shown
 from sampling.cli import command
 from sampling.options import DTYPES
+from sampling.runs import write_atomically
 from sampling.settings import UserError
 from scripts.jobs import Job, make_job, run
 
@@ -133,20 +135,53 @@ def chosen(jobs: list[Job], only: Sequence[str] | None) -> list[Job]:
     return [job for job in jobs if not only or {job.row.label, job.folder.name} & set(only)]
 
 
+class Plan(NamedTuple):
+    """What a table script asks for, with the user's options. jobs: none for a table that only lists settings."""
+    table: Table
+    runs: Runs
+    jobs: list[Job]
+
+    def shown(self, folder: Path) -> str:
+        """The table, with the results in a folder."""
+        found = list(results.read_all(folder)) if folder.is_dir() else []
+        return shown(self.table, found, runs=self.runs)
+
+
+def make_plan(said: Sequence[str], args: argparse.Namespace) -> Plan:
+    """said: the script's own words. args: of `user_parser`. Raises UserError."""
+    check(args)
+    script, runs = parse_script(said, {family(load_config(path)): path for path in args.config})
+    if script.own:
+        images, title = script.own
+        table = own_table(script.table, title, script.script, [row.printed_as for row in runs.rows],
+                          args.images or int(images))
+    else:
+        table = find(script.table)
+    if table.schedules:
+        return Plan(table, runs, [])
+    jobs = chosen([make_job(row, table, args) for row in runs.rows], args.only)
+    check_one_model(args, {job.row.config.name for job in jobs})
+    return Plan(table, runs, jobs)
+
+
 @command
 def main() -> None:
     end = sys.argv.index("--")
     said, given = sys.argv[1:end], sys.argv[end + 1:]
-    args = user_parser(f"bash scripts/{said[said.index('--script') + 1]}").parse_args(given)
-    check(args)
-    script, runs = parse_script(said, {family(load_config(path)): path for path in args.config})
-    table = find(script.table)
-    found = list(results.read_all(args.results)) if args.results.is_dir() else []
-    if table.schedules:
-        print(shown(table, found, runs=runs))
+    parser = user_parser(f"bash scripts/{said[said.index('--script') + 1]}")
+    parser.add_argument("--write-table", type=Path, metavar="FILE",
+                        help="write the table, with the results that are there, and do nothing else")
+    args = parser.parse_args(given)
+    plan = make_plan(said, args)
+    if args.write_table or plan.table.schedules:
+        text = plan.shown(args.results)
+        print(text)
+        if args.write_table:
+            args.write_table.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(args.write_table, lambda path: path.write_text(f"{text}\n"))
         return
-    jobs = chosen([make_job(row, table, args) for row in runs.rows], args.only)
-    check_one_model(args, {job.row.config.name for job in jobs})
+    table, jobs = plan.table, plan.jobs
+
     print(f"{describe(jobs, table.macs_steps)}\n\n{disk(jobs, args.samples)}")
     lacking = list(dict.fromkeys(thing for job in jobs for thing in job.missing_for_sampling()))
     unjudged = list(dict.fromkeys(thing for job in jobs for thing in job.missing_for_judging()))
@@ -159,8 +194,7 @@ def main() -> None:
             raise UserError(f"missing: {'; '.join(lacking)}")
         print(flush=True)
         run(jobs)
-        found = list(results.read_all(args.results)) if args.results.is_dir() else []
-    print(f"\n{shown(table, found, runs=runs)}\n\nA dash: not printed in the paper, or not measured here (results in "
+    print(f"\n{plan.shown(args.results)}\n\nA dash: not printed in the paper, or not measured here (results in "
           f"{args.results}/).")
 
 

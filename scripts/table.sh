@@ -1,5 +1,6 @@
 # Sourced by the table scripts, which then say:
 #     table NAME                         of results/paper/*.yaml
+#     own_table NAME IMAGES "TITLE"      or, of no paper: the rows are those that follow, of so many images each
 #     section NAME                       of that table, for the rows that follow; only where it has sections
 #     row "LABEL" PACKAGE OPTIONS        the paper's name of a row, and the options of PACKAGE.sample that give it; a
 #                                        row of ours alone names the paper's row that it stands beside before " / "
@@ -12,6 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 said=(--script "$(basename "$0")")
 in_section=""
 table() { said+=(--table "$1"); }
+own_table() { said+=(--table "$1" --own "$2" "$3"); }
 section() { in_section=$1; }
 row() { said+=(--row "$(printf '%q ' "$in_section" "$@")"); }
 later() { said+=(--later "$(printf '%q ' "$in_section" "$@")"); }

@@ -1,0 +1,180 @@
+"""What Slurm is asked and told: the settings of the jobs, the jobs that are there, and the lines for sbatch."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eval.rows import ROOT
+from sampling.settings import UserError, one_line, read_yaml
+
+SETTINGS = Path("scripts/slurm/settings.yaml")
+_PATIENCE = 60          # seconds that a client of Slurm gets, and jobs that are just ending
+
+
+@dataclass
+class Times:
+    """Time limits, as sbatch takes them."""
+    sample: str
+    evaluate: str
+    table: str
+
+
+@dataclass
+class Settings:
+    """scripts/slurm/settings.yaml. gpu, cpu: options of sbatch; none where null, true for one without a value."""
+    time: Times
+    images_per_task: int
+    account: str | None = None
+    gpu: dict[str, Any] = field(default_factory=dict)
+    cpu: dict[str, Any] = field(default_factory=dict)
+    tasks_at_once: int | None = None
+
+    def options(self, kind: str, limit: str) -> list[str]:
+        """Of sbatch, for a job on the gpu or cpu side with a time limit."""
+        given = {"account": self.account, **getattr(self, kind), "time": limit}
+        return [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()
+                if value is not None and value is not False]
+
+
+def read_settings(path: Path) -> Settings:
+    """Raises UserError for a file that is wrong or has no sense."""
+    settings = read_yaml(path, Settings)
+    for name, value in (("images_per_task", settings.images_per_task), ("tasks_at_once", settings.tasks_at_once)):
+        if value is not None and value < 1:
+            raise UserError(f"{path}: {name} must be 1 or more, got {value}")
+    for limit in vars(settings.time).values():
+        seconds(limit)
+    return settings
+
+
+def seconds(text: str) -> float:
+    """A time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+
+    Raises UserError for anything else.
+    """
+    if text.lower() in ("infinite", "unlimited"):
+        return float("inf")
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
+        raise UserError(f"time limit {text!r} does not parse: write minutes, hours:minutes:seconds or "
+                        'days-hours:minutes:seconds, in quotes, like "04:00:00"')
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(n * unit for n, unit in zip(numbers, units, strict=False))
+
+
+class Live(NamedTuple):
+    """A job of this folder that is queued or running; a task of an array has a line of its own."""
+    job: str                    # id; of the array, where it is of one
+    task: int | None
+    name: str
+    pending: bool
+
+
+class Step(NamedTuple):
+    """A job to be submitted.
+
+    name: says what it is for, so that `live_jobs` tells what need not be submitted again. title: for the user. options:
+    of sbatch. command: a script and its arguments. ok: names of steps that must succeed first; ended: ids of jobs that
+    must have ended.
+    """
+    name: str
+    title: str
+    options: list[str]
+    command: list[str]
+    ok: Sequence[str] = ()
+    ended: Sequence[str] = ()
+
+    def words(self, ids: dict[str, str] | None = None) -> list[str]:
+        """Of the whole line, with the ids of the steps before it; without its dependency where there are none."""
+        after = []
+        if ids is not None and self.ok:
+            after.append(":".join(["afterok", *(ids[name] for name in self.ok)]))
+        if ids is not None and self.ended:
+            after.append(":".join(["afterany", *self.ended]))
+        dependency = [f"--dependency={','.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+        return ["--parsable", f"--job-name={self.name}", f"--chdir={ROOT}", *self.options, *dependency, *self.command]
+
+
+def as_script(steps: Iterable[Step]) -> list[str]:
+    """The lines that would submit the steps, to be read, or run by bash."""
+    lines, ids = [], {}
+    for i, step in enumerate(steps, 1):
+        words = [word if word.startswith("--dependency=") else shlex.quote(word) for word in step.words(ids)]
+        lines += [f"# {step.title}", f"job{i}=$(sbatch {' '.join(words)})"]
+        ids[step.name] = f"$job{i}"
+    return lines
+
+
+def there() -> bool:
+    """Whether this machine has Slurm's commands."""
+    return all(map(shutil.which, ("sbatch", "squeue", "sinfo", "scontrol", "scancel")))
+
+
+def submit(step: Step, ids: dict[str, str]) -> str:
+    """Returns the id of the job, and adds it to those of the steps before. Raises UserError."""
+    ids[step.name] = _ask("sbatch", *step.words(ids)).split(";")[0]
+    return ids[step.name]
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Raises UserError."""
+    if jobs:
+        _ask("scancel", *jobs)
+
+
+def check(steps: Sequence[Step]) -> None:
+    """Whether the cluster would take the steps, as far as it says beforehand. Raises UserError."""
+    partitions = dict(line.split("|") for line in _ask("sinfo", "-h", "-o", "%R|%l").splitlines())
+    config = dict(re.findall(r"^(\w+)\s*= (.*)$", _ask("scontrol", "show", "config"), re.MULTILINE))
+    largest = int(config["MaxArraySize"]) - 1
+    for step in steps:
+        given = dict(re.fullmatch(r"--([\w-]+)=?(.*)", word).groups() for word in step.options)
+        for name in filter(None, given.get("partition", "").split(",")):
+            if name not in partitions:
+                raise UserError(f"no partition {name!r} on this cluster: it has {', '.join(partitions)}")
+            if seconds(given["time"]) > seconds(partitions[name]):
+                raise UserError(f"the time limit {given['time']} is beyond that of partition {name}, "
+                                f"{partitions[name]}")
+        tasks = max(map(int, re.findall(r"\d+", given.get("array", "0").split("%")[0])))
+        if tasks > largest:
+            raise UserError(f"{step.title} needs {tasks + 1:,} tasks, and an array of this cluster has "
+                            f"{largest + 1:,} at most (MaxArraySize): more images per task")
+        _ask("sbatch", "--test-only", *step.words())
+
+
+def live_jobs() -> list[Live]:
+    """This user's jobs that were submitted from this folder and are not over. Raises UserError.
+
+    Jobs that are just ending are waited for: they may be gone after that, or back in the queue.
+    """
+    until = time.monotonic() + _PATIENCE
+    while True:
+        lines = _ask("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%F|%K|%T|%Z|%j").splitlines()
+        fields = [line.split("|", 4) for line in lines]
+        own = [(job, task, state, name) for job, task, state, folder, name in fields if folder == str(ROOT)]
+        live = [Live(job, int(task) if task.isdigit() else None, name, state == "PENDING")
+                for job, task, state, name in own if state != "COMPLETING"]
+        if len(live) == len(own) or time.monotonic() > until:
+            return live
+        time.sleep(0.5)
+
+
+def _ask(*words: str) -> str:
+    """What a client of Slurm prints. Raises UserError where it fails, or takes too long."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{words[0]} does not answer") from None
+    if done.returncode:
+        raise UserError(f"{words[0]}: {one_line(done.stderr) or f'exit status {done.returncode}'} "
+                        f"(the line: {shlex.join(words)})")
+    return done.stdout.strip()
