@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -114,11 +113,6 @@ def as_script(steps: Iterable[Step]) -> list[str]:
     return lines
 
 
-def there() -> bool:
-    """Whether this machine has Slurm's commands."""
-    return all(map(shutil.which, ("sbatch", "squeue", "sinfo", "scontrol", "scancel")))
-
-
 def submit(step: Step, ids: dict[str, str]) -> str:
     """Returns the id of the job, and adds it to those of the steps before. Raises UserError."""
     ids[step.name] = _ask("sbatch", *step.words(ids)).split(";")[0]
@@ -169,9 +163,12 @@ def live_jobs() -> list[Live]:
 
 
 def _ask(*words: str) -> str:
-    """What a client of Slurm prints. Raises UserError where it fails, or takes too long."""
+    """What a client of Slurm prints. Raises UserError where it is not there, fails, or takes too long."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=_PATIENCE)
+    except FileNotFoundError:
+        raise UserError(f"no {words[0]} on PATH: is this a login node of a Slurm cluster? (--dry-run works without)"
+                        ) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{words[0]} does not answer") from None
     if done.returncode:

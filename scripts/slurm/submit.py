@@ -261,14 +261,17 @@ def main() -> None:
     args = build_parser().parse_args()
     script = find_script(args.table)
     settings = settings_of(args)
-    if not args.dry_run and not cluster.there():
-        raise UserError("sbatch, squeue, sinfo, scontrol and scancel must be on PATH: is this a login node of a Slurm "
-                        "cluster? (--dry-run needs none of them; without a cluster: bash scripts/" + script + ")")
     plan = make_plan(said_by(script), args)
     if not plan.jobs:
         print(f"{script} only lists settings, there is nothing to run: bash scripts/{script}")
         return
-    live = cluster.live_jobs() if cluster.there() else []
+    try:
+        live = cluster.live_jobs()
+    except UserError as error:
+        if not args.dry_run:
+            raise
+        print(f"# what is queued is not known: {error}")
+        live = []
     graph = build_graph(args, script, plan, settings, live)
     if graph.keep:
         print(f"# on their way already: {' '.join(dict.fromkeys(graph.keep))}")
