@@ -92,7 +92,8 @@ def test_cheap_rows_get_more_images_per_task_by_their_macs(tmp_path):
     (tmp_path / "settings.yaml").write_text(SETTINGS)
     settings = cluster.read_settings(tmp_path / "settings.yaml")
     settings.time.sample = "10:00:00"
-    jobs = [SimpleNamespace(row=SimpleNamespace(macs_per_image=lambda macs=macs: Macs(macs, macs))) for macs in (6, 3, 1)]
+    rows = [SimpleNamespace(macs_per_image=lambda macs=macs: Macs(macs, macs)) for macs in (6, 3, 1)]
+    jobs = [SimpleNamespace(row=row) for row in rows]
     assert list(submit.images_per_task(jobs, settings, None)) == [4, 4, 4]
     assert list(submit.images_per_task(jobs, settings, 100)) == [800, 1600, 4800]
 
@@ -179,7 +180,6 @@ def slurm():
     if reason := why_not():
         pytest.skip(f"Slurm cannot start here: {reason}")
     with SlurmNode() as node:
-        os.environ["VIRTUAL_ENV"] = sys.prefix          # for scripts/environment.sh in the jobs
         yield node
 
 

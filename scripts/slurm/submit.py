@@ -247,7 +247,8 @@ def build_graph(args: argparse.Namespace, script: str, plan: Plan, settings: Set
     after = [name for job, size in zip(ready, sizes, strict=True) for name in graph.add_row(job, size)]
     count = f"_{args.images}" if args.images else ""
     file = args.results / "runs" / f"{script.removesuffix('.sh')}{count}.txt"
-    words = ["bash", f"scripts/{script}", "--results", str(args.results), "--write-table", str(file)]
+    words = ["env", f"VIRTUAL_ENV={sys.prefix}", "bash", f"scripts/{script}", "--write-table", str(file)]
+    words += ["--results", str(args.results)]
     words += ["--images", str(args.images)] if args.images else []
     words += [word for path in args.config for word in ("--config", str(path))]
     graph.add_table(words, file, ready, after)
