@@ -158,11 +158,6 @@ class SlurmNode:
         """Until no job is left."""
         until(lambda: not self.queue(), "the queue to be empty")
 
-    def start_now(self, job: str) -> None:
-        """A job that was put back would wait for two minutes first."""
-        until(lambda: self.queue().get(job) == "PENDING", f"{job} to be in the queue again")
-        self.ask("scontrol", "update", f"jobid={job}", "StartTime=now")
-
     def ended(self) -> list[dict[str, str]]:
         """What Slurm noted of each job, or life of a job, that is over."""
         path = self.root / "ended.txt"

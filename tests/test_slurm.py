@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -267,7 +268,7 @@ class Sampler:
     def __init__(self, array: str, task: int, folder: Path, seeds: range):
         self.folder, self.seeds = folder, seeds
         until(lambda: self._find(array, task), f"the sampler of task {task}", pause=0.05)
-        until(lambda: self.made() > 0, "its first image", pause=0.002)
+        until(lambda: self.made() > 0, "its first image", pause=0.005)
         os.kill(self.pid, signal.SIGSTOP)
 
     def _find(self, array: str, task: int) -> bool:
@@ -296,34 +297,34 @@ class Sampler:
 
 
 def test_eight_tasks_two_requeues_and_another_job_are_one_process(slurm, monkeypatch, tmp_path):
-    """Seeds 0-63. Task 1 is asked to stop, as before its time limit; task 4 is put back, as at preemption."""
+    """Seeds 0-63. Task 1 is asked to stop, as before its time limit; task 2 is put back, as at preemption."""
     monkeypatch.chdir(ROOT)
     folder = tmp_path / "images"
     command = ["--config", "configs/ddpm_emoji.yaml", "--steps", "10", "--device", "cpu"]
     options = ["--parsable", "--mem=1G", f"--output={tmp_path}/%A_%a.log", f"--chdir={ROOT}"]
-    sampler = [sys.executable, "-m", "ddpm.sample", *command, "--batch-size", "1", "--out", str(folder)]
+    line = [sys.executable, "-m", "ddpm.sample", *command, "--batch-size", "1", "--out", str(folder)]
     # Another job in the same folder, whose seeds are task 0's, too.
-    other = slurm.ask("sbatch", *options, "--array=0", "scripts/slurm/sample.sbatch", "4-7", "8", *sampler)
-    array = slurm.ask("sbatch", *options, "--array=0-7", "scripts/slurm/sample.sbatch", "0-63", "8", *sampler)
+    other = slurm.ask("sbatch", *options, "--array=0", "scripts/slurm/sample.sbatch", "4-7", "8", *line)
+    array = slurm.ask("sbatch", *options, "--array=0-7", "scripts/slurm/sample.sbatch", "0-63", "8", *line)
 
-    held = Sampler(array, 1, folder, range(8, 16))
+    with ThreadPoolExecutor() as pool:
+        asked, put_back = pool.map(lambda task: Sampler(array, task, folder, range(8 * task, 8 * task + 8)), (1, 2))
+
     slurm.ask("scancel", "--signal=USR1", "--batch", f"{array}_1")
-    until(held.has_usr1, "the signal")
-    held.go_on()
-    slurm.start_now(f"{array}_1")
-    assert 0 < held.made() < 8
-
-    held = Sampler(array, 4, folder, range(32, 40))
-    slurm.ask("scontrol", "requeue", f"{array}_4")
-    slurm.start_now(f"{array}_4")
-    assert 0 < held.made() < 8
+    until(asked.has_usr1, "the signal")
+    asked.go_on()
+    slurm.ask("scontrol", "requeue", f"{array}_2")      # lets it go on, too, for as long as a batch takes
+    for task, sampler in ((1, asked), (2, put_back)):
+        until(lambda task=task: slurm.queue()[f"{array}_{task}"] == "PENDING", f"task {task} to be in the queue again")
+        assert 0 < sampler.made() < 8
+        slurm.ask("scontrol", "update", f"jobid={array}_{task}", "StartTime=now")     # else two minutes later
     slurm.wait()
 
     assert seeds_in(folder) == list(range(64)) and not list(folder.rglob("*.tmp"))
     ended = [job["JobState"] for job in slurm.ended() if job.get("ArrayJobId") in (array, other)]
     assert ended.count("COMPLETED") == 9
     logs = [(tmp_path / f"{array}_{task}.log").read_text() for task in range(8)]
-    assert [log.count("restarts: 1") for log in logs] == [0, 1, 0, 0, 1, 0, 0, 0]
+    assert [log.count("restarts: 1") for log in logs] == [0, 1, 1, 0, 0, 0, 0, 0]
     assert all(log.count("exit status 0") == 1 for log in logs) and "exit status 75" in logs[1]
     alone = sample_here(monkeypatch, tmp_path / "alone", *command, "--seeds", "0-63", "--threads", "1")
     assert abs(pixels(folder, range(64)) - alone).max() <= 1

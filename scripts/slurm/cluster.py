@@ -127,17 +127,21 @@ def cancel(jobs: Sequence[str]) -> None:
 
 def check(steps: Sequence[Step]) -> None:
     """Whether the cluster would take the steps, as far as it says beforehand. Raises UserError."""
-    partitions = dict(line.split("|") for line in _ask("sinfo", "-h", "-o", "%R|%l").splitlines())
+    limits, default = {}, []
+    for line in _ask("sinfo", "-h", "-o", "%R|%l|%P").splitlines():
+        name, limits[name], marked = line.split("|")
+        default += [name] if marked.endswith("*") else []
     config = dict(re.findall(r"^(\w+)\s*= (.*)$", _ask("scontrol", "show", "config"), re.MULTILINE))
     largest = int(config["MaxArraySize"]) - 1
     for step in steps:
         given = dict(re.fullmatch(r"--([\w-]+)=?(.*)", word).groups() for word in step.options)
-        for name in filter(None, given.get("partition", "").split(",")):
-            if name not in partitions:
-                raise UserError(f"no partition {name!r} on this cluster: it has {', '.join(partitions)}")
-            if seconds(given["time"]) > seconds(partitions[name]):
-                raise UserError(f"the time limit {given['time']} is beyond that of partition {name}, "
-                                f"{partitions[name]}")
+        names = given["partition"].split(",") if "partition" in given else default
+        for name in names:
+            if name not in limits:
+                raise UserError(f"no partition {name!r} on this cluster: it has {', '.join(limits)}")
+        if names and all(seconds(given["time"]) > seconds(limits[name]) for name in names):
+            raise UserError(f"the time limit {given['time']} is beyond that of partition {' and '.join(names)}, "
+                            f"{' and '.join(limits[name] for name in names)}")
         tasks = max(map(int, re.findall(r"\d+", given.get("array", "0").split("%")[0])))
         if tasks > largest:
             raise UserError(f"{step.title} needs {tasks + 1:,} tasks, and an array of this cluster has "
