@@ -74,7 +74,7 @@ def missing_images(job: Job) -> list[int]:
     """Seeds without an image. Those of a row that was judged are looked for by name alone, which is quicker."""
     if not job.judged():
         return missing_seeds(job.folder, range(job.images))
-    there = {int(path.stem) for path in job.folder.glob("*/*.png")}
+    there = {int(path.stem) for path in job.folder.glob("*/[0-9]*.png")}
     return [seed for seed in range(job.images) if seed not in there]
 
 
