@@ -25,6 +25,7 @@ from sampling.settings import UserError
 from scripts import plan
 from scripts.jobs import Job
 from scripts.slurm import cluster, submit
+from scripts.slurm.cluster import Live
 from scripts.slurm.submit import Slices, arrays
 
 ROOT = HERE.parent
@@ -130,6 +131,28 @@ def test_every_table_has_its_jobs(run, no_slurm, all_files_there, name):
             needed = [before] if kind == "evaluate" else [n for n, other in enumerate(kinds, 1) if other == "evaluate"]
             assert after == [f"--dependency=afterok:{':'.join(f'$job{n}' for n in needed)}"]
             assert "--kill-on-invalid-dep=yes" in line
+
+
+def test_what_is_on_its_way_is_waited_for_and_what_waits_in_vain_is_replaced(run, monkeypatch, tmp_path):
+    """Tasks 0 and 1 of 4 run, 2 and 3 were cancelled: the evaluation that waits for all four must be another."""
+    array = Slices(str(tmp_path / "samples/ddpm_emoji/steps10"), 0, 15, 4).name
+    evaluation = f"evaluate:{tmp_path / 'results/runs/ddpm_emoji/steps10_16_quality.json'}"
+    table = f"table:{tmp_path / 'results/runs/table_emoji_16.txt'}"
+    waiting = [Live("78", None, evaluation, True), Live("79", None, table, True)]
+    live = [Live("77", 0, array, False), Live("77", 1, array, True)]
+    words = ["table_emoji", "--only", "steps10", "--images", "16", "--dry-run"]
+
+    monkeypatch.setattr(cluster, "live_jobs", lambda: live + waiting)
+    out = run(*words)
+    assert "--array=2-3 " in out and "--dependency=afterok:$job1,afterany:77 " in out
+    assert "# on their way already: 77\n" in out and out.endswith("scancel 78\nscancel 79\n")
+
+    rest = [Live("80", task, array, True) for task in (2, 3)]
+    monkeypatch.setattr(cluster, "live_jobs", lambda: live + rest + waiting)
+    assert run(*words).endswith("# on their way already: 77 80 78 79\n")
+    monkeypatch.setattr(cluster, "live_jobs", lambda: live + rest)      # somebody cancelled what would come after
+    out = run(*words)
+    assert "sample.sbatch" not in out and "--dependency=afterany:77:80 " in out and "afterok:$job1 " in out
 
 
 def test_rows_without_weights_are_left_out_and_others_are_not(run, no_slurm, tmp_path):
