@@ -5,6 +5,7 @@ class embedder. Our U-Net's modules have the published names, so its tensors are
 """
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ from ldm import first_stage
 from ldm.config import Config
 from ldm.unet import UNet
 from sampling import weights
+from sampling.runs import write_atomically
 from sampling.settings import UserError
-from sampling.weights import load_strict, read_tensors, save_tensors, sha256
+from sampling.weights import load_strict, read_tensors, sha256, write_tensors
 
 UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 
@@ -94,17 +96,15 @@ def convert(path: Path) -> Path:
     if not os.access(path.parent, os.W_OK):
         return path
     parts = split(read_tensors(path), path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        save_tensors({prefix + name: value for prefix, part in parts.items() for name, value in part.items()},
-                     temporary)
+
+    def write(temporary: Path) -> None:
+        write_tensors({prefix + name: value for prefix, part in parts.items() for name, value in part.items()},
+                      temporary)
         # The digest first, so that a target without one was never made here; other processes may be doing the same.
-        note = temporary.with_suffix(".sha256")
-        note.write_text(f"{sha256(temporary)}  {target.name}\n")
-        os.replace(note, digest)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        line = f"{sha256(temporary)}  {target.name}\n"
+        write_atomically(digest, lambda note: note.write_text(line))
+
+    write_atomically(target, write)
     return target
 
 
@@ -113,5 +113,7 @@ def checkpoint_sha256(path: Path) -> str:
     file = convert(path)
     digest = Path(f"{file}.sha256")
     if digest.is_file() and digest.stat().st_mtime >= file.stat().st_mtime:
-        return digest.read_text().split()[0]
+        noted = re.match(r"[0-9a-f]{64} ", digest.read_text())
+        if noted:
+            return noted[0].strip()
     return sha256(file)

@@ -5,6 +5,7 @@
     OUT/000/000123.png      the image of seed 123
 """
 
+import glob
 import json
 import math
 import os
@@ -100,7 +101,15 @@ def missing_seeds(folder: Path, seeds: Iterable[int]) -> list[int]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` a temporary file beside `path`, then move it there; on any failure nothing is left."""
+    """`write` a temporary file beside `path`, then move it there; on any failure nothing is left.
+
+    What a writer of the same file left that was killed is removed.
+    """
+    remove_leftovers(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+    _write_and_move(path, write)
+
+
+def _write_and_move(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -201,7 +210,7 @@ class RunFolder:
         """Write uint8 [height, width, 3] as the PNG of a seed, atomically."""
         path = image_path(self.path, seed)
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
+        _write_and_move(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
 
     def _save_all(self, seeds: Sequence[int], images: np.ndarray) -> None:
         for seed, image in zip(seeds, images, strict=True):

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sampling.runs import write_atomically
 from sampling.settings import UserError, one_line
 
 
@@ -91,13 +92,19 @@ def read_tensors(path: Path) -> object:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a .safetensors file: whole, or not at all."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    write_atomically(Path(path), lambda temporary: write_tensors(tensors, temporary, metadata))
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file in place. Raises OSError where the disk is full."""
     try:
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, temporary, metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    os.chmod(path, 0o644)
 
 
 _DROPPED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "loss.")       # EMA shadows, losses and their networks
