@@ -3,6 +3,7 @@
     python -m eval.throughput --config configs/ddpm_cifar10.yaml --branch 1 2 3 --batch-size 8 --threads 1
     python -m eval.throughput --config configs/ddpm_emoji.yaml --interval 2 3 5 10 --out results/throughput/emoji.json
     python -m eval.throughput --config configs/ldm_cin256.yaml --branch 0 --batch-size 1 --threads 1
+    python -m eval.throughput compare --threads 1       beside diffusers and the PyPI package (eval/compare_speed.py)
     python -m eval.throughput --config configs/sd_v15.yaml --block-schedule configs/block_schedules/*.json
 
 Only the U-Net runs, on random weights unless --checkpoint is given, and nothing is written meanwhile. All variants
@@ -12,6 +13,7 @@ before the seconds. What to expect is the ratio of the MACs.
 
 import argparse
 import gc
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -304,4 +306,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["compare"]:
+        from eval import compare_speed  # here: it imports this module, and diffusers
+        del sys.argv[1]
+        compare_speed.main()
+    else:
+        main()

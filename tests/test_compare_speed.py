@@ -1,0 +1,74 @@
+"""The comparison with diffusers and the PyPI package: same results, honest ratios. Never how long anything took."""
+
+import json
+
+import pytest
+import torch
+from conftest import HERE
+
+from eval import compare_speed
+from eval.compare_speed import compare, report, whole_run
+from eval.models import load_config
+
+CONFIGS = HERE.parent / "configs"
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["ddpm_emoji", "ldm_emoji", "sd_emoji"])
+def test_all_sides_compute_the_same(one_thread, tmp_path, name):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    found = compare(config, 1, config.sampler.branch, torch.float32, "eager", torch.device("cpu"), 1, 1)
+    sides = found["sides"]
+    assert sides.keys() == {"ours", "diffusers", "helper"} and "cached" not in sides["diffusers"]
+    for side in sides.values():
+        assert all(step["difference"] < 1e-5 for name, step in side.items() if name in ("full", "cached"))
+    assert sides["ours"]["full"]["over_ours"] == sides["ours"]["cached"]["over_ours"] == 1
+    assert len(found["runs"]) == 15
+
+
+SIDES = {"ours": {"full": {"median": 2.0, "over_ours": 1.0}, "cached": {"over_ours": 1.0}, "cached_over_full": 0.25},
+         "diffusers": {"full": {"median": 4.0, "over_ours": 2.0}},
+         "helper": {"full": {"median": 4.0, "over_ours": 2.0}, "cached": {"over_ours": 4.0}, "cached_over_full": 0.5}}
+EXPECTED = {"macs": 0.25, "macs_fc": 0.2}
+
+
+def test_whole_run():
+    run = whole_run(SIDES, EXPECTED, 3, steps=50, interval=5)           # 10 full steps, 40 cached ones
+    assert run["images_per_second"] == pytest.approx({"ours": 3 / 40, "helper": 3 / 120})
+    assert run["speedup"] == pytest.approx({"ours": 2.5, "helper": 50 / 30, "macs": 2.5, "macs_fc": 50 / 18})
+    dense = whole_run(SIDES, EXPECTED, 3, steps=50, interval=1)
+    assert dense["images_per_second"] == pytest.approx({"ours": 3 / 100, "diffusers": 3 / 200, "helper": 3 / 200})
+
+
+def test_report_and_settings_that_are_there(monkeypatch, capsys, tmp_path):
+    result = {"model": "ddpm_emoji", "settings": {"batch_size": 3, "dtype": "fp32", "mode": "eager"}, "sides": SIDES,
+              "expected": EXPECTED, "runs": [whole_run(SIDES, EXPECTED, 3, steps, interval)
+                                             for steps in (50, 100, 250) for interval in (1, 2, 3, 5, 10)]}
+    path = tmp_path / "ddpm_emoji_b3_fp32_eager_cpu.json"
+    path.write_text(json.dumps(result))
+    row = report(tmp_path).splitlines()[-1]
+    assert row == ("| ddpm_emoji | 3 | fp32 | eager | 2 | 0.250 | 0.250 | 0.200 | 2.50 | 2.78 | 2.00 | 4.00 | 3.00 |")
+    without = {**result, "sides": {side: SIDES[side] for side in ("ours", "diffusers")}}
+    without["runs"] = [whole_run(without["sides"], EXPECTED, 3, 50, interval) for interval in (1, 2, 3, 5, 10)]
+    path.write_text(json.dumps(without))
+    monkeypatch.setattr("sys.argv", ["compare", "--model", "ddpm_emoji", "--batch-size", "3", "--dtype", "fp32",
+                                     "--device", "cpu", "--out", str(tmp_path)])
+    compare_speed.main()                                                # measures nothing again
+    assert capsys.readouterr().out.splitlines()[-1].endswith("| 2.00 | - | - |")
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, "table.md", "chart.png"}
+
+
+@pytest.mark.parametrize("args", ["--repeats 0", "--batch-size 0", "--model nowhere", "--device meta", "--threads 0"])
+def test_bad_input(monkeypatch, capsys, tmp_path, args):
+    monkeypatch.setattr("sys.argv", ["compare", *args.split(), "--out", str(tmp_path / "x")])
+    with pytest.raises(SystemExit) as stop:
+        compare_speed.main()
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "x").exists()
