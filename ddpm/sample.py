@@ -4,8 +4,8 @@
     python -m ddpm.sample --config configs/ddpm_cifar10.yaml --interval 5 --out samples/cifar10_n5
 
 Defaults are the paper's settings for the model. One image per seed, the same for any batch size or number of
-processes; stop it whenever you like, the same command fills in what is missing. Several processes share the seeds
-under torchrun, or by giving each its own --seeds and one --out.
+processes; stop it whenever you like, the same command fills in what is missing. Several processes share the seeds as
+they come, under torchrun or as the same command several times. SIGUSR1 and SIGTERM stop it after its batch, with 75.
 """
 
 import argparse

@@ -5,7 +5,8 @@
 
 Defaults are the paper's settings for the model. One image per seed, label included, the same for any batch size or
 number of processes; stop it whenever you like, the same command fills in what is missing. Several processes share the
-seeds under torchrun, or by giving each its own --seeds and one --out. OUT/images.csv lists seed, label and class name.
+seeds as they come, under torchrun or as the same command several times. SIGUSR1 and SIGTERM stop it after its batch,
+with 75. OUT/images.csv lists seed, label and class name.
 """
 
 import argparse

@@ -87,6 +87,9 @@ def sample_images(args: argparse.Namespace, model: ImageModel) -> None:
 
         made = run.fill(seeds, args.batch_size, sample, lambda: stop.asked)
         model.write_listing(run)
-    if stop.asked and (missing := missing_seeds(run.path, seeds)):
+    missing = missing_seeds(run.path, seeds)
+    if stop.asked and missing:
         raise Stopped(f"{len(seeds) - len(missing)} of {len(seeds)} images are there")
+    if missing:
+        print(f"{len(missing)} images are not there yet: other processes are at them")
     print(summary(args, seeds, made, model.sampler, plan))

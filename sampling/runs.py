@@ -2,6 +2,7 @@
 
     OUT/run.json            settings that decide the pixels, and where the first images came from
     OUT/sessions.jsonl      one line per process that came to add images: which were missing, device, versions, commit
+    OUT/.claims             which seeds some process is at work on (sampling/claims.py); empty
     OUT/000/000123.png      the image of seed 123
 """
 

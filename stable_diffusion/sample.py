@@ -5,8 +5,9 @@
 
 Defaults are the paper's settings. Prompts come from .txt (one per line), .csv, .tsv or .json, COCO's captions included
 (sampling/prompts.py). Image i has prompt i and seed i, the same for any batch size or number of processes; stop it
-whenever you like, the same command fills in what is missing. Several processes share the seeds under torchrun, or by
-giving each its own --seeds and one --out. OUT/prompts.csv lists seed and prompt. No file is downloaded.
+whenever you like, the same command fills in what is missing. Several processes share the seeds as they come, under
+torchrun or as the same command several times. SIGUSR1 and SIGTERM stop it after its batch, with 75. OUT/prompts.csv
+lists seed and prompt. No file is downloaded.
 """
 
 import argparse

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from forked import Forked
 from PIL import Image
 from test_sampling import ROOT, in_process, tiny, wait_for_an_image  # noqa: F401
@@ -112,3 +113,24 @@ def test_four_processes_judge_as_one(tmp_path, monkeypatch):
     assert judge("one.json").wait() == 0
     one, four = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "four.json"))
     assert one["metrics"] == four["metrics"] and one["details"] == four["details"]
+
+
+@pytest.mark.slow
+def test_two_processes_are_nearly_twice_as_fast(tmp_path):
+    """One thread each; on two idle cores."""
+    if (os.cpu_count() or 1) < 2 or os.getloadavg()[0] > 0.3:
+        pytest.skip(f"needs two idle cores: the load is {os.getloadavg()[0]:.1f}")
+
+    def seconds(processes: int, name: str) -> float:
+        started = time.monotonic()
+        running = [Forked("ddpm.sample", "--config", ROOT / "configs" / "ddpm_emoji.yaml", "--steps", 50, "--seeds",
+                          f"0-{32 * processes - 1}", "--batch-size", 8, "--threads", 1, "--out", tmp_path / name,
+                          log=tmp_path / f"{name}{i}", env={"RANK": str(i), "WORLD_SIZE": str(processes)})
+                   for i in range(processes)]
+        assert [process.wait() for process in running] == [0] * processes, running[0].output
+        return time.monotonic() - started
+
+    pairs = [(seconds(1, f"one{i}"), seconds(2, f"two{i}")) for i in range(3)]
+    ratios = sorted(2 * one / two for one, two in pairs)
+    print("throughput of two processes over one:", ratios)
+    assert ratios[1] >= 1.7

@@ -1,5 +1,6 @@
 """Noise, DDIM, and the runs of `ddpm.sample`: through the command line, as a user does."""
 
+import errno
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -360,8 +362,6 @@ def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path, monkeypat
 
 
 def test_a_full_disk_is_one_line(tiny, tmp_path, monkeypatch, capsys):
-    import errno
-
     def full(self, *args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -387,3 +387,59 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 
     assert RunFolder(tmp_path / "out", {}, {}).fill(range(40), 4, sampler) == 40
     assert len(kept) == 10
+
+
+def pictures(seeds) -> np.ndarray:
+    return np.stack([np.full((4, 4, 3), seed, np.uint8) for seed in seeds])
+
+
+def test_the_next_batch_starts_while_the_last_is_written(tmp_path, monkeypatch):
+    run, save, started = RunFolder(tmp_path / "out", {}, {}), RunFolder.save, threading.Event()
+
+    def slow(self, seed, image):
+        assert seed >= 2 or started.wait(30)        # the first batch is written once the second has started
+        save(self, seed, image)
+
+    def sampler(seeds, report):
+        if 2 in seeds:
+            assert not images(run.path)
+            started.set()
+        return pictures(seeds)
+
+    monkeypatch.setattr(RunFolder, "save", slow)
+    assert run.fill(range(6), 2, sampler) == 6
+    assert [np.asarray(Image.open(path)).max() for path in sorted(run.path.glob("*/*.png"))] == list(range(6))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
+def test_what_is_finished_is_written_when_the_next_batch_fails(tmp_path, monkeypatch, error):
+    run, save = RunFolder(tmp_path / "out", {}, {}), RunFolder.save
+    monkeypatch.setattr(RunFolder, "save", lambda *args: (time.sleep(0.05), save(*args)))
+
+    def sampler(seeds, report):
+        if 4 in seeds:
+            raise error
+        return pictures(seeds)
+
+    with pytest.raises(error):
+        run.fill(range(6), 2, sampler)
+    assert run.seeds() == [0, 1, 2, 3]
+
+
+def test_a_disk_that_fails_stops_the_next_batch_at_its_first_step(tmp_path, monkeypatch):
+    run, steps = RunFolder(tmp_path / "out", {}, {}), []
+
+    def full(self, seed, image):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def sampler(seeds, report):
+        for step in range(500 if 2 in seeds else 0):
+            time.sleep(0.01)
+            report(step / 500)
+            steps.append(step)
+        return pictures(seeds)
+
+    monkeypatch.setattr(RunFolder, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.fill(range(6), 2, sampler)
+    assert len(steps) < 499
