@@ -7,7 +7,7 @@
 
 A sweep is a YAML file:
 
-    images: 128                 of each point: seeds 0 to 127
+    images: 256                 of each point: seeds 0 to 255
     prompts: FILE               for Stable Diffusion; also images_per_prompt (1 unless given)
     dtype: fp16                 of the network (fp32 unless given)
     grids:                      each is all combinations of its axes
@@ -16,11 +16,11 @@ A sweep is a YAML file:
 
 Axes: model (a name in configs/, or a path), interval, branch (a 0-based skip, or all), schedule, center, power, steps,
 sampler, block_schedule (a file of scripts.block_caching). The first point of a model, which its others are compared
-with, is always its uncached run, with the first sampler and steps of its first grid. A point is
-sampled into samples/MODEL/ under the name that the table scripts give these settings, and judged into results/runs/:
-models that were trained here against their training images and the uncached run (eval.quality, eval.fidelity), others
-as in the papers' tables, where the evaluator's files are given. Times of full and cached steps are measured once for
-each model. Table and pictures go to results/sweeps/NAME/.
+with, is always its uncached run, with the first sampler and steps of its first grid. A point is sampled into
+samples/MODEL/ under the name that the table scripts give these settings, and judged into results/runs/: models that
+were trained here against their training images and the uncached run (eval.quality, eval.fidelity), others as in the
+papers' tables, where the evaluator's files are given. Full and cached steps are timed once for each model. Table and
+pictures go to results/sweeps/NAME/.
 """
 
 import argparse
@@ -71,7 +71,7 @@ AXES = {"model": ("names of configs", str, None), "interval": ("whole numbers", 
         "steps": ("whole numbers", int, None), "sampler": ("names", str, SAMPLERS),
         "block_schedule": ("files", str, None)}
 KIND = "sweep"          # of the results of the models that are trained here
-FEWEST = 80             # images, for distances that mean something
+FEWEST = 80             # images, for a Frechet distance in 64 dimensions; the kernel distance is unbiased with fewer
 
 
 @dataclass
@@ -245,11 +245,12 @@ def judge(job: Job, uncached: Job) -> None:
     samples, against = (open_images(one.folder, range(job.images)) for one in (job, uncached))
     reference, held_out = _reference(reference_of(job.row.config), samples.size)
     found = quality(samples, reference, extractor, held_out, with_floors=False)
-    metrics = {name: Metric(found[name]["value"], found[name]["interval"], found[name]["stderr"]) for name in (FD, KID)}
+    kept = (FD, KID) if job.images >= FEWEST else (KID,)
+    metrics = {name: Metric(found[name]["value"], found[name]["interval"], found[name]["stderr"]) for name in kept}
     if job.folder != uncached.folder:
         by, near = difference(samples, against, reference, extractor), fidelity(samples, against, extractor)
         metrics |= {sweep_report.minus_uncached(name): Metric(by[name]["value"], by[name]["interval"],
-                                                              by[name]["stderr"]) for name in (FD, KID)}
+                                                              by[name]["stderr"]) for name in kept}
         metrics |= {METRICS[name]: Metric(value["mean"], value["interval"]) for name, value in near.items()
                     if name in METRICS and value["mean"] is not None}
     hashes = {"images": found["samples"]["sha256"], "reference": found["reference"]["sha256"],
@@ -339,10 +340,10 @@ def main() -> None:
         print(f"{listing(jobs)}\n\n{disk(jobs, args.samples)}")
     if not args.render:
         lacking = list(dict.fromkeys(thing for job in chosen for thing in job.missing_for_sampling()))
-        unjudged = dict.fromkeys(thing for job in chosen for thing in job.missing_for_judging())
+        unjudged = dict.fromkeys(thing for job in chosen if job.kind != KIND for thing in job.missing_for_judging())
         print("".join(f"not judged without: {thing}\n" for thing in unjudged), end="", flush=True)
         if jobs[0].images < FEWEST:
-            print(f"{jobs[0].images} images are few: distances mean something from {FEWEST} on", flush=True)
+            print(f"{jobs[0].images} images are few: FD is left out below {FEWEST}", flush=True)
         if args.list:
             print("".join(f"missing: {thing}\n" for thing in lacking), end="")
             return

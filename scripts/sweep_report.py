@@ -13,7 +13,7 @@ from eval import results
 from eval.macs import giga
 from eval.paper import Table
 from eval.plots import heat_maps, quality_fronts
-from eval.quality import FD, KID
+from eval.quality import KID
 from eval.results import Result
 from eval.rows import Row, printed_values
 from eval.table import METRICS, Speed, speed_of
@@ -22,7 +22,7 @@ from scripts.demo_report import markdown
 from scripts.jobs import Job
 
 HIGHER = ("PSNR", "SSIM", "CLIP score", "IS", "precision", "recall")      # is better; of all else, lower is
-SHOWN = (FD, "PSNR", "FID", "CLIP score")                                 # in the pictures
+SHOWN = (KID, "PSNR", "FID", "CLIP score")    # in the pictures; KID is unbiased, however few the images are
 AXES = ("sampler", "steps", "interval", "branch", "schedule", "center", "power", "block schedule")
 PAIRS = (("interval", "branch"), ("center", "power"))                     # of the heat maps: rows, columns
 
@@ -41,9 +41,9 @@ class Point(NamedTuple):
         return self.row.macs_per_image().hook
 
     @property
-    def seconds(self) -> float | None:
-        """Network time of an image."""
-        return 1 / self.speed.images_per_second if self.speed else None
+    def time(self) -> float | None:
+        """Measured network time, as a fraction of the uncached run's: what slows the machine cancels in it."""
+        return 1 / self.speed.speedup if self.speed else None
 
     def metric(self, name: str) -> tuple[float, float, float] | None:
         """(value, low, high), the ends of its 95 % interval where there is one."""
@@ -78,7 +78,7 @@ def front(points: Sequence[tuple[float, float]], higher: bool) -> list[int]:
 
 
 def on_front(points: Sequence[Point], cost: str, name: str) -> set[int]:
-    """The places of the points on the front of a cost ("macs" or "seconds") and a metric."""
+    """The places of the points on the front of a cost ("macs" or "time") and a metric."""
     known = [i for i, p in enumerate(points) if getattr(p, cost) is not None and p.metric(name)]
     return {known[i] for i in front([(getattr(points[k], cost), points[k].metric(name)[0]) for k in known],
                                     name in HIGHER)}
@@ -93,20 +93,20 @@ def shown_metrics(points: Sequence[Point]) -> list[str]:
 def records(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
     """A flat record per point of one model; what is not known is left out."""
     main = (shown_metrics(points) or [None])[0]
-    fronts = {cost: on_front(points, cost, main) if main else set() for cost in ("macs", "seconds")}
+    fronts = {cost: on_front(points, cost, main) if main else set() for cost in ("macs", "time")}
     for i, p in enumerate(points):
         record = {"model": p.row.config.name, **p.axes, "full calls": p.row.full_calls, "calls": p.row.calls,
                   "images": p.result.images if p.result else None, "G MACs per image": round(giga(p.macs), 6),
                   "speed-up by MACs": round(points[0].macs / p.macs, 4)}
         if p.speed:
-            record |= {"network s per image": f"{p.seconds:.6g}", "speed-up measured": f"{p.speed.speedup:.6g}"}
+            record["speed-up measured"] = f"{p.speed.speedup:.6g}"
         for name, metric in (p.result.metrics if p.result else {}).items():
             record[name] = f"{metric.value:.6g}"
             if metric.interval:
                 record |= {f"{name}, low": f"{metric.interval[0]:.6g}", f"{name}, high": f"{metric.interval[1]:.6g}"}
         if main:
             record |= {f"front of {main} by MACs": int(i in fronts["macs"]),
-                       f"front of {main} by time": int(i in fronts["seconds"])}
+                       f"front of {main} by time": int(i in fronts["time"])}
         for table, row, numbers in p.printed:
             record["paper"] = "; ".join(filter(None, [record.get("paper"), f"{table.name}, {row}: " + ", ".join(
                 f"{key} {value}" for key, value in numbers.items() if key not in ("center", "power"))]))
@@ -127,7 +127,8 @@ def label(p: Point, varying: Sequence[str]) -> str:
     if not p.row.plan.cached and p.row.plan.blocks is None:
         return "uncached" if not {"steps", "sampler"} & set(varying) else f"{p.row.sampler} {p.row.steps}"
     short = {"interval": "N=", "branch": "b", "center": "c", "power": "p"}
-    return " ".join(f"{short.get(axis, '')}{p.axes[axis]}" for axis in varying if p.axes[axis] is not None)
+    return " ".join(f"{short.get(axis, '')}{p.axes[axis]}" for axis in AXES if axis in varying
+                    and p.axes[axis] is not None)
 
 
 def varying(points: Sequence[Point]) -> list[str]:
@@ -140,15 +141,15 @@ def varying(points: Sequence[Point]) -> list[str]:
 def table(points: Sequence[Point]) -> list[str]:
     """One model's table: those points on a front, or all where they are few."""
     names, axes = shown_metrics(points), varying(points)
-    fronts = {cost: on_front(points, cost, names[0]) if names else set() for cost in ("macs", "seconds")}
-    extra = [name for name in (minus_uncached(FD),) if any(p.metric(name) for p in points)]
+    fronts = {cost: on_front(points, cost, names[0]) if names else set() for cost in ("macs", "time")}
+    extra = [name for name in (minus_uncached(KID),) if any(p.metric(name) for p in points)]
     lines = [("point", "full / calls", "speed-up by MACs", "measured", *names, *extra, "front by MACs", "by time")]
     for i, p in enumerate(points):
         cells = []
         for name in (*names, *extra):
             metric = p.metric(name)
-            cells.append("-" if metric is None else f"{metric[0]:.2f} [{metric[1]:.2f}, {metric[2]:.2f}]"
-                         if metric[1] != metric[2] else f"{metric[0]:.2f}")
+            cells.append("-" if metric is None else "{:.4g} [{:.4g}, {:.4g}]".format(*metric)
+                         if metric[1] != metric[2] else f"{metric[0]:.4g}")
         lines.append((label(p, axes) or "cached", f"{p.row.full_calls} / {p.row.calls}",
                       f"{points[0].macs / p.macs:.2f}x", f"{p.speed.speedup:.2f}x" if p.speed else "-", *cells,
                       *("yes" if i in fronts[cost] else "" for cost in fronts)))
@@ -160,13 +161,13 @@ def draw(points: Sequence[Point], folder: Path) -> list[Path]:
     model, names, axes, drawn = points[0].row.config.name, shown_metrics(points), varying(points), []
     if not names:
         return drawn
-    costs = [("macs", "MACs per image (G)"), ("seconds", "network time per image (s)")]
+    costs = [("macs", "MACs per image (G)"), ("time", "measured network time (uncached = 1)")]
     costs = [cost for cost in costs if any(getattr(p, cost[0]) is not None for p in points)]
     by_name = {name: (column, scale) for column, (name, scale) in METRICS.items()}
     marks = []
     for p in points:
         cached = p.row.plan.cached or p.row.plan.blocks
-        values = {name: p.metric(name) for name in names} | {"macs": giga(p.macs), "seconds": p.seconds}
+        values = {name: p.metric(name) for name in names} | {"macs": giga(p.macs), "time": p.time}
         values["printed"] = {name: [float(numbers[by_name[name][0]]) / by_name[name][1] for _, _, numbers in p.printed
                                     if by_name.get(name, ("",))[0] in numbers] for name in names}
         marks.append(values | {"label": label(p, axes), "color": p.axes[axes[0]] if cached and axes else None,
@@ -246,10 +247,12 @@ def about(points: Sequence[Point]) -> str:
     """How to read a model's numbers."""
     lines = []
     names = shown_metrics(points)
-    if FD in names:
-        lines.append(f"{FD} and {KID} are no FID and compare with each other only. Brackets: 95 % intervals; of "
-                     f"\"{minus_uncached(FD)}\" over pairs of images of one seed, so that it tells more than the two "
-                     "alone. PSNR: to the uncached image of the same seed, dB.")
+    if KID in names:
+        lines.append(f"{KID} is a kernel distance to the training images on EfficientNet-Lite0 features: no published "
+                     "KID, and comparable within this table only. Brackets: 95 % intervals; that of "
+                     f"\"{minus_uncached(KID)}\" is over pairs of images of one seed, so it tells smaller shifts than "
+                     "the two distances alone do; where it leaves out 0, the map has a star. PSNR: to the uncached "
+                     "image of the same seed, dB.")
     if names:
         lines.append(f"Front: no other point has a lower cost and a better {names[0]}; among points whose intervals "
                      "overlap, which one is on it is chance.")

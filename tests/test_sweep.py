@@ -175,9 +175,9 @@ def test_sweep_end_to_end(tmp_path, monkeypatch, capsys, tiny):
     assert [(row["interval"], row["branch"]) for row in points] == [("1", ""), ("2", "0"), ("2", "1"), ("4", "0"),
                                                                   ("4", "1")]
     assert float(points[0]["speed-up measured"]) == float(points[0]["speed-up by MACs"]) == 1
-    assert all(float(row["PSNR"]) > 5 and float(row["network s per image"]) > 0 for row in points[1:])
-    assert points[0]["FD-EffLite0 minus uncached"] == "" != points[1]["FD-EffLite0 minus uncached"]
-    assert any(row["front of FD-EffLite0 by MACs"] == "1" for row in points)
+    assert all(float(row["PSNR"]) > 5 and float(row["speed-up measured"]) > 0 for row in points[1:])
+    assert points[0]["KID-EffLite0 minus uncached"] == "" != points[1]["KID-EffLite0 minus uncached"]
+    assert any(row["front of KID-EffLite0 by MACs"] == "1" for row in points)
     for picture in ("fronts_ddpm_tiny.png", "interval_branch_ddpm_tiny.png"):
         assert (out / picture).stat().st_size > 5000
 
