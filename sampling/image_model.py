@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from caching.nested import Policy
-from sampling.options import chosen_seeds, compiled, plan_cache, summary
+from sampling.options import chosen_seeds, compile_seconds, compiled, plan_cache, summary
 from sampling.provenance import provenance
 from sampling.runs import RunFolder, missing_seeds
 from sampling.samplers import Sampler
@@ -92,4 +92,6 @@ def sample_images(args: argparse.Namespace, model: ImageModel) -> None:
         raise Stopped(f"{len(seeds) - len(missing)} of {len(seeds)} images are there")
     if missing:
         print(f"{len(missing)} images are not there yet: other processes are at them")
+    if network is not model.unet:
+        print(f"torch.compile took {compile_seconds():.0f} s, once for all batches")
     print(summary(args, seeds, made, model.sampler, plan))

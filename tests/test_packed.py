@@ -1,15 +1,18 @@
 """Packed weights: the same results to rounding, in eager and compiled networks."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor.exc import InvalidCxxCompiler
 
 from caching.deepcache import DeepCache
 from ddpm import unet as ddpm
 from ldm import unet as ldm
 from sampling import packed
-from sampling.options import place
+from sampling.options import compile_seconds, compiled, place
 
 pytestmark = pytest.mark.skipif(not packed.packable(nn.Linear(1, 1)), reason="oneDNN packs weights on x86 CPUs alone")
 
@@ -78,3 +81,28 @@ def test_half_precision_and_other_devices_are_left_alone():
     assert not packed.packable(nn.Linear(1, 1).half())
     assert not packed.packable(nn.Linear(1, 1, device="meta"))
     assert not packed.packable(nn.ReLU())
+
+
+def test_without_a_compiler_goes_on(monkeypatch, capsys):
+    def search() -> str:
+        raise InvalidCxxCompiler
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", search)
+    network = nn.Linear(1, 1)
+    assert compiled(network, 2) is network
+    assert "no C++ compiler" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_packed_network_compiles_to_two_graphs(monkeypatch):
+    """Traced as for the real compiler, whose C++ would take a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    unet, inputs = tiny_ldm()
+    network = compiled(place(unet, "cpu"), 2)
+    counted, caches = torch._dynamo.utils.counters, [DeepCache(1, [0, 2]) for _ in range(2)]
+    before = counted["stats"]["unique_graphs"]
+    for step in range(4):
+        assert error(network(*inputs, cache=caches[0].at(step)), unet(*inputs, cache=caches[1].at(step))) < 1e-5
+    assert counted["stats"]["unique_graphs"] - before == 2
+    assert compile_seconds() > 0
