@@ -167,6 +167,7 @@ BAD = {"nonsense": "no table 'nonsense': choose from table1_ldm_imagenet",
        "table_emoji --images-per-task 0": "--images-per-task must be more than 0",
        "table_emoji --images-per-task 5 --images-per-hour 5": "not both",
        "table_emoji --time soon": "time limit 'soon' does not parse",
+       "table_emoji --time 00:10:00": "must be 15 minutes or more",
        "table_emoji --only nothing": "is no row of this table"}
 
 

@@ -24,6 +24,7 @@ from scripts.plan import Plan, make_plan, user_parser
 from scripts.slurm import cluster
 from scripts.slurm.cluster import Live, Settings, Step
 
+_SHORTEST = 900     # seconds of a time limit that leave room for work before USR1, which Slurm may send a minute early
 _SHARE = 0.8        # of the time limit that a task's images may take; the rest is for loading and for slow nodes
 
 
@@ -221,11 +222,12 @@ def settings_of(args: argparse.Namespace) -> Settings:
         value = getattr(args, option)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{option.replace('_', '-')} must be more than 0, got {value}")
+    if cluster.seconds(args.time or settings.time.sample) < _SHORTEST:
+        raise UserError(f"a task that samples stops five minutes before its time limit, so that must be "
+                        f"{_SHORTEST // 60} minutes or more (the --signal line of scripts/slurm/sample.sbatch)")
     settings.account = args.account or settings.account
     settings.images_per_task = args.images_per_task or settings.images_per_task
-    if args.time:
-        cluster.seconds(args.time)
-        settings.time.sample = args.time
+    settings.time.sample = args.time or settings.time.sample
     for options, partition in ((settings.gpu, args.partition), (settings.cpu, args.cpu_partition)):
         if partition:
             options["partition"] = partition
