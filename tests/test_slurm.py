@@ -305,6 +305,7 @@ class Sampler:
                 continue
             if words[1:3] == [b"-m", b"ddpm.sample"] and wanted <= set(env):
                 self.pid = int(path.name)
+                self.job = next(word.split(b"=")[1].decode() for word in env if word.startswith(b"SLURM_JOB_ID="))
                 return True
         return False
 
@@ -334,7 +335,8 @@ def test_eight_tasks_two_requeues_and_another_job_are_one_process(slurm, monkeyp
     with ThreadPoolExecutor() as pool:
         asked, put_back = pool.map(lambda task: Sampler(array, task, folder, range(8 * task, 8 * task + 8)), (1, 2))
 
-    slurm.ask("scancel", "--signal=USR1", "--batch", f"{array}_1")
+    # By its own number: for ARRAY_TASK, Slurm 22.05 sends the signal, says that it did not, and scancel tries again.
+    slurm.ask("scancel", "--signal=USR1", "--batch", asked.job)
     until(asked.has_usr1, "the signal")
     asked.go_on()
     slurm.ask("scontrol", "requeue", f"{array}_2")      # lets it go on, too, for as long as a batch takes
