@@ -181,8 +181,8 @@ def heat_maps(panels: Sequence[tuple[str, Sequence, Sequence, np.ndarray, list[l
     across = min(2, len(panels))
     down = -(-len(panels) // across)
     width, height = (len(panels[0][i]) for i in (2, 1))
-    figure, grid = plt.subplots(down, across, figsize=(across * (0.52 * width + 1.6), down * (0.42 * height + 1.3)),
-                                layout="constrained", squeeze=False)
+    size = across * max(0.52 * width + 1.6, 3.6), down * (0.42 * height + 1.4)
+    figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     for axis in grid.flat[len(panels):]:
         axis.axis("off")
     for axis, (title, down_values, across_values, numbers, texts, higher) in zip(grid.flat, panels, strict=False):
@@ -194,6 +194,6 @@ def heat_maps(panels: Sequence[tuple[str, Sequence, Sequence, np.ndarray, list[l
         axis.set_yticks(range(len(down_values)), down_values)
         axis.set_xlabel(columns)
         axis.set_ylabel(rows)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=9)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)

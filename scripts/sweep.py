@@ -33,6 +33,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -242,6 +243,7 @@ def judge(job: Job, uncached: Job) -> None:
     if missing_seeds(uncached.folder, range(job.images)):       # another share is at it; the last command judges this
         return
     started, extractor = time.time(), _extractor(job.device)
+    warnings.filterwarnings("ignore", r"\d+ images for \d+ dimensions")     # of FD, which is left out with few images
     samples, against = (open_images(one.folder, range(job.images)) for one in (job, uncached))
     reference, held_out = _reference(reference_of(job.row.config), samples.size)
     found = quality(samples, reference, extractor, held_out, with_floors=False)

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,9 +178,10 @@ def draw(points: Sequence[Point], folder: Path) -> list[Path]:
     quality_fronts(marks, drawn[-1], panels, len(costs), axes[:2])
     for rows, columns in PAIRS:
         if {rows, columns} <= set(axes):
-            drawn.append(folder / f"{rows}_{columns}_{model}.png")
-            heat_maps(_maps(points, rows, columns, [axis for axis in axes if axis not in (rows, columns)], names),
-                      drawn[-1], rows, columns)
+            panels = _maps(points, rows, columns, [axis for axis in axes if axis not in (rows, columns)], names)
+            if panels:
+                drawn.append(folder / f"{rows}_{columns}_{model}.png")
+                heat_maps(panels, drawn[-1], rows, columns)
     return drawn
 
 
@@ -206,10 +208,14 @@ def _maps(points: Sequence[Point], rows: str, columns: str, others: Sequence[str
         return title, heads[0], heads[1], numbers, texts, higher
 
     if others:
-        kinds = dict.fromkeys(tuple(p.axes[axis] for axis in others) for p in cached)
-        return [panel(", ".join([measures[0], *(f"{axis} {value}" for axis, value in zip(others, kind, strict=True))]),
-                      [p for p in cached if tuple(p.axes[axis] for axis in others) == kind],
-                      lambda p: p.metric(measures[0]), measures[0] in HIGHER) for kind in kinds]
+        found = []
+        for kind in dict.fromkeys(tuple(p.axes[axis] for axis in others) for p in cached):
+            chosen = [p for p in cached if tuple(p.axes[axis] for axis in others) == kind]
+            words = ", ".join(f"{axis} {value}" for axis, value in zip(others, kind, strict=True) if value is not None)
+            if len(chosen) > 1:
+                found.append(panel(f"{measures[0]}\n{textwrap.fill(words, 44)}", chosen,
+                                   lambda p: p.metric(measures[0]), measures[0] in HIGHER))
+        return [one for one in found if not np.isnan(one[3]).all()]
     found = [panel(name, cached, lambda p, name=name: p.metric(name), name in HIGHER) for name in measures]
     found.append(panel("speed-up by MACs", cached, lambda p: (points[0].macs / p.macs,) * 3, True))
     found.append(panel("speed-up measured", cached, lambda p: (p.speed.speedup,) * 3 if p.speed else None, True))
