@@ -59,9 +59,9 @@ class Failure(Exception):
 
 
 class Case(NamedTuple):
-    """A command on a folder. command: (module, arguments). result: what it must end with, by name.
+    """A command on a folder.
 
-    lines: its files that may be cut short, since what follows them counts. ranks: processes that share the work.
+    command: (module, arguments). result: what it must end with, by name. ranks: processes that share the work.
     """
     name: str
     command: Callable[[Path], tuple[str, list]]
@@ -72,8 +72,7 @@ class Case(NamedTuple):
     def start(self, folder: Path, log: Path, rank: int = 0, before: Callable[[], None] = lambda: None) -> Forked:
         module, args = self.command(folder)
         env = {} if self.ranks == 1 else {"RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
-        return Forked(module, *args, "--threads", 1, log=log, env=env, before=before) if module != "sampling.npz" else (
-            Forked(module, *args, log=log, before=before))
+        return Forked(module, *args, log=log, env=env, before=before)
 
     def finish(self, folder: Path, log: Path, code: int = 0) -> str:
         """Run to the end; returns the output."""
@@ -120,7 +119,7 @@ class Models:
     def cases(self) -> dict[str, Case]:
         """By name; the making of references only once there are weights for it (`add_inception`)."""
         seeds, config = f"0-{IMAGES - 1}", self.folder
-        sampling = ["--seeds", seeds, "--batch-size", 1]
+        sampling = ["--seeds", seeds, "--batch-size", 1, "--threads", 1]
 
         def judged(folder: Path) -> dict[str, bytes]:
             path = folder / "result.json"
@@ -150,12 +149,13 @@ class Models:
                  lambda folder: files(folder, "x.npz")),
             Case("evaluation",
                  lambda folder: ("eval.quality", ["--samples", folder / "samples", "--reference", folder / "reference",
-                                                  "--repeats", 2, "--dims", 4, "--out", folder / "result.json"]),
+                                                  "--repeats", 2, "--dims", 4, "--threads", 1, "--out",
+                                                  folder / "result.json"]),
                  judged, self.copied("samples", "reference"))]
         if (inception := self.folder / "inception.pth").exists():
             found.append(Case("reference", lambda folder: (
-                "eval.fid", ["make-reference", "--from", folder / "samples", "--inception", inception, "--out",
-                             folder / "reference.npz"]),
+                "eval.fid", ["make-reference", "--from", folder / "samples", "--inception", inception, "--threads", 1,
+                             "--out", folder / "reference.npz"]),
                 made_reference, self.copied("samples")))
         return {case.name: case for case in found}
 
@@ -313,7 +313,7 @@ def full_disk(case: Case, work: Path) -> int:
 def read_only(case: Case, work: Path) -> None:
     """A case on a disk that cannot be written: one clear line, and nothing happened; later it goes on."""
     log = work / "log of a read-only disk"
-    with small_disk(work / f"{case.name} read-only", 2 ** 25) as disk:
+    with small_disk(work / f"{case.name} read-only", 2 ** 27) as disk:
         case.prepare(disk)
         for mode in ("ro", "rw"):
             subprocess.run(["mount", "-o", f"remount,{mode}", disk], check=True)
@@ -338,8 +338,9 @@ def damaged(case: Case, pattern: str, heals: bool, work: Path, rng: random.Rando
         path.write_bytes(whole[:size])
         process = case.start(folder, log)
         code = process.wait()
-        said(case, process.output, (0,) if heals else (2,), code, "" if heals else path.name)
-        if heals:
+        # A PNG that lacks no more than its last bytes has all its pixels.
+        said(case, process.output, (0,) if heals else (0, 2), code, "" if heals else path.name)
+        if not code:
             compare(case, folder, expected, at_the_end=True)
     path.write_bytes(whole)
 
@@ -351,7 +352,8 @@ def two_writers(case: Case, work: Path) -> None:
     case.prepare(folder)
     both = [case.start(folder, work / f"log of writer {i}") for i in range(2)]
     for process in both:
-        said(case, process.output if process.wait() else "", (0,), process.returncode)
+        code = process.wait()
+        said(case, process.output, (0,), code)
     made = [int(number) for process in both for number in re.findall(r"(\d+) made now", process.output)]
     images = len(list(folder.glob("out/*/*.png")))
     if made and sum(made) != images:
