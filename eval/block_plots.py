@@ -1,5 +1,6 @@
 """Pictures of Block Caching: how much blocks change, when they are computed, how alike features of two steps are."""
 
+import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -9,14 +10,19 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 from eval.plots import STYLE
 from sampling.runs import write_atomically
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    """With a palette: a third of the bytes, and no difference that can be seen."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
     plt.close(figure)
+    picture = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", optimize=True))
 
 
 def short(name: str) -> str:
