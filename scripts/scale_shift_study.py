@@ -2,10 +2,11 @@
 
     python -m scripts.scale_shift_study             about ten minutes on one core; what is there is kept
 
-20 DDIM steps, blocks of all kinds, half of the MACs. Ways to fit scale and shift (closed form or Adam, learning rate,
-batch, weight of the identity, number of runs), and the direction of the paper's index t: whether a change belongs to
-the later or to the earlier of its two steps. Every variant is judged on the same 64 held-out seeds, by the distance of
-what sampling ends on to the uncached run. Writes results/block_caching/study/: table.md, and one JSON per variant.
+20 DDIM steps, blocks of all kinds, half of the MACs: ways to fit scale and shift (closed form or Adam, learning rate,
+batch, weight of the identity, number of runs), each judged on the same 64 held-out seeds. And the direction of the
+paper's index t, whether a change belongs to the later or to the earlier of its two steps: there, and with the schedules
+of checkpoints/block_caching/ (DDPM 100 steps, LDM 50). The measure is the distance of what sampling ends on to the
+uncached run. Writes results/block_caching/study/: table.md, and a JSON per variant.
 """
 
 import argparse
@@ -15,10 +16,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from eval.block_changes import BlockChanges
+import numpy as np
+from tqdm import tqdm
+
+from caching.block_cache import BlockCache
+from caching.scale_shift import relative_distance
+from eval.block_changes import BlockChanges, ScheduleMaker
+from eval.intervals import mean_estimate
 from sampling.cli import command
-from sampling.runs import write_atomically
+from sampling.provenance import provenance
+from sampling.runs import write_atomically, write_json
 from sampling.settings import UserError
+from scripts import block_caching
+from scripts.block_caching_demo import FILES
 from scripts.demo_report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,23 +54,36 @@ def run(*words: str) -> None:
         raise UserError(f"this failed: python {' '.join(words)}")
 
 
-def schedules() -> dict[str, Path]:
-    """The same budget, with the change from one step to the next counted for the later one, and for the earlier one."""
-    paths = {"later": OUT / "schedule.json", "earlier": OUT / "schedule_earlier.json"}
-    changes = OUT / "changes.json"
+def schedule() -> Path:
+    """Of 20 steps, half of the MACs."""
+    changes, path = OUT / "changes.json", OUT / "schedule.json"
     if not changes.is_file():
         run("measure", *RUN, "--seeds", "1000-1063", "--similar", "0", "--out", str(changes))
-    for direction, path in paths.items():
-        if not path.is_file():
-            measured = BlockChanges.load(changes)
-            if direction == "earlier":
-                measured = replace(measured, residuals={
-                    name: one | {"changes": [*one["changes"][1:], 0.0]} for name, one in measured.residuals.items()})
-            used = OUT / f"changes_{direction}.json"
-            measured.save(used)
-            run("schedule", "--changes", str(used), "--kinds", "all", "--macs", "0.5", "--out", str(path))
-            used.unlink()
-    return paths
+    if not path.is_file():
+        run("schedule", "--changes", str(changes), "--kinds", "all", "--macs", "0.5", "--out", str(path))
+    return path
+
+
+def directions(changes: BlockChanges, config: str, steps: int, fraction: float) -> dict:
+    """Distances of plain reuse at equal MACs, with every change counted for the later, and for the earlier step."""
+    words = ["train", "--config", config, "--steps", str(steps), "--device", "cpu", "--threads", "1", "--schedule", "-",
+             "--seeds", "0", "--held-out-seeds", "1", "--out", "-"]
+    model = block_caching.open_model(block_caching.build_parser(words).parse_args(words))
+    model.load()
+    earlier = replace(changes, residuals={name: one | {"changes": [*one["changes"][1:], 0.0]}
+                                          for name, one in changes.residuals.items()})
+    found = {"later": [], "earlier": []}
+    for first in tqdm(range(0, 64, 16), desc=f"{config} {fraction}", unit="batch"):
+        seeds = range(3000 + first, 3016 + first)
+        exact = model.latents(seeds)
+        for direction, measured in (("later", changes), ("earlier", earlier)):
+            maker = ScheduleMaker(measured, "all")
+            blocks = maker.blocks(maker.delta_for(fraction))
+            found[direction] += relative_distance(model.latents(seeds, BlockCache(blocks)), exact).tolist()
+    later, earlier = (np.array(found[key]) for key in ("later", "earlier"))
+    return {"config": config, "steps": steps, "macs": fraction, "held_out_seeds": "3000-3063",
+            "later": mean_estimate(later), "earlier": mean_estimate(earlier),
+            "difference": mean_estimate(earlier - later), "provenance": provenance("cpu")}
 
 
 def trained(schedule: Path, name: str, method: str, runs: int, *options: str) -> dict:
@@ -74,34 +97,40 @@ def trained(schedule: Path, name: str, method: str, runs: int, *options: str) ->
     return json.loads(report.read_text())
 
 
-def line(label: str, one: dict) -> tuple[str, ...]:
-    def shown(value: dict) -> str:
-        return f"{value['mean']:.4f} [{value['interval'][0]:.4f}, {value['interval'][1]:.4f}]"
-    return (label, shown(one["residuals"]["adjusted"]), shown(one["latents"]["adjusted"]),
-            shown(one["latents"]["difference"]))
+def shown(value: dict) -> str:
+    return f"{value['mean']:.4f} [{value['interval'][0]:.4f}, {value['interval'][1]:.4f}]"
 
 
 @command
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    paths = schedules()
-    head = ("residuals: distance to computed", "final latents: distance to uncached", "difference to plain reuse")
-    found = {label: trained(paths["later"], label.replace(", ", "_").replace(" ", "_").replace("Adam", "adam"), *how)
-             for label, how in VARIANTS.items()}
-    earlier = trained(paths["earlier"], "earlier", "least-squares", 64)
-    plain = next(iter(found.values()))
+    path = schedule()
+    fits = [("fit", "residuals: distance to computed", "final latents: distance to uncached", "difference to plain reuse")]
+    for label, how in VARIANTS.items():
+        name = label.replace(", ", "_").replace(" ", "_").replace("Adam", "adam")
+        one = trained(path, name, *how)
+        if len(fits) == 1:
+            fits.append(("none (plain reuse)", shown(one["residuals"]["plain"]), shown(one["latents"]["plain"]), "-"))
+        fits.append((label, shown(one["residuals"]["adjusted"]), shown(one["latents"]["adjusted"]),
+                     shown(one["latents"]["difference"])))
 
-    def as_plain(one: dict) -> dict:
-        return {key: {"adjusted": one[key]["plain"], "difference": {"mean": 0, "interval": [0, 0]}}
-                for key in ("residuals", "latents")}
-    fits = [("fit", *head), line("none (plain reuse)", as_plain(plain)),
-            *(line(label, one) for label, one in found.items())]
-    index = [("a change counts for", *head), line("the later step, plain reuse", as_plain(plain)),
-             line("the earlier step, plain reuse", as_plain(earlier))]
-    text = "\n".join(["20 DDIM steps of the emoji DDPM, blocks of all kinds, half of the MACs; relative L2 distances,",
-                      "means over 64 held-out seeds with 95 % intervals.", "", *markdown(fits), "", *markdown(index),
-                      ""])
+    index = [("model", "MACs", "counted for the later step", "for the earlier step", "difference")]
+    for name, changes, steps, fraction in (("ddpm", OUT / "changes.json", 20, 0.5), *(
+            (name, FILES / f"{name}_changes.json", steps, fraction)
+            for name, steps in (("ddpm", 100), ("ldm", 50)) for fraction in (0.5, 0.3))):
+        report = OUT / f"direction_{name}_{steps}_{round(100 * fraction)}.json"
+        if not report.is_file():
+            write_json(report, {"kind": "index direction", **directions(
+                BlockChanges.load(changes), f"configs/{name}_emoji.yaml", steps, fraction)})
+        one = json.loads(report.read_text())
+        index.append((f"{name}_emoji, {steps} steps", f"{fraction:g}", shown(one["later"]), shown(one["earlier"]),
+                      shown(one["difference"])))
+    text = "\n".join(["Relative L2 distances, means over 64 held-out seeds with 95 % intervals.", "",
+                      "Scale and shift: 20 DDIM steps of the emoji DDPM, blocks of all kinds, half of the MACs.", "",
+                      *markdown(fits), "",
+                      "The direction of the index: final latents to uncached, plain reuse, blocks of all kinds.", "",
+                      *markdown(index), ""])
     write_atomically(OUT / "table.md", lambda temporary: temporary.write_text(text))
     print(text)
 
