@@ -106,7 +106,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     path = schedule()
-    fits = [("fit", "residuals: distance to computed", "final latents: distance to uncached", "difference to plain reuse")]
+    fits = [("fit", "residuals: distance to computed", "final latents: distance to uncached",
+             "difference to plain reuse")]
     for label, how in VARIANTS.items():
         name = label.replace(", ", "_").replace(" ", "_").replace("Adam", "adam")
         one = trained(path, name, *how)
