@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import nn
 
 from eval import bk_sdm
-from eval.macs import Macs, average, run_macs, step_macs
+from eval.macs import Macs, average, residual_macs, schedule_macs, step_macs
 from eval.models import Config, build, example_inputs, load_config, rows_per_image
 from eval.paper import Section, Table, tables
 from sampling.options import CachePlan, add_cache_options, plan_cache
@@ -153,10 +153,18 @@ def _step_macs(path: Path, branch: int) -> tuple[Macs, Macs]:
     return step_macs(unet, example_inputs(config), branch)
 
 
-def _blocks_macs(path: Path, plan: CachePlan, calls: int) -> Macs:
-    """Per network call, of a run with a block schedule, each of its calls counted."""
+@cache
+def _residual_macs(path: Path) -> tuple[Macs, dict[str, Macs]]:
     config, unet = _open(path)
-    return run_macs(unet, example_inputs(config), plan.make(adjusted=False), calls)
+    return residual_macs(unet, example_inputs(config))
+
+
+def _blocks_macs(path: Path, plan: CachePlan, calls: int) -> Macs:
+    """Per network call, of a run with a block schedule."""
+    full, residuals = _residual_macs(path)
+    if plan.cached:
+        full = average(*_step_macs(path, plan.branch), plan.full_steps, calls)
+    return schedule_macs(full, residuals, plan.block_steps, calls)
 
 
 @cache

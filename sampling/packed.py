@@ -85,7 +85,8 @@ def rowwise_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     out = query.new_empty(batch, tokens, heads, width)
     for i in range(batch):
         for head in range(heads):
-            k, v = key[i, head] / math.sqrt(width), value[i, head].t().contiguous()
+            k, v = map(torch.ops.mkldnn._reorder_linear_weight,
+                       (key[i, head] / math.sqrt(width), value[i, head].t().contiguous()))
             for part, result in zip(query[i, head].split(rows), out[i, :, head].split(rows), strict=True):
                 result.copy_(_product(_product(part, k).softmax(dim=-1), v))
     return out.transpose(1, 2)
