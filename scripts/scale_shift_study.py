@@ -56,7 +56,7 @@ def run(*words: str) -> None:
 
 def schedule() -> Path:
     """Of 20 steps, half of the MACs."""
-    changes, path = OUT / "changes.json", OUT / "schedule.json"
+    changes, path = FILES / "ddpm_20_changes.json", FILES / "ddpm_20_half.json"
     if not changes.is_file():
         run("measure", *RUN, "--seeds", "1000-1063", "--similar", "0", "--out", str(changes))
     if not path.is_file():
@@ -117,7 +117,7 @@ def main() -> None:
                      shown(one["latents"]["difference"])))
 
     index = [("model", "MACs", "counted for the later step", "for the earlier step", "difference")]
-    for name, changes, steps, fraction in (("ddpm", OUT / "changes.json", 20, 0.5), *(
+    for name, changes, steps, fraction in (("ddpm", FILES / "ddpm_20_changes.json", 20, 0.5), *(
             (name, FILES / f"{name}_changes.json", steps, fraction)
             for name, steps in (("ddpm", 100), ("ldm", 50)) for fraction in (0.5, 0.3))):
         report = OUT / f"direction_{name}_{steps}_{round(100 * fraction)}.json"
