@@ -36,6 +36,9 @@ def pack(network: nn.Module) -> nn.Module:
         if type(module) is nn.Linear:
             weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().contiguous())
             module.__class__ = Linear
+        elif type(module) is nn.Conv2d and _per_pixel(module):
+            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().flatten(1).contiguous())
+            module.__class__ = PerPixel
         elif type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
             weight = torch.ops.mkldnn._reorder_convolution_weight(
                 module.weight.detach(), module.padding, module.stride, module.dilation, module.groups)
@@ -46,6 +49,11 @@ def pack(network: nn.Module) -> nn.Module:
             continue
         module.weight = nn.Parameter(weight, requires_grad=False)
     return network
+
+
+def _per_pixel(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is a linear layer of each pixel's channels."""
+    return conv.kernel_size == conv.stride == (1, 1) and conv.padding in ((0, 0), "valid") and conv.groups == 1
 
 
 def operator(fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -115,3 +123,11 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return conv2d(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias,
                       self.stride, self.padding, self.dilation, self.groups)
+
+
+class PerPixel(nn.Conv2d):
+    """A 1x1 convolution, by the kernels of linear layers: those of convolutions are far slower in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        return linear(pixels, self.weight, self.bias).permute(0, 3, 1, 2)

@@ -41,7 +41,7 @@ def test_placed_network_predicts_the_same(make, dtype, limit):
     expected = unet.eval()(x, *rest)
     unet = place(unet, "cpu", dtype)
     if dtype == torch.float32:
-        assert {type(module) for module in unet.modules()} >= {packed.Linear, packed.Conv2d}
+        assert {type(module) for module in unet.modules()} >= {packed.Linear, packed.Conv2d, packed.PerPixel}
     rest = [value.to(dtype) if value.is_floating_point() else value for value in rest]
     assert error(unet(x.to(dtype), *rest), expected) < limit
     cache = DeepCache(1, [0])
