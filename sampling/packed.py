@@ -30,6 +30,7 @@ def packable(network: nn.Module) -> bool:
 def pack(network: nn.Module) -> nn.Module:
     """Pack the weights of all linear layers and convolutions, in place, and replace the attention function.
 
+    The best layout of a convolution depends on the size of its input: it is packed when it first runs, eagerly.
     For inference only: packed weights have no gradients and cannot be saved.
     """
     for module in network.modules():
@@ -40,9 +41,8 @@ def pack(network: nn.Module) -> nn.Module:
             weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().flatten(1).contiguous())
             module.__class__ = PerPixel
         elif type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            weight = torch.ops.mkldnn._reorder_convolution_weight(
-                module.weight.detach(), module.padding, module.stride, module.dilation, module.groups)
-            module.__class__ = Conv2d
+            module.__class__, module.packed = Conv2d, False
+            continue
         else:
             if hasattr(module, "attend"):
                 module.attend = attention
@@ -118,11 +118,22 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d with a packed weight; channels are last in its result."""
+    """nn.Conv2d that packs its weight when it first runs; channels are last in its result.
+
+    In the wrong layout some sizes take three times as long, so the input's is needed. In a compiled network that has
+    not run before, it stays PyTorch's.
+    """
+    packed: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias,
-                      self.stride, self.padding, self.dilation, self.groups)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not self.packed and not torch.compiler.is_compiling():
+            self.packed, self.weight = True, nn.Parameter(torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight.detach(), self.padding, self.stride, self.dilation, self.groups, list(x.shape)),
+                requires_grad=False)
+        if not self.packed:
+            return super().forward(x)
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class PerPixel(nn.Conv2d):

@@ -1,5 +1,6 @@
 """Packed weights: the same results to rounding, in eager and compiled networks."""
 
+import copy
 import functools
 
 import pytest
@@ -99,7 +100,8 @@ def test_packed_network_compiles_to_two_graphs(monkeypatch):
     torch.compiler.reset()
     torch.manual_seed(0)
     unet, inputs = tiny_ldm()
-    network = compiled(place(unet, "cpu"), 2)
+    network = compiled(place(copy.deepcopy(unet), "cpu"), 2)
+    unet = place(unet, "cpu")
     counted, caches = torch._dynamo.utils.counters, [DeepCache(1, [0, 2]) for _ in range(2)]
     before = counted["stats"]["unique_graphs"]
     for step in range(4):
