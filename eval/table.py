@@ -145,6 +145,11 @@ def _decimals(section: Section, column: str, printed: float | str | None) -> int
     return section.decimals.get(column, COLUMNS[column].decimals)
 
 
+def _shown(value: float, decimals: int) -> str:
+    """With the paper's decimals; with two digits where those would leave nothing, as of images/s on a CPU."""
+    return f"{value:.2g}" if 0 < abs(value) < 10 ** -decimals else f"{value:.{decimals}f}"
+
+
 def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base: int, found: Found,
           sources: dict[str, None]) -> tuple[dict[str, float], dict[str, Path]]:
     """What we have for a row, by column, and the files that it is from; they are added to `sources` in words.
@@ -205,7 +210,7 @@ def _fill(table: Table, section: Section, runs: Runs, found: Found, numbers: Map
             ours, files = _ours(table, section, columns, row,
                                 base or row.config.sampler.steps + row.calls - row.steps, found, sources)
             device = {path: result.provenance.get("device_name") for path, result in found}.get(files.get("throughput"))
-            shown = {key: f"{ours[key]:.{_decimals(section, key, printed.get(key))}f}" if key in ours else "-"
+            shown = {key: _shown(ours[key], _decimals(section, key, printed.get(key))) if key in ours else "-"
                      for key in columns}
             difference = {key: _difference(section, key, printed.get(key), ours.get(key), device) for key in columns}
             variant = row.label.partition(" / ")[2]
@@ -333,8 +338,8 @@ printed digits. A dash: not printed, or not measured here. MACs are exact and co
 from the JSON files in this folder, and only from runs with just the settings of the row and the paper's number of
 images. Rows without a line of ours are other authors' methods. Paper values: `paper/*.yaml`. Commands behind the rows:
 `scripts/table*.sh`. The same tables as CSV and LaTeX: `tables/`. What was measured on the small models that are shipped
-here: `demo/`; with Block Caching at equal cost: `block_caching/`; over grids of settings: `sweeps/`, whose points are in
-`runs/`; step times: `throughput/`.
+here: `demo/`; with Block Caching at equal cost: `block_caching/`; over grids of settings: `sweeps/`, with their points
+in `runs/`; step times: `throughput/`.
 """
 
 
