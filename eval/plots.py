@@ -19,12 +19,12 @@ STYLE = {"uniform": ("C0", "o", "-"), "non-uniform": ("C2", "s", "-"), "fewer st
          "uncached": ("black", "*", "none"), "ablation": ("C3", "x", "none")}
 
 
-def sample_rows(rows: Sequence[tuple[str, np.ndarray]], path: Path, scale: float = 2, titles: Sequence[str] = ()
-                ) -> None:
+def sample_rows(rows: Sequence[tuple[str, np.ndarray]], path: Path, scale: float = 2, titles: Sequence[str] = (),
+                exact: bool = False) -> None:
     """One row of images per variant, the same seeds below each other.
 
     rows: (label, uint8 [n, height, width, 3]), all of one shape. Written as a PNG, `scale` times enlarged.
-    titles: one above each column, if any.
+    titles: one above each column, if any. exact: keep every pixel; else the sheet has a palette and a third of the bytes.
     """
     n, height, width, _ = rows[0][1].shape
     cell_h, cell_w, gap = round(height * scale), round(width * scale), 2
@@ -42,7 +42,8 @@ def sample_rows(rows: Sequence[tuple[str, np.ndarray]], path: Path, scale: float
             resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
             tile = Image.fromarray(image).resize((cell_w, cell_h), resample)
             sheet.paste(tile, (margin + c * (cell_w + gap), top))
-    sheet = sheet.quantize(256, dither=Image.Dither.NONE)       # a third of the bytes
+    if not exact:
+        sheet = sheet.quantize(256, dither=Image.Dither.NONE)
     write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG", optimize=True))
 
 
@@ -59,7 +60,8 @@ def worst_pairs(pairs: Sequence[tuple[float, int, np.ndarray, np.ndarray]], path
             (f"difference x {factor}", (difference * factor).clip(0, 255).astype(np.uint8))]
     width = images.shape[2]
     titles = [f"seed {seed}: {psnr:.1f} dB" for psnr, seed, *_ in pairs]
-    sample_rows(rows, path, math.ceil(144 / width) if width <= 256 else 256 / width, titles)     # a title is 140 wide
+    scale = math.ceil(144 / width) if width <= 256 else 256 / width     # a title is 140 wide
+    sample_rows(rows, path, scale, titles, exact=True)
 
 
 def distributions(measures: dict[str, Sequence[float]], path: Path, unrelated: dict[str, float | None]) -> None:
