@@ -24,7 +24,7 @@ def sample_rows(rows: Sequence[tuple[str, np.ndarray]], path: Path, scale: float
     """One row of images per variant, the same seeds below each other.
 
     rows: (label, uint8 [n, height, width, 3]), all of one shape. Written as a PNG, `scale` times enlarged.
-    titles: one above each column, if any. exact: keep every pixel; else the sheet has a palette and a third of the bytes.
+    titles: one above each column, if any. exact: keep every pixel, or the sheet has a palette and a third of the bytes.
     """
     n, height, width, _ = rows[0][1].shape
     cell_h, cell_w, gap = round(height * scale), round(width * scale), 2
