@@ -13,6 +13,7 @@ from caching.deepcache import DeepCache, ZeroedCache
 from caching.schedules import RULES, full_steps
 from sampling.block_schedule import BlockSchedule, block_cache, load_scale_shift
 from sampling.diffusion import Diffusion
+from sampling.memory import keep_freed_memory
 from sampling.packed import pack, packable
 from sampling.runs import parse_seeds
 from sampling.samplers import SAMPLERS, TIMESTEPS, Sampler, timesteps_for
@@ -241,10 +242,15 @@ def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype | N
     """A network ready for inference: on its device, in its dtype (None: as it is), and in the layout that is fastest.
 
     Channels are last, as the weights have them: the input may come in either layout. On a CPU the weights are packed
-    too, and can no longer be saved (sampling/packed.py).
+    too, and can no longer be saved (sampling/packed.py), and the process keeps the memory that it frees from now on
+    (sampling/memory.py).
     """
     network = network.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
-    return pack(network) if packable(network) else network
+    if packable(network):
+        network = pack(network)
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()     # not earlier: what is freed while weights are loaded is better returned
+    return network
 
 
 def prepare_device(args: argparse.Namespace) -> torch.device:

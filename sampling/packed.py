@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ldm.unet
+
 DTYPES = (torch.float32, torch.bfloat16)
-SCORES = 2**21          # bytes of attention scores at a time, for each thread: they stay in its cache
-KEYS = 256              # with fewer, PyTorch's attention is as fast
+SCORES = 2**22          # bytes of attention scores at a time, for each thread: they stay in its cache
+PRODUCTS = 2**23        # tokens * keys * width of a head: with fewer, PyTorch's attention is faster
+LARGEST = 2.0**60       # sums of exponentials up to this and down to its inverse lose nothing
 
 
 def packable(network: nn.Module) -> bool:
@@ -33,7 +36,11 @@ def pack(network: nn.Module) -> nn.Module:
     The best layout of a convolution depends on the size of its input: it is packed when it first runs, eagerly.
     For inference only: packed weights have no gradients and cannot be saved.
     """
-    for module in network.modules():
+    for module in list(network.modules()):
+        if type(module) is ldm.unet.GEGLU:
+            module.__class__ = GEGLU
+            module.halve()
+            continue
         if type(module) is nn.Linear:
             weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().contiguous())
             module.__class__ = Linear
@@ -65,10 +72,10 @@ def operator(fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], C
     return decorate
 
 
-@operator(lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)))
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in], weight packed or [out, in] -> [..., out]."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+@operator(lambda x, weight, bias, activation="none": x.new_empty(*x.shape[:-1], len(weight)))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """x [..., in], weight packed or [out, in] -> [..., out]. activation: none, gelu (the exact one)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
 
 
 def _like_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
@@ -87,16 +94,26 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]
 
 @operator(lambda query, key, value: query.new_empty(query.transpose(1, 2).shape).transpose(1, 2))
 def rowwise_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of some rows of one head at a time: [batch, heads, tokens, width], a view of heads behind tokens."""
+    """Attention of some rows of one head at a time: [batch, heads, tokens, width], a view of heads behind tokens.
+
+    The softmax is 2**x over its sum, the product with a column of ones. PyTorch's subtracts the largest score first,
+    which changes nothing as long as no power overflows; rows where that is near take its softmax.
+    """
     batch, heads, tokens, width = query.shape
     rows = max(1, SCORES * torch.get_num_threads() // (key.shape[2] * key.element_size()))
     out = query.new_empty(batch, tokens, heads, width)
+    key, value = key * (math.log2(math.e) / math.sqrt(width)), F.pad(value, (0, 1), value=1)
     for i in range(batch):
         for head in range(heads):
-            k, v = map(torch.ops.mkldnn._reorder_linear_weight,
-                       (key[i, head] / math.sqrt(width), value[i, head].t().contiguous()))
+            k, v = map(torch.ops.mkldnn._reorder_linear_weight, (key[i, head], value[i, head].t().contiguous()))
             for part, result in zip(query[i, head].split(rows), out[i, :, head].split(rows), strict=True):
-                result.copy_(_product(_product(part, k).softmax(dim=-1), v))
+                mean, total = _product(_product(part, k).exp2_(), v).split([width, 1], dim=-1)
+                least, most = torch.aminmax(total)
+                if least > 1 / LARGEST and most < LARGEST:
+                    torch.div(mean, total, out=result)
+                else:
+                    scores = _product(part, k).mul_(math.log(2))
+                    result.copy_(_product(scores.softmax(dim=-1), v)[:, :width])
     return out.transpose(1, 2)
 
 
@@ -106,8 +123,8 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """F.scaled_dot_product_attention, by oneDNN where that is quicker."""
-    function = rowwise_attention if key.shape[2] >= KEYS else F.scaled_dot_product_attention
-    return function(query, key, value)
+    products = query.shape[2] * key.shape[2] * query.shape[3]
+    return (rowwise_attention if products >= PRODUCTS else F.scaled_dot_product_attention)(query, key, value)
 
 
 class Linear(nn.Linear):
@@ -115,6 +132,21 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class GEGLU(ldm.unet.GEGLU):
+    """The two halves of the projection on their own: the GELU is part of the product that makes the gate."""
+
+    def halve(self) -> None:
+        weights, biases = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+        for name, weight, bias in zip(("value", "gate"), weights, biases, strict=True):
+            half = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+            half.weight, half.bias = (nn.Parameter(part.clone(), requires_grad=False) for part in (weight, bias))
+            setattr(self, name, pack(half))
+        del self.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value(x).mul_(linear(x, self.gate.weight, self.gate.bias, "gelu"))
 
 
 class Conv2d(nn.Conv2d):

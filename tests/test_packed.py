@@ -51,13 +51,40 @@ def test_placed_network_predicts_the_same(make, dtype, limit):
 
 
 @pytest.mark.parametrize("tokens, keys", [(256, 256), (300, 1000), (8, 300), (300, 8)])
+@pytest.mark.parametrize("scale, shift", [(1, 0), (10, 0), (1, 80), (1, -80)])     # powers of 2 over- and underflow
 @torch.no_grad()
-def test_attention(monkeypatch, tokens, keys):
+def test_attention(monkeypatch, tokens, keys, scale, shift):
     monkeypatch.setattr(packed, "SCORES", 2**17)        # several parts, the last one smaller
+    torch.manual_seed(0)
     query, key, value = (torch.randn(2, n, 3, 24).transpose(1, 2) for n in (tokens, keys, keys))
-    found = packed.attention(query, key, value)
+    query *= scale
+    query[..., 0], key[..., 0] = 1, shift * 24**0.5      # a shift of all scores changes nothing
+    found = packed.rowwise_attention(query, key, value)
     assert found.shape == query.shape
-    assert torch.allclose(found, F.scaled_dot_product_attention(query, key, value), atol=1e-5)
+    key[..., 0] = 0
+    expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    assert torch.allclose(found.double(), expected, atol=2e-5 * max(1, abs(shift) / 8))
+
+
+@torch.no_grad()
+def test_attention_of_few_products_is_pytorchs():
+    query, key, value = torch.randn(3, 1, 2, 20, 8)
+    assert torch.equal(packed.attention(query, key, value), F.scaled_dot_product_attention(query, key, value))
+
+
+@torch.no_grad()
+def test_attention_passes_on_what_is_not_finite():
+    query, key, value = torch.randn(3, 1, 1, 32, 8)
+    query[0, 0, 3, 2] = torch.nan
+    found = packed.rowwise_attention(query, key, value)
+    assert found[0, 0, 3].isnan().all() and found[0, 0, 4:].isfinite().all()
+
+
+@torch.no_grad()
+def test_gated_layers():
+    layer, x = ldm.GEGLU(6, 10), torch.randn(2, 5, 6)
+    expected = layer(x)
+    assert torch.allclose(packed.pack(layer)(x), expected, atol=1e-5) and not hasattr(layer, "proj")
 
 
 @pytest.mark.parametrize("options", [dict(stride=2, padding=1), dict(padding=2, dilation=2), dict(groups=2),
