@@ -26,6 +26,8 @@ from DeepCache import DeepCacheSDHelper
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.utils import logging
 from torch import Tensor, nn
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
 
 from caching.deepcache import DeepCache
 from caching.schedules import uniform
@@ -34,7 +36,8 @@ from eval.macs import branch_macs
 from eval.models import Config, build, example_inputs, family, load_config, rows_per_image
 from eval.throughput import interleave
 from sampling.cli import command
-from sampling.options import DTYPES, compiled, place, prepare_device
+from sampling.compiled import compiled
+from sampling.options import DTYPES, place, prepare_device
 from sampling.provenance import provenance
 from sampling.runs import write_atomically, write_json
 from sampling.settings import UserError
@@ -91,12 +94,33 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that PyTorch's tensors take at most during a run, beside those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    allocations, events = [], list(recorded.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == _EventType.Allocation:
+            allocations.append((event.start_time_ns, event.extra_fields))
+    first = min(allocations, key=lambda pair: pair[0])[1]        # the totals begin with what earlier recordings left
+    return max(fields.total_allocated for _, fields in allocations) - (first.total_allocated - first.alloc_size)
+
+
 @torch.inference_mode()
 def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mode: str, device: torch.device,
             repeats: int, warmup: int) -> dict:
-    """Time all sides: JSON-compatible {sides: {ours, diffusers, helper: {full, cached}}, difference, images, ...}.
+    """Time all sides: JSON-compatible {sides: {ours, diffusers, helper: {full, cached}}, expected, memory, runs}.
 
     difference: of a side's results from ours, as a fraction of their largest magnitude. Ratios are medians over rounds.
+    memory (eager): peak bytes beside the weights, of a step without cache (dense) and of a full and a cached step
+    (run), and of the feature that is kept between them.
     """
     torch.manual_seed(0)
     plain = build(config, "cpu").to(device, dtype)
@@ -109,9 +133,11 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
     x, *context = (torch.randn(value.shape).to(device, dtype) for value in example_inputs(config, rows)
                    if value.is_floating_point())
 
+    def times(step: int) -> Tensor:
+        return torch.full((rows,), TIMES[step], device=device)
+
     def our_step(step: int) -> Tensor:
-        t = torch.full((rows,), TIMES[step], device=device)
-        return ours(x, t, *context, cache=cache.at(step))
+        return ours(x, times(step), *context, cache=cache.at(step))
 
     def their_step(unet: nn.Module, step: int) -> Tensor:
         return unet(x, torch.tensor(TIMES[step], device=device), *context, return_dict=False)[0]
@@ -126,6 +152,17 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
         variants |= {("helper", "full"): lambda: their_step(pipe.unet, 0),
                      ("helper", "cached"): lambda: their_step(pipe.unet, 1)}
     results = {name: run() for name, run in variants.items()}
+    memory = {}
+    if mode == "eager":
+        memory["feature"] = cache.feature.nbytes
+        cache.reset()
+        helper.cached_output.clear()
+        runs = {("ours", "run"): lambda: (our_step(0), our_step(1)),
+                ("helper", "run"): lambda: (their_step(pipe.unet, 0), their_step(pipe.unet, 1)),
+                ("ours", "dense"): lambda: ours(x, times(0), *context),
+                ("diffusers", "dense"): variants["diffusers", "full"]}
+        for (side, what), run in runs.items():
+            memory.setdefault(side, {})[what] = peak_memory(run, device)
     timings = interleave(variants, device, repeats, warmup)
 
     macs, cached_macs = branch_macs(build(config), example_inputs(config), [branch])
@@ -138,7 +175,7 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
             "difference": difference(results["ours", step], results[side, step])}
         if step == "cached":
             found["cached_over_full"] = timing.ratio(timings[side, "full"])
-    return {"sides": sides, "expected": expected,
+    return {"sides": sides, "expected": expected, "memory": memory,
             "runs": [whole_run(sides, expected, batch_size, *run) for run in itertools.product(STEPS, INTERVALS)]}
 
 
@@ -178,6 +215,21 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def memory_table(results: list[dict]) -> str:
+    """Peak memory of all settings where it was measured, in Markdown."""
+    lines = ["| model | batch | dtype | ours, without cache | ours, cached | the feature | diffusers "
+             "| helper |",
+             "|---" * 8 + "|"]
+    for result in results:
+        if memory := result["memory"]:
+            megabytes = [memory["ours"]["dense"], memory["ours"]["run"], memory["feature"],
+                         memory["diffusers"]["dense"], memory["helper"]["run"]]
+            cells = [result["model"], result["settings"]["batch_size"], result["settings"]["dtype"],
+                     *(f"{value / 1e6:.1f}" for value in megabytes)]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def chart(results: list[dict], path: Path) -> None:
     """Images per second at each interval, ours, the package's, and what the MACs promise."""
     figure, axes = plt.subplots(1, len(results), figsize=(3.2 * len(results), 3), squeeze=False)
@@ -207,7 +259,7 @@ def report(folder: Path) -> str:
     results = sorted((json.loads(path.read_text()) for path in folder.glob("*_b*.json")),
                      key=lambda result: (order.get(result["model"], len(order)), result["settings"]["mode"],
                                          result["settings"]["dtype"], result["settings"]["batch_size"]))
-    text = table(results)
+    text = f"{table(results)}\n\nPeak memory beside the weights, MB of PyTorch's tensors:\n\n{memory_table(results)}"
     write_atomically(folder / "table.md", lambda path: path.write_text(text + "\n"))
     write_atomically(folder / "chart.png", lambda path: chart(results, path))
     return text

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from caching.nested import Policy
-from sampling.options import chosen_seeds, compile_seconds, compiled, plan_cache, summary
+from sampling.compiled import compile_seconds, compiled
+from sampling.options import chosen_seeds, plan_cache, summary
 from sampling.provenance import provenance
 from sampling.runs import RunFolder, missing_seeds
 from sampling.samplers import Sampler
@@ -76,11 +77,11 @@ def sample_images(args: argparse.Namespace, model: ImageModel) -> None:
     with StopRequest() as stop:
         model.load()
         plan.check(model.settings)              # and after
+        network = compiled(model.unet, plan.graphs(model.sampler.calls)) if args.compile else model.unet
         run = RunFolder(args.out, model.settings | {"cache": plan.settings},
-                        provenance(model.device) | {"compile": args.compile})
+                        provenance(model.device) | {"compile": network is not model.unet})
         for line in model.describe(seeds):
             print(line, flush=True)
-        network = compiled(model.unet, plan.graphs(model.sampler.calls)) if args.compile else model.unet
 
         def sample(seeds: list[int], report: Callable[[float], None]) -> np.ndarray:
             return model.decode(model.latents(seeds, plan.make(model.device, model.dtype), network, report))

@@ -58,6 +58,11 @@ def pack(network: nn.Module) -> nn.Module:
     return network
 
 
+def waiting(network: nn.Module) -> bool:
+    """Whether convolutions are still to be packed, when they first run."""
+    return any(isinstance(module, Conv2d) and not module.packed for module in network.modules())
+
+
 def _per_pixel(conv: nn.Conv2d) -> bool:
     """Whether a convolution is a linear layer of each pixel's channels."""
     return conv.kernel_size == conv.stride == (1, 1) and conv.padding in ((0, 0), "valid") and conv.groups == 1
@@ -152,8 +157,8 @@ class GEGLU(ldm.unet.GEGLU):
 class Conv2d(nn.Conv2d):
     """nn.Conv2d that packs its weight when it first runs; channels are last in its result.
 
-    In the wrong layout some sizes take three times as long, so the input's is needed. In a compiled network that has
-    not run before, it stays PyTorch's.
+    In the wrong layout some sizes take three times as long, so the input's is needed. A compiled network should run
+    once before it is compiled (sampling/compiled.py): what has not, stays PyTorch's.
     """
     packed: bool
 

@@ -129,8 +129,8 @@ def main() -> None:
     result = {"settings": {"model": config.name, "checkpoint_sha256": checkpoint_sha256(path), "prompt": args.prompt,
                            "negative_prompt": args.negative_prompt, "seed": args.seed,
                            "height": height * config.downsampling, "width": width * config.downsampling,
-                           **sampler.settings, "guidance": guidance, "dtype": args.dtype, "compile": args.compile,
-                           "cache": plan.settings},
+                           **sampler.settings, "guidance": guidance, "dtype": args.dtype,
+                           "compile": model.network is not model.unet, "cache": plan.settings},
               **arms, "speed_up": {key: first[key] / second[key] for key in ("seconds", *MACS)},
               "psnr_db": psnr(*images.values()), "provenance": provenance(device)}
     captions = [f"{name}: {arm['seconds']:.2f} s\n{arm['full_calls']} full of {arm['calls']} calls"

@@ -7,7 +7,7 @@ import torch
 from conftest import HERE
 
 from eval import compare_speed
-from eval.compare_speed import compare, report, whole_run
+from eval.compare_speed import compare, peak_memory, report, whole_run
 from eval.models import load_config
 
 CONFIGS = HERE.parent / "configs"
@@ -31,6 +31,23 @@ def test_all_sides_compute_the_same(one_thread, tmp_path, name):
         assert all(step["difference"] < 1e-5 for name, step in side.items() if name in ("full", "cached"))
     assert sides["ours"]["full"]["over_ours"] == sides["ours"]["cached"]["over_ours"] == 1
     assert len(found["runs"]) == 15
+    memory = found["memory"]
+    assert memory["ours"]["run"] <= 1.02 * memory["ours"]["dense"] + memory["feature"]
+    assert memory["ours"]["dense"] < memory["diffusers"]["dense"] and memory["ours"]["run"] < memory["helper"]["run"]
+
+
+def test_peak_memory():
+    def run() -> torch.Tensor:
+        x = torch.ones(2**20)               # 4 MiB
+        x = x + 1                           # 8
+        del x
+        return torch.ones(2**18)
+    sizes = []
+    for _ in range(3):
+        kept = torch.ones(2**19)            # not of the run
+        sizes.append(peak_memory(run, torch.device("cpu")))
+        del kept
+    assert sizes == pytest.approx([2**23] * 3, rel=0.01)
 
 
 SIDES = {"ours": {"full": {"median": 2.0, "over_ours": 1.0}, "cached": {"over_ours": 1.0}, "cached_over_full": 0.25},
@@ -49,19 +66,22 @@ def test_whole_run():
 
 def test_report_and_settings_that_are_there(monkeypatch, capsys, tmp_path):
     result = {"model": "ddpm_emoji", "settings": {"batch_size": 3, "dtype": "fp32", "mode": "eager"}, "sides": SIDES,
+              "memory": {"feature": 1e6, "ours": {"dense": 2e7, "run": 2.1e7}, "diffusers": {"dense": 2.2e7},
+                         "helper": {"run": 3e7}},
               "expected": EXPECTED, "runs": [whole_run(SIDES, EXPECTED, 3, steps, interval)
                                              for steps in (50, 100, 250) for interval in (1, 2, 3, 5, 10)]}
     path = tmp_path / "ddpm_emoji_b3_fp32_eager_cpu.json"
     path.write_text(json.dumps(result))
-    row = report(tmp_path).splitlines()[-1]
-    assert row == ("| ddpm_emoji | 3 | fp32 | eager | 2 | 0.250 | 0.250 | 0.200 | 2.50 | 2.78 | 2.00 | 4.00 | 3.00 |")
-    without = {**result, "sides": {side: SIDES[side] for side in ("ours", "diffusers")}}
+    rows = report(tmp_path).splitlines()
+    assert rows[2] == "| ddpm_emoji | 3 | fp32 | eager | 2 | 0.250 | 0.250 | 0.200 | 2.50 | 2.78 | 2.00 | 4.00 | 3.00 |"
+    assert rows[-1] == "| ddpm_emoji | 3 | fp32 | 20.0 | 21.0 | 1.0 | 22.0 | 30.0 |"
+    without = {**result, "memory": {}, "sides": {side: SIDES[side] for side in ("ours", "diffusers")}}
     without["runs"] = [whole_run(without["sides"], EXPECTED, 3, 50, interval) for interval in (1, 2, 3, 5, 10)]
     path.write_text(json.dumps(without))
     monkeypatch.setattr("sys.argv", ["compare", "--model", "ddpm_emoji", "--batch-size", "3", "--dtype", "fp32",
                                      "--device", "cpu", "--out", str(tmp_path)])
     compare_speed.main()                                                # measures nothing again
-    assert capsys.readouterr().out.splitlines()[-1].endswith("| 2.00 | - | - |")
+    assert capsys.readouterr().out.splitlines()[3].endswith("| 2.00 | - | - |")
     assert {file.name for file in tmp_path.iterdir()} == {path.name, "table.md", "chart.png"}
 
 

@@ -13,7 +13,8 @@ from caching.deepcache import DeepCache
 from ddpm import unet as ddpm
 from ldm import unet as ldm
 from sampling import packed
-from sampling.options import compile_seconds, compiled, place
+from sampling.compiled import compile_seconds, compiled
+from sampling.options import place
 
 pytestmark = pytest.mark.skipif(not packed.packable(nn.Linear(1, 1)), reason="oneDNN packs weights on x86 CPUs alone")
 
