@@ -92,6 +92,20 @@ class BlockCache:
             self.values[key] = value
         return value
 
+    @property
+    def pattern(self) -> Hashable | None:
+        """Equal for steps that compute, keep and reuse the same; None where each adjusts values in its own way."""
+        return (frozenset(self.schedule), self.reused) if self.adjust is None else None
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What is kept between steps, by key. To assign to it puts other tensors in its place."""
+        return self.values
+
+    @kept.setter
+    def kept(self, values: Mapping[str, Tensor]) -> None:
+        self.values = dict(values)
+
     def reuse(self, key: str) -> Tensor:
         """What stands in for a residual that is not computed."""
         value = self.values[key]
@@ -120,6 +134,19 @@ class Together:
         self.level.at(step)
         self.blocks.at(step)
         return self
+
+    @property
+    def pattern(self) -> Hashable | None:
+        return None if self.blocks.pattern is None else (self.level.pattern, self.blocks.pattern)
+
+    @property
+    def kept(self) -> dict[Hashable, Tensor]:
+        return self.level.kept | self.blocks.kept
+
+    @kept.setter
+    def kept(self, values: Mapping[Hashable, Tensor]) -> None:
+        self.level.kept = values
+        self.blocks.kept = {key: value for key, value in values.items() if not isinstance(key, int)}
 
     def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         return (self.level if isinstance(key, int) else self.blocks)(key, compute)

@@ -1,6 +1,6 @@
 """DeepCache (arXiv 2312.00858): compute one deep feature on some steps, reuse it on all others."""
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -38,6 +38,20 @@ class DeepCache:
         """Let go of the feature, after the last step of a batch."""
         self.feature = None
         self.full = True
+
+    @property
+    def pattern(self) -> Hashable:
+        """Equal for steps that compute, keep and reuse the same."""
+        return type(self).__name__, self.branch, self.full
+
+    @property
+    def kept(self) -> dict[Hashable, Tensor]:
+        """What is kept between steps, by key. To assign to it puts other tensors in its place."""
+        return {} if self.feature is None else {self.branch: self.feature}
+
+    @kept.setter
+    def kept(self, values: Mapping[Hashable, Tensor]) -> None:
+        self.feature = values.get(self.branch)
 
     def reuse(self) -> Tensor:
         """What a cached step sees in place of the feature."""

@@ -6,9 +6,9 @@
 
 The models have their real sizes and random weights, the same on all sides, and take turns. `ours` is our U-Net as the
 sample commands run it (`sampling.options.place`), `diffusers` theirs as it comes, `helper` the PyPI package on it; the
-package cannot be compiled. Each setting is a JSON file in --out, written as soon as it is measured: settings that are
-there are not measured again. Table and chart are made of all that are there. What to expect of a cached step is the
-ratio of the MACs.
+package cannot be compiled. In mode `graphs` our steps are CUDA graphs (--cuda-graphs), the others eager. Each setting
+is a JSON file in --out, written as soon as it is measured: settings that are there are not measured again. Table and
+chart are made of all that are there. What to expect of a cached step is the ratio of the MACs.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from eval.models import Config, build, example_inputs, family, load_config, rows
 from eval.throughput import interleave
 from sampling.cli import command
 from sampling.compiled import compiled
+from sampling.graphs import recorded
 from sampling.options import DTYPES, place, prepare_device
 from sampling.provenance import provenance
 from sampling.runs import write_atomically, write_json
@@ -46,7 +47,7 @@ from stable_diffusion.checkpoint import diffusers_arguments, diffusers_state_dic
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZES = {"ddpm_cifar10": (1, 8, 64), "ldm_cin256": (1, 8), "sd_v15": (1, 4)}
 STEPS, INTERVALS = (50, 100, 250), (1, 2, 3, 5, 10)
-MODES = ("eager", "compiled")
+MODES = ("eager", "compiled", "graphs")
 TIMES = (500, 499)      # the package finds out from the timestep whether a step is a full or a cached one
 
 
@@ -129,6 +130,8 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
     ours = place(plain, device, dtype)
     if mode == "compiled":
         ours, theirs = compiled(ours, 2), torch.compile(theirs, fullgraph=True)
+    if mode == "graphs":
+        ours = recorded(ours, device)
     rows = batch_size * rows_per_image(config)
     x, *context = (torch.randn(value.shape).to(device, dtype) for value in example_inputs(config, rows)
                    if value.is_floating_point())
@@ -145,7 +148,7 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
     variants: dict[tuple[str, str], Callable[[], Tensor]] = {
         ("ours", "full"): lambda: our_step(0), ("ours", "cached"): lambda: our_step(1),
         ("diffusers", "full"): lambda: their_step(theirs, 0)}
-    if mode == "eager":
+    if mode != "compiled":
         helper = DeepCacheSDHelper(pipe)
         helper.set_params(cache_interval=len(TIMES), cache_branch_id=branch)
         helper.enable()
@@ -295,6 +298,8 @@ def main() -> None:
     device = prepare_device(args)
     if device.type == "meta":
         raise UserError("--device meta computes nothing that could be timed: use cpu or cuda")
+    if "graphs" in args.mode and device.type != "cuda":
+        raise UserError(f"--mode graphs needs a GPU, --device is {device}: use eager or compiled")
     args.out.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
     where = provenance(device)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from caching.nested import Policy
-from sampling.compiled import compile_seconds, compiled
+from sampling.compiled import compile_seconds
+from sampling.graphs import RecordedNetwork, accelerated
 from sampling.options import chosen_seeds, plan_cache, summary
 from sampling.provenance import provenance
 from sampling.runs import RunFolder, missing_seeds
@@ -77,9 +78,8 @@ def sample_images(args: argparse.Namespace, model: ImageModel) -> None:
     with StopRequest() as stop:
         model.load()
         plan.check(model.settings)              # and after
-        network = compiled(model.unet, plan.graphs(model.sampler.calls)) if args.compile else model.unet
-        run = RunFolder(args.out, model.settings | {"cache": plan.settings},
-                        provenance(model.device) | {"compile": network is not model.unet})
+        network, in_use = accelerated(model.unet, args, plan.graphs(model.sampler.calls))
+        run = RunFolder(args.out, model.settings | {"cache": plan.settings}, provenance(model.device) | in_use)
         for line in model.describe(seeds):
             print(line, flush=True)
 
@@ -93,6 +93,8 @@ def sample_images(args: argparse.Namespace, model: ImageModel) -> None:
         raise Stopped(f"{len(seeds) - len(missing)} of {len(seeds)} images are there")
     if missing:
         print(f"{len(missing)} images are not there yet: other processes are at them")
-    if network is not model.unet:
+    if isinstance(network, RecordedNetwork):
+        print(f"CUDA graphs: {len(network.recordings)}, recorded in {network.seconds:.1f} s")
+    if in_use["compile"]:
         print(f"torch.compile took {compile_seconds():.0f} s, once for all batches")
     print(summary(args, seeds, made, model.sampler, plan))

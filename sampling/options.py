@@ -46,7 +46,7 @@ def add_run_options(parser: argparse.ArgumentParser, batch_size: int, seeds: str
 
 
 def add_device_options(run: argparse._ArgumentGroup) -> None:
-    """--device, --dtype, --compile, --threads."""
+    """--device, --dtype, --compile, --cuda-graphs, --threads."""
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                      help="cpu, cuda, cuda:1 (default: %(default)s; under torchrun cuda is each process's own)")
     run.add_argument("--dtype", choices=DTYPES, default="fp32",
@@ -54,6 +54,8 @@ def add_device_options(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--compile", action="store_true",
                      help="torch.compile: a graph for full, one for cached steps; with --block-schedule one for each "
                           "set of blocks that some step reuses")
+    run.add_argument("--cuda-graphs", action="store_true",
+                     help="record each kind of step once and replay it, which saves launching its kernels; for a GPU")
     run.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
 
 

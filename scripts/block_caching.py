@@ -143,8 +143,8 @@ def check_out(path: Path, suffix: str) -> None:
 
 def open_model(args: argparse.Namespace) -> ImageModel:
     """The model of the options, before its weights. Raises UserError."""
-    if args.compile:
-        raise UserError("--compile is for sampling: every network call is looked at here")
+    if args.compile or args.cuda_graphs:
+        raise UserError("--compile and --cuda-graphs are for sampling: every network call is looked at here")
     return args.model_class(args)
 
 

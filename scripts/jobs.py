@@ -22,7 +22,8 @@ REFERENCES = {"ldm_cin256": Path("data/references/VIRTUAL_imagenet256_labeled.np
               "ddpm_church": Path("data/references/lsun_church.npz"),
               "sd_v15": Path("data/references/coco_val2017.npz"),
               "ddpm_emoji": Path("emoji:Smileys & Emotion")}        # what it was trained on, as eval.quality calls it
-_PASSED_ON = ("checkpoint", "labels", "batch_size", "device", "dtype", "threads", "compile", "released_noise")
+_PASSED_ON = ("checkpoint", "labels", "batch_size", "device", "dtype", "threads", "compile", "cuda_graphs",
+              "released_noise")
 
 
 class Job(NamedTuple):

@@ -100,6 +100,7 @@ def add_options(parser: argparse.ArgumentParser, images: str = "as many as the p
     passed.add_argument("--dtype", choices=DTYPES)
     passed.add_argument("--threads", type=int)
     passed.add_argument("--compile", action="store_true")
+    passed.add_argument("--cuda-graphs", action="store_true")
 
 
 def check(args: argparse.Namespace) -> None:

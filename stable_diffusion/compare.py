@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from caching.deepcache import DeepCache
 from eval.macs import average, giga, step_macs
 from sampling.cli import command
+from sampling.graphs import accelerated
 from sampling.noise import SeededNoise
 from sampling.options import (
     DTYPES,
@@ -104,12 +105,13 @@ def main() -> None:
               torch.zeros(1, config.tokens, config.unet.context_dim))
     full_macs, cached_macs = step_macs(loaded.unet, inputs, plan.branch)
     rows = 1 if guidance == 1 else 2
-    model = TextToImage(loaded, config, device, dtype, args.compile)
+    model = TextToImage(loaded, config, device, dtype)
+    network, in_use = accelerated(model.unet, args, graphs=2)
 
     def image(sampler: Sampler, cache: DeepCache | None) -> np.ndarray:
         noise = SeededNoise([args.seed], device)
         z = model.latents(sampler, noise(inputs[0].shape[1:]), [args.prompt], args.negative_prompt, guidance, cache,
-                          noise)
+                          noise, network=network)
         return model.decode(z)[0]
 
     if model.dropped_tokens([args.prompt]):
@@ -130,7 +132,7 @@ def main() -> None:
                            "negative_prompt": args.negative_prompt, "seed": args.seed,
                            "height": height * config.downsampling, "width": width * config.downsampling,
                            **sampler.settings, "guidance": guidance, "dtype": args.dtype,
-                           "compile": model.network is not model.unet, "cache": plan.settings},
+                           **in_use, "cache": plan.settings},
               **arms, "speed_up": {key: first[key] / second[key] for key in ("seconds", *MACS)},
               "psnr_db": psnr(*images.values()), "provenance": provenance(device)}
     captions = [f"{name}: {arm['seconds']:.2f} s\n{arm['full_calls']} full of {arm['calls']} calls"

@@ -8,7 +8,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from caching.nested import Cache, Policy, no_cache
-from sampling.compiled import compiled
 from sampling.noise import SeededNoise
 from sampling.options import place
 from sampling.runs import check_finite, to_uint8
@@ -55,11 +54,10 @@ class TextToImage:
     They run once for all the steps, and the autoencoder of 1.x overflows in float16.
     """
 
-    def __init__(self, model: Model, config: Config, device: torch.device, dtype: torch.dtype, compile: bool = False):
+    def __init__(self, model: Model, config: Config, device: torch.device, dtype: torch.dtype):
         self.config, self.device, self.dtype = config, device, dtype
         unet = model.unet if not isinstance(model.unet, UNet2DConditionModel) else DiffusersUNet(model.unet)
         self.unet = place(unet, device, dtype)
-        self.network = compiled(self.unet, 2) if compile else self.unet
         self.vae = place(model.vae, device)
         self.text_encoder = model.text_encoder.to(device)
         self.tokenizer = model.tokenizer
@@ -93,7 +91,7 @@ class TextToImage:
         context = self.encode(prompts)
         if guidance != 1:
             context = torch.cat([self.encode([negative_prompt]).expand_as(context), context])
-        network = self.network if network is None else network
+        network = self.unet if network is None else network
         predict = noise_predictor(network, self.config.diffusion, self.dtype, cache, [context], guidance)
         return check_finite(sampler.run(predict, x, noise, progress))
 

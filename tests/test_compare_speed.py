@@ -85,7 +85,8 @@ def test_report_and_settings_that_are_there(monkeypatch, capsys, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {path.name, "table.md", "chart.png"}
 
 
-@pytest.mark.parametrize("args", ["--repeats 0", "--batch-size 0", "--model nowhere", "--device meta", "--threads 0"])
+@pytest.mark.parametrize("args", ["--repeats 0", "--batch-size 0", "--model nowhere", "--device meta", "--threads 0",
+                                  "--mode graphs --device cpu"])
 def test_bad_input(monkeypatch, capsys, tmp_path, args):
     monkeypatch.setattr("sys.argv", ["compare", *args.split(), "--out", str(tmp_path / "x")])
     with pytest.raises(SystemExit) as stop:

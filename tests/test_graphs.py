@@ -1,0 +1,93 @@
+"""Recorded network calls, replayed by PyTorch's tracer, to which Python is as invisible as to a CUDA graph."""
+
+import argparse
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from caching.block_cache import BlockCache, Together, outside, residual_names
+from caching.deepcache import DeepCache, ZeroedCache
+from ldm.unet import UNet
+from sampling.graphs import RecordedNetwork, accelerated, cuda_recorder
+
+
+def record(run):
+    """Like a CUDA graph: fixed tensors in, the same tensor out, no Python."""
+    traced = make_fx(run)()
+    output = traced().clone()
+    return output, lambda: output.copy_(traced())
+
+
+@pytest.fixture
+def unet() -> nn.Module:
+    torch.manual_seed(0)
+    return UNet(4, 4, 32, (1, 2), 1, (1, 2), num_heads=2, context_dim=16).eval().requires_grad_(False)
+
+
+def policies(unet: nn.Module) -> dict:
+    names = residual_names(unet)
+    blocks = {name: {0, 2, 3} if i % 2 else {0, 3} for i, name in enumerate(names)}
+    around = outside(names, unet.num_branches, 1)
+    return {"none": lambda: None, "deepcache": lambda: DeepCache(1, [0, 3]), "zeroed": lambda: ZeroedCache(1, [0, 3]),
+            "blocks": lambda: BlockCache(blocks),
+            "together": lambda: Together(DeepCache(1, [0, 3]), BlockCache({name: {0, 2} for name in around}))}
+
+
+@pytest.mark.parametrize("name, kinds", [("none", 1), ("deepcache", 2), ("zeroed", 2), ("blocks", 3), ("together", 4)])
+@torch.no_grad()
+def test_replays_are_the_network(unet, name, kinds):
+    make = policies(unet)[name]
+    fast = RecordedNetwork(unet, record)
+    for rows in (2, 2, 1):                                  # two batches, and one of another size
+        ours, expected = make(), make()
+        for step in range(5):
+            inputs = torch.randn(rows, 4, 8, 8), torch.full((rows,), 500 - step), torch.randn(rows, 5, 16)
+            caches = [{} if policy is None else {"cache": policy.at(step)} for policy in (ours, expected)]
+            assert torch.allclose(fast(*inputs, **caches[0]), unet(*inputs, **caches[1]), atol=1e-5)
+        if ours is not None:
+            assert ours.kept.keys() == expected.kept.keys()
+    assert len(fast.recordings) == 2 * kinds
+
+
+@torch.no_grad()
+def test_results_stay_when_the_next_come(unet):
+    fast, inputs = RecordedNetwork(unet, record), (torch.full((1,), 5), torch.randn(1, 5, 16))
+    first = fast(torch.zeros(1, 4, 8, 8), *inputs)
+    copy = first.clone()
+    assert not torch.equal(fast(torch.ones(1, 4, 8, 8), *inputs), first) and torch.equal(first, copy)
+
+
+@torch.no_grad()
+def test_steps_that_adjust_values_are_not_recorded(unet):
+    name = residual_names(unet)[0]
+    def make() -> BlockCache:
+        return BlockCache({name: {0}}, [{}, {name: (torch.full((32,), 2.0), torch.zeros(32))}])
+    fast, ours, expected = RecordedNetwork(unet, record), make(), make()
+    for step in range(2):
+        inputs = torch.randn(1, 4, 8, 8), torch.full((1,), 5), torch.randn(1, 5, 16)
+        assert torch.equal(fast(*inputs, cache=ours.at(step)), unet(*inputs, cache=expected.at(step)))
+    assert not fast.recordings
+
+
+def test_without_a_gpu_goes_on(unet, capsys):
+    network, in_use = accelerated(unet, argparse.Namespace(compile=False, cuda_graphs=True), 2)
+    assert network is unet and in_use == {"compile": False, "cuda_graphs": False}
+    assert capsys.readouterr().out == "CUDA graphs: not here, the device is cpu; going on without\n"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["none", "deepcache", "blocks", "together"])
+@torch.no_grad()
+def test_cuda_graphs(unet, name):
+    make = policies(unet)[name]
+    unet = unet.cuda()
+    fast = RecordedNetwork(unet, cuda_recorder())
+    for _ in range(2):
+        ours, expected = make(), make()
+        for step in range(5):
+            inputs = (torch.randn(2, 4, 8, 8, device="cuda"), torch.full((2,), 500 - step, device="cuda"),
+                      torch.randn(2, 5, 16, device="cuda"))
+            caches = [{} if policy is None else {"cache": policy.at(step)} for policy in (ours, expected)]
+            assert torch.allclose(fast(*inputs, **caches[0]), unet(*inputs, **caches[1]), atol=1e-4)
