@@ -135,4 +135,5 @@ def test_packed_network_compiles_to_two_graphs(monkeypatch):
     for step in range(4):
         assert error(network(*inputs, cache=caches[0].at(step)), unet(*inputs, cache=caches[1].at(step))) < 1e-5
     assert counted["stats"]["unique_graphs"] - before == 2
+    assert not packed.waiting(network.network)          # the first call packed the convolutions
     assert compile_seconds() > 0
