@@ -45,16 +45,18 @@ class RecordedNetwork(nn.Module):
         if pattern is None:
             return self.network(*args, cache=cache)
         shapes = tuple((x.shape, x.dtype) for x in args)
+        buffers = self.kept.setdefault(shapes, {})
+        move_kept(cache, buffers)
         if (pattern, shapes) not in self.recordings:
             start = time.perf_counter()
-            self.recordings[pattern, shapes] = self._recording(args, cache, self.kept.setdefault(shapes, {}))
+            self.recordings[pattern, shapes] = self._recording(args, cache, buffers)
             self.seconds += time.perf_counter() - start
         recording = self.recordings[pattern, shapes]
         for static, x in zip(recording.inputs, args, strict=True):
             static.copy_(x)
         recording.replay()
         if cache is not no_cache:
-            cache.kept = dict(recording.kept)
+            cache.kept = recording.kept
         return recording.output.clone()
 
     def _recording(self, args: tuple[Tensor, ...], cache: Cache, buffers: dict[Hashable, Tensor]) -> Recording:
@@ -62,16 +64,24 @@ class RecordedNetwork(nn.Module):
 
         def run() -> Tensor:
             output = self.network(*inputs, cache=cache)
-            for name, value in getattr(cache, "kept", {}).items():
-                if name not in buffers:
-                    buffers[name] = value.clone()
-                elif value is not buffers[name]:        # computed by this step
-                    buffers[name].copy_(value)
+            move_kept(cache, buffers)
             return output
 
-        run()       # what comes up once, and the buffers, are not part of the recording
+        run()       # what comes up once, new buffers among it, is not part of the recording
         output, replay = self.record(run)
-        return Recording(inputs, output, replay, {name: buffers[name] for name in getattr(cache, "kept", {})})
+        return Recording(inputs, output, replay, {} if cache is no_cache else dict(cache.kept))
+
+
+def move_kept(cache: Cache, buffers: dict[Hashable, Tensor]) -> None:
+    """What a cache keeps, into buffers, which are made where there are none yet."""
+    if cache is no_cache:
+        return
+    for name, value in cache.kept.items():
+        if name not in buffers:
+            buffers[name] = value.clone()
+        elif value is not buffers[name]:
+            buffers[name].copy_(value)
+    cache.kept = {name: buffers[name] for name in cache.kept}
 
 
 def cuda_recorder() -> Record:

@@ -60,6 +60,18 @@ def test_results_stay_when_the_next_come(unet):
 
 
 @torch.no_grad()
+def test_values_from_elsewhere_are_used(unet):
+    fast = RecordedNetwork(unet, record)
+    for _ in range(2):
+        inputs = torch.randn(1, 4, 8, 8), torch.full((1,), 5), torch.randn(1, 5, 16)
+        caches = [DeepCache(0, [0]) for _ in range(2)]
+        for cache in caches:
+            unet(*inputs, cache=cache.at(0))            # a full step that is not recorded
+        expected = unet(*inputs, cache=caches[0].at(1))
+        assert torch.allclose(fast(*inputs, cache=caches[1].at(1)), expected, atol=1e-5)
+
+
+@torch.no_grad()
 def test_steps_that_adjust_values_are_not_recorded(unet):
     name = residual_names(unet)[0]
     def make() -> BlockCache:
