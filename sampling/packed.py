@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ldm.unet
-
 DTYPES = (torch.float32, torch.bfloat16)
 SCORES = 2**22          # bytes of attention scores at a time, for each thread: they stay in its cache
 PRODUCTS = 2**23        # tokens * keys * width of a head: with fewer, PyTorch's attention is faster
@@ -30,32 +28,34 @@ def packable(network: nn.Module) -> bool:
             and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
-def pack(network: nn.Module) -> nn.Module:
-    """Pack the weights of all linear layers and convolutions, in place, and replace the attention function.
+def pack(module: nn.Module) -> nn.Module:
+    """Pack the weights of a network's linear layers and convolutions, in place, and replace its attention function.
 
     The best layout of a convolution depends on the size of its input: it is packed when it first runs, eagerly.
     For inference only: packed weights have no gradients and cannot be saved.
     """
-    for module in list(network.modules()):
-        if type(module) is ldm.unet.GEGLU:
-            module.__class__ = GEGLU
-            module.halve()
-            continue
-        if type(module) is nn.Linear:
-            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().contiguous())
-            module.__class__ = Linear
-        elif type(module) is nn.Conv2d and _per_pixel(module):
-            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().flatten(1).contiguous())
-            module.__class__ = PerPixel
-        elif type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            module.__class__, module.packed = Conv2d, False
-            continue
-        else:
-            if hasattr(module, "attend"):
-                module.attend = attention
-            continue
-        module.weight = nn.Parameter(weight, requires_grad=False)
-    return network
+    if type(module) is nn.Linear:
+        module.__class__ = Linear
+        module.weight = _packed(module.weight)
+    elif type(module) is nn.Conv2d and _per_pixel(module):
+        module.__class__ = PerPixel
+        module.weight = _packed(module.weight.flatten(1))
+    elif type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        module.__class__, module.packed = Conv2d, False
+    elif getattr(module, "gated", False):
+        module.__class__ = GEGLU
+        module.halve()
+    else:
+        if hasattr(module, "attend"):
+            module.attend = attention
+        for child in module.children():
+            pack(child)
+    return module
+
+
+def _packed(weight: Tensor) -> nn.Parameter:
+    """The weight [out, in] of a linear layer, packed."""
+    return nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous()), requires_grad=False)
 
 
 def waiting(network: nn.Module) -> bool:
@@ -139,15 +139,16 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class GEGLU(ldm.unet.GEGLU):
-    """The two halves of the projection on their own: the GELU is part of the product that makes the gate."""
+class GEGLU(nn.Module):
+    """A `gated` module's projection as two: the GELU is part of the product that makes the gate."""
+    gated = False
 
     def halve(self) -> None:
         weights, biases = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
         for name, weight, bias in zip(("value", "gate"), weights, biases, strict=True):
-            half = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-            half.weight, half.bias = (nn.Parameter(part.clone(), requires_grad=False) for part in (weight, bias))
-            setattr(self, name, pack(half))
+            half = Linear(weight.shape[1], weight.shape[0], device="meta")
+            half.weight, half.bias = _packed(weight), nn.Parameter(bias.clone(), requires_grad=False)
+            setattr(self, name, half)
         del self.proj
 
     def forward(self, x: Tensor) -> Tensor:
