@@ -14,6 +14,7 @@ chart are made of all that are there. What to expect of a cached step is the rat
 import argparse
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -235,8 +236,12 @@ def memory_table(results: list[dict]) -> str:
 
 def chart(results: list[dict], path: Path) -> None:
     """Images per second at each interval, ours, the package's, and what the MACs promise."""
-    figure, axes = plt.subplots(1, len(results), figsize=(3.2 * len(results), 3), squeeze=False)
-    for axis, result in zip(axes[0], results, strict=True):
+    columns = min(len(results), 4)
+    rows = math.ceil(len(results) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3 * rows), squeeze=False)
+    for axis in axes.flat[len(results):]:
+        axis.remove()
+    for axis, result in zip(axes.flat, results, strict=False):
         settings, sides = result["settings"], result["sides"]
         runs = [run for run in result["runs"] if run["steps"] == STEPS[0]]
         base = runs[0]["images_per_second"]["ours"]
@@ -248,11 +253,11 @@ def chart(results: list[dict], path: Path) -> None:
         axis.set_title(f"{result['model']}, batch {settings['batch_size']}\n{settings['dtype']}, {settings['mode']}",
                        fontsize=8)
         axis.set_xlabel("interval N")
+        axis.set_ylabel(f"images/s, {STEPS[0]} steps")
         axis.set_ylim(bottom=0)
-    axes[0][0].set_ylabel(f"images/s, {STEPS[0]} steps")
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, format="png", dpi=110)
+    figure.savefig(path, format="png", dpi=90)
     plt.close(figure)
 
 
@@ -260,7 +265,8 @@ def report(folder: Path) -> str:
     """Write table.md and chart.png of all settings in a folder; returns the table."""
     order = {name: i for i, name in enumerate(BATCH_SIZES)}
     results = sorted((json.loads(path.read_text()) for path in folder.glob("*_b*.json")),
-                     key=lambda result: (order.get(result["model"], len(order)), result["settings"]["mode"],
+                     key=lambda result: (order.get(result["model"], len(order)),
+                                         MODES.index(result["settings"]["mode"]),
                                          result["settings"]["dtype"], result["settings"]["batch_size"]))
     text = f"{table(results)}\n\nPeak memory beside the weights, MB of PyTorch's tensors:\n\n{memory_table(results)}"
     write_atomically(folder / "table.md", lambda path: path.write_text(text + "\n"))
