@@ -103,9 +103,9 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
-    allocations, events = [], list(recorded.profiler.kineto_results.experimental_event_tree())
+    allocations, events = [], list(profiled.profiler.kineto_results.experimental_event_tree())
     while events:
         event = events.pop()
         events += event.children
