@@ -343,7 +343,8 @@ def test_eight_tasks_two_requeues_and_another_job_are_one_process(slurm, monkeyp
     for task, sampler in ((1, asked), (2, put_back)):
         until(lambda task=task: slurm.queue()[f"{array}_{task}"] == "PENDING", f"task {task} to be in the queue again")
         assert 0 < sampler.made() < 8
-        slurm.ask("scontrol", "update", f"jobid={array}_{task}", "StartTime=now")     # else two minutes later
+        # Else two minutes later. Within the second, Slurm would refuse it: its credential has just been revoked.
+        slurm.ask("scontrol", "update", f"jobid={array}_{task}", "StartTime=now+2")
     slurm.wait()
 
     assert seeds_in(folder) == list(range(64)) and not list(folder.rglob("*.tmp"))
