@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.bfloat16)
-SCORES = 2**22          # bytes of attention scores at a time, for each thread: they stay in its cache
 PRODUCTS = 2**23        # tokens * keys * width of a head: with fewer, PyTorch's attention is faster
+SCORES = 2**22          # bytes of attention scores at a time, for each thread: they stay in its cache
+LINE = 64               # bytes of a line of the cache
+ALIASES = 64            # lines: rows of scores that lie a multiple of this apart displace each other in the cache
+VECTOR = 16             # sums that a register of AVX-512 holds
 LARGEST = 2.0**60       # sums of exponentials up to this and down to its inverse lose nothing
 
 
@@ -102,23 +105,31 @@ def rowwise_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of some rows of one head at a time: [batch, heads, tokens, width], a view of heads behind tokens.
 
     The softmax is 2**x over its sum, the product with a column of ones. PyTorch's subtracts the largest score first,
-    which changes nothing as long as no power overflows; rows where that is near take its softmax.
+    which changes nothing as long as no power overflows; heads where that is near take its softmax.
+    Zeros fill the last register of a row of values, and lengthen rows of scores that would displace each other.
     """
     batch, heads, tokens, width = query.shape
-    rows = max(1, SCORES * torch.get_num_threads() // (key.shape[2] * key.element_size()))
+    keys, line = key.shape[2], LINE // key.element_size()
+    rows = max(1, SCORES * torch.get_num_threads() // (keys * key.element_size()))
+    more = 0 if keys % (ALIASES * line) else line
     out = query.new_empty(batch, tokens, heads, width)
-    key, value = key * (math.log2(math.e) / math.sqrt(width)), F.pad(value, (0, 1), value=1)
+    key = F.pad(key * (math.log2(math.e) / math.sqrt(width)), (0, 0, 0, more))
+    value = F.pad(F.pad(value, (0, 1), value=1), (0, -(width + 1) % VECTOR, 0, more))
+
+    def softmax(scores: Tensor) -> Tensor:
+        scores[:, keys:] = -math.inf
+        return scores.mul_(math.log(2)).softmax(dim=-1)
+
     for i in range(batch):
         for head in range(heads):
             k, v = map(torch.ops.mkldnn._reorder_linear_weight, (key[i, head], value[i, head].t().contiguous()))
-            for part, result in zip(query[i, head].split(rows), out[i, :, head].split(rows), strict=True):
-                mean, total = _product(_product(part, k).exp2_(), v).split([width, 1], dim=-1)
+            for weigh in (Tensor.exp2_, softmax):
+                sums = torch.cat([_product(weigh(_product(part, k)), v) for part in query[i, head].split(rows)])
+                mean, total, _ = sums.tensor_split([width, width + 1], dim=1)
                 least, most = torch.aminmax(total)
                 if least > 1 / LARGEST and most < LARGEST:
-                    torch.div(mean, total, out=result)
-                else:
-                    scores = _product(part, k).mul_(math.log(2))
-                    result.copy_(_product(scores.softmax(dim=-1), v)[:, :width])
+                    break
+            torch.div(mean, total, out=out[i, :, head])
     return out.transpose(1, 2)
 
 
