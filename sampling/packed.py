@@ -20,7 +20,7 @@ SCORES = 2**22          # bytes of attention scores at a time, for each thread: 
 LINE = 64               # bytes of a line of the cache
 ALIASES = 64            # lines: rows of scores that lie a multiple of this apart displace each other in the cache
 VECTOR = 16             # sums that a register of AVX-512 holds
-LARGEST = 2.0**60       # sums of exponentials up to this and down to its inverse lose nothing
+SHIFT = 38.0            # e**x is sigmoid(x - SHIFT) * e**SHIFT but for a part of e**(x - SHIFT)
 
 
 def packable(network: nn.Module) -> bool:
@@ -82,7 +82,7 @@ def operator(fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], C
 
 @operator(lambda x, weight, bias, activation="none": x.new_empty(*x.shape[:-1], len(weight)))
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    """x [..., in], weight packed or [out, in] -> [..., out]. activation: none, gelu (the exact one)."""
+    """x [..., in], weight packed or [out, in] -> [..., out]. activation: none, sigmoid, gelu (the exact one)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
 
 
@@ -104,37 +104,37 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]
 def rowwise_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of some rows of one head at a time: [batch, heads, tokens, width], a view of heads behind tokens.
 
-    The softmax is 2**x over its sum, the product with a column of ones. PyTorch's subtracts the largest score first,
-    which changes nothing as long as no power overflows; heads where that is near take its softmax.
+    The softmax is powers over their sum, the product with a column of ones. PyTorch's subtracts the largest score
+    first, which changes nothing as long as no power overflows; heads where that is near are left to PyTorch. In
+    bfloat16, powers are the tail of a sigmoid: it is part of the product, so that scores are not rounded before.
     Zeros fill the last register of a row of values, and lengthen rows of scores that would displace each other.
     """
     batch, heads, tokens, width = query.shape
     keys, line = key.shape[2], LINE // key.element_size()
     rows = max(1, SCORES * torch.get_num_threads() // (keys * key.element_size()))
     more = 0 if keys % (ALIASES * line) else line
+    sigmoids = query.dtype == torch.bfloat16
+    base, least, most = (math.e, 2**-100, 2**-9) if sigmoids else (2, 2**-60, 2**60)       # sums that lose nothing
+    scaled_key = F.pad(key * (1 / (math.log(base) * math.sqrt(width))), (0, 0, 0, more))
+    with_ones = F.pad(F.pad(value, (0, 1), value=1), (0, -(width + 1) % VECTOR, 0, more))
+    shift = key.new_full((keys + more,), -SHIFT)
+
+    def powers(part: Tensor, k: Tensor) -> Tensor:
+        return linear(part, k, shift, "sigmoid") if sigmoids else linear(part, k, None).exp2_()
+
     out = query.new_empty(batch, tokens, heads, width)
-    key = F.pad(key * (math.log2(math.e) / math.sqrt(width)), (0, 0, 0, more))
-    value = F.pad(F.pad(value, (0, 1), value=1), (0, -(width + 1) % VECTOR, 0, more))
-
-    def softmax(scores: Tensor) -> Tensor:
-        scores[:, keys:] = -math.inf
-        return scores.mul_(math.log(2)).softmax(dim=-1)
-
     for i in range(batch):
         for head in range(heads):
-            k, v = map(torch.ops.mkldnn._reorder_linear_weight, (key[i, head], value[i, head].t().contiguous()))
-            for weigh in (Tensor.exp2_, softmax):
-                sums = torch.cat([_product(weigh(_product(part, k)), v) for part in query[i, head].split(rows)])
-                mean, total, _ = sums.tensor_split([width, width + 1], dim=1)
-                least, most = torch.aminmax(total)
-                if least > 1 / LARGEST and most < LARGEST:
-                    break
-            torch.div(mean, total, out=out[i, :, head])
+            q, k, v = (x[i, head] for x in (query, scaled_key, with_ones))
+            k, v = map(torch.ops.mkldnn._reorder_linear_weight, (k, v.t().contiguous()))
+            sums = torch.cat([linear(powers(part, k), v, None) for part in q.split(rows)])
+            mean, total, _ = sums.tensor_split([width, width + 1], dim=1)
+            lowest, highest = torch.aminmax(total)
+            if least < lowest and highest < most:
+                torch.div(mean, total, out=out[i, :, head])
+            else:
+                out[i, :, head] = F.scaled_dot_product_attention(*(x[i:i + 1, head] for x in (query, key, value)))
     return out.transpose(1, 2)
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
