@@ -5,10 +5,12 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -286,28 +288,72 @@ def test_a_table_with_a_cancelled_task_and_deleted_images(slurm, run, monkeypatc
     slurm.wait()
 
 
+class Process(NamedTuple):
+    pid: int
+    job: str        # the number that the task has for itself
+
+
+def process(module: str, array: str, task: int) -> Process | None:
+    """That of `python -m module` in a task of an array, if it runs."""
+    wanted = {f"SLURM_ARRAY_JOB_ID={array}".encode(), f"SLURM_ARRAY_TASK_ID={task}".encode()}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            env = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[1:3] == [b"-m", module.encode()] and wanted <= set(env):
+            return Process(int(path.name), next(word.split(b"=")[1].decode() for word in env
+                                                if word.startswith(b"SLURM_JOB_ID=")))
+    return None
+
+
+def test_two_submits_at_once_are_one(slurm, tmp_path):
+    (tmp_path / "settings.yaml").write_text(SETTINGS)
+    line = [sys.executable, "-m", "scripts.slurm.submit", "table_emoji", "--only", "steps10", "--images", "16",
+            f"--settings={tmp_path / 'settings.yaml'}",
+            *(f"--{name}={tmp_path / name}" for name in ("samples", "results", "logs"))]
+    both = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first, second = sorted((submit.communicate()[0] for submit in both), key=lambda out: "on their way already" in out)
+    assert ids(first).keys() == {"sample", "evaluate", "table"}
+    assert not ids(second) and f"on their way already: {ids(first)['sample']} {ids(first)['evaluate']}" in second
+    slurm.ask("scancel", *ids(first).values())
+    slurm.wait()
+
+
+def test_a_sweep_as_an_array(slurm, monkeypatch, tmp_path):
+    """The two lines that sweep.sbatch names; the first task is asked to stop before it begins, and goes on later."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    (tmp_path / "small.yaml").write_text("{images: 4, grids: [{model: ddpm_emoji, steps: 4, interval: [2, 4]}]}")
+    options = ["--parsable", "--mem=1G", f"--chdir={ROOT}"]
+    line = ["scripts/slurm/sweep.sbatch", "--config", str(tmp_path / "small.yaml"), "--device=cpu",
+            *(f"--{name}={tmp_path / name}" for name in ("samples", "results"))]
+    array = slurm.ask("sbatch", *options, f"--output={tmp_path}/%a.log", "--array=1-2", *line)
+    last = slurm.ask("sbatch", *options, f"--output={tmp_path}/last.log", f"--dependency=afterok:{array}",
+                     "--kill-on-invalid-dep=yes", *line)
+
+    until(lambda: process("scripts.sweep", array, 1), "the first task to begin")
+    slurm.ask("scancel", "--signal=USR1", "--batch", process("scripts.sweep", array, 1).job)     # its own: see below
+    until(lambda: slurm.queue()[f"{array}_1"] == "PENDING", "the first task to be in the queue again")
+    slurm.start_now(f"{array}_1")
+    slurm.wait()
+
+    logs = {name: (tmp_path / f"{name}.log").read_text() for name in ("1", "2", "last")}
+    assert all("exit status 0" in log for log in logs.values()) and "restarts: 1" in logs["1"]
+    assert "3 of 3 points are judged" in logs["last"]
+    assert [job["JobState"] for job in slurm.ended() if job["JobId"] == last] == ["COMPLETED"]
+    assert len((tmp_path / "results/sweeps/small/points.csv").read_text().splitlines()) == 4
+
+
 class Sampler:
     """A task's sampler, held after its first image of some seeds, so that what comes next hits it in the middle."""
 
     def __init__(self, array: str, task: int, folder: Path, seeds: range):
         self.folder, self.seeds = folder, seeds
-        until(lambda: self._find(array, task), f"the sampler of task {task}", pause=0.05)
+        until(lambda: process("ddpm.sample", array, task), f"the sampler of task {task}", pause=0.05)
+        self.pid, self.job = process("ddpm.sample", array, task)
         until(lambda: self.made() > 0, "its first image", pause=0.005)
         os.kill(self.pid, signal.SIGSTOP)
-
-    def _find(self, array: str, task: int) -> bool:
-        wanted = {f"SLURM_ARRAY_JOB_ID={array}".encode(), f"SLURM_ARRAY_TASK_ID={task}".encode()}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (path / "cmdline").read_bytes().split(b"\0")
-                env = (path / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if words[1:3] == [b"-m", b"ddpm.sample"] and wanted <= set(env):
-                self.pid = int(path.name)
-                self.job = next(word.split(b"=")[1].decode() for word in env if word.startswith(b"SLURM_JOB_ID="))
-                return True
-        return False
 
     def made(self) -> int:
         return sum(seed in self.seeds for seed in seeds_in(self.folder))
@@ -343,8 +389,7 @@ def test_eight_tasks_two_requeues_and_another_job_are_one_process(slurm, monkeyp
     for task, sampler in ((1, asked), (2, put_back)):
         until(lambda task=task: slurm.queue()[f"{array}_{task}"] == "PENDING", f"task {task} to be in the queue again")
         assert 0 < sampler.made() < 8
-        # Else two minutes later. Within the second, Slurm would refuse it: its credential has just been revoked.
-        slurm.ask("scontrol", "update", f"jobid={array}_{task}", "StartTime=now+2")
+        slurm.start_now(f"{array}_{task}")
     slurm.wait()
 
     assert seeds_in(folder) == list(range(64)) and not list(folder.rglob("*.tmp"))

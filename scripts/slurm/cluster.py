@@ -1,11 +1,13 @@
 """What Slurm is asked and told: the settings of the jobs, the jobs that are there, and the lines for sbatch."""
 
+import contextlib
+import fcntl
 import os
 import re
 import shlex
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,6 +113,19 @@ def as_script(steps: Iterable[Step]) -> list[str]:
         lines += [f"# {step.title}", f"job{i}=$(sbatch {' '.join(words)})"]
         ids[step.name] = f"$job{i}"
     return lines
+
+
+@contextlib.contextmanager
+def only_one() -> Iterator[None]:
+    """A context in which one process of this folder is at a time: the next sees what the one before submitted.
+
+    Where the file system has no locks, or the folder is read-only, nobody waits.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            file = stack.enter_context(open(ROOT / SETTINGS, "ab"))     # any file that is there; nothing is written
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def submit(step: Step, ids: dict[str, str]) -> str:

@@ -256,7 +256,39 @@ def build_graph(args: argparse.Namespace, script: str, plan: Plan, settings: Set
     graph.add_table(words, file, ready, after)
     if not graph.steps and not graph.keep:
         print(f"# {script} is complete: {file}")
+    if graph.keep:
+        print(f"# on their way already: {' '.join(dict.fromkeys(graph.keep))}")
     return graph
+
+
+def dry_run(args: argparse.Namespace, script: str, plan: Plan, settings: Settings) -> None:
+    """Print the lines that would submit what is missing."""
+    try:
+        live = cluster.live_jobs()
+    except UserError as error:
+        print(f"# what is queued is not known: {error}")
+        live = []
+    graph = build_graph(args, script, plan, settings, live)
+    for line in [f"mkdir -p {args.logs}", *cluster.as_script(graph.steps)] if graph.steps else []:
+        print(line)
+    for job in graph.replaced:
+        print(f"scancel {job}")
+
+
+def submit(args: argparse.Namespace, script: str, plan: Plan, settings: Settings) -> None:
+    """Submit what is missing, and print the ids of its jobs."""
+    graph = build_graph(args, script, plan, settings, cluster.live_jobs())
+    cluster.check(graph.steps)
+    if graph.steps:
+        args.logs.mkdir(parents=True, exist_ok=True)
+    ids: dict[str, str] = {}
+    for step in graph.steps:
+        print(f"{cluster.submit(step, ids)}  {step.title}", flush=True)
+    cluster.cancel(graph.replaced)
+    for job in graph.replaced:
+        print(f"{job}  cancelled: a new job takes its place")
+    if not graph.steps:
+        print("nothing submitted")
 
 
 @command
@@ -268,32 +300,11 @@ def main() -> None:
     if not plan.jobs:
         print(f"{script} only lists settings, there is nothing to run: bash scripts/{script}")
         return
-    try:
-        live = cluster.live_jobs()
-    except UserError as error:
-        if not args.dry_run:
-            raise
-        print(f"# what is queued is not known: {error}")
-        live = []
-    graph = build_graph(args, script, plan, settings, live)
-    if graph.keep:
-        print(f"# on their way already: {' '.join(dict.fromkeys(graph.keep))}")
     if args.dry_run:
-        for line in [f"mkdir -p {args.logs}", *cluster.as_script(graph.steps)] if graph.steps else []:
-            print(line)
-        for job in graph.replaced:
-            print(f"scancel {job}")
-        return
-    cluster.check(graph.steps)
-    args.logs.mkdir(parents=True, exist_ok=True)
-    ids: dict[str, str] = {}
-    for step in graph.steps:
-        print(f"{cluster.submit(step, ids)}  {step.title}", flush=True)
-    cluster.cancel(graph.replaced)
-    for job in graph.replaced:
-        print(f"{job}  cancelled: a new job takes its place")
-    if not graph.steps:
-        print("nothing submitted")
+        dry_run(args, script, plan, settings)
+    else:
+        with cluster.only_one():
+            submit(args, script, plan, settings)
 
 
 if __name__ == "__main__":
