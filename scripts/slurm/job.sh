@@ -3,9 +3,7 @@ export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}        # CPU threads of PyTorch
 export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=30           # logs that can be followed, and stay short
 echo "job $SLURM_JOB_ID on $(hostname), $(date), restarts: ${SLURM_RESTART_COUNT:-0}"
 
-# Runs a command that stops after a batch when it is asked to, and ends the job with its status. On USR1, which Slurm
-# sends before the time limit (#SBATCH --signal=B:USR1@300), the job goes back into the queue. On TERM, sent at preemption
-# and by scancel, whether it comes back is Slurm's to decide.
+# Runs a command, hands it the signals that sample.sbatch names, and ends the job with its status.
 run_until_stopped() {
     local again="" status
     "$@" &
