@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ddpm.unet import UNet
-from sampling.settings import UserError
-from sampling.weights import load_strict, read_tensors
+from runs.errors import UserError
+from runs.weights import load_strict, read_tensors
 
 _MIDDLE = {"0": "block_1", "1": "attn_1", "2": "block_2"}
 _OUTSIDE = {"embed.0": "temb.dense.0", "embed.2": "temb.dense.1", "input_blocks.0.0": "conv_in",

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from runs.settings import read_yaml
 from sampling.diffusion import Diffusion
-from sampling.settings import read_yaml
 from training.loop import TrainConfig
 
 

@@ -20,10 +20,11 @@ from caching.nested import Policy
 from ddpm.checkpoint import load_checkpoint
 from ddpm.config import load_config
 from ddpm.unet import UNet
-from sampling.cli import command
-from sampling.image_model import ImageModel, sample_images
-from sampling.noise import SeededNoise
-from sampling.options import (
+from runs.cli import command
+from runs.errors import UserError
+from runs.folder import to_uint8
+from runs.image_model import ImageModel, sample_images
+from runs.options import (
     DTYPES,
     add_cache_options,
     add_run_options,
@@ -32,10 +33,9 @@ from sampling.options import (
     plan_sampler,
     prepare_device,
 )
-from sampling.runs import to_uint8
+from runs.weights import check_md5, sha256
+from sampling.noise import SeededNoise
 from sampling.samplers import noise_predictor
-from sampling.settings import UserError
-from sampling.weights import check_md5, sha256
 
 BATCH_SIZE = 64
 

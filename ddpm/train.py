@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ddpm.checkpoint import published_state_dict
 from ddpm.config import load_config
 from ddpm.unet import UNet
-from sampling.cli import command
+from runs.cli import command
+from runs.folder import to_uint8
 from sampling.ddim import ddim, uniform_timesteps
 from sampling.diffusion import predicted_noise
 from sampling.noise import SeededNoise
-from sampling.runs import to_uint8
 from training import emoji
 from training.loop import train
 from training.objective import denoising_error

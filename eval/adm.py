@@ -22,15 +22,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval import options, results, statistics
-from eval.extract import Features, extract
-from eval.images import ImageSet, open_images
-from eval.inception import DIMS, Inception
-from sampling.cli import command
-from sampling.options import prepare_device
-from sampling.runs import rank_and_world
-from sampling.settings import UserError, one_line
-from sampling.weights import sha256
+from eval.metrics import options, statistics
+from eval.metrics.extract import Features, extract
+from eval.metrics.images import ImageSet, open_images
+from eval.metrics.inception import DIMS, Inception
+from eval.tables import results
+from runs.cli import command
+from runs.errors import UserError, one_line
+from runs.options import prepare_device
+from runs.seeds import rank_and_world
+from runs.weights import sha256
 
 LAYERS = ("pool", "logits", "spatial")
 _KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}

@@ -25,16 +25,16 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval import results
-from eval.images import ImageSet, open_images
-from eval.intervals import mean_estimate
-from eval.results import Metric, Result
-from sampling.cli import command
-from sampling.options import prepare_device
-from sampling.prompts import prompts_sha256, read_prompts
-from sampling.runs import format_some
-from sampling.settings import UserError, one_line
-from sampling.weights import read_tensors, sha256
+from eval.metrics.images import ImageSet, open_images
+from eval.metrics.intervals import mean_estimate
+from eval.tables import results
+from eval.tables.results import Metric, Result
+from runs.cli import command
+from runs.errors import UserError, one_line
+from runs.options import prepare_device
+from runs.prompts import prompts_sha256, read_prompts
+from runs.seeds import format_some
+from runs.weights import read_tensors, sha256
 
 MODEL, PAPER_TAG = "ViT-g-14", "laion2b_s34b_b88k"      # of DeepCache's released evaluation
 
@@ -213,7 +213,7 @@ def difference(ours: Result, other: Result) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
-    parser.add_argument("--prompts", type=Path, required=True, help="the file that was sampled (sampling/prompts.py)")
+    parser.add_argument("--prompts", type=Path, required=True, help="the file that was sampled (runs/prompts.py)")
     parser.add_argument("--weights", type=Path, required=True, help="the model's, a local file; never downloaded")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", default=MODEL, help="architecture of open_clip (default: %(default)s); OpenAI's own "

@@ -26,16 +26,18 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import options, results, statistics
-from eval.extract import Features, extract
-from eval.images import ImageSet
-from eval.inception import DIMS, Inception, NoLibrary
-from eval.sources import open_source
-from sampling.cli import command
-from sampling.options import prepare_device
-from sampling.runs import rank_and_world, write_atomically
-from sampling.settings import UserError, one_line
-from sampling.weights import sha256
+from eval.metrics import options, statistics
+from eval.metrics.extract import Features, extract
+from eval.metrics.images import ImageSet
+from eval.metrics.inception import DIMS, Inception, NoLibrary
+from eval.metrics.sources import open_source
+from eval.tables import results
+from runs.cli import command
+from runs.errors import UserError, one_line
+from runs.files import write_atomically
+from runs.options import prepare_device
+from runs.seeds import rank_and_world
+from runs.weights import sha256
 
 FORMAT = 1              # of references
 KEPT = 10_000           # features kept in a reference, for KID

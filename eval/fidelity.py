@@ -17,17 +17,17 @@ import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
-from eval import results
-from eval.features import EffLite0, features_of
-from eval.images import ImageSet, check_paired, open_images
-from eval.intervals import mean_interval
-from eval.lpips import BACKBONE, Lpips
-from eval.plots import distributions, worst_pairs
-from eval.results import Metric
-from sampling.cli import command
-from sampling.options import prepare_device
-from sampling.runs import parse_seeds
-from sampling.settings import UserError
+from eval.metrics.features import EffLite0, features_of
+from eval.metrics.images import ImageSet, check_paired, open_images
+from eval.metrics.intervals import mean_interval
+from eval.metrics.lpips import BACKBONE, Lpips
+from eval.tables import results
+from eval.tables.plots import distributions, worst_pairs
+from eval.tables.results import Metric
+from runs.cli import command
+from runs.errors import UserError
+from runs.options import prepare_device
+from runs.seeds import parse_seeds
 
 _SSIM_WINDOW = 11
 LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "feature_distance": "1 - cos, EffLite0", "lpips": "LPIPS",

@@ -19,7 +19,7 @@ import ldm.config
 import ldm.unet
 import stable_diffusion.config
 import stable_diffusion.unet
-from sampling.settings import UserError, one_line
+from runs.errors import UserError, one_line
 
 Config: TypeAlias = ddpm.config.Config | ldm.config.Config | stable_diffusion.config.Config
 

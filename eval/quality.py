@@ -18,15 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval import distances, results
-from eval.extract import extract
-from eval.features import EffLite0, features_of
-from eval.images import ImageSet, check_paired, from_array, open_images
-from eval.results import Metric
-from sampling.cli import command
-from sampling.options import prepare_device
-from sampling.runs import parse_seeds, rank_and_world
-from sampling.settings import UserError
+from eval.metrics import distances
+from eval.metrics.extract import extract
+from eval.metrics.features import EffLite0, features_of
+from eval.metrics.images import ImageSet, check_paired, from_array, open_images
+from eval.tables import results
+from eval.tables.results import Metric
+from runs.cli import command
+from runs.errors import UserError
+from runs.options import prepare_device
+from runs.seeds import parse_seeds, rank_and_world
 from training import emoji
 
 FD, KID = "FD-EffLite0", "KID-EffLite0"

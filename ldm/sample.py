@@ -24,11 +24,12 @@ from ldm.checkpoint import checkpoint_sha256, load_checkpoint
 from ldm.config import Config, load_config
 from ldm.train import class_names
 from ldm.unet import UNet
-from sampling.cli import command
-from sampling.image_model import ImageModel, sample_images
-from sampling.labels import Labels, read_names, write_listing
-from sampling.noise import SeededNoise
-from sampling.options import (
+from runs.cli import command
+from runs.errors import UserError
+from runs.folder import RunFolder, to_uint8
+from runs.image_model import ImageModel, sample_images
+from runs.labels import Labels, read_names, write_listing
+from runs.options import (
     DTYPES,
     add_cache_options,
     add_run_options,
@@ -38,9 +39,8 @@ from sampling.options import (
     plan_sampler,
     prepare_device,
 )
-from sampling.runs import RunFolder, to_uint8
+from sampling.noise import SeededNoise
 from sampling.samplers import noise_predictor
-from sampling.settings import UserError
 from training import emoji
 
 BATCH_SIZE = 32

@@ -19,13 +19,13 @@ from ldm import first_stage
 from ldm.checkpoint import Model, published_state_dict
 from ldm.config import Config, load_config
 from ldm.unet import UNet
-from sampling.cli import command
+from runs.cli import command
+from runs.errors import UserError
+from runs.folder import to_uint8
+from runs.weights import read_tensors, save_tensors
 from sampling.ddim import ddim, offset_timesteps
 from sampling.diffusion import guided, predicted_noise
 from sampling.noise import SeededNoise
-from sampling.runs import to_uint8
-from sampling.settings import UserError
-from sampling.weights import read_tensors, save_tensors
 from training import emoji
 from training.loop import train
 from training.objective import denoising_error

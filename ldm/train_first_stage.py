@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ldm.config import load_config
 from ldm.first_stage import build, decode, downsampling, encode, published_state_dict
-from sampling.cli import command
-from sampling.runs import to_uint8
-from sampling.weights import save_tensors
+from runs.cli import command
+from runs.folder import to_uint8
+from runs.weights import save_tensors
 from training import emoji
 from training.loop import train
 

@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
 class GEGLU(nn.Module):
     """Half of a projection, gated by the GELU (exact, not its tanh approximation) of the other half."""
-    gated = True        # sampling/packed.py makes the halves on their own
+    gated = True        # speed/packed.py makes the halves on their own
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from eval.paper import Table, find, tables
-from eval.rows import of_table
-from eval.table import align
-from sampling.cli import command
-from sampling.provenance import device_name
+from eval.tables.paper import Table, find, tables
+from eval.tables.render import align
+from eval.tables.rows import of_table
+from experiments.jobs import REFERENCES, Job, make_job
+from experiments.plan import user_parser
+from runs.cli import command
+from runs.provenance import device_name
 from scripts.download import ROOT, Item, catalogue, digest_of, fits
-from scripts.jobs import REFERENCES, Job, make_job
-from scripts.plan import user_parser
 
 # References that are made here, from images that are fetched: model -> (images by name of the download, their place).
 MADE_FROM = {"ddpm_cifar10": ("cifar10_images", "data/cifar10/cifar-10-batches-py"),

@@ -23,10 +23,10 @@ from typing import NamedTuple
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from sampling.cli import command
-from sampling.settings import UserError, one_line
+from runs.cli import command
+from runs.errors import UserError, one_line
+from runs.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CATALOGUE = Path(__file__).with_name("downloads.yaml")
 _CHUNK = 1 << 20
 

@@ -27,13 +27,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from caching.deepcache import DeepCache
 from caching.schedules import uniform
-from sampling.cli import command
-from sampling.options import prepare_device
-from sampling.provenance import provenance
-from sampling.runs import write_json
+from runs.cli import command
+from runs.errors import UserError
+from runs.files import ROOT, write_json
+from runs.options import prepare_device
+from runs.provenance import provenance
+from runs.weights import save_tensors
 from sampling.samplers import Sampler, noise_predictor
-from sampling.settings import UserError
-from sampling.weights import save_tensors
 from stable_diffusion.checkpoint import (
     KL_F8,
     Model,
@@ -45,7 +45,6 @@ from stable_diffusion.checkpoint import (
 from stable_diffusion.config import Config, load_config
 from stable_diffusion.text import VIT_L_14, clip_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "sd_v15.yaml"
 PROMPT = "a photo of an astronaut riding a horse"
 SEED = 0

@@ -19,8 +19,8 @@ from transformers import BertModel, CLIPTextModel, PreTrainedTokenizerBase
 from caching.nested import Upsample
 from ldm import first_stage
 from ldm.unet import Downsample, ResBlock, SpatialTransformer
-from sampling.settings import UserError, one_line
-from sampling.weights import load_strict, read_tensors, sha256, split, tensors_of
+from runs.errors import UserError, one_line
+from runs.weights import load_strict, read_tensors, sha256, split, tensors_of
 from stable_diffusion.config import Config
 from stable_diffusion.text import VIT_L_14, clip, clip_tokenizer, minilm, minilm_folder
 from stable_diffusion.unet import UNet

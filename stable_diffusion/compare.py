@@ -17,11 +17,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from caching.deepcache import DeepCache
-from eval.macs import average, giga, step_macs
-from sampling.cli import command
-from sampling.graphs import accelerated
-from sampling.noise import SeededNoise
-from sampling.options import (
+from eval.cost.macs import average, giga, step_macs
+from runs.cli import command
+from runs.errors import UserError
+from runs.files import ROOT, write_atomically, write_json
+from runs.options import (
     DTYPES,
     add_deepcache_options,
     add_device_options,
@@ -31,15 +31,14 @@ from sampling.options import (
     plan_sampler,
     prepare_device,
 )
-from sampling.provenance import provenance
-from sampling.runs import write_atomically, write_json
+from runs.provenance import provenance
+from sampling.noise import SeededNoise
 from sampling.samplers import Sampler
-from sampling.settings import UserError
+from speed.graphs import accelerated
 from stable_diffusion.checkpoint import checkpoint_sha256, load_checkpoint
 from stable_diffusion.config import load_config
 from stable_diffusion.text_to_image import TextToImage, check_text_to_image, latent_size
 
-ROOT = Path(__file__).resolve().parent.parent
 MACS = ("macs", "macs_fc")      # by the papers' convention, and with attention's products (eval/macs.py)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 import ldm.config
+from runs.settings import read_yaml
 from sampling import diffusion
-from sampling.settings import read_yaml
 from training.loop import TrainConfig
 
 

@@ -58,7 +58,7 @@ from torch import Tensor, nn
 from caching.deepcache import DeepCache
 from caching.nested import Cache, no_cache
 from caching.schedules import check_settings, full_steps
-from sampling.settings import UserError
+from runs.errors import UserError
 from stable_diffusion.checkpoint import (
     diffusers_arguments,
     diffusers_names,

@@ -4,7 +4,7 @@
     python -m stable_diffusion.sample --config configs/sd_emoji.yaml --prompt "cat face" --seeds 0-7 --out samples/cat
 
 Defaults are the paper's settings. Prompts come from .txt (one per line), .csv, .tsv or .json, COCO's captions included
-(sampling/prompts.py). Image i has prompt i and seed i, the same for any batch size or number of processes; stop it
+(runs/prompts.py). Image i has prompt i and seed i, the same for any batch size or number of processes; stop it
 whenever you like, the same command fills in what is missing. Several processes share the seeds as they come, under
 torchrun or as the same command several times. SIGUSR1 and SIGTERM stop it after its batch, with 75. OUT/prompts.csv
 lists seed and prompt. No file is downloaded.
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from caching.nested import Policy
-from sampling.cli import command
-from sampling.image_model import ImageModel, sample_images
-from sampling.noise import SeededNoise
-from sampling.options import (
+from runs.cli import command
+from runs.errors import UserError
+from runs.folder import RunFolder, quoted
+from runs.image_model import ImageModel, sample_images
+from runs.options import (
     DTYPES,
     add_cache_options,
     add_run_options,
@@ -32,9 +33,8 @@ from sampling.options import (
     plan_sampler,
     prepare_device,
 )
-from sampling.prompts import prompts_sha256, read_prompts
-from sampling.runs import RunFolder, quoted
-from sampling.settings import UserError
+from runs.prompts import prompts_sha256, read_prompts
+from sampling.noise import SeededNoise
 from stable_diffusion.checkpoint import checkpoint_sha256, load_checkpoint
 from stable_diffusion.config import load_config
 from stable_diffusion.text_to_image import TextToImage, check_text_to_image, latent_size

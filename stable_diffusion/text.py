@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
-from sampling.settings import UserError, one_line
-from sampling.weights import load_strict
+from runs.errors import UserError, one_line
+from runs.weights import load_strict
 
 # CLIP ViT-L/14's text model, which is that of Stable Diffusion 1.x
 VIT_L_14 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,

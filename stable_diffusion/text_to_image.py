@@ -8,11 +8,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from caching.nested import Cache, Policy, no_cache
+from runs.errors import UserError
+from runs.folder import check_finite, to_uint8
+from runs.options import place
 from sampling.noise import SeededNoise
-from sampling.options import place
-from sampling.runs import check_finite, to_uint8
 from sampling.samplers import Sampler, noise_predictor
-from sampling.settings import UserError
 from stable_diffusion.checkpoint import Model
 from stable_diffusion.config import Config
 
@@ -85,7 +85,7 @@ class TextToImage:
                 progress: Callable[[float], None] | None = None, network: nn.Module | None = None) -> Tensor:
         """Sample the latents of an image for each prompt, from x: [prompts, channels, height, width], float32.
 
-        network: what takes the place of the U-Net (see `sampling.image_model.ImageModel.latents`).
+        network: what takes the place of the U-Net (see `runs.image_model.ImageModel.latents`).
         Raises UserError where they are not finite.
         """
         context = self.encode(prompts)

@@ -21,13 +21,13 @@ from ldm import first_stage
 from ldm.checkpoint import FIRST_STAGE
 from ldm.config import Config as LdmConfig
 from ldm.config import load_config as load_ldm_config
-from sampling.cli import command
+from runs.cli import command
+from runs.errors import UserError
+from runs.folder import to_uint8
+from runs.prompts import read_prompts
+from runs.weights import read_tensors, save_tensors
 from sampling.noise import SeededNoise
-from sampling.prompts import read_prompts
-from sampling.runs import to_uint8
 from sampling.samplers import Sampler, noise_predictor
-from sampling.settings import UserError
-from sampling.weights import read_tensors, save_tensors
 from stable_diffusion.autoencoder import from_first_stage
 from stable_diffusion.checkpoint import diffusers_arguments, diffusers_state_dict
 from stable_diffusion.config import Config, load_config

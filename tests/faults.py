@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from ddpm import checkpoint as ddpm_checkpoint
 from ddpm import unet as ddpm_unet
-from eval import extract
+from eval.metrics import extract
 from ldm import checkpoint as ldm_checkpoint
 from ldm import first_stage
 from ldm import unet as ldm_unet
@@ -144,7 +144,7 @@ class Models:
                  lambda folder: ("ldm.sample", ["--config", config / "ldm.yaml", "--checkpoint", folder / "ldm.ckpt",
                                                 *sampling, "--seeds", "0-3", "--out", folder / "out"]),
                  lambda folder: files(folder, "out/*/*.png", "ldm.safetensors"), self.copied("ldm.ckpt")),
-            Case("packing", lambda folder: ("sampling.npz", ["--samples", config / "samples", "--seeds", seeds, "--out",
+            Case("packing", lambda folder: ("runs.npz", ["--samples", config / "samples", "--seeds", seeds, "--out",
                                                              folder / "x.npz"]),
                  lambda folder: files(folder, "x.npz")),
             Case("evaluation",

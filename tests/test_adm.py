@@ -13,12 +13,13 @@ from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.kid import poly_mmd
 
-from eval import adm, statistics
+from eval import adm
 from eval.adm import LAYERS, main, open_reference
-from eval.images import open_images
-from eval.inception import MODES, Inception, load
-from sampling.npz import pack
-from sampling.settings import UserError
+from eval.metrics import statistics
+from eval.metrics.images import open_images
+from eval.metrics.inception import MODES, Inception, load
+from runs.errors import UserError
+from runs.npz import pack
 
 RNG = np.random.default_rng(0)
 

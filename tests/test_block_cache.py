@@ -11,7 +11,7 @@ from caching.deepcache import DeepCache
 from caching.meters import ChangeMeter, SimilarityMeter
 from caching.scale_shift import Distiller, ScaleShift
 from ddpm.unet import UNet
-from eval.macs import residual_macs, run_macs, schedule_macs
+from eval.cost.macs import residual_macs, run_macs, schedule_macs
 from ldm.unet import UNet as LatentUNet
 from sampling.ddim import ddim, uniform_timesteps
 from sampling.diffusion import alphas_cumprod

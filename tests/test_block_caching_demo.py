@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
-from scripts import block_caching_demo, demo
+from experiments import block_caching_demo, demo
 
 
 @pytest.mark.slow

@@ -18,17 +18,17 @@ from ddpm import sample as ddpm_sample
 from ddpm.checkpoint import published_state_dict as ddpm_tensors
 from ddpm.unet import UNet
 from eval import macs
-from eval.block_changes import BlockChanges, ScheduleMaker
-from eval.images import open_images
+from eval.metrics.images import open_images
 from ldm import first_stage
 from ldm import sample as ldm_sample
 from ldm.checkpoint import Model
 from ldm.checkpoint import published_state_dict as ldm_tensors
 from ldm.unet import UNet as LatentUNet
-from sampling.block_schedule import BlockSchedule, load_scale_shift
-from sampling.options import CachePlan
-from sampling.settings import UserError
-from scripts import block_caching
+from planning import block_caching
+from planning.block_changes import BlockChanges, ScheduleMaker
+from runs.block_schedule import BlockSchedule, load_scale_shift
+from runs.errors import UserError
+from runs.options import CachePlan
 
 STEPS = 5
 DDPM = {"resolution": 16, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,

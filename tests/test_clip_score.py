@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from eval import clip_score, results
-from eval.intervals import mean_estimate
-from sampling.prompts import prompts_sha256
+from eval import clip_score
+from eval.metrics.intervals import mean_estimate
+from eval.tables import results
+from runs.prompts import prompts_sha256
 
 PROMPTS = ["a red cube", "a whale in the sky", "two balls", "Salvador Dalí", "a clock", "an owl"]
 CONFIG = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import HERE
 
-from eval import compare_speed
-from eval.compare_speed import compare, peak_memory, report, whole_run
+from eval.cost import compare_speed
+from eval.cost.compare_speed import compare, peak_memory, report, whole_run
 from eval.models import load_config
 
 CONFIGS = HERE.parent / "configs"

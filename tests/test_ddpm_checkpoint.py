@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from ddpm.checkpoint import load_checkpoint, load_state_dict, published_state_dict
 from ddpm.config import load_config
 from ddpm.unet import UNet
-from sampling.settings import UserError
-from sampling.weights import check_md5
+from runs.errors import UserError
+from runs.weights import check_md5
 
 CONFIGS = HERE.parent / "configs"
 

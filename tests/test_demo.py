@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
-from scripts import demo
+from experiments import demo
 
 
 def test_arms_start_uncached_and_match_in_cost():
@@ -35,7 +35,7 @@ def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
     config = {"name": "ddpm_tiny", "unet": sizes, "diffusion": {"beta_schedule": "cosine"},
               "checkpoint": "tiny.safetensors", "sampler": {"steps": 12, "branch": 1}}
     (tmp_path / "configs" / "ddpm_emoji.yaml").write_text(yaml.safe_dump(config))
-    for package in ("caching", "ddpm", "sampling", "training", "data"):        # the commands run below this folder
+    for package in ("caching", "ddpm", "runs", "sampling", "speed", "training", "data"):   # commands run there
         (tmp_path / package).symlink_to(demo.ROOT / package)
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     tiny = demo.MODELS[0]._replace(title="A tiny DDPM", steps=12)

@@ -13,12 +13,12 @@ from typing import ClassVar
 import pytest
 import yaml
 
-from eval.paper import find, tables
-from eval.rows import of_table
-from sampling.settings import UserError
+from eval.tables.paper import find, tables
+from eval.tables.rows import of_table
+from experiments.jobs import CLIP, INCEPTION, REFERENCES
+from runs.errors import UserError
 from scripts import doctor, download
 from scripts.download import File, catalogue, fetch
-from scripts.jobs import CLIP, INCEPTION, REFERENCES
 
 CONTENT = bytes(range(256)) * 4096      # 1 MiB
 MD5 = hashlib.md5(CONTENT).hexdigest()

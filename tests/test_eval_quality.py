@@ -12,10 +12,12 @@ from matplotlib import cbook
 from PIL import Image, ImageFilter
 from torchmetrics.image.kid import poly_mmd
 
-from eval import distances, fidelity, quality, results
-from eval.features import EffLite0, features_of
-from eval.images import from_array, open_images
-from sampling.settings import UserError
+from eval import fidelity, quality
+from eval.metrics import distances
+from eval.metrics.features import EffLite0, features_of
+from eval.metrics.images import from_array, open_images
+from eval.tables import results
+from runs.errors import UserError
 from training import emoji
 
 GROUP = "Smileys & Emotion"

@@ -5,7 +5,7 @@ import random
 import pytest
 from faults import DAMAGE, Models, damaged, full_disk, kill_often, read_only, two_writers
 
-from eval import extract
+from eval.metrics import extract
 
 KILLS = {"sampling": 4, "two ranks": 3, "conversion and sampling": 3, "packing": 4, "evaluation": 2}
 

@@ -13,12 +13,12 @@ from cleanfid.resize import build_resizer
 from PIL import Image
 
 from eval import fid
-from eval.distances import frechet_distance
-from eval.extract import extract
-from eval.images import from_array, open_images
-from eval.inception import MODES, Inception
-from eval.sources import cifar10, open_source
-from sampling.settings import UserError
+from eval.metrics.distances import frechet_distance
+from eval.metrics.extract import extract
+from eval.metrics.images import from_array, open_images
+from eval.metrics.inception import MODES, Inception
+from eval.metrics.sources import cifar10, open_source
+from runs.errors import UserError
 
 RNG = np.random.default_rng(0)
 PIXELS = np.stack([np.asarray(Image.fromarray(image).resize((40, 40), Image.Resampling.BICUBIC))

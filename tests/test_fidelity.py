@@ -10,10 +10,11 @@ import torchmetrics.functional.image
 import torchvision
 from PIL import Image
 
-from eval import fidelity, results
-from eval.lpips import Lpips
-from eval.plots import worst_pairs
-from sampling.settings import UserError
+from eval import fidelity
+from eval.metrics.lpips import Lpips
+from eval.tables import results
+from eval.tables.plots import worst_pairs
+from runs.errors import UserError
 
 HEADS = Path(torchmetrics.functional.image.__file__).parent / "lpips_models" / "alex.pth"
 

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from caching.block_cache import BlockCache, Together, outside, residual_names
 from caching.deepcache import DeepCache, ZeroedCache
 from ldm.unet import UNet
-from sampling.graphs import RecordedNetwork, accelerated, cuda_recorder
+from speed.graphs import RecordedNetwork, accelerated, cuda_recorder
 
 
 def record(run):

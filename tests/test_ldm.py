@@ -16,7 +16,7 @@ from torch import nn
 from caching.deepcache import DeepCache
 from caching.nested import Cond, Residual
 from caching.schedules import released_ldm, uniform
-from eval.macs import average, branch_macs
+from eval.cost.macs import average, branch_macs
 from ldm import first_stage
 from ldm.checkpoint import (
     CLASSES,
@@ -32,9 +32,9 @@ from ldm.checkpoint import (
 )
 from ldm.config import Config, FirstStage, Unet, load_config
 from ldm.unet import ResBlock, SpatialTransformer, UNet, timestep_embedding
+from runs.errors import UserError
+from runs.weights import sha256
 from sampling.ddim import ddim, uniform_timesteps
-from sampling.settings import UserError
-from sampling.weights import sha256
 
 CONFIGS = HERE.parent / "configs"
 TOLERANCE = 2e-5        # of the largest magnitude; the authors' own noise floor is 3e-6

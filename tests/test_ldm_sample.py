@@ -1,4 +1,4 @@
-"""`ldm.sample` and `sampling.npz` through the command line, on a tiny random model."""
+"""`ldm.sample` and `runs.npz` through the command line, on a tiny random model."""
 
 import collections
 import csv
@@ -19,17 +19,17 @@ from test_ldm import SMALL, TOLERANCE
 from torch import nn
 
 from caching.schedules import released_ldm
-from eval.images import open_images
+from eval.metrics.images import open_images
 from ldm import first_stage
 from ldm.checkpoint import Model, published_state_dict
 from ldm.sample import main
 from ldm.unet import UNet
-from sampling import npz
+from runs import npz
+from runs.errors import UserError
+from runs.folder import image_path
+from runs.labels import Labels
+from runs.options import DTYPES
 from sampling.ddim import offset_timesteps
-from sampling.labels import Labels
-from sampling.options import DTYPES
-from sampling.runs import image_path
-from sampling.settings import UserError
 
 CLASSES = 5
 CONFIG = {
@@ -75,7 +75,7 @@ def sample(tiny, monkeypatch):
 
 @pytest.fixture
 def pack(sample):
-    return lambda *args: sample(*args, command=npz.main, name="sampling.npz")
+    return lambda *args: sample(*args, command=npz.main, name="runs.npz")
 
 
 def pixels(folder: Path) -> dict[int, np.ndarray]:

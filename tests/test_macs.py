@@ -12,7 +12,8 @@ from caching.schedules import centered, uniform
 from ddpm.config import load_config
 from ddpm.unet import UNet
 from eval import macs
-from eval.macs import Macs, average, branch_macs, build, count, example_inputs, on_meta, run_macs, step_macs
+from eval.cost.macs import Macs, average, branch_macs, count, on_meta, run_macs, step_macs
+from eval.macs import build, example_inputs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

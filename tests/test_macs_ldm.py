@@ -11,8 +11,9 @@ import pytest
 import ddpm.unet
 import ldm.unet
 from eval import macs, throughput
+from eval.cost import timing
 from eval.models import build, example_inputs, family, load_config, rows_per_image
-from sampling.settings import UserError
+from runs.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -50,8 +51,8 @@ def test_macs_of_table_9(monkeypatch, capsys, interval, center, power, printed):
 
 
 def test_throughput_counts_images_not_rows(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(throughput, "interleave", lambda variants, *_: {
-        name: (run(), throughput.Timing([2.0 if name == "full" else 0.5]))[1] for name, run in variants.items()})
+    monkeypatch.setattr(timing, "interleave", lambda variants, *_: {
+        name: (run(), timing.Timing([2.0 if name == "full" else 0.5]))[1] for name, run in variants.items()})
     out = tmp_path / "out.json"
     monkeypatch.setattr("sys.argv", f"eval.throughput --config {CONFIGS / 'ldm_emoji.yaml'} --batch-size 3 "
                                     f"--device cpu --threads 1 --interval 5 --out {out}".split())

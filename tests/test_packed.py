@@ -12,9 +12,9 @@ from torch._inductor.exc import InvalidCxxCompiler
 from caching.deepcache import DeepCache
 from ddpm import unet as ddpm
 from ldm import unet as ldm
-from sampling import packed
-from sampling.compiled import compile_seconds, compiled
-from sampling.options import place
+from runs.options import place
+from speed import packed
+from speed.compiled import compile_seconds, compiled
 
 pytestmark = pytest.mark.skipif(not packed.packable(nn.Linear(1, 1)), reason="oneDNN packs weights on x86 CPUs alone")
 

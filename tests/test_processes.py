@@ -16,7 +16,7 @@ from forked import Forked
 from PIL import Image
 from test_sampling import ROOT, in_process, tiny, wait_for_an_image  # noqa: F401
 
-from eval import extract
+from eval.metrics import extract
 from sampling.noise import SeededNoise
 
 

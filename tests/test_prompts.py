@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from sampling.prompts import prompts_sha256, read_prompts
-from sampling.settings import UserError
+from runs.errors import UserError
+from runs.prompts import prompts_sha256, read_prompts
 
 PROMPTS = ["a red cube", 'the words "Fly an airplane", on a wall', "Salvador Dalí"]
 

@@ -24,15 +24,16 @@ from safetensors.torch import save_file
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
 from eval.models import load_config
-from sampling import stopping
-from sampling.claims import Claims
-from sampling.cli import command
+from runs import stopping
+from runs.claims import Claims
+from runs.cli import command
+from runs.errors import UserError
+from runs.folder import RunFolder, to_uint8
+from runs.seeds import format_seeds, parse_seeds
 from sampling.ddim import ddim, offset_timesteps, quadratic_timesteps, trailing_timesteps, uniform_timesteps
 from sampling.diffusion import alphas_cumprod, predicted_noise, training_target
 from sampling.noise import SeededNoise
-from sampling.runs import RunFolder, format_seeds, parse_seeds, to_uint8
 from sampling.samplers import Sampler
-from sampling.settings import UserError
 
 ROOT = Path(__file__).parent.parent
 UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts import scale
+from experiments import scale
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm import first_stage
-from sampling.settings import UserError
-from sampling.weights import sha256
+from runs.errors import UserError
+from runs.weights import sha256
 from stable_diffusion import checkpoint, text
 from stable_diffusion.checkpoint import (
     FIRST_STAGE,

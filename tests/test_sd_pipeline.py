@@ -32,7 +32,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from caching.schedules import centered
-from sampling.settings import UserError
+from runs.errors import UserError
 from stable_diffusion.config import Config, Diffusion, Unet
 from stable_diffusion.pipeline import disable_deepcache, enable_deepcache, load_pipeline
 from stable_diffusion.unet import UNet

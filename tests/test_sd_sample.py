@@ -24,9 +24,9 @@ from test_ldm_sample import pixels, same
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import stable_diffusion.compare
-from eval.macs import step_macs
-from sampling.prompts import prompts_sha256
-from sampling.runs import image_path
+from eval.cost.macs import step_macs
+from runs.folder import image_path
+from runs.prompts import prompts_sha256
 from stable_diffusion.sample import ReleasedNoise, main
 from stable_diffusion.text_to_image import TextToImage
 from stable_diffusion.unet import UNet

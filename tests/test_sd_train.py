@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm import first_stage
-from sampling.prompts import read_prompts
+from runs.prompts import read_prompts
 from stable_diffusion import train
 from stable_diffusion.autoencoder import from_first_stage
 from stable_diffusion.checkpoint import load_checkpoint

@@ -19,13 +19,13 @@ from PIL import Image
 from slurm_node import SlurmNode, until, why_not
 
 from ddpm import sample as ddpm_sample
-from eval import results
-from eval.macs import Macs
-from eval.rows import said_by
-from sampling.runs import image_path
-from sampling.settings import UserError
-from scripts import plan
-from scripts.jobs import Job
+from eval.cost.macs import Macs
+from eval.tables import results
+from eval.tables.rows import said_by
+from experiments import plan
+from experiments.jobs import Job
+from runs.errors import UserError
+from runs.folder import image_path
 from scripts.slurm import cluster, submit
 from scripts.slurm.cluster import Live
 from scripts.slurm.submit import Slices, arrays

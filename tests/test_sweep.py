@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
-from eval import rows
-from scripts import plan, sweep, sweep_report
+from eval.tables import rows
+from experiments import plan, sweep, sweep_report
 
 SIZES = {"resolution": 32, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
          "attn_resolutions": []}
@@ -108,7 +108,7 @@ def test_bad_sweeps_are_refused_in_one_line(tmp_path, monkeypatch, capsys, conte
 
 
 def test_block_schedule_of_another_model_is_refused(tmp_path, monkeypatch, capsys):
-    from sampling.block_schedule import BlockSchedule
+    from runs.block_schedule import BlockSchedule
     run = {"model": "ldm_emoji", "unet": {}, "checkpoint_sha256": "0", "sampler": "ddim", "steps": 50,
            "timesteps": "trailing"}
     BlockSchedule(run, 50, "all", 0.5, {"mid": [0]}, {}, {}, {}).save(tmp_path / "other.json")

@@ -11,12 +11,15 @@ import yaml
 from conftest import HERE
 
 from caching.block_cache import BlockCache
-from eval import bk_sdm, results, rows, table
-from eval.macs import run_macs
+from eval import table as table_command
+from eval.cost import bk_sdm
+from eval.cost.macs import run_macs
 from eval.models import build, example_inputs
-from eval.paper import COLUMNS, FOLDER, Table, find, tables
-from eval.results import Metric, Result
-from sampling.settings import UserError
+from eval.tables import render as table
+from eval.tables import results, rows
+from eval.tables.paper import COLUMNS, FOLDER, Table, find, tables
+from eval.tables.results import Metric, Result
+from runs.errors import UserError
 
 ROOT = HERE.parent
 SCRIPTED = [found for found in tables().values() if found.script]
@@ -262,7 +265,7 @@ def test_a_result_of_block_caching_goes_to_its_row_alone():
 
 def run(monkeypatch, capsys, *args: str) -> str:
     monkeypatch.setattr("sys.argv", ["eval.table", *args])
-    table.main()
+    table_command.main()
     return capsys.readouterr().out
 
 

@@ -12,9 +12,9 @@ import yaml
 from conftest import HERE, Golden
 from safetensors.torch import save_file
 
-from eval import results, rows
-from eval.paper import Table, tables
-from scripts import jobs, plan
+from eval.tables import results, rows
+from eval.tables.paper import Table, tables
+from experiments import jobs, plan
 
 ROOT = HERE.parent
 SCRIPTS = {table.name: table for table in tables().values() if table.script}

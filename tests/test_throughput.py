@@ -11,9 +11,9 @@ from caching.block_cache import BlockCache, residual_names
 from caching.deepcache import DeepCache
 from ddpm.unet import UNet
 from eval import throughput
-from eval.macs import run_macs
-from eval.throughput import Timing, interleave, measure, measure_schedules, reused_sets, time_steps
-from sampling.block_schedule import BlockSchedule
+from eval.cost.macs import run_macs
+from eval.cost.timing import Timing, interleave, measure, measure_schedules, reused_sets, time_steps
+from runs.block_schedule import BlockSchedule
 
 CONFIGS = HERE.parent / "configs"
 RHYTHM = CONFIGS / "block_schedules" / "sd_v15_ddim_20_rhythm.json"      # of another model

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-FOLDER = Path(__file__).resolve().parent.parent / "data" / "emoji"
+from runs.files import ROOT
+
+FOLDER = ROOT / "data" / "emoji"
 
 # The five styles of artwork in words. noto-v1 draws its faces as blobs, fluent-emoji shades the shapes of the flat one.
 STYLES = {"noto": "noto style", "noto-v1": "blob style", "fluent-emoji-flat": "flat style",

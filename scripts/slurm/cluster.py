@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eval.rows import ROOT
-from sampling.settings import UserError, one_line, read_yaml
+from eval.tables.rows import ROOT
+from runs.errors import UserError, one_line
+from runs.settings import read_yaml
 
 SETTINGS = Path("scripts/slurm/settings.yaml")
 _PATIENCE = 60          # seconds that a client of Slurm gets, and jobs that are just ending

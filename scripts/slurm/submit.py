@@ -2,7 +2,7 @@
 
     bash scripts/slurm/submit_table.sh table1_ldm_imagenet --images 1000 --dry-run
 
-The rows, their commands and what is there of them are those of the table scripts (scripts/plan.py, scripts/jobs.py).
+The rows, their commands and what is there of them are those of the table scripts (experiments/plan.py).
 What is queued already is told by the names of the jobs alone: there is no other record that could be wrong.
 """
 
@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.paper import tables
-from eval.rows import ROOT, said_by
-from sampling.cli import command
-from sampling.runs import format_seeds, missing_seeds
-from sampling.settings import UserError
-from scripts.jobs import Job
-from scripts.plan import Plan, make_plan, user_parser
+from eval.tables.paper import tables
+from eval.tables.rows import ROOT, said_by
+from experiments.jobs import Job
+from experiments.plan import Plan, make_plan, user_parser
+from runs.cli import command
+from runs.errors import UserError
+from runs.folder import missing_seeds
+from runs.seeds import format_seeds
 from scripts.slurm import cluster
 from scripts.slurm.cluster import Live, Settings, Step
 

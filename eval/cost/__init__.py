@@ -1,0 +1,1 @@
+"""What a run costs: multiply-accumulates and wall-clock time."""

@@ -1,0 +1,329 @@
+"""Our steps against those of diffusers' U-Nets and the PyPI package DeepCache: time, side by side in one process.
+
+    python -m eval.throughput compare --threads 1                                       all settings, one after another
+    python -m eval.throughput compare --model sd_v15 --batch-size 1 --dtype fp32 --threads 1 --repeats 3
+    python -m eval.throughput compare --mode compiled --model ddpm_cifar10 --threads 1
+
+The models have their real sizes and random weights, the same on all sides, and take turns. `ours` is our U-Net as the
+sample commands run it (`runs.options.place`), `diffusers` theirs as it comes, `helper` the PyPI package on it; the
+package cannot be compiled. In mode `graphs` our steps are CUDA graphs (--cuda-graphs), the others eager. Each setting
+is a JSON file in --out, written as soon as it is measured: settings that are there are not measured again. Table and
+chart are made of all that are there. What to expect of a cached step is the ratio of the MACs.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import torch
+from DeepCache import DeepCacheSDHelper
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.utils import logging
+from torch import Tensor, nn
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+from caching.deepcache import DeepCache
+from caching.schedules import uniform
+from ddpm.checkpoint import published_state_dict
+from eval.cost.macs import branch_macs
+from eval.cost.timing import interleave
+from eval.models import Config, build, example_inputs, family, load_config, rows_per_image
+from runs.cli import command
+from runs.errors import UserError
+from runs.files import ROOT, write_atomically, write_json
+from runs.options import DTYPES, place, prepare_device
+from runs.provenance import provenance
+from speed.compiled import compiled
+from speed.graphs import recorded
+from stable_diffusion.checkpoint import diffusers_arguments, diffusers_state_dict
+
+BATCH_SIZES = {"ddpm_cifar10": (1, 8, 64), "ldm_cin256": (1, 8), "sd_v15": (1, 4)}
+STEPS, INTERVALS = (50, 100, 250), (1, 2, 3, 5, 10)
+MODES = ("eager", "compiled", "graphs")
+TIMES = (500, 499)      # the package finds out from the timestep whether a step is a full or a cached one
+
+
+def diffusers_unet(config: Config, unet: nn.Module) -> nn.Module:
+    """diffusers' U-Net on the very weights of ours."""
+    with torch.device("meta"):
+        if family(config) == "ddpm":
+            attends = [config.unet.resolution >> level in config.unet.attn_resolutions
+                       for level in range(len(config.unet.ch_mult))]
+            theirs = UNet2DModel(
+                sample_size=config.unet.resolution, in_channels=config.unet.in_channels,
+                out_channels=config.unet.out_channels, layers_per_block=config.unet.num_res_blocks,
+                block_out_channels=[config.unet.ch * mult for mult in config.unet.ch_mult],
+                down_block_types=["AttnDownBlock2D" if level else "DownBlock2D" for level in attends],
+                up_block_types=["AttnUpBlock2D" if level else "UpBlock2D" for level in reversed(attends)],
+                downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, attention_head_dim=None)
+        else:
+            theirs = UNet2DConditionModel(**diffusers_arguments(vars(config.unet)))
+    weights = ddpm_state_dict(unet) if family(config) == "ddpm" else diffusers_state_dict(unet)
+    theirs.load_state_dict(weights, assign=True)
+    return theirs.eval().requires_grad_(False)
+
+
+def ddpm_state_dict(unet: nn.Module) -> dict[str, Tensor]:
+    """A DDPM's tensors under the names of diffusers' UNet2DModel, whose attention has linear layers."""
+    rules = [(r"temb\.dense\.0", "time_embedding.linear_1"), (r"temb\.dense\.1", "time_embedding.linear_2"),
+             (r"norm_out", "conv_norm_out"), (r"mid\.block_1", "mid_block.resnets.0"),
+             (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1", "mid_block.attentions.0"),
+             (r"(down|up)\.(\d+)", lambda m: f"{m[1]}_blocks."
+              + (m[2] if m[1] == "down" else str(unet.num_levels - 1 - int(m[2])))),
+             (r"\.block\.(\d+)", r".resnets.\1"), (r"\.attn\.(\d+)", r".attentions.\1"),
+             (r"\.(down|up)sample\.", r".\1samplers.0."), (r"temb_proj", "time_emb_proj"),
+             (r"nin_shortcut", "conv_shortcut"), (r"(attentions\.\d+)\.norm", r"\1.group_norm"),
+             (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."), (r"(attentions\.\d+)\.proj_out", r"\1.to_out.0")]
+    found = {}
+    for name, value in published_state_dict(unet).items():
+        for pattern, theirs in rules:
+            name = re.sub(pattern, theirs, name)
+        found[name] = value[:, :, 0, 0] if "attentions" in name and value.ndim == 4 else value
+    return found
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference as a fraction of their largest magnitude."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that PyTorch's tensors take at most during a run, beside those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    allocations, events = [], list(profiled.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == _EventType.Allocation:
+            allocations.append((event.start_time_ns, event.extra_fields))
+    first = min(allocations, key=lambda pair: pair[0])[1]        # the totals begin with what earlier recordings left
+    return max(fields.total_allocated for _, fields in allocations) - (first.total_allocated - first.alloc_size)
+
+
+@torch.inference_mode()
+def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mode: str, device: torch.device,
+            repeats: int, warmup: int) -> dict:
+    """Time all sides: JSON-compatible {sides: {ours, diffusers, helper: {full, cached}}, expected, memory, runs}.
+
+    difference: of a side's results from ours, as a fraction of their largest magnitude. Ratios are medians over rounds.
+    memory (eager): peak bytes beside the weights, of a step without cache (dense) and of a full and a cached step
+    (run), and of the feature that is kept between them.
+    """
+    torch.manual_seed(0)
+    plain = build(config, "cpu").to(device, dtype)
+    theirs, cache = diffusers_unet(config, plain), DeepCache(branch, [0])
+    pipe = SimpleNamespace(unet=diffusers_unet(config, plain), scheduler=SimpleNamespace(timesteps=list(TIMES)))
+    ours = place(plain, device, dtype)
+    if mode == "compiled":
+        ours, theirs = compiled(ours, 2), torch.compile(theirs, fullgraph=True)
+    if mode == "graphs":
+        ours = recorded(ours, device)
+    rows = batch_size * rows_per_image(config)
+    x, *context = (torch.randn(value.shape).to(device, dtype) for value in example_inputs(config, rows)
+                   if value.is_floating_point())
+
+    def times(step: int) -> Tensor:
+        return torch.full((rows,), TIMES[step], device=device)
+
+    def our_step(step: int) -> Tensor:
+        return ours(x, times(step), *context, cache=cache.at(step))
+
+    def their_step(unet: nn.Module, step: int) -> Tensor:
+        return unet(x, torch.tensor(TIMES[step], device=device), *context, return_dict=False)[0]
+
+    variants: dict[tuple[str, str], Callable[[], Tensor]] = {
+        ("ours", "full"): lambda: our_step(0), ("ours", "cached"): lambda: our_step(1),
+        ("diffusers", "full"): lambda: their_step(theirs, 0)}
+    if mode != "compiled":
+        helper = DeepCacheSDHelper(pipe)
+        helper.set_params(cache_interval=len(TIMES), cache_branch_id=branch)
+        helper.enable()
+        variants |= {("helper", "full"): lambda: their_step(pipe.unet, 0),
+                     ("helper", "cached"): lambda: their_step(pipe.unet, 1)}
+    results = {name: run() for name, run in variants.items()}
+    memory = {}
+    if mode == "eager":
+        memory["feature"] = cache.feature.nbytes
+        cache.reset()
+        helper.cached_output.clear()
+        runs = {("ours", "run"): lambda: (our_step(0), our_step(1)),
+                ("helper", "run"): lambda: (their_step(pipe.unet, 0), their_step(pipe.unet, 1)),
+                ("ours", "dense"): lambda: ours(x, times(0), *context),
+                ("diffusers", "dense"): variants["diffusers", "full"]}
+        for (side, what), run in runs.items():
+            memory.setdefault(side, {})[what] = peak_memory(run, device)
+    timings = interleave(variants, device, repeats, warmup)
+
+    macs, cached_macs = branch_macs(build(config), example_inputs(config), [branch])
+    expected = {"macs": cached_macs[branch].hook / macs.hook, "macs_fc": cached_macs[branch].fc / macs.fc}
+    sides: dict[str, dict] = {}
+    for (side, step), timing in timings.items():
+        found = sides.setdefault(side, {})
+        found[step] = timing.to_json() | {
+            "over_ours": timing.ratio(timings["ours", step]),
+            "difference": difference(results["ours", step], results[side, step])}
+        if step == "cached":
+            found["cached_over_full"] = timing.ratio(timings[side, "full"])
+    return {"sides": sides, "expected": expected, "memory": memory,
+            "runs": [whole_run(sides, expected, batch_size, *run) for run in itertools.product(STEPS, INTERVALS)]}
+
+
+def whole_run(sides: Mapping[str, dict], expected: Mapping[str, float], batch_size: int, steps: int, interval: int
+              ) -> dict:
+    """A run with uniform schedule, from the times of its steps: {images_per_second, speedup: by side or convention}."""
+    full = len(uniform(steps, interval))
+
+    def cost(ratio: float) -> float:        # in full steps
+        return full + (steps - full) * ratio
+
+    rates = {side: batch_size / (found["full"]["median"] * cost(found.get("cached_over_full", 1)))
+             for side, found in sides.items() if interval == 1 or "cached" in found}
+    ratios = {side: found["cached_over_full"] for side, found in sides.items() if "cached" in found} | dict(expected)
+    return {"steps": steps, "interval": interval, "images_per_second": rates,
+            "speedup": {name: steps / cost(ratio) for name, ratio in ratios.items()}}
+
+
+def table(results: list[dict]) -> str:
+    """All settings, in Markdown."""
+    lines = ["| model | batch | dtype | mode | full step, s | cached / full | by macs | by macs_fc | N = 5 speed-up "
+             "| by macs_fc | diffusers / ours, full | helper / ours, cached | helper / ours, N = 5 |",
+             "|---" * 13 + "|"]
+    for result in results:
+        settings, sides, expected = result["settings"], result["sides"], result["expected"]
+        run = next(run for run in result["runs"] if run["interval"] == 5)
+        ours, helper = sides["ours"], sides.get("helper")
+        rates = run["images_per_second"]
+        cells = [result["model"], settings["batch_size"], settings["dtype"], settings["mode"],
+                 f"{ours['full']['median']:.3g}", f"{ours['cached_over_full']:.3f}",
+                 f"{expected['macs']:.3f}", f"{expected['macs_fc']:.3f}",
+                 f"{run['speedup']['ours']:.2f}", f"{run['speedup']['macs_fc']:.2f}",
+                 f"{sides['diffusers']['full']['over_ours']:.2f}",
+                 f"{helper['cached']['over_ours']:.2f}" if helper else "-",
+                 f"{rates['ours'] / rates['helper']:.2f}" if helper else "-"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def memory_table(results: list[dict]) -> str:
+    """Peak memory of all settings where it was measured, in Markdown."""
+    lines = ["| model | batch | dtype | ours, without cache | ours, cached | the feature | diffusers "
+             "| helper |",
+             "|---" * 8 + "|"]
+    for result in results:
+        if memory := result["memory"]:
+            megabytes = [memory["ours"]["dense"], memory["ours"]["run"], memory["feature"],
+                         memory["diffusers"]["dense"], memory["helper"]["run"]]
+            cells = [result["model"], result["settings"]["batch_size"], result["settings"]["dtype"],
+                     *(f"{value / 1e6:.1f}" for value in megabytes)]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def chart(results: list[dict], path: Path) -> None:
+    """Images per second at each interval, ours, the package's, and what the MACs promise."""
+    columns = min(len(results), 4)
+    rows = math.ceil(len(results) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3 * rows), squeeze=False)
+    for axis in axes.flat[len(results):]:
+        axis.remove()
+    for axis, result in zip(axes.flat, results, strict=False):
+        settings, sides = result["settings"], result["sides"]
+        runs = [run for run in result["runs"] if run["steps"] == STEPS[0]]
+        base = runs[0]["images_per_second"]["ours"]
+        axis.plot(INTERVALS, [base * run["speedup"]["macs_fc"] for run in runs], "k:", label="ours, by macs_fc")
+        for side in sides:
+            rates = [run["images_per_second"].get(side) for run in runs]
+            points = [(interval, rate) for interval, rate in zip(INTERVALS, rates, strict=True) if rate is not None]
+            axis.plot(*zip(*points, strict=True), "o-", label=side)
+        axis.set_title(f"{result['model']}, batch {settings['batch_size']}\n{settings['dtype']}, {settings['mode']}",
+                       fontsize=8)
+        axis.set_xlabel("interval N")
+        axis.set_ylabel(f"images/s, {STEPS[0]} steps")
+        axis.set_ylim(bottom=0)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, format="png", dpi=90)
+    plt.close(figure)
+
+
+def report(folder: Path) -> str:
+    """Write table.md and chart.png of all settings in a folder; returns the table."""
+    order = {name: i for i, name in enumerate(BATCH_SIZES)}
+    results = sorted((json.loads(path.read_text()) for path in folder.glob("*_b*.json")),
+                     key=lambda result: (order.get(result["model"], len(order)),
+                                         MODES.index(result["settings"]["mode"]),
+                                         result["settings"]["dtype"], result["settings"]["batch_size"]))
+    text = f"{table(results)}\n\nPeak memory beside the weights, MB of PyTorch's tensors:\n\n{memory_table(results)}"
+    write_atomically(folder / "table.md", lambda path: path.write_text(text + "\n"))
+    write_atomically(folder / "chart.png", lambda path: chart(results, path))
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=list(BATCH_SIZES), metavar="NAME",
+                        help=f"configs/NAME.yaml (default: {' '.join(BATCH_SIZES)})")
+    parser.add_argument("--batch-size", type=int, nargs="+", help="images at a time; with guidance each takes two rows "
+                                                                  "(default: those of the model)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="(default: fp32 bf16)")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"], help="(default: eager)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed rounds before them (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, cuda:1 (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "throughput" / "compare",
+                        help="folder (default: results/throughput/compare)")
+    return parser
+
+
+@command
+def main() -> None:
+    args = _parser().parse_args()
+    configs = [load_config(ROOT / "configs" / f"{name}.yaml") for name in args.model]
+    if args.repeats < 1 or args.warmup < 1:
+        raise UserError(f"--repeats and --warmup must be 1 or more, got {args.repeats} and {args.warmup}")
+    if args.batch_size is not None and min(args.batch_size) < 1:
+        raise UserError(f"--batch-size must be 1 or more, got {min(args.batch_size)}")
+    args.sizes, args.batch_size = args.batch_size, 1
+    device = prepare_device(args)
+    if device.type == "meta":
+        raise UserError("--device meta computes nothing that could be timed: use cpu or cuda")
+    if "graphs" in args.mode and device.type != "cuda":
+        raise UserError(f"--mode graphs needs a GPU, --device is {device}: use eager or compiled")
+    args.out.mkdir(parents=True, exist_ok=True)
+    logging.set_verbosity_error()
+    where = provenance(device)
+    where["versions"]["DeepCache"] = version("DeepCache")
+    for config in configs:
+        for mode, dtype, size in itertools.product(args.mode, args.dtype,
+                                                   args.sizes or BATCH_SIZES.get(config.name, (1,))):
+            path = args.out / f"{config.name}_b{size}_{dtype}_{mode}_{device.type}.json"
+            if path.exists():
+                print(f"{path.name}: there already", flush=True)
+                continue
+            print(f"{path.name}: measuring", flush=True)
+            found = compare(config, size, config.sampler.branch, DTYPES[dtype], mode, device, args.repeats, args.warmup)
+            write_json(path, {"kind": "compare_speed", "model": config.name, "settings": {
+                "batch_size": size, "rows": size * rows_per_image(config), "dtype": dtype, "mode": mode,
+                "branch": config.sampler.branch, "repeats": args.repeats, "warmup": args.warmup, "weights": "random"},
+                "provenance": where, **found})
+    print(report(args.out))
+
+
+if __name__ == "__main__":
+    main()

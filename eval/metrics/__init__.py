@@ -1,0 +1,1 @@
+"""Features of images, and the distances and scores made of them."""

@@ -1,0 +1,257 @@
+"""Features of a set of images, computed once: kept beside the images in parts, and shared out among processes.
+
+    SAMPLES/.features/KEY/part-00000.npz        of a folder; KEY stands for the extractor
+    X.npz.features/KEY/part-00000.npz           of an npz
+
+A part holds the features of 1000 images, what was seen of their files, and the sha256 of their pixels. It is taken as
+it is while the files look the same (name, size, time of change); where they do not, their pixels decide. So a run that
+was stopped goes on with the parts it lacks, a set that has grown needs its new parts only, and a copied folder none.
+Under torchrun every process computes its share of the parts, and rank 0 gets them all. Which process computes a part
+changes nothing in it: statistics of four processes are those of one.
+"""
+
+import hashlib
+import os
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from eval.metrics.images import ImageSet, check_unchanged
+from runs.errors import UserError
+from runs.files import remove_leftovers, write_atomically
+from runs.seeds import deal, rank_and_world
+
+PART = 1000             # images; a change of it would change the batches, and with them the last bits
+_PATIENCE = 1800        # seconds without a new part after which rank 0 no longer waits for the others
+T = TypeVar("T")
+
+
+class Extractor(Protocol):
+    """A network that turns images into features.
+
+    id: what decides the features: network, weights, preprocessing. layers: dimensions by name.
+    """
+    id: str
+    layers: Mapping[str, int]
+
+    def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """uint8 [n, height, width, 3] -> float32 [n, dims] of every layer."""
+        ...
+
+
+class Features:
+    """The features of a set of images, read from disk part by part when they are asked for.
+
+    count: images. layers: dimensions by name. images_sha256: of the names and the pixels, in order.
+    """
+
+    def __init__(self, parts: Sequence[Mapping[str, np.ndarray] | Path], digests: Sequence[str], names: Sequence[str],
+                 layers: Mapping[str, int]):
+        self._parts, self._digests, self.count, self.layers = parts, digests, len(names), dict(layers)
+        self.images_sha256 = hashlib.sha256("\n".join([*names, *digests]).encode()).hexdigest()
+
+    def parts(self, layer: str | None = None) -> Iterator[np.ndarray]:
+        """float32 [at most 1000, dims] of a layer (default: the only one), in the order of the images."""
+        layer = layer or self._only()
+        for part, digest in zip(self._parts, self._digests, strict=True):
+            if isinstance(part, Path):
+                with np.load(part, allow_pickle=False) as kept:
+                    if str(kept["pixels_sha256"]) != digest:
+                        raise UserError(f"{part} has become that of other images: something else evaluates a changed "
+                                        "set at the same time; run the same command again")
+                    yield kept[layer]
+            else:
+                yield part[layer]
+
+    def all(self, layer: str | None = None) -> np.ndarray:
+        """float32 [n, dims]: the whole layer in memory, 410 MB for 50,000 images and 2048 dimensions."""
+        layer = layer or self._only()
+        out = np.empty((self.count, self.layers[layer]), np.float32)
+        first = 0
+        for part in self.parts(layer):
+            out[first:first + len(part)] = part
+            first += len(part)
+        return out
+
+    @property
+    def values(self) -> np.ndarray:
+        """The only layer, whole."""
+        return self.all()
+
+    def _only(self) -> str:
+        name, = self.layers
+        return name
+
+
+def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store: Path | None = None,
+            share: bool = False) -> Features | None:
+    """The features of all images; those that are kept and still right are not computed again.
+
+    store: where to make the folder for them (default: beside the images; images in memory keep theirs in memory).
+    share: with torchrun's other processes, which get None when their parts are there; rank 0 waits for all of them.
+    Raises UserError for images that cannot be used, that change meanwhile, and for a folder that cannot be written.
+    """
+    rank, world = rank_and_world() if share else (0, 1)
+    parts = [range(first, min(first + PART, len(images))) for first in range(0, len(images), PART)]
+    folder = _folder(images, extractor, store, world)
+    if folder is None:
+        found = dict(_compute(images, extractor, parts, batch_size))
+        check_unchanged(images)
+        return Features([values for values, _ in found.values()], [digest for _, digest in found.values()],
+                        images.names, extractor.layers)
+    paths = [folder / f"part-{index:05d}.npz" for index in range(len(parts))]
+    kept = {part: _Kept(path, images, part, extractor) for part, path in zip(parts, paths, strict=True)}
+    mine = list(deal(parts)) if share else parts
+    moved = [part for part in mine if kept[part].digest and not kept[part].valid]
+    for part, digest in _digests(images, moved, batch_size):
+        kept[part].confirm(digest)
+    for part, (values, digest) in _compute(images, extractor, [part for part in mine if not kept[part].valid],
+                                           batch_size):
+        kept[part].write(values, digest)
+    if rank:
+        return None
+    _wait([part for part in kept.values() if not part.valid])
+    check_unchanged(images)
+    return Features(paths, [part.digest for part in kept.values()], images.names, extractor.layers)
+
+
+def _folder(images: ImageSet, extractor: Extractor, store: Path | None, world: int) -> Path | None:
+    """Where these features are kept, made and ready to be written to; None: in memory."""
+    if images.root is None:
+        return None
+    if store is not None:
+        of_set = store / images.root.resolve().name
+    elif images.root.is_dir():
+        of_set = images.root / ".features"
+    else:
+        of_set = images.root.with_name(f"{images.root.name}.features")
+    folder = of_set / hashlib.sha256(extractor.id.encode()).hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            remove_leftovers(folder.glob(".*.tmp"))
+            return folder
+        reason = "no permission"
+    except OSError as error:
+        reason = error.strerror
+    if store is not None or world > 1:
+        raise UserError(f"the features are kept in {folder}, which cannot be written ({reason}): name another folder "
+                        "with --features")
+    tqdm.write(f"note: {folder} cannot be written ({reason}): the features stay in memory, and are computed again next "
+               "time")
+    return None
+
+
+class _Kept:
+    """One part on disk. digest: of its images' pixels, None without a usable file. valid: the images are the same."""
+
+    def __init__(self, path: Path, images: ImageSet, part: range, extractor: Extractor):
+        self.path, self.stamp, self.extractor, self.size = path, images.stamp(part), extractor, len(part)
+        self.read()
+
+    def read(self) -> None:
+        self.digest, self.valid = None, False
+        try:
+            with np.load(self.path, allow_pickle=False) as kept:
+                shapes = {name: kept[name].shape for name in self.extractor.layers}
+                if str(kept["extractor"]) == self.extractor.id and shapes == {
+                        name: (self.size, dims) for name, dims in self.extractor.layers.items()}:
+                    self.digest, self.valid = str(kept["pixels_sha256"]), str(kept["stamp"]) == self.stamp
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass        # not there or damaged: it is only kept to save work
+
+    def confirm(self, digest: str) -> None:
+        """The files were touched: with the same pixels in them, only what was seen of them is written anew."""
+        if digest == self.digest:
+            with np.load(self.path, allow_pickle=False) as kept:
+                self.write({name: kept[name] for name in self.extractor.layers}, digest)
+
+    def write(self, values: Mapping[str, np.ndarray], digest: str) -> None:
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.savez(file, extractor=self.extractor.id, stamp=self.stamp, pixels_sha256=digest, **values)
+        write_atomically(self.path, write)
+        self.digest, self.valid = digest, True
+
+
+def _compute(images: ImageSet, extractor: Extractor, parts: Sequence[range], batch_size: int
+             ) -> Iterator[tuple[range, tuple[dict[str, np.ndarray], str]]]:
+    """(part, (features by layer, sha256 of the pixels)) of each part."""
+    def batch(pixels: np.ndarray) -> dict[str, np.ndarray]:
+        features = extractor.features(pixels)
+        for name, values in features.items():
+            if not np.isfinite(values).all():
+                raise UserError(f"the {name} features of an image in {images.description} are not finite: the weights "
+                                "of the extractor are damaged")
+        return features
+
+    for part, pixels in _by_part(images, parts, batch_size, "features"):
+        digest, found = hashlib.sha256(), []
+        for some in pixels:
+            digest.update(np.ascontiguousarray(some))
+            found.append(batch(some))
+        yield part, ({name: np.concatenate([f[name] for f in found]) for name in extractor.layers}, digest.hexdigest())
+
+
+def _digests(images: ImageSet, parts: Sequence[range], batch_size: int) -> Iterator[tuple[range, str]]:
+    for part, pixels in _by_part(images, parts, batch_size, "checking"):
+        digest = hashlib.sha256()
+        for some in pixels:
+            digest.update(np.ascontiguousarray(some))
+        yield part, digest.hexdigest()
+
+
+def _by_part(images: ImageSet, parts: Sequence[range], batch_size: int, title: str
+             ) -> Iterator[tuple[range, Iterator[np.ndarray]]]:
+    """(part, its batches), all in one pass through the images, with progress. The batches must be used up."""
+    if not parts:
+        return
+    rank, world = rank_and_world()
+    batches = _ahead(images.batches(batch_size, parts))
+    with tqdm(total=sum(map(len, parts)), unit="img", leave=False, disable=True if rank else None,
+              desc=f"{title} of {images.description}" + (f", 1 of {world} processes" if world > 1 else "")) as bar:
+        def of(part: range) -> Iterator[np.ndarray]:
+            left = len(part)
+            while left:
+                pixels = next(batches)
+                left -= len(pixels)
+                yield pixels
+                bar.update(len(pixels))
+
+        for part in parts:
+            yield part, of(part)
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, the next one being made while one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+
+
+def _wait(missing: list[_Kept]) -> None:
+    """Until other processes have written these parts."""
+    since = time.monotonic()
+    with tqdm(total=len(missing), unit="part", leave=False, disable=None if missing else True,
+              desc="waiting for the other processes") as bar:
+        while missing:
+            for part in missing:
+                part.read()
+            left = [part for part in missing if not part.valid]
+            if len(left) < len(missing):
+                since = time.monotonic()
+                bar.update(len(missing) - len(left))
+            elif time.monotonic() - since > _PATIENCE:
+                raise UserError(f"{len(left)} parts are still missing in {left[0].path.parent}, and no process has "
+                                f"added one for {_PATIENCE // 60} minutes: run the same command again")
+            missing = left
+            if missing:
+                time.sleep(1)

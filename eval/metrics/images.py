@@ -1,0 +1,290 @@
+"""Reading a set of images: a sample folder, a plain folder, or an npz; always in the same order, in batches."""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from runs.errors import UserError, one_line
+from runs.seeds import format_some, parse_seeds
+
+# What Pillow raises for a PNG that is cut off or not one: SyntaxError too, for a damaged chunk.
+UNREADABLE = (OSError, ValueError, SyntaxError)
+_SUFFIXES = {".png", ".jpg", ".jpeg"}
+_OTHER_SUFFIXES = {".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic"}
+_READERS = min(8, os.cpu_count() or 1)      # threads that decode; Pillow lets others run meanwhile
+
+
+@dataclass
+class ImageSet:
+    """Images that are read when asked for; memory does not grow with their number.
+
+    description: where they are. names: one per image, in order. seeds: the same as numbers, where the names are.
+    size: (height, width). fingerprint: changes when the files do. root: the folder or file; None for arrays.
+    read: (n, ranges) -> the images of each range of positions in turn, in batches of at most n that end with a range.
+    stamp: (range) -> what changes when the files of these images do. reopen: the same path as it is now.
+    """
+    description: str
+    names: list[str]
+    seeds: list[int] | None
+    size: tuple[int, int]
+    fingerprint: str
+    root: Path | None
+    read: Callable[[int, Sequence[range]], Iterator[np.ndarray]]
+    stamp: Callable[[range], str]
+    reopen: Callable[[], "ImageSet"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batches(self, n: int, ranges: Sequence[range] | None = None) -> Iterator[np.ndarray]:
+        """uint8 [at most n, height, width, 3], in order. Raises UserError that names a file it cannot use.
+
+        ranges: ascending ranges of positions (default: all images); no batch crosses the end of one.
+        """
+        yield from self.read(n, [range(len(self))] if ranges is None else ranges)
+
+    def run(self) -> dict | None:
+        """run.json of a sample folder, None where there is none."""
+        path = self.root / "run.json" if self.root else None
+        if path is None or not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is damaged: where these images come from is unknown; sample them again") from None
+
+
+def open_images(path: Path | str, seeds: Sequence[int] | None = None, expected: int | None = None) -> ImageSet:
+    """The images of a sample folder (000/000123.png), a plain folder (PNG, JPEG), or an npz (`arr_0`, uint8 NHWC).
+
+    Order: by seed where the names are numbers, else by name; an npz as it lies, its positions counting as seeds.
+    seeds: exactly these must be there. expected: at least so many must be there.
+    Raises UserError for no images, too few, missing or leftover seeds, and files that are no 8-bit RGB images.
+    """
+    path = Path(path)
+    if path.is_dir():
+        images = _folder(path)
+    elif path.is_file():
+        images = _npz(path)
+    else:
+        raise UserError(f"no images at {path}: give a folder of PNGs or an npz")
+    if seeds is not None:
+        _check_seeds(images, seeds)
+    if expected is not None and len(images) < expected:
+        raise UserError(f"{path} has {len(images)} of the {expected} images expected: sample the rest first")
+    return images
+
+
+def check_finished(images: ImageSet, allow_fewer: bool = False) -> str | None:
+    """Refuse a sample folder that lacks images which its own runs were asked for: it grows, or was interrupted.
+
+    Returns None, or with allow_fewer a line that says what is missing. Raises UserError. For judging: a number that
+    depends on when it was computed is none.
+    """
+    log = images.root / "sessions.jsonl" if images.root else None
+    if log is None or not log.is_file():
+        return None
+    asked: set[int] = set()
+    for line in log.read_text().splitlines():
+        try:
+            asked.update(parse_seeds(json.loads(line)["seeds"]))
+        except (ValueError, KeyError, UserError):
+            continue        # a line that was being written; the images are what counts
+    missing = asked - set(images.seeds or ())
+    if not missing:
+        return None
+    line = (f"{images.description} lacks {len(missing)} images that its runs were asked for, seeds "
+            f"{format_some(missing)}: it is still being written, or was interrupted")
+    if not allow_fewer:
+        raise UserError(f"{line}; run the same sample command to the end first")
+    return line
+
+
+def check_unchanged(images: ImageSet) -> None:
+    """Raises UserError where images were added, removed or rewritten since they were opened."""
+    if images.root and images.reopen is not None and images.reopen().fingerprint != images.fingerprint:
+        raise UserError(f"{images.description} changed while it was read: it is still being written; wait for that")
+
+
+def batched(ranges: Sequence[range], n: int) -> Iterator[range]:
+    """The ranges cut into pieces of at most n."""
+    for positions in ranges:
+        for first in range(positions.start, positions.stop, n):
+            yield range(first, min(first + n, positions.stop))
+
+
+def from_array(pixels: np.ndarray, description: str, names: Sequence[str]) -> ImageSet:
+    """Images in memory: uint8 [n, height, width, 3] and n names."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) != len(names):
+        raise ValueError(f"expected uint8 [{len(names)}, height, width, 3], got {pixels.dtype} {list(pixels.shape)}")
+
+    def read(n: int, ranges: Sequence[range]) -> Iterator[np.ndarray]:
+        for some in batched(ranges, n):
+            yield pixels[some.start:some.stop]
+
+    def stamp(some: range) -> str:
+        return hashlib.sha256(np.ascontiguousarray(pixels[some.start:some.stop])).hexdigest()
+
+    return ImageSet(description, list(names), None, pixels.shape[1:3], stamp(range(len(pixels))), None, read, stamp)
+
+
+def check_paired(samples: ImageSet, against: ImageSet) -> None:
+    """Raises UserError unless every image has a partner of the same seed and size in the other set."""
+    for images in (samples, against):
+        if images.seeds is None:
+            raise UserError(f"{images.description}: the file names are not numbers, so images cannot be paired by seed")
+    for one, other in ((samples, against), (against, samples)):
+        alone = set(one.seeds) - set(other.seeds)
+        if alone:
+            raise UserError(f"{len(alone)} of the {len(one)} images in {one.description} have no partner in "
+                            f"{other.description}: seeds {format_some(alone)}")
+    if samples.size != against.size:
+        raise UserError(f"{samples.description} has images of {samples.size[1]}x{samples.size[0]} pixels, "
+                        f"{against.description} of {against.size[1]}x{against.size[0]}")
+
+
+def _folder(path: Path) -> ImageSet:
+    # A plain folder may hold sub-folders of something else, and a sample folder a picture of all samples.
+    dealt = sorted(path.glob("[0-9][0-9][0-9]*/[0-9]*.png"))
+    files = dealt if dealt or (path / "run.json").exists() else _plain(path)
+    if not files:
+        raise UserError(f"no PNG images in {path}")
+    seeds = None
+    if all(re.fullmatch(r"[0-9]+", file.stem) for file in files):
+        files.sort(key=lambda file: int(file.stem))
+        seeds = [int(file.stem) for file in files]
+        if len(set(seeds)) < len(seeds):
+            twice = next(a for a, b in itertools.pairwise(seeds) if a == b)
+            raise UserError(f"{path} has two images of seed {twice}")
+    names = [str(file.relative_to(path)) for file in files]
+    first = read_png(files[0])
+
+    def read(n: int, ranges: Sequence[range]) -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor(_READERS) as pool:
+            for some in batched(ranges, n):
+                yield np.stack(list(pool.map(lambda i: read_png(files[i], first.shape, files[0]), some)))
+
+    def stamp(some: range) -> str:
+        return _fingerprint(files[some.start:some.stop], names[some.start:some.stop])
+
+    return ImageSet(str(path), names, seeds, first.shape[:2], stamp(range(len(files))), path, read, stamp,
+                    lambda: _folder(path))
+
+
+def _plain(path: Path) -> list[Path]:
+    """The images that lie in a folder, by name; text and the like beside them are left alone."""
+    files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    other = [file for file in files if file.suffix.lower() in _OTHER_SUFFIXES]
+    if other:
+        raise UserError(f"{other[0]} and {len(other) - 1} more are images of a kind that is not read here, and leaving "
+                        "them out would judge another set: convert them to PNG")
+    return [file for file in files if file.suffix.lower() in _SUFFIXES]
+
+
+def read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | None = None) -> np.ndarray:
+    """One image: uint8 [height, width, 3]; `shape`: what it must be, as `example` is.
+
+    Raises UserError for a file that is no image, not 8-bit RGB, or of another shape.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode != "RGB":
+                raise UserError(f"{path} is of mode {image.mode}: expected 8-bit RGB")
+            pixels = np.asarray(image)
+    except UNREADABLE as error:
+        raise UserError(f"{path} is truncated or not an image ({one_line(error)}): "
+                        "delete it and sample it again") from None
+    if shape is not None and pixels.shape != shape:
+        raise UserError(f"mixed sizes: {path} is {pixels.shape[1]}x{pixels.shape[0]}, "
+                        f"{example} is {shape[1]}x{shape[0]}")
+    return pixels
+
+
+def _npz(path: Path) -> ImageSet:
+    with _open_array(path) as (_, shape):
+        pass
+
+    def take(file: BinaryIO, some: range) -> bytes:
+        size = len(some) * int(np.prod(shape[1:]))
+        try:
+            data = file.read(size)
+        except (zipfile.BadZipFile, OSError, EOFError, zipfile.zlib.error) as error:
+            raise UserError(f"{path} is damaged: {one_line(error)}") from None
+        if len(data) < size:
+            raise UserError(f"{path} is truncated: arr_0 ends before image {some.stop} of {shape[0]}")
+        return data
+
+    def read(n: int, ranges: Sequence[range]) -> Iterator[np.ndarray]:
+        # The archive is decompressed as it is read: numpy.load would hold all 10 GB of 50,000 images. What lies before
+        # a range is read too, so that the checksum at the end is of everything.
+        at = 0
+        with _open_array(path) as (file, _):
+            for some in batched(ranges, n):
+                for skipped in batched([range(at, some.start)], n):
+                    take(file, skipped)
+                yield np.frombuffer(take(file, some), np.uint8).reshape(len(some), *shape[1:])
+                at = some.stop
+
+    names, fingerprint = [str(i) for i in range(shape[0])], _fingerprint([path], [path.name])
+    return ImageSet(str(path), names, list(range(shape[0])), shape[1:3], fingerprint, path, read,
+                    lambda some: f"{fingerprint} {some.start}-{some.stop}", lambda: _npz(path))
+
+
+class _open_array:
+    """Context of arr_0 in an npz: (a file positioned at the first pixel, shape)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self):
+        try:
+            self.archive = zipfile.ZipFile(self.path)
+            self.file = self.archive.open("arr_0.npy")
+            version = np.lib.format.read_magic(self.file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = header(self.file)
+        except KeyError:
+            raise UserError(f"{self.path} has no arr_0: expected uint8 [n, height, width, 3]") from None
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise UserError(f"{self.path} is truncated or not an npz: {one_line(error)}") from None
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+            raise UserError(f"{self.path}: arr_0 is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}: "
+                            "expected uint8 [n, height, width, 3]")
+        if not shape[0]:
+            raise UserError(f"no images in {self.path}")
+        return self.file, shape
+
+    def __exit__(self, *_) -> None:
+        self.archive.close()
+
+
+def _fingerprint(files: Iterable[Path], names: Iterable[str]) -> str:
+    """Of names, sizes and times of change: reading 50,000 images to learn that they are the same takes too long."""
+    digest = hashlib.sha256()
+    for file, name in zip(files, names, strict=True):
+        status = file.stat()
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _check_seeds(images: ImageSet, seeds: Sequence[int]) -> None:
+    if images.seeds is None:
+        raise UserError(f"{images.description}: the file names are not numbers, so seeds cannot be told")
+    wanted, there = set(seeds), set(images.seeds)
+    if wanted - there:
+        raise UserError(f"{images.description} has {len(wanted & there)} of the {len(wanted)} images asked for; "
+                        f"missing seeds {format_some(wanted - there)}: sample them first")
+    if there - wanted:
+        raise UserError(f"{images.description} has {len(there - wanted)} images more than asked for, seeds "
+                        f"{format_some(there - wanted)}: ask for them too, or use another folder")

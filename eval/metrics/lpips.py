@@ -1,0 +1,64 @@
+"""LPIPS (Zhang et al., arXiv 1801.03924), version 0.1 with AlexNet: torchmetrics' network, the backbone from a file.
+
+torchmetrics carries the small linear heads; left to itself it would download the backbone.
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+from runs.errors import UserError
+from runs.weights import load_strict, read_tensors, sha256
+
+BACKBONE = "alexnet-owt-7be5be79.pth"       # torchvision's, named by the start of its sha256
+_SMALLEST = 31      # pixels: below, nothing is left after the second pooling
+
+
+class Lpips:
+    """uint8 [n, height, width, 3] twice -> float64 [n]: 0 for equal images, larger for less alike ones.
+
+    backbone: torchvision's AlexNet (BACKBONE), a file. Raises UserError where it is missing or something else.
+    """
+
+    def __init__(self, backbone: Path, device: torch.device | str = "cpu"):
+        if not Path(backbone).is_file():
+            raise UserError(f"no file {backbone}: LPIPS needs {BACKBONE}, torchvision's AlexNet")
+        self.backbone, self.device = Path(backbone), torch.device(device)
+        tensors = read_tensors(backbone)
+        if not isinstance(tensors, dict) or not any(str(name).startswith("features.") for name in tensors):
+            raise UserError(f"{backbone} is no AlexNet of torchvision: LPIPS needs {BACKBONE}")
+        self.net = _NoTrainLpips(net="alex", pnet_rand=True)
+        # slice1.0.weight is torchvision's features.0.weight.
+        load_strict(self.net.net, {k: v for k, v in tensors.items() if not k.startswith("classifier.")},
+                    lambda name: f"features.{name.split('.', 1)[1]}")
+        self.net.to(self.device)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the backbone's file, hex."""
+        return sha256(self.backbone)
+
+    @property
+    def name(self) -> str:
+        """'lpips', or 'lpips_other_backbone' where the file is not the published one: such numbers are no LPIPS."""
+        published = BACKBONE.removesuffix(".pth").rsplit("-", 1)[1]
+        return "lpips" if self.sha256.startswith(published) else "lpips_other_backbone"
+
+    @property
+    def id(self) -> str:
+        """What decides the numbers."""
+        return f"{self.name}:v0.1:alex:sha256={self.sha256}"
+
+    @staticmethod
+    def check_size(size: tuple[int, int]) -> None:
+        """Raises UserError for images (height, width) that are too small."""
+        if min(size) < _SMALLEST:
+            raise UserError(f"LPIPS needs images of at least {_SMALLEST} pixels a side, these have {size[1]}x{size[0]}")
+
+    @torch.no_grad()
+    def __call__(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        x, y = (torch.tensor(a, device=self.device).permute(0, 3, 1, 2) / 127.5 - 1 for a in (x, y))
+        return self.net(x, y).reshape(-1).double().cpu().numpy()

@@ -1,0 +1,78 @@
+"""Command-line options that the evaluators on Inception features share, and their checks."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from eval.metrics.distances import Estimate
+from eval.metrics.images import ImageSet, check_finished, open_images
+from eval.metrics.statistics import GROUPS
+from eval.tables.results import Metric
+from runs.errors import UserError
+
+COUNT = 50_000      # images behind the published numbers
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--inception, --features, --batch-size, --device, --threads: of the extraction."""
+    parser.add_argument("--inception", type=Path, required=True,
+                        help="weights of the Inception network, a local file (eval/metrics/inception.py names two)")
+    parser.add_argument("--features", type=Path, help="folder to keep features in (default: beside the images)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, cuda:1 (default: %(default)s; under torchrun cuda is each process's own)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+
+
+def add_sample_options(parser: argparse.ArgumentParser) -> None:
+    """--samples, --count, --allow-fewer, --groups, --out: of what is judged."""
+    parser.add_argument("--samples", type=Path, required=True, help="sample folder, folder of images, or npz (arr_0)")
+    parser.add_argument("--count", type=int, default=COUNT, help="images that must be there (default: %(default)s)")
+    parser.add_argument("--allow-fewer", action="store_true",
+                        help="judge fewer images, or an unfinished folder: not comparable with published numbers")
+    parser.add_argument("--groups", type=int, default=GROUPS,
+                        help="of the jackknife for the error of FID (default: %(default)s; 0: no error)")
+    parser.add_argument("--out", type=Path, help="JSON to write (eval/tables/results.py)")
+
+
+def open_samples(args: argparse.Namespace) -> tuple[ImageSet, list[str]]:
+    """The images to judge, and what must be said about them.
+
+    Raises UserError for a folder that is unfinished, fewer than --count images without --allow-fewer, fewer than two.
+    """
+    if args.groups < 0 or args.groups == 1:
+        raise UserError(f"--groups must be 2 or more, or 0 for no error, got {args.groups}")
+    if args.count < 2:
+        raise UserError(f"--count must be 2 or more, got {args.count}")
+    images = open_images(args.samples)
+    notes = [note] if (note := check_finished(images, args.allow_fewer)) else []
+    n = len(images)
+    if n < 2:
+        raise UserError(f"{images.description} has {n} image: a distance of sets needs at least 2")
+    if n < args.count and not args.allow_fewer:
+        raise UserError(f"{images.description} has {n} of the {args.count} images expected: sample the rest first, "
+                        "name another --count, or pass --allow-fewer for a number that is not comparable")
+    if n != args.count:
+        notes.append(f"{n} images where {args.count} are expected: FID, sFID and recall of another number of images "
+                     "are not comparable")
+    return images, notes
+
+
+def few(n: int, dims: int, what: str) -> list[str]:
+    """A note where a covariance is singular."""
+    return [f"{n} {what} for {dims} dimensions: the covariance is singular, and the Frechet distance mostly bias"
+            ] if n <= dims else []
+
+
+def metric(estimate: Estimate) -> Metric:
+    """As results have it; without an interval where the error is not known."""
+    if estimate.stderr != estimate.stderr:      # nan
+        return Metric(estimate.value)
+    return Metric(estimate.value, estimate.json()["interval"], estimate.stderr)
+
+
+def shown(found: Metric, digits: int = 4, scale: float = 1) -> str:
+    """'3.3712 +- 0.0312': the value and half its 95% interval."""
+    error = "" if found.stderr is None else f" +- {1.96 * scale * found.stderr:.{digits}f}"
+    return f"{scale * found.value:.{digits}f}{error}"

@@ -1,0 +1,1 @@
+"""The papers' tables, results as JSON, rendering and plots."""

@@ -1,0 +1,139 @@
+"""What the papers print: the tables of results/paper/*.yaml, read and checked. And tables of no paper."""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from runs.errors import UserError
+from runs.files import ROOT
+
+FOLDER = ROOT / "results" / "paper"
+
+
+class Column(NamedTuple):
+    """A column of the papers: its heading, and the decimals it is usually printed with."""
+    heading: str
+    decimals: int
+
+
+COLUMNS = {
+    "center": Column("centre", 0), "power": Column("power", 2), "macs_G": Column("MACs (G)", 2),
+    "throughput": Column("images/s", 3), "speedup": Column("speed-up", 2), "fid": Column("FID", 2),
+    "sfid": Column("sFID", 2), "is": Column("IS", 2), "precision": Column("precision", 2),
+    "recall": Column("recall", 2), "clip": Column("CLIP score", 2),
+    "fd_efflite0": Column("FD-EffLite0", 1), "kid_efflite0": Column("KID-EffLite0 x 1000", 1),
+    "caching_img_s": Column("images/s, caching", 2),
+    "baseline_img_s": Column("images/s, baseline", 2), "win": Column("win %", 1), "tie": Column("tie %", 1),
+    "lose": Column("lose %", 1)}
+
+
+class Note(NamedTuple):
+    """A footnote: of some cells or rows, or of the whole table where it names none."""
+    text: str
+    section: str | None
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    def marks_row(self, section: str, row: str) -> bool:
+        return row in self.rows and self.section in (None, section) and not self.columns
+
+    def marks_cell(self, section: str, row: str, column: str) -> bool:
+        return row in self.rows and self.section in (None, section) and column in self.columns
+
+
+class Section(NamedTuple):
+    """Rows that share a data set. rows: by label, in the paper's order: {column: value}, a string as it is printed."""
+    name: str                       # "" where a table has one section
+    title: str
+    images: int | None              # of each row, in the paper
+    decimals: dict[str, int]
+    rows: dict[str, dict[str, float | str | None]]
+
+    def columns(self) -> list[str]:
+        """Those that any row has."""
+        return [key for key in COLUMNS if any(key in row for row in self.rows.values())]
+
+    def shown(self, column: str, value: float | str | None, sign: str = "") -> str:
+        """A value as the column is printed; a dash for none."""
+        if value is None or isinstance(value, str):
+            return value or "-"
+        return f"{value:{sign}.{self.decimals.get(column, COLUMNS[column].decimals)}f}"
+
+
+class Table(NamedTuple):
+    """One table of a paper. script: of scripts/, which has its commands; None where nothing can be run."""
+    name: str                       # table1, block_caching_table1
+    paper: str                      # empty: of no paper
+    title: str
+    script: str | None
+    macs_steps: int | None          # what MACs are divided by; the row's own steps where None
+    schedules: bool                 # whether it lists settings, not measurements
+    sections: dict[str, Section]
+    notes: list[Note]
+
+    @property
+    def heading(self) -> str:
+        return f"{self.paper}, Table {self.name.rsplit('table', 1)[1]}: {self.title}" if self.paper else self.title
+
+
+_TABLE_KEYS = {"title", "script", "images", "decimals", "macs_steps", "schedules", "rows", "sections", "notes"}
+
+
+def _section(name: str, content: dict[str, Any], table: dict[str, Any]) -> Section:
+    rows = {str(row["row"]): {key: value for key, value in row.items() if key != "row"} for row in content["rows"]}
+    if len(rows) < len(content["rows"]):
+        raise ValueError("two rows of one name")
+    unknown = {key for row in rows.values() for key in row} - COLUMNS.keys()
+    if unknown:
+        raise ValueError(f"unknown column {', '.join(sorted(unknown))}")
+    return Section(name, content.get("title", "") if name else "", content.get("images", table.get("images")),
+                   {**table.get("decimals", {}), **content.get("decimals", {})}, rows)
+
+
+def _table(name: str, paper: str, content: dict[str, Any]) -> Table:
+    if content.keys() - _TABLE_KEYS:
+        raise ValueError(f"unknown key {', '.join(content.keys() - _TABLE_KEYS)}")
+    parts = content.get("sections") or {"": content}
+    sections = {key: _section(key, part, content) for key, part in parts.items()}
+    notes = [Note(note["text"].strip(), note.get("section"), tuple(note.get("rows", ())),
+                  tuple(note.get("columns", ()))) for note in content.get("notes", [])]
+    for note in notes:
+        there = [s for s in sections.values() if note.section in (None, s.name)]
+        if not there or set(note.rows) - {row for s in there for row in s.rows}:
+            raise ValueError(f"a note is of rows that are not there: {', '.join(note.rows)}")
+    return Table(name, paper, content["title"], content.get("script"), content.get("macs_steps"),
+                 content.get("schedules", False), sections, notes)
+
+
+def own_table(name: str, title: str, script: str, labels: Sequence[str], images: int) -> Table:
+    """A table of no paper: rows by their labels, judged by eval.quality, whose network needs no download."""
+    rows = {label: dict.fromkeys(("fd_efflite0", "kid_efflite0")) for label in labels}
+    return Table(name, "", title, script, None, False, {"": Section("", "", images, {}, rows)}, [])
+
+
+@cache
+def tables() -> dict[str, Table]:
+    """All tables of both papers, by name, in their order."""
+    return {table.name: table for path in (FOLDER / "deepcache.yaml", FOLDER / "block_caching.yaml")
+            for table in _read(path)}
+
+
+def _read(path: Path) -> Iterator[Table]:
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    for name, table in content["tables"].items():
+        try:
+            yield _table(name, content["name"], table)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path}, {name}: {error}") from None
+
+
+def find(name: str) -> Table:
+    """A table by its name; '3' for table3. Raises UserError."""
+    known = tables()
+    for candidate in (name, f"table{name}"):
+        if candidate in known:
+            return known[candidate]
+    raise UserError(f"no table {name!r}: choose from {', '.join(known)}")

@@ -1,0 +1,346 @@
+"""A table of a paper with our numbers in it: paper | ours | difference."""
+
+import csv
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from eval.cost import bk_sdm
+from eval.cost.macs import giga
+from eval.tables.paper import COLUMNS, Note, Section, Table, tables
+from eval.tables.results import Result
+from eval.tables.rows import Row, Runs, check_against, of_table
+from runs.files import ROOT
+from runs.labels import RULES
+
+RESULTS = ROOT / "results"
+
+
+Found = Sequence[tuple[Path, Result]]
+
+
+# Column -> name of the metric in a result, and what a result's value is multiplied by to be printed.
+METRICS = {"fid": ("FID", 1), "sfid": ("sFID", 1), "is": ("IS", 1), "precision": ("precision", 100),
+           "recall": ("recall", 100), "clip": ("CLIP score", 1), "fd_efflite0": ("FD-EffLite0", 1),
+           "kid_efflite0": ("KID-EffLite0", 1000)}
+
+
+_SETTINGS = ("center", "power")
+
+
+_THEIR_GPU = "2080"
+
+
+def judge(row: Row, columns: Sequence[str]) -> str:
+    """The kind of result that has a row's metrics: whose convention the paper's column follows."""
+    if "fd_efflite0" in columns:
+        return "quality"
+    return "adm" if row.package == "ldm" else "clip_score" if "clip" in columns else "fid"
+
+
+def is_of(result: Result, row: Row, section: Section, kind: str) -> bool:
+    """Whether a result was measured on a run with a row's settings, and on as many images as the paper's."""
+    settings, cache = result.settings, result.settings.get("cache") or {}
+    if (result.kind, result.images) != (kind, section.images):
+        return False
+    if any(settings.get(key) != value for key, value in row.settings().items()):
+        return False
+    # Noise as the released code has it, one class only, other prompts and other networks are other experiments.
+    if settings.get("noise", "per seed") != "per seed" or settings.get("labels", "balanced") not in RULES:
+        return False
+    if row.given.prompts and Path(result.inputs.get("prompts", "")).name != Path(row.given.prompts).name:
+        return False
+    pruned = settings.get("unet", {}).get("diffusers")
+    if (row.pruned is not None) != (pruned is not None) or (pruned and bk_sdm.size_of(pruned) != row.pruned):
+        return False
+    if cache.get("block_caching") != row.plan.settings.get("block_caching"):
+        return False
+    if (cache.get("interval", 1) != 1) != row.plan.cached:
+        return False
+    return not row.plan.cached or all(cache.get(key) == row.plan.settings[key]
+                                      for key in ("branch", "full_steps", "zero_cache"))
+
+
+def newest(found: Found, row: Row, section: Section, kind: str) -> tuple[Path, Result] | None:
+    """The last of the results that are of a row."""
+    own = [(path, result) for path, result in found if is_of(result, row, section, kind)]
+    return max(own, key=lambda pair: (pair[1].finished or "", str(pair[0])), default=None)
+
+
+class Speed(NamedTuple):
+    """Of the network alone, from the times of full and cached steps."""
+    images_per_second: float
+    speedup: float                  # over an uncached run of `base` network calls
+    path: Path
+    result: Result
+
+
+def speed_of(found: Found, row: Row, base: int) -> Speed | None:
+    """The throughput of a row; from an accelerator where there is one, else from a CPU, and from the newest of them.
+
+    base: network calls of the uncached run that the speed-up is over.
+    """
+    own = []
+    for path, result in found:
+        times = result.throughput
+        if row.pruned or not times or result.model != row.config.name or result.settings.get("dtype") != row.dtype:
+            continue
+        cost = _in_full_steps(times, row)           # of a run; the seconds of a round cancel in it
+        if cost is not None:
+            seconds, ratio = cost
+            own.append(Speed(result.settings["batch_size"] / seconds, base / ratio, path, result))
+    return max(own, key=lambda s: (s.result.provenance.get("device") != "cpu", s.result.finished or "", str(s.path)),
+               default=None)
+
+
+def _in_full_steps(times: Mapping, row: Row) -> tuple[float, float] | None:
+    """(seconds of a batch of a row's run, its time in full steps); None where its kind of steps was not timed."""
+    full = times["full"]["median"]
+    if row.plan.blocks is not None:
+        own = [timed for timed in times.get("schedules", ()) if timed["sha256"] == row.plan.blocks.sha256
+               and timed["scale_shift"] == (row.plan.table is not None)]
+        return (own[0]["seconds"], own[0]["calls"] / own[0]["speedup"]) if own and not row.plan.cached else None
+    k = row.full_calls
+    if not row.plan.cached:
+        return k * full, k
+    own = [step for step in times.get("branches", ()) if step["branch"] == row.plan.branch]
+    if not own:
+        return None
+    return k * full + (row.calls - k) * own[0]["median"], k + (row.calls - k) * own[0]["ratio"]
+
+
+class Line(NamedTuple):
+    """One line of a table: what the paper prints for a row, what is ours, or their difference."""
+    label: str                      # with the marks of its footnotes; empty but on a row's first line
+    what: str                       # paper, ours, difference
+    cells: list[str]
+
+
+class Filled(NamedTuple):
+    """A section with its numbers. values: what the lines show: (row, run, column, paper, ours, difference, from)."""
+    section: Section
+    columns: list[str]
+    lines: list[Line]
+    values: list[tuple[str, ...]]
+
+
+class Rendered(NamedTuple):
+    """A table with its numbers. marked: footnotes by number. notes: of the whole table."""
+    table: Table
+    filled: list[Filled]
+    marked: list[str]
+    notes: list[str]
+
+
+def _decimals(section: Section, column: str, printed: float | str | None) -> int:
+    if isinstance(printed, str):
+        return len(printed.partition(".")[2])
+    return section.decimals.get(column, COLUMNS[column].decimals)
+
+
+def _shown(value: float, decimals: int) -> str:
+    """With the paper's decimals; with two digits where those would leave nothing, as of images/s on a CPU."""
+    return f"{value:.2g}" if 0 < abs(value) < 10 ** -decimals else f"{value:.{decimals}f}"
+
+
+def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base: int, found: Found,
+          sources: dict[str, None]) -> tuple[dict[str, float], dict[str, Path]]:
+    """What we have for a row, by column, and the files that it is from; they are added to `sources` in words.
+
+    base: see `speed_of`.
+    """
+    values = {"macs_G": giga(row.macs(table.macs_steps).hook)}
+    values |= {key: row.plan.settings[key] for key in _SETTINGS if key in columns}
+    files: dict[str, Path] = {}
+    measured = newest(found, row, section, judge(row, columns))
+    if measured:
+        path, result = measured
+        for column, (name, scale) in METRICS.items():
+            if column in columns and name in result.metrics:
+                values[column], files[column] = scale * result.metrics[name].value, path
+        digest = result.hashes.get("checkpoint", "not recorded")[:12]
+        sources[f"{row.config.name} was measured by eval.{result.kind} on {section.images:,} images of each row; "
+                f"checkpoint sha256 {digest}. The CSV names the files."] = None
+    speed = speed_of(found, row, base) if {"throughput", "speedup"} & set(columns) else None
+    if speed:
+        values |= {"throughput": speed.images_per_second, "speedup": speed.speedup}
+        files |= dict.fromkeys(("throughput", "speedup"), speed.path)
+        where, settings = speed.result.provenance, speed.result.settings
+        threads = f", CPU threads: {where['threads']}" if where["device"] == "cpu" else ""
+        sources[f"images/s and speed-up of ours ({row.config.name}): the network alone, {settings['weights']} weights, "
+                f"{settings['dtype']}, batch {settings['batch_size']}, {where['device_name']}{threads} "
+                f"({speed.path.name}). Images/s of other devices are not compared."] = None
+    return values, files
+
+
+def _difference(section: Section, column: str, printed: float | str | None, ours: float | None,
+                device: str | None) -> str:
+    elsewhere = column == "throughput" and _THEIR_GPU not in (device or "")
+    if printed is None or ours is None or elsewhere or column in _SETTINGS:
+        return "-"
+    decimals = _decimals(section, column, printed)
+    return f"{round(ours, decimals) - float(printed):+.{decimals}f}"
+
+
+def _fill(table: Table, section: Section, runs: Runs, found: Found, numbers: Mapping[Note, int],
+          sources: dict[str, None]) -> Filled:
+    columns = [key for key in COLUMNS if key in section.columns() or (key == "macs_G" and runs.rows)]
+    lines, values = [], []
+
+    def marks(test: str, *args: str) -> str:
+        found = [number for note, number in numbers.items() if getattr(note, test)(section.name, *args)]
+        return "".join(f" [{number}]" for number in found)
+
+    base = None         # the run that the paper prints as 1x, for the rows after it; else the config's own steps
+    for label, printed in section.rows.items():
+        cells = [section.shown(key, printed.get(key)) + marks("marks_cell", label, key) for key in columns]
+        if table.paper:
+            lines.append(Line(label + marks("marks_row", label), "paper", cells))
+        beside = runs.beside(section.name, label)
+        if beside and printed.get("speedup") in (1.0, "1.0", "1.00"):
+            base = beside[0].calls
+        for row in beside:
+            ours, files = _ours(table, section, columns, row,
+                                base or row.config.sampler.steps + row.calls - row.steps, found, sources)
+            device = {path: result.provenance.get("device_name") for path, result in found}.get(files.get("throughput"))
+            shown = {key: _shown(ours[key], _decimals(section, key, printed.get(key))) if key in ours else "-"
+                     for key in columns}
+            difference = {key: _difference(section, key, printed.get(key), ours.get(key), device) for key in columns}
+            variant = row.label.partition(" / ")[2]
+            ours_label = (variant and f"... {variant}") if table.paper else row.label
+            lines.append(Line(ours_label, "ours", list(shown.values())))
+            if table.paper:
+                lines.append(Line("", "difference", list(difference.values())))
+            values += [(label, row.label, key, section.shown(key, printed.get(key)), shown[key], difference[key],
+                        files[key].name if key in files else "counted" if key == "macs_G" else "") for key in columns]
+        if not beside:
+            values += [(label, "", key, section.shown(key, printed.get(key)), "-", "-", "") for key in columns]
+        if (section.name, label) in runs.pending:
+            lines.append(Line("", "ours", ["-"] * len(columns)))
+    return Filled(section, columns, lines, values)
+
+
+def render(table: Table, runs: Runs, found: Found) -> Rendered:
+    """Fill a table with what was counted and measured. Raises UserError for runs of rows that it does not have."""
+    check_against(table, runs)
+    marked = [note for note in table.notes if note.rows]
+    numbers = {note: i + 1 for i, note in enumerate(marked)}
+    sources: dict[str, None] = {}
+    filled = [_fill(table, section, runs, found, numbers, sources) for section in table.sections.values()]
+    notes = [note.text for note in table.notes if not note.rows]
+    for reason in dict.fromkeys(runs.pending.values()):
+        rows = [label for (_, label), other in runs.pending.items() if other == reason]
+        notes.append(f"Not run ({reason}): {'; '.join(rows)}.")
+    return Rendered(table, filled, [note.text for note in marked], [*notes, *sources])
+
+
+def schedules(table: Table, runs: Runs) -> list[str]:
+    """The full steps of each row, for a table of settings."""
+    return [f"{section.title + ', ' if section.title else ''}{row.label}: {len(row.plan.full_steps)} full of "
+            f"{row.steps} steps: {' '.join(map(str, row.plan.full_steps))}"
+            for section in table.sections.values() for row in runs.rows if row.section == section.name]
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first one to the left."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                               for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+                     for line in lines)
+
+
+def _grid(part: Filled) -> list[list[str]]:
+    return [["", "", *(COLUMNS[key].heading for key in part.columns)],
+            *([line.label, line.what, *line.cells] for line in part.lines)]
+
+
+def as_text(rendered: Rendered, extra: Sequence[str] = ()) -> str:
+    """For a terminal."""
+    parts = [rendered.table.heading]
+    for part in rendered.filled:
+        parts += [*([part.section.title] if part.section.title else []), align(_grid(part))]
+    notes = [*(f"[{i}] {text}" for i, text in enumerate(rendered.marked, 1)), *(f"* {text}" for text in rendered.notes)]
+    parts += ["\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
+              for lines in (extra, notes) if lines]
+    return "\n\n".join(parts)
+
+
+def as_markdown(rendered: Rendered, extra: Sequence[str] = ()) -> str:
+    """With a heading of the second level."""
+    lines = [f"## {rendered.table.heading}", ""]
+    for part in rendered.filled:
+        head, *body = _grid(part)
+        if part.section.title:
+            lines += [f"**{part.section.title}**", ""]
+        lines += [f"| {' | '.join(head)} |", "|---|---" + "|---:" * len(part.columns) + "|"]
+        lines += [f"| {' | '.join(cell.replace('*', chr(92) + '*') for cell in row)} |" for row in body] + [""]
+    for bullets in (extra, [f"[{i}] {text}" for i, text in enumerate(rendered.marked, 1)], rendered.notes):
+        lines += [f"- {text}" for text in bullets] + ([""] if bullets else [])
+    return "\n".join(lines)
+
+
+def as_csv(rendered: Rendered, extra: Sequence[str] = ()) -> str:
+    """One number per line, with the file that ours is from."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["table", "section", "row", "run", "column", "paper", "ours", "difference", "from"])
+    for part in rendered.filled:
+        writer.writerows([rendered.table.name, part.section.name, *value] for value in part.values)
+    return text.getvalue()
+
+
+_TEX = {"&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "$": r"\$", "{": r"\{", "}": r"\}"}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(c, c) for c in text)
+
+
+def as_latex(rendered: Rendered, extra: Sequence[str] = ()) -> str:
+    """A table environment; needs booktabs."""
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(rendered.table.heading)}}}"]
+    for part in rendered.filled:
+        head, *body = _grid(part)
+        lines += [rf"\begin{{tabular}}{{ll{'r' * len(part.columns)}}}", r"\toprule"]
+        if part.section.title:
+            lines.append(rf"\multicolumn{{{len(head)}}}{{l}}{{{_tex(part.section.title)}}} \\")
+        lines += [" & ".join(map(_tex, head)) + r" \\", r"\midrule"]
+        lines += [" & ".join("--" if cell == "-" else _tex(cell) for cell in row) + r" \\" for row in body]
+        lines += [r"\bottomrule", r"\end{tabular}", ""]
+    notes = [*extra, *(f"[{i}] {text}" for i, text in enumerate(rendered.marked, 1)), *rendered.notes]
+    lines += [r"\begin{flushleft}\footnotesize", *(rf"{_tex(note)}\\" for note in notes), r"\end{flushleft}"]
+    return "\n".join([*lines, r"\end{table}", ""])
+
+
+FORMATS = {"text": as_text, "markdown": as_markdown, "csv": as_csv, "latex": as_latex}
+
+
+def shown(table: Table, found: Found, form: str = "text", runs: Runs | None = None) -> str:
+    """A table in one of FORMATS, with the full steps where it is one of settings."""
+    runs = of_table(table) if runs is None else runs
+    return FORMATS[form](render(table, runs, found), schedules(table, runs) if table.schedules else ())
+
+
+_ABOUT = """# The papers' tables
+
+Written by `python -m eval.table --all`; do not edit. Each row: what the paper prints, ours, and the difference to the
+printed digits. A dash: not printed, or not measured here. MACs are exact and counted for every row; all else is taken
+from the JSON files in this folder, and only from runs with just the settings of the row and the paper's number of
+images. Rows without a line of ours are other authors' methods. Paper values: `paper/*.yaml`. Commands behind the rows:
+`scripts/table*.sh`. The same tables as CSV and LaTeX: `tables/`. What was measured on the small models that are shipped
+here: `demo/`; with Block Caching at equal cost: `block_caching/`; over grids of settings: `sweeps/`, with their points
+in `runs/`; step times: `throughput/`.
+"""
+
+
+def everything(found: Found) -> dict[str, str]:
+    """The text of results/README.md and of every file of results/tables/, by path below results/."""
+    files, sections = {}, [_ABOUT]
+    for table in tables().values():
+        runs = of_table(table)
+        parts = render(table, runs, found), schedules(table, runs) if table.schedules else ()
+        sections.append(as_markdown(*parts))
+        files |= {f"tables/{table.name}.csv": as_csv(*parts), f"tables/{table.name}.tex": as_latex(*parts)}
+    return {"README.md": "\n".join(sections), **files}

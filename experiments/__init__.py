@@ -1,0 +1,1 @@
+"""Runs by the list: sampled, judged, timed, tabulated, drawn. The papers' tables, sweeps, demos and studies."""

@@ -1,0 +1,203 @@
+"""The rows of one table of a paper: plan them, sample them, judge them, print them. The table scripts call it.
+
+    python -m scripts.plan --script NAME --table NAME --row ROW ... --later ROW ... -- [what the user gave]
+
+What comes before -- is the script's (scripts/table.sh). Equal settings get the same sample folder, whatever table asks
+for them, so nothing is sampled twice.
+"""
+
+import argparse
+import shlex
+import shutil
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from eval.cost.macs import giga
+from eval.models import family, load_config
+from eval.tables import results
+from eval.tables.paper import Table, find, own_table
+from eval.tables.render import align, shown
+from eval.tables.rows import Runs, parse_script
+from experiments.jobs import Job, make_job, run
+from runs.cli import command
+from runs.errors import UserError
+from runs.files import write_atomically
+from runs.options import DTYPES
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def describe(jobs: Sequence[Job], macs_steps: int | None) -> str:
+    """The plan: per row its steps, exact MACs, what is there, what is left and the disk it takes; then the commands.
+
+    macs_steps: what the paper divides MACs by, where it is not the row's own steps.
+    """
+    lines = [["row", "full / calls", "MACs/step G", "MACs/image T", "images there", "calls left", "PNG up to", "npz"]]
+    for job in jobs:
+        row, there = job.row, job.present
+        section = f"{row.section}: " if row.section else ""
+        lines.append([section + row.label, f"{row.full_calls} / {row.calls}", f"{giga(row.macs(macs_steps).hook):.4f}",
+                      f"{row.macs_per_image().hook / 1e12:.4f}", f"{there:,} of {job.images:,}",
+                      f"{(job.images - there) * row.calls:,}", gigabytes(row.pixels * job.images),
+                      gigabytes(row.pixels * job.images) if job.npz else "-"])
+    text = [align(lines), "",
+            "Calls are of the U-Net, per image; PLMS makes one more than it has steps. With guidance each runs two",
+            "rows of a batch: MACs/image counts both and all calls, MACs/step one row and the steps, as the papers do.",
+            "PNG: the size of the pixels; photographs take two thirds of it or so.", ""]
+    for job in jobs:
+        text += [f"# {job.row.label}", shlex.join(["python", *job.command])]
+        text += [shlex.join(["python", *job.npz_command()])] if job.npz else []
+        text += [shlex.join(["python", *job.judge_command()])]
+    return "\n".join(text)
+
+
+def disk(jobs: Sequence[Job], samples: Path) -> str:
+    """What is needed, and whether it is there."""
+    existing = next(path for path in [samples.absolute(), *samples.absolute().parents] if path.exists())
+    free, size = shutil.disk_usage(existing).free, sum(job.bytes_needed for job in jobs)
+    return (f"disk: up to {gigabytes(size)} for what is not there yet, {gigabytes(free)} free"
+            + ("; it may not be enough" if size > free else ""))
+
+
+def user_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=(
+        "Sample the rows of one table of the paper, and judge them where the evaluator's files are given or in their "
+        "places. A second run goes on where the first one stopped. Paths are relative to the repository."))
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and what is missing; do nothing")
+    parser.add_argument("--only", action="append", metavar="ROW", help="this row (label or sample folder); repeatable")
+    parser.add_argument("--config", type=Path, action="append", default=[],
+                        help="another model for the rows of its package, to try the script out; repeatable")
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, images: str = "as many as the paper") -> None:
+    """What experiments.jobs.job_of reads: --images, the folders, the evaluators' files, what is passed on."""
+    parser.add_argument("--images", type=int, help="per row, seeds 0 to IMAGES - 1; a later run with more keeps them "
+                                                   f"(default: {images})")
+    parser.add_argument("--samples", type=Path, default=Path("samples"),
+                        help="where the sample folders are (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=Path("results"),
+                        help="where the measured numbers are (default: %(default)s)")
+    judge = parser.add_argument_group("the evaluators (python -m scripts.doctor says where their files are looked for)")
+    judge.add_argument("--inception", type=Path, help="weights of Inception, for FID and its kin")
+    judge.add_argument("--reference", action="append", default=[], metavar="[MODEL=]PATH",
+                       help="statistics of the real images; one for each model of the table")
+    judge.add_argument("--clip-weights", type=Path, help="open_clip's ViT-g-14, laion2b_s34b_b88k")
+    passed = parser.add_argument_group("passed on to the sampler, which has their defaults")
+    passed.add_argument("--checkpoint", type=Path, help="weights, instead of the config's")
+    passed.add_argument("--labels", help="balanced, random or a list; LDM only")
+    passed.add_argument("--released-noise", action="store_true",
+                        help="the same noise in every batch, as the released evaluation; Stable Diffusion only")
+    passed.add_argument("--batch-size", type=int)
+    passed.add_argument("--device")
+    passed.add_argument("--dtype", choices=DTYPES)
+    passed.add_argument("--threads", type=int)
+    passed.add_argument("--compile", action="store_true")
+    passed.add_argument("--cuda-graphs", action="store_true")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for values that no row could use."""
+    for name in ("images", "batch_size", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
+    if args.device is not None:
+        try:
+            torch.device(args.device)
+        except RuntimeError:
+            raise UserError(f"--device {args.device} is no device: cpu, cuda, cuda:1") from None
+    for path in (args.inception, args.clip_weights, *(Path(text.rpartition("=")[2]) for text in args.reference)):
+        if path is not None and not path.exists():
+            raise UserError(f"no file {path}")
+
+
+def check_one_model(args: argparse.Namespace, models: Collection[str]) -> None:
+    """Raises UserError for options that fit one model where there are several."""
+    for option, values in (("checkpoint", args.checkpoint), ("reference", [r for r in args.reference if "=" not in r])):
+        if values and len(models) > 1:
+            raise UserError(f"--{option} is for one model; here are {', '.join(sorted(models))}: "
+                            + ("name it in a config of its own" if option == "checkpoint"
+                               else "say --reference MODEL=PATH"))
+
+
+def chosen(jobs: list[Job], only: Sequence[str] | None) -> list[Job]:
+    """The jobs that --only names. Raises UserError for a name of none."""
+    unknown = set(only or ()) - {key for job in jobs for key in (job.row.label, job.folder.name)}
+    if unknown:
+        raise UserError(f"--only {unknown.pop()!r} is no row of this table: "
+                        f"{'; '.join(f'{job.row.label} ({job.folder.name})' for job in jobs)}")
+    return [job for job in jobs if not only or {job.row.label, job.folder.name} & set(only)]
+
+
+class Plan(NamedTuple):
+    """What a table script asks for, with the user's options. jobs: none for a table that only lists settings."""
+    table: Table
+    runs: Runs
+    jobs: list[Job]
+
+    def shown(self, folder: Path) -> str:
+        """The table, with the results in a folder."""
+        found = list(results.read_all(folder)) if folder.is_dir() else []
+        return shown(self.table, found, runs=self.runs)
+
+
+def make_plan(said: Sequence[str], args: argparse.Namespace) -> Plan:
+    """said: the script's own words. args: of `user_parser`. Raises UserError."""
+    check(args)
+    script, runs = parse_script(said, {family(load_config(path)): path for path in args.config})
+    if script.own:
+        images, title = script.own
+        table = own_table(script.table, title, script.script, [row.printed_as for row in runs.rows],
+                          args.images or int(images))
+    else:
+        table = find(script.table)
+    if table.schedules:
+        return Plan(table, runs, [])
+    jobs = chosen([make_job(row, table, args) for row in runs.rows], args.only)
+    check_one_model(args, {job.row.config.name for job in jobs})
+    return Plan(table, runs, jobs)
+
+
+@command
+def main() -> None:
+    end = sys.argv.index("--")
+    said, given = sys.argv[1:end], sys.argv[end + 1:]
+    parser = user_parser(f"bash scripts/{said[said.index('--script') + 1]}")
+    parser.add_argument("--write-table", type=Path, metavar="FILE",
+                        help="write the table, with the results that are there, and do nothing else")
+    args = parser.parse_args(given)
+    plan = make_plan(said, args)
+    if args.write_table or plan.table.schedules:
+        text = plan.shown(args.results)
+        print(text)
+        if args.write_table:
+            args.write_table.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(args.write_table, lambda path: path.write_text(f"{text}\n"))
+        return
+    table, jobs = plan.table, plan.jobs
+
+    print(f"{describe(jobs, table.macs_steps)}\n\n{disk(jobs, args.samples)}")
+    lacking = list(dict.fromkeys(thing for job in jobs for thing in job.missing_for_sampling()))
+    unjudged = list(dict.fromkeys(thing for job in jobs for thing in job.missing_for_judging()))
+    for thing in lacking:
+        print(f"missing: {thing}")
+    for thing in unjudged:
+        print(f"not judged without: {thing}")
+    if not args.dry_run:
+        if lacking:
+            raise UserError(f"missing: {'; '.join(lacking)}")
+        print(flush=True)
+        run(jobs)
+    print(f"\n{plan.shown(args.results)}\n\nA dash: not printed in the paper, or not measured here (results in "
+          f"{args.results}/).")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What Block Caching's paper leaves open, decided by measurement on the small DDPM that is shipped here.
+
+    python -m scripts.scale_shift_study             about ten minutes on one core; what is there is kept
+
+20 DDIM steps, blocks of all kinds, half of the MACs: ways to fit scale and shift (closed form or Adam, learning rate,
+batch, weight of the identity, number of runs), each judged on the same 64 held-out seeds. And the direction of the
+paper's index t, whether a change belongs to the later or to the earlier of its two steps: there, and with the schedules
+of checkpoints/block_caching/ (DDPM 100 steps, LDM 50). The measure is the distance of what sampling ends on to the
+uncached run. Writes results/block_caching/study/: table.md, and a JSON per variant.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from caching.block_cache import BlockCache
+from caching.scale_shift import relative_distance
+from eval.metrics.intervals import mean_estimate
+from experiments.block_caching_demo import FILES
+from experiments.demo_report import markdown
+from planning import block_caching
+from planning.block_changes import BlockChanges, ScheduleMaker
+from runs.cli import command
+from runs.errors import UserError
+from runs.files import ROOT, write_atomically, write_json
+from runs.provenance import provenance
+
+OUT = ROOT / "results" / "block_caching" / "study"
+RUN = ["--config", "configs/ddpm_emoji.yaml", "--steps", "20", "--device", "cpu", "--threads", "1"]
+HELD_OUT = ["--held-out-seeds", "3000-3063"]
+SEEDS = {16: "2000-2015", 64: "2000-2063", 256: "2000-2255"}
+VARIANTS = {
+    **{f"least squares, ridge {ridge:g}": ["least-squares", 64, "--ridge", f"{ridge:g}"] for ridge in (0, 0.01, 0.1)},
+    **{f"least squares, {runs} runs": ["least-squares", runs] for runs in (16, 256)},
+    **{f"Adam, learning rate {lr:g}": ["adam", 64, "--lr", f"{lr:g}", "--batch-size", "8"]
+       for lr in (3e-4, 1e-3, 3e-3, 1e-2)},
+    **{f"Adam, batch {size}": ["adam", 64, "--batch-size", str(size)] for size in (2, 32)},
+    "Adam, 256 runs": ["adam", 256, "--batch-size", "8"],
+}
+
+
+def run(*words: str) -> None:
+    """A verb of scripts.block_caching. Raises UserError where it fails."""
+    words = ["-m", "scripts.block_caching", *words]
+    print("python", *words, flush=True)
+    if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
+        raise UserError(f"this failed: python {' '.join(words)}")
+
+
+def schedule() -> Path:
+    """Of 20 steps, half of the MACs."""
+    changes, path = FILES / "ddpm_20_changes.json", FILES / "ddpm_20_half.json"
+    if not changes.is_file():
+        run("measure", *RUN, "--seeds", "1000-1063", "--similar", "0", "--out", str(changes))
+    if not path.is_file():
+        run("schedule", "--changes", str(changes), "--kinds", "all", "--macs", "0.5", "--out", str(path))
+    return path
+
+
+def directions(changes: BlockChanges, config: str, steps: int, fraction: float) -> dict:
+    """Distances of plain reuse at equal MACs, with every change counted for the later, and for the earlier step."""
+    words = ["train", "--config", config, "--steps", str(steps), "--device", "cpu", "--threads", "1", "--schedule", "-",
+             "--seeds", "0", "--held-out-seeds", "1", "--out", "-"]
+    model = block_caching.open_model(block_caching.build_parser(words).parse_args(words))
+    model.load()
+    earlier = replace(changes, residuals={name: one | {"changes": [*one["changes"][1:], 0.0]}
+                                          for name, one in changes.residuals.items()})
+    found = {"later": [], "earlier": []}
+    for first in tqdm(range(0, 64, 16), desc=f"{config} {fraction}", unit="batch"):
+        seeds = range(3000 + first, 3016 + first)
+        exact = model.latents(seeds)
+        for direction, measured in (("later", changes), ("earlier", earlier)):
+            maker = ScheduleMaker(measured, "all")
+            blocks = maker.blocks(maker.delta_for(fraction))
+            found[direction] += relative_distance(model.latents(seeds, BlockCache(blocks)), exact).tolist()
+    later, earlier = (np.array(found[key]) for key in ("later", "earlier"))
+    return {"config": config, "steps": steps, "macs": fraction, "held_out_seeds": "3000-3063",
+            "later": mean_estimate(later), "earlier": mean_estimate(earlier),
+            "difference": mean_estimate(earlier - later), "provenance": provenance("cpu")}
+
+
+def trained(schedule: Path, name: str, method: str, runs: int, *options: str) -> dict:
+    """The report of a variant, which is made where it is absent; the tensors are not kept."""
+    path = OUT / f"{name}.safetensors"
+    report = path.with_suffix(".scale_shift.json")
+    if not report.is_file():
+        run("train", *RUN, *HELD_OUT, "--seeds", SEEDS[runs], "--schedule", str(schedule), "--method", method, *options,
+            "--out", str(path))
+        path.unlink()
+    return json.loads(report.read_text())
+
+
+def shown(value: dict) -> str:
+    return f"{value['mean']:.4f} [{value['interval'][0]:.4f}, {value['interval'][1]:.4f}]"
+
+
+@command
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    path = schedule()
+    fits = [("fit", "residuals: distance to computed", "final latents: distance to uncached",
+             "difference to plain reuse")]
+    for label, how in VARIANTS.items():
+        name = label.replace(", ", "_").replace(" ", "_").replace("Adam", "adam")
+        one = trained(path, name, *how)
+        if len(fits) == 1:
+            fits.append(("none (plain reuse)", shown(one["residuals"]["plain"]), shown(one["latents"]["plain"]), "-"))
+        fits.append((label, shown(one["residuals"]["adjusted"]), shown(one["latents"]["adjusted"]),
+                     shown(one["latents"]["difference"])))
+
+    index = [("model", "MACs", "counted for the later step", "for the earlier step", "difference")]
+    for name, changes, steps, fraction in (("ddpm", FILES / "ddpm_20_changes.json", 20, 0.5), *(
+            (name, FILES / f"{name}_changes.json", steps, fraction)
+            for name, steps in (("ddpm", 100), ("ldm", 50)) for fraction in (0.5, 0.3))):
+        report = OUT / f"direction_{name}_{steps}_{round(100 * fraction)}.json"
+        if not report.is_file():
+            write_json(report, {"kind": "index direction", **directions(
+                BlockChanges.load(changes), f"configs/{name}_emoji.yaml", steps, fraction)})
+        one = json.loads(report.read_text())
+        index.append((f"{name}_emoji, {steps} steps", f"{fraction:g}", shown(one["later"]), shown(one["earlier"]),
+                      shown(one["difference"])))
+    text = "\n".join(["Relative L2 distances, means over 64 held-out seeds with 95 % intervals.", "",
+                      "Scale and shift: 20 DDIM steps of the emoji DDPM, blocks of all kinds, half of the MACs.", "",
+                      *markdown(fits), "",
+                      "The direction of the index: final latents to uncached, plain reuse, blocks of all kinds.", "",
+                      *markdown(index), ""])
+    write_atomically(OUT / "table.md", lambda temporary: temporary.write_text(text))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

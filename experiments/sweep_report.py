@@ -1,0 +1,271 @@
+"""What a sweep shows: points.csv, table.md, and per model the cost-quality fronts and heat maps."""
+
+import csv
+import io
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eval.cost.macs import giga
+from eval.quality import KID
+from eval.tables import results
+from eval.tables.paper import Table
+from eval.tables.plots import heat_maps, quality_fronts
+from eval.tables.render import METRICS, Speed, speed_of
+from eval.tables.results import Result
+from eval.tables.rows import Row, printed_values
+from experiments.demo_report import markdown
+from experiments.jobs import Job
+from runs.files import write_atomically
+
+HIGHER = ("PSNR", "SSIM", "CLIP score", "IS", "precision", "recall")      # is better; of all else, lower is
+SHOWN = (KID, "PSNR", "FID", "CLIP score")    # in the pictures; KID is unbiased, however few the images are
+AXES = ("sampler", "steps", "interval", "branch", "schedule", "center", "power", "block schedule")
+PAIRS = (("interval", "branch"), ("center", "power"))                     # of the heat maps: rows, columns
+
+
+class Point(NamedTuple):
+    """A point of a sweep with what is known of it. axes: of AXES. printed: by the papers: (table, label, numbers)."""
+    row: Row
+    axes: dict[str, Any]
+    result: Result | None
+    speed: Speed | None
+    printed: list[tuple[Table, str, dict[str, Any]]]
+
+    @property
+    def macs(self) -> float:
+        """Of an image, both rows of guidance."""
+        return self.row.macs_per_image().hook
+
+    @property
+    def time(self) -> float | None:
+        """Measured network time, as a fraction of the uncached run's: what slows the machine cancels in it."""
+        return 1 / self.speed.speedup if self.speed else None
+
+    def metric(self, name: str) -> tuple[float, float, float] | None:
+        """(value, low, high), the ends of its 95 % interval where there is one."""
+        metric = self.result.metrics.get(name) if self.result else None
+        return None if metric is None else (metric.value, *(metric.interval or (metric.value, metric.value)))
+
+
+def times_paths(folder: Path, model: str) -> tuple[Path, Path]:
+    """Where a sweep keeps the times of a model's full and cached steps, and of those with block schedules."""
+    return folder / f"times_{model}.json", folder / f"times_{model}_blocks.json"
+
+
+def minus_uncached(name: str) -> str:
+    """What the difference of a metric to that of the uncached run is called."""
+    return f"{name} minus uncached"
+
+
+def axes_of(row: Row) -> dict[str, Any]:
+    """The settings of a row by axis; None where an axis has no meaning for it."""
+    cache = row.plan.settings if row.plan.cached else {}
+    return {"sampler": row.sampler, "steps": row.steps, "interval": row.plan.settings["interval"],
+            **{axis: cache.get(axis) for axis in ("branch", "schedule", "center", "power")},
+            "block schedule": row.given.block_schedule.stem if row.given.block_schedule else None}
+
+
+def front(points: Sequence[tuple[float, float]], higher: bool) -> list[int]:
+    """Which of (cost, quality) no other one beats: at most its cost and at least its quality, one of them better."""
+    def beaten(i: int) -> bool:
+        cost, value = points[i][0], points[i][1] * (1 if higher else -1)
+        return any(c <= cost and v * (1 if higher else -1) >= value and (c, v) != points[i] for c, v in points)
+    return [i for i in range(len(points)) if not beaten(i)]
+
+
+def on_front(points: Sequence[Point], cost: str, name: str) -> set[int]:
+    """The places of the points on the front of a cost ("macs" or "time") and a metric."""
+    known = [i for i, p in enumerate(points) if getattr(p, cost) is not None and p.metric(name)]
+    return {known[i] for i in front([(getattr(points[k], cost), points[k].metric(name)[0]) for k in known],
+                                    name in HIGHER)}
+
+
+def shown_metrics(points: Sequence[Point]) -> list[str]:
+    """The metrics for the pictures: those of SHOWN that were measured, else the first that was."""
+    names = list(dict.fromkeys(name for p in points if p.result for name in p.result.metrics))
+    return [name for name in SHOWN if name in names] or names[:1]
+
+
+def records(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
+    """A flat record per point of one model; what is not known is left out."""
+    main = (shown_metrics(points) or [None])[0]
+    fronts = {cost: on_front(points, cost, main) if main else set() for cost in ("macs", "time")}
+    for i, p in enumerate(points):
+        record = {"model": p.row.config.name, **p.axes, "full calls": p.row.full_calls, "calls": p.row.calls,
+                  "images": p.result.images if p.result else None, "G MACs per image": round(giga(p.macs), 6),
+                  "speed-up by MACs": round(points[0].macs / p.macs, 4)}
+        if p.speed:
+            record["speed-up measured"] = f"{p.speed.speedup:.6g}"
+        for name, metric in (p.result.metrics if p.result else {}).items():
+            record[name] = f"{metric.value:.6g}"
+            if metric.interval:
+                record |= {f"{name}, low": f"{metric.interval[0]:.6g}", f"{name}, high": f"{metric.interval[1]:.6g}"}
+        if main:
+            record |= {f"front of {main} by MACs": int(i in fronts["macs"]),
+                       f"front of {main} by time": int(i in fronts["time"])}
+        for table, row, numbers in p.printed:
+            record["paper"] = "; ".join(filter(None, [record.get("paper"), f"{table.name}, {row}: " + ", ".join(
+                f"{key} {value}" for key, value in numbers.items() if key not in ("center", "power"))]))
+        yield record
+
+
+def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
+    """All records under all their keys."""
+    text, keys = io.StringIO(), list(dict.fromkeys(key for record in records for key in record))
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def label(p: Point, varying: Sequence[str]) -> str:
+    """A point in the fewest words: N=5 b2."""
+    if not p.row.plan.cached and p.row.plan.blocks is None:
+        return "uncached" if not {"steps", "sampler"} & set(varying) else f"{p.row.sampler} {p.row.steps}"
+    short = {"interval": "N=", "branch": "b", "center": "c", "power": "p"}
+    return " ".join(f"{short.get(axis, '')}{p.axes[axis]}" for axis in AXES if axis in varying
+                    and p.axes[axis] is not None)
+
+
+def varying(points: Sequence[Point]) -> list[str]:
+    """The axes that differ among the cached points of a model, those with most values first."""
+    cached = [p for p in points if p.row.plan.cached or p.row.plan.blocks] or points
+    count = {axis: len({p.axes[axis] for p in cached}) for axis in AXES}
+    return sorted((axis for axis in AXES if count[axis] > 1), key=lambda axis: -count[axis])
+
+
+def table(points: Sequence[Point]) -> list[str]:
+    """One model's table: those points on a front, or all where they are few."""
+    names, axes = shown_metrics(points), varying(points)
+    fronts = {cost: on_front(points, cost, names[0]) if names else set() for cost in ("macs", "time")}
+    extra = [name for name in (minus_uncached(KID),) if any(p.metric(name) for p in points)]
+    lines = [("point", "full / calls", "speed-up by MACs", "measured", *names, *extra, "front by MACs", "by time")]
+    for i, p in enumerate(points):
+        cells = []
+        for name in (*names, *extra):
+            metric = p.metric(name)
+            cells.append("-" if metric is None else "{:.4g} [{:.4g}, {:.4g}]".format(*metric)
+                         if metric[1] != metric[2] else f"{metric[0]:.4g}")
+        lines.append((label(p, axes) or "cached", f"{p.row.full_calls} / {p.row.calls}",
+                      f"{points[0].macs / p.macs:.2f}x", f"{p.speed.speedup:.2f}x" if p.speed else "-", *cells,
+                      *("yes" if i in fronts[cost] else "" for cost in fronts)))
+    return markdown(lines)
+
+
+def draw(points: Sequence[Point], folder: Path) -> list[Path]:
+    """The pictures of one model: those that its points can fill."""
+    model, names, axes, drawn = points[0].row.config.name, shown_metrics(points), varying(points), []
+    if not names:
+        return drawn
+    costs = [("macs", "MACs per image (G)"), ("time", "measured network time (uncached = 1)")]
+    costs = [cost for cost in costs if any(getattr(p, cost[0]) is not None for p in points)]
+    by_name = {name: (column, scale) for column, (name, scale) in METRICS.items()}
+    marks = []
+    for p in points:
+        cached = p.row.plan.cached or p.row.plan.blocks
+        values = {name: p.metric(name) for name in names} | {"macs": giga(p.macs), "time": p.time}
+        values["printed"] = {name: [float(numbers[by_name[name][0]]) / by_name[name][1] for _, _, numbers in p.printed
+                                    if by_name.get(name, ("",))[0] in numbers] for name in names}
+        marks.append(values | {"label": label(p, axes), "color": p.axes[axes[0]] if cached and axes else None,
+                               "marker": p.axes[axes[1]] if cached and len(axes) > 1 else None, "cached": bool(cached)})
+    panels = [(cost, (name, name, name in HIGHER), on_front(points, cost[0], name)) for name in names for cost in costs]
+    drawn.append(folder / f"fronts_{model}.png")
+    quality_fronts(marks, drawn[-1], panels, len(costs), axes[:2])
+    for rows, columns in PAIRS:
+        if {rows, columns} <= set(axes):
+            panels = _maps(points, rows, columns, [axis for axis in axes if axis not in (rows, columns)], names)
+            if panels:
+                drawn.append(folder / f"{rows}_{columns}_{model}.png")
+                heat_maps(panels, drawn[-1], rows, columns)
+    return drawn
+
+
+def _maps(points: Sequence[Point], rows: str, columns: str, others: Sequence[str], names: Sequence[str]
+          ) -> list[tuple[str, list, list, np.ndarray, list[list[str]], bool]]:
+    """(title, row values, column values, numbers, texts, whether higher is better) of each panel.
+
+    A panel per measure; or, where other axes vary too, one of the first measure for each of their combinations.
+    """
+    cached = [p for p in points if p.row.plan.cached and None not in (p.axes[rows], p.axes[columns])]
+    heads = [sorted({p.axes[axis] for p in cached}) for axis in (rows, columns)]
+    measures = [minus_uncached(name) if any(p.metric(minus_uncached(name)) for p in cached) else name for name in names]
+
+    def panel(title: str, chosen: Sequence[Point], of: Any, higher: bool):
+        numbers = np.full([len(head) for head in heads], math.nan)
+        texts = [["" for _ in heads[1]] for _ in heads[0]]
+        for p in chosen:
+            value = of(p)
+            if value is not None:
+                i, j = (head.index(p.axes[axis]) for head, axis in zip(heads, (rows, columns), strict=True))
+                numbers[i, j], low, high = value
+                sure = title.startswith(tuple(map(minus_uncached, names))) and not low <= 0 <= high
+                texts[i][j] = f"{value[0]:.3g}" + ("*" if sure else "")
+        return title, heads[0], heads[1], numbers, texts, higher
+
+    if others:
+        found = []
+        for kind in dict.fromkeys(tuple(p.axes[axis] for axis in others) for p in cached):
+            chosen = [p for p in cached if tuple(p.axes[axis] for axis in others) == kind]
+            words = ", ".join(f"{axis} {value}" for axis, value in zip(others, kind, strict=True) if value is not None)
+            if len(chosen) > 1:
+                found.append(panel(f"{measures[0]}\n{textwrap.fill(words, 44)}", chosen,
+                                   lambda p: p.metric(measures[0]), measures[0] in HIGHER))
+        return [one for one in found if not np.isnan(one[3]).all()]
+    found = [panel(name, cached, lambda p, name=name: p.metric(name), name in HIGHER) for name in measures]
+    found.append(panel("speed-up by MACs", cached, lambda p: (points[0].macs / p.macs,) * 3, True))
+    found.append(panel("speed-up measured", cached, lambda p: (p.speed.speedup,) * 3 if p.speed else None, True))
+    return [one for one in found if not np.isnan(one[3]).all()]
+
+
+def render(found: Sequence[tuple[Job, Result | None]], folder: Path) -> str:
+    """Write table and pictures of what there is into `folder`; returns what to tell the user."""
+    folder.mkdir(parents=True, exist_ok=True)
+    by_model: dict[str, list[Point]] = {}
+    for job, result in found:
+        row, model = job.row, job.row.config.name
+        points = by_model.setdefault(model, [])
+        times = [(path, results.read(path)) for path in times_paths(folder, model) if path.is_file()]
+        printed = {} if row.config.train else printed_values(model)
+        points.append(Point(row, axes_of(row), result, speed_of(times, row, (points[0].row if points else row).calls),
+                            printed.get(job.folder.name, [])))
+    text = as_csv([record for points in by_model.values() for record in records(points)])
+    write_atomically(folder / "points.csv", lambda path: path.write_text(text))
+    written, sections = [folder / "points.csv", folder / "table.md"], [f"# Sweep {folder.name}", ""]
+    for model, points in by_model.items():
+        pictures = draw(points, folder)
+        written += pictures
+        done = [p for p in points if p.result]
+        images = ", ".join(sorted({f"{p.result.images:,}" for p in done}))
+        sections += [f"## {model}", "", f"{len(done)} of {len(points)} points judged" + (f", {images} images each" if
+                     images else "") + ". " + about(points), "", *table(points), "",
+                     *(f"![{path.stem}]({path.name})" for path in pictures), ""]
+    write_atomically(folder / "table.md", lambda path: path.write_text("\n".join(sections)))
+    judged = sum(result is not None for _, result in found)
+    return f"{judged} of {len(found)} points are judged; wrote {', '.join(map(str, written))}"
+
+
+def about(points: Sequence[Point]) -> str:
+    """How to read a model's numbers."""
+    lines = []
+    names = shown_metrics(points)
+    if KID in names:
+        lines.append(f"{KID} is a kernel distance to the training images on EfficientNet-Lite0 features: no published "
+                     "KID, and comparable within this table only. Brackets: 95 % intervals; that of "
+                     f"\"{minus_uncached(KID)}\" is over pairs of images of one seed, so it tells smaller shifts than "
+                     "the two distances alone do; where it leaves out 0, the map has a star. PSNR: to the uncached "
+                     "image of the same seed, dB.")
+    if names:
+        lines.append(f"Front: no other point has a lower cost and a better {names[0]}; among points whose intervals "
+                     "overlap, which one is on it is chance.")
+    speeds = [p.speed for p in points if p.speed]
+    if speeds:
+        where, settings = speeds[0].result.provenance, speeds[0].result.settings
+        threads = f", {where['threads']} CPU threads" if where["device"] == "cpu" else ""
+        lines.append(f"Measured: network time from full and cached steps that took turns; {settings['dtype']}, batch "
+                     f"{settings['batch_size']}, {where['device_name']}{threads}.")
+    return " ".join(lines)

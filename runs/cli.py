@@ -1,0 +1,41 @@
+"""What all commands share: one clear line instead of a traceback, and the exit codes."""
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+from runs.errors import UserError, one_line
+from runs.stopping import Stopped
+
+INTERRUPTED = 130       # as a shell reports Ctrl-C
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Run `main`; a UserError exits with 2, a failing disk or file with 1, Ctrl-C with 130, a stop in good order with
+    75 (runs/stopping.py), each with one line.
+
+    Anything else is a defect of this program and keeps its traceback.
+    """
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except UserError as error:
+            _exit(2, f"error: {one_line(error)}")
+        except OSError as error:
+            full = " (the disk is full; free some space and run the same command again)"
+            _exit(1, f"error: {one_line(error)}{full if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}")
+        except Stopped as stop:
+            _exit(os.EX_TEMPFAIL, f"stopped: {stop}; the same command goes on")
+        except KeyboardInterrupt:
+            _exit(INTERRUPTED, "interrupted; the same command goes on from here")
+    return run
+
+
+def _exit(code: int, line: str) -> None:
+    sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
+    # Other threads may be waiting on the disk or the accelerator; a clean interpreter exit would wait for them.
+    sys.exit(code) if code != INTERRUPTED else os._exit(code)

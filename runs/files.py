@@ -1,0 +1,53 @@
+"""Files that appear whole or not at all."""
+
+import glob
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent       # of the repository
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` a temporary file beside `path`, then move it there; on any failure nothing is left.
+
+    What a writer of the same file left that was killed is removed.
+    """
+    remove_leftovers(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+    write_and_move(path, write)
+
+
+def write_and_move(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(temporaries: Iterable[Path]) -> None:
+    """Delete those temporary files of `write_atomically` whose process, on this machine, is no more."""
+    for path in temporaries:
+        owner = re.fullmatch(rf".*\.{re.escape(socket.gethostname())}\.(\d+)\.tmp", path.name)
+        if owner and not _alive(int(owner[1])):
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write readable JSON, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,119 @@
+"""Network calls recorded once and replayed: on a GPU that saves the time of launching their hundreds of kernels."""
+
+import argparse
+import time
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from caching.nested import Cache, no_cache
+from speed.compiled import compiled
+
+Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
+
+
+class Recording(NamedTuple):
+    """What a replay reads and writes. kept: the buffers of all that the cache keeps after it."""
+    inputs: list[Tensor]
+    output: Tensor
+    replay: Callable[[], object]
+    kept: dict[Hashable, Tensor]
+
+
+class RecordedNetwork(nn.Module):
+    """A network of which each kind of step is recorded when it first comes: with DeepCache two, full and cached steps.
+
+    Called as the network is. What a cache keeps between steps lies in buffers of this object, the same for all batches,
+    since a replay reads and writes where the recording did. Inputs of other shapes are recorded on their own. Steps
+    whose cache has no `pattern` (scales and shifts differ from step to step) run as ever.
+
+    record: takes a function without arguments -> (its output, a function that runs it again into the same output).
+    `seconds`: what recording has taken.
+    """
+
+    def __init__(self, network: nn.Module, record: Record):
+        super().__init__()
+        self.network, self.record = network, record
+        self.recordings: dict[Hashable, Recording] = {}
+        self.kept: dict[Hashable, dict[Hashable, Tensor]] = {}      # for each set of input shapes, the buffers by name
+        self.seconds = 0.0
+
+    def forward(self, *args: Tensor, cache: Cache = no_cache) -> Tensor:
+        pattern = () if cache is no_cache else cache.pattern
+        if pattern is None:
+            return self.network(*args, cache=cache)
+        shapes = tuple((x.shape, x.dtype) for x in args)
+        buffers = self.kept.setdefault(shapes, {})
+        move_kept(cache, buffers)
+        if (pattern, shapes) not in self.recordings:
+            start = time.perf_counter()
+            self.recordings[pattern, shapes] = self._recording(args, cache, buffers)
+            self.seconds += time.perf_counter() - start
+        recording = self.recordings[pattern, shapes]
+        for static, x in zip(recording.inputs, args, strict=True):
+            static.copy_(x)
+        recording.replay()
+        if cache is not no_cache:
+            cache.kept = recording.kept
+        return recording.output.clone()
+
+    def _recording(self, args: tuple[Tensor, ...], cache: Cache, buffers: dict[Hashable, Tensor]) -> Recording:
+        inputs = [x.clone() for x in args]
+
+        def run() -> Tensor:
+            output = self.network(*inputs, cache=cache)
+            move_kept(cache, buffers)
+            return output
+
+        run()       # what comes up once, new buffers among it, is not part of the recording
+        output, replay = self.record(run)
+        return Recording(inputs, output, replay, {} if cache is no_cache else dict(cache.kept))
+
+
+def move_kept(cache: Cache, buffers: dict[Hashable, Tensor]) -> None:
+    """What a cache keeps, into buffers, which are made where there are none yet."""
+    if cache is no_cache:
+        return
+    for name, value in cache.kept.items():
+        if name not in buffers:
+            buffers[name] = value.clone()
+        elif value is not buffers[name]:
+            buffers[name].copy_(value)
+    cache.kept = {name: buffers[name] for name in cache.kept}
+
+
+def cuda_recorder() -> Record:
+    """Recordings as CUDA graphs that share one pool of memory."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+        side = torch.cuda.Stream()                      # as PyTorch asks: some warm-up outside the default stream
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            output = run()
+        return output, graph.replay
+    return record
+
+
+def recorded(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network with CUDA graphs on a GPU; elsewhere the network as it is, and a line that says so."""
+    if device.type != "cuda":
+        print(f"CUDA graphs: not here, the device is {device}; going on without", flush=True)
+        return network
+    return RecordedNetwork(network, cuda_recorder())
+
+
+def accelerated(unet: nn.Module, args: argparse.Namespace, graphs: int) -> tuple[nn.Module, dict[str, bool]]:
+    """The network as --compile and --cuda-graphs ask, and which of the two are in use here.
+
+    graphs: how many different sets of values the steps of a run reuse.
+    """
+    inner = compiled(unet, graphs) if args.compile else unet
+    network = recorded(inner, next(unet.parameters()).device) if args.cuda_graphs else inner
+    return network, {"compile": inner is not unet, "cuda_graphs": network is not inner}
