@@ -29,7 +29,7 @@ from eval.metrics.inception import DIMS, Inception
 from eval.tables import results
 from runs.cli import command
 from runs.errors import UserError, one_line
-from runs.options import prepare_device
+from runs.machine import check_counts, prepare_device
 from runs.seeds import rank_and_world
 from runs.weights import sha256
 
@@ -137,7 +137,8 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True, help="reference npz of ADM")
     options.add_options(parser)
     args = parser.parse_args()
-    started, device = time.time(), prepare_device(args)
+    check_counts(batch_size=args.batch_size)
+    started, device = time.time(), prepare_device(args.device, args.threads)
     samples, notes = options.open_samples(args)
     reference = open_reference(args.reference)
     if reference.images.size != samples.size:

@@ -26,16 +26,16 @@ from eval.cost.timing import time_steps
 from eval.fidelity import fidelity
 from eval.metrics.features import EffLite0
 from eval.metrics.images import open_images
-from eval.models import build, example_inputs, load_config, load_unet, rows_per_image
 from eval.quality import FD, KID, open_reference, quality
 from eval.tables.plots import cost_against_quality, sample_rows
 from experiments.demo_report import report
 from runs.cli import command
 from runs.errors import UserError
+from runs.families import build, example_inputs, load_config, load_unet, rows_per_image
 from runs.files import ROOT, write_atomically, write_json
-from runs.options import place
 from runs.prompts import read_prompts
 from runs.provenance import provenance
+from speed.accelerate import place
 
 POWER = 1.4                                 # of the non-uniform arms, with the center at 40 % of the steps: about where
 CENTER = 0.4                                # the paper has them for LDM and SD; not tuned here

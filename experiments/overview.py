@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from eval.cost.runs import macs_per_image
 from eval.tables.paper import tables
 from eval.tables.render import align
 from eval.tables.rows import of_table
@@ -20,9 +21,9 @@ from scripts.download import catalogue
 
 def cost(jobs: list[Job]) -> list[str]:
     """Network calls, MACs and disk of what is not there yet."""
-    left = [(job.images - job.present, job.row) for job in jobs]
-    return [f"{sum(n * row.calls for n, row in left):,}",
-            f"{sum(n * row.macs_per_image().hook for n, row in left) / 1e15:,.1f}",
+    left = [(job.images - job.present, job) for job in jobs]
+    return [f"{sum(n * job.run.calls for n, job in left):,}",
+            f"{sum(n * macs_per_image(job.run).hook for n, job in left) / 1e15:,.1f}",
             gigabytes(sum(job.bytes_needed for job in jobs))]
 
 

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from caching.nested import Policy, no_cache
+from caching.nested import no_cache
+from caching.policy import Policy
 from sampling.ddim import SPACINGS, ddim, final_alpha, make_timesteps
 from sampling.diffusion import Diffusion, guided, predicted_noise
 from sampling.noise import SeededNoise

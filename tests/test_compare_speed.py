@@ -8,7 +8,7 @@ from conftest import HERE
 
 from eval.cost import compare_speed
 from eval.cost.compare_speed import compare, peak_memory, report, whole_run
-from eval.models import load_config
+from runs.families import load_config
 
 CONFIGS = HERE.parent / "configs"
 

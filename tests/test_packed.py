@@ -12,8 +12,8 @@ from torch._inductor.exc import InvalidCxxCompiler
 from caching.deepcache import DeepCache
 from ddpm import unet as ddpm
 from ldm import unet as ldm
-from runs.options import place
 from speed import packed
+from speed.accelerate import place
 from speed.compiled import compile_seconds, compiled
 
 pytestmark = pytest.mark.skipif(not packed.packable(nn.Linear(1, 1)), reason="oneDNN packs weights on x86 CPUs alone")

@@ -27,8 +27,8 @@ import torch
 
 from eval.cost.macs import average, step_macs
 from eval.metrics.images import ImageSet
-from eval.models import build, example_inputs, load_config, rows_per_image
 from runs.errors import UserError
+from runs.families import build, example_inputs, load_config, rows_per_image
 from runs.files import ROOT, write_json
 from runs.provenance import provenance
 
