@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 
 from torch import Tensor, nn
 
-from caching.deepcache import DeepCache
+from caching.policy import Policy
 
 KINDS = ("transformer", "attention", "resnet", "all")
 Adjustment = Mapping[str, tuple[Tensor, Tensor]]        # residual -> (scale, shift) of its channels
@@ -50,7 +50,7 @@ def threshold_schedule(changes: Sequence[float], delta: float) -> list[int]:
     return steps
 
 
-class BlockCache:
+class BlockCache(Policy):
     """Compute each residual on its own steps, reuse it on all others.
 
     schedule: for each residual that is cached, the steps that compute it; 0 must be one. Others are always computed.
@@ -74,6 +74,9 @@ class BlockCache:
         self.values: dict[str, Tensor] = {}
         self.reused: frozenset[str] = frozenset()
         self.adjustment: Adjustment = {}
+
+    def owns(self, key: Hashable) -> bool:
+        return key in self.schedule
 
     def at(self, step: int) -> "BlockCache":
         """Choose what the next network call reuses: plain values, set outside any compiled region."""
@@ -118,38 +121,6 @@ class BlockCache:
 def like_channels(x: Tensor, value: Tensor) -> Tensor:
     """[..., channels] shaped to multiply a feature map [batch, channels, h, w] or tokens [batch, tokens, channels]."""
     return x[..., None, None] if value.ndim == 4 else x[..., None, :]
-
-
-class Together:
-    """DeepCache for one level, Block Caching for residuals outside it (see `outside`): two policies on one seam."""
-
-    def __init__(self, level: DeepCache, blocks: BlockCache):
-        self.level, self.blocks = level, blocks
-
-    def reset(self) -> None:
-        self.level.reset()
-        self.blocks.reset()
-
-    def at(self, step: int) -> "Together":
-        self.level.at(step)
-        self.blocks.at(step)
-        return self
-
-    @property
-    def pattern(self) -> Hashable | None:
-        return None if self.blocks.pattern is None else (self.level.pattern, self.blocks.pattern)
-
-    @property
-    def kept(self) -> dict[Hashable, Tensor]:
-        return self.level.kept | self.blocks.kept
-
-    @kept.setter
-    def kept(self, values: Mapping[Hashable, Tensor]) -> None:
-        self.level.kept = values
-        self.blocks.kept = {key: value for key, value in values.items() if not isinstance(key, int)}
-
-    def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        return (self.level if isinstance(key, int) else self.blocks)(key, compute)
 
 
 def outside(names: Iterable[str], num_branches: int, branch: int) -> list[str]:

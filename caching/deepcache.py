@@ -1,12 +1,17 @@
 """DeepCache (arXiv 2312.00858): compute one deep feature on some steps, reuse it on all others."""
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from caching.options import MethodOptions, Planned, RunShape, option
+from caching.policy import Policy
+from caching.schedules import RULES, full_steps
 
-class DeepCache:
+
+class DeepCache(Policy):
     """Compute the feature at skip `branch` on the full steps, reuse it on all others.
 
     branch: 0-based skip index; 0 = conv_in reuses most, the last one reuses the middle block alone.
@@ -38,6 +43,9 @@ class DeepCache:
         """Let go of the feature, after the last step of a batch."""
         self.feature = None
         self.full = True
+
+    def owns(self, key: Hashable) -> bool:
+        return key == self.branch
 
     @property
     def pattern(self) -> Hashable:
@@ -71,3 +79,48 @@ class ZeroedCache(DeepCache):
 
     def reuse(self) -> Tensor:
         return torch.zeros_like(self.feature)
+
+
+class PlannedDeepCache(Planned):
+    """DeepCache at a branch, with the full steps of a run."""
+
+    def __init__(self, options: "DeepCacheOptions", branch: int, steps: Sequence[int], shape: RunShape):
+        self.kind = ZeroedCache if options.zero_cache else DeepCache
+        self.branch, self.full_steps = branch, list(steps)
+        self.settings = {"interval": options.interval, "branch": branch, "schedule": options.schedule,
+                         "center": options.center, "power": options.power, "zero_cache": options.zero_cache,
+                         "full_steps": self.full_steps}
+        self.name = [f"{options.schedule}_n{options.interval}",
+                     *([f"c{options.center}"] if options.center is not None else []),
+                     *([f"p{options.power:g}"] if options.power is not None else []),
+                     *([f"branch{branch}"] if branch != shape.branch else []),
+                     *(["zeroed"] if options.zero_cache else [])]
+        self.summary = f"branch {branch}"
+
+    def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DeepCache:
+        return self.kind(self.branch, self.full_steps)
+
+
+@dataclass(frozen=True)
+class DeepCacheOptions(MethodOptions):
+    """Which steps are full, and what the others reuse."""
+    title = "caching (DeepCache)"
+    interval: int = option(1, "N of 1:N: one full step in every N; 1 = no caching (default)")
+    branch: int | None = option(None, "0-based skip that is recomputed last; 0 = conv_in caches most (default: the "
+                                      "paper's for this model)")
+    schedule: str = option("uniform", "which steps are full (default: uniform)", choices=tuple(RULES))
+    center: int | None = option(None, "centered: the step around which full steps gather")
+    power: float | None = option(None, "centered and released-ldm: how quickly they thin out")
+    zero_cache: bool = option(False, "ablation of the paper's Table 5: reuse zeros instead of the feature")
+
+    def plan(self, shape: RunShape, before: Sequence[Planned]) -> PlannedDeepCache | None:
+        branch = shape.branch if self.branch is None else self.branch
+        if not 0 <= branch < shape.num_branches:
+            raise ValueError(f"--branch must be from 0 to {shape.num_branches - 1} for this model, got {branch}")
+        steps = full_steps(self.schedule, shape.steps, self.interval, self.center, self.power)
+        if self.interval == 1:
+            if self.zero_cache:
+                raise ValueError("--zero-cache needs an --interval of 2 or more: without caching there is nothing to "
+                                 "zero")
+            return None
+        return PlannedDeepCache(self, branch, steps, shape)
