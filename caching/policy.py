@@ -5,8 +5,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from caching.nested import Cache
-
 
 class Policy(Protocol):
     """The whole protocol, and its base class: one that computes everything and keeps nothing.
