@@ -17,12 +17,10 @@ from torch import Tensor
 
 from caching.block_cache import Adjustment, BlockCache, outside
 from caching.deepcache import PlannedDeepCache
+from caching.fitted import BOUND, file_sha256, refuse_other_run
 from caching.options import MethodOptions, Planned, RunShape, option
 
 FORMAT = 1
-# What of a run's settings a schedule is made for. Guidance, prompts and number format may differ: it is measured over
-# many images, and small changes of the trajectory move it little.
-BOUND = ("model", "unet", "checkpoint_sha256", "sampler", "steps", "timesteps")
 
 
 @dataclass
@@ -85,12 +83,7 @@ class BlockSchedule:
 
         Raises ValueError that says what differs.
         """
-        differing = [key for key in BOUND if key in settings and self.run[key] != settings[key]
-                     and not (key == "checkpoint_sha256" and self.run[key] is None)]
-        if differing:
-            shown = (f"{key} {self.run[key]} there, {settings[key]} here" if key != "unet" else "unet differs"
-                     for key in differing)
-            raise ValueError(f"the block schedule was made for another run: {'; '.join(shown)}")
+        refuse_other_run("the block schedule was made", {key: self.run[key] for key in BOUND}, settings)
 
     def outside(self, branch: int, num_branches: int) -> dict[str, list[int]]:
         """The part of it that DeepCache at `branch` leaves to it."""
@@ -144,7 +137,7 @@ class PlannedBlocks(Planned):
     def __init__(self, options: "BlockCachingOptions", schedule: BlockSchedule, blocks: dict[str, list[int]],
                  table: list[Adjustment] | None, calls: int):
         self.schedule, self.blocks, self.table = schedule, blocks, table
-        digest = None if options.scale_shift is None else _sha256(options.scale_shift)
+        digest = None if options.scale_shift is None else file_sha256(options.scale_shift)
         self.settings = {"block_caching": {
             "schedule_sha256": schedule.sha256, "kinds": schedule.kinds, "delta": schedule.delta,
             "blocks": len(blocks), "scale_shift_sha256": digest}}
@@ -181,11 +174,6 @@ class BlockCachingOptions(MethodOptions):
         table = None if self.scale_shift is None else load_scale_shift(self.scale_shift, schedule)
         blocks = schedule.outside(level.branch, shape.num_branches) if level else schedule.blocks
         return PlannedBlocks(self, schedule, blocks, table, shape.calls)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def block_cache(blocks: Mapping[str, Sequence[int]], table: Sequence[Adjustment] | None,

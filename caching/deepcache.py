@@ -1,4 +1,4 @@
-"""DeepCache (arXiv 2312.00858): compute one deep feature on some steps, reuse it on all others."""
+"""DeepCache (arXiv 2312.00858): compute one deep feature on some steps, reuse it on all others, or forecast it."""
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from caching.forecast import Damping, Forecast, History, check_order, forecast, on_device
 from caching.options import MethodOptions, Planned, RunShape, option
 from caching.policy import Policy
 from caching.schedules import RULES, full_steps
@@ -16,33 +17,47 @@ class DeepCache(Policy):
 
     branch: 0-based skip index; 0 = conv_in reuses most, the last one reuses the middle block alone.
     full_steps: indices of the network calls that run the whole U-Net (see `caching.schedules`); 0 must be one.
+    forecast: the order of the polynomial through the last full steps (`caching.forecast`); 0 is reuse, as in the paper.
+    damping: of the forecast, for all network calls or for each.
 
-    `unet(x, t, cache=cache.at(step))` runs step `step`. Between steps one tensor is held, `cache.feature`.
-    Raises ValueError for a negative branch or full steps without 0, RuntimeError for a cached step with no feature.
+    `unet(x, t, cache=cache.at(step))` runs step `step`. Between steps one tensor is held, `cache.feature`, and one more
+    for each order. Raises ValueError for a negative branch, full steps without 0, or an order that they can never feed;
+    RuntimeError for a cached step with no feature.
     """
 
-    def __init__(self, branch: int, full_steps: Collection[int]):
+    def __init__(self, branch: int, full_steps: Collection[int], forecast: int = 0, damping: Damping = 1.0):
         if branch < 0:
             raise ValueError(f"branch must be 0 or more (0 = the skip of conv_in), got {branch}")
         if 0 not in full_steps:
             raise ValueError("full_steps must contain 0: the first step has nothing to reuse")
+        check_order(forecast, full_steps)
         self.branch = branch
         self.full_steps = frozenset(full_steps)
-        self.full = True
+        self.forecast = Forecast(forecast, damping)
+        self.history = History(self.forecast.order)
         self.feature: Tensor | None = None
+        self.weights: Tensor | None = None
+        self.full = True
 
     def at(self, step: int) -> "DeepCache":
-        """Choose what the next network call does. A plain bool, set outside any compiled region."""
-        self.full = step in self.full_steps
-        if not self.full and self.feature is None:
+        """Choose what the next network call does: a plain bool and tensors, set outside any compiled region."""
+        self.step, self.full = step, step in self.full_steps
+        self.weights = None
+        if self.full:
+            self.history.before_full(step, self.feature)
+        elif self.feature is None:
             raise RuntimeError(f"step {step} is a cached step, but there is no feature to reuse: no full step has run "
                                f"since the start, or the U-Net has no branch {self.branch}")
+        elif self.forecast.order:
+            self.history.before_cached(self.feature)
+            self.weights = on_device(self.forecast.weights(step, self.history.steps), self.feature)
         return self
 
     def reset(self) -> None:
-        """Let go of the feature, after the last step of a batch."""
-        self.feature = None
+        """Let go of all features, after the last step of a batch."""
+        self.feature = self.weights = None
         self.full = True
+        self.history.reset()
 
     def owns(self, key: Hashable) -> bool:
         return key == self.branch
@@ -50,20 +65,28 @@ class DeepCache(Policy):
     @property
     def pattern(self) -> Hashable:
         """Equal for steps that compute, keep and reuse the same."""
-        return type(self).__name__, self.branch, self.full
+        return type(self).__name__, self.branch, self.full, self.forecast.order
 
     @property
     def kept(self) -> dict[Hashable, Tensor]:
         """What is kept between steps, by key. To assign to it puts other tensors in its place."""
-        return {} if self.feature is None else {self.branch: self.feature}
+        if self.feature is None:
+            return {}
+        found = self.history.kept(self.branch) | {self.branch: self.feature}
+        return found if self.weights is None else found | {(self.branch, "weights"): self.weights}
 
     @kept.setter
     def kept(self, values: Mapping[Hashable, Tensor]) -> None:
         self.feature = values.get(self.branch)
+        self.weights = values.get((self.branch, "weights"))
+        self.history.put(self.branch, values)
 
     def reuse(self) -> Tensor:
         """What a cached step sees in place of the feature."""
-        return self.feature
+        assert self.feature is not None     # `at` has seen to it
+        if self.weights is None:
+            return self.feature
+        return forecast(self.feature, self.history.older, self.weights)
 
     def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         if key != self.branch:
@@ -78,7 +101,7 @@ class ZeroedCache(DeepCache):
     """The ablation of the paper's Table 5: cached steps see zeros instead of the feature."""
 
     def reuse(self) -> Tensor:
-        return torch.zeros_like(self.feature)
+        return torch.zeros_like(super().reuse())
 
 
 class PlannedDeepCache(Planned):

@@ -28,7 +28,15 @@ from runs.families import (
     find_config,
     load_config,
 )
-from sampling.samplers import SAMPLERS, TIMESTEPS, Sampler, num_calls, timesteps_for
+from sampling.samplers import (
+    SAMPLERS,
+    SAMPLERS_HELP,
+    TIMESTEPS,
+    TIMESTEPS_HELP,
+    Sampler,
+    num_calls,
+    timesteps_for,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,11 +45,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class SamplerOptions:
     """What is not given is the config's."""
     title: ClassVar[str] = "the sampler (defaults: the config's, which are the paper's)"
-    sampler: str | None = option(None, "dpmpp: DPM-Solver++ (2M)", choices=SAMPLERS)
+    sampler: str | None = option(None, SAMPLERS_HELP, choices=SAMPLERS)
     steps: int | None = option(None, "network calls per image; plms makes one more")
-    timesteps: str | None = option(
-        None, "how the steps spread over the noise levels; plms takes leading (its default, where the config's is "
-              "another) and trailing, dpmpp these and linspace, ddim all but linspace", choices=TIMESTEPS)
+    timesteps: str | None = option(None, TIMESTEPS_HELP, choices=TIMESTEPS)
     eta: float | None = option(None, "ddim: 0 = deterministic, 1 = the variance of DDPM")
 
 
