@@ -16,7 +16,8 @@ from setuptools.command.editable_wheel import editable_wheel
 from setuptools.errors import SetupError
 
 NAME = "unet_caching"
-ROOMS = ("caching", "ddpm", "eval", "ldm", "planning", "runs", "sampling", "speed", "stable_diffusion", "training")
+PACKAGES = [found for found in find_packages() if found.split(".")[0] not in ("package", "experiments", "scripts")]
+ROOMS = sorted({package.split(".")[0] for package in PACKAGES})
 DATA = {"configs": ["*.yaml", "block_schedules/*.json"], "data": ["emoji/index.csv", "emoji/prompts.txt"]}
 
 
@@ -80,8 +81,7 @@ class NoEditable(editable_wheel):
 
 
 setup(
-    packages=[NAME, *(f"{NAME}.{package}" for room in ROOMS for package in (
-        room, *(f"{room}.{inner}" for inner in find_packages(room)))), *(f"{NAME}.{folder}" for folder in DATA)],
+    packages=[NAME, *(f"{NAME}.{package}" for package in (*PACKAGES, *DATA))],
     package_dir={NAME: "package", **{f"{NAME}.{folder}": folder for folder in (*ROOMS, *DATA)}},
     package_data={NAME: ["py.typed"], **{f"{NAME}.{folder}": files for folder, files in DATA.items()}},
     cmdclass={"build_py": BuildBelowName, "editable_wheel": NoEditable},

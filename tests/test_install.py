@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from runs.files import ROOT
 from stable_diffusion.pipeline import enable_deepcache
 
 NAME = "unet_caching"
-ROOMS = ("caching", "ddpm", "eval", "ldm", "planning", "runs", "sampling", "speed", "stable_diffusion", "training")
+ROOMS = {file.parent.name for file in ROOT.glob("*/__init__.py")} - {"package", "experiments", "scripts"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMPORT_ALL = f"""
 import importlib, pkgutil, sys
@@ -32,13 +33,18 @@ assert "torch" not in sys.modules and "diffusers" not in sys.modules, "the packa
 names = [found.name for found in pkgutil.walk_packages({NAME}.__path__, "{NAME}.")]
 for name in names:
     importlib.import_module(name)
-print(len(names), sorted(sys.modules.keys() & {set(ROOMS)}))
+print(len(names), sorted(sys.modules.keys() & {ROOMS}))
 """
+EXTRAS = {module for module, names in packages_distributions().items() for name in names
+          if name.lower() in {Requirement(text).name.lower() for extra in PROJECT["optional-dependencies"].values()
+                              for text in extra}}
 CACHED_PIPELINE = f"""
-import sys
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys({sorted(EXTRAS)}))     # as where no extra is installed
 import torch
+import {NAME}
 from {NAME} import disable_deepcache, enable_deepcache
-from diffusers import StableDiffusionPipeline       # after ours, see sampling/libraries.py
+from diffusers import StableDiffusionPipeline           # after ours, see sampling/libraries.py
 
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None, local_files_only=True)
 def latents():
@@ -48,6 +54,9 @@ enable_deepcache(pipe, interval=3)
 cached = latents()
 disable_deepcache(pipe)
 torch.save([cached, latents()], sys.argv[2])
+for found in pkgutil.walk_packages({NAME}.__path__, "{NAME}."):
+    if not found.name.startswith(("{NAME}.eval", "{NAME}.planning")):
+        importlib.import_module(found.name)
 """
 
 
@@ -84,7 +93,8 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 def test_one_top_level_name_comes_along(installed):
     assert {path.name for path in installed.iterdir()} == {NAME, f"{NAME}-{PROJECT['version']}.dist-info"}
-    assert (installed / NAME / "py.typed").is_file()
+    folders = {path.name for path in (installed / NAME).iterdir() if path.is_dir()}
+    assert folders == {*ROOMS, "configs", "data"} and (installed / NAME / "py.typed").is_file()
     assert {path.name for path in installed.glob("*.dist-info/licenses/*")} == {"LICENSE", "NOTICE"}
 
 
@@ -98,10 +108,10 @@ def test_every_module_imports_and_knows_the_rooms_below_the_name_only(installed,
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
-            assert not {name.split(".")[0] for name in names} & set(ROOMS), f"{path}: line {node.lineno}"
+            assert not {name.split(".")[0] for name in names} & ROOMS, f"{path}: line {node.lineno}"
 
 
-def test_two_lines_switch_caching_on_in_a_pipeline(installed, tmp_path, parts):  # noqa: F811
+def test_two_lines_switch_caching_on_in_a_pipeline_without_any_extra(installed, tmp_path, parts):  # noqa: F811
     pipe = build(parts)
     pipe.save_pretrained(tmp_path / "pipeline")
     (tmp_path / "cached.py").write_text(CACHED_PIPELINE)
@@ -113,7 +123,7 @@ def test_two_lines_switch_caching_on_in_a_pipeline(installed, tmp_path, parts): 
 
 
 def test_the_sample_command_makes_the_clones_images(installed, tmp_path, monkeypatch):
-    words = ["--config", "configs/ddpm_emoji.yaml", "--checkpoint", str(ROOT / "checkpoints/ddpm_emoji.safetensors"),
+    words = ["--config", "ddpm_emoji", "--checkpoint", str(ROOT / "checkpoints" / "ddpm_emoji.safetensors"),
              "--seeds", "0-1", "--steps", "4", "--interval", "2", "--threads", "1", "--device", "cpu", "--out"]
     python(tmp_path, installed, "-m", f"{NAME}.ddpm.sample", *words, "installed")
     monkeypatch.setattr(sys, "argv", ["sample", *words, str(tmp_path / "clone")])

@@ -12,6 +12,7 @@ import pytest
 from runs.files import ROOT
 
 ORDER = re.findall(r"^\d+\. `([\w/]+)/`", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+Graph = dict[Path, set[tuple[Path, bool]]]
 
 
 def room(file: Path) -> str:
@@ -43,50 +44,55 @@ def imports(file: Path, files: set[Path], source: str) -> Iterator[tuple[Path, b
         yield from ((module, node in typing) for module in modules if module)
 
 
-def upward(sources: dict[Path, str]) -> list[str]:
+def graph(sources: dict[Path, str]) -> Graph:
+    """For each file what it imports, and whether for type checkers alone."""
+    return {file: set(imports(file, set(sources), source)) for file, source in sources.items()}
+
+
+def upward(graph: Graph) -> list[str]:
     """Imports from a room that is listed later."""
-    return sorted(f"{file} imports {other}" for file, source in sources.items()
-                  for other in {other for other, _ in imports(file, set(sources), source)}
-                  if ORDER.index(room(other)) > ORDER.index(room(file)))
+    return sorted({f"{file} imports {other}" for file, others in graph.items() for other, _ in others
+                   if ORDER.index(room(other)) > ORDER.index(room(file))})
 
 
-def circle(sources: dict[Path, str]) -> list[Path]:
+def circle(graph: Graph) -> list[Path]:
     """Files that import each other when they run, the first of them again at the end."""
-    graph = {file: {other for other, for_types in imports(file, set(sources), source) if not for_types}
-             for file, source in sources.items()}
+    run = {file: {other for other, for_types in others if not for_types} for file, others in graph.items()}
     try:
-        TopologicalSorter(graph).prepare()
+        TopologicalSorter(run).prepare()
     except CycleError as error:
         return error.args[1]
     return []
 
 
 @pytest.fixture(scope="module")
-def sources() -> dict[Path, str]:
+def ours() -> Graph:
     """The repository's Python files in folders, tracked or to be tracked."""
     listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "*/*.py"], cwd=ROOT,
                             capture_output=True, text=True, check=True).stdout.split("\n")
-    return {Path(name): (ROOT / name).read_text() for name in listed if name and (ROOT / name).is_file()}
+    return graph({Path(name): (ROOT / name).read_text() for name in listed if name and (ROOT / name).is_file()})
 
 
-def test_every_file_is_in_a_room_and_every_room_is_there(sources):
-    assert {room(file) for file in sources} == set(ORDER)
+def test_every_file_is_in_a_room_and_every_room_is_there(ours):
+    assert {room(file) for file in ours} == set(ORDER)
     assert len(set(ORDER)) == len(ORDER)
 
 
-def test_no_import_upward(sources):
-    found = upward(sources)
+def test_no_import_upward(ours):
+    found = upward(ours)
     assert not found, "\n".join(found)
 
 
-def test_no_circle(sources):
-    assert circle(sources) == []
+def test_no_circle(ours):
+    found = circle(ours)
+    assert not found, " imports ".join(map(str, reversed(found)))
 
 
 def test_what_these_tests_would_find():
     x, y, z = Path("caching/x.py"), Path("eval/cost/y.py"), Path("eval/z.py")
-    assert upward({x: "", y: "from caching import x", z: "import eval.cost.y\nfrom eval.cost.y import anything"}) == []
-    assert upward({x: "def late():\n    from eval.cost import y", y: "", z: ""}) == [f"{x} imports {y}"]
-    assert upward({y: "from eval.z import anything", z: ""}) == [f"{y} imports {z}"]
-    assert circle({y: "import eval.z", z: "def late():\n    from eval.cost import y"}) in ([y, z, y], [z, y, z])
-    assert circle({y: "import eval.z", z: "if TYPE_CHECKING:\n    from eval.cost import y"}) == []
+    down = graph({x: "", y: "from caching import x", z: "import eval.cost.y\nfrom eval.cost.y import anything"})
+    assert down == {x: set(), y: {(x, False)}, z: {(y, False)}} and upward(down) == circle(down) == []
+    assert upward(graph({x: "def late():\n    from eval.cost import y", y: ""})) == [f"{x} imports {y}"]
+    assert upward(graph({y: "from eval.z import anything", z: ""})) == [f"{y} imports {z}"]
+    assert {*circle(graph({y: "import eval.z", z: "def late():\n    from eval.cost import y"}))} == {y, z}
+    assert circle(graph({y: "import eval.z", z: "if TYPE_CHECKING:\n    from eval.cost import y"})) == []
