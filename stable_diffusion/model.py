@@ -16,7 +16,7 @@ from runs.prompts import prompts_sha256, read_prompts
 from runs.spec import Run
 from sampling.noise import SeededNoise
 from stable_diffusion.checkpoint import checkpoint_sha256, load_checkpoint
-from stable_diffusion.family import TextCondition
+from stable_diffusion.condition import TextCondition
 from stable_diffusion.text_to_image import TextToImage, check_text_to_image, latent_size
 
 RELEASED_SEED = 42      # of the released evaluation (github horseee/DeepCache, 1691a3a)
