@@ -5,7 +5,7 @@ diffusers pipelines: all of them go by the fields of its options and by its `Pla
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
@@ -59,3 +59,14 @@ def plan(options: Sequence[MethodOptions], shape: RunShape) -> CachePlan:
             found.append(planned)
     return CachePlan(tuple(found))
 
+
+
+def options_by_name(given: Mapping[str, Any]) -> list[MethodOptions]:
+    """The options of all methods, from what is given by name. Raises ValueError for a name of none."""
+    left = dict(given)
+    found = [method(**{one.name: left.pop(one.name) for one in fields(method) if one.name in left})
+             for method in METHODS]
+    if left:
+        known = ", ".join(one.name for method in METHODS for one in fields(method))
+        raise ValueError(f"there is no option {', '.join(left)}: caching has {known}")
+    return found

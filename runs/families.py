@@ -67,13 +67,14 @@ class Family:
 @cache
 def families() -> dict[str, Family]:
     """All of them, by name."""
-    found = [importlib.import_module(f"{package}.family").FAMILY for package in PACKAGES]
+    above = __name__.removesuffix("runs.families")      # "" in a clone, the package's name where it is installed
+    found = [importlib.import_module(f"{above}{package}.family").FAMILY for package in PACKAGES]
     return {family.name: family for family in found}
 
 
 def find_config(path: Path | str) -> Path:
-    """A config file: the path as it is, or below the repository. Raises UserError."""
-    for candidate in (Path(path), ROOT / path):
+    """A config file: the path as it is, or below the repository, or the name of one in configs/. Raises UserError."""
+    for candidate in (Path(path), ROOT / path, ROOT / "configs" / f"{path}.yaml"):
         if candidate.is_file():
             return candidate
     raise UserError(f"no config file {path}")

@@ -29,8 +29,9 @@ schedulers, as Heun's, count each of their calls.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -55,11 +56,14 @@ from diffusers.models.attention_processor import (
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from caching.deepcache import DeepCache
+from caching.deepcache import DeepCacheOptions
+from caching.methods import options_by_name, plan
 from caching.nested import Cache, no_cache
-from caching.schedules import check_settings, full_steps
+from caching.options import MethodOptions, RunShape
+from caching.policy import Policy
+from caching.schedules import check_settings
 from ldm.diffusers_layout import diffusers_arguments, diffusers_names, diffusers_state_dict, unet_arguments
-from runs.errors import UserError
+from runs.errors import UserError, as_user_error
 from stable_diffusion.checkpoint import load_checkpoint
 from stable_diffusion.config import Config, Diffusion
 from stable_diffusion.unet import UNet
@@ -71,17 +75,19 @@ SAME_ATTENTION = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormers
 
 
 def enable_deepcache(pipe: DiffusionPipeline, interval: int, branch: int = 1, schedule: str = "uniform",
-                     center: int | None = None, power: float | None = None) -> None:
-    """Switch DeepCache on in a pipeline, or change its settings.
+                     center: int | None = None, power: float | None = None, **options: Any) -> None:
+    """Switch caching on in a pipeline, or change its settings.
 
-    interval: N of 1:N, one full step in every N; 1 runs our U-Net without caching. branch: 0-based skip index, as
+    interval: N of 1:N, one full step in every N; 1 runs our U-Net without DeepCache. branch: 0-based skip index, as
     everywhere (the paper's is 1 for this model). schedule: "uniform", or "centered" with the paper's non-uniform
-    center and power (caching/schedules.py).
+    center and power (caching/schedules.py). options: of all methods in caching/methods.py, by the names that their
+    flags have in the sample commands.
     Raises UserError for settings that cannot be and for a pipeline that cannot be cached; nothing has changed then.
     """
-    settings = Settings(interval, branch, schedule, center, power)
+    options |= {"interval": interval, "branch": branch, "schedule": schedule, "center": center, "power": power}
     try:
         check_settings(schedule, interval, center, power)
+        methods = options_by_name(options)
     except ValueError as error:
         raise UserError(str(error)) from None
     unet = _unet_of(pipe)
@@ -89,6 +95,7 @@ def enable_deepcache(pipe: DiffusionPipeline, interval: int, branch: int = 1, sc
     forward.check()
     if not (isinstance(branch, int) and 0 <= branch < forward.net.num_branches):
         raise UserError(f"branch must be from 0 to {forward.net.num_branches - 1} for this model, got {branch!r}")
+    settings = Settings(methods, forward.net.num_branches)
     disable_deepcache(pipe)
     forward.install(pipe)
     pipe.progress_bar = RunStart(pipe, forward, settings)
@@ -141,28 +148,27 @@ def scheduler(diffusion: Diffusion) -> PNDMScheduler | DDIMScheduler:
 
 
 class Settings(NamedTuple):
-    """How one pipeline caches."""
-    interval: int
-    branch: int
-    schedule: str
-    center: int | None
-    power: float | None
+    """How one pipeline caches. methods: their options. num_branches: skips of its U-Net."""
+    methods: Sequence[MethodOptions]
+    num_branches: int
 
-    def cache(self, num_steps: int) -> DeepCache | None:
-        """The cache of one run; None without caching. Raises UserError for a schedule that so few steps do not have."""
-        if self.interval == 1:
-            return None
-        try:
-            steps = full_steps(self.schedule, num_steps, min(self.interval, num_steps), self.center, self.power)
-        except ValueError as error:
-            raise UserError(f"this run has {num_steps} steps: {error}") from None
-        return DeepCache(self.branch, steps)
+    def cache(self, num_steps: int, calls: int, like: Tensor) -> Policy | None:
+        """The policy of one run on tensors like this one; None without caching.
+
+        Raises UserError for a schedule that so few steps do not have.
+        """
+        fitting = [replace(one, interval=min(one.interval, num_steps)) if isinstance(one, DeepCacheOptions) else one
+                   for one in self.methods]
+        with as_user_error(f"this run has {num_steps} steps: "):
+            found = plan(fitting, RunShape(num_steps, calls, self.num_branches, 1))
+            found.check({"steps": num_steps})
+        return found.policy(like.device, like.dtype)
 
 
 class Run:
     """One denoising loop: counts its network calls."""
 
-    def __init__(self, cache: DeepCache | None):
+    def __init__(self, cache: Policy | None):
         self.cache = cache
         self.call = 0
         self.fits: tuple | None = None
@@ -196,7 +202,8 @@ class RunStart:
         if _unwrapped(self.pipe.unet) is not self.forward.unet:
             raise UserError("pipe.unet is another one than when DeepCache was enabled: call enable_deepcache again")
         plms = self.pipe.scheduler.config.get("skip_prk_steps", False)
-        run = Run(self.settings.cache(self.pipe.num_timesteps - plms))
+        calls, weight = self.pipe.num_timesteps, next(self.forward.unet.parameters())
+        run = Run(self.settings.cache(calls - plms, calls, weight))
         self.forward.check()
         outer, self.forward.run = self.forward.run, run     # a callback may run the pipeline within a run
         try:
