@@ -26,7 +26,8 @@ from eval.metrics import options, statistics
 from eval.metrics.extract import Features, extract
 from eval.metrics.images import ImageSet, open_images
 from eval.metrics.inception import DIMS, Inception
-from eval.tables import results
+from eval.tables.results import of_samples
+from runs import results
 from runs.cli import command
 from runs.errors import UserError, one_line
 from runs.options import prepare_device
@@ -160,7 +161,7 @@ def main() -> None:
     print(table(scores, len(samples), len(reference.images)))
     if args.out:
         metrics = {inception.name(name): metric for name, metric in scores.metrics.items()}
-        results.write(args.out, results.of_samples(
+        results.write(args.out, of_samples(
             "adm", samples, metrics, device, started=started, inputs={"reference": str(args.reference)},
             hashes={"reference": sha256(args.reference), "extractor": inception.sha256, "images": x.images_sha256},
             details={**scores.details, "unavailable": scores.unavailable, "notes": notes, "extractor": inception.id,

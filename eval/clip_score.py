@@ -27,12 +27,13 @@ from tqdm import tqdm
 
 from eval.metrics.images import ImageSet, open_images
 from eval.metrics.intervals import mean_estimate
-from eval.tables import results
-from eval.tables.results import Metric, Result
+from eval.tables.results import of_samples
+from runs import results
 from runs.cli import command
 from runs.errors import UserError, one_line
 from runs.options import prepare_device
 from runs.prompts import prompts_sha256, read_prompts
+from runs.results import Metric, Result
 from runs.seeds import format_some
 from runs.weights import read_tensors, sha256
 
@@ -234,7 +235,7 @@ def main():
     index, per = prompts_of_seeds(images, prompts, args.images_per_prompt, args.allow_fewer)
     name, preparation = check_model(args.model, args.weights, args.tag, args.model_config)
     expected = len(prompts) * per
-    result = results.of_samples(
+    result = of_samples(
         "clip_score", images, {}, device,
         inputs={"prompts": str(args.prompts), "weights": str(args.weights)},
         hashes={"prompts": prompts_sha256(prompts), "weights": sha256(args.weights)},

@@ -31,7 +31,8 @@ from eval.metrics.extract import Features, extract
 from eval.metrics.images import ImageSet
 from eval.metrics.inception import DIMS, Inception, NoLibrary
 from eval.metrics.sources import open_source
-from eval.tables import results
+from eval.tables.results import of_samples
+from runs import results
 from runs.cli import command
 from runs.errors import UserError, one_line
 from runs.files import write_atomically
@@ -207,7 +208,7 @@ def _judge(args: argparse.Namespace) -> None:
     if args.out:
         hashes = {f"reference {path.name}" if len(args.reference) > 1 else "reference": sha256(path)
                   for path in args.reference}
-        results.write(args.out, results.of_samples(
+        results.write(args.out, of_samples(
             "fid", samples, {base.name(name): metric for name, metric in metrics.items()}, device, started=started,
             inputs={"reference": ", ".join(str(path) for path in args.reference)},
             hashes={**hashes, "extractor": base.sha256, "images": digest},

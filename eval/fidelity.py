@@ -21,12 +21,13 @@ from eval.metrics.features import EffLite0, features_of
 from eval.metrics.images import ImageSet, check_paired, open_images
 from eval.metrics.intervals import mean_interval
 from eval.metrics.lpips import BACKBONE, Lpips
-from eval.tables import results
 from eval.tables.plots import distributions, worst_pairs
-from eval.tables.results import Metric
+from eval.tables.results import of_samples
+from runs import results
 from runs.cli import command
 from runs.errors import UserError
 from runs.options import prepare_device
+from runs.results import Metric
 from runs.seeds import parse_seeds
 
 _SSIM_WINDOW = 11
@@ -104,6 +105,12 @@ def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_si
     return result
 
 
+def metrics(found: dict) -> dict[str, Metric]:
+    """The means among what `fidelity` found."""
+    return {METRICS[name]: Metric.of(found[name]) for name in LABELS
+            if name in found and found[name]["mean"] is not None}
+
+
 def _pixels(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     """Per image, of uint8 [n, height, width, 3]; SSIM with the usual 11 x 11 Gaussian window."""
     # In float32 the variances inside SSIM cancel: an image and itself came out at 0.99992.
@@ -160,12 +167,10 @@ def main():
     result = fidelity(samples, against, extractor, args.batch_size, lpips=lpips, worst=worst)
     print(table(result))
     if args.out:
-        metrics = {METRICS[name]: Metric(result[name]["mean"], result[name]["interval"])
-                   for name in LABELS if name in result and result[name]["mean"] is not None}
         hashes = {"images": result["images_sha256"]["samples"], "against": result["images_sha256"]["against"],
                   "extractor": extractor.id} | ({"lpips": lpips.sha256} if lpips else {})
-        results.write(args.out, results.of_samples(
-            "fidelity", samples, metrics, device, inputs={"against": against.description}, hashes=hashes,
+        results.write(args.out, of_samples(
+            "fidelity", samples, metrics(result), device, inputs={"against": against.description}, hashes=hashes,
             details=result | {"against_run": against.run()}, started=started))
         pictures(result, worst, args.out)
 

@@ -22,11 +22,12 @@ from eval.metrics import distances
 from eval.metrics.extract import extract
 from eval.metrics.features import EffLite0, features_of
 from eval.metrics.images import ImageSet, check_paired, from_array, open_images
-from eval.tables import results
-from eval.tables.results import Metric
+from eval.tables.results import of_samples
+from runs import results
 from runs.cli import command
 from runs.errors import UserError
 from runs.options import prepare_device
+from runs.results import Metric
 from runs.seeds import parse_seeds, rank_and_world
 from training import emoji
 
@@ -85,6 +86,17 @@ def quality(samples: ImageSet, reference: ImageSet, extractor: EffLite0, held_ou
         "held_out": _described(held_out, held.images_sha256) if held else None,
         "extractor": extractor.id,
     }
+
+
+def metrics(found: dict) -> dict[str, Metric]:
+    """The distances among what `quality` found."""
+    return {name: Metric.of(found[name]) for name in (FD, KID)}
+
+
+def hashes(found: dict) -> dict[str, str]:
+    """sha256 of what `quality` looked at."""
+    return {"images": found["samples"]["sha256"], "reference": found["reference"]["sha256"],
+            "extractor": found["extractor"]}
 
 
 def difference(samples: ImageSet, against: ImageSet, reference: ImageSet, extractor: EffLite0, dims: int = 64,
@@ -180,13 +192,8 @@ def main():
                                           args.batch_size)
     print(table(result))
     if args.out:
-        metrics = {name: Metric(result[name]["value"], result[name]["interval"], result[name]["stderr"])
-                   for name in (FD, KID)}
-        hashes = {"images": result["samples"]["sha256"], "reference": result["reference"]["sha256"],
-                  "extractor": result["extractor"]}
-        results.write(args.out, results.of_samples("quality", samples, metrics, device, hashes=hashes,
-                                                   inputs={"reference": args.reference}, details=result,
-                                                   started=started))
+        results.write(args.out, of_samples("quality", samples, metrics(result), device, hashes=hashes(result),
+                                           inputs={"reference": args.reference}, details=result, started=started))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ before the seconds. What to expect is the ratio of the MACs.
 
 import argparse
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,12 +21,13 @@ import torch
 
 from eval.cost.timing import measure, measure_schedules
 from eval.models import build, example_inputs, load_config, load_unet, rows_per_image
+from runs import results
 from runs.block_schedule import BlockSchedule
 from runs.cli import command
 from runs.errors import UserError
-from runs.files import write_json
 from runs.options import DTYPES, place, prepare_device
 from runs.provenance import provenance
+from runs.results import Result
 
 
 def schedules_table(result: dict) -> str:
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the result, written after the timing")
     args = parser.parse_args()
 
+    started = time.time()
     config, device, dtype = load_config(args.config), prepare_device(args), DTYPES[args.dtype]
     if device.type == "meta":
         raise UserError("--device meta computes nothing that could be timed: use cpu or cuda")
@@ -111,8 +114,8 @@ def main() -> None:
         result = measure(unet, inputs, branches, args.interval, steps, *rounds)
         print(table(result))
     if args.out:
-        write_json(args.out, {"kind": "throughput", "model": config.name, "settings": settings, "provenance": where,
-                              **result})
+        results.write(args.out, Result("throughput", config.name, settings, throughput=result, provenance=where
+                                       ).stamped(started))
         print(f"wrote {args.out}")
 
 

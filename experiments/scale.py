@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 
 from eval.metrics.inception import DIMS
-from eval.tables import results
 from eval.tables.paper import tables
 from eval.tables.render import Found, speed_of
 from eval.tables.rows import ROOT, Row, of_table, printed_values
 from experiments.demo_report import markdown
 from experiments.jobs import Job, make_job
 from experiments.plan import user_parser
+from runs import results
 from runs.cli import command
 from runs.errors import UserError
 from runs.files import write_atomically

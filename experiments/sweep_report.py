@@ -12,15 +12,15 @@ import numpy as np
 
 from eval.cost.macs import giga
 from eval.quality import KID
-from eval.tables import results
 from eval.tables.paper import Table
 from eval.tables.plots import heat_maps, quality_fronts
 from eval.tables.render import METRICS, Speed, speed_of
-from eval.tables.results import Result
 from eval.tables.rows import Row, printed_values
 from experiments.demo_report import markdown
 from experiments.jobs import Job
+from runs import results
 from runs.files import write_atomically
+from runs.results import Result
 
 HIGHER = ("PSNR", "SSIM", "CLIP score", "IS", "precision", "recall")      # is better; of all else, lower is
 SHOWN = (KID, "PSNR", "FID", "CLIP score")    # in the pictures; KID is unbiased, however few the images are

@@ -16,7 +16,7 @@ from eval import fidelity, quality
 from eval.metrics import distances
 from eval.metrics.features import EffLite0, features_of
 from eval.metrics.images import from_array, open_images
-from eval.tables import results
+from runs import results
 from runs.errors import UserError
 from training import emoji
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from eval import fidelity
 from eval.metrics.lpips import Lpips
-from eval.tables import results
 from eval.tables.plots import worst_pairs
+from runs import results
 from runs.errors import UserError
 
 HEADS = Path(torchmetrics.functional.image.__file__).parent / "lpips_models" / "alex.pth"

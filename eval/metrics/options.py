@@ -8,8 +8,8 @@ import torch
 from eval.metrics.distances import Estimate
 from eval.metrics.images import ImageSet, check_finished, open_images
 from eval.metrics.statistics import GROUPS
-from eval.tables.results import Metric
 from runs.errors import UserError
+from runs.results import Metric
 
 COUNT = 50_000      # images behind the published numbers
 
@@ -33,7 +33,7 @@ def add_sample_options(parser: argparse.ArgumentParser) -> None:
                         help="judge fewer images, or an unfinished folder: not comparable with published numbers")
     parser.add_argument("--groups", type=int, default=GROUPS,
                         help="of the jackknife for the error of FID (default: %(default)s; 0: no error)")
-    parser.add_argument("--out", type=Path, help="JSON to write (eval/tables/results.py)")
+    parser.add_argument("--out", type=Path, help="JSON to write (runs/results.py)")
 
 
 def open_samples(args: argparse.Namespace) -> tuple[ImageSet, list[str]]:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 from eval.cost import bk_sdm
 from eval.cost.macs import giga
 from eval.tables.paper import COLUMNS, Note, Section, Table, tables
-from eval.tables.results import Result
 from eval.tables.rows import Row, Runs, check_against, of_table
 from runs.files import ROOT
 from runs.labels import RULES
+from runs.results import Result
 
 RESULTS = ROOT / "results"
 
@@ -85,7 +85,9 @@ def speed_of(found: Found, row: Row, base: int) -> Speed | None:
     own = []
     for path, result in found:
         times = result.throughput
-        if row.pruned or not times or result.model != row.config.name or result.settings.get("dtype") != row.dtype:
+        if row.pruned or result.kind != "throughput" or not times:
+            continue
+        if (result.model, result.settings.get("dtype")) != (row.config.name, row.dtype):
             continue
         cost = _in_full_steps(times, row)           # of a run; the seconds of a round cancel in it
         if cost is not None:
