@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from eval.metrics.images import ImageSet, open_images
 from eval.metrics.intervals import mean_estimate
+from eval.metrics.registry import CLIP_SCORE
 from eval.tables.results import of_samples
 from runs import results
 from runs.cli import command
@@ -247,8 +248,7 @@ def main():
     model = load_model(name, args.weights, preparation, device)
     scores = image_scores(images, [prompts[i] for i in index], model, args.batch_size)
     mean = mean_estimate(scores, groups=index)
-    result.metrics = {metric_name(name, args.tag, args.model_config): Metric(mean["mean"], mean["interval"],
-                                                                             mean["stderr"])}
+    result.metrics = {metric_name(name, args.tag, args.model_config): Metric.of(mean)}
     result.details["per_image"]["score"] = [round(score, 5) for score in scores.tolist()]
     result.details["clamped"] = int((scores == 0).sum())
     if args.against:
@@ -264,7 +264,7 @@ def metric_name(model: str, tag: str | None, config: Path | None) -> str:
     if config is not None:
         return f"image-text score, {model}"
     of_the_papers = model == MODEL and tag in (None, PAPER_TAG)
-    return "CLIP score" if of_the_papers else f"CLIP score, {model}{f' {tag}' if tag else ''}"
+    return CLIP_SCORE.name if of_the_papers else f"{CLIP_SCORE.name}, {model}{f' {tag}' if tag else ''}"
 
 
 def table(result: Result) -> str:

@@ -21,12 +21,6 @@ RESULTS = ROOT / "results"
 Found = Sequence[tuple[Path, Result]]
 
 
-# Column -> name of the metric in a result, and what a result's value is multiplied by to be printed.
-METRICS = {"fid": ("FID", 1), "sfid": ("sFID", 1), "is": ("IS", 1), "precision": ("precision", 100),
-           "recall": ("recall", 100), "clip": ("CLIP score", 1), "fd_efflite0": ("FD-EffLite0", 1),
-           "kid_efflite0": ("KID-EffLite0", 1000)}
-
-
 _SETTINGS = ("center", "power")
 
 
@@ -159,9 +153,9 @@ def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base
     measured = newest(found, row, section, judge(row, columns))
     if measured:
         path, result = measured
-        for column, (name, scale) in METRICS.items():
-            if column in columns and name in result.metrics:
-                values[column], files[column] = scale * result.metrics[name].value, path
+        for column in columns:
+            if (name := COLUMNS[column].metric) in result.metrics:
+                values[column], files[column] = COLUMNS[column].scale * result.metrics[name].value, path
         digest = result.hashes.get("checkpoint", "not recorded")[:12]
         sources[f"{row.config.name} was measured by eval.{result.kind} on {section.images:,} images of each row; "
                 f"checkpoint sha256 {digest}. The CSV names the files."] = None
