@@ -1,5 +1,7 @@
 """Block Caching (arXiv 2312.03209): reuse single residuals, each on a schedule derived from how much it changes.
 
+Instead of being reused as they are, they can be forecast (caching/forecast.py), which is not of the paper.
+
 The paper measures L1rel(i, t) = |C_i(t) - C_i(t - 1)|_1 / |C_i(t)|_1 of each block's residual C_i from step to step
 (`caching.meters`), and keeps a value until the sum of these changes since it was computed exceeds a threshold delta.
 Steps count in the order in which they run, 0 at the highest noise level; the change of step t is that from step t - 1.
@@ -9,9 +11,11 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 
 from torch import Tensor, nn
 
-from caching.deepcache import DeepCache
+from caching.forecast import Damping, Forecast, History, check_order, forecast, on_device
+from caching.policy import Policy
 
 KINDS = ("transformer", "attention", "resnet", "all")
+_WEIGHTS = "forecast weights"                           # beside the names of residuals in `BlockCache.kept`
 Adjustment = Mapping[str, tuple[Tensor, Tensor]]        # residual -> (scale, shift) of its channels
 
 
@@ -50,39 +54,67 @@ def threshold_schedule(changes: Sequence[float], delta: float) -> list[int]:
     return steps
 
 
-class BlockCache:
+class BlockCache(Policy):
     """Compute each residual on its own steps, reuse it on all others.
 
     schedule: for each residual that is cached, the steps that compute it; 0 must be one. Others are always computed.
     adjust: for each step, what to do to the values that it reuses: value * scale + shift, per channel
     (see `caching.scale_shift`); None reuses them as they are.
+    forecast: the order of the polynomial through the last values of each residual, which takes the place of the last
+    one; 0 is reuse, as in the paper. damping: of the forecast, for all network calls or for each.
 
-    `unet(x, t, cache=cache.at(step))` runs step `step`. Between steps one tensor per cached residual is held.
-    Raises ValueError for a schedule without step 0, RuntimeError for a step that would reuse what was never computed.
+    `unet(x, t, cache=cache.at(step))` runs step `step`. Between steps one tensor per cached residual is held, and one
+    more for each order. Raises ValueError for a schedule without step 0, or an order that it can feed to no residual;
+    RuntimeError for a step that would reuse what was never computed.
     """
 
-    def __init__(self, schedule: Mapping[str, Collection[int]], adjust: Sequence[Adjustment] | None = None):
+    def __init__(self, schedule: Mapping[str, Collection[int]], adjust: Sequence[Adjustment] | None = None,
+                 forecast: int = 0, damping: Damping = 1.0):
         for key, steps in schedule.items():
             if 0 not in steps:
                 raise ValueError(f"the schedule of {key} must contain 0: the first step has nothing to reuse")
+        check_order(forecast, max(schedule.values(), key=len, default=None))
         self.schedule = {key: frozenset(steps) for key, steps in schedule.items()}
         self.adjust = adjust
+        self.forecast = Forecast(forecast, damping)
+        self.histories = {key: History(forecast) for key in schedule}
+        self.places = {key: place for place, key in enumerate(schedule)}        # in `weights`
         self.reset()
 
     def reset(self) -> None:
         """Let go of all values, after the last step of a batch."""
-        self.values: dict[str, Tensor] = {}
+        self.values: dict[Hashable, Tensor] = {}
+        self.weights: Tensor | None = None              # [residuals, order]
         self.reused: frozenset[str] = frozenset()
         self.adjustment: Adjustment = {}
+        for history in self.histories.values():
+            history.reset()
+
+    def owns(self, key: Hashable) -> bool:
+        return key in self.schedule
 
     def at(self, step: int) -> "BlockCache":
-        """Choose what the next network call reuses: plain values, set outside any compiled region."""
+        """Choose what the next network call reuses: plain values and tensors, set outside any compiled region."""
         self.reused = frozenset(key for key, steps in self.schedule.items() if step not in steps)
         self.adjustment = self.adjust[step] if self.adjust is not None else {}
         absent = self.reused - self.values.keys()
         if absent:
             raise RuntimeError(f"step {step} is to reuse {min(absent)}, which has not been computed since the start")
+        if self.forecast.order:
+            self._look_ahead(step)
         return self
+
+    def _look_ahead(self, step: int) -> None:
+        """Move the values of residuals that are computed anew into their histories; weigh those of the others."""
+        for key, history in self.histories.items():
+            if key in self.reused:
+                history.before_cached(self.values[key])
+            else:
+                history.before_full(step, self.values.get(key))
+        self.weights = None
+        if self.reused:
+            rows = [self.forecast.weights(step, history.steps) for history in self.histories.values()]
+            self.weights = on_device(rows, self.values[min(self.reused)])
 
     def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         if key in self.reused:
@@ -95,20 +127,31 @@ class BlockCache:
     @property
     def pattern(self) -> Hashable | None:
         """Equal for steps that compute, keep and reuse the same; None where each adjusts values in its own way."""
-        return (frozenset(self.schedule), self.reused) if self.adjust is None else None
+        return (frozenset(self.schedule), self.reused, self.forecast.order) if self.adjust is None else None
 
     @property
-    def kept(self) -> dict[str, Tensor]:
+    def kept(self) -> dict[Hashable, Tensor]:
         """What is kept between steps, by key. To assign to it puts other tensors in its place."""
-        return self.values
+        if not self.forecast.order:
+            return self.values
+        found: dict[Hashable, Tensor] = {}
+        for key, history in self.histories.items():
+            found |= history.kept(key)
+        found |= self.values
+        return found if self.weights is None else found | {_WEIGHTS: self.weights}
 
     @kept.setter
-    def kept(self, values: Mapping[str, Tensor]) -> None:
-        self.values = dict(values)
+    def kept(self, values: Mapping[Hashable, Tensor]) -> None:
+        self.values = {key: value for key, value in values.items() if key in self.schedule}
+        self.weights = values.get(_WEIGHTS)
+        for key, history in self.histories.items():
+            history.put(key, values)
 
     def reuse(self, key: str) -> Tensor:
         """What stands in for a residual that is not computed."""
         value = self.values[key]
+        if self.weights is not None:
+            value = forecast(value, self.histories[key].older, self.weights[self.places[key]])
         if key not in self.adjustment:
             return value
         scale, shift = (like_channels(x, value) for x in self.adjustment[key])
@@ -118,38 +161,6 @@ class BlockCache:
 def like_channels(x: Tensor, value: Tensor) -> Tensor:
     """[..., channels] shaped to multiply a feature map [batch, channels, h, w] or tokens [batch, tokens, channels]."""
     return x[..., None, None] if value.ndim == 4 else x[..., None, :]
-
-
-class Together:
-    """DeepCache for one level, Block Caching for residuals outside it (see `outside`): two policies on one seam."""
-
-    def __init__(self, level: DeepCache, blocks: BlockCache):
-        self.level, self.blocks = level, blocks
-
-    def reset(self) -> None:
-        self.level.reset()
-        self.blocks.reset()
-
-    def at(self, step: int) -> "Together":
-        self.level.at(step)
-        self.blocks.at(step)
-        return self
-
-    @property
-    def pattern(self) -> Hashable | None:
-        return None if self.blocks.pattern is None else (self.level.pattern, self.blocks.pattern)
-
-    @property
-    def kept(self) -> dict[Hashable, Tensor]:
-        return self.level.kept | self.blocks.kept
-
-    @kept.setter
-    def kept(self, values: Mapping[Hashable, Tensor]) -> None:
-        self.level.kept = values
-        self.blocks.kept = {key: value for key, value in values.items() if not isinstance(key, int)}
-
-    def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        return (self.level if isinstance(key, int) else self.blocks)(key, compute)
 
 
 def outside(names: Iterable[str], num_branches: int, branch: int) -> list[str]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from caching.policy import Policy
+
 
 def relative_change(value: Tensor, previous: Tensor) -> Tensor:
     """|value - previous|_1 / |value|_1 of each row: [batch, ...] -> [batch]; 0 where nothing changed."""
@@ -17,7 +19,7 @@ def relative_change(value: Tensor, previous: Tensor) -> Tensor:
     return torch.where(change == 0, 0.0, change / size)
 
 
-class ChangeMeter:
+class ChangeMeter(Policy):
     """How much each residual changes from step to step (Block Caching, arXiv 2312.03209, its L1rel).
 
     names: of the residuals (`caching.block_cache.residual_names`). num_steps: network calls of a run.
@@ -55,7 +57,7 @@ class ChangeMeter:
         return {name: (sums / self.rows[name].clamp(min=1)).tolist() for name, sums in self.sums.items()}
 
 
-class SimilarityMeter:
+class SimilarityMeter(Policy):
     """Cosine similarity between all pairs of steps of the feature that DeepCache reuses (arXiv 2312.00858, Figure 2).
 
     branches: 0-based skips. Holds every step's feature in half precision: measure few images at a time.

@@ -7,19 +7,13 @@ together with the way to compute it. DeepCache keeps the result of one level, Bl
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Cache = Callable[[Hashable, Callable[[], Tensor]], Tensor]
-
-
-class Policy(Protocol):
-    """What decides over the steps of a run: `at(step)` returns the cache that network call `step` is given."""
-
-    def at(self, step: int) -> Cache: ...
 
 
 def no_cache(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:

@@ -136,7 +136,8 @@ class LeastSquares(_OnStudentsPath):
         self.table: list[Adjustment] = []
 
     def meet(self, t: Tensor, cache: BlockCache, wanted: Mapping[str, Tensor]) -> None:
-        self.table.append({key: best_line(cache.values[key], value, self.ridge) for key, value in wanted.items()})
+        cache.adjustment = {}
+        self.table.append({key: best_line(cache.reuse(key), value, self.ridge) for key, value in wanted.items()})
         cache.adjustment = {key: (scale.to(wanted[key].dtype), shift.to(wanted[key].dtype))
                             for key, (scale, shift) in self.table[-1].items()}
 

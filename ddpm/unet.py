@@ -46,7 +46,6 @@ class ResnetBlock(Residual):
 class AttentionBlock(Residual):
     """Self-attention over the pixels, one head, with 1x1 convolutions as projections."""
     kind = "transformer"
-    attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int):
         super().__init__()
@@ -59,7 +58,7 @@ class AttentionBlock(Residual):
     def residual(self, x: Tensor, cond: Cond) -> Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))   # [batch, pixels, ch]
-        h = self.attend(q[:, None], k[:, None], v[:, None])[:, 0]
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 

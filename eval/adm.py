@@ -32,7 +32,7 @@ from eval.tables.results import of_samples
 from runs import results
 from runs.cli import command
 from runs.errors import UserError, one_line
-from runs.options import prepare_device
+from runs.machine import check_counts, prepare_device
 from runs.seeds import rank_and_world
 from runs.weights import sha256
 
@@ -89,7 +89,8 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True, help="reference npz of ADM")
     evaluator.add_options(parser)
     args = parser.parse_args()
-    started, device = time.time(), prepare_device(args)
+    check_counts(batch_size=args.batch_size)
+    started, device = time.time(), prepare_device(args.device, args.threads)
     samples, notes = evaluator.open_samples(args)
     reference = open_reference(args.reference)
     if reference.images.size != samples.size:

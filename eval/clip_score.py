@@ -32,7 +32,7 @@ from eval.tables.results import of_samples
 from runs import results
 from runs.cli import command
 from runs.errors import UserError, one_line
-from runs.options import prepare_device
+from runs.machine import check_counts, prepare_device
 from runs.prompts import prompts_sha256, read_prompts
 from runs.results import Metric, Result
 from runs.seeds import format_some
@@ -230,7 +230,8 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     args = parser.parse_args()
-    started, device = time.time(), prepare_device(args)
+    check_counts(batch_size=args.batch_size)
+    started, device = time.time(), prepare_device(args.device, args.threads)
     prompts = read_prompts(args.prompts)
     images = open_images(args.samples)
     index, per = prompts_of_seeds(images, prompts, args.images_per_prompt, args.allow_fewer)

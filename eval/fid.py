@@ -40,7 +40,7 @@ from runs import results
 from runs.cli import command
 from runs.errors import UserError, one_line
 from runs.files import write_atomically
-from runs.options import prepare_device
+from runs.machine import check_counts, prepare_device
 from runs.seeds import rank_and_world
 from runs.weights import sha256
 
@@ -157,7 +157,8 @@ def plan(references: list[Reference], mode: str | None, samples: ImageSet, incep
 
 
 def _judge(args: argparse.Namespace) -> None:
-    started, device = time.time(), prepare_device(args)
+    check_counts(batch_size=args.batch_size)
+    started, device = time.time(), prepare_device(args.device, args.threads)
     samples, notes = evaluator.open_samples(args)
     base = Inception(args.inception, "pytorch-fid", device=device)
     columns = plan([read_reference(path) for path in args.reference], args.mode, samples, base.sha256)
@@ -212,7 +213,8 @@ def _judge(args: argparse.Namespace) -> None:
 
 
 def _make_reference(args: argparse.Namespace) -> None:
-    device = prepare_device(args)
+    check_counts(batch_size=args.batch_size)
+    device = prepare_device(args.device, args.threads)
     if not args.out.parent.is_dir():
         raise UserError(f"no folder {args.out.parent} for {args.out.name}")
     if args.size < 1:

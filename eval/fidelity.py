@@ -28,7 +28,7 @@ from eval.tables.results import of_samples
 from runs import results
 from runs.cli import command
 from runs.errors import UserError
-from runs.options import prepare_device
+from runs.machine import check_counts, prepare_device
 from runs.results import Metric
 from runs.seeds import parse_seeds
 
@@ -140,7 +140,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the networks")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     args = parser.parse_args()
-    started, device = time.time(), prepare_device(args)
+    check_counts(batch_size=args.batch_size)
+    started, device = time.time(), prepare_device(args.device, args.threads)
     if args.worst < 1:
         raise UserError(f"--worst must be 1 or more, got {args.worst}")
     seeds = parse_seeds(args.seeds) if args.seeds else None

@@ -15,59 +15,71 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from caching.nested import no_cache
-from eval.cost.macs import average, branch_macs, count, giga, on_meta, run_macs, step_macs
-from eval.models import build, example_inputs, load_config
+from caching.block_schedule import PlannedBlocks
+from caching.methods import METHODS
+from eval.cost.macs import branch_macs, giga, mean
+from eval.cost.runs import call_macs, costs_of, macs_per_step
+from runs import arguments
 from runs.cli import command
-from runs.options import add_cache_options, plan_cache
+from runs.families import example_inputs
+from runs.spec import Run, RunSpec
 
 
-@command
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
     parser.add_argument("--steps", type=int, help="network calls per image (default: the config's)")
     parser.add_argument("--json", action="store_true", help="print JSON, in MACs, instead of text, in G")
-    add_cache_options(parser)
-    args = parser.parse_args()
+    for method in METHODS:
+        arguments.add(parser, method)
+    return parser
 
-    config = load_config(args.config)
-    steps = config.sampler.steps if args.steps is None else args.steps
-    unet, inputs = build(config), example_inputs(config)
-    plan = plan_cache(args, steps, unet.num_branches, config.sampler.branch)
-    if plan.blocks is not None:
-        plan.check({"model": config.name, "unet": asdict(config.unet), "steps": steps})
-        full = count(lambda: on_meta(unet, inputs)(no_cache))
-        mean = run_macs(unet, inputs, plan.make(adjusted=False), plan.blocks.calls)
-        result = {"model": config.name, "steps": steps, "calls": plan.blocks.calls, **plan.settings, "macs": mean.hook,
-                  "macs_fc": mean.fc, "macs_full": full.hook, "macs_fc_full": full.fc}
-        text = [f"{config.name}: {plan.blocks.kinds} blocks on their own schedules"
-                + (f", {len(plan.full_steps)} full steps, branch {plan.branch}" if plan.cached else "")
-                + f"; one of {plan.blocks.calls} network calls, in G",
-                f"{'':8}{'macs':>10}{'macs_fc':>10}",
-                *(f"{name:8}{giga(macs.hook):10.4f}{giga(macs.fc):10.4f}"
-                  for name, macs in (("full", full), ("average", mean)))]
-    elif plan.cached:
-        full, cached = step_macs(unet, inputs, plan.branch)
-        mean = average(full, cached, plan.full_steps, steps)
-        result = {"model": config.name, "steps": steps, **plan.settings, "macs": mean.hook, "macs_fc": mean.fc,
-                  "macs_full": full.hook, "macs_cached": cached.hook,
-                  "macs_fc_full": full.fc, "macs_fc_cached": cached.fc}
-        text = [f"{config.name}: {len(plan.full_steps)} full of {steps} steps, branch {plan.branch}, in G",
-                f"{'':8}{'macs':>10}{'macs_fc':>10}",
-                *(f"{name:8}{giga(macs.hook):10.4f}{giga(macs.fc):10.4f}"
-                  for name, macs in (("full", full), ("cached", cached), ("average", mean)))]
-    else:
-        branches = range(unet.num_branches) if args.branch is None else [plan.branch]
-        full, counted = branch_macs(unet, inputs, branches)
-        result = {"model": config.name, "macs_full": full.hook, "macs_fc_full": full.fc,
-                  "branches": [{"branch": branch, "macs_cached": cached.hook, "macs_fc_cached": cached.fc}
-                               for branch, cached in counted.items()]}
-        text = [f"{config.name}: one step, in G; ratio = cached / full",
-                f"{'branch':8}{'macs':>10}{'ratio':>8}{'macs_fc':>10}{'ratio':>8}",
-                f"{'full':8}{giga(full.hook):10.4f}{1:8.3f}{giga(full.fc):10.4f}{1:8.3f}",
-                *(f"{branch:<8}{giga(cached.hook):10.4f}{cached.hook / full.hook:8.3f}"
-                  f"{giga(cached.fc):10.4f}{cached.fc / full.fc:8.3f}" for branch, cached in counted.items())]
+
+def of_branches(run: Run, branch: int | None) -> tuple[dict, list[str]]:
+    """One step: full, and cached at a branch or at all of them."""
+    branches = range(run.unet.num_branches) if branch is None else [branch]
+    full, counted = branch_macs(run.unet, example_inputs(run.config), branches)
+    result = {"model": run.config.name, "macs_full": full.hook, "macs_fc_full": full.fc,
+              "branches": [{"branch": one, "macs_cached": cached.hook, "macs_fc_cached": cached.fc}
+                           for one, cached in counted.items()]}
+    return result, [f"{run.config.name}: one step, in G; ratio = cached / full",
+                    f"{'branch':8}{'macs':>10}{'ratio':>8}{'macs_fc':>10}{'ratio':>8}",
+                    f"{'full':8}{giga(full.hook):10.4f}{1:8.3f}{giga(full.fc):10.4f}{1:8.3f}",
+                    *(f"{one:<8}{giga(cached.hook):10.4f}{cached.hook / full.hook:8.3f}"
+                      f"{giga(cached.fc):10.4f}{cached.fc / full.fc:8.3f}" for one, cached in counted.items())]
+
+
+def of_run(run: Run) -> tuple[dict, list[str]]:
+    """The average over a run with caching, beside a full step and, where there is one kind of others, a cached one."""
+    blocks, level, full = run.caching.of(PlannedBlocks), run.deepcache, costs_of(run).full
+    alone = level is not None and len(run.caching.methods) == 1
+    average = macs_per_step(run) if alone else mean(call_macs(run))
+    shown = {"full": full, "average": average}
+    result = {"model": run.config.name, "steps": run.steps, **({} if alone else {"calls": run.calls}),
+              **run.caching.settings, "macs": average.hook, "macs_fc": average.fc, "macs_full": full.hook,
+              "macs_fc_full": full.fc}
+    about = ", ".join(method.summary for method in run.caching.methods)
+    title = f"{run.config.name}: {about}; one of {run.calls} network calls, in G"
+    if blocks is not None:
+        title = (f"{run.config.name}: {blocks.schedule.kinds} blocks on their own schedules"
+                 + (f", {len(level.full_steps)} full steps, branch {level.branch}" if level else "")
+                 + f"; one of {run.calls} network calls, in G")
+    if alone:
+        cached = branch_macs(run.unet, example_inputs(run.config), [level.branch])[1][level.branch]
+        shown = {"full": full, "cached": cached, "average": average}
+        result |= {"macs_cached": cached.hook, "macs_fc_cached": cached.fc}
+        title = f"{run.config.name}: {len(level.full_steps)} full of {run.steps} steps, branch {level.branch}, in G"
+    return result, [title, f"{'':8}{'macs':>10}{'macs_fc':>10}",
+                    *(f"{name:8}{giga(macs.hook):10.4f}{giga(macs.fc):10.4f}" for name, macs in shown.items())]
+
+
+@command
+def main() -> None:
+    args = build_parser().parse_args()
+    options = {name: value for method in METHODS for name, value in vars(arguments.chosen(method, args)).items()}
+    run = RunSpec.of(args.config, steps=args.steps, **options).open()
+    run.refuse_foreign({"model": run.config.name, "unet": asdict(run.config.unet), "steps": run.steps})
+    result, text = of_run(run) if run.caching else of_branches(run, args.branch)
     print(json.dumps(result, indent=1) if args.json else "\n".join(text))
 
 

@@ -19,15 +19,17 @@ from pathlib import Path
 
 import torch
 
+from caching.block_schedule import BlockSchedule
 from eval.cost.timing import measure, measure_schedules
-from eval.models import build, example_inputs, load_config, load_unet, rows_per_image
 from runs import results
-from runs.block_schedule import BlockSchedule
 from runs.cli import command
-from runs.errors import UserError
-from runs.options import DTYPES, place, prepare_device
+from runs.errors import UserError, as_user_error
+from runs.families import build, example_inputs, load_config, load_unet, rows_per_image
+from runs.machine import check_counts, prepare_device
 from runs.provenance import provenance
 from runs.results import Result
+from runs.spec import DTYPES
+from speed.accelerate import place
 
 
 def schedules_table(result: dict) -> str:
@@ -82,13 +84,16 @@ def main() -> None:
     args = parser.parse_args()
 
     started = time.time()
-    config, device, dtype = load_config(args.config), prepare_device(args), DTYPES[args.dtype]
+    check_counts(batch_size=args.batch_size)
+    config, device = load_config(args.config), prepare_device(args.device, args.threads)
+    dtype = DTYPES[args.dtype]
     if device.type == "meta":
         raise UserError("--device meta computes nothing that could be timed: use cpu or cuda")
     schedules = {}
     for path in args.block_schedule or ():
-        schedules[path.stem] = BlockSchedule.load(path)
-        schedules[path.stem].check({"model": config.name, "unet": asdict(config.unet)})
+        with as_user_error():
+            schedules[path.stem] = BlockSchedule.load(path)
+            schedules[path.stem].check({"model": config.name, "unet": asdict(config.unet)})
     branches = list(dict.fromkeys(args.branch or [config.sampler.branch]))
     steps = config.sampler.steps if args.steps is None else args.steps
     torch.manual_seed(0)

@@ -18,11 +18,12 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from caching.schedules import full_steps
+from caching.block_schedule import BlockSchedule
+from caching.deepcache import DeepCacheOptions, PlannedDeepCache
+from caching.options import RunShape
 from eval.cost.macs import Macs, average, giga
 from eval.metrics.features import EffLite0
 from eval.metrics.images import open_images
-from eval.models import load_config, rows_per_image
 from eval.quality import FD, KID
 from eval.tables.plots import sample_rows
 from experiments import demo
@@ -31,11 +32,10 @@ from planning.block_caching import ARMS, MEASURES, metric_name
 from planning.block_changes import BlockChanges, ScheduleMaker
 from planning.block_plots import at_equal_cost
 from runs import results
-from runs.block_schedule import BlockSchedule
 from runs.cli import command
 from runs.errors import UserError
+from runs.families import load_config, rows_per_image
 from runs.files import write_atomically
-from runs.options import CachePlan
 from runs.prompts import read_prompts
 from runs.results import Result
 
@@ -107,12 +107,12 @@ def arms_of(model: demo.Model, files: Files) -> list[Arm]:
     steps, calls, branch = model.steps, changes.calls, config.sampler.branch
     full, cached = Macs(*changes.macs_full), Macs(*changes.macs_cached[branch])
 
-    def deepcache(n: int, schedule: str = "uniform", center: int | None = None) -> CachePlan:
-        kept = full_steps(schedule, steps, n, center, None if center is None else demo.POWER)
-        return CachePlan(branch, kept, {})
+    def deepcache(n: int, schedule: str = "uniform", center: int | None = None, at: int = branch) -> PlannedDeepCache:
+        options = DeepCacheOptions(n, at, schedule, center, None if center is None else demo.POWER)
+        return options.plan(RunShape(steps, calls, len(changes.macs_cached), branch), ())
 
-    def macs(plan: CachePlan) -> Macs:
-        return average(full, cached, plan.full_steps, calls)
+    def macs(level: PlannedDeepCache) -> Macs:
+        return average(full, cached, level.full_steps, calls)
 
     def scheduled(path: Path, name: str, label: str, family: str) -> list[Arm]:
         cost = Macs(**BlockSchedule.load(path).macs)
@@ -143,7 +143,7 @@ def arms_of(model: demo.Model, files: Files) -> list[Arm]:
         # outermost branch that leaves them a tenth of the budget to choose with.
         more = max(2, round(2 * n / 3))
         for at in range(branch + (more == n), len(changes.macs_cached)):
-            maker = ScheduleMaker(changes, "all", deepcache(more)._replace(branch=at))
+            maker = ScheduleMaker(changes, "all", deepcache(more, at=at))
             if maker.macs({key: [0] for key in maker.measured}).hook <= 0.9 * uniform.hook:
                 name = f"together_{round(100 * budget)}"
                 options = ["--interval", str(more), "--branch", str(at)]

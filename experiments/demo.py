@@ -27,7 +27,6 @@ from eval.cost.macs import Macs, average, giga, step_macs
 from eval.cost.timing import time_steps
 from eval.metrics.features import EffLite0
 from eval.metrics.images import open_images
-from eval.models import build, example_inputs, load_config, load_unet, rows_per_image
 from eval.quality import FD, KID
 from eval.tables.plots import cost_against_quality, sample_rows
 from eval.tables.results import of_samples
@@ -35,11 +34,12 @@ from experiments.demo_report import report
 from runs import results
 from runs.cli import command
 from runs.errors import UserError
+from runs.families import build, example_inputs, load_config, load_unet, rows_per_image
 from runs.files import ROOT, write_atomically
-from runs.options import place
 from runs.prompts import read_prompts
 from runs.provenance import provenance
 from runs.results import Cost, Metric, Result
+from speed.accelerate import place
 
 POWER = 1.4                                 # of the non-uniform arms, with the center at 40 % of the steps: about where
 CENTER = 0.4                                # the paper has them for LDM and SD; not tuned here

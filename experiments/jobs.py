@@ -1,47 +1,57 @@
-"""What a table script runs: a job per row, its commands, what is there already and what is missing."""
+"""A run of a table or a sweep on this machine: its commands, what is there already and what is missing."""
 
 import argparse
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eval.tables.paper import Section, Table
 from eval.tables.render import judge
-from eval.tables.rows import COMMANDS, ROOT, Row
+from eval.tables.rows import Row
+from runs import arguments
 from runs.errors import UserError
+from runs.families import Config
+from runs.files import ROOT
+from runs.machine import Machine
+from runs.spec import Run
 
-# Where scripts/download.sh puts what the evaluators need, and where references are looked for, by model.
+# Where scripts/download.sh puts what the evaluators need.
 INCEPTION = Path("checkpoints/inception/weights-inception-2015-12-05-6726825d.pth")
 CLIP = Path("checkpoints/clip_vit_g_14/open_clip_pytorch_model.bin")
-REFERENCES = {"ldm_cin256": Path("data/references/VIRTUAL_imagenet256_labeled.npz"),
-              "ddpm_cifar10": Path("data/references/cifar10.npz"),
-              "ddpm_bedroom": Path("data/references/lsun_bedroom.npz"),
-              "ddpm_church": Path("data/references/lsun_church.npz"),
-              "sd_v15": Path("data/references/coco_val2017.npz"),
-              "ddpm_emoji": Path("emoji:Smileys & Emotion")}        # what it was trained on, as eval.quality calls it
-_PASSED_ON = ("checkpoint", "labels", "batch_size", "device", "dtype", "threads", "compile", "cuda_graphs",
-              "released_noise")
+PIXELS = ("checkpoint", "labels", "dtype", "released_noise")       # of the user's options, those that decide them
 
 
 class Job(NamedTuple):
-    """One row on this machine. npz: in ADM's layout, for ImageNet. reference, weights: of the evaluator."""
-    row: Row
+    """One run on this machine. npz: in ADM's layout, for ImageNet. inputs: of the evaluator, by option."""
+    label: str
+    section: str
+    run: Run
     images: int
     complete: bool              # whether that is as many as the paper's
     folder: Path
     npz: Path | None
-    command: list[str]          # of the sampler, without "python"
+    machine: Mapping[str, Any]  # what the user says of it: options of runs.machine.Machine
     kind: str                   # of evaluation: adm, fid, clip_score, quality
-    inputs: dict[str, Path]     # of the evaluator, by option
+    inputs: dict[str, Path]
     result: Path
-    device: str | None
 
     @property
     def seeds(self) -> str:
         return f"0-{self.images - 1}"
+
+    @property
+    def pixels(self) -> int:
+        """How many bytes the pixels of an image take."""
+        return 3 * self.run.family.resolution(self.run.config) ** 2
+
+    def command(self, seeds: str | None = None) -> list[str]:
+        """The sample command, without "python"; with all seeds unless a part of them is named, without any if empty."""
+        chosen = self.seeds if seeds is None else seeds
+        return ["-m", self.run.family.command, *self.run.spec.words(), *(["--seeds", chosen] if chosen else []),
+                *arguments.words(self.machine), "--out", str(self.folder)]
 
     @property
     def present(self) -> int:
@@ -49,7 +59,7 @@ class Job(NamedTuple):
         return min(self.images, sum(1 for _ in self.folder.glob("*/*.png")))
 
     def packed(self) -> bool:
-        """Whether the npz is there, and no older than the sample folder; a row without one is done."""
+        """Whether the npz is there, and no older than the sample folder; a run without one is done."""
         run = self.folder / "run.json"
         return self.npz is None or (self.npz.exists()
                                     and not (run.exists() and run.stat().st_mtime > self.npz.stat().st_mtime))
@@ -63,7 +73,7 @@ class Job(NamedTuple):
     @property
     def bytes_needed(self) -> int:
         """On the disk for what is not there yet, at most."""
-        return self.row.pixels * (self.images - self.present + (0 if self.packed() else self.images))
+        return self.pixels * (self.images - self.present + (0 if self.packed() else self.images))
 
     def npz_command(self) -> list[str]:
         return ["-m", "runs.npz", "--samples", str(self.folder), "--seeds", self.seeds, "--out", str(self.npz)]
@@ -73,15 +83,14 @@ class Job(NamedTuple):
         expected = [] if self.complete else ["--allow-fewer"]
         if self.kind != "clip_score":
             expected = ["--seeds", self.seeds] if self.kind == "quality" else ["--count", str(self.images)]
+        device = self.machine.get("device")
         return ["-m", f"eval.{self.kind}", "--samples", str(self.folder), *given, *expected,
-                *(["--device", self.device] if self.device else []), "--out", str(self.result)]
+                *(["--device", device] if device else []), "--out", str(self.result)]
 
     def inputs_of_sampling(self) -> dict[str, Path]:
         """What the sampler reads: checkpoint and prompts."""
-        given = _last("--model", self.command) or _last("--checkpoint", self.command)
-        prompts = self.row.given.prompts
-        return {"checkpoint": Path(given or self.row.config.checkpoint),
-                **({"prompts": Path(prompts)} if prompts else {})}
+        prompts = getattr(self.run.spec.condition, "prompts", None)
+        return {"checkpoint": self.run.checkpoint, **({"prompts": prompts} if prompts else {})}
 
     def missing_for_sampling(self) -> list[str]:
         """What the sampler lacks on this machine."""
@@ -98,66 +107,61 @@ def _there(path: Path) -> bool:
     return str(path).startswith("emoji:") or (ROOT / path).exists()
 
 
-def _last(option: str, words: Sequence[str]) -> str | None:
-    """The value of an option that may be given twice: the user's comes after the row's, and counts."""
-    return next((words[i + 1] for i in range(len(words) - 2, -1, -1) if words[i] == option), None)
-
-
 def make_job(row: Row, table: Table, args: argparse.Namespace) -> Job:
     """A row of a table, by the user's options. Raises UserError."""
     section: Section = table.sections[row.section]
-    return job_of(row, section.images or row.config.sampler.images, judge(row, section.columns()), args)
+    kind = judge(row.run, section.columns())
+    return job_of(row.run, row.label, section.images or row.run.config.sampler.images, kind, args, row.section)
 
 
-def job_of(row: Row, whole: int, kind: str, args: argparse.Namespace) -> Job:
-    """Where a run goes and how it is made, by the user's options (scripts.plan.add_options). Raises UserError.
+def job_of(run: Run, label: str, whole: int, kind: str, args: argparse.Namespace, section: str = "") -> Job:
+    """Where a run goes and how it is made, by the user's options (experiments.plan.add_options). Raises UserError.
 
     whole: images, unless the user says --images. kind: of its result.
     """
-    images = min(args.images or whole, whole) if row.given.prompts else args.images or whole
-    folder = args.samples / row.config.name / row.name()
-    npz = folder.with_name(f"{folder.name}_{images}.npz") if row.package == "ldm" else None
-    result = args.results / "runs" / row.config.name / f"{folder.name}_{images}_{kind}.json"
-    command = ["-m", COMMANDS[row.package], "--config", str(row.config_path), *row.options, "--seeds",
-               f"0-{images - 1}", *passed_on(args, row.package), "--out", str(folder)]
+    prompts = getattr(run.spec.condition, "prompts", None)
+    images = min(args.images or whole, whole) if prompts else args.images or whole
+    folder = args.samples / run.config.name / run.name          # the user's options are in no name
+    npz = folder.with_name(f"{folder.name}_{images}.npz") if run.family.packed else None
+    result = args.results / "runs" / run.config.name / f"{folder.name}_{images}_{kind}.json"
     if kind == "clip_score":
-        inputs = {"--prompts": Path(row.given.prompts), "--weights": args.clip_weights or CLIP}
+        inputs = {"--prompts": prompts, "--weights": args.clip_weights or CLIP}
     else:
-        inputs = {"--reference": reference_of(row, args)}
+        inputs = {"--reference": reference_of(run, args)}
         inputs |= {"--inception": args.inception or INCEPTION} if kind != "quality" else {}
-    return Job(row, images, images >= whole, folder, npz, command, kind, inputs, result, args.device)
+    known = {name for part in run.spec.parts for name in arguments.names(part)}
+    chosen = {name: getattr(args, name) for name in PIXELS if getattr(args, name) and name in known}
+    machine = {name: value for name in arguments.names(Machine) if (value := getattr(args, name))}
+    return Job(label, section, run.spec.having(**chosen).open(), images, images >= whole, folder, npz, machine, kind,
+               inputs, result)
 
 
-def reference_of(row: Row, args: argparse.Namespace) -> Path:
-    """--reference MODEL=PATH or PATH, else where the model's is looked for."""
+def trained_on(config: Config) -> str | None:
+    """The images that a model was trained on here, as eval.quality calls them; None for a published one."""
+    if config.train is None:
+        return None
+    groups = getattr(config.train, "groups", None) or [config.train.group or "all"]
+    return f"emoji:{','.join(groups)}"
+
+
+def reference_of(run: Run, args: argparse.Namespace) -> Path:
+    """--reference MODEL=PATH or PATH, else what the model was trained on, or where its reference is looked for."""
+    name = run.config.name
     for text in args.reference:
         model, _, path = text.rpartition("=")
-        if model in ("", row.config.name):
+        if model in ("", name):
             return Path(path)
-    return REFERENCES.get(row.config.name, Path("data/references") / f"{row.config.name}.npz")
-
-
-def passed_on(args: argparse.Namespace, package: str) -> list[str]:
-    """The user's options for a sampler."""
-    only = {"labels": "ldm", "released_noise": "sd"}
-    flags = []
-    for name in _PASSED_ON:
-        value = getattr(args, name)
-        if value in (None, False) or package != only.get(name, package):
-            continue
-        option = "model" if (name, package) == ("checkpoint", "sd") else name.replace("_", "-")
-        flags += [f"--{option}"] + ([] if value is True else [str(value)])
-    return flags
+    return Path(trained_on(run.config) or run.family.references.get(name, f"data/references/{name}.npz"))
 
 
 def run(jobs: Sequence[Job]) -> None:
-    """Sample each row, pack it and judge it where that can be done; what is there is kept.
+    """Sample each run, pack it and judge it where that can be done; what is there is kept.
 
-    Raises UserError for a row that fails.
+    Raises UserError for one that fails.
     """
     for i, job in enumerate(jobs):
-        print(f"[{i + 1}/{len(jobs)}] {job.row.label}", flush=True)
-        python(job, job.command)
+        print(f"[{i + 1}/{len(jobs)}] {job.label}", flush=True)
+        python(job, job.command())
         if not job.packed():
             python(job, job.npz_command())
         if not job.missing_for_judging() and not job.judged():
@@ -166,4 +170,4 @@ def run(jobs: Sequence[Job]) -> None:
 
 def python(job: Job, line: list[str]) -> None:
     if subprocess.run([sys.executable, *line], cwd=ROOT).returncode:
-        raise UserError(f"row {job.row.label!r} failed; to see it alone: {shlex.join(['python', *line])}")
+        raise UserError(f"row {job.label!r} failed; to see it alone: {shlex.join(['python', *line])}")

@@ -1,9 +1,8 @@
 """The rows of one table of a paper: plan them, sample them, judge them, print them. The table scripts call it.
 
-    python -m scripts.plan --script NAME --table NAME --row ROW ... --later ROW ... -- [what the user gave]
+    python -m scripts.plan table1 [options]
 
-What comes before -- is the script's (scripts/table.sh). Equal settings get the same sample folder, whatever table asks
-for them, so nothing is sampled twice.
+Equal settings get the same sample folder, whatever table asks for them, so nothing is sampled twice.
 """
 
 import argparse
@@ -17,16 +16,17 @@ from typing import NamedTuple
 import torch
 
 from eval.cost.macs import giga
-from eval.models import family, load_config
-from eval.tables import results
-from eval.tables.paper import Table, find, own_table
+from eval.cost.runs import full_calls, macs_per_image, macs_per_step
+from eval.tables.paper import Table, find
 from eval.tables.render import align, shown
-from eval.tables.rows import Runs, parse_script
+from eval.tables.rows import Runs, of_table
 from experiments.jobs import Job, make_job, run
+from runs import results
 from runs.cli import command
 from runs.errors import UserError
+from runs.families import family_named_by
 from runs.files import write_atomically
-from runs.options import DTYPES
+from runs.spec import DTYPES
 
 
 def gigabytes(size: float) -> str:
@@ -40,18 +40,19 @@ def describe(jobs: Sequence[Job], macs_steps: int | None) -> str:
     """
     lines = [["row", "full / calls", "MACs/step G", "MACs/image T", "images there", "calls left", "PNG up to", "npz"]]
     for job in jobs:
-        row, there = job.row, job.present
-        section = f"{row.section}: " if row.section else ""
-        lines.append([section + row.label, f"{row.full_calls} / {row.calls}", f"{giga(row.macs(macs_steps).hook):.4f}",
-                      f"{row.macs_per_image().hook / 1e12:.4f}", f"{there:,} of {job.images:,}",
-                      f"{(job.images - there) * row.calls:,}", gigabytes(row.pixels * job.images),
-                      gigabytes(row.pixels * job.images) if job.npz else "-"])
+        run, there = job.run, job.present
+        section = f"{job.section}: " if job.section else ""
+        lines.append([section + job.label, f"{full_calls(run)} / {run.calls}",
+                      f"{giga(macs_per_step(run, macs_steps).hook):.4f}",
+                      f"{macs_per_image(run).hook / 1e12:.4f}", f"{there:,} of {job.images:,}",
+                      f"{(job.images - there) * run.calls:,}", gigabytes(job.pixels * job.images),
+                      gigabytes(job.pixels * job.images) if job.npz else "-"])
     text = [align(lines), "",
             "Calls are of the U-Net, per image; PLMS makes one more than it has steps. With guidance each runs two",
             "rows of a batch: MACs/image counts both and all calls, MACs/step one row and the steps, as the papers do.",
             "PNG: the size of the pixels; photographs take two thirds of it or so.", ""]
     for job in jobs:
-        text += [f"# {job.row.label}", shlex.join(["python", *job.command])]
+        text += [f"# {job.label}", shlex.join(["python", *job.command()])]
         text += [shlex.join(["python", *job.npz_command()])] if job.npz else []
         text += [shlex.join(["python", *job.judge_command()])]
     return "\n".join(text)
@@ -129,11 +130,11 @@ def check_one_model(args: argparse.Namespace, models: Collection[str]) -> None:
 
 def chosen(jobs: list[Job], only: Sequence[str] | None) -> list[Job]:
     """The jobs that --only names. Raises UserError for a name of none."""
-    unknown = set(only or ()) - {key for job in jobs for key in (job.row.label, job.folder.name)}
+    unknown = set(only or ()) - {key for job in jobs for key in (job.label, job.folder.name)}
     if unknown:
         raise UserError(f"--only {unknown.pop()!r} is no row of this table: "
-                        f"{'; '.join(f'{job.row.label} ({job.folder.name})' for job in jobs)}")
-    return [job for job in jobs if not only or {job.row.label, job.folder.name} & set(only)]
+                        f"{'; '.join(f'{job.label} ({job.folder.name})' for job in jobs)}")
+    return [job for job in jobs if not only or {job.label, job.folder.name} & set(only)]
 
 
 class Plan(NamedTuple):
@@ -148,32 +149,30 @@ class Plan(NamedTuple):
         return shown(self.table, found, runs=self.runs)
 
 
-def make_plan(said: Sequence[str], args: argparse.Namespace) -> Plan:
-    """said: the script's own words. args: of `user_parser`. Raises UserError."""
+def make_plan(table: Table, args: argparse.Namespace) -> Plan:
+    """A table's runs by the user's options, those of `user_parser`. Raises UserError."""
     check(args)
-    script, runs = parse_script(said, {family(load_config(path)): path for path in args.config})
-    if script.own:
-        images, title = script.own
-        table = own_table(script.table, title, script.script, [row.printed_as for row in runs.rows],
-                          args.images or int(images))
-    else:
-        table = find(script.table)
+    runs = of_table(table, {family_named_by(path).name: path for path in args.config})
+    if not table.paper and args.images:         # no paper says how many images its rows are judged on
+        table = table._replace(sections={name: section._replace(images=args.images)
+                                         for name, section in table.sections.items()})
     if table.schedules:
         return Plan(table, runs, [])
     jobs = chosen([make_job(row, table, args) for row in runs.rows], args.only)
-    check_one_model(args, {job.row.config.name for job in jobs})
+    check_one_model(args, {job.run.config.name for job in jobs})
     return Plan(table, runs, jobs)
 
 
 @command
 def main() -> None:
-    end = sys.argv.index("--")
-    said, given = sys.argv[1:end], sys.argv[end + 1:]
-    parser = user_parser(f"bash scripts/{said[said.index('--script') + 1]}")
+    table = find(sys.argv[1]) if len(sys.argv) > 1 else None
+    if table is None or table.script is None:
+        raise UserError("python -m scripts.plan TABLE [options]: name a table that can be run, like table1")
+    parser = user_parser(f"bash scripts/{table.script}")
     parser.add_argument("--write-table", type=Path, metavar="FILE",
                         help="write the table, with the results that are there, and do nothing else")
-    args = parser.parse_args(given)
-    plan = make_plan(said, args)
+    args = parser.parse_args(sys.argv[2:])
+    plan = make_plan(table, args)
     if args.write_table or plan.table.schedules:
         text = plan.shown(args.results)
         print(text)

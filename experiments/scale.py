@@ -11,17 +11,20 @@ from typing import NamedTuple
 
 import torch
 
+from caching.block_schedule import PlannedBlocks
+from eval.cost.runs import full_calls, macs_per_image, pruned
 from eval.metrics.inception import DIMS
 from eval.tables.paper import tables
 from eval.tables.render import Found, speed_of
-from eval.tables.rows import ROOT, Row, of_table, printed_values
+from eval.tables.rows import of_table, printed_values
 from experiments.demo_report import markdown
 from experiments.jobs import Job, make_job
 from experiments.plan import user_parser
 from runs import results
 from runs.cli import command
 from runs.errors import UserError
-from runs.files import write_atomically
+from runs.files import ROOT, write_atomically
+from runs.spec import Run
 from sampling.samplers import num_calls
 
 PAGE = ROOT / "docs" / "scale.md"
@@ -38,58 +41,59 @@ class Rate(NamedTuple):
     how: str
 
 
-class Run(NamedTuple):
+class Planned(NamedTuple):
     """A sample folder that some table asks for; table: the first that does."""
     table: str
     job: Job
     rate: Rate | None
 
 
-def work(row: Row) -> tuple:
+def work(run: Run) -> tuple:
     """What decides the time of an image: equal for runs whose schedules differ only in where the full steps lie."""
-    return (row.config.name, row.sampler, row.pruned, row.full_calls, row.calls,
-            row.plan.branch if row.plan.cached else None, row.plan.blocks and row.plan.blocks.sha256)
+    blocks = run.caching.of(PlannedBlocks)
+    return (run.config.name, run.sampler_name, pruned(run), full_calls(run), run.calls,
+            run.deepcache and run.deepcache.branch, blocks and blocks.schedule.sha256)
 
 
-def rate_of(row: Row, printed: Mapping[str, list], rows: Mapping[str, Row]) -> Rate | None:
+def rate_of(run: Run, printed: Mapping[str, list], runs: Mapping[str, Run]) -> Rate | None:
     """The papers' images per second for a run, printed or derived; None where they tell nothing of it.
 
-    printed: of the model (eval.tables.rows.printed_values). rows: those runs by the same names.
+    printed: of the model (eval.tables.rows.printed_values). runs: those of the model by the same names.
     """
     def found(name: str, how: str, factor: float = 1) -> Rate | None:
         return next((Rate(factor * float(numbers["throughput"]), GPUS[table.paper], how)
                      for table, _, numbers in printed.get(name, []) if "throughput" in numbers), None)
 
-    def uncached(other: Row) -> bool:
-        return (not (other.plan.cached or other.plan.blocks or other.pruned) and other.sampler == row.sampler
-                and other.steps == row.config.sampler.steps)
+    def uncached(other: Run) -> bool:
+        return (not other.caching and not pruned(other) and other.sampler_name == run.sampler_name
+                and other.steps == run.config.sampler.steps)
 
-    same = (found(name, "same work") for name, other in rows.items() if work(other) == work(row))
-    whole = num_calls(row.sampler, row.config.sampler.steps)
-    scaled = (found(name, "by calls", whole / row.calls) for name, other in rows.items()
-              if uncached(other) and not (row.plan.cached or row.plan.blocks or row.pruned))
-    return next(filter(None, (found(row.name(), "printed"), *same, *scaled)), None)
+    same = (found(name, "same work") for name, other in runs.items() if work(other) == work(run))
+    whole = num_calls(run.sampler_name, run.config.sampler.steps)
+    scaled = (found(name, "by calls", whole / run.calls) for name, other in runs.items()
+              if uncached(other) and not run.caching and not pruned(run))
+    return next(filter(None, (found(run.name, "printed"), *same, *scaled)), None)
 
 
-def all_runs() -> list[Run]:
+def all_runs() -> list[Planned]:
     """The runs of all tables, none twice."""
     args, found = user_parser("scale").parse_args([]), {}
     for table in tables().values():
         for row in [] if table.schedules else of_table(table).rows:
             job = make_job(row, table, args)
             found.setdefault(job.folder, (table.name, job))
-    models: dict[str, dict[str, Row]] = {}
+    models: dict[str, dict[str, Run]] = {}
     for _, job in found.values():
-        models.setdefault(job.row.config.name, {})[job.row.name()] = job.row
-    return [Run(name, job, rate_of(job.row, printed_values(job.row.config.name), models[job.row.config.name]))
+        models.setdefault(job.run.config.name, {})[job.run.name] = job.run
+    return [Planned(name, job, rate_of(job.run, printed_values(job.run.config.name), models[job.run.config.name]))
             for name, job in found.values()]
 
 
-def petamacs(runs: Sequence[Run]) -> float:
-    return sum(run.job.images * run.job.row.macs_per_image().hook for run in runs) / 1e15
+def petamacs(runs: Sequence[Planned]) -> float:
+    return sum(run.job.images * macs_per_image(run.job.run).hook for run in runs) / 1e15
 
 
-def hours(runs: Sequence[Run]) -> float:
+def hours(runs: Sequence[Planned]) -> float:
     """On one of the papers' GPUs, of those runs that have a rate."""
     return sum(run.job.images / run.rate.images_per_second for run in runs if run.rate) / 3600
 
@@ -98,7 +102,7 @@ def shown(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def time_table(runs: Sequence[Run]) -> list[str]:
+def time_table(runs: Sequence[Planned]) -> list[str]:
     """A line per table; a run that several tables ask for is counted in the first."""
     lines = [("table", "runs", "images", "PMACs", "the paper's GPU", *(f"hours on {n}" for n in FLEETS),
               "rates: " + ", ".join(HOW), "no rate")]
@@ -114,11 +118,11 @@ def time_table(runs: Sequence[Run]) -> list[str]:
     return markdown(lines)
 
 
-def measured_table(runs: Sequence[Run], measured: Found) -> list[str]:
+def measured_table(runs: Sequence[Planned], measured: Found) -> list[str]:
     """What our own measured step times say, per model."""
     lines = [("model", "runs timed", "device", "years on one of it")]
-    for model in dict.fromkeys(run.job.row.config.name for run in runs):
-        some = [(run, speed_of(measured, run.job.row, 1)) for run in runs if run.job.row.config.name == model]
+    for model in dict.fromkeys(run.job.run.config.name for run in runs):
+        some = [(run, speed_of(measured, run.job.run, 1)) for run in runs if run.job.run.config.name == model]
         timed = [(run, speed) for run, speed in some if speed]
         where = timed[0][1].result.provenance if timed else {}
         device = where and (f"{where['device_name']}, {where['threads']} thread" if where["device"] == "cpu"
@@ -128,14 +132,14 @@ def measured_table(runs: Sequence[Run], measured: Found) -> list[str]:
     return markdown(lines)
 
 
-def disk_table(runs: Sequence[Run]) -> list[str]:
+def disk_table(runs: Sequence[Planned]) -> list[str]:
     """Files and bytes of the sample folders of each model."""
     lines = [("model", "runs", "images", "pixels of an image", "PNG files, all runs", "GB at most", "npz, GB",
               "features, GB")]
     total = [0.0] * 5
-    for model in dict.fromkeys(run.job.row.config.name for run in runs):
-        some = [run.job for run in runs if run.job.row.config.name == model]
-        images, pixels = sum(job.images for job in some), some[0].row.pixels
+    for model in dict.fromkeys(run.job.run.config.name for run in runs):
+        some = [run.job for run in runs if run.job.run.config.name == model]
+        images, pixels = sum(job.images for job in some), some[0].pixels
         npz = sum(job.images for job in some if job.npz) * pixels
         kept = {"adm": sum(DIMS.values()), "fid": DIMS["pool"], "clip_score": 0}
         features = sum(job.images * 4 * kept[job.kind] for job in some)
@@ -157,15 +161,16 @@ def inception_macs() -> int:
     return counter.get_total_flops() // 2
 
 
-def evaluator_table(runs: Sequence[Run]) -> list[str]:
+def evaluator_table(runs: Sequence[Planned]) -> list[str]:
     """Inception's work beside that of sampling, for the cheapest run of each model that it judges."""
     macs = inception_macs()
     lines = [("model", "its cheapest run", "G MACs of an image: sampling", "Inception", "Inception / sampling")]
-    rows = [run.job.row for run in runs if run.job.kind in ("adm", "fid") and run.job.row.plan.blocks is None]
-    for model in dict.fromkeys(row.config.name for row in rows):
-        row = min((row for row in rows if row.config.name == model), key=lambda row: row.macs_per_image().fc)
-        sampling = row.macs_per_image().fc
-        lines.append((model, row.name(), shown(sampling / 1e9), shown(macs / 1e9), f"{macs / sampling:.2%}"))
+    judged = [run.job.run for run in runs if run.job.kind in ("adm", "fid")
+              and run.job.run.caching.of(PlannedBlocks) is None]
+    for model in dict.fromkeys(run.config.name for run in judged):
+        cheapest = min((run for run in judged if run.config.name == model), key=lambda run: macs_per_image(run).fc)
+        sampling = macs_per_image(cheapest).fc
+        lines.append((model, cheapest.name, shown(sampling / 1e9), shown(macs / 1e9), f"{macs / sampling:.2%}"))
     return markdown(lines)
 
 

@@ -24,15 +24,16 @@ from caching.scale_shift import relative_distance
 from eval.metrics.intervals import mean_estimate
 from experiments.block_caching_demo import FILES
 from experiments.demo_report import markdown
-from planning import block_caching
 from planning.block_caching import metric_name
 from planning.block_changes import BlockChanges, ScheduleMaker
 from runs import results
 from runs.cli import command
 from runs.errors import UserError
 from runs.files import ROOT, write_atomically
+from runs.machine import Machine
 from runs.provenance import provenance
 from runs.results import Metric, Result
+from runs.spec import RunSpec
 
 OUT = ROOT / "results" / "block_caching" / "study"
 RUN = ["--config", "configs/ddpm_emoji.yaml", "--steps", "20", "--device", "cpu", "--threads", "1"]
@@ -71,10 +72,8 @@ DIRECTIONS = "later", "earlier", "earlier minus later"
 
 def directions(changes: BlockChanges, config: str, steps: int, fraction: float) -> Result:
     """Distances of plain reuse at equal MACs, with every change counted for the later, and for the earlier step."""
-    started = time.time()
-    words = ["train", "--config", config, "--steps", str(steps), "--device", "cpu", "--threads", "1", "--schedule", "-",
-             "--seeds", "0", "--held-out-seeds", "1", "--out", "-"]
-    model = block_caching.open_model(block_caching.build_parser(words).parse_args(words))
+    started, run = time.time(), RunSpec.of(config, steps=steps).open()
+    model = run.family.open(run, Machine(device="cpu", threads=1))
     model.load()
     earlier = replace(changes, residuals={name: one | {"changes": [*one["changes"][1:], 0.0]}
                                           for name, one in changes.residuals.items()})

@@ -26,7 +26,6 @@ pictures go to results/sweeps/NAME/.
 import argparse
 import dataclasses
 import difflib
-import importlib
 import itertools
 import re
 import shlex
@@ -42,29 +41,31 @@ from typing import Any
 
 import torch
 
+from caching.block_schedule import PlannedBlocks
 from caching.schedules import RULES
 from eval import fidelity, quality
 from eval.cost.macs import giga
+from eval.cost.runs import full_calls, macs_per_image, macs_per_step
 from eval.metrics.features import EffLite0
 from eval.metrics.images import open_images
-from eval.models import Config, family, load_config
 from eval.quality import FD, KID
 from eval.tables.render import align
 from eval.tables.results import of_samples
-from eval.tables.rows import COMMANDS, ROOT, num_branches, parse_row
 from experiments import sweep_report
-from experiments.jobs import Job, job_of, python
+from experiments.jobs import Job, job_of, python, trained_on
 from experiments.plan import add_options, check, check_one_model, disk
-from planning.block_caching import sample_module
-from runs import results
+from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError
+from runs.families import family_named_by
+from runs.files import ROOT
 from runs.folder import missing_seeds
-from runs.image_model import sample_images
-from runs.options import DTYPES, plan_sampler
+from runs.image_model import fill
+from runs.machine import Machine
 from runs.prompts import read_prompts
 from runs.results import Metric, Result
 from runs.settings import read_yaml
+from runs.spec import DTYPES, RunSpec
 from sampling.samplers import SAMPLERS
 
 # What an axis holds: its type in words, what Python calls that, and its choices where there are few.
@@ -134,7 +135,8 @@ def combinations(grid: dict[str, Any], seen: set[Path]) -> Iterator[dict[str, An
             yield {"model": path, **{axis: axes[axis][0] for axis in ("sampler", "steps") if axis in axes}}
             seen.add(path)
         branches = axes.get("branch", [])
-        of_model = axes | ({"branch": list(range(num_branches(path)))} if "all" in branches else {})
+        skips = RunSpec.of(path).open().unet.num_branches
+        of_model = axes | ({"branch": list(range(skips))} if "all" in branches else {})
         for values in itertools.product(*of_model.values()):
             yield {"model": path, **dict(zip(of_model, values, strict=True))}
 
@@ -148,38 +150,26 @@ def config_of(model: str) -> Path:
     return path
 
 
-def reference_of(config: Config) -> str | None:
-    """The images that a model was trained on here; None for a published one."""
-    if config.train is None:
-        return None
-    groups = getattr(config.train, "groups", None) or [config.train.group or "all"]
-    return f"emoji:{','.join(groups)}"
-
-
 def make_points(sweep: Sweep, path: Path, args: argparse.Namespace) -> list[Job]:
     """The points of a sweep, none twice, checked as far as that goes without weights. Raises UserError."""
     found: dict[tuple[str, str], Job] = {}
     seen: set[Path] = set()
     for number, grid in enumerate(sweep.grids, 1):
         for values in combinations(grid, seen):
-            words = [word for axis, value in values.items() if axis != "model"
-                     for word in (f"--{axis.replace('_', '-')}", str(value))]
-            words += ["--dtype", sweep.dtype] if sweep.dtype != "fp32" else []
-            package = family(load_config(ROOT / values["model"]))
-            if package == "sd":
+            options = {axis: value for axis, value in values.items() if axis != "model"} | {"dtype": sweep.dtype}
+            if "prompts" in arguments.names(family_named_by(values["model"]).condition):
                 if sweep.prompts is None:
                     raise UserError(f"{path}: {values['model']} takes prompts: say prompts: FILE")
-                words = ["--prompts", sweep.prompts, "--images-per-prompt", str(sweep.images_per_prompt), *words]
+                options |= {"prompts": sweep.prompts, "images_per_prompt": sweep.images_per_prompt}
             label = ", ".join(f"{axis} {value}" for axis, value in values.items() if axis != "model") or "uncached"
             try:
-                row = parse_row(shlex.join(["", label, package, "--config", str(values["model"]), *words]))
-                kind = KIND if reference_of(row.config) else {"ldm": "adm", "sd": "clip_score", "ddpm": "fid"}[package]
-                job = job_of(row, sweep.images, kind, args)
+                run = RunSpec.of(values["model"], **options).open()
+                job = job_of(run, label, sweep.images, KIND if trained_on(run.config) else run.family.judge, args)
                 check_point(job)
             except UserError as error:
                 raise UserError(f"{path}, grid {number}, {values['model']}, {label}: {error}") from None
-            same = found.setdefault((row.config.name, row.name()), job)
-            if same.row.config_path != row.config_path or same.row.plan.settings != row.plan.settings:
+            same = found.setdefault((run.config.name, run.name), job).run
+            if same.spec.config != run.spec.config or same.caching.settings != run.caching.settings:
                 raise UserError(f"{path}, grid {number}: two different points would share {job.folder}; give the "
                                 "models, or the files of their block schedules, names of their own")
     return list(found.values())
@@ -187,20 +177,19 @@ def make_points(sweep: Sweep, path: Path, args: argparse.Namespace) -> list[Job]
 
 def check_point(job: Job) -> None:
     """Raises UserError for a sampler, or a block schedule, that does not go with the model."""
-    row = job.row
-    given = importlib.import_module(COMMANDS[row.package]).build_parser().parse_args(job.command[2:])
-    sampler = plan_sampler(given, row.config.sampler, row.config.diffusion)
-    row.plan.check({"model": row.config.name, "unet": asdict(row.config.unet), **sampler.settings})
-    if row.given.prompts and Path(row.given.prompts).is_file():
-        prompts = len(read_prompts(Path(row.given.prompts)))
-        if job.images > prompts * row.given.images_per_prompt:
-            raise UserError(f"{job.images} images from {prompts} prompts need an images_per_prompt of "
-                            f"{-(-job.images // prompts)} or more")
+    run = job.run
+    run.refuse_foreign({"model": run.config.name, "unet": asdict(run.config.unet), **run.sampler.settings})
+    prompts = getattr(run.spec.condition, "prompts", None)
+    if prompts and prompts.is_file():
+        count = len(read_prompts(prompts))
+        if job.images > count * run.spec.condition.images_per_prompt:
+            raise UserError(f"{job.images} images from {count} prompts need an images_per_prompt of "
+                            f"{-(-job.images // count)} or more")
 
 
 def uncached_of(job: Job, jobs: Sequence[Job]) -> Job:
     """The uncached run that a point is compared with: the first of its model."""
-    return next(other for other in jobs if other.row.config.name == job.row.config.name)
+    return next(other for other in jobs if other.run.config.name == job.run.config.name)
 
 
 def measured(job: Job) -> Result | None:
@@ -208,16 +197,15 @@ def measured(job: Job) -> Result | None:
     if not job.judged():
         return None
     result = results.read(job.result)
-    wanted = job.row.settings() | {"cache": job.row.plan.settings}
-    same = result.images == job.images and all(result.settings.get(key) == value for key, value in wanted.items())
+    same = result.images == job.images and all(result.settings.get(key) == value
+                                               for key, value in job.run.told.items())
     return result if same else None
 
 
 def sample(job: Job) -> None:
     """Fill the sample folder of a point, in this process."""
-    module, model = sample_module(job.row.config_path)
-    given = module.build_parser().parse_args(job.command[2:])
-    sample_images(given, model(given))
+    machine = Machine(**{"batch_size": job.run.family.batch_size, **job.machine})
+    fill(job.run.family.open(job.run, machine), range(job.images), job.folder, machine)
 
 
 @cache
@@ -244,10 +232,10 @@ def judge(job: Job, uncached: Job) -> None:
         return
     if missing_seeds(uncached.folder, range(job.images)):       # another share is at it; the last command judges this
         return
-    started, extractor = time.time(), _extractor(job.device)
+    started, extractor = time.time(), _extractor(job.machine.get("device"))
     warnings.filterwarnings("ignore", r"\d+ images for \d+ dimensions")     # of FD, which is left out with few images
     samples, against = (open_images(one.folder, range(job.images)) for one in (job, uncached))
-    reference, held_out = _reference(reference_of(job.row.config), samples.size)
+    reference, held_out = _reference(trained_on(job.run.config), samples.size)
     found = quality.quality(samples, reference, extractor, held_out, with_floors=False)
     kept = (FD, KID) if job.images >= FEWEST else (KID,)
     metrics = {name: Metric.of(found[name]) for name in kept}
@@ -255,17 +243,17 @@ def judge(job: Job, uncached: Job) -> None:
         by = quality.difference(samples, against, reference, extractor)
         metrics |= {sweep_report.minus_uncached(name): Metric.of(by[name]) for name in kept}
         metrics |= fidelity.metrics(fidelity.fidelity(samples, against, extractor))
-    inputs = {"reference": reference_of(job.row.config), "against": str(uncached.folder)}
+    inputs = {"reference": trained_on(job.run.config), "against": str(uncached.folder)}
     result = of_samples(KIND, samples, metrics, extractor.device, inputs=inputs, hashes=quality.hashes(found),
                                 details={"nearest_reference": found["nearest_reference"]}, started=started)
-    results.write(job.result, dataclasses.replace(result, macs=results.Cost(*job.row.macs())))
+    results.write(job.result, dataclasses.replace(result, macs=results.Cost(*macs_per_step(job.run))))
 
 
 def run(jobs: Sequence[Job], all_jobs: Sequence[Job]) -> None:
     """Sample and judge what is not there yet, of some of the points."""
     for number, job in enumerate(jobs, 1):
         if measured(job) is None:
-            print(f"[{number}/{len(jobs)}] {job.row.config.name}: {job.row.label}", flush=True)
+            print(f"[{number}/{len(jobs)}] {job.run.config.name}: {job.label}", flush=True)
             sample(job)
             judge(job, uncached_of(job, all_jobs))
 
@@ -274,11 +262,12 @@ def measure_times(jobs: Sequence[Job], folder: Path, args: argparse.Namespace) -
     """Time full and cached steps of each model of the sweep (eval.throughput), unless that is done."""
     given = [word for name in ("batch_size", "device", "dtype", "threads") if getattr(args, name) is not None
              for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-    for path in dict.fromkeys(job.row.config_path for job in jobs):
-        rows = [job.row for job in jobs if job.row.config_path == path]
-        steps, blocks = sweep_report.times_paths(folder, rows[0].config.name)
-        branches = {row.plan.branch for row in rows if row.plan.cached} or {rows[0].config.sampler.branch}
-        schedules = {row.plan.blocks.sha256: str(row.given.block_schedule) for row in rows if row.plan.blocks}
+    for path in dict.fromkeys(job.run.spec.config for job in jobs):
+        runs = [job.run for job in jobs if job.run.spec.config == path]
+        steps, blocks = sweep_report.times_paths(folder, runs[0].config.name)
+        branches = {run.deepcache.branch for run in runs if run.deepcache} or {runs[0].config.sampler.branch}
+        schedules = {planned.schedule.sha256: str(run.spec.given()["block_schedule"]) for run in runs
+                     if (planned := run.caching.of(PlannedBlocks))}
         known = results.read(steps).throughput["branches"] if steps.is_file() else []
         if not branches <= {one["branch"] for one in known}:
             time_steps(path, ["--branch", *map(str, sorted(branches)), "--interval", "1", *given], steps)
@@ -308,10 +297,10 @@ def listing(jobs: Sequence[Job]) -> str:
     """A line per point."""
     lines = [["point", "", "full / calls", "MACs/image G", "of uncached", "images there", "judged"]]
     for number, job in enumerate(jobs, 1):
-        row, whole = job.row, uncached_of(job, jobs).row.macs_per_image().hook
-        macs = row.macs_per_image().hook
-        lines.append([f"{number}  {row.config.name}", row.label, f"{row.full_calls} / {row.calls}", f"{giga(macs):.4f}",
-                      f"{macs / whole:.3f}", f"{job.present:,} of {job.images:,}",
+        run, whole = job.run, macs_per_image(uncached_of(job, jobs).run).hook
+        macs = macs_per_image(run).hook
+        lines.append([f"{number}  {run.config.name}", job.label, f"{full_calls(run)} / {run.calls}",
+                      f"{giga(macs):.4f}", f"{macs / whole:.3f}", f"{job.present:,} of {job.images:,}",
                       "yes" if measured(job) else "no"])
     return align(lines)
 
@@ -333,7 +322,7 @@ def main() -> None:
     sweep = read_sweep(args.config)
     sweep.images, sweep.dtype = args.images or sweep.images, args.dtype or sweep.dtype
     jobs = make_points(sweep, args.config, args)
-    check_one_model(args, {job.row.config.name for job in jobs})
+    check_one_model(args, {job.run.config.name for job in jobs})
     chosen = share_of(jobs, args.share)
     folder = args.results / "sweeps" / args.config.stem
     if args.list:

@@ -11,17 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.cost.macs import giga
+from eval.cost.runs import full_calls, macs_per_image
 from eval.metrics.registry import MEASURES
 from eval.quality import KID
 from eval.tables.paper import Table
 from eval.tables.plots import heat_maps, quality_fronts
 from eval.tables.render import Speed, speed_of
-from eval.tables.rows import Row, printed_values
+from eval.tables.rows import printed_values
 from experiments.demo_report import markdown
 from experiments.jobs import Job
 from runs import results
 from runs.files import write_atomically
 from runs.results import Result
+from runs.spec import Run
 
 HIGHER = tuple(name for name, measure in MEASURES.items() if measure.higher)       # is better
 SHOWN = (KID, "PSNR", "FID", "CLIP score")    # in the pictures; KID is unbiased, however few the images are
@@ -31,7 +33,7 @@ PAIRS = (("interval", "branch"), ("center", "power"))                     # of t
 
 class Point(NamedTuple):
     """A point of a sweep with what is known of it. axes: of AXES. printed: by the papers: (table, label, numbers)."""
-    row: Row
+    run: Run
     axes: dict[str, Any]
     result: Result | None
     speed: Speed | None
@@ -40,7 +42,7 @@ class Point(NamedTuple):
     @property
     def macs(self) -> float:
         """Of an image, both rows of guidance."""
-        return self.row.macs_per_image().hook
+        return macs_per_image(self.run).hook
 
     @property
     def time(self) -> float | None:
@@ -63,12 +65,12 @@ def minus_uncached(name: str) -> str:
     return f"{name} minus uncached"
 
 
-def axes_of(row: Row) -> dict[str, Any]:
-    """The settings of a row by axis; None where an axis has no meaning for it."""
-    cache = row.plan.settings if row.plan.cached else {}
-    return {"sampler": row.sampler, "steps": row.steps, "interval": row.plan.settings["interval"],
+def axes_of(run: Run) -> dict[str, Any]:
+    """The settings of a run by axis; None where an axis has no meaning for it."""
+    cache, schedule = run.caching.settings, run.spec.given().get("block_schedule")
+    return {"sampler": run.sampler_name, "steps": run.steps, "interval": cache["interval"],
             **{axis: cache.get(axis) for axis in ("branch", "schedule", "center", "power")},
-            "block schedule": row.given.block_schedule.stem if row.given.block_schedule else None}
+            "block schedule": schedule.stem if schedule else None}
 
 
 def front(points: Sequence[tuple[float, float]], higher: bool) -> list[int]:
@@ -97,7 +99,7 @@ def records(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
     main = (shown_metrics(points) or [None])[0]
     fronts = {cost: on_front(points, cost, main) if main else set() for cost in ("macs", "time")}
     for i, p in enumerate(points):
-        record = {"model": p.row.config.name, **p.axes, "full calls": p.row.full_calls, "calls": p.row.calls,
+        record = {"model": p.run.config.name, **p.axes, "full calls": full_calls(p.run), "calls": p.run.calls,
                   "images": p.result.images if p.result else None, "G MACs per image": round(giga(p.macs), 6),
                   "speed-up by MACs": round(points[0].macs / p.macs, 4)}
         if p.speed:
@@ -126,8 +128,8 @@ def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
 
 def label(p: Point, varying: Sequence[str]) -> str:
     """A point in the fewest words: N=5 b2."""
-    if not p.row.plan.cached and p.row.plan.blocks is None:
-        return "uncached" if not {"steps", "sampler"} & set(varying) else f"{p.row.sampler} {p.row.steps}"
+    if not p.run.caching:
+        return "uncached" if not {"steps", "sampler"} & set(varying) else f"{p.run.sampler_name} {p.run.steps}"
     short = {"interval": "N=", "branch": "b", "center": "c", "power": "p"}
     return " ".join(f"{short.get(axis, '')}{p.axes[axis]}" for axis in AXES if axis in varying
                     and p.axes[axis] is not None)
@@ -135,7 +137,7 @@ def label(p: Point, varying: Sequence[str]) -> str:
 
 def varying(points: Sequence[Point]) -> list[str]:
     """The axes that differ among the cached points of a model, those with most values first."""
-    cached = [p for p in points if p.row.plan.cached or p.row.plan.blocks] or points
+    cached = [p for p in points if p.run.caching] or points
     count = {axis: len({p.axes[axis] for p in cached}) for axis in AXES}
     return sorted((axis for axis in AXES if count[axis] > 1), key=lambda axis: -count[axis])
 
@@ -152,7 +154,7 @@ def table(points: Sequence[Point]) -> list[str]:
             metric = p.metric(name)
             cells.append("-" if metric is None else "{:.4g} [{:.4g}, {:.4g}]".format(*metric)
                          if metric[1] != metric[2] else f"{metric[0]:.4g}")
-        lines.append((label(p, axes) or "cached", f"{p.row.full_calls} / {p.row.calls}",
+        lines.append((label(p, axes) or "cached", f"{full_calls(p.run)} / {p.run.calls}",
                       f"{points[0].macs / p.macs:.2f}x", f"{p.speed.speedup:.2f}x" if p.speed else "-", *cells,
                       *("yes" if i in fronts[cost] else "" for cost in fronts)))
     return markdown(lines)
@@ -160,14 +162,14 @@ def table(points: Sequence[Point]) -> list[str]:
 
 def draw(points: Sequence[Point], folder: Path) -> list[Path]:
     """The pictures of one model: those that its points can fill."""
-    model, names, axes, drawn = points[0].row.config.name, shown_metrics(points), varying(points), []
+    model, names, axes, drawn = points[0].run.config.name, shown_metrics(points), varying(points), []
     if not names:
         return drawn
     costs = [("macs", "MACs per image (G)"), ("time", "measured network time (uncached = 1)")]
     costs = [cost for cost in costs if any(getattr(p, cost[0]) is not None for p in points)]
     marks = []
     for p in points:
-        cached = p.row.plan.cached or p.row.plan.blocks
+        cached = p.run.caching
         values = {name: p.metric(name) for name in names} | {"macs": giga(p.macs), "time": p.time}
         values["printed"] = {name: [float(numbers[MEASURES[name].column]) / MEASURES[name].scale
                                     for _, _, numbers in p.printed if MEASURES[name].column in numbers]
@@ -192,7 +194,7 @@ def _maps(points: Sequence[Point], rows: str, columns: str, others: Sequence[str
 
     A panel per measure; or, where other axes vary too, one of the first measure for each of their combinations.
     """
-    cached = [p for p in points if p.row.plan.cached and None not in (p.axes[rows], p.axes[columns])]
+    cached = [p for p in points if p.run.deepcache and None not in (p.axes[rows], p.axes[columns])]
     heads = [sorted({p.axes[axis] for p in cached}) for axis in (rows, columns)]
     measures = [minus_uncached(name) if any(p.metric(minus_uncached(name)) for p in cached) else name for name in names]
 
@@ -228,11 +230,11 @@ def render(found: Sequence[tuple[Job, Result | None]], folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     by_model: dict[str, list[Point]] = {}
     for job, result in found:
-        row, model = job.row, job.row.config.name
+        run, model = job.run, job.run.config.name
         points = by_model.setdefault(model, [])
         times = [(path, results.read(path)) for path in times_paths(folder, model) if path.is_file()]
-        printed = {} if row.config.train else printed_values(model)
-        points.append(Point(row, axes_of(row), result, speed_of(times, row, (points[0].row if points else row).calls),
+        printed = {} if run.config.train else printed_values(model)
+        points.append(Point(run, axes_of(run), result, speed_of(times, run, (points[0].run if points else run).calls),
                             printed.get(job.folder.name, [])))
     text = as_csv([record for points in by_model.values() for record in records(points)])
     write_atomically(folder / "points.csv", lambda path: path.write_text(text))

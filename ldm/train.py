@@ -42,16 +42,10 @@ class Conditional(nn.Module):
         return self.unet(x, t, self.classes(labels)[:, None])
 
 
-def class_names(groups: list[str], rows: list[emoji.Emoji]) -> list[str]:
-    """'group, style' for each label, by group and then by style."""
-    styles = sorted({row.style for row in rows})
-    return [f"{group}, {style}" for group in groups for style in styles]
-
-
 def load_images(config: Config, split: str) -> tuple[Tensor, Tensor]:
     """uint8 [n, 3, size, size] and labels [n] of the configured groups. Raises UserError if the classes do not fit."""
     images, rows = emoji.load_groups(config.first_stage.resolution, split, config.train.groups)
-    names = class_names(config.train.groups, rows)
+    names = emoji.class_names(config.train.groups, rows)
     if len(names) != config.num_classes:
         raise UserError(f"num_classes is {config.num_classes}, but the groups have {len(names)} classes: {names}")
     return images, torch.tensor([names.index(f"{row.group}, {row.style}") for row in rows])

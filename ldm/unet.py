@@ -51,7 +51,6 @@ class ResBlock(Residual):
 class Attention(nn.Module):
     """Attention from x to the context, or to x itself where there is none."""
     key, kind = "", "attention"
-    attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int, num_heads: int, context_channels: int):
         super().__init__()
@@ -65,13 +64,12 @@ class Attention(nn.Module):
         context = x if context is None else context
         q, k, v = (tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)        # [batch, heads, tokens, width]
                    for tokens in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        h = self.attend(q, k, v)
+        h = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(h.transpose(1, 2).flatten(2))                             # [batch, tokens, channels]
 
 
 class GEGLU(nn.Module):
     """Half of a projection, gated by the GELU (exact, not its tanh approximation) of the other half."""
-    gated = True        # speed/packed.py makes the halves on their own
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -121,16 +119,14 @@ class SpatialTransformer(Residual):
         h = self.norm(x)
         if not self.linear:
             h = self.proj_in(h)
-        tokens = h.flatten(2).transpose(1, 2).contiguous()               # [batch, pixels, channels]; sums of mixed
-        if self.linear:                                                  # layouts would take a tenth of the time
+        tokens = h.flatten(2).transpose(1, 2)                            # [batch, pixels, channels]
+        if self.linear:
             tokens = self.proj_in(tokens)
         for block in self.transformer_blocks:
             tokens = block(tokens, cond)
         if self.linear:
             tokens = self.proj_out(tokens)
         h = tokens.transpose(1, 2).reshape(x.shape)
-        if x.is_contiguous():
-            h = h.contiguous()
         return h if self.linear else self.proj_out(h)
 
 

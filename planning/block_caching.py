@@ -13,7 +13,6 @@ model's sample command that say what is sampled; with --config given, --help lis
 """
 
 import argparse
-import importlib
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -26,34 +25,37 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from caching.block_cache import KINDS, Adjustment, BlockCache, residual_names
+from caching.block_schedule import (
+    BOUND,
+    BlockSchedule,
+    block_cache,
+    load_scale_shift,
+    scale_shift_metadata,
+    scale_shift_tensors,
+)
+from caching.deepcache import DeepCacheOptions
 from caching.meters import ChangeMeter, SimilarityMeter
+from caching.options import RunShape
 from caching.scale_shift import Comparison, Distiller, LeastSquares, ScaleShift, relative_distance
-from eval import models
 from eval.cost.macs import branch_macs, on_meta, residual_macs, schedule_macs
 from eval.metrics.intervals import mean_estimate
 from planning.block_changes import BlockChanges, ScheduleMaker, summary
 from planning.block_plots import change_curves, schedule_chart, similarity_maps
-from runs import results
-from runs.block_schedule import BOUND, BlockSchedule, block_cache, load_scale_shift, save_scale_shift
+from runs import arguments, results
 from runs.cli import command
-from runs.errors import UserError
-from runs.image_model import ImageModel
-from runs.options import add_deepcache_options, add_device_options, add_sampler_options, plan_deepcache, plan_sampler
+from runs.errors import UserError, as_user_error
+from runs.families import Config, example_inputs, family_named_by
+from runs.files import write_json
+from runs.image_model import ImageModel, add_run, spec_of
+from runs.machine import Machine
 from runs.provenance import provenance
 from runs.results import Metric, Result
 from runs.seeds import format_seeds, parse_seeds
+from runs.spec import RunSpec, SamplerOptions
+from runs.weights import save_tensors
 
-SAMPLE = {"ddpm": ("ddpm.sample", "DDPM"), "ldm": ("ldm.sample", "LDM"),
-          "sd": ("stable_diffusion.sample", "StableDiffusion")}     # family -> where its ImageModel is
 PAPERS_RUNS = "0-63"        # the paper measures 32 prompts with 2 seeds each
 PAPERS_DELTA = 0.5          # of its LDM-512
-
-
-def sample_module(config: Path) -> tuple[object, type[ImageModel]]:
-    """The sample command of a config's model. Raises UserError for a config of none."""
-    name, model = SAMPLE[models.family(models.load_config(config))]
-    module = importlib.import_module(name)
-    return module, getattr(module, model)
 
 
 def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -75,14 +77,12 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
         if config is None:
             parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml; brings more options")
         else:
-            module, model = sample_module(config)
-            module.add_model_options(parser)
-            parser.set_defaults(model_class=model)
-            batch_size = module.BATCH_SIZE
-        group = parser.add_argument_group("the run")
-        group.add_argument("--batch-size", type=int, default=batch_size, help="images at a time (default: %(default)s)")
-        add_device_options(group)
-        return group
+            family = family_named_by(config)
+            add_run(parser, family, caching=False)
+            batch_size = family.batch_size
+        arguments.add(parser, Machine)
+        parser.set_defaults(batch_size=batch_size)
+        return parser.add_argument_group("the run")
 
     measured = verb("measure", measure, "how much each residual changes from step to step: OUT.json and pictures")
     of_model(measured).add_argument("--seeds", default=PAPERS_RUNS,
@@ -100,11 +100,11 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     aim.add_argument("--macs", type=float, help="the smallest threshold that leaves at most this fraction of the MACs")
     aim.add_argument("--speedup", type=float, help="the same as --macs 1/SPEEDUP")
     made.add_argument("--out", type=Path, required=True, help="JSON to write")
-    add_deepcache_options(made)
+    arguments.add(made, DeepCacheOptions)
 
     given = verb("rhythm", make_rhythm, "all residuals computed on the same given steps, for any weights: OUT.json")
     given.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
-    add_sampler_options(given)
+    arguments.add(given, SamplerOptions)
     given.add_argument("--computed", required=True, metavar="STEPS",
                        help="steps that compute, like 0,5,9,13,17; 0 must be one")
     given.add_argument("--kinds", choices=KINDS, default="transformer",
@@ -142,7 +142,8 @@ def open_model(args: argparse.Namespace) -> ImageModel:
     """The model of the options, before its weights. Raises UserError."""
     if args.compile or args.cuda_graphs:
         raise UserError("--compile and --cuda-graphs are for sampling: every network call is looked at here")
-    return args.model_class(args)
+    family = family_named_by(args.config)
+    return family.open(spec_of(args, family).open(), arguments.chosen(Machine, args))
 
 
 def batches(seeds: Sequence[int], size: int, title: str, model: ImageModel, work: int = 1
@@ -157,13 +158,13 @@ def batches(seeds: Sequence[int], size: int, title: str, model: ImageModel, work
             yield batch, report
 
 
-def on_example(unet: nn.Module, config: models.Config, read: Callable[[Hashable, Tensor], None]) -> None:
+def on_example(unet: nn.Module, config: Config, read: Callable[[Hashable, Tensor], None]) -> None:
     """Show every value that a cache is asked for in a network call, on the meta device, to read(key, value)."""
     def cache(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         value = compute()
         read(key, value)
         return value
-    on_meta(unet, models.example_inputs(config))(cache)
+    on_meta(unet, example_inputs(config))(cache)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -178,21 +179,21 @@ def measure(args: argparse.Namespace) -> None:
     for batch, report in batches(seeds, args.batch_size, "changes", model):
         model.latents(batch, meter, report=report)
         meter.reset()
-    similar = SimilarityMeter(range(model.num_branches))
+    similar = SimilarityMeter(range(model.run.unet.num_branches))
     for batch, report in batches(seeds[:args.similar], 2, "similarity", model):
         model.latents(batch, similar, report=report)
         similar.reset()
 
-    inputs = models.example_inputs(model.config)
-    plain = models.build(model.config)
+    inputs = example_inputs(model.config)
+    plain = model.run.unet
     macs_full, macs = residual_macs(plain, inputs)
-    _, cached = branch_macs(plain, inputs, range(model.num_branches))
+    _, cached = branch_macs(plain, inputs, range(model.run.unet.num_branches))
     changes = meter.changes()
     where = {"seeds": format_seeds(seeds), "settings": model.settings, "provenance": provenance(model.device)}
     found = BlockChanges({key: model.settings[key] for key in BOUND}, model.sampler.calls, where,
                          {name: {"kind": kind, "changes": changes[name], "macs": list(macs[name])}
                           for name, kind in kinds.items()},
-                         list(macs_full), [list(cached[branch]) for branch in range(model.num_branches)])
+                         list(macs_full), [list(cached[branch]) for branch in range(model.run.unet.num_branches)])
     found.save(args.out)
     for kind in sorted(set(kinds.values())):
         change_curves(found.of_kinds(kind), args.out.with_name(f"{args.out.stem}_{kind}.png"))
@@ -206,10 +207,12 @@ def make_schedule(args: argparse.Namespace) -> None:
     check_out(args.out, ".json")
     changes = BlockChanges.load(args.changes)
     branches = len(changes.macs_cached)
-    plan = plan_deepcache(args, changes.run["steps"], branches, 0)
-    if plan.cached and args.branch is None:
+    with as_user_error():
+        shape = RunShape(changes.run["steps"], changes.calls, branches, 0)
+        level = arguments.chosen(DeepCacheOptions, args).plan(shape, ())
+    if level is not None and args.branch is None:
         raise UserError("--interval needs --branch here")
-    maker = ScheduleMaker(changes, args.kinds, plan)
+    maker = ScheduleMaker(changes, args.kinds, level)
     if args.speedup is not None and not args.speedup >= 1:
         raise UserError(f"--speedup must be 1 or more, got {args.speedup:g}")
     fraction = args.macs if args.speedup is None else 1 / args.speedup
@@ -217,39 +220,39 @@ def make_schedule(args: argparse.Namespace) -> None:
         schedule = maker.make(PAPERS_DELTA if args.delta is None else args.delta)
     else:
         schedule = maker.make(maker.delta_for(fraction))
-    schedule.save(args.out)
+    write_json(args.out, schedule.to_json())
     schedule_chart(schedule.blocks, schedule.calls, args.out.with_suffix(".png"))
     print("\n".join(summary(schedule)))
-    if plan.cached:
+    if level is not None:
         mean = maker.macs(schedule.blocks)
-        print(f"with DeepCache, {len(plan.full_steps)} full steps, branch {plan.branch}: "
+        print(f"with DeepCache, {len(level.full_steps)} full steps, branch {level.branch}: "
               f"{mean.hook / maker.full.hook:.4f} of the MACs ({mean.fc / maker.full.fc:.4f} with attention)")
     print(f"{args.out} and {args.out.with_suffix('.png')}")
 
 
 def make_rhythm(args: argparse.Namespace) -> None:
     check_out(args.out, ".json")
-    config = models.load_config(args.config)
-    sampler = plan_sampler(args, config.sampler, config.diffusion)
+    run = RunSpec.of(args.config, **vars(arguments.chosen(SamplerOptions, args))).open()
+    config, sampler, unet = run.config, run.sampler, run.unet
     steps = sorted(parse_seeds(args.computed, "--computed"))
     if steps[0] != 0 or steps[-1] >= sampler.calls:
         raise UserError(f"--computed must contain 0 and stay below the {sampler.calls} network calls, got "
                         f"{args.computed}")
-    unet = models.build(config)
-    full, residuals = residual_macs(unet, models.example_inputs(config))
+    full, residuals = residual_macs(unet, example_inputs(config))
     blocks = {name: steps for name in residual_names(unet, args.kinds)}
-    run = {"model": config.name, "unet": asdict(config.unet), "checkpoint_sha256": None, **sampler.settings}
-    schedule = BlockSchedule({key: run[key] for key in BOUND}, sampler.calls, args.kinds, None, blocks,
+    made_for = {"model": config.name, "unet": asdict(config.unet), "checkpoint_sha256": None, **sampler.settings}
+    schedule = BlockSchedule({key: made_for[key] for key in BOUND}, sampler.calls, args.kinds, None, blocks,
                              {"rhythm": "given, not measured"},
                              schedule_macs(full, residuals, blocks, sampler.calls)._asdict(), full._asdict())
-    schedule.save(args.out)
+    write_json(args.out, schedule.to_json())
     print("\n".join([*summary(schedule), str(args.out)]))
 
 
 def show(args: argparse.Namespace) -> None:
     if args.out is not None:
         check_out(args.out, ".png")
-    schedule = BlockSchedule.load(args.block_schedule)
+    with as_user_error():
+        schedule = BlockSchedule.load(args.block_schedule)
     print("\n".join(summary(schedule)))
     if args.out is not None:
         schedule_chart(schedule.blocks, schedule.calls, args.out)
@@ -263,7 +266,7 @@ def by_adam(model: ImageModel, schedule: BlockSchedule, seeds: list[int], args: 
     def read(key: Hashable, value: Tensor) -> None:
         if key in schedule.blocks:
             channels[key] = value.shape[1 if value.ndim == 4 else -1]
-    on_example(models.build(model.config), model.config, read)
+    on_example(model.run.unet, model.config, read)
     steps = torch.tensor(model.sampler.call_timesteps(), device=model.device)
     embeddings = model.unet.embedding(steps).float()
     scale_shift = ScaleShift(channels, embeddings.shape[1]).to(model.device)
@@ -338,18 +341,20 @@ def train(args: argparse.Namespace) -> None:
     seeds, held_out = parse_seeds(args.seeds), parse_seeds(args.held_out_seeds)
     if both := set(seeds) & set(held_out):
         raise UserError(f"seed {min(both)} is to be learnt from and held out: take other seeds")
-    schedule = BlockSchedule.load(args.block_schedule)
+    with as_user_error():
+        schedule = BlockSchedule.load(args.block_schedule)
     if all(len(steps) == schedule.calls for steps in schedule.blocks.values()):
         raise UserError(f"{args.block_schedule} computes everything: there is nothing to adjust")
     model = open_model(args)
-    schedule.check(model.settings)
-    model.check_seeds([*seeds, *held_out])
-    model.load()
-    schedule.check(model.settings)
+    with as_user_error():
+        schedule.check(model.settings)
+        model.check_seeds([*seeds, *held_out])
+        model.load()
+        schedule.check(model.settings)
 
     table, notes = METHODS[args.method](model, schedule, seeds, args)
     notes = {"method": args.method, "seeds": format_seeds(seeds), **notes}
-    save_scale_shift(table, schedule, notes, args.out)
+    save_tensors(scale_shift_tensors(table, schedule), args.out, scale_shift_metadata(schedule, notes))
     found = judge(model, schedule, load_scale_shift(args.out, schedule), held_out, args.batch_size)
     report = args.out.with_suffix(".scale_shift.json")          # not .json, which the schedule may be called
     hashes = {"checkpoint": model.settings["checkpoint_sha256"], "schedule": schedule.sha256}

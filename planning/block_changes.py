@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from caching.block_cache import KINDS, outside, threshold_schedule
+from caching.block_schedule import BlockSchedule
+from caching.deepcache import PlannedDeepCache
 from eval.cost.macs import Macs, average, schedule_macs
-from runs.block_schedule import BlockSchedule
 from runs.errors import UserError, one_line
 from runs.files import write_json
-from runs.options import CachePlan
 
 FORMAT = 1
 
@@ -22,7 +22,7 @@ FORMAT = 1
 class BlockChanges:
     """Changes of all residuals of a run, with the MACs of one network call and one row.
 
-    run, calls, measured: as in `runs.block_schedule.BlockSchedule`.
+    run, calls, measured: as in `caching.block_schedule.BlockSchedule`.
     residuals: name -> {"kind", "changes" (of each call from the one before), "macs" [hook, fc]}.
     macs_full: of a full call. macs_cached: of DeepCache's cached call at each branch.
     """
@@ -70,20 +70,20 @@ class BlockChanges:
 class ScheduleMaker:
     """Schedules of the residuals of some kind, at any threshold, and what a run costs with them.
 
-    plan: DeepCache in the same run, if any: only the blocks outside its level have a schedule then.
+    level: DeepCache in the same run, if any: only the blocks outside its level have a schedule then.
     """
 
-    def __init__(self, changes: BlockChanges, kinds: str, plan: CachePlan | None = None):
+    def __init__(self, changes: BlockChanges, kinds: str, level: PlannedDeepCache | None = None):
         self.changes, self.kinds = changes, kinds
         self.measured = changes.of_kinds(kinds)
         self.full = self.base = Macs(*changes.macs_full)
-        if plan is not None and plan.cached:
+        if level is not None:
             self.measured = {name: self.measured[name]
-                             for name in outside(self.measured, len(changes.macs_cached), plan.branch)}
+                             for name in outside(self.measured, len(changes.macs_cached), level.branch)}
             if not self.measured:
                 raise UserError(f"no {kinds} blocks lie outside the level that DeepCache reuses at branch "
-                                f"{plan.branch}")
-            self.base = average(self.full, Macs(*changes.macs_cached[plan.branch]), plan.full_steps, changes.calls)
+                                f"{level.branch}")
+            self.base = average(self.full, Macs(*changes.macs_cached[level.branch]), level.full_steps, changes.calls)
         self.residuals = {name: Macs(*changes.residuals[name]["macs"]) for name in self.measured}
 
     def blocks(self, delta: float) -> dict[str, list[int]]:
@@ -91,7 +91,7 @@ class ScheduleMaker:
         return {name: threshold_schedule(values, delta) for name, values in self.measured.items()}
 
     def macs(self, blocks: dict[str, list[int]]) -> Macs:
-        """Per network call and row, of a run with these blocks, and with DeepCache where there is a plan of it.
+        """Per network call and row, of a run with these blocks, and with DeepCache where it is there.
 
         Exact: the blocks outside DeepCache's level are asked for in full and in cached steps alike.
         """

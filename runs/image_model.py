@@ -1,45 +1,45 @@
-"""What the sample commands of all models share with the program of Block Caching: from seeds to images."""
+"""From seeds to images: what a model must offer, and the sample command that all models share."""
 
 import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from caching.nested import Policy
+from caching.policy import Policy
+from caching.trace import reused, trace
+from runs import arguments
+from runs.families import Family, example_inputs
 from runs.folder import RunFolder, missing_seeds
-from runs.options import chosen_seeds, plan_cache, summary
+from runs.machine import Machine
 from runs.provenance import provenance
+from runs.seeds import parse_seeds
+from runs.spec import Run, RunSpec
 from runs.stopping import Stopped, StopRequest
-from sampling.samplers import Sampler
-from speed.compiled import compile_seconds
-from speed.graphs import RecordedNetwork, accelerated
+from speed.accelerate import accelerated
 
 
 class ImageModel(ABC):
-    """A model with all that decides the image of a seed, caching aside.
+    """A run's model with all that decides the image of a seed, caching aside.
 
-    Made from parsed options; that checks everything which needs no weights. `load` reads them. Both raise UserError.
-    After construction there are
-        sampler
+    Made from a run, which is checked, and a machine; that does everything which needs no weights. `load` reads them.
+    Both raise UserError. After construction there are
+        run
         device, dtype       of the network
-        branch              default of --branch
-        num_branches        skips of the U-Net
-        images              how many seeds --seeds means by default
+        images              how many seeds are meant by default
         settings            for run.json; `load` adds the checkpoint's sha256
     and after `load`
         unet                on its device, in its dtype.
     """
-    sampler: Sampler
-    device: torch.device
-    dtype: torch.dtype
-    branch: int
-    num_branches: int
     images: int
     settings: dict
     unet: nn.Module
+
+    def __init__(self, run: Run, machine: Machine):
+        self.run, self.config, self.sampler = run, run.config, run.sampler
+        self.device, self.dtype = machine.prepare(), run.dtype
 
     @abstractmethod
     def load(self) -> None:
@@ -65,36 +65,97 @@ class ImageModel(ABC):
         """What the user is told before sampling, a line each."""
         return []
 
-    def write_listing(self, run: RunFolder) -> None:                # noqa: B027  nor to list
+    def write_listing(self, folder: RunFolder) -> None:             # noqa: B027  nor to list
         """A CSV file about the images that are there, where there is anything to say."""
 
+    def policy(self) -> Policy | None:
+        """A fresh caching policy of the run, or None without caching."""
+        return self.run.caching.policy(self.device, self.dtype)
 
-def sample_images(args: argparse.Namespace, model: ImageModel) -> None:
-    """What the sample commands do: fill the folder --out, with the caching that was asked for."""
-    plan = plan_cache(args, model.sampler.steps, model.num_branches, model.branch)
-    plan.check(model.settings)                  # before the weights are read, as far as it can be known,
-    seeds = chosen_seeds(args, model.images)
+
+def kinds_of_calls(run: Run) -> int:
+    """How many different sets of values the network calls of a run reuse: as many graphs does compiling make."""
+    policy = run.caching.policy("meta", run.dtype)
+    if policy is None:
+        return 1
+    inputs = example_inputs(run.config)
+    return len(set(reused(trace(lambda cache: run.unet(*inputs, cache=cache)), policy, run.calls)))
+
+
+def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine) -> int:
+    """Fill a sample folder with the images of the seeds that are not there yet; returns how many were made.
+
+    Raises UserError, and Stopped where a batch system asked for it.
+    """
+    run = model.run
+    run.refuse_foreign(model.settings)          # before the weights are read, as far as it can be known,
     model.check_seeds(seeds)
     with StopRequest() as stop:
         model.load()
-        plan.check(model.settings)              # and after
-        network, in_use = accelerated(model.unet, args, plan.graphs(model.sampler.calls))
-        run = RunFolder(args.out, model.settings | {"cache": plan.settings}, provenance(model.device) | in_use)
+        run.refuse_foreign(model.settings)      # and after
+        network = accelerated(model.unet, machine.compile, machine.cuda_graphs,
+                              kinds_of_calls(run) if machine.compile else 1)
+        folder = RunFolder(out, model.settings | {"cache": run.caching.settings},
+                           provenance(model.device) | network.in_use)
         for line in model.describe(seeds):
             print(line, flush=True)
 
         def sample(seeds: list[int], report: Callable[[float], None]) -> np.ndarray:
-            return model.decode(model.latents(seeds, plan.make(model.device, model.dtype), network, report))
+            return model.decode(model.latents(seeds, model.policy(), network.network, report))
 
-        made = run.fill(seeds, args.batch_size, sample, lambda: stop.asked)
-        model.write_listing(run)
-    missing = missing_seeds(run.path, seeds)
+        made = folder.fill(seeds, machine.batch_size, sample, lambda: stop.asked)
+        model.write_listing(folder)
+    missing = missing_seeds(folder.path, seeds)
     if stop.asked and missing:
         raise Stopped(f"{len(seeds) - len(missing)} of {len(seeds)} images are there")
     if missing:
         print(f"{len(missing)} images are not there yet: other processes are at them")
-    if isinstance(network, RecordedNetwork):
-        print(f"CUDA graphs: {len(network.recordings)}, recorded in {network.seconds:.1f} s")
-    if in_use["compile"]:
-        print(f"torch.compile took {compile_seconds():.0f} s, once for all batches")
-    print(summary(args, seeds, made, model.sampler, plan))
+    for line in network.report():
+        print(line)
+    return made
+
+
+def summary(run: Run, out: Path, asked: int, made: int) -> str:
+    """The last line of a sample command."""
+    full = len(run.deepcache.full_steps) if run.deepcache else run.calls
+    line = f"{out}: {asked} images asked for, {made} made now; {full} full of {run.calls} network calls, "
+    return line + (", ".join(method.summary for method in run.caching.methods) or "no caching")
+
+
+def add_run(parser: argparse.ArgumentParser, family: Family, caching: bool = True) -> None:
+    """--config and the options of a run; those of its caching on request."""
+    parser.add_argument("--config", type=Path, required=True, help=f"configs/{family.name}_*.yaml")
+    spec = RunSpec(family.name, Path(), condition=family.condition())
+    for part in spec.parts:
+        if caching or part not in spec.caching:
+            arguments.add(parser, type(part), family.flags)
+
+
+def spec_of(args: argparse.Namespace, family: Family) -> RunSpec:
+    """The run that a command line of `add_run` asks for. Raises UserError."""
+    default = RunSpec(family.name, args.config, condition=family.condition())
+    return default.having(**{name: getattr(args, name) for part in default.parts
+                             for name in arguments.names(part) if hasattr(args, name)})
+
+
+def sample_parser(family: Family, doc: str) -> argparse.ArgumentParser:
+    """The options of a family's sample command."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run(parser, family)
+    folder = parser.add_argument_group("the images")
+    folder.add_argument("--seeds", help="one image per seed: 0-49999 or 0-9,20 (default: as many as the paper; as "
+                                        "there are prompts)")
+    folder.add_argument("--out", type=Path, required=True, help="sample folder; images that are there are kept")
+    arguments.add(parser, Machine)
+    parser.set_defaults(batch_size=family.batch_size)
+    return parser
+
+
+def sample_command(family: Family, doc: str) -> None:
+    """The sample command of a family: fill a folder with the images of a run."""
+    args = sample_parser(family, doc).parse_args()
+    machine = arguments.chosen(Machine, args)
+    model = family.open(spec_of(args, family).open(), machine)
+    seeds = list(range(model.images)) if args.seeds is None else parse_seeds(args.seeds)
+    made = fill(model, seeds, args.out, machine)
+    print(summary(model.run, args.out, len(seeds), made))

@@ -16,11 +16,11 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from eval.metrics.images import read_png
 from runs.cli import command
 from runs.errors import UserError
 from runs.files import remove_leftovers, write_atomically
 from runs.folder import image_path, missing_seeds, read_run
+from runs.images import read_png
 from runs.labels import Labels
 from runs.seeds import format_some, parse_seeds
 

@@ -11,10 +11,13 @@ import torch
 from runs.files import ROOT
 
 _PACKAGES = ("torch", "numpy", "diffusers", "transformers", "torchmetrics", "safetensors")
+_OURS = __name__.removesuffix("runs.provenance").rstrip(".")        # the package of the rooms where they are installed
 
 
 def commit() -> str | None:
     """The repository's commit, with '+changes' where tracked files differ from it; None outside a git checkout."""
+    if _OURS:       # the folder may lie in another project's checkout
+        return None
 
     def git(*args: str) -> str:
         done = subprocess.run(("git", "-C", str(ROOT), *args), capture_output=True, text=True, check=True)
@@ -27,9 +30,9 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that compute."""
+    """Versions of Python and of the packages that compute; of ours too where it is installed."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *filter(None, [_OURS])):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

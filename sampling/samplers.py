@@ -6,14 +6,26 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from caching.nested import Policy, no_cache
-from sampling.ddim import SPACINGS, ddim, final_alpha, make_timesteps
+from caching.nested import no_cache
+from caching.policy import Policy
 from sampling.diffusion import Diffusion, guided, predicted_noise
 from sampling.noise import SeededNoise
+from sampling.solvers import SOLVERS, solver
 
-SAMPLERS = ("ddim", "plms", "dpmpp")
-TIMESTEPS = (*SPACINGS, "linspace")
-_OF_DIFFUSERS = ("leading", "trailing", "linspace")     # spacings of plms and dpmpp; linspace is dpmpp's alone
+SAMPLERS = tuple(SOLVERS)
+TIMESTEPS = tuple(dict.fromkeys(spacing for one in SOLVERS.values() for spacing in one.spacings))
+SAMPLERS_HELP = ", ".join(f"{name}: {one.about}" for name, one in SOLVERS.items())
+
+
+def _timesteps_help() -> str:
+    takers: dict[tuple[str, ...], list[str]] = {}
+    for name, one in SOLVERS.items():
+        takers.setdefault(tuple(one.spacings), []).append(name)
+    return "; ".join(f"{', '.join(names)}: {', '.join(spacings)}" for spacings, names in takers.items())
+
+
+TIMESTEPS_HELP = ("how the steps spread over the noise levels (the config's by default, or leading where the sampler "
+                  f"does not take that); {_timesteps_help()}")
 
 
 def num_calls(sampler: str, num_steps: int) -> int:
@@ -22,14 +34,19 @@ def num_calls(sampler: str, num_steps: int) -> int:
     Caching schedules are made for the steps and indexed by call, so that PLMS's last call is a cached one wherever
     anything is, as in the released code (github horseee/DeepCache, 1691a3a).
     """
-    return num_steps + (sampler == "plms" and num_steps > 1)
+    return solver(sampler).calls(num_steps)
+
+
+def timesteps_for(sampler: str, of_config: str) -> str:
+    """The config's spacing where the sampler knows it; else 'leading', Stable Diffusion's."""
+    return solver(sampler).spacing(of_config)
 
 
 @dataclass(frozen=True)
 class Sampler:
     """A sampler with its settings. Raises ValueError for settings that do not go together.
 
-    name: of SAMPLERS. timesteps: of TIMESTEPS. eta: of ddim.
+    name: of SAMPLERS. timesteps: of TIMESTEPS, those that the sampler takes. eta: of ddim.
     """
     name: str
     steps: int
@@ -38,17 +55,13 @@ class Sampler:
     diffusion: Diffusion
 
     def __post_init__(self):
-        if self.name not in SAMPLERS:
-            raise ValueError(f"unknown sampler {self.name!r}: choose from {', '.join(SAMPLERS)}")
+        chosen = solver(self.name)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be from 0 to 1, got {self.eta}")
-        if self.name != "ddim" and self.eta != 0:
-            raise ValueError(f"{self.name} is deterministic: eta is for ddim")
-        betas = self.diffusion.betas()
-        if self.name == "ddim":
-            make_timesteps(self.timesteps, self.steps, len(betas))
-        else:
-            self._rule().scheduler(self.steps, betas, self.timesteps)
+        if not chosen.takes_eta and self.eta != 0:
+            stochastic = ", ".join(name for name, one in SOLVERS.items() if one.takes_eta)
+            raise ValueError(f"{self.name} is deterministic: eta is for {stochastic}")
+        chosen.check(self.steps, self.timesteps, self.diffusion)
 
     @property
     def calls(self) -> int:
@@ -76,29 +89,14 @@ class Sampler:
             progress: Callable[[float], None] | None = None) -> Tensor:
         """Sample x_0 from x_T.
 
-        predict, x: see `sampling.ddim.ddim`. noise: draws per image, for eta > 0. progress: called with the fraction
-        of the network calls that is done.
+        predict, x: see `sampling.solvers.Solver.run`. noise: draws per image, for eta > 0. progress: called with the
+        fraction of the network calls that is done.
         """
         def report(step: int, x: Tensor) -> None:
             if progress:
                 progress((step + 1) / self.calls)
 
-        if self.name == "ddim":
-            alphas = self.diffusion.alphas_cumprod()
-            timesteps = make_timesteps(self.timesteps, self.steps, len(alphas))
-            return ddim(predict, x, timesteps, alphas, self.eta, noise, final_alpha(self.timesteps, alphas), report)
-        rule = self._rule()
-        sample = rule.plms if self.name == "plms" else rule.dpm_solver
-        return sample(predict, x, self.steps, self.diffusion.betas(), self.timesteps, report)
-
-    def _rule(self):
-        from sampling import dpm_solver, plms  # here: they import diffusers, which takes seconds
-        return plms if self.name == "plms" else dpm_solver
-
-
-def timesteps_for(sampler: str, of_config: str) -> str:
-    """The config's spacing where the sampler knows it; else 'leading', Stable Diffusion's."""
-    return of_config if sampler == "ddim" or of_config in _OF_DIFFUSERS else "leading"
+        return solver(self.name).run(predict, x, self.steps, self.timesteps, self.diffusion, self.eta, noise, report)
 
 
 def noise_predictor(network: nn.Module, diffusion: Diffusion, dtype: torch.dtype, cache: Policy | None,

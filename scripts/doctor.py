@@ -18,9 +18,10 @@ from packaging.requirements import Requirement
 from eval.tables.paper import Table, find, tables
 from eval.tables.render import align
 from eval.tables.rows import of_table
-from experiments.jobs import REFERENCES, Job, make_job
+from experiments.jobs import Job, make_job
 from experiments.plan import user_parser
 from runs.cli import command
+from runs.families import families
 from runs.provenance import device_name
 from scripts.download import ROOT, Item, catalogue, digest_of, fits
 
@@ -75,6 +76,11 @@ def state(item: Item, hashing: bool) -> str:
     return "here, digest right"
 
 
+def references() -> dict[str, Path]:
+    """Where the reference of each published model is looked for."""
+    return {model: path for family in families().values() for model, path in family.references.items()}
+
+
 def named(path: Path, items: dict[str, Item]) -> str:
     """How to get what belongs at a path."""
     for item in items.values():
@@ -82,7 +88,7 @@ def named(path: Path, items: dict[str, Item]) -> str:
             if any(path == result or path in result.parents for result in file.results()):
                 return f"bash scripts/download.sh {item.name}"
     for model, (images, where) in MADE_FROM.items():
-        if path == REFERENCES[model]:
+        if path == references()[model]:
             fetch = f"bash scripts/download.sh {images} && "
             return (f"{fetch}python -m eval.fid make-reference --from {where} --out {path} --inception "
                     "checkpoints/inception/weights-inception-2015-12-05-6726825d.pth")

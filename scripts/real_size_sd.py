@@ -27,17 +27,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from caching.deepcache import DeepCache
 from caching.schedules import uniform
+from ldm.diffusers_layout import diffusers_arguments
 from runs.cli import command
 from runs.errors import UserError
 from runs.files import ROOT, write_json
-from runs.options import prepare_device
+from runs.machine import prepare_device
 from runs.provenance import provenance
 from runs.weights import save_tensors
 from sampling.samplers import Sampler, noise_predictor
 from stable_diffusion.checkpoint import (
     KL_F8,
     Model,
-    diffusers_arguments,
     load_checkpoint,
     load_unet,
     published_state_dict,
@@ -142,7 +142,7 @@ def main() -> None:
         raise UserError(f"--steps must be {max(run.interval for run in RUNS)} or more, got {args.steps}")
     if args.resolution < 64 or args.resolution % 64:
         raise UserError(f"--resolution must be a multiple of 64, got {args.resolution}")
-    device = prepare_device(args)
+    device = prepare_device(args.device, args.threads)
     diffusers.utils.logging.set_verbosity_error()       # it warns of casting
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()

@@ -3,13 +3,4 @@
 #
 #     bash scripts/table4_equal_throughput.sh --dry-run       commands, exact MACs, disk, what is missing
 #     bash scripts/table4_equal_throughput.sh --images 1000   a trial; the full run keeps its images
-source "$(dirname "$0")/table.sh"
-table table4
-
-# The paper:                           img/s   FID   sFID
-row "DDIM 59 steps" ldm --steps 59   # 0.727  3.59   5.14
-row "DeepCache N=5" ldm --interval 5 # 0.733  3.59   5.16
-row "DDIM 91 steps" ldm --steps 91   # 0.436  3.46  50.60
-row "DeepCache N=3" ldm --interval 3 # 0.471  3.44   5.11
-
-run_table "$@"
+exec bash "$(dirname "$0")/table.sh" table4 "$@"

@@ -1,6 +1,5 @@
 """Network calls recorded once and replayed: on a GPU that saves the time of launching their hundreds of kernels."""
 
-import argparse
 import time
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from caching.nested import Cache, no_cache
-from speed.compiled import compiled
 
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
 
@@ -107,13 +105,3 @@ def recorded(network: nn.Module, device: torch.device) -> nn.Module:
         print(f"CUDA graphs: not here, the device is {device}; going on without", flush=True)
         return network
     return RecordedNetwork(network, cuda_recorder())
-
-
-def accelerated(unet: nn.Module, args: argparse.Namespace, graphs: int) -> tuple[nn.Module, dict[str, bool]]:
-    """The network as --compile and --cuda-graphs ask, and which of the two are in use here.
-
-    graphs: how many different sets of values the steps of a run reuse.
-    """
-    inner = compiled(unet, graphs) if args.compile else unet
-    network = recorded(inner, next(unet.parameters()).device) if args.cuda_graphs else inner
-    return network, {"compile": inner is not unet, "cuda_graphs": network is not inner}

@@ -16,48 +16,30 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from caching.deepcache import DeepCache
-from eval.cost.macs import average, giga, step_macs
+from caching.policy import Policy
+from eval.cost.macs import costs, giga
+from eval.cost.runs import full_calls
+from runs import arguments
 from runs.cli import command
 from runs.errors import UserError
+from runs.families import example_inputs
 from runs.files import ROOT, write_atomically, write_json
-from runs.options import (
-    DTYPES,
-    add_deepcache_options,
-    add_device_options,
-    add_sampler_options,
-    chosen_guidance,
-    plan_deepcache,
-    plan_sampler,
-    prepare_device,
-)
+from runs.image_model import add_run, kinds_of_calls, spec_of
+from runs.machine import Machine
 from runs.provenance import provenance
-from sampling.noise import SeededNoise
-from sampling.samplers import Sampler
-from speed.graphs import accelerated
-from stable_diffusion.checkpoint import checkpoint_sha256, load_checkpoint
-from stable_diffusion.config import load_config
-from stable_diffusion.text_to_image import TextToImage, check_text_to_image, latent_size
+from speed.accelerate import accelerated
+from stable_diffusion.family import FAMILY
 
 MACS = ("macs", "macs_fc")      # by the papers' convention, and with attention's products (eval/macs.py)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "sd_v15.yaml",
-                        help="configs/sd_*.yaml (default: sd_v15.yaml)")
-    parser.add_argument("--model", type=Path, help="a diffusers folder or one CompVis file, instead of the config's")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--negative-prompt", default="", help="what guidance leads away from (default: the empty one)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--height", type=int, help="of the images, in pixels (default: the config's resolution)")
-    parser.add_argument("--width", type=int)
     parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
-    sampler = add_sampler_options(parser)
-    sampler.add_argument("--guidance", type=float, help="classifier-free guidance; 1 = none")
-    add_deepcache_options(parser)
-    add_device_options(parser.add_argument_group("the run"))
-    parser.set_defaults(interval=5)
+    add_run(parser, FAMILY)
+    arguments.add(parser, Machine)
+    parser.set_defaults(config=ROOT / "configs" / "sd_v15.yaml", interval=5)
     return parser
 
 
@@ -85,68 +67,57 @@ def side_by_side(panels: dict[str, np.ndarray], path: Path) -> None:
 @command
 def main() -> None:
     args = build_parser().parse_args()
-    config = load_config(args.config)
-    device, dtype = prepare_device(args), DTYPES[args.dtype]
-    sampler = plan_sampler(args, config.sampler, config.diffusion)
-    guidance = chosen_guidance(args, config.sampler.guidance)
-    if args.interval == 1:
-        raise UserError("--interval 1 is no caching, and leaves nothing to compare: take 2 or more")
     if args.seed < 0:
         raise UserError(f"--seed must be 0 or more, got {args.seed}")
     if args.out.suffix.lower() != ".png" or not args.out.absolute().parent.is_dir():
         raise UserError(f"--out must be a .png file in a folder that is there, got {args.out}")
-    check_text_to_image(config)
-    height, width = latent_size(config, args.height, args.width)
-    path = args.model or Path(config.checkpoint)
-    loaded = load_checkpoint(config, path)
-    plan = plan_deepcache(args, sampler.steps, loaded.unet.num_branches, config.sampler.branch)
-    inputs = (torch.zeros(1, config.unet.in_channels, height, width), torch.zeros(1, dtype=torch.long),
-              torch.zeros(1, config.tokens, config.unet.context_dim))
-    full_macs, cached_macs = step_macs(loaded.unet, inputs, plan.branch)
-    rows = 1 if guidance == 1 else 2
-    model = TextToImage(loaded, config, device, dtype)
-    network, in_use = accelerated(model.unet, args, graphs=2)
+    run, machine = spec_of(args, FAMILY).open(), arguments.chosen(Machine, args)
+    if not run.caching:
+        raise UserError("--interval 1 is no caching, and leaves nothing to compare: take 2 or more")
+    model = FAMILY.open(run, machine)
+    model.check_seeds([args.seed])
+    model.load()
+    run.refuse_foreign(model.settings)
+    for line in model.describe([args.seed]):
+        print(line, flush=True)
+    network = accelerated(model.unet, machine.compile, machine.cuda_graphs,
+                          kinds_of_calls(run) if machine.compile else 1)
 
-    def image(sampler: Sampler, cache: DeepCache | None) -> np.ndarray:
-        noise = SeededNoise([args.seed], device)
-        z = model.latents(sampler, noise(inputs[0].shape[1:]), [args.prompt], args.negative_prompt, guidance, cache,
-                          noise, network=network)
-        return model.decode(z)[0]
+    def image(policy: Policy | None) -> np.ndarray:
+        return model.decode(model.latents([args.seed], policy, network.network))[0]
 
-    if model.dropped_tokens([args.prompt]):
-        print(f"warning: the end of the prompt is not read; it is longer than {config.tokens} tokens", flush=True)
-    for cache in (None, DeepCache(plan.branch, [0])):       # full and cached steps, and what comes before and after
-        image(replace(sampler, steps=2), cache)
+    whole, model.sampler = model.sampler, replace(model.sampler, steps=2)
+    for policy in (None, model.policy()):       # full and cached steps, and what comes before and after
+        image(policy)
+    model.sampler = whole
+    counted = costs(run.unet, (torch.zeros(1, *model.shape), *example_inputs(run.config)[1:]))
     images, arms = {}, {}
-    for name, cache, full_calls in (("uncached", None, sampler.calls), ("cached", plan.make(), len(plan.full_steps))):
+    for name, policy, in_macs in (("uncached", None, None), ("cached", model.policy(), run.caching.policy("meta"))):
         start = time.perf_counter()
-        images[name] = image(sampler, cache)                # pixels on the CPU: nothing is left running
+        images[name] = image(policy)            # pixels on the CPU: nothing is left running
         seconds = time.perf_counter() - start
-        mean = average(full_macs, cached_macs, range(full_calls), sampler.calls)
-        arms[name] = {"seconds": seconds, "full_calls": full_calls, "calls": sampler.calls,
-                      **{key: value * sampler.calls * rows for key, value in zip(MACS, mean, strict=True)}}
+        calls = counted.calls(in_macs, run.calls)
+        macs = [sum(values) * run.rows_per_image for values in zip(*calls, strict=True)]
+        arms[name] = {"seconds": seconds, "full_calls": full_calls(run) if policy else run.calls, "calls": run.calls,
+                      **dict(zip(MACS, macs, strict=True))}
 
     first, second = arms.values()
-    result = {"settings": {"model": config.name, "checkpoint_sha256": checkpoint_sha256(path), "prompt": args.prompt,
-                           "negative_prompt": args.negative_prompt, "seed": args.seed,
-                           "height": height * config.downsampling, "width": width * config.downsampling,
-                           **sampler.settings, "guidance": guidance, "dtype": args.dtype,
-                           **in_use, "cache": plan.settings},
+    result = {"settings": {**model.settings, "prompt": run.spec.condition.prompt, "seed": args.seed, **network.in_use,
+                           "cache": run.caching.settings},
               **arms, "speed_up": {key: first[key] / second[key] for key in ("seconds", *MACS)},
-              "psnr_db": psnr(*images.values()), "provenance": provenance(device)}
+              "psnr_db": psnr(*images.values()), "provenance": provenance(model.device)}
     captions = [f"{name}: {arm['seconds']:.2f} s\n{arm['full_calls']} full of {arm['calls']} calls"
                 for name, arm in arms.items()]
     side_by_side(dict(zip(captions, images.values(), strict=True)), args.out)
     write_json(args.out.with_suffix(".json"), result)
-    print(table(result))
+    print(table(result, ", ".join(method.summary for method in run.caching.methods)))
     print(f"{args.out} and {args.out.with_suffix('.json')}")
 
 
-def table(result: dict) -> str:
-    """The numbers for the screen."""
-    cache, ratio, found = result["settings"]["cache"], result["speed_up"], result["psnr_db"]
-    lines = [f"one image, {result['provenance']['device_name']}, {result['settings']['dtype']}; interval "
-             f"{cache['interval']}, branch {cache['branch']}, {cache['schedule']}",
+def table(result: dict, caching: str) -> str:
+    """The numbers for the screen. caching: in words."""
+    ratio, found = result["speed_up"], result["psnr_db"]
+    lines = [f"one image, {result['provenance']['device_name']}, {result['settings']['dtype']}; {caching}",
              f"{'':10}{'full / calls':>14}{'seconds':>10}{'MACs (G)':>12}{'with attention (G)':>20}"]
     for name in ("uncached", "cached"):
         arm = result[name]

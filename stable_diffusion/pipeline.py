@@ -58,14 +58,9 @@ from torch import Tensor, nn
 from caching.deepcache import DeepCache
 from caching.nested import Cache, no_cache
 from caching.schedules import check_settings, full_steps
+from ldm.diffusers_layout import diffusers_arguments, diffusers_names, diffusers_state_dict, unet_arguments
 from runs.errors import UserError
-from stable_diffusion.checkpoint import (
-    diffusers_arguments,
-    diffusers_names,
-    diffusers_state_dict,
-    load_checkpoint,
-    unet_arguments,
-)
+from stable_diffusion.checkpoint import load_checkpoint
 from stable_diffusion.config import Config, Diffusion
 from stable_diffusion.unet import UNet
 

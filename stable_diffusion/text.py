@@ -41,7 +41,11 @@ def clip(config: Mapping, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
 def clip_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
     """CLIP's tokenizer from a folder, or from the vocabulary that open_clip carries. Raises UserError."""
     if folder is None:
-        from open_clip.tokenizer import SimpleTokenizer  # here: open_clip takes seconds to import
+        try:
+            from open_clip.tokenizer import SimpleTokenizer  # here: open_clip takes seconds to import
+        except ModuleNotFoundError:
+            raise UserError("CLIP's vocabulary comes with a package: pip install open_clip_torch; or name a folder in "
+                            "the layout of diffusers, which has it") from None
         known = SimpleTokenizer()
         names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}    # open_clip's, CLIP's
         return CLIPTokenizer(vocab={names.get(token, token): i for token, i in known.encoder.items()},

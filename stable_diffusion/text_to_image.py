@@ -7,12 +7,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from caching.nested import Cache, Policy, no_cache
+from caching.nested import Cache, no_cache
+from caching.policy import Policy
 from runs.errors import UserError
 from runs.folder import check_finite, to_uint8
-from runs.options import place
 from sampling.noise import SeededNoise
 from sampling.samplers import Sampler, noise_predictor
+from speed.accelerate import place
 from stable_diffusion.checkpoint import Model
 from stable_diffusion.config import Config
 

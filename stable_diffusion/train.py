@@ -21,6 +21,7 @@ from ldm import first_stage
 from ldm.checkpoint import FIRST_STAGE
 from ldm.config import Config as LdmConfig
 from ldm.config import load_config as load_ldm_config
+from ldm.diffusers_layout import diffusers_arguments, diffusers_state_dict
 from runs.cli import command
 from runs.errors import UserError
 from runs.folder import to_uint8
@@ -29,7 +30,6 @@ from runs.weights import read_tensors, save_tensors
 from sampling.noise import SeededNoise
 from sampling.samplers import Sampler, noise_predictor
 from stable_diffusion.autoencoder import from_first_stage
-from stable_diffusion.checkpoint import diffusers_arguments, diffusers_state_dict
 from stable_diffusion.config import Config, load_config
 from stable_diffusion.text import minilm
 from stable_diffusion.unet import UNet

@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from caching.block_cache import threshold_schedule
+from caching.block_schedule import BlockSchedule, load_scale_shift
+from caching.deepcache import DeepCacheOptions
+from caching.options import RunShape
 from caching.scale_shift import best_line
 from ddpm import sample as ddpm_sample
 from ddpm.checkpoint import published_state_dict as ddpm_tensors
@@ -27,9 +30,6 @@ from ldm.unet import UNet as LatentUNet
 from planning import block_caching
 from planning.block_changes import BlockChanges, ScheduleMaker
 from runs import results
-from runs.block_schedule import BlockSchedule, load_scale_shift
-from runs.errors import UserError
-from runs.options import CachePlan
 
 STEPS = 5
 DDPM = {"resolution": 16, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
@@ -180,7 +180,7 @@ def test_together_with_deepcache(made, tmp_path, capsys):
     assert call(macs.main, "--config", made / "ddpm.yaml", *words, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["macs"] <= 0.7 * found["macs_full"]
-    maker = ScheduleMaker(changes, "all", CachePlan(1, [0, 2, 4], {}))
+    maker = ScheduleMaker(changes, "all", DeepCacheOptions(2, 1).plan(RunShape(STEPS, STEPS, 6, 1), ()))
     assert found["macs"] == pytest.approx(maker.macs(outer.blocks).hook)
     assert sample(made, tmp_path / "both", *words) == 0
     assert sample(made, tmp_path / "level", *words[2:]) == 0
@@ -257,10 +257,10 @@ def test_damaged_files(made, tmp_path, fails):
     assert program("schedule", "--changes", made / "changes.json", "--kinds", "all", "--macs", 0.7,
                    "--out", tmp_path / "more.json") == 0
     more = BlockSchedule.load(tmp_path / "more.json")
-    with pytest.raises(UserError, match="another block schedule"):
+    with pytest.raises(ValueError, match="another block schedule"):
         load_scale_shift(made / "half.safetensors", more)
     (tmp_path / "cut.safetensors").write_bytes((made / "half.safetensors").read_bytes()[:200])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(ValueError, match="damaged"):
         load_scale_shift(tmp_path / "cut.safetensors", schedule)
     bad.write_text("{")
     assert fails(program("schedule", "--changes", bad, "--out", tmp_path / "no.json"), "damaged")

@@ -6,8 +6,8 @@ from conftest import HERE
 
 from eval.cost import compare_speed
 from eval.cost.compare_speed import compare, peak_memory, report, whole_run
-from eval.models import load_config
 from runs import results
+from runs.families import load_config
 from runs.results import Result
 
 CONFIGS = HERE.parent / "configs"

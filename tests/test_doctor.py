@@ -15,7 +15,7 @@ import yaml
 
 from eval.tables.paper import find, tables
 from eval.tables.rows import of_table
-from experiments.jobs import CLIP, INCEPTION, REFERENCES
+from experiments.jobs import CLIP, INCEPTION
 from runs.errors import UserError
 from scripts import doctor, download
 from scripts.download import File, catalogue, fetch
@@ -178,7 +178,7 @@ def test_every_file_of_the_tables_has_a_download():
             for job in doctor.jobs_of(table):
                 for path in [*job.inputs_of_sampling().values(), *job.inputs.values()]:
                     assert doctor.named(path, items).startswith("bash scripts/download.sh "), path
-    for path in (INCEPTION, CLIP, *REFERENCES.values()):
+    for path in (INCEPTION, CLIP, *doctor.references().values()):
         if str(path).startswith("emoji:"):          # shipped, and no file
             continue
         assert "download.sh" in doctor.named(path, items)
@@ -189,9 +189,9 @@ def test_downloads_agree_with_the_configs():
     files = {file.path: file for item in catalogue().values() for file in item.files}
     seen = set()
     for row in of_table(find("2")).rows:
-        assert files[Path(row.config.checkpoint)].digest == ("md5", row.config.md5)
-        assert files[Path(row.config.checkpoint)].url in row.config_path.read_text()
-        seen.add(row.config.name)
+        assert files[Path(row.run.config.checkpoint)].digest == ("md5", row.run.config.md5)
+        assert files[Path(row.run.config.checkpoint)].url in row.run.spec.config.read_text()
+        seen.add(row.run.config.name)
     assert len(seen) == 3
     for item in catalogue().values():
         for file in item.files:

@@ -1,16 +1,17 @@
 """Recorded network calls, replayed by PyTorch's tracer, to which Python is as invisible as to a CUDA graph."""
 
-import argparse
 
 import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from caching.block_cache import BlockCache, Together, outside, residual_names
+from caching.block_cache import BlockCache, outside, residual_names
 from caching.deepcache import DeepCache, ZeroedCache
+from caching.policy import Together
 from ldm.unet import UNet
-from speed.graphs import RecordedNetwork, accelerated, cuda_recorder
+from speed.accelerate import accelerated
+from speed.graphs import RecordedNetwork, cuda_recorder
 
 
 def record(run):
@@ -84,8 +85,8 @@ def test_steps_that_adjust_values_are_not_recorded(unet):
 
 
 def test_without_a_gpu_goes_on(unet, capsys):
-    network, in_use = accelerated(unet, argparse.Namespace(compile=False, cuda_graphs=True), 2)
-    assert network is unet and in_use == {"compile": False, "cuda_graphs": False}
+    found = accelerated(unet, compile=False, cuda_graphs=True, graphs=2)
+    assert found.network is unet and found.in_use == {"compile": False, "cuda_graphs": False}
     assert capsys.readouterr().out == "CUDA graphs: not here, the device is cpu; going on without\n"
 
 

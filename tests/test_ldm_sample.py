@@ -28,7 +28,7 @@ from runs import npz
 from runs.errors import UserError
 from runs.folder import image_path
 from runs.labels import Labels
-from runs.options import DTYPES
+from runs.spec import DTYPES
 from sampling.ddim import offset_timesteps
 
 CLASSES = 5
@@ -221,7 +221,7 @@ def test_the_command_follows_the_released_code(sample, tmp_path, monkeypatch, ru
     config = write_config(tmp_path / "golden.yaml", weights, **{
         key: asdict(getattr(SMALL, key)) for key in ("unet", "first_stage")}, num_classes=10)
     decode = first_stage.decode
-    monkeypatch.setattr("ldm.sample.SeededNoise", lambda seeds, device: lambda shape: golden.io["traj.x_T"])
+    monkeypatch.setattr("ldm.model.SeededNoise", lambda seeds, device: lambda shape: golden.io["traj.x_T"])
     monkeypatch.setattr(first_stage, "decode", lambda vq, z: (ended.append(z), decode(vq, z))[1])
     labels = ",".join(map(str, golden.io["cond.labels"].tolist()))
     schedule = ["--schedule", "released-ldm", "--power", run["pow"]] if run.get("nonuniform") else []
@@ -268,7 +268,7 @@ def test_run_json_and_listing(sample, tmp_path, capsys):
 
 def test_the_shipped_models_classes_have_names():
     from ldm.config import load_config
-    from ldm.sample import names_of_classes
+    from ldm.model import names_of_classes
     names = names_of_classes(load_config(HERE.parent / "configs" / "ldm_emoji.yaml"))
     assert len(names) == 5 and names[0].startswith("Smileys & Emotion, ")
     assert names_of_classes(load_config(HERE.parent / "configs" / "ldm_cin256.yaml")) is None

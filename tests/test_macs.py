@@ -8,12 +8,13 @@ import torch
 
 from caching.deepcache import DeepCache
 from caching.nested import no_cache
+from caching.policy import Policy
 from caching.schedules import centered, uniform
 from ddpm.config import load_config
 from ddpm.unet import UNet
 from eval import macs
 from eval.cost.macs import Macs, average, branch_macs, count, on_meta, run_macs, step_macs
-from eval.macs import build, example_inputs
+from runs.families import build, example_inputs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -163,17 +164,17 @@ def test_any_policy(tiny):
     full_steps = centered(12, 4, 5, 1.4)
     assert run_macs(unet, inputs, DeepCache(2, full_steps), 12) == average(*step_macs(unet, inputs, 2), full_steps, 12)
 
-    class ReuseResiduals:           # a policy with another kind of key: on odd steps, all residuals but the middle's
+    class ReuseResiduals(Policy):   # a policy with another kind of key: on odd steps, all residuals but the middle's
         def __init__(self):
-            self.kept = {}
+            self.values = {}
 
         def at(self, step):
             def cache(key, compute):
                 if isinstance(key, int) or key.startswith("middle") or not step % 2:
                     value = compute()
-                    self.kept[key] = value
+                    self.values[key] = value
                     return value
-                return self.kept[key]
+                return self.values[key]
             return cache
 
     forward = on_meta(unet, inputs)

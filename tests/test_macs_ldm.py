@@ -12,8 +12,8 @@ import ddpm.unet
 import ldm.unet
 from eval import macs, throughput
 from eval.cost import timing
-from eval.models import build, example_inputs, family, load_config, rows_per_image
 from runs.errors import UserError
+from runs.families import build, example_inputs, family, load_config, rows_per_image
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
     ("ldm_emoji", ldm.unet.UNet, [(2, 3, 16, 16), (2,), (2, 1, 64)], 2)])
 def test_any_config_opens(name, unet, shapes, rows):
     config = load_config(CONFIGS / f"{name}.yaml")
-    assert family(config) == name.split("_")[0] and rows_per_image(config) == rows
+    assert family(config).name == name.split("_")[0] and rows_per_image(config) == rows
     network, inputs = build(config), example_inputs(config, 2)
     assert isinstance(network, unet) and not network.training
     assert [tuple(value.shape) for value in inputs] == shapes

@@ -6,7 +6,7 @@ import pytest
 
 from caching.schedules import uniform
 from eval.cost.macs import average, branch_macs
-from eval.models import build, example_inputs, load_config, rows_per_image
+from runs.families import build, example_inputs, load_config, rows_per_image
 
 CONFIG = load_config(Path(__file__).parent.parent / "configs" / "sd_v15.yaml")
 

@@ -12,11 +12,13 @@ from torch._inductor.exc import InvalidCxxCompiler
 from caching.deepcache import DeepCache
 from ddpm import unet as ddpm
 from ldm import unet as ldm
-from runs.options import place
-from speed import packed
+from speed import attention, packed
+from speed.accelerate import place
 from speed.compiled import compile_seconds, compiled
+from speed.probe import unusable
 
 pytestmark = pytest.mark.skipif(not packed.packable(nn.Linear(1, 1)), reason="oneDNN packs weights on x86 CPUs alone")
+needs_bfloat16 = pytest.mark.skipif(unusable(torch.bfloat16) is not None, reason=str(unusable(torch.bfloat16)))
 
 
 def tiny_ddpm() -> tuple[nn.Module, tuple]:
@@ -43,7 +45,8 @@ def test_placed_network_predicts_the_same(make, dtype, limit):
     expected = unet.eval()(x, *rest)
     unet = place(unet, "cpu", dtype)
     if dtype == torch.float32:
-        assert {type(module) for module in unet.modules()} >= {packed.Linear, packed.Conv2d, packed.PerPixel}
+        attends = packed.PixelAttention if make is tiny_ddpm else packed.TokenAttention
+        assert {type(module) for module in unet.modules()} >= {packed.Linear, packed.Conv2d, packed.PerPixel, attends}
     rest = [value.to(dtype) if value.is_floating_point() else value for value in rest]
     assert error(unet(x.to(dtype), *rest), expected) < limit
     cache = DeepCache(1, [0])
@@ -55,18 +58,19 @@ def test_placed_network_predicts_the_same(make, dtype, limit):
 @pytest.mark.parametrize("scale, shift", [(1, 0), (10, 0), (1, 80), (1, -80)])     # powers of 2 over- and underflow
 @torch.no_grad()
 def test_attention(monkeypatch, tokens, keys, scale, shift):
-    monkeypatch.setattr(packed, "SCORES", 2**17)        # several parts, the last one smaller
+    monkeypatch.setattr(attention, "SCORES", 2**17)        # several parts, the last one smaller
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, n, 3, 24).transpose(1, 2) for n in (tokens, keys, keys))
     query *= scale
     query[..., 0], key[..., 0] = 1, shift * 24**0.5      # a shift of all scores changes nothing
-    found = packed.rowwise_attention(query, key, value)
+    found = attention.rowwise_attention(query, key, value)
     assert found.shape == query.shape
     key[..., 0] = 0
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
     assert torch.allclose(found.double(), expected, atol=2e-5 * max(1, abs(shift) / 8))
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("scale, shift", [(1, 0), (4, 0), (10, 0), (1, 80), (1, -80)])
 @torch.no_grad()
 def test_attention_in_bfloat16(scale, shift):
@@ -75,7 +79,7 @@ def test_attention_in_bfloat16(scale, shift):
     query, key, value = (torch.randn(2, 500, 3, 24).transpose(1, 2).bfloat16() for _ in range(3))
     query *= scale
     query[..., 0], key[..., 0] = 1, shift * 24**0.5
-    found = packed.rowwise_attention(query, key, value)
+    found = attention.rowwise_attention(query, key, value)
     key[..., 0] = 0
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
     assert (found.double() - expected).norm() < 0.008 * expected.norm()
@@ -84,14 +88,14 @@ def test_attention_in_bfloat16(scale, shift):
 @torch.no_grad()
 def test_attention_of_few_products_is_pytorchs():
     query, key, value = torch.randn(3, 1, 2, 20, 8)
-    assert torch.equal(packed.attention(query, key, value), F.scaled_dot_product_attention(query, key, value))
+    assert torch.equal(attention.attention(query, key, value), F.scaled_dot_product_attention(query, key, value))
 
 
 @torch.no_grad()
 def test_attention_passes_on_what_is_not_finite():
     query, key, value = torch.randn(3, 1, 1, 32, 8)
     query[0, 0, 3, 2] = torch.nan
-    found = packed.rowwise_attention(query, key, value)
+    found = attention.rowwise_attention(query, key, value)
     assert found[0, 0, 3].isnan().all() and found[0, 0, 4:].isfinite().all()
 
 
@@ -99,7 +103,8 @@ def test_attention_passes_on_what_is_not_finite():
 def test_gated_layers():
     layer, x = ldm.GEGLU(6, 10), torch.randn(2, 5, 6)
     expected = layer(x)
-    assert torch.allclose(packed.pack(layer)(x), expected, atol=1e-5) and not hasattr(layer, "proj")
+    fast = packed.pack(layer)
+    assert torch.allclose(fast(x), expected, atol=1e-5) and not hasattr(fast, "proj")
 
 
 @pytest.mark.parametrize("options", [dict(stride=2, padding=1), dict(padding=2, dilation=2), dict(groups=2),
@@ -108,8 +113,9 @@ def test_gated_layers():
 def test_convolutions_of_all_kinds(options):
     layer, x = nn.Conv2d(4, 6, 3, **options), torch.randn(2, 4, 9, 8)
     expected = layer(x)
-    assert torch.allclose(packed.pack(layer)(x), expected, atol=1e-5)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")       # its shapes as the compiler sees them
+    fast = packed.pack(layer)
+    assert torch.allclose(fast(x), expected, atol=1e-5)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")       # its shapes as the compiler sees them
     assert torch.allclose(compiled(x), expected, atol=1e-5)
 
 

@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
-from eval.models import load_config
 from runs import stopping
 from runs.claims import Claims
 from runs.cli import command
 from runs.errors import UserError
+from runs.families import load_config
 from runs.folder import RunFolder, to_uint8
 from runs.seeds import format_seeds, parse_seeds
 from sampling.ddim import ddim, offset_timesteps, quadratic_timesteps, trailing_timesteps, uniform_timesteps

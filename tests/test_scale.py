@@ -2,12 +2,13 @@
 
 import pytest
 
+from caching.block_schedule import PlannedBlocks
 from experiments import scale
 
 
 @pytest.fixture(scope="module")
 def runs() -> dict[tuple[str, str], scale.Run]:
-    return {(run.job.row.config.name, run.job.folder.name): run for run in scale.all_runs()}
+    return {(run.job.run.config.name, run.job.folder.name): run for run in scale.all_runs()}
 
 
 @pytest.mark.parametrize("model, name, rate, how", [
@@ -24,7 +25,7 @@ def test_rates_are_printed_or_derived(runs, model, name, rate, how):
 
 
 def test_other_schedules_than_the_papers_have_no_rate(runs):
-    blocks = [run for run in runs.values() if run.job.row.plan.blocks is not None]
+    blocks = [run for run in runs.values() if run.job.run.caching.of(PlannedBlocks)]
     assert all(run.rate is None for run in blocks)
 
 

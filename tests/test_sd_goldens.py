@@ -16,7 +16,7 @@ from caching.schedules import centered, uniform
 from ldm.unet import ResBlock, SpatialTransformer
 from sampling.ddim import ddim, offset_timesteps
 from sampling.diffusion import guided
-from sampling.plms import plms
+from sampling.solvers import SOLVERS
 from stable_diffusion.checkpoint import load_state_dict, unet_arguments
 from stable_diffusion.config import Diffusion
 from stable_diffusion.unet import UNet
@@ -83,7 +83,7 @@ def test_trajectory(unet, sd_golden, run):
         ddim(predict, io["traj.latents"], offset_timesteps(steps), alphas, final_alpha=alphas[0].item(),
              progress=progress)
     else:
-        plms(predict, io["traj.latents"], steps, diffusion.betas(), progress=progress)
+        SOLVERS["plms"].run(predict, io["traj.latents"], steps, "leading", diffusion, progress=progress)
     assert called == run.get("timesteps", called) and len(called) == len(mask)
     golden = io[f"{run['name']}.latents"]
     for state, expected in zip(states[-len(golden):], golden, strict=True):

@@ -27,7 +27,8 @@ import stable_diffusion.compare
 from eval.cost.macs import step_macs
 from runs.folder import image_path
 from runs.prompts import prompts_sha256
-from stable_diffusion.sample import ReleasedNoise, main
+from stable_diffusion.model import ReleasedNoise
+from stable_diffusion.sample import main
 from stable_diffusion.text_to_image import TextToImage
 from stable_diffusion.unet import UNet
 

@@ -20,7 +20,6 @@ from slurm_node import SlurmNode, until, why_not
 
 from ddpm import sample as ddpm_sample
 from eval.cost.macs import Macs
-from eval.tables.rows import said_by
 from experiments import plan
 from experiments.jobs import Job
 from runs import results
@@ -113,7 +112,7 @@ def all_files_there(monkeypatch):
 def test_every_table_has_its_jobs(run, no_slurm, all_files_there, name):
     """A sample array and an evaluation per row, none twice, then the table; each waits for what it needs."""
     args = plan.user_parser("x").parse_args(["--images", "1000"])
-    jobs = plan.make_plan(said_by(f"{name}.sh"), args).jobs
+    jobs = plan.make_plan(submit.find_table(name), args).jobs
     out = run(name, "--dry-run", "--images", "1000")
     if not jobs:
         assert "only lists settings" in out

@@ -57,7 +57,7 @@ def test_points_are_every_combination_once(tmp_path, tiny):
         {"model": str(tiny), "interval": 2, "branch": [1, 2]},
         {"model": str(tiny), "steps": [4, 2], "interval": 1}]})
     jobs = points_of(path)
-    names = {model: [job.folder.name for job in jobs if job.row.config.name == model]
+    names = {model: [job.folder.name for job in jobs if job.run.config.name == model]
              for model in ("ddpm_tiny", "ldm_emoji")}
     assert names["ddpm_tiny"] == ["uncached", "uniform_n2_branch0", "uniform_n2", "uniform_n2_branch2",
                                   "uniform_n2_branch3", "steps2"]
@@ -69,8 +69,8 @@ def test_uncached_run_has_the_first_steps_and_sampler(tmp_path, tiny):
     path = written(tmp_path, {"images": 5, "grids": [{"model": str(tiny), "steps": [3, 2], "interval": 2,
                                                       "sampler": "dpmpp"}]})
     first, *others = points_of(path)
-    assert (first.row.steps, first.row.sampler, first.row.plan.cached) == (3, "dpmpp", False)
-    assert [job.row.steps for job in others] == [3, 2]
+    assert (first.run.steps, first.run.sampler_name, bool(first.run.caching)) == (3, "dpmpp", False)
+    assert [job.run.steps for job in others] == [3, 2]
 
 
 GRID = {"model": "ddpm_emoji", "interval": 5}
@@ -108,7 +108,7 @@ def test_bad_sweeps_are_refused_in_one_line(tmp_path, monkeypatch, capsys, conte
 
 
 def test_block_schedule_of_another_model_is_refused(tmp_path, monkeypatch, capsys):
-    from runs.block_schedule import BlockSchedule
+    from caching.block_schedule import BlockSchedule
     run = {"model": "ldm_emoji", "unet": {}, "checkpoint_sha256": "0", "sampler": "ddim", "steps": 50,
            "timesteps": "trailing"}
     BlockSchedule(run, 50, "all", 0.5, {"mid": [0]}, {}, {}, {}).save(tmp_path / "other.json")
@@ -135,10 +135,10 @@ def test_shares_are_all_points_once():
 @pytest.mark.parametrize("path", READY, ids=[path.stem for path in READY])
 def test_ready_sweeps_can_be_planned(path):
     jobs = points_of(path)
-    assert len(jobs) > 1 and not jobs[0].row.plan.cached
-    branches = {job.row.plan.branch for job in jobs if job.row.plan.cached}
+    assert len(jobs) > 1 and not jobs[0].run.caching
+    branches = {job.run.deepcache.branch for job in jobs if job.run.deepcache}
     if "branch" in path.stem:
-        assert branches == set(range(sweep.num_branches(jobs[0].row.config_path)))
+        assert branches == set(range(jobs[0].run.unet.num_branches))
 
 
 def test_papers_numbers_stand_beside_the_points_they_are_of():

@@ -11,16 +11,18 @@ import yaml
 from conftest import HERE
 
 from caching.block_cache import BlockCache
+from caching.block_schedule import PlannedBlocks
 from eval import table as table_command
 from eval.cost import bk_sdm
 from eval.cost.macs import run_macs
-from eval.models import build, example_inputs
+from eval.cost.runs import macs_per_step, pruned
 from eval.tables import render as table
 from eval.tables import rows
 from eval.tables.paper import COLUMNS, FOLDER, Table, find, tables
 from eval.tables.results import cost
 from runs import results
 from runs.errors import UserError
+from runs.families import build, example_inputs
 from runs.results import Metric, Result
 
 ROOT = HERE.parent
@@ -117,7 +119,7 @@ def test_every_macs_cell_is_the_papers_digits_or_has_a_footnote(rendered):
     assert counted == sum(len(rows.of_table(paper).rows) for paper in SCRIPTED)
     for (name, section, label), exact in EXCEPTIONS.items():
         [row] = [row for row in rows.of_table(tables()[name]).beside(section, label) if "/" not in row.label]
-        assert f"{row.macs(tables()[name].macs_steps).hook / 1e9:.4f}" == exact
+        assert f"{macs_per_step(row.run, tables()[name].macs_steps).hook / 1e9:.4f}" == exact
         [note] = [note for note in tables()[name].notes if note.marks_cell(section, label, "macs_G")]
         assert exact in note.text
 
@@ -135,17 +137,19 @@ def test_the_written_tables_are_current(rendered):
 
 def measured(row: rows.Row, **other) -> Result:
     """As an evaluator writes it for the images of a row."""
-    settings = row.settings() | {"cache": row.plan.settings}
-    if row.pruned:
-        settings["unet"] = {"diffusers": dict(bk_sdm.build(row.pruned).config)}
-    kind = {"ldm": "adm", "ddpm": "fid", "sd": "clip_score"}[row.package]
+    settings = row.run.told
+    if pruned(row.run):
+        settings["unet"] = {"diffusers": dict(bk_sdm.build(pruned(row.run)).config)}
+    kind = {"ldm": "adm", "ddpm": "fid", "sd": "clip_score"}[row.run.family.name]
     metrics = {"FID": Metric(3.456), "precision": Metric(0.8266)} if kind == "adm" else {"FID": Metric(4.2)}
     if kind == "clip_score":
         metrics = {"CLIP score": Metric(29.53)}
-    inputs = {"prompts": f"/elsewhere/{Path(row.given.prompts).name}"} if row.given.prompts else {}
-    images = {"sd": 1632}.get(row.package, 50_000)
-    return Result(**{"kind": kind, "model": row.config.name, "settings": settings, "images": images, "metrics": metrics,
-                     "inputs": inputs, "provenance": {"device": "cuda", "device_name": "GPU", "threads": 1},
+    prompts = getattr(row.run.spec.condition, "prompts", None)
+    inputs = {"prompts": f"/elsewhere/{prompts.name}"} if prompts else {}
+    images = {"sd": 1632}.get(row.run.family.name, 50_000)
+    return Result(**{"kind": kind, "model": row.run.config.name, "settings": settings, "images": images,
+                     "metrics": metrics, "inputs": inputs,
+                     "provenance": {"device": "cuda", "device_name": "GPU", "threads": 1},
                      "finished": "2026-01-01T00:00:00Z", "hashes": {"checkpoint": "ab" * 32}} | other)
 
 
@@ -230,14 +234,15 @@ def test_times_of_steps_become_throughput():
         "full": {"median": 1.0}, "branches": [{"branch": 1, "median": 0.5, "ratio": 0.5}]},
         provenance={"device": "cuda", "device_name": "GPU", "threads": 1})
     row = run_of("13", "Uniform N=5")
-    assert table.speed_of([(Path("x"), sd)], row, 51).images_per_second == pytest.approx(1 / (10 + 41 * 0.5))
-    assert table.speed_of([(Path("x"), sd)], row, 51).speedup == pytest.approx(51 / (10 + 41 * 0.5))
+    assert table.speed_of([(Path("x"), sd)], row.run, 51).images_per_second == pytest.approx(1 / (10 + 41 * 0.5))
+    assert table.speed_of([(Path("x"), sd)], row.run, 51).speedup == pytest.approx(51 / (10 + 41 * 0.5))
 
 
 def test_times_of_block_schedules_become_throughput():
     """Each over the uncached run of as many steps; by the schedule that was timed, and no other."""
     rhythm = run_of("block_caching_table1", "DPM 20 steps, caching / the example's rhythm")
-    timed = {"sha256": rhythm.plan.blocks.sha256, "scale_shift": False, "calls": 20, "seconds": 16.0, "speedup": 1.25}
+    schedule = rhythm.run.caching.of(PlannedBlocks).schedule
+    timed = {"sha256": schedule.sha256, "scale_shift": False, "calls": 20, "seconds": 16.0, "speedup": 1.25}
     found = [(Path("blocks.json"), Result(
         "throughput", "sd_v15", {"dtype": "bf16", "batch_size": 2, "weights": "random"},
         throughput={"full": {"median": 1.0}, "schedules": [timed]},
@@ -248,7 +253,8 @@ def test_times_of_block_schedules_become_throughput():
     assert cell(paper, found, "DDIM 20 steps, caching / the example's rhythm", "speedup")[1] == "-"
     assert cell(paper, found, "DPM 14 steps", "speedup")[1] == "1.43"          # over 20 steps,
     assert cell(paper, found, "DPM 30 steps", "speedup")[1] == "1.67"          # over 50 steps
-    counted = run_macs(build(rhythm.config), example_inputs(rhythm.config), BlockCache(rhythm.plan.blocks.blocks), 20)
+    inputs = example_inputs(rhythm.run.config)
+    counted = run_macs(build(rhythm.run.config), inputs, BlockCache(schedule.blocks), 20)
     assert float(cell(paper, found, rhythm.label, "macs_G")[1]) == pytest.approx(counted.hook / 1e9, abs=0.005)
 
 
@@ -256,10 +262,10 @@ def test_a_result_of_block_caching_goes_to_its_row_alone():
     rhythm, plain = (run_of("block_caching_table1", label)
                      for label in ("DPM 20 steps, caching / the example's rhythm", "DPM 20 steps"))
     section = find("block_caching_table1").sections[""]
-    result = measured(rhythm, images=5000, kind="fid", inputs={"prompts": rhythm.given.prompts})
-    result.settings["cache"] = rhythm.plan.settings
+    result = measured(rhythm, images=5000, kind="fid", inputs={"prompts": str(rhythm.run.spec.condition.prompts)})
+    result.settings["cache"] = rhythm.run.caching.settings
     assert table.is_of(result, rhythm, section, "fid") and not table.is_of(result, plain, section, "fid")
-    result.settings["cache"] = plain.plan.settings
+    result.settings["cache"] = plain.run.caching.settings
     assert table.is_of(result, plain, section, "fid") and not table.is_of(result, rhythm, section, "fid")
 
 

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -12,13 +11,17 @@ import yaml
 from conftest import HERE, Golden
 from safetensors.torch import save_file
 
-from eval.tables import results, rows
+from eval.cost.macs import step_macs
+from eval.cost.runs import macs_per_image, macs_per_step
+from eval.tables import paper, results, rows
 from eval.tables.paper import Table, tables
 from experiments import jobs, plan
+from runs.errors import UserError
+from runs.families import example_inputs, families
+from runs.image_model import sample_parser, spec_of
 
 ROOT = HERE.parent
 SCRIPTS = {table.name: table for table in tables().values() if table.script}
-CENTERED_20 = "--interval 20 --schedule centered --center"
 
 
 @pytest.fixture
@@ -26,8 +29,7 @@ def dry_run(monkeypatch, capsys, tmp_path):
     def run(name: str, *flags: str) -> str:
         monkeypatch.chdir(ROOT)
         where = ["--samples", str(tmp_path), "--results", str(tmp_path)]
-        monkeypatch.setattr("sys.argv", ["plan", *rows.said_by(SCRIPTS[name].script), "--", "--dry-run", *where,
-                                         *flags])
+        monkeypatch.setattr("sys.argv", ["plan", name, "--dry-run", *where, *flags])
         plan.main()
         return capsys.readouterr().out
     return run
@@ -44,8 +46,9 @@ def test_each_table_has_a_script_and_each_script_a_table():
              for path in (ROOT / "scripts").glob(pattern)}
     assert {table.script for table in SCRIPTS.values()} == there
     for table in SCRIPTS.values():
-        words = rows.said_by(table.script)
-        assert words[words.index("--table") + 1] == table.name and words[1] == table.script
+        *about, door = (ROOT / "scripts" / table.script).read_text().splitlines()
+        assert all(line.startswith("#") for line in about)
+        assert door == f'exec bash "$(dirname "$0")/table.sh" {table.name} "$@"'
 
 
 # What the scripts leave out: other authors' methods, and models that the authors regenerated.
@@ -56,7 +59,6 @@ OTHERS = {"table1": {"IDDPM", "ADM-G", "LDM-4 (as published)", "Spectral DPM", "
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_row_of_the_paper_has_its_command(name):
     table, runs = SCRIPTS[name], rows.of_table(SCRIPTS[name])
-    rows.check_against(table, runs)
     mine = {(row.section, row.printed_as) for row in runs.rows} | runs.pending.keys()
     left = {label for section in table.sections.values() for label in section.rows if (section.name, label) not in mine}
     assert left == OTHERS.get(name, set())
@@ -64,45 +66,26 @@ def test_every_row_of_the_paper_has_its_command(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_comments_carry_the_papers_numbers(name):
-    """The comment behind a command is what results/paper has, in the order of the columns; so is that of `later`."""
-    table = SCRIPTS[name]
-    text = (ROOT / "scripts" / table.script).read_text().replace("\\\n", " ")
-    section, seen = next(iter(table.sections)), 0
-    for line in text.splitlines():
-        if line.startswith("section "):
-            section = line.split()[1]
-        match = re.match(r'\w+ "([^"]+)"[^#]*?(?:#(.*))?$', line)
-        if not match or line.startswith(("source", "run_table")):
-            continue
-        part, seen = table.sections[section], seen + 1
-        printed = part.rows[match[1].split(" / ")[0]]
-        columns = [key for key in part.columns() if key not in ("center", "power")]
-        assert (match[2] or "").split() == [part.shown(key, printed.get(key)) for key in columns], line
-    runs = rows.of_table(table)
-    assert seen == len(runs.rows) + len(runs.pending)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
 def test_settings_in_a_rows_name_are_those_of_its_command(name):
     for row in rows.of_table(SCRIPTS[name]).rows:
-        for pattern, value in ((r"\bN=(\d+)", row.plan.settings["interval"]), (r"(\d+) steps", row.steps),
-                               (r"skip branch (\d+)", (row.plan.branch or 0) + 1),
-                               (r"^centre (\d+)", row.plan.settings.get("center")),
-                               (r"^power ([\d.]+)", row.plan.settings.get("power"))):
+        for pattern, value in ((r"\bN=(\d+)", row.run.caching.settings["interval"]), (r"(\d+) steps", row.run.steps),
+                               (r"skip branch (\d+)", (row.run.caching.settings.get("branch", 0)) + 1),
+                               (r"^centre (\d+)", row.run.caching.settings.get("center")),
+                               (r"^power ([\d.]+)", row.run.caching.settings.get("power"))):
             if match := re.search(pattern, row.label):
                 assert float(match[1]) == value, (row.label, pattern)
         printed = SCRIPTS[name].sections[row.section].rows[row.printed_as]
         for key in ("center", "power"):
-            assert key not in printed or row.plan.settings[key] == printed[key]
-        assert ("NonUniform" in row.label) == (row.plan.settings.get("schedule") == "centered") or name not in (
+            assert key not in printed or row.run.caching.settings[key] == printed[key]
+        assert ("NonUniform" in row.label) == (row.run.caching.settings.get("schedule") == "centered") or name not in (
             "table1", "table11", "table13", "table14")
 
 
 def test_centre_and_power_of_tables_9_and_10_are_used_where_they_belong():
     def settings(name: str, section: str = "") -> dict:
-        return {row.plan.settings["interval"]: row.plan.full_steps for row in rows.of_table(SCRIPTS[name]).rows
-                if row.section == section and row.plan.settings.get("schedule") == "centered" and "/" not in row.label}
+        runs = [row.run for row in rows.of_table(SCRIPTS[name]).rows if row.section == section and not row.variant]
+        return {run.caching.settings["interval"]: run.deepcache.full_steps for run in runs
+                if run.caching.settings.get("schedule") == "centered"}
 
     assert settings("table11") == settings("table9")
     assert settings("table1").items() <= settings("table9").items()
@@ -156,7 +139,7 @@ def test_equal_settings_share_a_folder_and_others_do_not():
     for name, table in SCRIPTS.items():
         if not table.schedules:
             for job in made(name):
-                commands.setdefault(job.folder, []).append(" ".join(job.command))
+                commands.setdefault(job.folder, []).append(" ".join(job.command()))
     assert sum(map(len, commands.values())) == 8 + 13 + 14 + 4 + 4 + 6 + 8 + 6 + 11 + 12 + 22 + 22 + 12
     for folder, lines in commands.items():     # an option that says the default changes nothing
         settled = {re.sub(r" --(branch 2|steps 50)\b", "", line) for line in lines}
@@ -173,20 +156,20 @@ def test_flags_reach_the_right_commands():
     flags = ["--images", "1000", "--dtype", "fp16", "--labels", "random", "--compile", "--released-noise",
              "--checkpoint", "w", "--reference", "ldm_cin256=r.npz", "--inception", "i.pth", "--device", "cuda"]
     ddpm, _, ldm, _ = made("table5", *flags)
-    assert " ".join(ddpm.command).startswith(
-        "-m ddpm.sample --config configs/ddpm_cifar10.yaml --interval 10 --seeds 0-999 --checkpoint w --device cuda "
-        "--dtype fp16 --compile --out ")
-    assert " ".join(ldm.command).startswith(
-        f"-m ldm.sample --config configs/ldm_cin256.yaml {CENTERED_20} 80 --power 1.2 --seeds 0-999 --checkpoint w "
-        "--labels random --device cuda --dtype fp16 --compile --out ")
+    assert " ".join(ddpm.command()).startswith(
+        "-m ddpm.sample --config configs/ddpm_cifar10.yaml --checkpoint w --dtype fp16 --interval 10 --seeds 0-999 "
+        "--device cuda --compile --out ")
+    assert " ".join(ldm.command()).startswith(
+        "-m ldm.sample --config configs/ldm_cin256.yaml --labels random --checkpoint w --dtype fp16 --interval 20 "
+        "--schedule centered --center 80 --power 1.2 --seeds 0-999 --device cuda --compile --out ")
     assert ldm.npz_command()[-1].endswith("/centered_n20_c80_p1.2_1000.npz") and ddpm.npz is None
     assert ldm.judge_command()[:2] == ["-m", "eval.adm"] and "r.npz" in ldm.judge_command()
     assert ddpm.judge_command()[:2] == ["-m", "eval.fid"] and "data/references/cifar10.npz" in ddpm.judge_command()
     assert "--count 1000 --device cuda --out " in " ".join(ldm.judge_command())
     sd = made("table13", *flags, "--clip-weights", "c.bin")[1]
-    assert " ".join(sd.command).startswith(
-        "-m stable_diffusion.sample --config configs/sd_v15.yaml --prompts data/prompts/parti.tsv --dtype fp16 --steps "
-        "45 --seeds 0-999 --model w --device cuda --dtype fp16 --compile --released-noise --out ")
+    assert " ".join(sd.command()).startswith(
+        "-m stable_diffusion.sample --config configs/sd_v15.yaml --prompts data/prompts/parti.tsv --released-noise "
+        "--model w --dtype fp16 --steps 45 --seeds 0-999 --device cuda --compile --out ")
     assert sd.judge_command()[:2] == ["-m", "eval.clip_score"] and {"c.bin", "data/prompts/parti.tsv"} <= {
         *sd.judge_command()}
 
@@ -200,22 +183,22 @@ def test_as_many_images_as_the_paper_and_never_more_than_prompts():
 
 @pytest.mark.parametrize("package", ["ddpm", "ldm", "sd"])
 def test_the_samplers_know_the_options_of_the_rows(package):
-    if package == "sd" and not (ROOT / "stable_diffusion/sample.py").exists():
-        pytest.skip("there is no stable_diffusion.sample yet")
-    parser = import_module(rows.COMMANDS[package]).build_parser()
+    parser = sample_parser(families()[package], "")
     for name, table in SCRIPTS.items():
         for job in [] if table.schedules else made(name):
-            if job.row.package == package:
-                parser.parse_args(job.command[2:])
+            if job.run.family.name == package:
+                args = parser.parse_args(job.command()[2:])
+                assert spec_of(args, job.run.family) == job.run.spec
 
 
 def test_plms_makes_one_call_more_than_the_paper_counts():
     uncached, *_, cached = rows.of_table(SCRIPTS["table13"]).rows[:9]
-    assert (cached.steps, cached.calls, len(cached.plan.full_steps)) == (50, 51, 25)
-    full, step = cached.step_macs()
-    assert cached.macs(50).hook == pytest.approx((25 * full.hook + 25 * step.hook) / 50)
-    assert cached.macs_per_image().hook == pytest.approx(2 * (25 * full.hook + 26 * step.hook))
-    assert uncached.macs_per_image().hook == pytest.approx(2 * 51 * full.hook)
+    uncached, cached = uncached.run, cached.run
+    assert (cached.steps, cached.calls, len(cached.deepcache.full_steps)) == (50, 51, 25)
+    full, step = step_macs(cached.unet, example_inputs(cached.config), 1)
+    assert macs_per_step(cached, 50).hook == pytest.approx((25 * full.hook + 25 * step.hook) / 50)
+    assert macs_per_image(cached).hook == pytest.approx(2 * (25 * full.hook + 26 * step.hook))
+    assert macs_per_image(uncached).hook == pytest.approx(2 * 51 * full.hook)
 
 
 def test_unknown_flag_is_refused():
@@ -236,17 +219,26 @@ def test_bad_values_are_refused_before_any_work(dry_run, capsys, tmp_path, flags
     assert not any(tmp_path.iterdir())
 
 
-def test_a_row_that_the_paper_does_not_have_is_refused():
-    words = [word.replace("Uniform\\ N=5", "Uniform\\ N=6") for word in rows.said_by("table4_equal_throughput.sh")]
-    _, runs = rows.parse_script([*words, "--later", "'' 'DDIM 60 steps' 'no time'"])
-    with pytest.raises(Exception, match="table4 of results/paper has no row 'DDIM 60 steps'"):
-        rows.check_against(SCRIPTS["table4"], runs)
+@pytest.mark.parametrize(("row", "why"), [
+    ("{row: a, run: {interval: 2}}", "names no config"),
+    ("{row: a, run: {config: configs/ddpm_cifar10.yaml, intervall: 2}}", "no option intervall"),
+    ("{row: a, run: {config: configs/ddpm_cifar10.yaml, interval: 0}}", "interval must be a whole number from 1"),
+    ("{row: a, run: {config: configs/nowhere.yaml}}", "no config file")])
+def test_a_row_with_impossible_settings_is_refused(monkeypatch, tmp_path, row, why):
+    (tmp_path / "x.yaml").write_text(f"name: X\nsource: y\ntables:\n  table1:\n    title: t\n    rows:\n    - {row}\n")
+    monkeypatch.setattr(paper, "FOLDER", tmp_path)
+    paper.tables.cache_clear()
+    try:
+        with pytest.raises(UserError, match=f"table1, row 'a': .*{why}"):
+            rows.of_table(paper.tables()["table1"])
+    finally:
+        paper.tables.cache_clear()
 
 
 def test_a_run_without_weights_says_which(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     flags = ["--samples", str(tmp_path), "--checkpoint", str(tmp_path / "model.ckpt")]
-    monkeypatch.setattr("sys.argv", ["plan", *rows.said_by("table1_ldm_imagenet.sh"), "--", *flags])
+    monkeypatch.setattr("sys.argv", ["plan", "table1", *flags])
     with pytest.raises(SystemExit) as stop:
         plan.main()
     assert stop.value.code == 2
@@ -277,7 +269,7 @@ def test_a_row_for_real(monkeypatch, capsys, tmp_path):
              "2", "--only", "DeepCache N=5", "--batch-size", "2", "--device", "cpu", "--threads", "1",
              "--inception", str(tmp_path / "inception.pth"), "--reference", str(tmp_path / "reference.npz")]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", ["plan", *rows.said_by("table4_equal_throughput.sh"), "--", *flags])
+    monkeypatch.setattr("sys.argv", ["plan", "table4", *flags])
     really = jobs.python
 
     def run(job: jobs.Job, line: list[str]) -> None:        # all but the evaluator, whose weights cannot be had

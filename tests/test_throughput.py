@@ -7,13 +7,13 @@ import torch
 from conftest import HERE
 
 from caching.block_cache import BlockCache, residual_names
+from caching.block_schedule import BlockSchedule
 from caching.deepcache import DeepCache
 from ddpm.unet import UNet
 from eval import throughput
 from eval.cost.macs import run_macs
 from eval.cost.timing import Timing, interleave, measure, measure_schedules, reused_sets, time_steps
 from runs import results
-from runs.block_schedule import BlockSchedule
 
 CONFIGS = HERE.parent / "configs"
 RHYTHM = CONFIGS / "block_schedules" / "sd_v15_ddim_20_rhythm.json"      # of another model

@@ -38,6 +38,12 @@ def read_index(folder: Path = FOLDER) -> list[Emoji]:
         return [Emoji(**row) for row in csv.DictReader(file)]
 
 
+def class_names(groups: Sequence[str], rows: Sequence[Emoji]) -> list[str]:
+    """'group, style' for each label of the class-conditional model, by group and then by style."""
+    styles = sorted({row.style for row in rows})
+    return [f"{group}, {style}" for group in groups for style in styles]
+
+
 def load(size: int = 32, split: str | None = None, groups: str | Sequence[str] | None = None,
          folder: Path = FOLDER) -> tuple[np.ndarray, list[Emoji]]:
     """Images and their rows, in the order of index.csv, narrowed to a split and to one or several groups.

@@ -5,7 +5,7 @@
     python -m eval.throughput compare --mode compiled --model ddpm_cifar10 --threads 1
 
 The models have their real sizes and random weights, the same on all sides, and take turns. `ours` is our U-Net as the
-sample commands run it (`runs.options.place`), `diffusers` theirs as it comes, `helper` the PyPI package on it; the
+sample commands run it (`speed.accelerate.place`), `diffusers` theirs as it comes, `helper` the PyPI package on it; the
 package cannot be compiled. In mode `graphs` our steps are CUDA graphs (--cuda-graphs), the others eager. Each setting
 is a JSON file in --out, written as soon as it is measured: settings that are there are not measured again. Table and
 chart are made of all that are there. What to expect of a cached step is the ratio of the MACs.
@@ -14,7 +14,6 @@ chart are made of all that are there. What to expect of a cached step is the rat
 import argparse
 import itertools
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -24,7 +23,6 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import torch
 from DeepCache import DeepCacheSDHelper
-from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.utils import logging
 from torch import Tensor, nn
 from torch._C._profiler import _EventType
@@ -32,64 +30,25 @@ from torch.profiler import ProfilerActivity, profile
 
 from caching.deepcache import DeepCache
 from caching.schedules import uniform
-from ddpm.checkpoint import published_state_dict
 from eval.cost.macs import branch_macs
 from eval.cost.timing import interleave
-from eval.models import Config, build, example_inputs, family, load_config, rows_per_image
 from runs import results
 from runs.cli import command
 from runs.errors import UserError
+from runs.families import Config, build, example_inputs, family, load_config, rows_per_image
 from runs.files import ROOT, write_atomically
-from runs.options import DTYPES, place, prepare_device
+from runs.machine import prepare_device
 from runs.provenance import provenance
 from runs.results import Result
+from runs.spec import DTYPES
+from speed.accelerate import place
 from speed.compiled import compiled
 from speed.graphs import recorded
-from stable_diffusion.checkpoint import diffusers_arguments, diffusers_state_dict
 
 BATCH_SIZES = {"ddpm_cifar10": (1, 8, 64), "ldm_cin256": (1, 8), "sd_v15": (1, 4)}
 STEPS, INTERVALS = (50, 100, 250), (1, 2, 3, 5, 10)
 MODES = ("eager", "compiled", "graphs")
 TIMES = (500, 499)      # the package finds out from the timestep whether a step is a full or a cached one
-
-
-def diffusers_unet(config: Config, unet: nn.Module) -> nn.Module:
-    """diffusers' U-Net on the very weights of ours."""
-    with torch.device("meta"):
-        if family(config) == "ddpm":
-            attends = [config.unet.resolution >> level in config.unet.attn_resolutions
-                       for level in range(len(config.unet.ch_mult))]
-            theirs = UNet2DModel(
-                sample_size=config.unet.resolution, in_channels=config.unet.in_channels,
-                out_channels=config.unet.out_channels, layers_per_block=config.unet.num_res_blocks,
-                block_out_channels=[config.unet.ch * mult for mult in config.unet.ch_mult],
-                down_block_types=["AttnDownBlock2D" if level else "DownBlock2D" for level in attends],
-                up_block_types=["AttnUpBlock2D" if level else "UpBlock2D" for level in reversed(attends)],
-                downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, attention_head_dim=None)
-        else:
-            theirs = UNet2DConditionModel(**diffusers_arguments(vars(config.unet)))
-    weights = ddpm_state_dict(unet) if family(config) == "ddpm" else diffusers_state_dict(unet)
-    theirs.load_state_dict(weights, assign=True)
-    return theirs.eval().requires_grad_(False)
-
-
-def ddpm_state_dict(unet: nn.Module) -> dict[str, Tensor]:
-    """A DDPM's tensors under the names of diffusers' UNet2DModel, whose attention has linear layers."""
-    rules = [(r"temb\.dense\.0", "time_embedding.linear_1"), (r"temb\.dense\.1", "time_embedding.linear_2"),
-             (r"norm_out", "conv_norm_out"), (r"mid\.block_1", "mid_block.resnets.0"),
-             (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1", "mid_block.attentions.0"),
-             (r"(down|up)\.(\d+)", lambda m: f"{m[1]}_blocks."
-              + (m[2] if m[1] == "down" else str(unet.num_levels - 1 - int(m[2])))),
-             (r"\.block\.(\d+)", r".resnets.\1"), (r"\.attn\.(\d+)", r".attentions.\1"),
-             (r"\.(down|up)sample\.", r".\1samplers.0."), (r"temb_proj", "time_emb_proj"),
-             (r"nin_shortcut", "conv_shortcut"), (r"(attentions\.\d+)\.norm", r"\1.group_norm"),
-             (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."), (r"(attentions\.\d+)\.proj_out", r"\1.to_out.0")]
-    found = {}
-    for name, value in published_state_dict(unet).items():
-        for pattern, theirs in rules:
-            name = re.sub(pattern, theirs, name)
-        found[name] = value[:, :, 0, 0] if "attentions" in name and value.ndim == 4 else value
-    return found
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -127,8 +86,8 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
     """
     torch.manual_seed(0)
     plain = build(config, "cpu").to(device, dtype)
-    theirs, cache = diffusers_unet(config, plain), DeepCache(branch, [0])
-    pipe = SimpleNamespace(unet=diffusers_unet(config, plain), scheduler=SimpleNamespace(timesteps=list(TIMES)))
+    theirs, cache = family(config).theirs(config, plain), DeepCache(branch, [0])
+    pipe = SimpleNamespace(unet=family(config).theirs(config, plain), scheduler=SimpleNamespace(timesteps=list(TIMES)))
     ours = place(plain, device, dtype)
     if mode == "compiled":
         ours, theirs = compiled(ours, 2), torch.compile(theirs, fullgraph=True)
@@ -300,8 +259,7 @@ def main() -> None:
         raise UserError(f"--repeats and --warmup must be 1 or more, got {args.repeats} and {args.warmup}")
     if args.batch_size is not None and min(args.batch_size) < 1:
         raise UserError(f"--batch-size must be 1 or more, got {min(args.batch_size)}")
-    args.sizes, args.batch_size = args.batch_size, 1
-    device = prepare_device(args)
+    device = prepare_device(args.device, args.threads)
     if device.type == "meta":
         raise UserError("--device meta computes nothing that could be timed: use cpu or cuda")
     if "graphs" in args.mode and device.type != "cuda":
@@ -312,7 +270,7 @@ def main() -> None:
     where["versions"]["DeepCache"] = version("DeepCache")
     for config in configs:
         for mode, dtype, size in itertools.product(args.mode, args.dtype,
-                                                   args.sizes or BATCH_SIZES.get(config.name, (1,))):
+                                                   args.batch_size or BATCH_SIZES.get(config.name, (1,))):
             path = args.out / f"{config.name}_b{size}_{dtype}_{mode}_{device.type}.json"
             if path.exists():
                 print(f"{path.name}: there already", flush=True)

@@ -11,7 +11,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from caching.deepcache import DeepCache
-from caching.nested import Cache, Policy
+from caching.nested import Cache
+from caching.policy import Policy
+from caching.trace import Asked, reused, trace
 
 
 class Macs(NamedTuple):
@@ -73,23 +75,56 @@ def on_meta(unet: nn.Module, inputs: Sequence[Tensor]) -> Callable[[Cache], Tens
     return forward
 
 
-def branch_macs(unet: nn.Module, inputs: Sequence[Tensor], branches: Iterable[int]) -> tuple[Macs, dict[int, Macs]]:
-    """MACs of a full step, and of DeepCache's cached step at each branch; divide by the batch size of `inputs`.
+class Costs(NamedTuple):
+    """What one full network call costs, and each value that it asks its cache for; asked: see `caching.trace`."""
+    full: Macs
+    values: dict[Hashable, Macs]
+    asked: list[Asked]
 
-    inputs: what the U-Net takes before `cache`: (x, t) or (x, t, context); their values do not matter.
+    def calls(self, policy: Policy | None, num_calls: int) -> list[Macs]:
+        """Every network call of a run under a caching policy, which is made for the meta device.
+
+        A call costs what a full one does, less the values that it reuses, and what the policy itself computes.
+        """
+        if policy is None:
+            return [self.full] * num_calls
+        found = []
+        with counting() as so_far:
+            before = so_far()
+            for keys in reused(self.asked, policy, num_calls):
+                now = so_far()
+                saved = [self.values[key] for key in keys]
+                found.append(Macs(*(full - sum(parts) + n - b for full, *parts, n, b in
+                                    zip(self.full, *saved, now, before, strict=True))))
+                before = now
+        return found
+
+
+def costs(unet: nn.Module, inputs: Sequence[Tensor]) -> Costs:
+    """Count a full call, on the meta device.
+
+    inputs: what the U-Net takes before `cache`: (x, t) or (x, t, context); their values do not matter. Divide by their
+    batch size.
     """
-    forward, features, cached = on_meta(unet, inputs), {}, {}
+    forward, values = on_meta(unet, inputs), {}
+    with counting() as so_far:
+        def metered(cache: Cache) -> Tensor:
+            def one(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+                def measured() -> Tensor:
+                    before, value = so_far(), compute()
+                    values[key] = Macs(*(b - a for a, b in zip(before, so_far(), strict=True)))
+                    return value
+                return cache(key, measured)
+            return forward(one)
 
-    def keep(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        features[key] = compute()
-        return features[key]
+        asked = trace(metered)
+        return Costs(so_far(), values, asked)
 
-    full = count(lambda: forward(keep))
-    for branch in branches:
-        cache = DeepCache(branch, [0])
-        cache.feature = features[branch]        # as a full step leaves it, without running one for each branch
-        cached[branch] = count(lambda cache=cache: forward(cache.at(1)))
-    return full, cached
+
+def branch_macs(unet: nn.Module, inputs: Sequence[Tensor], branches: Iterable[int]) -> tuple[Macs, dict[int, Macs]]:
+    """MACs of a full step, and of DeepCache's cached step at each branch; inputs as of `costs`."""
+    found = costs(unet, inputs)
+    return found.full, {branch: found.calls(DeepCache(branch, [0]), 2)[1] for branch in branches}
 
 
 def step_macs(unet: nn.Module, inputs: Sequence[Tensor], branch: int) -> tuple[Macs, Macs]:
@@ -98,31 +133,26 @@ def step_macs(unet: nn.Module, inputs: Sequence[Tensor], branch: int) -> tuple[M
     return full, cached[branch]
 
 
+def mean(calls: Sequence[Macs]) -> Macs:
+    """The average of several calls."""
+    return Macs(*(sum(values) / len(calls) for values in zip(*calls, strict=True)))
+
+
 def average(full: Macs, cached: Macs, full_steps: Collection[int], num_steps: int) -> Macs:
     """MACs per step of a run: (k F + (T - k) C) / T with k full steps of T."""
     k = len(full_steps)
-    return Macs(*((k * f + (num_steps - k) * c) / num_steps for f, c in zip(full, cached, strict=True)))
+    return mean([full] * k + [cached] * (num_steps - k))
 
 
-def run_macs(unet: nn.Module, inputs: Sequence[Tensor], policy: Policy, num_steps: int) -> Macs:
-    """MACs per step of a run under any caching policy, by counting each of its steps."""
-    forward = on_meta(unet, inputs)
-    steps = [count(lambda step=step: forward(policy.at(step))) for step in range(num_steps)]
-    return Macs(*(sum(values) / num_steps for values in zip(*steps, strict=True)))
+def run_macs(unet: nn.Module, inputs: Sequence[Tensor], policy: Policy | None, num_steps: int) -> Macs:
+    """MACs per step of a run under any caching policy, made for the meta device."""
+    return mean(costs(unet, inputs).calls(policy, num_steps))
 
 
 def residual_macs(unet: nn.Module, inputs: Sequence[Tensor]) -> tuple[Macs, dict[str, Macs]]:
     """MACs of a full step, and of each residual in it: what a step saves that reuses the residual."""
-    residuals: dict[str, Macs] = {}
-    with counting() as so_far:
-        def cache(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-            before, value = so_far(), compute()
-            if isinstance(key, str):
-                residuals[key] = Macs(*(b - a for a, b in zip(before, so_far(), strict=True)))
-            return value
-
-        on_meta(unet, inputs)(cache)
-        return so_far(), residuals
+    found = costs(unet, inputs)
+    return found.full, {key: macs for key, macs in found.values.items() if isinstance(key, str)}
 
 
 def schedule_macs(full: Macs, residuals: Mapping[str, Macs], schedule: Mapping[str, Collection[int]],

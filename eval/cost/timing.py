@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from caching.block_cache import BlockCache
+from caching.block_schedule import BlockSchedule
 from caching.deepcache import DeepCache
-from caching.nested import Policy, no_cache
+from caching.nested import no_cache
+from caching.policy import Policy
 from caching.schedules import uniform
 from eval.cost.macs import average, branch_macs, residual_macs, schedule_macs
-from runs.block_schedule import BlockSchedule
 from runs.errors import UserError
 
 

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from runs.errors import UserError, one_line
+from runs.images import read_png
 from runs.seeds import format_some, parse_seeds
 
-# What Pillow raises for a PNG that is cut off or not one: SyntaxError too, for a damaged chunk.
-UNREADABLE = (OSError, ValueError, SyntaxError)
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
 _OTHER_SUFFIXES = {".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic"}
 _READERS = min(8, os.cpu_count() or 1)      # threads that decode; Pillow lets others run meanwhile
@@ -195,25 +193,6 @@ def _plain(path: Path) -> list[Path]:
         raise UserError(f"{other[0]} and {len(other) - 1} more are images of a kind that is not read here, and leaving "
                         "them out would judge another set: convert them to PNG")
     return [file for file in files if file.suffix.lower() in _SUFFIXES]
-
-
-def read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | None = None) -> np.ndarray:
-    """One image: uint8 [height, width, 3]; `shape`: what it must be, as `example` is.
-
-    Raises UserError for a file that is no image, not 8-bit RGB, or of another shape.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode != "RGB":
-                raise UserError(f"{path} is of mode {image.mode}: expected 8-bit RGB")
-            pixels = np.asarray(image)
-    except UNREADABLE as error:
-        raise UserError(f"{path} is truncated or not an image ({one_line(error)}): "
-                        "delete it and sample it again") from None
-    if shape is not None and pixels.shape != shape:
-        raise UserError(f"mixed sizes: {path} is {pixels.shape[1]}x{pixels.shape[0]}, "
-                        f"{example} is {shape[1]}x{shape[0]}")
-    return pixels
 
 
 def _npz(path: Path) -> ImageSet:

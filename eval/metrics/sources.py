@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import center_crop, resize
 
-from eval.metrics.images import UNREADABLE, ImageSet, batched, open_images
+from eval.metrics.images import ImageSet, batched, open_images
 from runs.errors import UserError, one_line
+from runs.images import UNREADABLE
 
 _CIFAR10 = [f"data_batch_{i}" for i in range(1, 6)]
 

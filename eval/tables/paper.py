@@ -1,17 +1,20 @@
-"""What the papers print: the tables of results/paper/*.yaml, read and checked. And tables of no paper."""
+"""What the papers print, and the settings that give it: results/paper/*.yaml, read and checked.
 
-from collections.abc import Iterator, Sequence
+Tables of no paper, in the same form, are in results/own/*.yaml.
+"""
+
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from eval.metrics.registry import MEASURES, SMALL_SETS
+from eval.metrics.registry import MEASURES
 from runs.errors import UserError
 from runs.files import ROOT
 
-FOLDER = ROOT / "results" / "paper"
+FOLDER, OWN = ROOT / "results" / "paper", ROOT / "results" / "own"
 
 
 class Column(NamedTuple):
@@ -48,12 +51,17 @@ class Note(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Rows that share a data set. rows: by label, in the paper's order: {column: value}, a string as it is printed."""
+    """Rows that share a data set. rows: by label, in the paper's order: {column: value}, a string as it is printed.
+
+    runs: of those rows that can be run here, by label, the options of the run that gives it (under "") and of those of
+    ours that stand beside it (runs/spec.py).
+    """
     name: str                       # "" where a table has one section
     title: str
     images: int | None              # of each row, in the paper
     decimals: dict[str, int]
     rows: dict[str, dict[str, float | str | None]]
+    runs: dict[str, dict[str, dict[str, Any]]]
 
     def columns(self) -> list[str]:
         """Those that any row has."""
@@ -76,24 +84,35 @@ class Table(NamedTuple):
     schedules: bool                 # whether it lists settings, not measurements
     sections: dict[str, Section]
     notes: list[Note]
+    waiting: str | None             # why rows whose block schedules are not made yet cannot be run
 
     @property
     def heading(self) -> str:
         return f"{self.paper}, Table {self.name.rsplit('table', 1)[1]}: {self.title}" if self.paper else self.title
 
 
-_TABLE_KEYS = {"title", "script", "images", "decimals", "macs_steps", "schedules", "rows", "sections", "notes"}
+_TABLE_KEYS = {"title", "script", "images", "decimals", "macs_steps", "schedules", "rows", "sections", "notes", "run",
+               "waiting", "columns"}
+_RUN_KEYS = ("row", "run", "beside")
 
 
 def _section(name: str, content: dict[str, Any], table: dict[str, Any]) -> Section:
-    rows = {str(row["row"]): {key: value for key, value in row.items() if key != "row"} for row in content["rows"]}
+    blank = dict.fromkeys(table.get("columns", ()))
+    rows = {str(row["row"]): blank | {key: value for key, value in row.items() if key not in _RUN_KEYS}
+            for row in content["rows"]}
     if len(rows) < len(content["rows"]):
         raise ValueError("two rows of one name")
     unknown = {key for row in rows.values() for key in row} - COLUMNS.keys()
     if unknown:
         raise ValueError(f"unknown column {', '.join(sorted(unknown))}")
     return Section(name, content.get("title", "") if name else "", content.get("images", table.get("images")),
-                   {**table.get("decimals", {}), **content.get("decimals", {})}, rows)
+                   {**table.get("decimals", {}), **content.get("decimals", {})}, rows,
+                   {str(row["row"]): _runs(row, content.get("run", table.get("run", {})))
+                    for row in content["rows"] if "run" in row})
+
+
+def _runs(row: dict[str, Any], common: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {variant: common | own for variant, own in {"": row["run"], **row.get("beside", {})}.items()}
 
 
 def _table(name: str, paper: str, content: dict[str, Any]) -> Table:
@@ -108,24 +127,28 @@ def _table(name: str, paper: str, content: dict[str, Any]) -> Table:
         if not there or set(note.rows) - {row for s in there for row in s.rows}:
             raise ValueError(f"a note is of rows that are not there: {', '.join(note.rows)}")
     return Table(name, paper, content["title"], content.get("script"), content.get("macs_steps"),
-                 content.get("schedules", False), sections, notes)
-
-
-def own_table(name: str, title: str, script: str, labels: Sequence[str], images: int) -> Table:
-    """A table of no paper: rows by their labels, judged by eval.quality, whose network needs no download."""
-    rows = {label: dict.fromkeys(one.measure.column for one in SMALL_SETS) for label in labels}
-    return Table(name, "", title, script, None, False, {"": Section("", "", images, {}, rows)}, [])
+                 content.get("schedules", False), sections, notes, content.get("waiting"))
 
 
 @cache
 def tables() -> dict[str, Table]:
-    """All tables of both papers, by name, in their order."""
-    return {table.name: table for path in (FOLDER / "deepcache.yaml", FOLDER / "block_caching.yaml")
-            for table in _read(path)}
+    """All tables of the papers, by name: the papers in the order of their sources, the tables in the paper's."""
+    return _read_all(FOLDER)
 
 
-def _read(path: Path) -> Iterator[Table]:
-    content = OmegaConf.to_container(OmegaConf.load(path))
+@cache
+def own_tables() -> dict[str, Table]:
+    """The tables of no paper, by name."""
+    return _read_all(OWN)
+
+
+def _read_all(folder: Path) -> dict[str, Table]:
+    files = {path: OmegaConf.to_container(OmegaConf.load(path)) for path in folder.glob("*.yaml")}
+    return {table.name: table for path, content in sorted(files.items(), key=lambda file: file[1]["source"])
+            for table in _read(path, content)}
+
+
+def _read(path: Path, content: dict[str, Any]) -> Iterator[Table]:
     for name, table in content["tables"].items():
         try:
             yield _table(name, content["name"], table)
@@ -135,7 +158,7 @@ def _read(path: Path) -> Iterator[Table]:
 
 def find(name: str) -> Table:
     """A table by its name; '3' for table3. Raises UserError."""
-    known = tables()
+    known = tables() | own_tables()
     for candidate in (name, f"table{name}"):
         if candidate in known:
             return known[candidate]

@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from caching.block_schedule import PlannedBlocks
 from eval.cost import bk_sdm
 from eval.cost.macs import giga
+from eval.cost.runs import full_calls, macs_per_step, pruned
 from eval.tables.paper import COLUMNS, Note, Section, Table, tables
-from eval.tables.rows import Row, Runs, check_against, of_table
+from eval.tables.rows import Row, Runs, of_table
 from runs.files import ROOT
 from runs.labels import RULES
 from runs.results import Result
+from runs.spec import Run
 
 RESULTS = ROOT / "results"
 
@@ -27,11 +30,11 @@ _SETTINGS = ("center", "power")
 _THEIR_GPU = "2080"
 
 
-def judge(row: Row, columns: Sequence[str]) -> str:
+def judge(run: Run, columns: Sequence[str]) -> str:
     """The kind of result that has a row's metrics: whose convention the paper's column follows."""
     if "fd_efflite0" in columns:
         return "quality"
-    return "adm" if row.package == "ldm" else "clip_score" if "clip" in columns else "fid"
+    return "fid" if run.family.judge == "clip_score" and "clip" not in columns else run.family.judge
 
 
 def is_of(result: Result, row: Row, section: Section, kind: str) -> bool:
@@ -39,22 +42,24 @@ def is_of(result: Result, row: Row, section: Section, kind: str) -> bool:
     settings, cache = result.settings, result.settings.get("cache") or {}
     if (result.kind, result.images) != (kind, section.images):
         return False
-    if any(settings.get(key) != value for key, value in row.settings().items()):
+    run = row.run
+    if any(settings.get(key) != value for key, value in run.told.items() if key != "cache"):
         return False
     # Noise as the released code has it, one class only, other prompts and other networks are other experiments.
     if settings.get("noise", "per seed") != "per seed" or settings.get("labels", "balanced") not in RULES:
         return False
-    if row.given.prompts and Path(result.inputs.get("prompts", "")).name != Path(row.given.prompts).name:
+    prompts = getattr(run.spec.condition, "prompts", None)
+    if prompts and Path(result.inputs.get("prompts", "")).name != prompts.name:
         return False
-    pruned = settings.get("unet", {}).get("diffusers")
-    if (row.pruned is not None) != (pruned is not None) or (pruned and bk_sdm.size_of(pruned) != row.pruned):
+    layout = settings.get("unet", {}).get("diffusers")
+    if (pruned(run) is not None) != (layout is not None) or (layout and bk_sdm.size_of(layout) != pruned(run)):
         return False
-    if cache.get("block_caching") != row.plan.settings.get("block_caching"):
+    wanted = run.caching.settings
+    if cache.get("block_caching") != wanted.get("block_caching"):
         return False
-    if (cache.get("interval", 1) != 1) != row.plan.cached:
+    if (cache.get("interval", 1) != 1) != (run.deepcache is not None):
         return False
-    return not row.plan.cached or all(cache.get(key) == row.plan.settings[key]
-                                      for key in ("branch", "full_steps", "zero_cache"))
+    return run.deepcache is None or all(cache.get(key) == wanted[key] for key in ("branch", "full_steps", "zero_cache"))
 
 
 def newest(found: Found, row: Row, section: Section, kind: str) -> tuple[Path, Result] | None:
@@ -71,19 +76,20 @@ class Speed(NamedTuple):
     result: Result
 
 
-def speed_of(found: Found, row: Row, base: int) -> Speed | None:
-    """The throughput of a row; from an accelerator where there is one, else from a CPU, and from the newest of them.
+def speed_of(found: Found, run: Run, base: int) -> Speed | None:
+    """The throughput of a run; from an accelerator where there is one, else from a CPU, and from the newest of them.
 
     base: network calls of the uncached run that the speed-up is over.
     """
     own = []
     for path, result in found:
         times = result.throughput
-        if row.pruned or result.kind != "throughput" or not times:
+        told = {"model": result.model, "dtype": result.settings.get("dtype")}
+        if pruned(run) or result.kind != "throughput" or not times:
             continue
-        if (result.model, result.settings.get("dtype")) != (row.config.name, row.dtype):
+        if any(run.told[key] != value for key, value in told.items()):
             continue
-        cost = _in_full_steps(times, row)           # of a run; the seconds of a round cancel in it
+        cost = _in_full_steps(times, run)           # of a run; the seconds of a round cancel in it
         if cost is not None:
             seconds, ratio = cost
             own.append(Speed(result.settings["batch_size"] / seconds, base / ratio, path, result))
@@ -91,20 +97,20 @@ def speed_of(found: Found, row: Row, base: int) -> Speed | None:
                default=None)
 
 
-def _in_full_steps(times: Mapping, row: Row) -> tuple[float, float] | None:
-    """(seconds of a batch of a row's run, its time in full steps); None where its kind of steps was not timed."""
-    full = times["full"]["median"]
-    if row.plan.blocks is not None:
-        own = [timed for timed in times.get("schedules", ()) if timed["sha256"] == row.plan.blocks.sha256
-               and timed["scale_shift"] == (row.plan.table is not None)]
-        return (own[0]["seconds"], own[0]["calls"] / own[0]["speedup"]) if own and not row.plan.cached else None
-    k = row.full_calls
-    if not row.plan.cached:
+def _in_full_steps(times: Mapping, run: Run) -> tuple[float, float] | None:
+    """(seconds of a batch of a run, its time in full steps); None where its kind of steps was not timed."""
+    full, blocks, level = times["full"]["median"], run.caching.of(PlannedBlocks), run.deepcache
+    if blocks is not None:
+        own = [timed for timed in times.get("schedules", ()) if timed["sha256"] == blocks.schedule.sha256
+               and timed["scale_shift"] == (blocks.table is not None)]
+        return (own[0]["seconds"], own[0]["calls"] / own[0]["speedup"]) if own and level is None else None
+    k = full_calls(run)
+    if level is None:
         return k * full, k
-    own = [step for step in times.get("branches", ()) if step["branch"] == row.plan.branch]
+    own = [step for step in times.get("branches", ()) if step["branch"] == level.branch]
     if not own:
         return None
-    return k * full + (row.calls - k) * own[0]["median"], k + (row.calls - k) * own[0]["ratio"]
+    return k * full + (run.calls - k) * own[0]["median"], k + (run.calls - k) * own[0]["ratio"]
 
 
 class Line(NamedTuple):
@@ -147,26 +153,26 @@ def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base
 
     base: see `speed_of`.
     """
-    values = {"macs_G": giga(row.macs(table.macs_steps).hook)}
-    values |= {key: row.plan.settings[key] for key in _SETTINGS if key in columns}
+    values = {"macs_G": giga(macs_per_step(row.run, table.macs_steps).hook)}
+    values |= {key: row.run.caching.settings[key] for key in _SETTINGS if key in columns}
     files: dict[str, Path] = {}
-    measured = newest(found, row, section, judge(row, columns))
+    measured = newest(found, row, section, judge(row.run, columns))
     if measured:
         path, result = measured
         for column in columns:
             if (name := COLUMNS[column].metric) in result.metrics:
                 values[column], files[column] = COLUMNS[column].scale * result.metrics[name].value, path
         digest = result.hashes.get("checkpoint", "not recorded")[:12]
-        sources[f"{row.config.name} was measured by eval.{result.kind} on {section.images:,} images of each row; "
+        sources[f"{row.run.config.name} was measured by eval.{result.kind} on {section.images:,} images of each row; "
                 f"checkpoint sha256 {digest}. The CSV names the files."] = None
-    speed = speed_of(found, row, base) if {"throughput", "speedup"} & set(columns) else None
+    speed = speed_of(found, row.run, base) if {"throughput", "speedup"} & set(columns) else None
     if speed:
         values |= {"throughput": speed.images_per_second, "speedup": speed.speedup}
         files |= dict.fromkeys(("throughput", "speedup"), speed.path)
         where, settings = speed.result.provenance, speed.result.settings
         threads = f", CPU threads: {where['threads']}" if where["device"] == "cpu" else ""
-        sources[f"images/s and speed-up of ours ({row.config.name}): the network alone, {settings['weights']} weights, "
-                f"{settings['dtype']}, batch {settings['batch_size']}, {where['device_name']}{threads} "
+        sources[f"images/s and speed-up of ours ({row.run.config.name}): the network alone, {settings['weights']} "
+                f"weights, {settings['dtype']}, batch {settings['batch_size']}, {where['device_name']}{threads} "
                 f"({speed.path.name}). Images/s of other devices are not compared."] = None
     return values, files
 
@@ -196,16 +202,15 @@ def _fill(table: Table, section: Section, runs: Runs, found: Found, numbers: Map
             lines.append(Line(label + marks("marks_row", label), "paper", cells))
         beside = runs.beside(section.name, label)
         if beside and printed.get("speedup") in (1.0, "1.0", "1.00"):
-            base = beside[0].calls
+            base = beside[0].run.calls
         for row in beside:
             ours, files = _ours(table, section, columns, row,
-                                base or row.config.sampler.steps + row.calls - row.steps, found, sources)
+                                base or row.run.config.sampler.steps + row.run.calls - row.run.steps, found, sources)
             device = {path: result.provenance.get("device_name") for path, result in found}.get(files.get("throughput"))
             shown = {key: _shown(ours[key], _decimals(section, key, printed.get(key))) if key in ours else "-"
                      for key in columns}
             difference = {key: _difference(section, key, printed.get(key), ours.get(key), device) for key in columns}
-            variant = row.label.partition(" / ")[2]
-            ours_label = (variant and f"... {variant}") if table.paper else row.label
+            ours_label = (row.variant and f"... {row.variant}") if table.paper else row.label
             lines.append(Line(ours_label, "ours", list(shown.values())))
             if table.paper:
                 lines.append(Line("", "difference", list(difference.values())))
@@ -219,8 +224,7 @@ def _fill(table: Table, section: Section, runs: Runs, found: Found, numbers: Map
 
 
 def render(table: Table, runs: Runs, found: Found) -> Rendered:
-    """Fill a table with what was counted and measured. Raises UserError for runs of rows that it does not have."""
-    check_against(table, runs)
+    """Fill a table with what was counted and measured."""
     marked = [note for note in table.notes if note.rows]
     numbers = {note: i + 1 for i, note in enumerate(marked)}
     sources: dict[str, None] = {}
@@ -234,9 +238,10 @@ def render(table: Table, runs: Runs, found: Found) -> Rendered:
 
 def schedules(table: Table, runs: Runs) -> list[str]:
     """The full steps of each row, for a table of settings."""
-    return [f"{section.title + ', ' if section.title else ''}{row.label}: {len(row.plan.full_steps)} full of "
-            f"{row.steps} steps: {' '.join(map(str, row.plan.full_steps))}"
-            for section in table.sections.values() for row in runs.rows if row.section == section.name]
+    return [f"{section.title + ', ' if section.title else ''}{row.label}: {len(level.full_steps)} full of "
+            f"{row.run.steps} steps: {' '.join(map(str, level.full_steps))}"
+            for section in table.sections.values() for row in runs.rows if row.section == section.name
+            if (level := row.run.deepcache)]
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:

@@ -14,10 +14,10 @@ import torch
 
 from eval.cost.macs import average, step_macs
 from eval.metrics.images import ImageSet
-from eval.models import build, example_inputs, load_config
+from runs.families import build, example_inputs, load_config
 from runs.files import ROOT
 from runs.provenance import provenance
-from runs.results import Cost, Metric, Result, read_all  # noqa: F401  read_all: for experiments/plan.py
+from runs.results import Cost, Metric, Result
 
 _CONFIGS = ROOT / "configs"
 

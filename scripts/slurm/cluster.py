@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eval.tables.rows import ROOT
 from runs.errors import UserError, one_line
+from runs.files import ROOT
 from runs.settings import read_yaml
 
 SETTINGS = Path("scripts/slurm/settings.yaml")

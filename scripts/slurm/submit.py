@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.tables.paper import tables
-from eval.tables.rows import ROOT, said_by
+from eval.cost.runs import macs_per_image
+from eval.tables.paper import Table, own_tables, tables
 from experiments.jobs import Job
 from experiments.plan import Plan, make_plan, user_parser
 from runs.cli import command
@@ -118,17 +118,16 @@ class Graph:
             self.keep += [live.job for live in there]
             return [live.job for live in there]
         self.replaced += [live.job for live in there if live.pending]
-        self._add(Step(name, f"evaluate {job.row.label}",
+        self._add(Step(name, f"evaluate {job.label}",
                        [*self._options(self.side, "evaluate"), self._log(f"evaluate_{_label(job)}_%j")],
                        ["scripts/slurm/run.sbatch", *(shlex.join([sys.executable, *line]) for line in lines)],
                        sampled, sorted(arriving)))
         return [name]
 
     def _sample(self, job: Job, slices: Slices, tasks: Sequence[int]) -> str:
-        at = job.command.index("--seeds")
-        words = [*job.command[:at], *job.command[at + 2:]]
+        words = job.command(seeds="")
         throttle = f"%{self.settings.tasks_at_once}" if self.settings.tasks_at_once else ""
-        self._add(Step(slices.name, f"sample {job.row.label}, {len(tasks)} task{'s' if len(tasks) > 1 else ''}",
+        self._add(Step(slices.name, f"sample {job.label}, {len(tasks)} task{'s' if len(tasks) > 1 else ''}",
                        [f"--array={format_seeds(tasks)}{throttle}", *self._options(self.side, "sample"),
                         self._log(f"sample_{_label(job)}_%A_%a")],
                        ["scripts/slurm/sample.sbatch", f"{slices.first}-{slices.last}", str(slices.size),
@@ -165,7 +164,7 @@ class Graph:
 
 
 def _label(job: Job) -> str:
-    return f"{job.row.config.name}_{job.folder.name}"
+    return f"{job.run.config.name}_{job.folder.name}"
 
 
 def images_per_task(jobs: Sequence[Job], settings: Settings, per_hour: float | None) -> Iterator[int]:
@@ -173,27 +172,20 @@ def images_per_task(jobs: Sequence[Job], settings: Settings, per_hour: float | N
     if per_hour is None:
         yield from [settings.images_per_task] * len(jobs)
         return
-    macs = [job.row.macs_per_image().hook for job in jobs]
+    macs = [macs_per_image(job.run).hook for job in jobs]
     hours = cluster.seconds(settings.time.sample) / 3600
     for own in macs:
         yield max(1, int(_SHARE * hours * per_hour * max(macs) / own))
 
 
-def scripts_of_tables() -> list[str]:
-    """Names of all table scripts, without .sh."""
-    own = sorted(path.name for path in (ROOT / "scripts").glob("table_*.sh"))
-    return [name.removesuffix(".sh") for name in [*(table.script for table in tables().values() if table.script), *own]]
-
-
-def find_script(name: str) -> str:
-    """The script of a table, by its name or the table's. Raises UserError."""
-    known = scripts_of_tables()
-    short = {table.name: table.script.removesuffix(".sh") for table in tables().values() if table.script}
+def find_table(name: str) -> Table:
+    """A table that has a script, by its name or the script's. Raises UserError."""
+    known = {table.script.removesuffix(".sh"): table for table in (tables() | own_tables()).values() if table.script}
     name = name.removesuffix(".sh")
-    name = short.get(name, name)
-    if name not in known:
+    found = known.get(name) or next((table for table in known.values() if table.name == name), None)
+    if found is None:
         raise UserError(f"no table {name!r}: choose from {', '.join(known)}")
-    return f"{name}.sh"
+    return found
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -241,7 +233,7 @@ def build_graph(args: argparse.Namespace, script: str, plan: Plan, settings: Set
     ready = [job for job in plan.jobs if not job.missing_for_sampling()]
     for job in plan.jobs:
         if job not in ready:
-            print(f"# left out: {job.row.label}, without {'; '.join(job.missing_for_sampling())}")
+            print(f"# left out: {job.label}, without {'; '.join(job.missing_for_sampling())}")
     if not ready:
         raise UserError(f"no row of {script} can be sampled: its files are missing (bash scripts/{script} --dry-run)")
     for thing in dict.fromkeys(thing for job in ready for thing in job.missing_for_judging()):
@@ -295,9 +287,9 @@ def submit(args: argparse.Namespace, script: str, plan: Plan, settings: Settings
 @command
 def main() -> None:
     args = build_parser().parse_args()
-    script = find_script(args.table)
+    table = find_table(args.table)
     settings = settings_of(args)
-    plan = make_plan(said_by(script), args)
+    plan, script = make_plan(table, args), table.script
     if not plan.jobs:
         print(f"{script} only lists settings, there is nothing to run: bash scripts/{script}")
         return

@@ -1,0 +1,29 @@
+"""Files of what was fitted to the runs of one model: they say which runs, and are refused by any other."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# What of a run's settings a fitted file is made for. Guidance, prompts and number format may differ: it is measured
+# over many images, and small changes of the trajectory move it little.
+BOUND = ("model", "unet", "checkpoint_sha256", "sampler", "steps", "timesteps")
+
+
+def refuse_other_run(what: str, made_for: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a run of other settings; those not known yet may be left out.
+
+    what: "the block schedule was made". made_for: the settings under BOUND, and more; a checkpoint_sha256 of None
+    stands for any weights.
+    """
+    differing = [key for key in made_for if key in settings and made_for[key] != settings[key]
+                 and not (key == "checkpoint_sha256" and made_for[key] is None)]
+    if differing:
+        shown = ("unet differs" if key == "unet" else f"{key} {made_for[key]} there, {settings[key]} here"
+                 for key in differing)
+        raise ValueError(f"{what} for another run: {'; '.join(shown)}")
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,171 @@
+"""Forecast: a cached step sees its value as a polynomial through the last full steps foretells it.
+
+The papers reuse a value as it was on the last full step, s_0: a polynomial of order 0 in time. One of order p goes
+through the values F_0, F_1, ... of the last p + 1 full steps s_0 > s_1 > ..., of whatever spacing, in the index of the
+network call. In Newton's form, with divided differences f[...], and every term damped by a weight w_k:
+
+    F(s) = F_0 + w_1 (s - s_0) f[s_0, s_1] + w_2 (s - s_0) (s - s_1) f[s_0, s_1, s_2] + ...
+
+It costs no multiply-accumulates of the network, one weighted sum, and one more value to keep for each order. The best
+weights of a step have a closed form (`DampingFit`). Deep features change slowly beside the blocks around them, so that
+this is the two-step Adams-Bashforth idea for the slow part of a two-rate system; it is not of the papers.
+"""
+
+import math
+from collections.abc import Collection, Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+# One weight for all terms and steps, or for each network call one for all terms or one per term.
+Damping = float | Sequence[float] | Sequence[Sequence[float]]
+
+
+def newton_terms(step: int, steps: Sequence[int]) -> list[list[float]]:
+    """Newton's terms at `step` of the polynomial through the values of `steps`, the latest first.
+
+    Entry [k - 1][j - 1] is what F_j - F_0 is multiplied by in the term of order k = 1, 2, ...; F_0 itself is order 0.
+    """
+    terms = []
+    for k in range(1, len(steps)):
+        reach = math.prod(step - s for s in steps[:k])
+        terms.append([reach / math.prod(steps[j] - s for s in steps[:k + 1] if s != steps[j]) if j <= k else 0.0
+                      for j in range(1, len(steps))])
+    return terms
+
+
+def forecast(latest: Tensor, older: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """latest + sum of weights[i] (older[i] - latest), i = 0, 1, ...
+
+    weights: [len(older)], of the values' device and dtype; as a tensor, so that a compiled or recorded network takes
+    those of any step.
+    """
+    value = torch.lerp(latest, older[0], weights[0])
+    for weight, one in zip(weights[1:], older[1:], strict=True):
+        value = torch.addcmul(value, one - latest, weight)
+    return value
+
+
+def check_order(order: int, full_steps: Collection[int] | None = None, calls: int | None = None) -> None:
+    """Refuse what is no order, or one that the full steps can never feed: it takes one more of them than the order, all
+    before some cached step.
+
+    calls: network calls of the run, where they are known. Raises ValueError.
+    """
+    if not isinstance(order, int) or order < 0:
+        raise ValueError(f"the order of a forecast must be a whole number from 0 (reuse), got {order!r}")
+    if full_steps is None or order == 0:
+        return
+    usable = len(full_steps)
+    if calls is not None:
+        last_cached = max((step for step in range(calls) if step not in full_steps), default=0)
+        usable = sum(step < last_cached for step in full_steps)
+    if order >= usable:
+        raise ValueError(f"a forecast of order {order} needs {order + 1} full steps before a cached one, and this "
+                         f"schedule has {usable}")
+
+
+class Forecast:
+    """An order, and how its terms are damped.
+
+    damping: 1 is the polynomial itself, 0 is reuse. Raises ValueError for an order that is no whole number from 0, or
+    damping that is not finite or not as much per step as the order.
+    """
+
+    def __init__(self, order: int = 0, damping: Damping = 1.0):
+        check_order(order)
+        self.order, self.damping = order, damping
+        for step in range(1 if isinstance(damping, int | float) else len(damping)):
+            found = self._damping(step)
+            if len(found) != order or not all(math.isfinite(weight) for weight in found):
+                raise ValueError(f"damping must be finite numbers, for a step one or as many as the order, {order}; "
+                                 f"got {found}")
+
+    def _damping(self, step: int) -> Sequence[float]:
+        given = self.damping
+        if not isinstance(given, int | float):
+            if step >= len(given):
+                raise ValueError(f"there is damping for {len(given)} network calls, and none for call {step}")
+            given = given[step]
+        return [given] * self.order if isinstance(given, int | float) else given
+
+    def weights(self, step: int, steps: Sequence[int]) -> list[float]:
+        """What `forecast` takes at `step` after full steps `steps`, the latest first: as many as the order.
+
+        Zeros for values that there are not yet: the order is then the one that they allow. Raises ValueError for a
+        step that has no damping.
+        """
+        terms, damping = newton_terms(step, steps[:self.order + 1]), self._damping(step)
+        found = [sum(w * term[j] for w, term in zip(damping, terms, strict=False)) for j in range(len(terms))]
+        return found + [0.0] * (self.order - len(found))
+
+
+class History:
+    """The values of the last full steps of one key, but for the latest, which its policy holds.
+
+    A policy tells it before each network call what the call does. steps: the last full steps, the latest first, one
+    more of them than the order at most. older: their values without the latest, filled up on a cached step so that
+    compiled networks see as many tensors on all of them.
+    """
+
+    def __init__(self, order: int):
+        self.order = order
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps: tuple[int, ...] = ()
+        self.older: tuple[Tensor, ...] = ()
+
+    def before_full(self, step: int, latest: Tensor | None) -> None:
+        """The step computes the value anew. latest: what it was last. A step that comes again replaces its own."""
+        if self.steps and step < self.steps[0]:
+            self.reset()
+        if self.steps[:1] == (step,):
+            return
+        if self.order and self.steps and latest is not None:
+            self.older = (latest, *self.older)[:self.order]
+        self.steps = (step, *self.steps)[:self.order + 1]
+
+    def before_cached(self, latest: Tensor) -> None:
+        """The step does not compute the value; what stands in for values that there are not yet has no weight."""
+        missing = self.order - len(self.older)
+        if missing:
+            self.older += tuple(latest.detach() for _ in range(missing))
+
+    def kept(self, key: Hashable) -> dict[Hashable, Tensor]:
+        """The older values by key, the oldest first: when they move up by one in fixed buffers, none is overwritten
+        before it has been read."""
+        return {(key, age): value for age, value in reversed([*enumerate(self.older, 1)])}
+
+    def put(self, key: Hashable, values: Mapping[Hashable, Tensor]) -> None:
+        """Other tensors in the places of those that `kept` gave."""
+        self.older = tuple(values.get((key, age), value) for age, value in enumerate(self.older, 1))
+
+
+def on_device(weights: object, like: Tensor) -> Tensor:
+    """Numbers as a tensor beside another, in its dtype. To a GPU it goes without waiting for what runs there."""
+    made = torch.tensor(weights, dtype=like.dtype)
+    return made.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else made.to(like.device)
+
+
+class DampingFit:
+    """The damping of one step in closed form, over as many batches as are added.
+
+    Least squares of what the network would compute against the forecast, over all numbers of all images, with a ridge
+    that draws the weights towards 1, the polynomial itself. terms: how many the step has.
+    """
+
+    def __init__(self, terms: int):
+        self.products = torch.zeros(terms, terms, dtype=torch.float64)      # of the terms with each other,
+        self.errors = torch.zeros(terms, dtype=torch.float64)               # and with what the undamped forecast lacks
+
+    def add(self, terms: Tensor, lacking: Tensor) -> None:
+        """terms: Newton's, undamped, [terms, ...]. lacking: the computed value less their forecast, [...]. float32."""
+        rows = terms.flatten(1)
+        self.products += (rows @ rows.T).double().cpu()
+        self.errors += (rows @ lacking.flatten()).double().cpu()
+
+    def solve(self, ridge: float) -> list[float]:
+        """The weights, one per term. ridge: weight of 1 against the data, in squares of each term."""
+        prior = (ridge * self.products.diagonal()).clamp(min=torch.finfo(torch.float32).tiny)
+        return (1 + torch.linalg.solve(self.products + prior.diag(), self.errors)).tolist()

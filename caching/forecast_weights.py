@@ -1,0 +1,80 @@
+"""Files of fitted forecasts (safetensors): the damping of each network call. A file belongs to one model, sampler,
+number of steps, branch and schedule, and is refused by any other run.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from caching.fitted import BOUND, refuse_other_run
+
+KIND, FORMAT = "forecast weights", "1"
+
+
+@dataclass
+class ForecastWeights:
+    """The damping of a forecast, and which run it was fitted to.
+
+    run: the settings under `caching.fitted.BOUND`. full_steps: network calls. damping: [network calls][order], as
+    `caching.deepcache.DeepCache` takes it. notes: how it came about.
+    """
+    run: dict[str, Any]
+    branch: int
+    full_steps: list[int]
+    damping: list[list[float]]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def order(self) -> int:
+        return len(self.damping[0])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the file holds: float32 [network calls, order]."""
+        return {"damping": torch.tensor(self.damping)}
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says beside it."""
+        made_for = {"run": {key: self.run[key] for key in BOUND}, "branch": self.branch, "full_steps": self.full_steps}
+        return {"kind": KIND, "format": FORMAT, "made_for": json.dumps(made_for), "notes": json.dumps(self.notes)}
+
+    @classmethod
+    def load(cls, path: Path) -> "ForecastWeights":
+        """Raises ValueError for a file that is missing or damaged, or another kind of file."""
+        if not Path(path).is_file():
+            raise ValueError(f"no forecast weights {path}")
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                if (about.get("kind"), about.get("format")) != (KIND, FORMAT):
+                    raise ValueError(f"{path} holds no forecast weights of format {FORMAT}")
+                damping = file.get_tensor("damping").float()
+            made_for, notes = json.loads(about["made_for"]), json.loads(about["notes"])
+            found = cls(made_for["run"], made_for["branch"], made_for["full_steps"], damping.tolist(), notes)
+            missing = [key for key in BOUND if key not in found.run]
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+        if damping.ndim != 2 or not damping.numel() or not damping.isfinite().all():
+            raise ValueError(f"{path} does not hold finite weights for each network call and order")
+        if missing:
+            raise ValueError(f"{path} does not say for which {', '.join(missing)} it was made")
+        return found
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a run of other settings than it was fitted to; those not known yet may be left out.
+
+        Raises ValueError that says what differs.
+        """
+        refuse_other_run("the forecast weights were fitted", {key: self.run[key] for key in BOUND}, settings)
+
+    def check_cache(self, branch: int, full_steps: Sequence[int], order: int, calls: int) -> None:
+        """The same for what the run caches. calls: its network calls."""
+        made_for = {"branch": self.branch, "full_steps": self.full_steps, "order": self.order,
+                    "calls": len(self.damping)}
+        refuse_other_run("the forecast weights were fitted", made_for,
+                         {"branch": branch, "full_steps": list(full_steps), "order": order, "calls": calls})

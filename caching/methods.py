@@ -1,0 +1,61 @@
+"""The registry of caching methods.
+
+A method that is listed here can be reached from the sample commands, MACs, throughput, sweeps, tables, graphs and
+diffusers pipelines: all of them go by the fields of its options and by its `Planned` (caching/options.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from caching.block_schedule import BlockCachingOptions
+from caching.deepcache import DeepCacheOptions
+from caching.options import MethodOptions, Planned, RunShape
+from caching.policy import Policy, Together
+
+METHODS: tuple[type[MethodOptions], ...] = (DeepCacheOptions, BlockCachingOptions)
+Kind = TypeVar("Kind", bound=Planned)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The methods of one run, checked. None of them: no caching."""
+    methods: tuple[Planned, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.methods)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For run.json."""
+        found: dict[str, Any] = {"interval": 1}
+        for method in self.methods:
+            found |= method.settings
+        return found
+
+    def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Policy | None:
+        """A fresh policy for one batch, or None without caching. device, dtype: of the network."""
+        policies = [method.policy(device, dtype) for method in self.methods]
+        return Together(*policies) if len(policies) > 1 else policies[0] if policies else None
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """`Planned.check` of all methods. Raises ValueError."""
+        for method in self.methods:
+            method.check(settings)
+
+    def of(self, kind: type[Kind]) -> Kind | None:
+        """The method of a class, where the run has it."""
+        return next((method for method in self.methods if isinstance(method, kind)), None)
+
+
+def plan(options: Sequence[MethodOptions], shape: RunShape) -> CachePlan:
+    """Check the options of several methods against a run. Raises ValueError."""
+    found: list[Planned] = []
+    for one in sorted(options, key=lambda one: METHODS.index(type(one))):
+        planned = one.plan(shape, found)
+        if planned is not None:
+            found.append(planned)
+    return CachePlan(tuple(found))
+

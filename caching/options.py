@@ -1,0 +1,60 @@
+"""A caching method as programs know it: its options, and what comes of them once a run is known."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+
+from caching.policy import Policy
+
+Value = TypeVar("Value")
+
+
+def option(default: Value, help: str, choices: Sequence[str] = (), metavar: str | None = None) -> Value:
+    """A field of options, with what the command line says of it. Its flag is the field's name."""
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+
+
+class RunShape(NamedTuple):
+    """What methods need to know of a run. steps: that schedules are made for. calls: of the network, one more than
+    steps for PLMS. num_branches: skips of the U-Net. branch: the one that is cached unless the user says otherwise.
+    """
+    steps: int
+    calls: int
+    num_branches: int
+    branch: int
+
+
+class Planned:
+    """A method's options, checked against a run.
+
+    settings: for run.json, under `cache`; those of the first method stand there bare, others under their name.
+    name: what it adds to the name of a sample folder, in parts. summary: the same for the last line of a command.
+    """
+    settings: Mapping[str, Any]
+    name: Sequence[str] = ()
+    summary: str = ""
+
+    def policy(self, device: torch.device | str, dtype: torch.dtype) -> Policy:
+        """A fresh policy for one batch of a network on that device and in that dtype."""
+        raise NotImplementedError
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a run that what was fitted was not made for; settings that are not known yet may be left out.
+
+        Raises ValueError that says what differs.
+        """
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """The options of one method; subclasses add their fields by `option`. title: of their group in --help."""
+    title: ClassVar[str] = "caching"
+
+    def plan(self, shape: RunShape, before: Sequence[Planned]) -> Planned | None:
+        """Check the options against a run; None where they ask for nothing.
+
+        before: what the methods ahead of it do in the same run. Raises ValueError.
+        """
+        raise NotImplementedError

@@ -1,0 +1,91 @@
+"""What a caching policy is: it decides, over the network calls of a run, which values are computed and which reused."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Policy(Protocol):
+    """The whole protocol, and its base class: one that computes everything and keeps nothing.
+
+    `unet(x, t, cache=policy.at(step))` runs network call `step`; `reset()` comes after the last call of a batch.
+    A policy of one's own overrides `__call__`, and what else its settings need:
+
+    - `at` chooses what the next call does. It sets plain attributes, outside any compiled region.
+    - `owns` tells which keys it may keep; where several policies share a run each is asked for its own keys only.
+    - `kept` are the tensors that it holds between calls. CUDA graphs read and write them in buffers of their own:
+      to assign to it puts other tensors in their places.
+    - `pattern` is equal for calls that compute, keep and reuse the same keys, so that one recording serves them all.
+      None (the default) means that this is not known: such calls are never recorded.
+    """
+
+    def at(self, step: int) -> "Policy":
+        """What network call `step` is given as its cache."""
+        return self
+
+    def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """The value of `key`, computed or not."""
+        return compute()
+
+    def reset(self) -> None:
+        """Let go of all values."""
+        return None
+
+    def owns(self, key: Hashable) -> bool:
+        """Whether this policy may keep the value of `key`."""
+        return True
+
+    @property
+    def pattern(self) -> Hashable | None:
+        return None
+
+    @property
+    def kept(self) -> Mapping[Hashable, Tensor]:
+        return {}
+
+    @kept.setter
+    def kept(self, values: Mapping[Hashable, Tensor]) -> None:
+        return None
+
+
+class Together(Policy):
+    """Several policies on one seam: each value is the affair of the first of them that owns its key."""
+
+    def __init__(self, *policies: Policy):
+        self.policies = policies
+
+    def at(self, step: int) -> "Together":
+        for policy in self.policies:
+            policy.at(step)
+        return self
+
+    def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        for policy in self.policies:
+            if policy.owns(key):
+                return policy(key, compute)
+        return compute()
+
+    def reset(self) -> None:
+        for policy in self.policies:
+            policy.reset()
+
+    def owns(self, key: Hashable) -> bool:
+        return any(policy.owns(key) for policy in self.policies)
+
+    @property
+    def pattern(self) -> Hashable | None:
+        patterns = tuple(policy.pattern for policy in self.policies)
+        return None if None in patterns else patterns
+
+    @property
+    def kept(self) -> Mapping[Hashable, Tensor]:
+        return {(i, key): value for i, policy in enumerate(self.policies) for key, value in policy.kept.items()}
+
+    @kept.setter
+    def kept(self, values: Mapping[Hashable, Tensor]) -> None:
+        parts: list[dict[Hashable, Tensor]] = [{} for _ in self.policies]
+        for (i, key), value in values.items():          # type: ignore[misc]  keys of ours
+            parts[i][key] = value
+        for policy, part in zip(self.policies, parts, strict=True):
+            policy.kept = part

@@ -1,0 +1,75 @@
+"""Which values a network call asks its cache for, and which of them a policy reuses: told without running the network.
+
+One call is traced, on the meta device where that is cheapest; any policy can then be walked over what was asked for.
+All that follows from a policy's choices (multiply-accumulates, kinds of calls, pictures) needs nothing else of it.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from caching.nested import Cache
+from caching.policy import Policy
+
+
+class Asked(NamedTuple):
+    """A value that a call asks for. inner: those that computing it asks for in turn."""
+    key: Hashable
+    shape: torch.Size
+    inner: list["Asked"]
+
+
+def trace(forward: Callable[[Cache], object]) -> list[Asked]:
+    """What `forward(cache)` asks its cache for, in its order."""
+    found: list[Asked] = []
+    inside = [found]
+
+    def cache(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        inside.append([])
+        value = compute()
+        inner = inside.pop()
+        inside[-1].append(Asked(key, value.shape, inner))
+        return value
+
+    forward(cache)
+    return found
+
+
+def reused(asked: list[Asked], policy: Policy, calls: int) -> Iterator[frozenset[Hashable]]:
+    """The keys that each of the `calls` network calls of a run reuses, the outermost where one contains others.
+
+    The policy, made for the meta device, is walked over stand-ins of the values, and reset before and after.
+    """
+    values = {key: torch.empty(one.shape, device="meta") for key, one in positions(asked).items()}
+
+    def walk(level: list[Asked], cache: Cache, missed: list[Hashable]) -> None:
+        for one in level:
+            computed = False
+
+            def compute(one: Asked = one) -> Tensor:
+                nonlocal computed
+                computed = True
+                walk(one.inner, cache, missed)
+                return values[one.key]
+
+            cache(one.key, compute)
+            if not computed:
+                missed.append(one.key)
+
+    policy.reset()
+    for step in range(calls):
+        missed: list[Hashable] = []
+        walk(asked, policy.at(step), missed)
+        yield frozenset(missed)
+    policy.reset()
+
+
+def positions(asked: list[Asked]) -> Mapping[Hashable, Asked]:
+    """Every value that is asked for, by its key."""
+    found: dict[Hashable, Asked] = {}
+    for one in asked:
+        found[one.key] = one
+        found |= positions(one.inner)
+    return found

@@ -1,0 +1,40 @@
+"""DDPM as other programs know it (runs/families.py). What takes seconds to import is imported when it is called."""
+
+from pathlib import Path
+
+from torch import nn
+
+from ddpm.config import Config
+from ddpm.unet import UNet
+from runs.families import Family, build
+from runs.image_model import ImageModel
+from runs.machine import Machine
+from runs.spec import Run
+
+
+def load_unet(config: Config, path: Path) -> nn.Module:
+    from ddpm.checkpoint import load_checkpoint
+    unet = build(config, "cpu")
+    load_checkpoint(unet, path)
+    return unet
+
+
+def open_model(run: Run, machine: Machine) -> ImageModel:
+    from ddpm.model import DDPM
+    return DDPM(run, machine)
+
+
+def theirs(config: Config, unet: nn.Module) -> nn.Module:
+    from ddpm.diffusers_layout import diffusers_unet
+    return diffusers_unet(config, unet)
+
+
+FAMILY = Family(
+    name="ddpm", command="ddpm.sample", schema=Config, batch_size=64,
+    unet=lambda config: UNet(**vars(config.unet)),
+    shapes=lambda config: [(config.unet.in_channels, config.unet.resolution, config.unet.resolution)],
+    resolution=lambda config: config.unet.resolution,
+    load_unet=load_unet, open=open_model, theirs=theirs, judge="fid",
+    references={"ddpm_cifar10": Path("data/references/cifar10.npz"),
+                "ddpm_bedroom": Path("data/references/lsun_bedroom.npz"),
+                "ddpm_church": Path("data/references/lsun_church.npz")})

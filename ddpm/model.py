@@ -1,0 +1,47 @@
+"""A DDPM from seeds to images."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import numpy as np
+from torch import Tensor, nn
+
+from caching.policy import Policy
+from ddpm.checkpoint import load_checkpoint
+from runs.families import build
+from runs.folder import to_uint8
+from runs.image_model import ImageModel
+from runs.machine import Machine
+from runs.spec import Run
+from runs.weights import check_md5, sha256
+from sampling.noise import SeededNoise
+from sampling.samplers import noise_predictor
+from speed.accelerate import place
+
+
+class DDPM(ImageModel):
+    """Unconditional, in pixels: its latents are the images."""
+
+    def __init__(self, run: Run, machine: Machine):
+        super().__init__(run, machine)
+        self.images = self.config.sampler.images
+        self.settings = {"model": self.config.name, "unet": asdict(self.config.unet), **self.sampler.settings,
+                         "dtype": run.spec.network.dtype}
+
+    def load(self) -> None:
+        path = self.run.checkpoint
+        if self.config.md5 and self.run.spec.network.checkpoint is None:
+            check_md5(path, self.config.md5)        # first: a download that was cut short should be called that
+        unet = build(self.config, "cpu")
+        load_checkpoint(unet, path)
+        self.settings["checkpoint_sha256"] = sha256(path)
+        self.unet = place(unet, self.device, self.dtype)
+
+    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: nn.Module | None = None,
+                report: Callable[[float], None] | None = None) -> Tensor:
+        unet, noise = self.config.unet, SeededNoise(seeds, self.device)
+        predict = noise_predictor(self.unet if network is None else network, self.config.diffusion, self.dtype, policy)
+        return self.sampler.run(predict, noise((unet.in_channels, unet.resolution, unet.resolution)), noise, report)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        return to_uint8(latents)

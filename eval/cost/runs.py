@@ -1,0 +1,55 @@
+"""What a run costs, in multiply-accumulates of one row of the network's batch; see eval/cost/macs.py."""
+
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from eval.cost import bk_sdm
+from eval.cost.macs import Costs, Macs, costs, mean
+from runs.families import example_inputs
+from runs.spec import Run
+
+_COUNTED: WeakKeyDictionary[nn.Module, Costs] = WeakKeyDictionary()
+
+
+def pruned(run: Run) -> str | None:
+    """The size of BK-SDM's U-Net that takes the place of the config's: base, small or tiny."""
+    if not getattr(run.spec.condition, "diffusers_unet", False):
+        return None
+    return run.checkpoint.name.split("-")[2]
+
+
+def costs_of(run: Run) -> Costs:
+    """What a full call of the run's network costs, counted once for each model."""
+    if run.unet not in _COUNTED:
+        _COUNTED[run.unet] = costs(run.unet, example_inputs(run.config))
+    return _COUNTED[run.unet]
+
+
+def call_macs(run: Run) -> list[Macs]:
+    """Every network call of an image, one row of the batch."""
+    size = pruned(run)
+    if size is not None:
+        return [bk_sdm.step_macs(size)] * run.calls
+    return costs_of(run).calls(run.caching.policy("meta"), run.calls)
+
+
+def macs_per_step(run: Run, over: int | None = None) -> Macs:
+    """As the papers count: the mean over the steps of one row, or their sum divided by `over` steps.
+
+    The call that PLMS makes beside its steps is left out, as it is there.
+    """
+    found = mean(call_macs(run)[:run.steps])
+    return found if over is None else Macs(*(value * run.steps / over for value in found))
+
+
+def macs_per_image(run: Run) -> Macs:
+    """All network calls of an image, both rows of guidance."""
+    return Macs(*(sum(values) * run.rows_per_image for values in zip(*call_macs(run), strict=True)))
+
+
+def full_calls(run: Run) -> int:
+    """The network calls of an image that run all levels of the U-Net."""
+    if run.deepcache:
+        return len(run.deepcache.full_steps)
+    return run.calls

@@ -1,0 +1,99 @@
+"""A latent diffusion model from seeds and classes to images."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from caching.policy import Policy
+from ldm import first_stage
+from ldm.checkpoint import checkpoint_sha256, load_checkpoint
+from ldm.config import Config
+from runs.errors import UserError
+from runs.folder import RunFolder, to_uint8
+from runs.image_model import ImageModel
+from runs.labels import Labels, read_names, write_listing
+from runs.machine import Machine
+from runs.spec import Run
+from sampling.noise import SeededNoise
+from sampling.samplers import noise_predictor
+from speed.accelerate import place
+from training import emoji
+
+DECODED_AT_ONCE = 8     # images; what the first stage needs for more would decide the batch size
+
+
+def names_of_classes(config: Config) -> list[str] | None:
+    """Names in the order of the labels: the config's file, or the classes it was trained on; None without either."""
+    if config.class_names is not None:
+        return read_names(Path(config.class_names), config.num_classes)
+    if config.train is not None:
+        groups = config.train.groups
+        rows = [row for row in emoji.read_index() if row.split == "train" and row.group in groups]
+        names = emoji.class_names(groups, rows)
+        if len(names) != config.num_classes:
+            raise UserError(f"num_classes is {config.num_classes}, but the groups have {len(names)} classes: {names}")
+        return names
+    return None
+
+
+def check_sizes(config: Config) -> int:
+    """Width and height of the latents. Raises UserError where the U-Net and the first stage do not fit together."""
+    stage, levels = config.first_stage, len(config.unet.channel_mult)
+    factor = 2 ** (len(stage.ch_mult) - 1)
+    if not config.unet.in_channels == config.unet.out_channels == stage.z_channels:
+        raise UserError(f"the U-Net has {config.unet.in_channels} channels in and {config.unet.out_channels} out, the "
+                        f"latents have {stage.z_channels}")
+    if stage.resolution % (factor * 2 ** (levels - 1)):
+        raise UserError(f"images of {stage.resolution} pixels are not divisible by {factor} in the first stage and "
+                        f"{2 ** (levels - 1)} in the U-Net")
+    return stage.resolution // factor
+
+
+class LDM(ImageModel):
+    """Conditional on a class, in the latents of a first stage."""
+
+    def __init__(self, run: Run, machine: Machine):
+        super().__init__(run, machine)
+        config = self.config
+        self.images = config.sampler.images
+        self.labels = Labels.parse(run.spec.condition.labels, config.num_classes)
+        self.names = names_of_classes(config)
+        self.size = check_sizes(config)
+        self.settings = {"model": config.name, "unet": asdict(config.unet), "first_stage": asdict(config.first_stage),
+                         "num_classes": config.num_classes, **self.sampler.settings, "guidance": run.guidance,
+                         "labels": self.labels.rule, "dtype": run.spec.network.dtype, "first_stage_dtype": "fp32"}
+
+    def load(self) -> None:
+        model = load_checkpoint(self.config, self.run.checkpoint)
+        self.settings["checkpoint_sha256"] = checkpoint_sha256(self.run.checkpoint)
+        self.unet = place(model.unet, self.device, self.dtype)
+        self.classes = model.classes.to(self.device, self.dtype)
+        # In float32 for every --dtype: in half precision it would choose other codes, and it runs once for all the
+        # steps.
+        self.first_stage = place(model.first_stage, self.device)
+
+    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: nn.Module | None = None,
+                report: Callable[[float], None] | None = None) -> Tensor:
+        noise = SeededNoise(seeds, self.device)
+        label = torch.tensor([self.labels.of(seed) for seed in seeds], device=self.device)
+        if self.run.guidance != 1:
+            label = torch.cat([torch.full_like(label, self.config.num_classes), label])     # [uncond, cond]
+        context = self.classes(label)[:, None]                                  # [batch, 1 token, context_dim]
+        network = self.unet if network is None else network
+        predict = noise_predictor(network, self.config.diffusion, self.dtype, policy, [context],
+                                  self.run.guidance)
+        return self.sampler.run(predict, noise((self.config.unet.in_channels, self.size, self.size)), noise, report)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        parts = latents.split(DECODED_AT_ONCE)
+        return np.concatenate([to_uint8(first_stage.decode(self.first_stage, part)) for part in parts])
+
+    def describe(self, seeds: Sequence[int]) -> list[str]:
+        return [self.labels.describe(seeds)]
+
+    def write_listing(self, folder: RunFolder) -> None:
+        write_listing(folder, self.labels, self.names)

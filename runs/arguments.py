@@ -1,0 +1,66 @@
+"""Options as dataclasses and as words of a command line: each is declared once, as a field (caching/options.py)."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Flags = Mapping[str, str]       # field -> its flag, where that is not the field's name
+
+
+def names(options: Any) -> list[str]:
+    """The options of a dataclass, or of one of its objects."""
+    return [one.name for one in dataclasses.fields(options)]
+
+
+def flag(name: str, flags: Flags | None = None) -> str:
+    """'zero_cache' -> '--zero-cache'."""
+    return f"--{(flags or {}).get(name, name).replace('_', '-')}"
+
+
+def kind(cls: type, name: str) -> type:
+    """The type of an option, without its None."""
+    hint = typing.get_type_hints(cls)[name]
+    if isinstance(hint, types.UnionType):
+        hint = next(one for one in typing.get_args(hint) if one is not type(None))
+    return hint
+
+
+def add(parser: argparse.ArgumentParser, cls: type, flags: Flags | None = None) -> None:
+    """The options of a dataclass, as a group of the command line."""
+    group = parser.add_argument_group(cls.title) if dataclasses.fields(cls) else parser
+    for one in dataclasses.fields(cls):
+        about = dict(one.metadata)
+        if kind(cls, one.name) is bool:
+            group.add_argument(flag(one.name, flags), dest=one.name, action="store_true", help=about["help"])
+        else:
+            group.add_argument(flag(one.name, flags), dest=one.name, type=kind(cls, one.name), default=one.default,
+                               choices=about.get("choices") or None, metavar=about.get("metavar"), help=about["help"])
+
+
+def chosen(cls: type, args: argparse.Namespace) -> Any:
+    """The dataclass of what the command line said."""
+    return cls(**{one.name: getattr(args, one.name) for one in dataclasses.fields(cls)})
+
+
+def given(options: Any) -> dict[str, Any]:
+    """Those of the options that are not as they are by default."""
+    values = {one.name: (one, getattr(options, one.name)) for one in dataclasses.fields(options)}
+    return {name: value for name, (one, value) in values.items() if value != one.default}
+
+
+def words(values: Mapping[str, Any], flags: Flags | None = None) -> Iterator[str]:
+    """Options by name, as words of a command line."""
+    for name, value in values.items():
+        yield flag(name, flags)
+        if value is not True:
+            yield str(value)
+
+
+def typed(cls: type, name: str, value: Any) -> Any:
+    """A value as a file gives it, as the option's type: paths come as text, whole numbers may stand for others."""
+    wanted = kind(cls, name)
+    return wanted(value) if wanted in (Path, float) and isinstance(value, str | int) and value is not True else value

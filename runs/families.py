@@ -1,0 +1,134 @@
+"""The registry of models: each package of PACKAGES exports one FAMILY, and nothing else names the packages."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+from yaml import YAMLError
+
+from runs.errors import UserError, one_line
+from runs.files import ROOT
+from runs.settings import read_yaml
+
+PACKAGES = ("ddpm", "ldm", "stable_diffusion")
+Config = Any        # an object of a family's schema: name, unet, diffusion, sampler, checkpoint, train
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What an image shows, beside what its seed decides. Families with a choice there add fields (caching/options.py).
+
+    Raises UserError for options that do not go together.
+    """
+    title: ClassVar[str] = "what is sampled"
+
+    def name(self) -> tuple[list[str], list[str]]:
+        """Parts of a sample folder's name: those that come first, and those that come last."""
+        return [], []
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that other programs need of a model package.
+
+    name: the first word of its configs' names. command: module of its sample command. schema: dataclass of its configs.
+    condition: its own options. flags: of options whose flag is not their name. batch_size: unless the user says more.
+    unet(config): the U-Net with random weights, on the device that is in force; raises ValueError.
+    shapes(config): of x and, where there is one, of the context, for one image. resolution(config): pixels of a side.
+    load_unet(config, path): with the weights of a checkpoint, on the CPU. open(run, machine): the whole model,
+    a `runs.image_model.ImageModel`.
+    judge: the evaluator of the papers' tables, a command of eval/; packed: whether it reads an npz; references: what it
+    compares with, by the model's name. theirs(config, unet): diffusers' U-Net on the very weights of ours.
+    """
+    name: str
+    command: str
+    schema: type
+    unet: Callable[[Config], nn.Module]
+    shapes: Callable[[Config], list[tuple[int, ...]]]
+    resolution: Callable[[Config], int]
+    load_unet: Callable[[Config, Path], nn.Module]
+    open: Callable[..., Any]
+    theirs: Callable[[Config, nn.Module], nn.Module]
+    batch_size: int
+    judge: str
+    condition: type[Condition] = Condition
+    flags: Mapping[str, str] = field(default_factory=dict)
+    references: Mapping[str, Path] = field(default_factory=dict)
+    packed: bool = False
+
+
+@cache
+def families() -> dict[str, Family]:
+    """All of them, by name."""
+    found = [importlib.import_module(f"{package}.family").FAMILY for package in PACKAGES]
+    return {family.name: family for family in found}
+
+
+def find_config(path: Path | str) -> Path:
+    """A config file: the path as it is, or below the repository. Raises UserError."""
+    for candidate in (Path(path), ROOT / path):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"no config file {path}")
+
+
+def family_named_by(path: Path | str) -> Family:
+    """Whose config a file is, by the first word of its name. Raises UserError."""
+    path = find_config(path)
+    try:
+        content = OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        raise UserError(f"{path}: {one_line(error)}") from None
+    name = content.get("name") if OmegaConf.is_dict(content) else None
+    known = families().get(str(name).split("_")[0])
+    if known is None:
+        prefixes = " or ".join(f"{prefix}_" for prefix in families())
+        raise UserError(f"{path}: the name must start with {prefixes} to say whose config this is, got {name!r}")
+    return known
+
+
+def load_config(path: Path | str, family: Family | None = None) -> Config:
+    """Read a config file of a family; None: that which its name says. Raises UserError for a key that is wrong."""
+    return read_yaml(find_config(path), (family or family_named_by(path)).schema)
+
+
+def family(config: Config) -> Family:
+    """Whose config it is."""
+    return next(known for known in families().values() if type(config) is known.schema)
+
+
+def build(config: Config, device: torch.device | str = "meta") -> nn.Module:
+    """The U-Net of a config, in evaluation mode, with random weights (none on the meta device). Raises UserError."""
+    try:
+        with torch.device(device):
+            return family(config).unet(config).eval().requires_grad_(False)
+    except ValueError as error:
+        raise UserError(f"{config.name}: {error}") from None
+
+
+def load_unet(config: Config, path: Path) -> nn.Module:
+    """The U-Net of a config with the weights of a checkpoint, on the CPU. Raises UserError."""
+    return family(config).load_unet(config, path)
+
+
+def example_inputs(config: Config, batch_size: int = 1, device: torch.device | str = "meta",
+                   dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Zeros of the shapes that the U-Net of a config takes: (x, t), or (x, t, context)."""
+    x, *context = (torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+                   for shape in family(config).shapes(config))
+    return x, torch.zeros(batch_size, device=device, dtype=torch.long), *context
+
+
+def rows_per_image(config: Config) -> int:
+    """How many rows of the network's batch an image takes, by the config: 2 with classifier-free guidance, else 1.
+
+    The papers' MACs count one row.
+    """
+    return 1 if getattr(config.sampler, "guidance", 1) == 1 else 2

@@ -1,0 +1,30 @@
+"""Reading the images that runs made."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from runs.errors import UserError, one_line
+
+# What Pillow raises for a PNG that is cut off or not one: SyntaxError too, for a damaged chunk.
+UNREADABLE = (OSError, ValueError, SyntaxError)
+
+
+def read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | None = None) -> np.ndarray:
+    """One image: uint8 [height, width, 3]; `shape`: what it must be, as `example` is.
+
+    Raises UserError for a file that is no image, not 8-bit RGB, or of another shape.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode != "RGB":
+                raise UserError(f"{path} is of mode {image.mode}: expected 8-bit RGB")
+            pixels = np.asarray(image)
+    except UNREADABLE as error:
+        raise UserError(f"{path} is truncated or not an image ({one_line(error)}): "
+                        "delete it and sample it again") from None
+    if shape is not None and pixels.shape != shape:
+        raise UserError(f"mixed sizes: {path} is {pixels.shape[1]}x{pixels.shape[0]}, "
+                        f"{example} is {shape[1]}x{shape[0]}")
+    return pixels

@@ -1,0 +1,210 @@
+"""A run as a value. All that decides the image of a seed is in a RunSpec: its options, defaults, checks and names are
+said here and in the dataclasses that it is made of, and nowhere else.
+
+    RunSpec.of("configs/ddpm_cifar10.yaml", interval=5, branch=2).open().settings
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from caching.deepcache import PlannedDeepCache
+from caching.methods import METHODS, CachePlan, plan
+from caching.options import MethodOptions, RunShape, option
+from runs import arguments
+from runs.errors import UserError, as_user_error
+from runs.families import (
+    Condition,
+    Config,
+    Family,
+    build,
+    families,
+    family_named_by,
+    find_config,
+    load_config,
+)
+from sampling.samplers import (
+    SAMPLERS,
+    SAMPLERS_HELP,
+    TIMESTEPS,
+    TIMESTEPS_HELP,
+    Sampler,
+    num_calls,
+    timesteps_for,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """What is not given is the config's."""
+    title: ClassVar[str] = "the sampler (defaults: the config's, which are the paper's)"
+    sampler: str | None = option(None, SAMPLERS_HELP, choices=SAMPLERS)
+    steps: int | None = option(None, "network calls per image; plms makes one more")
+    timesteps: str | None = option(None, TIMESTEPS_HELP, choices=TIMESTEPS)
+    eta: float | None = option(None, "ddim: 0 = deterministic, 1 = the variance of DDPM")
+
+
+@dataclass(frozen=True)
+class Network:
+    """The weights, and their number format."""
+    title: ClassVar[str] = "the network"
+    checkpoint: Path | None = option(None, "weights, instead of the config's")
+    dtype: str = option("fp32", "of the network; the sampler is fp32 (default: fp32)", choices=tuple(DTYPES))
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run of a model of a family (runs/families.py). config: a file of configs/, or another of their kind.
+
+    Options that are not given are the config's, which are the paper's.
+    """
+    family: str
+    config: Path
+    network: Network = Network()
+    condition: Condition = Condition()
+    sampler: SamplerOptions = SamplerOptions()
+    caching: tuple[MethodOptions, ...] = field(default_factory=lambda: tuple(method() for method in METHODS))
+
+    @classmethod
+    def of(cls, config: Path | str, **options: Any) -> "RunSpec":
+        """From options by name. Raises UserError for one that the model does not have."""
+        family = family_named_by(config)
+        return cls(family.name, Path(config), condition=family.condition()).having(**options)
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """The dataclasses of its options, in the order of the command line."""
+        return self.condition, self.network, self.sampler, *self.caching
+
+    def having(self, **options: Any) -> "RunSpec":
+        """The same run with some options changed; paths may be text. Raises UserError."""
+        def changed(part: Any) -> Any:
+            own = {name: arguments.typed(type(part), name, options.pop(name)) for name in list(options)
+                   if name in arguments.names(part)}
+            return replace(part, **own)
+
+        found = RunSpec(self.family, self.config, changed(self.network), changed(self.condition), changed(self.sampler),
+                        tuple(changed(part) for part in self.caching))
+        if options:
+            known = ", ".join(name for part in self.parts for name in arguments.names(part))
+            raise UserError(f"{self.config} has no option {', '.join(options)}: there are {known}")
+        return found
+
+    def given(self) -> dict[str, Any]:
+        """The options that are not as they are by default, by name."""
+        return {name: value for part in self.parts for name, value in arguments.given(part).items()}
+
+    def words(self) -> list[str]:
+        """Of the sample command's line, for this run."""
+        return ["--config", str(self.config), *arguments.words(self.given(), families()[self.family].flags)]
+
+    def open(self) -> "Run":
+        """With its config, checked as far as that goes without weights. Raises UserError."""
+        return Run(self)
+
+
+class Run:
+    """A RunSpec together with the config of its model, and what follows from both.
+
+    Raises UserError for options that do not go together. caching: its methods, checked. unet: on the meta device.
+    """
+
+    def __init__(self, spec: RunSpec):
+        self.spec = spec
+        self.family: Family = families()[spec.family]
+        self.config, self.unet = _open(*_stamped(spec))
+        defaults = self.config.sampler
+        self.sampler_name: str = spec.sampler.sampler or getattr(defaults, "sampler", "ddim")
+        self.steps: int = defaults.steps if spec.sampler.steps is None else spec.sampler.steps
+        self.timesteps = spec.sampler.timesteps or timesteps_for(self.sampler_name, defaults.timesteps)
+        given = getattr(spec.condition, "guidance", None)
+        self.guidance: float = getattr(defaults, "guidance", 1.0) if given is None else given
+        if not 0 <= self.guidance < float("inf"):
+            raise UserError(f"--guidance must be 0 or more, got {self.guidance}")
+        if spec.network.dtype not in DTYPES:
+            raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {spec.network.dtype!r}")
+        if self.steps < 1:
+            _ = self.sampler        # which says how many it takes
+        with as_user_error():
+            self.caching: CachePlan = plan(spec.caching, RunShape(self.steps, self.calls, self.unet.num_branches,
+                                                                  defaults.branch))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.spec.network.dtype]
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the weights are."""
+        return self.spec.network.checkpoint or Path(self.config.checkpoint)
+
+    @property
+    def calls(self) -> int:
+        """Network calls per image."""
+        return num_calls(self.sampler_name, self.steps)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of the network's batch: 2 with classifier-free guidance, else 1."""
+        return 1 if self.guidance == 1 else 2
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Raises UserError for settings of a sampler that do not go together."""
+        with as_user_error():
+            return Sampler(self.sampler_name, self.steps, self.timesteps, self.eta, self.config.diffusion)
+
+    @property
+    def eta(self) -> float:
+        if self.spec.sampler.eta is not None:
+            return self.spec.sampler.eta
+        return getattr(self.config.sampler, "eta", 0.0) if self.sampler_name == "ddim" else 0.0
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What run.json of its images says, as far as that is known without weights, prompts and device."""
+        guided = {"guidance": self.guidance} if hasattr(self.config.sampler, "guidance") else {}
+        return {"model": self.config.name, "sampler": self.sampler_name, "steps": self.steps,
+                "dtype": self.spec.network.dtype, "timesteps": self.timesteps, "eta": self.eta, **guided,
+                "cache": self.caching.settings}
+
+    @property
+    def deepcache(self) -> PlannedDeepCache | None:
+        """DeepCache in this run, where it is."""
+        return self.caching.of(PlannedDeepCache)
+
+    def refuse_foreign(self, settings: Mapping[str, Any]) -> None:
+        """Raises UserError where what the caching was fitted to differs from the settings, as far as they are known."""
+        with as_user_error():
+            self.caching.check(settings)
+
+    @property
+    def name(self) -> str:
+        """Of the sample folder: uncached, steps59, uniform_n5, parti_centered_n5_c10_p1.5, uniform_n10_zeroed."""
+        defaults = self.config.sampler
+        first, last = self.spec.condition.name()
+        weights = self.spec.network.checkpoint
+        parts = [*([weights.name] if weights else []),
+                 *(part for method in self.caching.methods for part in method.name),
+                 *([self.sampler_name] if self.sampler_name != getattr(defaults, "sampler", "ddim") else []),
+                 *([f"steps{self.steps}"] if self.steps != defaults.steps else []), *last]
+        return "_".join([*first, *(parts or ["uncached"])])
+
+
+def _stamped(spec: RunSpec) -> tuple[str, Path, int, int]:
+    file = find_config(spec.config)
+    return spec.family, file, file.stat().st_mtime_ns, file.stat().st_size
+
+
+@cache
+def _open(family: str, path: Path, *stamp: int) -> tuple[Config, nn.Module]:
+    """The same for all runs of a model, as long as its file does not change."""
+    config = load_config(path, families()[family])
+    return config, build(config)

@@ -1,0 +1,38 @@
+"""What an image of Stable Diffusion shows: the options of a run beside those that all models share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from caching.options import option
+from runs.errors import UserError
+from runs.families import Condition
+
+
+@dataclass(frozen=True)
+class TextCondition(Condition):
+    """Which prompt each image shows, its size, and how strongly it is led there."""
+    prompts: Path | None = option(None, "a file of prompts, one for each seed")
+    prompt: str | None = option(None, "one prompt, for every seed")
+    images_per_prompt: int = option(1, "seed s has prompt s // this (default: 1)")
+    negative_prompt: str = option("", "what guidance leads away from (default: the empty one)")
+    height: int | None = option(None, "of the images, in pixels (default: the config's resolution)")
+    width: int | None = option(None, "likewise")
+    guidance: float | None = option(None, "classifier-free guidance; 1 = none, anything else doubles the batch")
+    released_noise: bool = option(False, "the released evaluation's noise, the same in every batch: seed 42 is set "
+                                  "again for each; an image depends on its place in the batch then, and on "
+                                  "--batch-size, --dtype and the kind of --device")
+    diffusers_unet: bool = option(False, "run the folder's U-Net through diffusers, without caching: for pruned ones "
+                                         "(BK-SDM)")
+
+    def __post_init__(self) -> None:
+        if self.images_per_prompt < 1:
+            raise UserError(f"--images-per-prompt must be 1 or more, got {self.images_per_prompt}")
+        if self.prompts is not None and self.prompt is not None:
+            raise UserError("give --prompts, a file, or --prompt, a text: not both")
+        if self.prompt is not None and self.images_per_prompt != 1:
+            raise UserError("--images-per-prompt is for --prompts; with --prompt every seed of --seeds has the same")
+
+    def name(self) -> tuple[list[str], list[str]]:
+        each = f"_x{self.images_per_prompt}" if self.images_per_prompt != 1 else ""
+        return ([self.prompts.stem.removeprefix("captions_") + each] if self.prompts else [],
+                [] if self.guidance is None else [f"guidance{self.guidance:g}"])

@@ -1,0 +1,39 @@
+"""Stable Diffusion as other programs know it (runs/families.py). Slow imports wait until they are needed."""
+
+from pathlib import Path
+
+from torch import nn
+
+from runs.families import Family
+from runs.image_model import ImageModel
+from runs.machine import Machine
+from runs.spec import Run
+from stable_diffusion.condition import TextCondition
+from stable_diffusion.config import Config
+from stable_diffusion.unet import UNet
+
+
+def load_unet(config: Config, path: Path) -> nn.Module:
+    from stable_diffusion import checkpoint
+    return checkpoint.load_unet(config, path)
+
+
+def open_model(run: Run, machine: Machine) -> ImageModel:
+    from stable_diffusion.model import StableDiffusion
+    return StableDiffusion(run, machine)
+
+
+def theirs(config: Config, unet: nn.Module) -> nn.Module:
+    from ldm.diffusers_layout import diffusers_unet
+    return diffusers_unet(config, unet)
+
+
+FAMILY = Family(
+    name="sd", command="stable_diffusion.sample", schema=Config, condition=TextCondition, batch_size=8,
+    flags={"checkpoint": "model"},
+    unet=lambda config: UNet(**vars(config.unet)),
+    shapes=lambda config: [(config.unet.in_channels, config.latent_size, config.latent_size),
+                           (config.tokens, config.unet.context_dim)],
+    resolution=lambda config: config.resolution,
+    load_unet=load_unet, open=open_model, theirs=theirs, judge="clip_score",
+    references={"sd_v15": Path("data/references/coco_val2017.npz")})

@@ -1,0 +1,159 @@
+"""`pip install .` seen from another folder: one package of its own name that does what the clone does."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from packaging.requirements import Requirement
+from PIL import Image
+from test_sd_pipeline import build, parts, run  # noqa: F401  parts: a fixture
+
+from ddpm import sample
+from runs.files import ROOT
+from stable_diffusion.pipeline import enable_deepcache
+
+NAME = "unet_caching"
+ROOMS = {file.parent.name for file in ROOT.glob("*/__init__.py")} - {"package", "experiments", "scripts"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+IMPORT_ALL = f"""
+import importlib, pkgutil, sys
+import {NAME}
+assert "torch" not in sys.modules and "diffusers" not in sys.modules, "the package itself imports what takes seconds"
+names = [found.name for found in pkgutil.walk_packages({NAME}.__path__, "{NAME}.")]
+for name in names:
+    importlib.import_module(name)
+print(len(names), sorted(sys.modules.keys() & {ROOMS}))
+"""
+EXTRAS = {module for module, names in packages_distributions().items() for name in names
+          if name.lower() in {Requirement(text).name.lower() for extra in PROJECT["optional-dependencies"].values()
+                              for text in extra}}
+CACHED_PIPELINE = f"""
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys({sorted(EXTRAS)}))     # as where no extra is installed
+import torch
+import {NAME}
+from {NAME} import disable_deepcache, enable_deepcache
+from diffusers import StableDiffusionPipeline           # after ours, see sampling/libraries.py
+
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None, local_files_only=True)
+def latents():
+    return pipe("a cat", height=16, width=16, num_inference_steps=6, output_type="latent",
+                generator=torch.Generator().manual_seed(0)).images
+enable_deepcache(pipe, interval=3)
+cached = latents()
+disable_deepcache(pipe)
+torch.save([cached, latents()], sys.argv[2])
+for found in pkgutil.walk_packages({NAME}.__path__, "{NAME}."):
+    if not found.name.startswith(("{NAME}.eval", "{NAME}.planning")):
+        importlib.import_module(found.name)
+"""
+
+
+def python(folder: Path, installed: Path, *words: str) -> str:
+    """Run an interpreter in `folder` that knows the packages of this one and what was installed, and not the clone."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True,
+                          env=environment | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The folder with the wheel, built in a copy: building leaves folders behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("package", *ROOMS, "configs", "data"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__", "*.webp"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, folder / "source")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", ".", "--quiet", "--no-deps", "--no-build-isolation",
+                    "--no-index", "--wheel-dir", folder], cwd=folder / "source", check=True)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder of packages with ours."""
+    folder = tmp_path_factory.mktemp("installed")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile",
+                    "--target", folder, wheel], check=True)
+    return folder
+
+
+def test_one_top_level_name_comes_along(installed):
+    assert {path.name for path in installed.iterdir()} == {NAME, f"{NAME}-{PROJECT['version']}.dist-info"}
+    folders = {path.name for path in (installed / NAME).iterdir() if path.is_dir()}
+    assert folders == {*ROOMS, "configs", "data"} and (installed / NAME / "py.typed").is_file()
+    assert {path.name for path in installed.glob("*.dist-info/licenses/*")} == {"LICENSE", "NOTICE"}
+
+
+def test_every_module_imports_and_knows_the_rooms_below_the_name_only(installed, tmp_path):
+    modules = [path for path in (installed / NAME).rglob("*.py") if path != installed / NAME / "__init__.py"]
+    assert python(tmp_path, installed, "-c", IMPORT_ALL).splitlines()[-1] == f"{len(modules)} []"
+    for path in modules:
+        text = path.read_text()
+        assert not re.search(rf"python -m ({'|'.join(ROOMS)})\b", text), f"{path}: a command that is not there"
+        for node in ast.walk(ast.parse(text)):      # what is imported only when a function runs, too
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            assert not {name.split(".")[0] for name in names} & ROOMS, f"{path}: line {node.lineno}"
+
+
+def test_two_lines_switch_caching_on_in_a_pipeline_without_any_extra(installed, tmp_path, parts):  # noqa: F811
+    pipe = build(parts)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "cached.py").write_text(CACHED_PIPELINE)
+    python(tmp_path, installed, "cached.py", "pipeline", "latents.pt")
+    cached, uncached = torch.load(tmp_path / "latents.pt")
+    assert torch.equal(uncached, run(pipe))
+    enable_deepcache(pipe, interval=3)
+    assert torch.equal(cached, run(pipe)) and not torch.equal(cached, uncached)
+
+
+def test_the_sample_command_makes_the_clones_images(installed, tmp_path, monkeypatch):
+    words = ["--config", "ddpm_emoji", "--checkpoint", str(ROOT / "checkpoints" / "ddpm_emoji.safetensors"),
+             "--seeds", "0-1", "--steps", "4", "--interval", "2", "--threads", "1", "--device", "cpu", "--out"]
+    python(tmp_path, installed, "-m", f"{NAME}.ddpm.sample", *words, "installed")
+    monkeypatch.setattr(sys, "argv", ["sample", *words, str(tmp_path / "clone")])
+    sample.main()
+    clone, ours = (np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / folder).rglob("*.png"))])
+                   for folder in ("clone", "installed"))
+    assert clone.shape == (2, 32, 32, 3) and np.array_equal(clone, ours)
+    made, here = (json.loads((tmp_path / folder / "run.json").read_text()) for folder in ("installed", "clone"))
+    assert made["settings"] == here["settings"]
+    assert made["provenance"]["commit"] is None
+    assert made["provenance"]["versions"][NAME] == PROJECT["version"]
+
+
+def test_an_editable_installation_is_refused_in_one_line(tmp_path):
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    done = subprocess.run([sys.executable, "setup.py", "editable_wheel"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "A clone needs none" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_project_names_the_requirements_of_the_clone():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    known = {requirement.name.lower(): requirement for requirement in wanted}
+    extras = PROJECT["optional-dependencies"]
+    for text in [*PROJECT["dependencies"], *(text for extra in extras.values() for text in extra)]:
+        requirement = Requirement(text)
+        assert str(known[requirement.name.lower()].specifier) == str(requirement.specifier), text
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"] and citation["license"] == PROJECT["license"]
+    assert [paper["doi"][-10:] for paper in citation["references"]] == ["2312.00858", "2312.03209"]

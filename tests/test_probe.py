@@ -1,0 +1,94 @@
+"""Private operators of PyTorch that fail or give something else: sampling goes on with PyTorch's own layers."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from caching.deepcache import DeepCache
+from ldm.unet import UNet
+from sampling.ddim import ddim, uniform_timesteps
+from sampling.diffusion import alphas_cumprod
+from speed import packed, probe
+from speed.accelerate import place
+
+pytestmark = pytest.mark.skipif(not packed.packable(nn.Linear(1, 1)), reason="nothing is packed here")
+OPERATORS = "_reorder_linear_weight", "_linear_pointwise", "_reorder_convolution_weight", "_convolution_pointwise"
+FAST = packed.Linear, packed.Conv2d, packed.PerPixel, packed.GEGLU, packed.TokenAttention
+
+
+@pytest.fixture(autouse=True)
+def asked_anew():
+    probe.usable.cache_clear()
+    yield
+    probe.usable.cache_clear()
+
+
+@pytest.fixture
+def unet() -> nn.Module:
+    torch.manual_seed(0)
+    return UNet(4, 4, 32, (1, 2), 1, (1, 2), num_heads=2, context_dim=16).eval()
+
+
+def sampled(unet: nn.Module) -> Tensor:
+    noise = torch.Generator().manual_seed(0)
+    x, context = torch.randn(2, 4, 8, 8, generator=noise), torch.randn(2, 5, 16, generator=noise)
+    cache, dtype = DeepCache(1, [0, 2]), next(unet.parameters()).dtype
+
+    def predict(x: Tensor, t: int, step: int) -> Tensor:
+        return unet(x.to(dtype), torch.full((2,), t), context.to(dtype), cache=cache.at(step)).float()
+
+    with torch.no_grad():
+        return ddim(predict, x, uniform_timesteps(4), alphas_cumprod("linear", 1000))
+
+
+def raises(*args: object) -> Tensor:
+    raise RuntimeError("needs a CPU\nthat this is not")
+
+
+def off(function):
+    return lambda *args: function(*args) * 1.001
+
+
+def reshaped(function):
+    return lambda *args: function(*args)[None]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("change, says", [(lambda function: raises, "needs a CPU that this is not"), (off, "is off by"),
+                                          (reshaped, "")])
+def test_operators_that_fail_are_not_used(monkeypatch, capsys, unet, name, change, says):
+    expected = sampled(unet)
+    monkeypatch.setattr(torch.ops.mkldnn, name, change(getattr(torch.ops.mkldnn, name)))
+    networks = [place(copy.deepcopy(unet), "cpu") for _ in range(2)]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("packed weights: not here, ") and says in lines[0], lines
+    assert not any(isinstance(module, FAST) for network in networks for module in network.modules())
+    assert torch.allclose(sampled(networks[0]), expected, atol=1e-4)
+
+
+def test_operators_that_are_absent_are_not_used(monkeypatch, capsys, unet):
+    expected = sampled(unet)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    network = place(copy.deepcopy(unet), "cpu")
+    assert "has no attribute" in capsys.readouterr().out
+    assert torch.allclose(sampled(network), expected, atol=1e-4)
+
+
+def test_each_dtype_is_asked_for_itself(monkeypatch, capsys, unet):
+    expected = sampled(unet)
+    linear = torch.ops.mkldnn._linear_pointwise
+
+    def only_float32(x: Tensor, *args: object) -> Tensor:
+        return linear(x, *args) if x.dtype == torch.float32 else raises()
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", only_float32)
+    half = place(copy.deepcopy(unet), "cpu", torch.bfloat16)
+    assert len(capsys.readouterr().out.splitlines()) == 1 and not any(isinstance(m, FAST) for m in half.modules())
+    assert torch.allclose(sampled(half), expected, atol=0.1 * expected.abs().max().item())
+    full = place(copy.deepcopy(unet), "cpu", torch.float32)
+    assert not capsys.readouterr().out and {type(module) for module in full.modules()} >= set(FAST)
+    assert torch.allclose(sampled(full), expected, atol=1e-4)

@@ -1,0 +1,195 @@
+"""The samplers of diffusers on an exact predictor of noise, and what all samplers have in common."""
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+from ddpm.unet import UNet
+from sampling.ddim import ddim, leading_timesteps, offset_timesteps
+from sampling.diffusion import Diffusion
+from sampling.noise import SeededNoise
+from sampling.samplers import (
+    SAMPLERS,
+    SAMPLERS_HELP,
+    TIMESTEPS_HELP,
+    Sampler,
+    noise_predictor,
+    num_calls,
+    timesteps_for,
+)
+from sampling.solvers import SOLVERS
+
+DIFFUSION = Diffusion("scaled_linear", 1000, 0.00085, 0.012)
+SHAPE = (2, 4, 4)
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def noise() -> torch.Tensor:
+    return SeededNoise([0, 1])(SHAPE)
+
+
+def curved(x, t, step):
+    """A predictor that depends on everything, so that a wrong order or state shows."""
+    return torch.tanh(x) * (0.3 + t / 1500)
+
+
+def by_diffusers(scheduler, steps, output=curved):
+    """diffusers' own loop, as in its pipelines."""
+    scheduler.set_timesteps(steps)
+    x = noise() * scheduler.init_noise_sigma
+    for step, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(output(scheduler.scale_model_input(x, t), t.item(), step), t, x).prev_sample
+    return x
+
+
+# As a user of diffusers makes them; what is not said is diffusers' default.
+THEIRS = {
+    "ddim": lambda **more: DDIMScheduler(**BETAS, clip_sample=False, **more),
+    "plms": lambda **more: PNDMScheduler(**BETAS, skip_prk_steps=True, **more),
+    "dpmpp": lambda **more: DPMSolverMultistepScheduler(**BETAS, **more),
+    "unipc": lambda **more: UniPCMultistepScheduler(**BETAS, **more),
+    "dpmpp3": lambda **more: DPMSolverMultistepScheduler(**BETAS, solver_order=3, **more),
+    "deis": lambda **more: DEISMultistepScheduler(**BETAS, solver_order=3, **more)}
+LEADING = {name: {"steps_offset": 1, "timestep_spacing": "leading"} for name in THEIRS}
+LEADING["ddim"] |= {"set_alpha_to_one": False}
+TOLERANCE = dict.fromkeys(THEIRS, 1e-5) | {"deis": 3e-5}       # differences of logarithms lose digits
+MULTISTEP = [name for name in THEIRS if "linspace" in SOLVERS[name].spacings]
+
+
+def apart(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def test_every_sampler_has_its_golden():
+    assert THEIRS.keys() == set(SAMPLERS)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 30])
+@pytest.mark.parametrize("name", [name for name in THEIRS if name != "ddim"])
+def test_they_are_diffusers_loops(name, steps):
+    expected = by_diffusers(THEIRS[name](**LEADING[name]), steps)
+    assert apart(Sampler(name, steps, "leading", 0.0, DIFFUSION).run(curved, noise()), expected) < TOLERANCE[name]
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_other_spacings_are_diffusers(name, spacing):
+    expected = by_diffusers(THEIRS[name](timestep_spacing=spacing), 7)
+    assert apart(Sampler(name, 7, spacing, 0.0, DIFFUSION).run(curved, noise()), expected) < TOLERANCE[name]
+
+
+@pytest.mark.parametrize("name", [name for name in THEIRS if name != "plms"])     # its rule is of noises here
+@pytest.mark.parametrize("steps", [5, 16])
+@torch.no_grad()
+def test_networks_that_predict_v(name, steps):
+    """Ours is fed the noise that v stands for, diffusers' scheduler v itself."""
+    torch.manual_seed(0)
+    unet = UNet(8, 3, 3, 32, (1, 2), 1, (4,)).eval()
+    predicts_v = Diffusion("scaled_linear", 1000, 0.00085, 0.012, "v")
+    x = noise()[:, :1].expand(-1, 3, -1, -1).repeat(1, 1, 2, 2)
+    ours = Sampler(name, steps, "leading", 0.0, predicts_v).run(
+        noise_predictor(unet, predicts_v, torch.float32, None), x)
+    scheduler = THEIRS[name](prediction_type="v_prediction", **LEADING[name])
+    scheduler.set_timesteps(steps)
+    theirs = x
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(unet(theirs, t.expand(len(x))), t, theirs).prev_sample
+    assert apart(ours, theirs) < 1e-4 and apart(ours, x) > 0.1
+
+
+@pytest.mark.parametrize("diffusion", [DIFFUSION, Diffusion(), Diffusion("cosine")], ids=lambda d: d.beta_schedule)
+@pytest.mark.parametrize("name", [name for name in THEIRS if name != "ddim"])
+def test_they_run_on_the_noise_schedule_of_the_config(name, diffusion):
+    assert torch.equal(SOLVERS[name].make(10, "leading", diffusion.betas()).alphas_cumprod, diffusion.alphas_cumprod())
+
+
+@pytest.mark.parametrize(("steps", "spacing"), [(61, "trailing"), (999, "leading")])
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_timesteps_that_diffusers_gets_wrong_are_refused(name, steps, spacing):
+    """It makes 62 steps, down to timestep -1, of 61 trailing ones; 999 leading ones begin at 1000."""
+    with pytest.raises(ValueError, match=rf"{name} cannot take {steps} {spacing} timesteps of 1000.*(to -1|from 1000)"):
+        Sampler(name, steps, spacing, 0.0, DIFFUSION)
+    assert Sampler(name, steps - 1, spacing, 0.0, DIFFUSION).calls == steps - 1
+
+
+def test_help_names_every_sampler_and_what_it_takes():
+    for name in SAMPLERS:
+        assert f"{name}: {SOLVERS[name].about}" in SAMPLERS_HELP and name in TIMESTEPS_HELP
+        assert ", ".join(SOLVERS[name].spacings) in TIMESTEPS_HELP
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+def test_calls_and_progress(name, steps):
+    sampler = Sampler(name, steps, "leading", 0.0, DIFFUSION)
+    called, done = [], []
+    sampler.run(lambda x, t, step: (called.append((t, step)), 0.1 * x)[1], noise(), progress=done.append)
+    assert [step for _, step in called] == list(range(sampler.calls)) and sampler.calls == num_calls(name, steps)
+    assert sampler.calls == (steps + 1 if name == "plms" and steps > 1 else steps)
+    assert done == [(step + 1) / sampler.calls for step in range(sampler.calls)]
+    times = [t for t, _ in called]
+    assert times == sorted(times, reverse=True)
+    if name not in MULTISTEP:
+        assert sorted(set(times)) == leading_timesteps(steps)
+    if name == "plms" and steps > 1:
+        assert times[1] == times[2] and len(set(times)) == steps
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("prediction", ["noise", "v"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_exact_noise_of_one_image_leads_to_it(name, spacing, prediction):
+    """A predictor that knows x_0 makes all steps exact, wherever they end."""
+    alphas, x0 = DIFFUSION.alphas_cumprod(), torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(9))
+    eps = noise()
+    sampler = Sampler(name, 10, spacing, 0.0, Diffusion("scaled_linear", 1000, 0.00085, 0.012, prediction))
+    times = []
+
+    def predict(x, t, step):
+        times.append(t)
+        return (x - alphas[t] ** 0.5 * x0) / (1 - alphas[t]) ** 0.5
+
+    first = {"leading": 901, "trailing": 999}[spacing]
+    x = sampler.run(predict, alphas[first] ** 0.5 * x0 + (1 - alphas[first]) ** 0.5 * eps)
+    noisy = name == "deis" or (spacing == "leading" and name not in MULTISTEP)
+    end = alphas[0] if noisy else torch.tensor(1.0)
+    assert times[0] == first
+    assert (x - (end ** 0.5 * x0 + (1 - end) ** 0.5 * eps)).abs().max() < 1e-4
+
+
+def test_leading_and_offset_timesteps_agree_where_the_steps_divide():
+    assert leading_timesteps(50) == offset_timesteps(50)
+    assert leading_timesteps(45)[-1] == 969 and offset_timesteps(45)[-1] == 978
+    alphas = DIFFUSION.alphas_cumprod()
+    by_name = Sampler("ddim", 7, "leading", 0.0, DIFFUSION).run(curved, noise())
+    assert torch.equal(by_name, ddim(curved, noise(), leading_timesteps(7), alphas, final_alpha=alphas[0].item()))
+
+
+@pytest.mark.parametrize(("settings", "word"), [
+    (("euler", 5, "leading", 0.0), "euler"), (("plms", 5, "leading", 1.0), "eta"), (("plms", 5, "quad", 0.0), "quad"),
+    (("plms", 0, "leading", 0.0), "1 to 999"), (("dpmpp", 1000, "leading", 0.0), "1 to 999"),
+    (("plms", 7, "trailing", 0.0), "divides 1000"), (("plms", 5, "linspace", 0.0), "linspace"),
+    (("ddim", 5, "linspace", 0.0), "linspace"), (("ddim", 5, "leading", 2.0), "eta"),
+    (("dpmpp", 5, "uniform", 0.0), "dpmpp takes timesteps leading, linspace, trailing, got 'uniform'"),
+    (("unipc", 5, "quad", 0.0), "unipc takes"), (("deis", 5, "leading", 0.5), "deis is deterministic: eta is for ddim"),
+    (("plms", 5, "uniform", 0.0), "plms takes timesteps leading or trailing, got 'uniform'")])
+def test_settings_that_do_not_go_together(settings, word):
+    with pytest.raises(ValueError, match=word):
+        Sampler(*settings, DIFFUSION)
+
+
+def test_a_config_of_other_timesteps_gets_stable_diffusions():
+    assert [timesteps_for(name, "quad") for name in SAMPLERS] == ["quad", *["leading"] * (len(SAMPLERS) - 1)]
+    assert [timesteps_for(name, "trailing") for name in SAMPLERS] == ["trailing"] * len(SAMPLERS)
+
+
+@pytest.mark.parametrize("ask", [lambda: num_calls("euler", 5), lambda: timesteps_for("euler", "leading")])
+def test_an_unknown_sampler_is_refused_everywhere(ask):
+    with pytest.raises(ValueError, match=f"unknown sampler 'euler': choose from {', '.join(SAMPLERS)}"):
+        ask()
