@@ -17,16 +17,19 @@ import argparse
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from eval.metrics import options, statistics
-from eval.metrics.extract import Features, extract
+from eval.metrics import evaluator
+from eval.metrics.extract import extract
 from eval.metrics.images import ImageSet, open_images
 from eval.metrics.inception import DIMS, Inception
-from eval.tables import results
+from eval.metrics.measure import Sets
+from eval.tables.results import of_samples
+from runs import results
 from runs.cli import command
 from runs.errors import UserError, one_line
 from runs.machine import check_counts, prepare_device
@@ -63,7 +66,7 @@ def open_reference(path: Path) -> Reference:
                 raise UserError(f"{path} lacks {', '.join(missing)}: a reference of ADM has {', '.join(wanted)} and "
                                 "arr_0")
             found = {layer: (file[mu], file[sigma]) for layer, (mu, sigma) in _KEYS.items()}
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, zipfile.zlib.error) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
     for layer, (mu, sigma) in found.items():
         d = DIMS[layer]
@@ -73,73 +76,22 @@ def open_reference(path: Path) -> Reference:
     return Reference(images, found)
 
 
-class Scores(NamedTuple):
-    """metrics by name; details: what else there is to say, JSON-compatible; unavailable: reasons, by name."""
-    metrics: dict[str, results.Metric]
-    details: dict
-    unavailable: dict[str, str]
-
-
-def score(samples: Features, reference: Features, known: dict[str, tuple[np.ndarray, np.ndarray]] | None,
-          groups: int = statistics.GROUPS) -> Scores:
-    """All metrics of features with the layers pool, logits and spatial.
-
-    known: the reference's mean and covariance by layer (default: of `reference`).
-    """
-    metrics, unavailable = {}, {}
-    for name, layer in (("FID", "pool"), ("sFID", "spatial")):
-        _say(name)
-        mu, sigma = known[layer] if known else statistics.Moments(reference.parts(layer)).statistics()
-        metrics[name] = options.metric(statistics.frechet(samples.parts(layer), mu, sigma, groups))
-    _say("IS")
-    inception_score = statistics.inception_score(samples.parts("logits"))
-    metrics["IS"] = options.metric(inception_score.estimate)
-    details = {"IS": {"deviation": inception_score.deviation, "blocks": inception_score.blocks,
-                      "images_per_block": statistics.SPLIT, "order": "as the samples lie, not shuffled"}}
-    x, y = samples.all("pool"), reference.all("pool")
-    if min(len(x), len(y)) > statistics.NEIGHBOURS:
-        _say("precision and recall (minutes on a CPU)")
-        for name, share in zip(("precision", "recall"), statistics.precision_recall(x, y), strict=True):
-            metrics[name] = results.Metric(share.value, share.interval, share.stderr)
-    else:
-        unavailable |= dict.fromkeys(("precision", "recall"), f"they need more than {statistics.NEIGHBOURS} images")
-    _say("KID")
-    kid = statistics.kid(x, y)
-    metrics["KID"] = results.Metric(kid.mean)
-    details["KID"] = {"deviation": kid.deviation, "images_per_subset": kid.size, "against": "the reference's images"}
-    return Scores(metrics, details, unavailable)
-
-
-def _say(what: str) -> None:
-    if sys.stderr.isatty():
-        print(f"computing {what}", file=sys.stderr, flush=True)
-
-
-def table(scores: Scores, samples: int, reference: int) -> str:
+def table(scores: evaluator.Scores, samples: int, reference: int) -> str:
     """For people."""
-    m, score_is, kid = scores.metrics, scores.details["IS"], scores.details["KID"]
-    lines = [f"{samples} samples; precision, recall and KID against {reference} images",
-             f"FID         {options.shown(m['FID'])}",
-             f"sFID        {options.shown(m['sFID'])}",
-             f"IS          {options.shown(m['IS'], 2)}   ({len(score_is['blocks'])} blocks in order, deviation "
-             f"{score_is['deviation']:.2f})"]
-    lines += [f"{name:12}{options.shown(m[name])}" if name in m else f"{name:12}-   ({scores.unavailable[name]})"
-              for name in ("precision", "recall")]
-    lines.append(f"KID x 1000  {1000 * m['KID'].value:.4f}   (deviation of a subset of {kid['images_per_subset']}: "
-                 f"{1000 * kid['deviation']:.4f})")
-    return "\n".join(lines)
+    return "\n".join([f"{samples} samples; precision, recall and KID against {reference} images",
+                      *(f"{name:12}{line}" for name, line in scores.lines.items())])
 
 
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_sample_options(parser)
+    evaluator.add_sample_options(parser)
     parser.add_argument("--reference", type=Path, required=True, help="reference npz of ADM")
-    options.add_options(parser)
+    evaluator.add_options(parser)
     args = parser.parse_args()
     check_counts(batch_size=args.batch_size)
     started, device = time.time(), prepare_device(args.device, args.threads)
-    samples, notes = options.open_samples(args)
+    samples, notes = evaluator.open_samples(args)
     reference = open_reference(args.reference)
     if reference.images.size != samples.size:
         h, w = reference.images.size
@@ -148,20 +100,20 @@ def main() -> None:
     inception = Inception(args.inception, "adm", LAYERS, device)
     if not reference.statistics:
         notes.append(f"{args.reference} has no mu and sigma: those of its {len(reference.images)} images are used")
-        notes += options.few(len(reference.images), DIMS["pool"], "reference images")
-    notes += options.few(len(samples), DIMS["pool"], "images") + inception.notes
+        notes += evaluator.few(len(reference.images), DIMS["pool"], "reference images")
+    notes += evaluator.few(len(samples), DIMS["pool"], "images") + inception.notes
     rank, _ = rank_and_world()
     if not rank:
         print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
     x, y = (extract(images, inception, args.batch_size, args.features, share=True)
             for images in (samples, reference.images))
-    if rank:
+    if x is None or y is None:          # the work of rank 0
         return
-    scores = score(x, y, reference.statistics, args.groups)
+    scores = evaluator.score("adm", Sets(x, reference.statistics, y, args.groups))
     print(table(scores, len(samples), len(reference.images)))
     if args.out:
         metrics = {inception.name(name): metric for name, metric in scores.metrics.items()}
-        results.write(args.out, results.of_samples(
+        results.write(args.out, of_samples(
             "adm", samples, metrics, device, started=started, inputs={"reference": str(args.reference)},
             hashes={"reference": sha256(args.reference), "extractor": inception.sha256, "images": x.images_sha256},
             details={**scores.details, "unavailable": scores.unavailable, "notes": notes, "extractor": inception.id,

@@ -27,12 +27,14 @@ from tqdm import tqdm
 
 from eval.metrics.images import ImageSet, open_images
 from eval.metrics.intervals import mean_estimate
-from eval.tables import results
-from eval.tables.results import Metric, Result
+from eval.metrics.registry import CLIP_SCORE
+from eval.tables.results import of_samples
+from runs import results
 from runs.cli import command
 from runs.errors import UserError, one_line
 from runs.machine import check_counts, prepare_device
 from runs.prompts import prompts_sha256, read_prompts
+from runs.results import Metric, Result
 from runs.seeds import format_some
 from runs.weights import read_tensors, sha256
 
@@ -235,7 +237,7 @@ def main():
     index, per = prompts_of_seeds(images, prompts, args.images_per_prompt, args.allow_fewer)
     name, preparation = check_model(args.model, args.weights, args.tag, args.model_config)
     expected = len(prompts) * per
-    result = results.of_samples(
+    result = of_samples(
         "clip_score", images, {}, device,
         inputs={"prompts": str(args.prompts), "weights": str(args.weights)},
         hashes={"prompts": prompts_sha256(prompts), "weights": sha256(args.weights)},
@@ -247,8 +249,7 @@ def main():
     model = load_model(name, args.weights, preparation, device)
     scores = image_scores(images, [prompts[i] for i in index], model, args.batch_size)
     mean = mean_estimate(scores, groups=index)
-    result.metrics = {metric_name(name, args.tag, args.model_config): Metric(mean["mean"], mean["interval"],
-                                                                             mean["stderr"])}
+    result.metrics = {metric_name(name, args.tag, args.model_config): Metric.of(mean)}
     result.details["per_image"]["score"] = [round(score, 5) for score in scores.tolist()]
     result.details["clamped"] = int((scores == 0).sum())
     if args.against:
@@ -264,7 +265,7 @@ def metric_name(model: str, tag: str | None, config: Path | None) -> str:
     if config is not None:
         return f"image-text score, {model}"
     of_the_papers = model == MODEL and tag in (None, PAPER_TAG)
-    return "CLIP score" if of_the_papers else f"CLIP score, {model}{f' {tag}' if tag else ''}"
+    return CLIP_SCORE.name if of_the_papers else f"{CLIP_SCORE.name}, {model}{f' {tag}' if tag else ''}"
 
 
 def table(result: Result) -> str:

@@ -21,17 +21,22 @@ import argparse
 import sys
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from eval.metrics import options, statistics
+from eval.metrics import evaluator
 from eval.metrics.extract import Features, extract
+from eval.metrics.frechet import Moments
 from eval.metrics.images import ImageSet
 from eval.metrics.inception import DIMS, Inception, NoLibrary
+from eval.metrics.measure import Sets
 from eval.metrics.sources import open_source
-from eval.tables import results
+from eval.tables.results import of_samples
+from runs import results
 from runs.cli import command
 from runs.errors import UserError, one_line
 from runs.files import write_atomically
@@ -78,9 +83,9 @@ def read_reference(path: Path) -> Reference:
                 if int(file["format"]) != FORMAT:
                     raise UserError(f"{path} has format {file['format']}, this program reads {FORMAT}: make it anew")
                 found.mode, found.extractor_sha256 = str(file["mode"]), str(file["extractor_sha256"])
-                found.count, found.size = int(file["count"]), tuple(int(n) for n in file["size"])
+                found.count, found.size = int(file["count"]), (int(file["size"][0]), int(file["size"][1]))
                 found.features, found.source = file["features"], str(file["source"])
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.zlib.error) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError, AttributeError, zlib.error) as error:
         raise UserError(f"{path} is damaged or no reference: {one_line(error)[:200]}") from None
     d = DIMS["pool"]
     if found.mu.shape != (d,) or found.sigma.shape != (d, d):
@@ -93,7 +98,7 @@ def read_reference(path: Path) -> Reference:
 
 def write_reference(path: Path, images: ImageSet, features: Features, inception: Inception) -> None:
     """Statistics and a share of the features of real images, in the layout that pytorch-fid reads too (mu, sigma)."""
-    mu, sigma = statistics.Moments(features.parts("pool")).statistics()
+    mu, sigma = Moments(features.parts("pool")).statistics()
     chosen = np.sort(np.random.default_rng(0).permutation(features.count)[:KEPT])
     kept, first = [], 0
     for part in features.parts("pool"):
@@ -116,10 +121,9 @@ class Column:
     mode: str
     notes: list[str]
 
-    @property
-    def names(self) -> tuple[str, str]:
-        """Of FID and KID in results."""
-        return NAMES[self.mode].format("FID"), NAMES[self.mode].format("KID")
+    def name(self, metric: str) -> str:
+        """Of FID or KID in results."""
+        return NAMES[self.mode].format(metric)
 
 
 def plan(references: list[Reference], mode: str | None, samples: ImageSet, inception_sha256: str) -> list[Column]:
@@ -143,7 +147,7 @@ def plan(references: list[Reference], mode: str | None, samples: ImageSet, incep
             raise UserError(f"the samples are {samples.size[1]}x{samples.size[0]} pixels and {path} is of {w}x{h}: "
                             "take a reference of the samples' size")
         if reference.count is not None:
-            notes += options.few(reference.count, DIMS["pool"], f"reference images in {path}")
+            notes += evaluator.few(reference.count, DIMS["pool"], f"reference images in {path}")
         columns.append(Column(reference, reference.mode or mode or "pytorch-fid", notes))
     modes = [column.mode for column in columns]
     twice = {mode for mode in modes if modes.count(mode) > 1}
@@ -152,54 +156,46 @@ def plan(references: list[Reference], mode: str | None, samples: ImageSet, incep
     return columns
 
 
-def score(features: Features, reference: Reference, groups: int) -> tuple[results.Metric, statistics.Kid | None]:
-    """FID, and KID where the reference has features."""
-    fid = options.metric(statistics.frechet(features.parts("pool"), reference.mu, reference.sigma, groups))
-    kid = None if reference.features is None else statistics.kid(features.all("pool"), reference.features)
-    return fid, kid
-
-
 def _judge(args: argparse.Namespace) -> None:
     check_counts(batch_size=args.batch_size)
     started, device = time.time(), prepare_device(args.device, args.threads)
-    samples, notes = options.open_samples(args)
+    samples, notes = evaluator.open_samples(args)
     base = Inception(args.inception, "pytorch-fid", device=device)
     columns = plan([read_reference(path) for path in args.reference], args.mode, samples, base.sha256)
-    notes += options.few(len(samples), DIMS["pool"], "images") + base.notes
+    notes += evaluator.few(len(samples), DIMS["pool"], "images") + base.notes
     notes += [note for column in columns for note in column.notes]
     unavailable, extractors = {}, {}
     for column in columns:
         try:
             extractors[column.mode] = base.in_mode(column.mode)
         except NoLibrary as error:
-            unavailable[column.names[0]] = str(error)
+            unavailable[column.name("FID")] = str(error)
             if len(columns) == 1:
                 raise
     rank, _ = rank_and_world()
     if not rank:
         print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
-    metrics, details, lines, digest = {}, {}, [], None
+    metrics: dict[str, results.Metric] = {}
+    details: dict[str, Any] = {}
+    lines, digest = [], ""
     for column in columns:
-        name, kid_name = column.names
-        if name in unavailable:
-            lines.append(f"{name:44}-   ({unavailable[name]})")
+        if column.name("FID") in unavailable:
+            lines.append(f"{column.name('FID'):44}-   ({unavailable[column.name('FID')]})")
             continue
         extractor, reference = extractors[column.mode], column.reference
         features = extract(samples, extractor, args.batch_size, args.features, share=True)
         if features is None:
             continue
         digest = features.images_sha256
-        metrics[name], kid = score(features, reference, args.groups)
-        lines.append(f"{name:44}{options.shown(metrics[name])}")
-        details[name] = {"mode": column.mode, "extractor": extractor.id, "reference": str(reference.path),
-                         "reference_images": reference.count, "reference_from": reference.source}
-        if kid is not None:
-            metrics[kid_name] = results.Metric(kid.mean)
-            details[kid_name] = {"deviation": kid.deviation, "images_per_subset": kid.size}
-            lines.append(f"{kid_name + ' x 1000':44}{1000 * kid.mean:.4f}   (deviation of a subset of {kid.size}: "
-                         f"{1000 * kid.deviation:.4f})")
-        else:
-            unavailable[kid_name] = f"{reference.path} has no features"
+        sets = Sets(features, {"pool": (reference.mu, reference.sigma)}, reference.features, args.groups)
+        scores = evaluator.score("fid", sets)
+        metrics |= {column.name(name): metric for name, metric in scores.metrics.items()}
+        details |= {column.name(name): about for name, about in scores.details.items()}
+        unavailable |= {column.name(name): f"{reference.path}: {why}" for name, why in scores.unavailable.items()}
+        lines += [f"{column.name(said):44}{line}" for said, line in scores.lines.items()]
+        details[column.name("FID")] = {
+            "mode": column.mode, "extractor": extractor.id, "reference": str(reference.path),
+            "reference_images": reference.count, "reference_from": reference.source}
     if rank:
         return
     if not metrics:
@@ -208,7 +204,7 @@ def _judge(args: argparse.Namespace) -> None:
     if args.out:
         hashes = {f"reference {path.name}" if len(args.reference) > 1 else "reference": sha256(path)
                   for path in args.reference}
-        results.write(args.out, results.of_samples(
+        results.write(args.out, of_samples(
             "fid", samples, {base.name(name): metric for name, metric in metrics.items()}, device, started=started,
             inputs={"reference": ", ".join(str(path) for path in args.reference)},
             hashes={**hashes, "extractor": base.sha256, "images": digest},
@@ -229,7 +225,7 @@ def _make_reference(args: argparse.Namespace) -> None:
         raise UserError(f"{images.description} has {len(images)} image: statistics need at least 2")
     rank, _ = rank_and_world()
     if not rank:
-        notes = options.few(len(images), DIMS["pool"], "images") + inception.notes
+        notes = evaluator.few(len(images), DIMS["pool"], "images") + inception.notes
         print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
     features = extract(images, inception, args.batch_size, args.features, share=True)
     if features is None:
@@ -242,11 +238,11 @@ def _make_reference(args: argparse.Namespace) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Of judging."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_sample_options(parser)
+    evaluator.add_sample_options(parser)
     parser.add_argument("--reference", type=Path, nargs="+", required=True,
                         help="statistics of real images, of make-reference or published (mu, sigma)")
     parser.add_argument("--mode", choices=NAMES, help="of a published reference (default: pytorch-fid)")
-    options.add_options(parser)
+    evaluator.add_options(parser)
     return parser
 
 
@@ -261,7 +257,7 @@ def build_reference_parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, help="the first so many images (default: all)")
     parser.add_argument("--size", type=int, default=256,
                         help="of LSUN: the shorter side is brought to it, then the centre cut (default: %(default)s)")
-    options.add_options(parser)
+    evaluator.add_options(parser)
     return parser
 
 

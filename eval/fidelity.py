@@ -10,29 +10,27 @@ backbone is given (--lpips-backbone). Beside --out come two pictures: how the nu
 import argparse
 import heapq
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
 from eval.metrics.features import EffLite0, features_of
 from eval.metrics.images import ImageSet, check_paired, open_images
 from eval.metrics.intervals import mean_interval
 from eval.metrics.lpips import BACKBONE, Lpips
-from eval.tables import results
+from eval.metrics.registry import FEATURE_DISTANCE, PAIRS, PIXELS
 from eval.tables.plots import distributions, worst_pairs
-from eval.tables.results import Metric
+from eval.tables.results import of_samples
+from runs import results
 from runs.cli import command
 from runs.errors import UserError
 from runs.machine import check_counts, prepare_device
+from runs.results import Metric
 from runs.seeds import parse_seeds
-
-_SSIM_WINDOW = 11
-LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "feature_distance": "1 - cos, EffLite0", "lpips": "LPIPS",
-          "lpips_other_backbone": "not LPIPS (backbone)"}
-METRICS = LABELS | {"psnr": "PSNR"}     # in result files
 
 
 class WorstPairs:
@@ -64,35 +62,31 @@ def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_si
     The PSNR of identical images is infinite: None per image, and left out of the mean; `identical` counts them.
     Raises UserError when an image has no partner, the sizes differ, or the images are too small.
     """
-    check_paired(samples, against)
-    if min(samples.size) < _SSIM_WINDOW:
-        raise UserError(f"SSIM needs images of at least {_SSIM_WINDOW} pixels a side, {samples.description} has "
-                        f"{samples.size[1]}x{samples.size[0]}")
-    seeds = samples.seeds
-    if lpips is not None:
-        lpips.check_size(samples.size)
-    found: dict[str, list] = {}
-    unrelated: dict[str, list] = {}
+    seeds, measures = check_paired(samples, against), [*PIXELS, *([lpips.measure] if lpips else [])]
+    for measure in measures:
+        measure.check_size(samples.size)
+    batches: dict[str, list[np.ndarray]] = {}
+    strangers: dict[str, list[np.ndarray]] = {}
     done = 0
     with tqdm(total=len(seeds), unit="img", desc=f"{samples.description}, pairs", leave=False, disable=None) as bar:
         for x, y in zip(samples.batches(batch_size), against.batches(batch_size), strict=True):
-            for measured, other in ((found, y), (unrelated, np.roll(y, 1, 0))):
-                if measured is found or len(y) > 1:
-                    for name, values in (_pixels(x, other) | ({lpips.name: lpips(x, other)} if lpips else {})).items():
-                        measured.setdefault(name, []).append(values)
+            for measured, other in ((batches, y), (strangers, np.roll(y, 1, 0))):
+                if measured is batches or len(y) > 1:
+                    for measure in measures:
+                        measured.setdefault(measure.key, []).append(measure.of(x, other))
             if worst is not None:
-                worst.add(seeds[done:done + len(x)], found["psnr"][-1], x, y)
+                worst.add(seeds[done:done + len(x)], batches["psnr"][-1], x, y)
             done += len(x)
             bar.update(len(x))
     found, unrelated = ({name: np.concatenate(values) for name, values in measured.items()}
-                        for measured in (found, unrelated))
+                        for measured in (batches, strangers))
     fx, fy = (features_of(images, extractor, batch_size) for images in (samples, against))
-    found["feature_distance"] = _cosine_distance(fx.values, fy.values)
+    found[FEATURE_DISTANCE.key] = _cosine_distance(fx.values, fy.values)
     if len(seeds) > 1:
-        unrelated["feature_distance"] = _cosine_distance(fx.values, np.roll(fy.values, 1, 0))
+        unrelated[FEATURE_DISTANCE.key] = _cosine_distance(fx.values, np.roll(fy.values, 1, 0))
 
-    result = {"images": len(seeds), "identical": int(np.isinf(found["psnr"]).sum())}
-    names = [name for name in LABELS if name in found]
+    result: dict[str, Any] = {"images": len(seeds), "identical": int(np.isinf(found["psnr"]).sum())}
+    names = [measure.key for measure in PAIRS if measure.key in found]
     for name in names:
         mean, interval = mean_interval(found[name][np.isfinite(found[name])], seed)
         usual = unrelated.get(name, np.empty(0))
@@ -104,13 +98,10 @@ def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_si
     return result
 
 
-def _pixels(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """Per image, of uint8 [n, height, width, 3]; SSIM with the usual 11 x 11 Gaussian window."""
-    # In float32 the variances inside SSIM cancel: an image and itself came out at 0.99992.
-    x, y = (torch.tensor(a).permute(0, 3, 1, 2).double() for a in (x, y))
-    psnr = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))
-    ssim = structural_similarity_index_measure(x, y, data_range=255.0, reduction="none")
-    return {"psnr": psnr.reshape(-1).numpy(), "ssim": ssim.reshape(-1).numpy()}
+def metrics(found: dict) -> dict[str, Metric]:
+    """The means among what `fidelity` found."""
+    return {measure.name: Metric.of(found[measure.key]) for measure in PAIRS
+            if measure.key in found and found[measure.key]["mean"] is not None}
 
 
 def _cosine_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -123,21 +114,21 @@ def table(result: dict) -> str:
     """The means as a few lines of text."""
     lines = [f"{result['images']} images, {result['identical']} identical to their partner",
              f"{'':20}{'mean':>9}  {'95% interval':^19}{'unrelated':>11}"]
-    for name, label in LABELS.items():
-        if name not in result:
+    for measure in PAIRS:
+        if measure.key not in result:
             continue
-        row = result[name]
+        row = result[measure.key]
         if row["mean"] is None:
-            lines.append(f"{label:20}{'inf':>9}")
+            lines.append(f"{measure.label:20}{'inf':>9}")
             continue
         low, high = row["interval"]
         unrelated = "-" if row["unrelated"] is None else f"{row['unrelated']:.4f}"
-        lines.append(f"{label:20}{row['mean']:9.4f}  {low:9.4f} {high:9.4f}{unrelated:>11}")
+        lines.append(f"{measure.label:20}{row['mean']:9.4f}  {low:9.4f} {high:9.4f}{unrelated:>11}")
     return "\n".join(lines)
 
 
 @command
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
     parser.add_argument("--against", type=Path, required=True, help="folder or npz with the same seeds, uncached")
@@ -161,24 +152,23 @@ def main():
     result = fidelity(samples, against, extractor, args.batch_size, lpips=lpips, worst=worst)
     print(table(result))
     if args.out:
-        metrics = {METRICS[name]: Metric(result[name]["mean"], result[name]["interval"])
-                   for name in LABELS if name in result and result[name]["mean"] is not None}
         hashes = {"images": result["images_sha256"]["samples"], "against": result["images_sha256"]["against"],
                   "extractor": extractor.id} | ({"lpips": lpips.sha256} if lpips else {})
-        results.write(args.out, results.of_samples(
-            "fidelity", samples, metrics, device, inputs={"against": against.description}, hashes=hashes,
+        results.write(args.out, of_samples(
+            "fidelity", samples, metrics(result), device, inputs={"against": against.description}, hashes=hashes,
             details=result | {"against_run": against.run()}, started=started))
         pictures(result, worst, args.out)
 
 
 def pictures(result: dict, worst: WorstPairs, out: Path) -> None:
     """The two pictures beside the JSON `out`; of the worst pairs only where some are not identical."""
-    measures, unrelated = {}, {}
-    for name in (name for name in LABELS if name in result):
-        values = [value for value in result["per_image"][name] if value is not None]
+    measures: dict[str, Sequence[float]] = {}
+    unrelated: dict[str, float | None] = {}
+    for measure in (measure for measure in PAIRS if measure.key in result):
+        values = [value for value in result["per_image"][measure.key] if value is not None]
         left_out = result["images"] - len(values)
-        label = LABELS[name] + (f", without {left_out} identical pairs" if left_out else "")
-        measures[label], unrelated[label] = values, result[name]["unrelated"]
+        label = measure.label + (f", without {left_out} identical pairs" if left_out else "")
+        measures[label], unrelated[label] = values, result[measure.key]["unrelated"]
     distributions(measures, out.with_name(f"{out.stem}_distribution.png"), unrelated)
     if pairs := worst.pairs():
         worst_pairs(pairs, out.with_name(f"{out.stem}_worst.png"))

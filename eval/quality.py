@@ -13,24 +13,29 @@ interval that knows of the pairs. Two runs may differ for certain although their
 import argparse
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from eval.metrics import distances
 from eval.metrics.extract import extract
 from eval.metrics.features import EffLite0, features_of
 from eval.metrics.images import ImageSet, check_paired, from_array, open_images
-from eval.tables import results
-from eval.tables.results import Metric
+from eval.metrics.measure import shown
+from eval.metrics.registry import SMALL_SETS
+from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_neighbours, real_floor
+from eval.tables.results import of_samples
+from runs import results
 from runs.cli import command
 from runs.errors import UserError
 from runs.machine import check_counts, prepare_device
+from runs.results import Metric
 from runs.seeds import parse_seeds, rank_and_world
 from training import emoji
 
-FD, KID = "FD-EffLite0", "KID-EffLite0"
+FD, KID = FrechetInBasis.measure.name, KernelDistance.measure.name
+MEASURES = [distance.measure for distance in SMALL_SETS]
 
 
 def open_reference(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet | None]:
@@ -67,40 +72,47 @@ def quality(samples: ImageSet, reference: ImageSet, extractor: EffLite0, held_ou
     of the time, and one of several sets of equal size tells them.
     """
     x, y = (features_of(images, extractor, batch_size) for images in (samples, reference))
-    held = features_of(held_out, extractor, batch_size) if held_out else None
-    basis = distances.pca_basis(y.values, dims)
-    floors = [distances.real_floor(y.values, x.values, basis, real, repeats // 2)
-              for real in ((None, held.values) if held else (None,))] if with_floors else []
+    held = features_of(held_out, extractor, batch_size) if held_out is not None else None
+    distances = [distance(y.values, dims) for distance in SMALL_SETS]
+    floors = [real_floor(distances, x.values, real, repeats // 2) for real in ((None, held.values) if held else (None,))
+              ] if with_floors else []
     nearest = {"samples": _nearest(x.values, y.values)}
     if held:
         nearest["held_out"] = _nearest(held.values, y.values)
     return {
-        FD: {**distances.frechet(x.values, y.values, basis, repeats).json(),
-             "dims": dims, "explained": basis.explained},
-        KID: {**distances.kid(x.values, y.values, repeats).json(), "dims": x.values.shape[1]},
-        "floors": [{FD if k == "FD" else KID if k == "KID" else k: v for k, v in floor.items()} for floor in floors],
+        **{one.measure.name: {**one.estimate(x.values, repeats).json(), **one.about} for one in distances},
+        "floors": floors,
         "nearest_reference": nearest,
         "samples": _described(samples, x.images_sha256),
         "reference": _described(reference, y.images_sha256),
-        "held_out": _described(held_out, held.images_sha256) if held else None,
+        "held_out": _described(held_out, held.images_sha256) if held_out is not None and held else None,
         "extractor": extractor.id,
     }
 
 
+def metrics(found: dict) -> dict[str, Metric]:
+    """The distances among what `quality`, or `difference`, found."""
+    return {measure.name: Metric.of(found[measure.name]) for measure in MEASURES}
+
+
+def hashes(found: dict) -> dict[str, str]:
+    """sha256 of what `quality` looked at."""
+    return {"images": found["samples"]["sha256"], "reference": found["reference"]["sha256"],
+            "extractor": found["extractor"]}
+
+
 def difference(samples: ImageSet, against: ImageSet, reference: ImageSet, extractor: EffLite0, dims: int = 64,
                repeats: int = 200, batch_size: int = 32) -> dict:
-    """Distances of samples minus those of against, paired by seed: {FD, KID: {value, stderr, interval}, against}."""
+    """Distances of samples minus those of against, paired by seed: {by name: {value, stderr, interval}, against}."""
     check_paired(samples, against)
     x, other, y = (features_of(images, extractor, batch_size) for images in (samples, against, reference))
-    basis = distances.pca_basis(y.values, dims)
-    return {FD: distances.frechet_difference(x.values, other.values, y.values, basis, repeats).json(),
-            KID: distances.kid_difference(x.values, other.values, y.values, repeats).json(),
-            "against": _described(against, other.images_sha256)}
+    return {**{one.measure.name: one(y.values, dims).difference(x.values, other.values, repeats).json()
+               for one in SMALL_SETS}, "against": _described(against, other.images_sha256)}
 
 
 def _nearest(features: np.ndarray, reference: np.ndarray) -> dict:
     """Quantiles of the distance to the nearest reference image: far below those of held-out images = copied."""
-    _, found = distances.nearest_neighbours(features, reference)
+    _, found = nearest_neighbours(features, reference)
     quantiles = {"min": 0, "5%": 0.05, "median": 0.5, "95%": 0.95}
     return {name: float(np.quantile(found, q)) for name, q in quantiles.items()}
 
@@ -110,29 +122,30 @@ def _described(images: ImageSet, digest: str) -> dict:
 
 
 def table(result: dict) -> str:
-    """The numbers as a few lines of text; KID in thousandths."""
+    """The numbers as a few lines of text."""
     lines = [f"{result['samples']['images']} images against {result['reference']['images']} of "
-             f"{result['reference']['from']}", f"{'':44}{FD:>20}  {KID + ' x 1000':>22}"]
+             f"{result['reference']['from']}"]
 
-    def row(label: str, fd: str, kid: str) -> None:
-        lines.append(f"{label:44}{fd:>20}  {kid:>22}")
+    def row(label: str, cells: Iterable[str]) -> None:
+        lines.append(f"{label:44}" + "".join(f"  {cell:>{max(20, len(measure.heading))}}"
+                                             for measure, cell in zip(MEASURES, cells, strict=True)))
 
-    fd, kid = result[FD], result[KID]
-    row("all images", f"{fd['value']:.2f} +- {1.96 * fd['stderr']:.2f}",
-        f"{1e3 * kid['value']:.2f} +- {1.96e3 * kid['stderr']:.2f}")
+    def spread(found: dict, centre: str, ends: str, form: str) -> Iterable[str]:
+        return (form.format(*(measure.scale * v for v in (found[measure.name][centre], *found[measure.name][ends])))
+                for measure in MEASURES)
+
+    row("", (measure.heading for measure in MEASURES))
+    row("all images", (shown(metric, 2, measure.scale)
+                       for measure, metric in zip(MEASURES, metrics(result).values(), strict=True)))
     for floor in result["floors"]:
         sizes = f"{floor['n']} against {floor['reference_n']}"
-        for kind, label in (("real", f"  real ({floor['kind']})"), ("samples", "  samples")):
-            f, k = floor[FD][kind], floor[KID][kind]
-            if kind == "samples":       # their error is in the first row; this range may leave it out
-                row(f"{label}, {sizes}", f"{f['mean']:.2f}", f"{1e3 * k['mean']:.2f}")
-            else:
-                row(f"{label}, {sizes}", "{:.2f} [{:.2f} {:.2f}]".format(f["mean"], *f["range"]),
-                    "{:.2f} [{:.2f} {:.2f}]".format(*(1e3 * v for v in (k["mean"], *k["range"]))))
+        real, samples = ({name: floor[name][kind] for name in metrics(result)} for kind in ("real", "samples"))
+        row(f"  real ({floor['kind']}), {sizes}", spread(real, "mean", "range", "{:.2f} [{:.2f} {:.2f}]"))
+        # The error of the samples is in the first row; this range may leave it out.
+        row(f"  samples, {sizes}", (f"{measure.scale * samples[measure.name]['mean']:.2f}" for measure in MEASURES))
     if by := result.get("difference"):
         row(f"minus {Path(by['against']['from']).name}, paired by seed",
-            "{:+.2f} [{:+.2f} {:+.2f}]".format(by[FD]["value"], *by[FD]["interval"]),
-            "{:+.2f} [{:+.2f} {:+.2f}]".format(*(1e3 * v for v in (by[KID]["value"], *by[KID]["interval"]))))
+            spread(by, "value", "interval", "{:+.2f} [{:+.2f} {:+.2f}]"))
     near = result["nearest_reference"]
     lines.append("distance to the nearest reference image, median (5%): "
                  + ", ".join(f"{name.replace('_', '-')} {q['median']:.2f} ({q['5%']:.2f})" for name, q in near.items()))
@@ -140,7 +153,7 @@ def table(result: dict) -> str:
 
 
 @command
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
     parser.add_argument("--reference", required=True, help="emoji:GROUP (or GROUP,GROUP or all), a folder of "
@@ -181,13 +194,8 @@ def main():
                                           args.batch_size)
     print(table(result))
     if args.out:
-        metrics = {name: Metric(result[name]["value"], result[name]["interval"], result[name]["stderr"])
-                   for name in (FD, KID)}
-        hashes = {"images": result["samples"]["sha256"], "reference": result["reference"]["sha256"],
-                  "extractor": result["extractor"]}
-        results.write(args.out, results.of_samples("quality", samples, metrics, device, hashes=hashes,
-                                                   inputs={"reference": args.reference}, details=result,
-                                                   started=started))
+        results.write(args.out, of_samples("quality", samples, metrics(result), device, hashes=hashes(result),
+                                           inputs={"reference": args.reference}, details=result, started=started))
 
 
 if __name__ == "__main__":

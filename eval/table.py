@@ -12,9 +12,9 @@ prompts.
 import argparse
 from pathlib import Path
 
-from eval.tables import results
 from eval.tables.paper import find
 from eval.tables.render import FORMATS, RESULTS, everything, shown
+from runs import results
 from runs.cli import command
 from runs.errors import UserError
 from runs.files import write_atomically

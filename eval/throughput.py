@@ -13,6 +13,7 @@ before the seconds. What to expect is the ratio of the MACs.
 
 import argparse
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,12 +21,13 @@ import torch
 
 from caching.block_schedule import BlockSchedule
 from eval.cost.timing import measure, measure_schedules
+from runs import results
 from runs.cli import command
 from runs.errors import UserError, as_user_error
 from runs.families import build, example_inputs, load_config, load_unet, rows_per_image
-from runs.files import write_json
 from runs.machine import check_counts, prepare_device
 from runs.provenance import provenance
+from runs.results import Result
 from runs.spec import DTYPES
 from speed.accelerate import place
 
@@ -81,6 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the result, written after the timing")
     args = parser.parse_args()
 
+    started = time.time()
     check_counts(batch_size=args.batch_size)
     config, device = load_config(args.config), prepare_device(args.device, args.threads)
     dtype = DTYPES[args.dtype]
@@ -116,8 +119,8 @@ def main() -> None:
         result = measure(unet, inputs, branches, args.interval, steps, *rounds)
         print(table(result))
     if args.out:
-        write_json(args.out, {"kind": "throughput", "model": config.name, "settings": settings, "provenance": where,
-                              **result})
+        results.write(args.out, Result("throughput", config.name, settings, throughput=result, provenance=where
+                                       ).stamped(started))
         print(f"wrote {args.out}")
 
 

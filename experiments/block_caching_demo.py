@@ -10,7 +10,6 @@ start from the same seeds. Images go to samples/block_caching/MODEL/ARM, results
 """
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -28,15 +27,17 @@ from eval.metrics.images import open_images
 from eval.quality import FD, KID
 from eval.tables.plots import sample_rows
 from experiments import demo
-from experiments.demo_report import markdown, with_error
+from experiments.demo_report import markdown, shown, with_error
+from planning.block_caching import ARMS, MEASURES, metric_name
 from planning.block_changes import BlockChanges, ScheduleMaker
 from planning.block_plots import at_equal_cost
+from runs import results
 from runs.cli import command
 from runs.errors import UserError
 from runs.families import load_config, rows_per_image
-from runs.files import write_atomically, write_json
+from runs.files import write_atomically
 from runs.prompts import read_prompts
-from runs.provenance import provenance
+from runs.results import Result
 
 ROOT = demo.ROOT
 FILES = ROOT / "checkpoints" / "block_caching"
@@ -158,22 +159,19 @@ def arms_of(model: demo.Model, files: Files) -> list[Arm]:
     return arms
 
 
-def row(result: dict, whole: float) -> tuple[str, ...]:
+def row(arm: Result, whole: float) -> tuple[str, ...]:
     """A line of the table; a dash where there is nothing to compare with."""
-    macs, near = result["macs"]["hook"], result.get("fidelity")
-    psnr = near["psnr"]["mean"] if near else None
-    return (result["label"], f"{giga(macs):.2f}", f"{macs / whole:.3f}", with_error(result["quality"][FD]),
-            with_error(result["quality"][KID], 1e3), "-" if psnr is None else f"{psnr:.1f}",
-            f"{near['ssim']['mean']:.3f}" if near else "-")
+    macs = arm.details["macs_per_image"]["macs"]
+    return (arm.details["label"], f"{giga(macs):.2f}", f"{macs / whole:.3f}", with_error(arm.metrics[FD]),
+            with_error(arm.metrics[KID], 1e3), shown(arm, "PSNR", 1), shown(arm, "SSIM", 3))
 
 
 def section(model: demo.Model, folder: Path) -> str | None:
     """A model's part of table.md, from its results in `folder`; None where there are none."""
-    results = sorted((json.loads(path.read_text()) for path in (folder / model.name).glob("*.json")),
-                     key=lambda result: result["place"])
-    if not results:
+    arms = sorted((arm for _, arm in results.read_all(folder / model.name)), key=lambda arm: arm.details["place"])
+    if not arms:
         return None
-    table = markdown([HEAD, *(row(result, results[0]["macs"]["hook"]) for result in results)])
+    table = markdown([HEAD, *(row(arm, arms[0].details["macs_per_image"]["macs"]) for arm in arms)])
     return "\n".join([f"## {model.title}", "", *table, "", *learnt(model), ""])
 
 
@@ -181,12 +179,12 @@ def learnt(model: demo.Model) -> list[str]:
     """What scale-shift does on the seeds that it was judged on."""
     rows = [("schedule", "distance to uncached of", "without", "with scale-shift", "difference, 95% interval")]
     for path in sorted(FILES.glob(f"{model.name}_*.safetensors")):
-        found = json.loads(path.with_suffix(".scale_shift.json").read_text())
-        for measure in ("residuals", "latents", "pixels"):
-            one = found[measure]
-            low, high = one["difference"]["interval"]
-            rows.append((path.stem, measure, f"{one['plain']['mean']:.4f}", f"{one['adjusted']['mean']:.4f}",
-                         f"{one['difference']['mean']:.4f} [{low:.4f}, {high:.4f}]"))
+        found = results.read(path.with_suffix(".scale_shift.json"))
+        for measure in MEASURES:
+            plain, adjusted, difference = (found.metrics[metric_name(measure, arm)] for arm in ARMS)
+            low, high = difference.interval
+            rows.append((path.stem, measure, f"{plain.value:.4f}", f"{adjusted.value:.4f}",
+                         f"{difference.value:.4f} [{low:.4f}, {high:.4f}]"))
     return markdown(rows)
 
 
@@ -202,7 +200,7 @@ def main() -> None:
     if args.images < 80:
         raise UserError(f"--images must be 80 or more for the distances to mean something, got {args.images}")
     samples, folder = ROOT / "samples" / "block_caching", ROOT / "results" / "block_caching"
-    extractor, where = EffLite0(), provenance("cpu")
+    extractor = EffLite0()
     for model in demo.MODELS:
         if model.name not in args.models:
             continue
@@ -211,23 +209,14 @@ def main() -> None:
         for i, arm in enumerate(arms):
             print(f"[{i + 1}/{len(arms)}] {model.name}: {arm.label}", flush=True)
             demo.sample(model, arm, root / arm.name, args.images, args.batch_size)
-        (folder / model.name).mkdir(parents=True, exist_ok=True)
         rows, points = rows_per_image(load_config(model.config)), []
         for place, arm in enumerate(tqdm(arms, desc=f"judging {model.name}", unit="arm")):
-            macs = {"hook": arm.macs.hook * arm.calls * rows, "fc": arm.macs.fc * arm.calls * rows, "per": "image"}
-            result = {"kind": "block caching demo", "arm": arm.name, "label": arm.label, "place": place, "macs": macs,
-                      **demo.judge(model, root / arm.name, root / "uncached", extractor), "provenance": where}
-            write_json(folder / model.name / f"{arm.name}.json", result)
-
-            def interval(measure: str, scale: float, result: dict = result) -> list[float]:
-                value = result["quality"][measure]
-                return [scale * v for v in (value["value"], *value["interval"])]
-            points.append({"family": arm.family, "label": arm.label, "cost": giga(macs["hook"]),
-                           "fd": interval(FD, 1), "kid": interval(KID, 1e3),
-                           "psnr": result["fidelity"]["psnr"]["mean"] if "fidelity" in result else None})
-        at_equal_cost(points, folder / f"equal_cost_{model.name}.png",
-                      [("fd", "FD-EffLite0 (lower is better)"), ("kid", "KID-EffLite0 x 1000 (lower is better)"),
-                       ("psnr", "PSNR to uncached, dB (higher is better)")])
+            result = demo.judge("block caching demo", model, arm.macs,
+                                Macs(*(value * arm.calls * rows for value in arm.macs)), root / arm.name,
+                                root / "uncached", extractor, arm=arm.name, label=arm.label, place=place)
+            results.write(folder / model.name / f"{arm.name}.json", result)
+            points.append(demo.point(arm.family, result))
+        at_equal_cost(points, folder / f"equal_cost_{model.name}.png", demo.PANELS)
         sample_rows([(arm.label, next(open_images(root / arm.name).batches(demo.SHOWN))) for arm in arms],
                     folder / f"samples_{model.name}.png")
         text = "\n".join(filter(None, (section(model, folder) for model in demo.MODELS)))

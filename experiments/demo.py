@@ -8,11 +8,12 @@ samples/demo/MODEL/ARM, results to results/demo/ (demo_quick with --quick). A se
 """
 
 import argparse
-import json
+import dataclasses
 import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,20 +22,23 @@ from tqdm import tqdm
 
 from caching.deepcache import DeepCache
 from caching.schedules import centered, uniform
+from eval import fidelity, quality
 from eval.cost.macs import Macs, average, giga, step_macs
 from eval.cost.timing import time_steps
-from eval.fidelity import fidelity
 from eval.metrics.features import EffLite0
 from eval.metrics.images import open_images
-from eval.quality import FD, KID, open_reference, quality
+from eval.quality import FD, KID
 from eval.tables.plots import cost_against_quality, sample_rows
+from eval.tables.results import of_samples
 from experiments.demo_report import report
+from runs import results
 from runs.cli import command
 from runs.errors import UserError
 from runs.families import build, example_inputs, load_config, load_unet, rows_per_image
-from runs.files import ROOT, write_atomically, write_json
+from runs.files import ROOT, write_atomically
 from runs.prompts import read_prompts
 from runs.provenance import provenance
+from runs.results import Cost, Metric, Result
 from speed.accelerate import place
 
 POWER = 1.4                                 # of the non-uniform arms, with the center at 40 % of the steps: about where
@@ -135,19 +139,30 @@ def sample(model: Model, arm: Arm, folder: Path, images: int, batch_size: int) -
             rank.wait()
 
 
-def judge(model: Model, folder: Path, uncached: Path, extractor: EffLite0) -> dict:
-    """Distances to the real images, and to the uncached images of the same seeds."""
+def judge(kind: str, model: Model, macs: Macs, per_image: Macs, folder: Path, uncached: Path, extractor: EffLite0,
+          **details: object) -> Result:
+    """Distances to the real images, and to the uncached images of the same seeds.
+
+    macs, per_image: of a step and one row, and of a whole image. details: what else there is to say of the arm.
+    """
+    started, against = time.time(), open_images(uncached)
     samples = open_images(folder)
     samples.description = str(folder.relative_to(ROOT))         # for the record, which is read on other machines too
-    reference, held_out = open_reference(f"emoji:{model.groups}", samples.size)
-    result = {"quality": quality(samples, reference, extractor, held_out, with_floors=folder == uncached)}
-    if folder != uncached:
-        result["fidelity"] = fidelity(samples, open_images(uncached), extractor)
-    return result | {"run": samples.run()}
+    reference, held_out = quality.open_reference(f"emoji:{model.groups}", samples.size)
+    found = quality.quality(samples, reference, extractor, held_out, with_floors=folder == uncached)
+    near = fidelity.fidelity(samples, against, extractor) if folder != uncached else None
+    result = of_samples(
+        kind, samples, quality.metrics(found) | (fidelity.metrics(near) if near else {}), extractor.device,
+        inputs={"reference": f"emoji:{model.groups}", "against": str(uncached.relative_to(ROOT))},
+        hashes=quality.hashes(found), started=started, details={
+            **details, "macs_per_image": dataclasses.asdict(Cost(*per_image)), "quality": found, "fidelity": near,
+            "sampled": samples.run()["provenance"]})
+    return dataclasses.replace(result, macs=Cost(*macs))
 
 
-def time_arms(model: Model, arms: list[Arm], quick: bool) -> dict:
+def time_arms(model: Model, arms: list[Arm], quick: bool) -> Result:
     """Seconds of a full and of a cached step, in turns, and from them the seconds of a run of every arm."""
+    started = time.time()
     config = load_config(model.config)
     unet = place(load_unet(config, ROOT / config.checkpoint), "cpu", torch.float32)
     batch_size = 32
@@ -157,53 +172,55 @@ def time_arms(model: Model, arms: list[Arm], quick: bool) -> dict:
     full, ratio = timings["full"], timings["cached"].ratio(timings["full"])
     # The cost of a run in full steps. The ratio is taken round by round, so that times when the machine is busy cancel.
     cost = {arm.name: len(arm.full_steps) + (arm.steps - len(arm.full_steps)) * ratio for arm in arms}
-    return {"batch_size": batch_size, "threads": torch.get_num_threads(),
-            "full": full.to_json(), "cached": timings["cached"].to_json(), "ratio": ratio,
-            "images_per_second": {name: batch_size / (value * full.median) for name, value in cost.items()},
-            "speedup": {name: cost["uncached"] / value for name, value in cost.items()}}
+    return Result(
+        "throughput", config.name, {"batch_size": batch_size, "dtype": "fp32", "weights": config.checkpoint},
+        throughput={"full": full.to_json(), "branches": [
+            {"branch": config.sampler.branch, **timings["cached"].to_json(), "ratio": ratio}]},
+        details={"images_per_second": {name: batch_size / (value * full.median) for name, value in cost.items()},
+                 "speedup": {name: cost["uncached"] / value for name, value in cost.items()}},
+        provenance=provenance("cpu")).stamped(started)
 
 
-def pictures(model: Model, arms: list[Arm], results: dict[str, dict], folder: Path, samples: Path) -> None:
+def point(family: str, result: Result) -> dict:
+    """What the charts of cost against quality show of an arm."""
+    def interval(metric: Metric, scale: float = 1.0) -> list[float]:
+        return [scale * v for v in (metric.value, *metric.interval)]
+
+    psnr = result.metrics.get("PSNR")
+    return {"family": family, "label": result.details["label"], "cost": giga(result.details["macs_per_image"]["macs"]),
+            "fd": interval(result.metrics[FD]), "kid": interval(result.metrics[KID], 1e3),
+            "psnr": psnr.value if psnr else None}
+
+
+PANELS = [("fd", "FD-EffLite0 (lower is better)"), ("kid", "KID-EffLite0 x 1000 (lower is better)"),
+          ("psnr", "PSNR to uncached, dB (higher is better)")]
+
+
+def pictures(model: Model, arms: list[Arm], found: dict[str, Result], folder: Path, samples: Path) -> None:
     """samples_MODEL.png and cost_quality_MODEL.png."""
     shown = [arm for arm in arms if arm.family != "fewer steps" and arm.name != "n2"]
     rows = [(arm.label, next(open_images(samples / arm.name).batches(SHOWN))) for arm in shown]
     sample_rows(rows, folder / f"samples_{model.name}.png")
 
-    def interval(result: dict, measure: str, scale: float = 1.0) -> list[float]:
-        value = result["quality"][measure]
-        return [scale * v for v in (value["value"], *value["interval"])]
-
-    points = []
-    for arm in arms:
-        if arm.family != "ablation":
-            result = results[arm.name]
-            points.append({"family": arm.family, "label": arm.label, "cost": giga(result["macs"]["hook"]),
-                           "fd": interval(result, FD), "kid": interval(result, KID, 1e3),
-                           "psnr": result["fidelity"]["psnr"]["mean"] if "fidelity" in result else None})
-    cost_against_quality(points, folder / f"cost_quality_{model.name}.png",
-                         [("fd", "FD-EffLite0 (lower is better)"), ("kid", "KID-EffLite0 x 1000 (lower is better)"),
-                          ("psnr", "PSNR to uncached, dB (higher is better)")])
+    points = [point(arm.family, found[arm.name]) for arm in arms if arm.family != "ablation"]
+    cost_against_quality(points, folder / f"cost_quality_{model.name}.png", PANELS)
 
 
 def arms_of(model: Model, quick: bool) -> tuple[list[Arm], Macs, Macs]:
-    """The arms of a model and the MACs of its full and cached steps, for one image."""
+    """The arms of a model and the MACs of its full and cached steps, for one row of a batch."""
     config = load_config(model.config)
-    rows = rows_per_image(config)
-    full, cached = (Macs(*(rows * value for value in macs))
-                    for macs in step_macs(build(config), example_inputs(config), config.sampler.branch))
+    full, cached = step_macs(build(config), example_inputs(config), config.sampler.branch)
     return plan(model, cached.hook / full.hook, quick), full, cached
 
 
 def section(model: Model, folder: Path) -> str | None:
     """A model's part of table.md, from its results in `folder`; None where there are none."""
-    def read(name: str) -> dict:
-        return json.loads((folder / model.name / f"{name}.json").read_text())
-
-    if not (folder / model.name / "timing.json").is_file():
+    timing = folder / model.name / "timing.json"
+    if not timing.is_file():
         return None
-    timing = read("timing")
-    results = {arm: read(arm) for arm in timing["speedup"]}
-    return f"## {model.title}\n\n" + report(results, timing, timing["provenance"])
+    found = {result.details["arm"]: result for path, result in results.read_all(folder / model.name) if path != timing}
+    in_order = dict(sorted(found.items(), key=lambda pair: pair[1].details["place"]))
+    return f"## {model.title}\n\n" + report(in_order, results.read(timing))
 
 
 @command
@@ -233,21 +250,19 @@ def main() -> None:
               flush=True)
         sample(model, arm, samples / model.name / arm.name, model.images, args.batch_size)
 
-    where, extractor = provenance("cpu"), EffLite0()
+    extractor = EffLite0()
     for model, (arms, full, cached) in plans.items():
         print(f"{model.name}: timing full and cached steps", flush=True)
-        timing = time_arms(model, arms, args.quick)
-        (folder / model.name).mkdir(parents=True, exist_ok=True)
-        write_json(folder / model.name / "timing.json", {"kind": "throughput", **timing, "provenance": where})
-        results, root = {}, samples / model.name
-        for arm in tqdm(arms, desc=f"judging {model.name}", unit="arm"):
+        results.write(folder / model.name / "timing.json", time_arms(model, arms, args.quick))
+        found, root = {}, samples / model.name
+        for number, arm in enumerate(tqdm(arms, desc=f"judging {model.name}", unit="arm")):
             macs = average(full, cached, arm.full_steps, arm.steps)
-            results[arm.name] = {"kind": "demo", "arm": arm.name, "label": arm.label, "steps": arm.steps,
-                                 "full_steps": arm.full_steps,
-                                 "macs": {"hook": macs.hook * arm.steps, "fc": macs.fc * arm.steps, "per": "image"},
-                                 **judge(model, root / arm.name, root / "uncached", extractor), "provenance": where}
-            write_json(folder / model.name / f"{arm.name}.json", results[arm.name])
-        pictures(model, arms, results, folder, root)
+            rows = rows_per_image(load_config(model.config))
+            found[arm.name] = judge("demo", model, macs, Macs(*(value * arm.steps * rows for value in macs)),
+                                    root / arm.name, root / "uncached", extractor, arm=arm.name, label=arm.label,
+                                    place=number)
+            results.write(folder / model.name / f"{arm.name}.json", found[arm.name])
+        pictures(model, arms, found, folder, root)
     table = "\n".join(filter(None, (section(model, folder) for model in MODELS)))
     write_atomically(folder / "table.md", lambda temporary: temporary.write_text(table))
     print(f"\n{table}\nwrote {folder.relative_to(ROOT)}/: table.md, pictures, one JSON per arm")

@@ -2,6 +2,7 @@
 
 from eval.cost.macs import giga
 from eval.quality import FD, KID
+from runs.results import Metric, Result
 
 HEAD = ("arm", "full / all steps", "MACs per image, G", "speed-up by MACs", "measured", "FD-EffLite0",
         "KID-EffLite0 x 1000", "PSNR to uncached, dB", "SSIM", "feature distance")
@@ -13,25 +14,30 @@ def markdown(rows: list[tuple[str, ...]]) -> list[str]:
     return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
 
 
-def with_error(estimate: dict, scale: float = 1.0) -> str:
-    return f"{scale * estimate['value']:.1f} ± {scale * 1.96 * estimate['stderr']:.1f}"
+def with_error(metric: Metric, scale: float = 1.0) -> str:
+    return f"{scale * metric.value:.1f} ± {scale * 1.96 * metric.stderr:.1f}"
 
 
-def clearly_worse(result: dict, other: dict, measure: str) -> bool:
+def shown(result: Result, name: str, decimals: int) -> str:
+    """A metric, or a dash where there was nothing to compare with."""
+    metric = result.metrics.get(name)
+    return "-" if metric is None else f"{metric.value:.{decimals}f}"
+
+
+def clearly_worse(result: Result, other: Result, name: str) -> bool:
     """Do the 95% intervals of two arms not overlap, the first being the larger?"""
-    return result["quality"][measure]["interval"][0] > other["quality"][measure]["interval"][1]
+    return result.metrics[name].interval[0] > other.metrics[name].interval[1]
 
 
-def arm_rows(results: dict[str, dict], timing: dict) -> list[tuple[str, ...]]:
-    """One row per arm; a dash where there is nothing to compare with."""
-    whole, rows = results["uncached"]["macs"]["hook"], [HEAD]
-    for name, result in results.items():
-        macs, near = result["macs"]["hook"], result.get("fidelity")
-        rows.append((result["label"], f"{len(result['full_steps'])} / {result['steps']}", f"{giga(macs):.2f}",
-                     f"{whole / macs:.2f}x", f"{timing['speedup'][name]:.2f}x",
-                     with_error(result["quality"][FD]), with_error(result["quality"][KID], 1e3),
-                     *((f"{near['psnr']['mean']:.1f}", f"{near['ssim']['mean']:.3f}",
-                        f"{near['feature_distance']['mean']:.3f}") if near else ("-", "-", "-"))))
+def arm_rows(arms: dict[str, Result], timing: Result) -> list[tuple[str, ...]]:
+    """One row per arm."""
+    whole, rows = arms["uncached"].details["macs_per_image"]["macs"], [HEAD]
+    for name, arm in arms.items():
+        macs = arm.details["macs_per_image"]["macs"]
+        rows.append((arm.details["label"], f"{len(arm.full_steps)} / {arm.settings['steps']}", f"{giga(macs):.2f}",
+                     f"{whole / macs:.2f}x", f"{timing.details['speedup'][name]:.2f}x",
+                     with_error(arm.metrics[FD]), with_error(arm.metrics[KID], 1e3),
+                     shown(arm, "PSNR", 1), shown(arm, "SSIM", 3), shown(arm, "1 - cos, EffLite0", 3)))
     return rows
 
 
@@ -47,29 +53,29 @@ def floor_rows(floors: list[dict]) -> list[tuple[str, ...]]:
     return rows
 
 
-def report(results: dict[str, dict], timing: dict, where: dict) -> str:
+def report(arms: dict[str, Result], timing: Result) -> str:
     """One model's section of table.md: what caching costs and saves, and whether the scores can be trusted."""
-    first = results["uncached"]["quality"]
+    first = arms["uncached"].details["quality"]
     nearest = first["nearest_reference"]
-    unrelated = next(result["fidelity"]["psnr"]["unrelated"] for result in results.values() if "fidelity" in result)
+    unrelated = next(near["psnr"]["unrelated"] for arm in arms.values() if (near := arm.details["fidelity"]))
     checks = []
-    few = next(name for name in results if name in ("ddim10", "plms10"))
-    for name, what in ((few, f"10 instead of {results['uncached']['steps']} sampling steps"),
+    few = next(name for name in arms if name in ("ddim10", "plms10"))
+    for name, what in ((few, f"10 instead of {arms['uncached'].settings['steps']} sampling steps"),
                        ("n10_zeroed", "a cache that is zeroed, as in the paper's Table 5")):
-        verdicts = [f"{measure} {'' if clearly_worse(results[name], results['uncached'], measure) else 'NOT '}"
+        verdicts = [f"{measure} {'' if clearly_worse(arms[name], arms['uncached'], measure) else 'NOT '}"
                     "clearly worse" for measure in (FD, KID)]
         checks.append(f"- {what}: {', '.join(verdicts)} than the uncached run")
     return "\n".join([
-        f"{first['samples']['images']} images per arm, the same seeds in each; {where['device_name']}, "
+        f"{first['samples']['images']} images per arm, the same seeds in each; {timing.provenance['device_name']}, "
         "fp32.", "",
-        *markdown(arm_rows(results, timing)), "",
+        *markdown(arm_rows(arms, timing)), "",
         f"FD: Frechet distance in the first {first[FD]['dims']} principal directions of the "
         f"{first['reference']['images']} real training images. KID: unbiased kernel distance. Both are on "
         "EfficientNet-Lite0 features: they are not FID, and compare with each other only. ± is 1.96 standard errors "
         "over draws of the samples.",
         "Measured: network time of a run, from full and cached steps timed in turns at batch "
-        f"{timing['batch_size']} on {timing['threads']} threads; a cached step took {timing['ratio']:.3f} of a full "
-        "one.",
+        f"{timing.settings['batch_size']} on {timing.provenance['threads']} threads; a cached step took "
+        f"{timing.throughput['branches'][0]['ratio']:.3f} of a full one.",
         f"PSNR, SSIM and feature distance (1 - cosine): to the uncached image of the same seed; images of different "
         f"seeds have a PSNR of {unrelated:.1f} dB.", "",
         "**Can the scores see what matters?** (95 % intervals that do not overlap)", "", *checks, "",

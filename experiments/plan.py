@@ -17,11 +17,11 @@ import torch
 
 from eval.cost.macs import giga
 from eval.cost.runs import full_calls, macs_per_image, macs_per_step
-from eval.tables import results
 from eval.tables.paper import Table, find
 from eval.tables.render import align, shown
 from eval.tables.rows import Runs, of_table
 from experiments.jobs import Job, make_job, run
+from runs import results
 from runs.cli import command
 from runs.errors import UserError
 from runs.families import family_named_by

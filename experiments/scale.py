@@ -14,13 +14,13 @@ import torch
 from caching.block_schedule import PlannedBlocks
 from eval.cost.runs import full_calls, macs_per_image, pruned
 from eval.metrics.inception import DIMS
-from eval.tables import results
 from eval.tables.paper import tables
 from eval.tables.render import Found, speed_of
 from eval.tables.rows import of_table, printed_values
 from experiments.demo_report import markdown
 from experiments.jobs import Job, make_job
 from experiments.plan import user_parser
+from runs import results
 from runs.cli import command
 from runs.errors import UserError
 from runs.files import ROOT, write_atomically

@@ -10,9 +10,9 @@ uncached run. Writes results/block_caching/study/: table.md, and a JSON per vari
 """
 
 import argparse
-import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +24,15 @@ from caching.scale_shift import relative_distance
 from eval.metrics.intervals import mean_estimate
 from experiments.block_caching_demo import FILES
 from experiments.demo_report import markdown
+from planning.block_caching import metric_name
 from planning.block_changes import BlockChanges, ScheduleMaker
+from runs import results
 from runs.cli import command
 from runs.errors import UserError
-from runs.files import ROOT, write_atomically, write_json
+from runs.files import ROOT, write_atomically
 from runs.machine import Machine
 from runs.provenance import provenance
+from runs.results import Metric, Result
 from runs.spec import RunSpec
 
 OUT = ROOT / "results" / "block_caching" / "study"
@@ -64,14 +67,17 @@ def schedule() -> Path:
     return path
 
 
-def directions(changes: BlockChanges, config: str, steps: int, fraction: float) -> dict:
+DIRECTIONS = "later", "earlier", "earlier minus later"
+
+
+def directions(changes: BlockChanges, config: str, steps: int, fraction: float) -> Result:
     """Distances of plain reuse at equal MACs, with every change counted for the later, and for the earlier step."""
-    run = RunSpec.of(config, steps=steps).open()
+    started, run = time.time(), RunSpec.of(config, steps=steps).open()
     model = run.family.open(run, Machine(device="cpu", threads=1))
     model.load()
     earlier = replace(changes, residuals={name: one | {"changes": [*one["changes"][1:], 0.0]}
                                           for name, one in changes.residuals.items()})
-    found = {"later": [], "earlier": []}
+    found: dict[str, list[float]] = {"later": [], "earlier": []}
     for first in tqdm(range(0, 64, 16), desc=f"{config} {fraction}", unit="batch"):
         seeds = range(3000 + first, 3016 + first)
         exact = model.latents(seeds)
@@ -80,12 +86,15 @@ def directions(changes: BlockChanges, config: str, steps: int, fraction: float) 
             blocks = maker.blocks(maker.delta_for(fraction))
             found[direction] += relative_distance(model.latents(seeds, BlockCache(blocks)), exact).tolist()
     later, earlier = (np.array(found[key]) for key in ("later", "earlier"))
-    return {"config": config, "steps": steps, "macs": fraction, "held_out_seeds": "3000-3063",
-            "later": mean_estimate(later), "earlier": mean_estimate(earlier),
-            "difference": mean_estimate(earlier - later), "provenance": provenance("cpu")}
+    metrics = {metric_name("latents", direction): Metric.of(mean_estimate(values))
+               for direction, values in zip(DIRECTIONS, (later, earlier, earlier - later), strict=True)}
+    return Result("index direction", model.settings["model"], model.settings, len(later), metrics,
+                  hashes={"checkpoint": model.settings["checkpoint_sha256"]}, provenance=provenance("cpu"),
+                  details={"config": config, "fraction_of_macs": fraction, "held_out_seeds": "3000-3063"}
+                  ).stamped(started)
 
 
-def trained(schedule: Path, name: str, method: str, runs: int, *options: str) -> dict:
+def trained(schedule: Path, name: str, method: str, runs: int, *options: str) -> Result:
     """The report of a variant, which is made where it is absent; the tensors are not kept."""
     path = OUT / f"{name}.safetensors"
     report = path.with_suffix(".scale_shift.json")
@@ -93,11 +102,12 @@ def trained(schedule: Path, name: str, method: str, runs: int, *options: str) ->
         run("train", *RUN, *HELD_OUT, "--seeds", SEEDS[runs], "--schedule", str(schedule), "--method", method, *options,
             "--out", str(path))
         path.unlink()
-    return json.loads(report.read_text())
+    return results.read(report)
 
 
-def shown(value: dict) -> str:
-    return f"{value['mean']:.4f} [{value['interval'][0]:.4f}, {value['interval'][1]:.4f}]"
+def shown(result: Result, measure: str, arm: str) -> str:
+    metric = result.metrics[metric_name(measure, arm)]
+    return "{:.4f} [{:.4f}, {:.4f}]".format(metric.value, *metric.interval)
 
 
 @command
@@ -111,9 +121,9 @@ def main() -> None:
         name = label.replace(", ", "_").replace(" ", "_").replace("Adam", "adam")
         one = trained(path, name, *how)
         if len(fits) == 1:
-            fits.append(("none (plain reuse)", shown(one["residuals"]["plain"]), shown(one["latents"]["plain"]), "-"))
-        fits.append((label, shown(one["residuals"]["adjusted"]), shown(one["latents"]["adjusted"]),
-                     shown(one["latents"]["difference"])))
+            fits.append(("none (plain reuse)", shown(one, "residuals", "plain"), shown(one, "latents", "plain"), "-"))
+        fits.append((label, shown(one, "residuals", "adjusted"), shown(one, "latents", "adjusted"),
+                     shown(one, "latents", "adjusted minus plain")))
 
     index = [("model", "MACs", "counted for the later step", "for the earlier step", "difference")]
     for name, changes, steps, fraction in (("ddpm", FILES / "ddpm_20_changes.json", 20, 0.5), *(
@@ -121,11 +131,10 @@ def main() -> None:
             for name, steps in (("ddpm", 100), ("ldm", 50)) for fraction in (0.5, 0.3))):
         report = OUT / f"direction_{name}_{steps}_{round(100 * fraction)}.json"
         if not report.is_file():
-            write_json(report, {"kind": "index direction", **directions(
-                BlockChanges.load(changes), f"configs/{name}_emoji.yaml", steps, fraction)})
-        one = json.loads(report.read_text())
-        index.append((f"{name}_emoji, {steps} steps", f"{fraction:g}", shown(one["later"]), shown(one["earlier"]),
-                      shown(one["difference"])))
+            results.write(report, directions(BlockChanges.load(changes), f"configs/{name}_emoji.yaml", steps, fraction))
+        one = results.read(report)
+        index.append((f"{name}_emoji, {steps} steps", f"{fraction:g}",
+                      *(shown(one, "latents", direction) for direction in DIRECTIONS)))
     text = "\n".join(["Relative L2 distances, means over 64 held-out seeds with 95 % intervals.", "",
                       "Scale and shift: 20 DDIM steps of the emoji DDPM, blocks of all kinds, half of the MACs.", "",
                       *markdown(fits), "",

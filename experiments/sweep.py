@@ -43,19 +43,18 @@ import torch
 
 from caching.block_schedule import PlannedBlocks
 from caching.schedules import RULES
+from eval import fidelity, quality
 from eval.cost.macs import giga
 from eval.cost.runs import full_calls, macs_per_image, macs_per_step
-from eval.fidelity import METRICS, fidelity
 from eval.metrics.features import EffLite0
 from eval.metrics.images import open_images
-from eval.quality import FD, KID, difference, open_reference, quality
-from eval.tables import results
+from eval.quality import FD, KID
 from eval.tables.render import align
-from eval.tables.results import Metric, Result
+from eval.tables.results import of_samples
 from experiments import sweep_report
 from experiments.jobs import Job, job_of, python, trained_on
 from experiments.plan import add_options, check, check_one_model, disk
-from runs import arguments
+from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError
 from runs.families import family_named_by
@@ -64,6 +63,7 @@ from runs.folder import missing_seeds
 from runs.image_model import fill
 from runs.machine import Machine
 from runs.prompts import read_prompts
+from runs.results import Metric, Result
 from runs.settings import read_yaml
 from runs.spec import DTYPES, RunSpec
 from sampling.samplers import SAMPLERS
@@ -215,7 +215,7 @@ def _extractor(device: str | None) -> EffLite0:
 
 @cache
 def _reference(text: str, size: tuple[int, int]) -> tuple:
-    return open_reference(text, size)
+    return quality.open_reference(text, size)
 
 
 def judge(job: Job, uncached: Job) -> None:
@@ -236,19 +236,15 @@ def judge(job: Job, uncached: Job) -> None:
     warnings.filterwarnings("ignore", r"\d+ images for \d+ dimensions")     # of FD, which is left out with few images
     samples, against = (open_images(one.folder, range(job.images)) for one in (job, uncached))
     reference, held_out = _reference(trained_on(job.run.config), samples.size)
-    found = quality(samples, reference, extractor, held_out, with_floors=False)
+    found = quality.quality(samples, reference, extractor, held_out, with_floors=False)
     kept = (FD, KID) if job.images >= FEWEST else (KID,)
-    metrics = {name: Metric(found[name]["value"], found[name]["interval"], found[name]["stderr"]) for name in kept}
+    metrics = {name: Metric.of(found[name]) for name in kept}
     if job.folder != uncached.folder:
-        by, near = difference(samples, against, reference, extractor), fidelity(samples, against, extractor)
-        metrics |= {sweep_report.minus_uncached(name): Metric(by[name]["value"], by[name]["interval"],
-                                                              by[name]["stderr"]) for name in kept}
-        metrics |= {METRICS[name]: Metric(value["mean"], value["interval"]) for name, value in near.items()
-                    if name in METRICS and value["mean"] is not None}
-    hashes = {"images": found["samples"]["sha256"], "reference": found["reference"]["sha256"],
-              "extractor": found["extractor"]}
+        by = quality.difference(samples, against, reference, extractor)
+        metrics |= {sweep_report.minus_uncached(name): Metric.of(by[name]) for name in kept}
+        metrics |= fidelity.metrics(fidelity.fidelity(samples, against, extractor))
     inputs = {"reference": trained_on(job.run.config), "against": str(uncached.folder)}
-    result = results.of_samples(KIND, samples, metrics, extractor.device, inputs=inputs, hashes=hashes,
+    result = of_samples(KIND, samples, metrics, extractor.device, inputs=inputs, hashes=quality.hashes(found),
                                 details={"nearest_reference": found["nearest_reference"]}, started=started)
     results.write(job.result, dataclasses.replace(result, macs=results.Cost(*macs_per_step(job.run))))
 

@@ -12,19 +12,20 @@ import numpy as np
 
 from eval.cost.macs import giga
 from eval.cost.runs import full_calls, macs_per_image
+from eval.metrics.registry import MEASURES
 from eval.quality import KID
-from eval.tables import results
 from eval.tables.paper import Table
 from eval.tables.plots import heat_maps, quality_fronts
-from eval.tables.render import METRICS, Speed, speed_of
-from eval.tables.results import Result
+from eval.tables.render import Speed, speed_of
 from eval.tables.rows import printed_values
 from experiments.demo_report import markdown
 from experiments.jobs import Job
+from runs import results
 from runs.files import write_atomically
+from runs.results import Result
 from runs.spec import Run
 
-HIGHER = ("PSNR", "SSIM", "CLIP score", "IS", "precision", "recall")      # is better; of all else, lower is
+HIGHER = tuple(name for name, measure in MEASURES.items() if measure.higher)       # is better
 SHOWN = (KID, "PSNR", "FID", "CLIP score")    # in the pictures; KID is unbiased, however few the images are
 AXES = ("sampler", "steps", "interval", "branch", "schedule", "center", "power", "block schedule")
 PAIRS = (("interval", "branch"), ("center", "power"))                     # of the heat maps: rows, columns
@@ -166,13 +167,13 @@ def draw(points: Sequence[Point], folder: Path) -> list[Path]:
         return drawn
     costs = [("macs", "MACs per image (G)"), ("time", "measured network time (uncached = 1)")]
     costs = [cost for cost in costs if any(getattr(p, cost[0]) is not None for p in points)]
-    by_name = {name: (column, scale) for column, (name, scale) in METRICS.items()}
     marks = []
     for p in points:
         cached = p.run.caching
         values = {name: p.metric(name) for name in names} | {"macs": giga(p.macs), "time": p.time}
-        values["printed"] = {name: [float(numbers[by_name[name][0]]) / by_name[name][1] for _, _, numbers in p.printed
-                                    if by_name.get(name, ("",))[0] in numbers] for name in names}
+        values["printed"] = {name: [float(numbers[MEASURES[name].column]) / MEASURES[name].scale
+                                    for _, _, numbers in p.printed if MEASURES[name].column in numbers]
+                             for name in names}
         marks.append(values | {"label": label(p, axes), "color": p.axes[axes[0]] if cached and axes else None,
                                "marker": p.axes[axes[1]] if cached and len(axes) > 1 else None, "cached": bool(cached)})
     panels = [(cost, (name, name, name in HIGHER), on_front(points, cost[0], name)) for name in names for cost in costs]

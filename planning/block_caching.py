@@ -14,6 +14,7 @@ model's sample command that say what is sampled; with --config given, --help lis
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +41,7 @@ from eval.cost.macs import branch_macs, on_meta, residual_macs, schedule_macs
 from eval.metrics.intervals import mean_estimate
 from planning.block_changes import BlockChanges, ScheduleMaker, summary
 from planning.block_plots import change_curves, schedule_chart, similarity_maps
-from runs import arguments
+from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError, as_user_error
 from runs.families import Config, example_inputs, family_named_by
@@ -48,6 +49,7 @@ from runs.files import write_json
 from runs.image_model import ImageModel, add_run, spec_of
 from runs.machine import Machine
 from runs.provenance import provenance
+from runs.results import Metric, Result
 from runs.seeds import format_seeds, parse_seeds
 from runs.spec import RunSpec, SamplerOptions
 from runs.weights import save_tensors
@@ -292,15 +294,24 @@ def by_least_squares(model: ImageModel, schedule: BlockSchedule, seeds: list[int
 METHODS = {"least-squares": by_least_squares, "adam": by_adam}
 
 
+MEASURES = ("residuals", "latents", "pixels")
+ARMS = ("plain", "adjusted", "adjusted minus plain")
+
+
+def metric_name(measure: str, arm: str) -> str:
+    """One of MEASURES of one of ARMS, in the report of `train`."""
+    return f"{measure}, {arm}"
+
+
 def judge(model: ImageModel, schedule: BlockSchedule, table: list[Adjustment], seeds: list[int], batch_size: int
-          ) -> dict:
+          ) -> dict[str, Metric]:
     """Distances to the uncached network with and without the adjustment, on the same seeds: means, and their
-    difference, each with a 95% interval over the seeds.
+    difference, each with a 95% interval over the seeds; by `metric_name`.
 
     residuals: of the reused ones to those that the network would compute, relative, mean over calls and residuals.
     latents: of what sampling ends on, relative. pixels: root mean square, of 255.
     """
-    found = {arm: {"residuals": [], "latents": [], "pixels": []} for arm in ("plain", "adjusted")}
+    found: dict[str, dict[str, list[float]]] = {arm: {measure: [] for measure in MEASURES} for arm in ARMS[:2]}
     for batch, report in batches(seeds, batch_size, "judging", model, work=3):
         exact = model.latents(batch, report=report)
         images = model.decode(exact).astype(np.float32)
@@ -314,14 +325,16 @@ def judge(model: ImageModel, schedule: BlockSchedule, table: list[Adjustment], s
             difference = np.square(model.decode(latents) - images).mean(axis=(1, 2, 3))
             found[arm]["pixels"] += np.sqrt(difference).tolist()
 
-    def compare(measure: str) -> dict:
-        plain, adjusted = (np.array(found[arm][measure]) for arm in ("plain", "adjusted"))
-        return {"plain": mean_estimate(plain), "adjusted": mean_estimate(adjusted),
-                "difference": mean_estimate(adjusted - plain)}
-    return {measure: compare(measure) for measure in ("residuals", "latents", "pixels")}
+    metrics = {}
+    for measure in MEASURES:
+        plain, adjusted = (np.array(found[arm][measure]) for arm in ARMS[:2])
+        for arm, values in zip(ARMS, (plain, adjusted, adjusted - plain), strict=True):
+            metrics[metric_name(measure, arm)] = Metric.of(mean_estimate(values))
+    return metrics
 
 
 def train(args: argparse.Namespace) -> None:
+    started = time.time()
     check_out(args.out, ".safetensors")
     if not args.lr > 0 or not args.ridge >= 0:
         raise UserError(f"--lr must be above 0 and --ridge 0 or more, got {args.lr:g} and {args.ridge:g}")
@@ -344,13 +357,15 @@ def train(args: argparse.Namespace) -> None:
     save_tensors(scale_shift_tensors(table, schedule), args.out, scale_shift_metadata(schedule, notes))
     found = judge(model, schedule, load_scale_shift(args.out, schedule), held_out, args.batch_size)
     report = args.out.with_suffix(".scale_shift.json")          # not .json, which the schedule may be called
-    write_json(report, {
-        "kind": "scale-shift", **notes, "schedule_sha256": schedule.sha256, "held_out_seeds": format_seeds(held_out),
-        **found, "settings": model.settings, "provenance": provenance(model.device)})
+    hashes = {"checkpoint": model.settings["checkpoint_sha256"], "schedule": schedule.sha256}
+    results.write(report, Result("scale-shift", model.settings["model"], model.settings, len(held_out), found,
+                                 hashes=hashes, provenance=provenance(model.device),
+                                 details={**notes, "held_out_seeds": format_seeds(held_out)}).stamped(started))
     print(f"{len(held_out)} held-out seeds; distance to the network without caching, 95% intervals:")
-    for measure, value in found.items():
-        print(f"{measure:10}" + "".join("  {} {:.4f} [{:.4f}, {:.4f}]".format(name, one["mean"], *one["interval"])
-                                        for name, one in value.items()))
+    for measure in MEASURES:
+        shown = ((arm, found[metric_name(measure, arm)]) for arm in ARMS)
+        print(f"{measure:10}" + "".join("  {} {:.4f} [{:.4f}, {:.4f}]".format(arm, one.value, *one.interval)
+                                        for arm, one in shown))
     print(f"{args.out} and {report}")
 
 

@@ -3,8 +3,11 @@
 import os
 import re
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from runs.errors import UserError
+
+T = TypeVar("T")
 
 
 def parse_seeds(text: str, what: str = "seeds") -> list[int]:
@@ -12,7 +15,7 @@ def parse_seeds(text: str, what: str = "seeds") -> list[int]:
 
     Raises UserError for anything else than numbers and ascending ranges, and for repeats.
     """
-    seeds = []
+    seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not match:
@@ -49,7 +52,7 @@ def format_some(seeds: Iterable[int]) -> str:
     return text if len(text) <= 60 else text[:60].rsplit(",", 1)[0] + ",..."
 
 
-def deal(seeds: Sequence[int]) -> Sequence[int]:
+def deal(seeds: Sequence[T]) -> Sequence[T]:
     """The seeds of this process: a contiguous slice of them, as long as those of the other ranks up to one."""
     rank, world = rank_and_world()
     bounds = [len(seeds) * i // world for i in (rank, rank + 1)]

@@ -15,9 +15,13 @@ from torchmetrics.image.kid import poly_mmd
 
 from eval import adm
 from eval.adm import LAYERS, main, open_reference
-from eval.metrics import statistics
+from eval.metrics import evaluator, inception_scores
+from eval.metrics.frechet import GROUPS, Moments, frechet_of_parts
 from eval.metrics.images import open_images
 from eval.metrics.inception import MODES, Inception, load
+from eval.metrics.intervals import Share, jackknife
+from eval.metrics.kernel import kid_of_subsets
+from eval.metrics.measure import Sets
 from runs.errors import UserError
 from runs.npz import pack
 
@@ -148,10 +152,10 @@ def in_parts(x, size=70):
 def test_moments_are_numpys_however_the_features_are_cut():
     x = gaussians(500, 12, np.random.default_rng(1)) + 1000
     for size in (70, 500, 1):
-        mu, sigma = statistics.Moments(in_parts(x, size), groups=5).statistics()
+        mu, sigma = Moments(in_parts(x, size), groups=5).statistics()
         assert np.allclose(mu, x.astype(np.float64).mean(0), rtol=1e-12)
         assert np.allclose(sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-8)
-    moments = statistics.Moments([x], groups=4)
+    moments = Moments([x], groups=4)
     assert moments.counts.tolist() == [125] * 4
     without = [moments.statistics(g)[0] for g in range(4)]
     assert np.allclose(np.mean(without, 0), x.astype(np.float64).mean(0), rtol=1e-12)
@@ -163,22 +167,22 @@ def test_frechet_agrees_with_scipy_and_the_closed_form():
     mu1, cov1, mu2, cov2 = (f(a.astype(np.float64)) for a in (x, y)
                             for f in (lambda a: a.mean(0), lambda a: np.cov(a, rowvar=False)))
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2) - 2 * np.trace(scipy.linalg.sqrtm(cov1 @ cov2)).real
-    assert statistics.frechet(in_parts(x), mu2, cov2).value == pytest.approx(expected, rel=1e-8)
+    assert frechet_of_parts(in_parts(x), mu2, cov2).value == pytest.approx(expected, rel=1e-8)
     # y = scale * x + shift, whose covariances commute
-    scaled = statistics.frechet(in_parts(x), 3 * mu1 + 1, 9 * cov1).value
+    scaled = frechet_of_parts(in_parts(x), 3 * mu1 + 1, 9 * cov1).value
     assert scaled == pytest.approx(((2 * mu1 + 1) ** 2).sum() + 4 * np.trace(cov1), rel=1e-8)
 
 
 def test_the_jackknife_is_the_spread_over_new_samples():
     rng = np.random.default_rng(3)
     draws = [(rng.normal(size=(400, 6)) * 1.3 + 0.4).astype(np.float32) for _ in range(100)]
-    found = [statistics.frechet(in_parts(x), np.zeros(6), np.eye(6)) for x in draws[:30]]
-    spread = np.std([statistics.frechet([x], np.zeros(6), np.eye(6), groups=0).value for x in draws])
+    found = [frechet_of_parts(in_parts(x), np.zeros(6), np.eye(6)) for x in draws[:30]]
+    spread = np.std([frechet_of_parts([x], np.zeros(6), np.eye(6), groups=0).value for x in draws])
     assert 0.75 < np.mean([estimate.stderr for estimate in found]) / spread < 1.35
     values = rng.normal(size=20)
-    assert statistics.jackknife([np.delete(values, i).mean() for i in range(20)]) == pytest.approx(
+    assert jackknife([np.delete(values, i).mean() for i in range(20)]) == pytest.approx(
         values.std(ddof=1) / 20 ** 0.5)
-    assert np.isnan(statistics.frechet([draws[0]], np.zeros(6), np.eye(6), groups=0).stderr)
+    assert np.isnan(frechet_of_parts([draws[0]], np.zeros(6), np.eye(6), groups=0).stderr)
 
 
 def test_inception_score_by_hand_and_its_dependence_on_order():
@@ -187,30 +191,30 @@ def test_inception_score_by_hand_and_its_dependence_on_order():
     p /= p.sum(1, keepdims=True)
     blocks = [p[:10], p[10:20], p[20:]]
     scores = [np.exp(np.mean(np.sum(b * (np.log(b) - np.log(b.mean(0))), 1))) for b in blocks]
-    found = statistics.inception_score(in_parts(logits, 4), split=10)
+    found = inception_scores.inception_score(in_parts(logits, 4), split=10)
     assert found.blocks == pytest.approx(scores, rel=1e-10)
     assert found.mean == pytest.approx(np.mean(scores)) and found.deviation == pytest.approx(np.std(scores))
     assert found.estimate.stderr == pytest.approx(np.std(scores, ddof=1) / 3 ** 0.5)
     by_class = logits[np.argsort(logits.argmax(1), kind="stable")]
-    assert statistics.inception_score([by_class], split=10).mean < 0.8 * found.mean
+    assert inception_scores.inception_score([by_class], split=10).mean < 0.8 * found.mean
 
 
 def test_precision_and_recall_by_brute_force(monkeypatch):
     rng = np.random.default_rng(5)
     x, y = rng.normal(size=(60, 4)), rng.normal(size=(43, 4)) * 0.8 + 1
-    monkeypatch.setattr(statistics, "_PR_ROWS", 7)
+    monkeypatch.setattr(inception_scores, "_PR_ROWS", 7)
 
     def inside(points, balls):
         radii = [sorted(np.linalg.norm(balls - ball, axis=1))[3] for ball in balls]       # itself is the nearest
         return np.mean([any(np.linalg.norm(point - ball) <= r for ball, r in zip(balls, radii, strict=True))
                         for point in points])
 
-    precision, recall = statistics.precision_recall(x.astype(np.float32), y.astype(np.float32))
+    precision, recall = inception_scores.precision_recall(x.astype(np.float32), y.astype(np.float32))
     assert 0.1 < precision.value < 0.95 and 0.1 < recall.value < 0.95
     assert precision.value == pytest.approx(inside(x, y), abs=1e-6)
     assert recall.value == pytest.approx(inside(y, x), abs=1e-6)
     assert precision.of == 60 and recall.of == 43
-    low, high = statistics.Share(1.0, 100).interval
+    low, high = Share(1.0, 100).interval
     assert 0.95 < low < 0.97 and high == pytest.approx(1)
 
 
@@ -218,7 +222,7 @@ def test_kid_agrees_with_torchmetrics():
     rng = np.random.default_rng(6)
     x, y = (gaussians(80, 9, rng) / 3 for _ in range(2))
     expected = poly_mmd(*(torch.from_numpy(a).double() for a in (x, y)), degree=3, gamma=None, coef=1.0).item()
-    found = statistics.kid(x, y)        # a subset is the whole set here
+    found = kid_of_subsets(x, y)        # a subset is the whole set here
     assert found.size == 80 and found.mean == pytest.approx(expected, rel=1e-9)
 
 
@@ -340,9 +344,9 @@ def test_a_reference_without_statistics_is_judged_by_its_images(tmp_path):
             return self.values[layer]
 
     x, y = Known(40), Known(30)
-    scores = adm.score(x, y, None)
-    expected = statistics.frechet([x.all("spatial")], *statistics.Moments([y.all("spatial")]).statistics())
+    scores = evaluator.score("adm", Sets(x, None, y, GROUPS))
+    expected = frechet_of_parts([x.all("spatial")], *Moments([y.all("spatial")]).statistics())
     assert scores.metrics["sFID"].value == pytest.approx(expected.value) and scores.metrics["sFID"].interval
-    few = adm.score(Known(3), y, None)
+    few = evaluator.score("adm", Sets(Known(3), None, y, GROUPS))
     assert "precision" not in few.metrics and "more than 3" in few.unavailable["recall"]
     assert "-   (they need" in adm.table(few, 3, 30)

@@ -29,6 +29,7 @@ from ldm.checkpoint import published_state_dict as ldm_tensors
 from ldm.unet import UNet as LatentUNet
 from planning import block_caching
 from planning.block_changes import BlockChanges, ScheduleMaker
+from runs import results
 
 STEPS = 5
 DDPM = {"resolution": 16, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
@@ -283,9 +284,9 @@ def test_scale_shift_brings_held_out_seeds_nearer(made, tmp_path, method):
     assert program("train", "--config", made / "ddpm.yaml", "--device", "cpu", "--schedule", made / "half.json",
                    "--seeds", "30-77", "--batch-size", 4, "--lr", 1e-2, "--held-out-seeds", "20-23", "--method", method,
                    "--out", out) == 0
-    found = json.loads((tmp_path / "x.scale_shift.json").read_text())
-    assert found["method"] == method and found["held_out_seeds"] == "20-23"
-    assert found["residuals"]["difference"]["interval"][1] < 0
+    found = results.read(tmp_path / "x.scale_shift.json")
+    assert found.details["method"] == method and found.details["held_out_seeds"] == "20-23" and found.images == 4
+    assert found.metrics["residuals, adjusted minus plain"].interval[1] < 0
     assert len(load_scale_shift(out, BlockSchedule.load(made / "half.json"))) == STEPS
 
 

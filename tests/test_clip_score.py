@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from eval import clip_score
 from eval.metrics.intervals import mean_estimate
-from eval.tables import results
+from runs import results
 from runs.prompts import prompts_sha256
 
 PROMPTS = ["a red cube", "a whale in the sky", "two balls", "Salvador Dalí", "a clock", "an owl"]

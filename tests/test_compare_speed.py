@@ -1,14 +1,14 @@
 """The comparison with diffusers and the PyPI package: same results, honest ratios. Never how long anything took."""
 
-import json
-
 import pytest
 import torch
 from conftest import HERE
 
 from eval.cost import compare_speed
 from eval.cost.compare_speed import compare, peak_memory, report, whole_run
+from runs import results
 from runs.families import load_config
+from runs.results import Result
 
 CONFIGS = HERE.parent / "configs"
 
@@ -65,19 +65,20 @@ def test_whole_run():
 
 
 def test_report_and_settings_that_are_there(monkeypatch, capsys, tmp_path):
-    result = {"model": "ddpm_emoji", "settings": {"batch_size": 3, "dtype": "fp32", "mode": "eager"}, "sides": SIDES,
-              "memory": {"feature": 1e6, "ours": {"dense": 2e7, "run": 2.1e7}, "diffusers": {"dense": 2.2e7},
-                         "helper": {"run": 3e7}},
-              "expected": EXPECTED, "runs": [whole_run(SIDES, EXPECTED, 3, steps, interval)
-                                             for steps in (50, 100, 250) for interval in (1, 2, 3, 5, 10)]}
+    settings = {"batch_size": 3, "dtype": "fp32", "mode": "eager"}
+    found = {"sides": SIDES, "expected": EXPECTED,
+             "memory": {"feature": 1e6, "ours": {"dense": 2e7, "run": 2.1e7}, "diffusers": {"dense": 2.2e7},
+                        "helper": {"run": 3e7}},
+             "runs": [whole_run(SIDES, EXPECTED, 3, steps, interval)
+                      for steps in (50, 100, 250) for interval in (1, 2, 3, 5, 10)]}
     path = tmp_path / "ddpm_emoji_b3_fp32_eager_cpu.json"
-    path.write_text(json.dumps(result))
+    results.write(path, Result("compare_speed", "ddpm_emoji", settings, throughput=found))
     rows = report(tmp_path).splitlines()
     assert rows[2] == "| ddpm_emoji | 3 | fp32 | eager | 2 | 0.250 | 0.250 | 0.200 | 2.50 | 2.78 | 2.00 | 4.00 | 3.00 |"
     assert rows[-1] == "| ddpm_emoji | 3 | fp32 | 20.0 | 21.0 | 1.0 | 22.0 | 30.0 |"
-    without = {**result, "memory": {}, "sides": {side: SIDES[side] for side in ("ours", "diffusers")}}
+    without = {**found, "memory": {}, "sides": {side: SIDES[side] for side in ("ours", "diffusers")}}
     without["runs"] = [whole_run(without["sides"], EXPECTED, 3, 50, interval) for interval in (1, 2, 3, 5, 10)]
-    path.write_text(json.dumps(without))
+    results.write(path, Result("compare_speed", "ddpm_emoji", settings, throughput=without))
     monkeypatch.setattr("sys.argv", ["compare", "--model", "ddpm_emoji", "--batch-size", "3", "--dtype", "fp32",
                                      "--device", "cpu", "--out", str(tmp_path)])
     compare_speed.main()                                                # measures nothing again

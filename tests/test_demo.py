@@ -1,7 +1,5 @@
 """The demo: its arms, and a run of it on a tiny random model."""
 
-import json
-
 import pytest
 import torch
 import yaml
@@ -10,6 +8,7 @@ from safetensors.torch import save_file
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
 from experiments import demo
+from runs import results
 
 
 def test_arms_start_uncached_and_match_in_cost():
@@ -48,9 +47,13 @@ def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results" / "demo_quick"
     table = (out / "table.md").read_text()
     assert "A tiny DDPM" in table and "| N=5 | 3 / 12 |" in table and "Can the scores see what matters?" in table
-    arm = json.loads((out / "ddpm" / "n5.json").read_text())
-    assert arm["full_steps"] == [0, 5, 10] and arm["quality"]["samples"]["images"] == 80
-    assert arm["run"]["settings"]["cache"]["interval"] == 5 and arm["fidelity"]["images"] == 80
+    arm = results.read(out / "ddpm" / "n5.json")
+    assert arm.full_steps == [0, 5, 10] and arm.images == 80
+    assert arm.settings["cache"]["interval"] == 5 and arm.details["fidelity"]["images"] == 80
+    assert arm.metrics.keys() == {demo.FD, demo.KID, "PSNR", "SSIM", "1 - cos, EffLite0"}
+    uncached = results.read(out / "ddpm" / "uncached.json")
+    assert uncached.metrics.keys() == {demo.FD, demo.KID}
+    assert uncached.details["macs_per_image"]["macs"] == pytest.approx(12 * uncached.macs.macs)
     for picture in ("samples_ddpm.png", "cost_quality_ddpm.png"):
         assert (out / picture).stat().st_size > 1000
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").glob("**/*.png")}

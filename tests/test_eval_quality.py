@@ -13,10 +13,11 @@ from PIL import Image, ImageFilter
 from torchmetrics.image.kid import poly_mmd
 
 from eval import fidelity, quality
-from eval.metrics import distances
+from eval.metrics import frechet
 from eval.metrics.features import EffLite0, features_of
 from eval.metrics.images import from_array, open_images
-from eval.tables import results
+from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_neighbours, pca_basis, real_floor
+from runs import results
 from runs.errors import UserError
 from training import emoji
 
@@ -192,31 +193,31 @@ def test_frechet_distance_is_the_closed_form_where_covariances_commute():
     rng = np.random.default_rng(0)
     turn, _ = np.linalg.qr(rng.normal(size=(6, 6)))
     a, b, mu = rng.uniform(0.1, 4, 6), rng.uniform(0.1, 4, 6), rng.normal(size=6)
-    value = distances.frechet_distance(mu, turn * a @ turn.T, np.zeros(6), turn * b @ turn.T)
+    value = frechet.frechet_distance(mu, turn * a @ turn.T, np.zeros(6), turn * b @ turn.T)
     assert value == pytest.approx((mu ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-12)
 
 
 def test_frechet_distance_agrees_with_scipy():
     rng = np.random.default_rng(1)
-    (mu1, cov1), (mu2, cov2) = (distances.statistics(gaussians(rng, 20, 400)) for _ in range(2))
+    (mu1, cov1), (mu2, cov2) = (frechet.mean_and_covariance(gaussians(rng, 20, 400)) for _ in range(2))
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * scipy.linalg.sqrtm(cov1 @ cov2).real)
-    assert distances.frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-8)
-    assert distances.frechet_distance(mu1, cov1, mu1, cov1) == pytest.approx(0, abs=1e-8 * np.trace(cov1))
+    assert frechet.frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-8)
+    assert frechet.frechet_distance(mu1, cov1, mu1, cov1) == pytest.approx(0, abs=1e-8 * np.trace(cov1))
 
 
 def test_too_few_images_for_the_dimensions_warn_and_too_many_dimensions_are_refused():
     features = np.random.default_rng(0).normal(size=(16, 20))
     with pytest.warns(UserWarning, match="16 images for 20 dimensions"):
-        distances.statistics(features)
+        frechet.warn_of_few(features)
     with pytest.raises(UserError, match="choose 1 to 15"):
-        distances.pca_basis(features, 16)
+        pca_basis(features, 16)
 
 
 def test_pca_basis_finds_the_directions_of_largest_variance():
     rng = np.random.default_rng(2)
     turn, _ = np.linalg.qr(rng.normal(size=(10, 10)))
     x = (rng.normal(size=(5000, 10)) * [9, 7, 5, *[0.1] * 7]) @ turn.T + 3
-    basis = distances.pca_basis(x, 3)
+    basis = pca_basis(x, 3)
     assert np.allclose(np.abs(basis.directions.T @ turn[:, :3]), np.eye(3), atol=0.05)
     assert basis.explained > 0.999 and np.allclose(basis(x).mean(0), 0)
     assert np.allclose(basis(x).std(0), [9, 7, 5], rtol=0.05)
@@ -227,44 +228,39 @@ def test_kid_agrees_with_torchmetrics():
     x, y = gaussians(rng, 12, 90), gaussians(rng, 12, 70)
     # torchmetrics divides by the size of one set throughout, so its two must be of one size.
     expected = poly_mmd(torch.tensor(x[:70]), torch.tensor(y), degree=3, gamma=None, coef=1.0).item()
-    assert distances.kid(x[:70], y).value == pytest.approx(expected, rel=1e-10)
+    assert KernelDistance(y, 12).estimate(x[:70]).value == pytest.approx(expected, rel=1e-10)
 
     def k(a, b):
         return (a @ b / 12 + 1) ** 3
     brute = (np.mean([k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
              + np.mean([k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
              - 2 * np.mean([k(a, b) for a in x for b in y]))
-    assert distances.kid(x, y).value == pytest.approx(brute, rel=1e-10)
+    assert KernelDistance(y, 12).estimate(x).value == pytest.approx(brute, rel=1e-10)
 
 
 def test_error_bars_are_the_spread_over_new_samples():
     rng = np.random.default_rng(4)
     reference = rng.normal(size=(600, 8))
-    basis = distances.pca_basis(reference, 4)
     draws = [rng.normal(size=(150, 8)) * 1.3 + 0.4 for _ in range(80)]
-    for measure in (lambda x, repeats: distances.frechet(x, reference, basis, repeats),
-                    lambda x, repeats: distances.kid(x, reference, repeats)):
-        spread = np.std([measure(x, 2).value for x in draws])
-        claimed = np.mean([measure(x, 60).stderr for x in draws[:10]])
+    for distance in (FrechetInBasis(reference, 4), KernelDistance(reference, 4)):
+        spread = np.std([distance.estimate(x, 2).value for x in draws])
+        claimed = np.mean([distance.estimate(x, 60).stderr for x in draws[:10]])
         assert 0.75 < claimed / spread < 1.35
-    unbiased = [distances.kid(rng.normal(size=(40, 8)), reference, 2).value for _ in range(80)]
+    unbiased = [distance.estimate(rng.normal(size=(40, 8)), 2).value for _ in range(80)]
     assert abs(np.mean(unbiased)) < 3 * np.std(unbiased) / 80 ** 0.5
 
 
-@pytest.mark.parametrize("name", ["FD", "KID"])
-def test_paired_differences_cover_zero_and_find_what_separate_intervals_miss(name):
+@pytest.mark.parametrize("kind", [FrechetInBasis, KernelDistance])
+def test_paired_differences_cover_zero_and_find_what_separate_intervals_miss(kind):
     rng = np.random.default_rng(7)
-    reference = rng.normal(size=(400, 6))
-    basis = distances.pca_basis(reference, 4)
+    distance = kind(rng.normal(size=(400, 6)), 4)
 
     def paired(x, y):
-        return (distances.frechet_difference(x, y, reference, basis, 24) if name == "FD"
-                else distances.kid_difference(x, y, reference, 24))
+        return distance.difference(x, y, 24)
 
     def separate_error(x, y):
         """Of the difference, if the two runs were independent."""
-        return np.hypot(*((distances.frechet(z, reference, basis, 24) if name == "FD"
-                           else distances.kid(z, reference, 24)).stderr for z in (x, y)))
+        return np.hypot(*(distance.estimate(z, 24).stderr for z in (x, y)))
 
     def runs(shift, trials, n=100, shared=0.95):
         """Images of a seed share most of what varies, as cached and uncached ones do."""
@@ -284,27 +280,24 @@ def test_paired_differences_cover_zero_and_find_what_separate_intervals_miss(nam
 def test_paired_differences_are_the_differences_of_the_distances():
     rng = np.random.default_rng(8)
     reference, x, y = (gaussians(rng, 6, n) for n in (200, 50, 50))
-    basis = distances.pca_basis(reference, 3)
-    for of_two, of_one in ((lambda *a: distances.frechet_difference(*a, reference, basis, 5),
-                            lambda a: distances.frechet(a, reference, basis, 5)),
-                           (lambda *a: distances.kid_difference(*a, reference, 5),
-                            lambda a: distances.kid(a, reference, 5))):
-        assert of_two(x, y).value == pytest.approx(of_one(x).value - of_one(y).value, rel=1e-9)
-        assert of_two(x, x) == (0, 0)
+    for distance in (FrechetInBasis(reference, 3), KernelDistance(reference, 3)):
+        of_one = [distance.estimate(z, 5).value for z in (x, y)]
+        assert distance.difference(x, y, 5).value == pytest.approx(of_one[0] - of_one[1], rel=1e-9)
+        assert distance.difference(x, x, 5) == (0, 0)
         with pytest.raises(ValueError, match="50 and 49 images cannot be paired"):
-            of_two(x, y[:49])
+            distance.difference(x, y[:49], 5)
 
 
 def test_floor_is_at_matched_sizes_and_below_a_different_set():
     rng = np.random.default_rng(5)
     reference, held_out = rng.normal(size=(300, 12)), rng.normal(size=(60, 12))
-    basis = distances.pca_basis(reference, 6)
+    distances = FrechetInBasis(reference, 6), KernelDistance(reference, 6)
     same, other = rng.normal(size=(100, 12)), rng.normal(size=(100, 12)) * 1.5 + 0.5
     for real, sizes in ((None, ("split", 100, 200)), (held_out, ("held-out", 60, 300))):
-        near = distances.real_floor(reference, same, basis, real, repeats=40)
-        far = distances.real_floor(reference, other, basis, real, repeats=40)
+        near = real_floor(distances, same, real, repeats=40)
+        far = real_floor(distances, other, real, repeats=40)
         assert (near["kind"], near["n"], near["reference_n"]) == sizes
-        for name in ("FD", "KID"):
+        for name in (quality.FD, quality.KID):
             low, high = near[name]["real"]["range"]
             assert low < near[name]["samples"]["mean"] < high
             assert far[name]["samples"]["range"][0] > far[name]["real"]["range"][1]
@@ -314,7 +307,7 @@ def test_nearest_neighbours_find_the_copies():
     rng = np.random.default_rng(6)
     reference = rng.normal(size=(400, 5))
     chosen = rng.permutation(400)[:300]
-    indices, found = distances.nearest_neighbours(reference[chosen] + 1e-3, reference)
+    indices, found = nearest_neighbours(reference[chosen] + 1e-3, reference)
     assert np.array_equal(indices, chosen) and np.allclose(found, 1e-3 * 5 ** 0.5)
 
 

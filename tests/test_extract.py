@@ -10,8 +10,8 @@ from PIL import Image
 
 from eval.metrics import extract as extraction
 from eval.metrics.extract import extract
+from eval.metrics.frechet import Moments
 from eval.metrics.images import check_finished, open_images
-from eval.metrics.statistics import Moments
 from runs.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (14, 8, 10, 3), np.uint8)

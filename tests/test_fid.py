@@ -13,8 +13,8 @@ from cleanfid.resize import build_resizer
 from PIL import Image
 
 from eval import fid
-from eval.metrics.distances import frechet_distance
 from eval.metrics.extract import extract
+from eval.metrics.frechet import frechet_distance
 from eval.metrics.images import from_array, open_images
 from eval.metrics.inception import MODES, Inception
 from eval.metrics.sources import cifar10, open_source

@@ -12,8 +12,8 @@ from PIL import Image
 
 from eval import fidelity
 from eval.metrics.lpips import Lpips
-from eval.tables import results
 from eval.tables.plots import worst_pairs
+from runs import results
 from runs.errors import UserError
 
 HEADS = Path(torchmetrics.functional.image.__file__).parent / "lpips_models" / "alex.pth"
@@ -86,10 +86,11 @@ def test_lpips_refuses_what_is_no_alexnet(tmp_path, alexnet):
     torch.save({k: v for k, v in alexnet[1].state_dict().items() if k != "features.3.bias"}, tmp_path / "cut.pth")
     with pytest.raises(UserError, match=r"missing features\.3\.bias"):
         Lpips(tmp_path / "cut.pth")
-    Lpips.check_size((31, 64))
+    measure = Lpips(alexnet[0]).measure
+    measure.check_size((31, 64))
     with pytest.raises(UserError, match="at least 31 pixels"):
-        Lpips.check_size((64, 30))
-    assert len(Lpips(alexnet[0])(pixels(1, 31), pixels(1, 31, 1))) == 1
+        measure.check_size((64, 30))
+    assert len(measure.of(pixels(1, 31), pixels(1, 31, 1))) == 1
 
 
 def test_the_command_writes_numbers_and_pictures(tmp_path, monkeypatch, capsys, alexnet):

@@ -20,9 +20,9 @@ from slurm_node import SlurmNode, until, why_not
 
 from ddpm import sample as ddpm_sample
 from eval.cost.macs import Macs
-from eval.tables import results
 from experiments import plan
 from experiments.jobs import Job
+from runs import results
 from runs.errors import UserError
 from runs.folder import image_path
 from scripts.slurm import cluster, submit

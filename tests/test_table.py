@@ -17,11 +17,13 @@ from eval.cost import bk_sdm
 from eval.cost.macs import run_macs
 from eval.cost.runs import macs_per_step, pruned
 from eval.tables import render as table
-from eval.tables import results, rows
+from eval.tables import rows
 from eval.tables.paper import COLUMNS, FOLDER, Table, find, tables
-from eval.tables.results import Metric, Result
+from eval.tables.results import cost
+from runs import results
 from runs.errors import UserError
 from runs.families import build, example_inputs
+from runs.results import Metric, Result
 
 ROOT = HERE.parent
 SCRIPTED = [found for found in tables().values() if found.script]
@@ -205,7 +207,7 @@ def test_pruned_models_are_told_apart():
     assert table.is_of(result, tiny, section, "clip_score")
     for label in ("BK-SDM Base", "BK-SDM Small", "PLMS 50 steps"):
         assert not table.is_of(result, run_of("3", label), section, "clip_score")
-    assert results.cost(result.settings) is None
+    assert cost(result.settings) is None
     assert bk_sdm.size_of({}) is None and bk_sdm.size_of({"layers_per_block": 1}) == "base"
 
 
@@ -291,9 +293,7 @@ def test_formats(monkeypatch, capsys, tmp_path):
     assert "Not run (its schedule is not there yet" in text and "DPM 20 steps, caching" in text
 
 
-def test_all_writes_every_table_and_survives_other_json(monkeypatch, capsys, tmp_path, rendered):
-    (tmp_path / "other.json").write_text("[1]")
-    (tmp_path / "settings.json").write_text('{"interval": 5}')
+def test_all_writes_every_table(monkeypatch, capsys, tmp_path, rendered):
     run(monkeypatch, capsys, "--all", "--results", str(tmp_path))
     text = (tmp_path / "README.md").read_text()
     assert all(f"## {paper.heading}\n" in text for paper in tables().values())
@@ -343,21 +343,32 @@ def test_a_bad_result_is_not_written(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_files_from_before_the_format_are_read():
-    one = results.read(ROOT / "results/demo/ldm/n10.json")
-    old = json.loads((ROOT / "results/demo/ldm/n10.json").read_text())
-    if "format" in old:
-        pytest.skip("the demo was run again since")
-    assert one.metrics["PSNR"].value == old["fidelity"]["psnr"]["mean"] and one.images == 256
-    assert one.metrics["FD-EffLite0"].stderr == old["quality"]["FD-EffLite0"]["stderr"]
-    assert one.macs == pytest.approx(results.cost(one.settings)) and one.full_steps == old["full_steps"]
+def test_every_number_that_is_kept_here_is_read_by_the_one_reader():
+    found = dict(results.read_all(ROOT / "results"))
+    assert found.keys() == set((ROOT / "results").rglob("*.json"))
+    for path, result in found.items():
+        assert result.metrics or result.throughput, path
+        if result.macs and "block_caching" not in result.settings["cache"]:
+            assert tuple(vars(result.macs).values()) == pytest.approx(tuple(vars(cost(result.settings)).values()))
+    reports = list((ROOT / "checkpoints/block_caching").glob("*.scale_shift.json"))
+    assert reports and all(results.read(path).kind == "scale-shift" for path in reports)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"interval": 5}', '{"kind": "quality", "value": 3.0}'])
+def test_a_file_of_something_else_among_the_results_is_refused_by_name(monkeypatch, capsys, tmp_path, content):
+    results.write(tmp_path / "some.json", Result("adm"))
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, capsys, "1", "--results", str(tmp_path))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "other.json is no result of this program" in error and error.count("\n") == 1
 
 
 def test_cost_needs_a_known_model_and_schedule():
     settings = {"model": "ddpm_emoji", "steps": 10}
-    full = results.cost(settings)
-    assert full.macs > 0 and results.cost(settings | {"cache": {"interval": 1}}) == full
+    full = cost(settings)
+    assert full.macs > 0 and cost(settings | {"cache": {"interval": 1}}) == full
     cached = {"interval": 5, "branch": 1, "full_steps": [0, 5]}
-    assert results.cost(settings | {"cache": cached}).macs < full.macs
-    assert results.cost({"model": "nobody's", "steps": 10}) is None
-    assert results.cost(settings | {"cache": {"method": "blocks"}}) is None
+    assert cost(settings | {"cache": cached}).macs < full.macs
+    assert cost({"model": "nobody's", "steps": 10}) is None
+    assert cost(settings | {"cache": {"method": "blocks"}}) is None

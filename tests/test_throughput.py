@@ -1,6 +1,5 @@
 """Timing: what runs how often and what is reported. Never how long anything took."""
 
-import json
 import math
 
 import pytest
@@ -14,6 +13,7 @@ from ddpm.unet import UNet
 from eval import throughput
 from eval.cost.macs import run_macs
 from eval.cost.timing import Timing, interleave, measure, measure_schedules, reused_sets, time_steps
+from runs import results
 
 CONFIGS = HERE.parent / "configs"
 RHYTHM = CONFIGS / "block_schedules" / "sd_v15_ddim_20_rhythm.json"      # of another model
@@ -116,15 +116,16 @@ def test_command_writes_all_it_knows(monkeypatch, capsys, tmp_path):
     out = tmp_path / "results" / "emoji.json"
     run(monkeypatch, "--branch", "1", "11", "1", "--batch-size", "1", "--repeats", "2", "--warmup", "1", "--steps", "7",
         "--interval", "3", "--dtype", "bf16", "--device", "cpu", "--out", str(out))
-    result = json.loads(out.read_text())
-    assert result["model"] == "ddpm_emoji"
-    assert result["settings"] == {"batch_size": 1, "rows": 1, "dtype": "bf16", "repeats": 2, "warmup": 1,
-                                  "weights": "random"}
-    assert result["provenance"].keys() >= {"commit", "versions", "device", "device_name", "threads"}
-    assert [row["branch"] for row in result["branches"]] == [1, 11]
-    assert [(row["branch"], row["interval"], row["full_steps"], row["steps"]) for row in result["runs"]] \
+    result = results.read(out)
+    assert (result.kind, result.model) == ("throughput", "ddpm_emoji")
+    assert result.settings == {"batch_size": 1, "rows": 1, "dtype": "bf16", "repeats": 2, "warmup": 1,
+                               "weights": "random"}
+    assert result.provenance.keys() >= {"commit", "versions", "device", "device_name", "threads"}
+    assert [row["branch"] for row in result.throughput["branches"]] == [1, 11]
+    runs = result.throughput["runs"]
+    assert [(row["branch"], row["interval"], row["full_steps"], row["steps"]) for row in runs] \
         == [(1, 3, 3, 7), (11, 3, 3, 7)]
-    assert all(math.isfinite(row[key]) and row[key] > 0 for row in result["runs"]
+    assert all(math.isfinite(row[key]) and row[key] > 0 for row in runs
                for key in ("images_per_second", "speedup", "macs", "macs_fc", "macs_speedup"))
     printed = capsys.readouterr().out
     assert "batch 1, bf16, cpu" in printed and "branch 11, N = 3" in printed

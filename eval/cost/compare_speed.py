@@ -13,9 +13,9 @@ chart are made of all that are there. What to expect of a cached step is the rat
 
 import argparse
 import itertools
-import json
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,12 +32,14 @@ from caching.deepcache import DeepCache
 from caching.schedules import uniform
 from eval.cost.macs import branch_macs
 from eval.cost.timing import interleave
+from runs import results
 from runs.cli import command
 from runs.errors import UserError
 from runs.families import Config, build, example_inputs, family, load_config, rows_per_image
-from runs.files import ROOT, write_atomically, write_json
+from runs.files import ROOT, write_atomically
 from runs.machine import prepare_device
 from runs.provenance import provenance
+from runs.results import Result
 from runs.spec import DTYPES
 from speed.accelerate import place
 from speed.compiled import compiled
@@ -156,17 +158,17 @@ def whole_run(sides: Mapping[str, dict], expected: Mapping[str, float], batch_si
             "speedup": {name: steps / cost(ratio) for name, ratio in ratios.items()}}
 
 
-def table(results: list[dict]) -> str:
+def table(found: Sequence[Result]) -> str:
     """All settings, in Markdown."""
     lines = ["| model | batch | dtype | mode | full step, s | cached / full | by macs | by macs_fc | N = 5 speed-up "
              "| by macs_fc | diffusers / ours, full | helper / ours, cached | helper / ours, N = 5 |",
              "|---" * 13 + "|"]
-    for result in results:
-        settings, sides, expected = result["settings"], result["sides"], result["expected"]
-        run = next(run for run in result["runs"] if run["interval"] == 5)
+    for result in found:
+        settings, sides, expected = result.settings, result.throughput["sides"], result.throughput["expected"]
+        run = next(run for run in result.throughput["runs"] if run["interval"] == 5)
         ours, helper = sides["ours"], sides.get("helper")
         rates = run["images_per_second"]
-        cells = [result["model"], settings["batch_size"], settings["dtype"], settings["mode"],
+        cells = [result.model, settings["batch_size"], settings["dtype"], settings["mode"],
                  f"{ours['full']['median']:.3g}", f"{ours['cached_over_full']:.3f}",
                  f"{expected['macs']:.3f}", f"{expected['macs_fc']:.3f}",
                  f"{run['speedup']['ours']:.2f}", f"{run['speedup']['macs_fc']:.2f}",
@@ -177,38 +179,38 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def memory_table(results: list[dict]) -> str:
+def memory_table(found: Sequence[Result]) -> str:
     """Peak memory of all settings where it was measured, in Markdown."""
     lines = ["| model | batch | dtype | ours, without cache | ours, cached | the feature | diffusers "
              "| helper |",
              "|---" * 8 + "|"]
-    for result in results:
-        if memory := result["memory"]:
+    for result in found:
+        if memory := result.throughput["memory"]:
             megabytes = [memory["ours"]["dense"], memory["ours"]["run"], memory["feature"],
                          memory["diffusers"]["dense"], memory["helper"]["run"]]
-            cells = [result["model"], result["settings"]["batch_size"], result["settings"]["dtype"],
+            cells = [result.model, result.settings["batch_size"], result.settings["dtype"],
                      *(f"{value / 1e6:.1f}" for value in megabytes)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
-def chart(results: list[dict], path: Path) -> None:
+def chart(found: Sequence[Result], path: Path) -> None:
     """Images per second at each interval, ours, the package's, and what the MACs promise."""
-    columns = min(len(results), 4)
-    rows = math.ceil(len(results) / columns)
+    columns = min(len(found), 4)
+    rows = math.ceil(len(found) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3 * rows), squeeze=False)
-    for axis in axes.flat[len(results):]:
+    for axis in axes.flat[len(found):]:
         axis.remove()
-    for axis, result in zip(axes.flat, results, strict=False):
-        settings, sides = result["settings"], result["sides"]
-        runs = [run for run in result["runs"] if run["steps"] == STEPS[0]]
+    for axis, result in zip(axes.flat, found, strict=False):
+        settings, sides = result.settings, result.throughput["sides"]
+        runs = [run for run in result.throughput["runs"] if run["steps"] == STEPS[0]]
         base = runs[0]["images_per_second"]["ours"]
         axis.plot(INTERVALS, [base * run["speedup"]["macs_fc"] for run in runs], "k:", label="ours, by macs_fc")
         for side in sides:
             rates = [run["images_per_second"].get(side) for run in runs]
             points = [(interval, rate) for interval, rate in zip(INTERVALS, rates, strict=True) if rate is not None]
             axis.plot(*zip(*points, strict=True), "o-", label=side)
-        axis.set_title(f"{result['model']}, batch {settings['batch_size']}\n{settings['dtype']}, {settings['mode']}",
+        axis.set_title(f"{result.model}, batch {settings['batch_size']}\n{settings['dtype']}, {settings['mode']}",
                        fontsize=8)
         axis.set_xlabel("interval N")
         axis.set_ylabel(f"images/s, {STEPS[0]} steps")
@@ -222,13 +224,12 @@ def chart(results: list[dict], path: Path) -> None:
 def report(folder: Path) -> str:
     """Write table.md and chart.png of all settings in a folder; returns the table."""
     order = {name: i for i, name in enumerate(BATCH_SIZES)}
-    results = sorted((json.loads(path.read_text()) for path in folder.glob("*_b*.json")),
-                     key=lambda result: (order.get(result["model"], len(order)),
-                                         MODES.index(result["settings"]["mode"]),
-                                         result["settings"]["dtype"], result["settings"]["batch_size"]))
-    text = f"{table(results)}\n\nPeak memory beside the weights, MB of PyTorch's tensors:\n\n{memory_table(results)}"
+    found = sorted((result for _, result in results.read_all(folder)),
+                   key=lambda result: (order.get(result.model, len(order)), MODES.index(result.settings["mode"]),
+                                       result.settings["dtype"], result.settings["batch_size"]))
+    text = f"{table(found)}\n\nPeak memory beside the weights, MB of PyTorch's tensors:\n\n{memory_table(found)}"
     write_atomically(folder / "table.md", lambda path: path.write_text(text + "\n"))
-    write_atomically(folder / "chart.png", lambda path: chart(results, path))
+    write_atomically(folder / "chart.png", lambda path: chart(found, path))
     return text
 
 
@@ -275,11 +276,13 @@ def main() -> None:
                 print(f"{path.name}: there already", flush=True)
                 continue
             print(f"{path.name}: measuring", flush=True)
+            started = time.time()
             found = compare(config, size, config.sampler.branch, DTYPES[dtype], mode, device, args.repeats, args.warmup)
-            write_json(path, {"kind": "compare_speed", "model": config.name, "settings": {
-                "batch_size": size, "rows": size * rows_per_image(config), "dtype": dtype, "mode": mode,
-                "branch": config.sampler.branch, "repeats": args.repeats, "warmup": args.warmup, "weights": "random"},
-                "provenance": where, **found})
+            settings = {"batch_size": size, "rows": size * rows_per_image(config), "dtype": dtype, "mode": mode,
+                        "branch": config.sampler.branch, "repeats": args.repeats, "warmup": args.warmup,
+                        "weights": "random"}
+            results.write(path, Result("compare_speed", config.name, settings, throughput=found, provenance=where
+                                       ).stamped(started))
     print(report(args.out))
 
 

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 from tqdm import tqdm
@@ -37,8 +37,11 @@ class Extractor(Protocol):
 
     id: what decides the features: network, weights, preprocessing. layers: dimensions by name.
     """
-    id: str
-    layers: Mapping[str, int]
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def layers(self) -> Mapping[str, int]: ...
 
     def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 [n, height, width, 3] -> float32 [n, dims] of every layer."""
@@ -89,6 +92,11 @@ class Features:
         return name
 
 
+@overload
+def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store: Path | None = None) -> Features: ...
+@overload
+def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store: Path | None = None,
+            share: bool = False) -> Features | None: ...
 def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store: Path | None = None,
             share: bool = False) -> Features | None:
     """The features of all images; those that are kept and still right are not computed again.
@@ -118,7 +126,7 @@ def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store:
         return None
     _wait([part for part in kept.values() if not part.valid])
     check_unchanged(images)
-    return Features(paths, [part.digest for part in kept.values()], images.names, extractor.layers)
+    return Features(paths, [part.digest or "" for part in kept.values()], images.names, extractor.layers)
 
 
 def _folder(images: ImageSet, extractor: Extractor, store: Path | None, world: int) -> Path | None:
@@ -139,7 +147,7 @@ def _folder(images: ImageSet, extractor: Extractor, store: Path | None, world: i
             return folder
         reason = "no permission"
     except OSError as error:
-        reason = error.strerror
+        reason = str(error.strerror)
     if store is not None or world > 1:
         raise UserError(f"the features are kept in {folder}, which cannot be written ({reason}): name another folder "
                         "with --features")
@@ -153,6 +161,8 @@ class _Kept:
 
     def __init__(self, path: Path, images: ImageSet, part: range, extractor: Extractor):
         self.path, self.stamp, self.extractor, self.size = path, images.stamp(part), extractor, len(part)
+        self.digest: str | None = None
+        self.valid = False
         self.read()
 
     def read(self) -> None:
@@ -173,9 +183,12 @@ class _Kept:
                 self.write({name: kept[name] for name in self.extractor.layers}, digest)
 
     def write(self, values: Mapping[str, np.ndarray], digest: str) -> None:
+        content: dict[str, Any] = {"extractor": self.extractor.id, "stamp": self.stamp, "pixels_sha256": digest,
+                                   **values}
+
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as file:
-                np.savez(file, extractor=self.extractor.id, stamp=self.stamp, pixels_sha256=digest, **values)
+                np.savez(file, **content)
         write_atomically(self.path, write)
         self.digest, self.valid = digest, True
 
@@ -194,7 +207,7 @@ def _compute(images: ImageSet, extractor: Extractor, parts: Sequence[range], bat
     for part, pixels in _by_part(images, parts, batch_size, "features"):
         digest, found = hashlib.sha256(), []
         for some in pixels:
-            digest.update(np.ascontiguousarray(some))
+            digest.update(np.ascontiguousarray(some).data)
             found.append(batch(some))
         yield part, ({name: np.concatenate([f[name] for f in found]) for name in extractor.layers}, digest.hexdigest())
 
@@ -203,7 +216,7 @@ def _digests(images: ImageSet, parts: Sequence[range], batch_size: int) -> Itera
     for part, pixels in _by_part(images, parts, batch_size, "checking"):
         digest = hashlib.sha256()
         for some in pixels:
-            digest.update(np.ascontiguousarray(some))
+            digest.update(np.ascontiguousarray(some).data)
         yield part, digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class EffLite0:
         return f"EffLite0:sha256={sha256(self.weights)}:{PREPROCESSING}:1280-pooled"
 
     @cached_property
-    def net(self) -> torch.nn.Module:
+    def net(self) -> Any:
         """The network in evaluation mode (no stochastic depth, stored batch statistics)."""
         from efficientnet_lite_pytorch import EfficientNet
         net = EfficientNet.from_name("efficientnet-lite0")

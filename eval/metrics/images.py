@@ -6,6 +6,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -132,24 +133,28 @@ def from_array(pixels: np.ndarray, description: str, names: Sequence[str]) -> Im
             yield pixels[some.start:some.stop]
 
     def stamp(some: range) -> str:
-        return hashlib.sha256(np.ascontiguousarray(pixels[some.start:some.stop])).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(pixels[some.start:some.stop]).data).hexdigest()
 
     return ImageSet(description, list(names), None, pixels.shape[1:3], stamp(range(len(pixels))), None, read, stamp)
 
 
-def check_paired(samples: ImageSet, against: ImageSet) -> None:
-    """Raises UserError unless every image has a partner of the same seed and size in the other set."""
-    for images in (samples, against):
-        if images.seeds is None:
-            raise UserError(f"{images.description}: the file names are not numbers, so images cannot be paired by seed")
-    for one, other in ((samples, against), (against, samples)):
-        alone = set(one.seeds) - set(other.seeds)
-        if alone:
+def _numbered(images: ImageSet) -> list[int]:
+    if images.seeds is None:
+        raise UserError(f"{images.description}: the file names are not numbers, so images cannot be paired by seed")
+    return images.seeds
+
+
+def check_paired(samples: ImageSet, against: ImageSet) -> list[int]:
+    """The seeds, which are those of the other set too. Raises UserError where they, or the sizes, differ."""
+    seeds, others = _numbered(samples), _numbered(against)
+    for one, other, (mine, theirs) in ((samples, against, (seeds, others)), (against, samples, (others, seeds))):
+        if alone := set(mine) - set(theirs):
             raise UserError(f"{len(alone)} of the {len(one)} images in {one.description} have no partner in "
                             f"{other.description}: seeds {format_some(alone)}")
     if samples.size != against.size:
         raise UserError(f"{samples.description} has images of {samples.size[1]}x{samples.size[0]} pixels, "
                         f"{against.description} of {against.size[1]}x{against.size[0]}")
+    return seeds
 
 
 def _folder(path: Path) -> ImageSet:
@@ -198,7 +203,7 @@ def _npz(path: Path) -> ImageSet:
         size = len(some) * int(np.prod(shape[1:]))
         try:
             data = file.read(size)
-        except (zipfile.BadZipFile, OSError, EOFError, zipfile.zlib.error) as error:
+        except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path} is damaged: {one_line(error)}") from None
         if len(data) < size:
             raise UserError(f"{path} is truncated: arr_0 ends before image {some.stop} of {shape[0]}")

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchmetrics.functional.image.lpips import _NoTrainLpips
 
+from eval.metrics.measure import PairMeasure, PixelMeasure
 from runs.errors import UserError
 from runs.weights import load_strict, read_tensors, sha256
 
 BACKBONE = "alexnet-owt-7be5be79.pth"       # torchvision's, named by the start of its sha256
 _SMALLEST = 31      # pixels: below, nothing is left after the second pooling
+LPIPS = PairMeasure("LPIPS", key="lpips", label="LPIPS")
+OTHER_BACKBONE = PairMeasure("not LPIPS (backbone)", key="lpips_other_backbone", label="not LPIPS (backbone)")
 
 
 class Lpips:
@@ -30,6 +32,7 @@ class Lpips:
         tensors = read_tensors(backbone)
         if not isinstance(tensors, dict) or not any(str(name).startswith("features.") for name in tensors):
             raise UserError(f"{backbone} is no AlexNet of torchvision: LPIPS needs {BACKBONE}")
+        from torchmetrics.functional.image.lpips import _NoTrainLpips
         self.net = _NoTrainLpips(net="alex", pnet_rand=True)
         # slice1.0.weight is torchvision's features.0.weight.
         load_strict(self.net.net, {k: v for k, v in tensors.items() if not k.startswith("classifier.")},
@@ -45,20 +48,19 @@ class Lpips:
     def name(self) -> str:
         """'lpips', or 'lpips_other_backbone' where the file is not the published one: such numbers are no LPIPS."""
         published = BACKBONE.removesuffix(".pth").rsplit("-", 1)[1]
-        return "lpips" if self.sha256.startswith(published) else "lpips_other_backbone"
+        return (LPIPS if self.sha256.startswith(published) else OTHER_BACKBONE).key
+
+    @property
+    def measure(self) -> PixelMeasure:
+        """For eval.fidelity."""
+        return PixelMeasure(**vars(LPIPS if self.name == LPIPS.key else OTHER_BACKBONE), of=self, smallest=_SMALLEST)
 
     @property
     def id(self) -> str:
         """What decides the numbers."""
         return f"{self.name}:v0.1:alex:sha256={self.sha256}"
 
-    @staticmethod
-    def check_size(size: tuple[int, int]) -> None:
-        """Raises UserError for images (height, width) that are too small."""
-        if min(size) < _SMALLEST:
-            raise UserError(f"LPIPS needs images of at least {_SMALLEST} pixels a side, these have {size[1]}x{size[0]}")
-
     @torch.no_grad()
     def __call__(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        x, y = (torch.tensor(a, device=self.device).permute(0, 3, 1, 2) / 127.5 - 1 for a in (x, y))
-        return self.net(x, y).reshape(-1).double().cpu().numpy()
+        a, b = (torch.tensor(one, device=self.device).permute(0, 3, 1, 2) / 127.5 - 1 for one in (x, y))
+        return self.net(a, b).reshape(-1).double().cpu().numpy()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from eval.metrics.registry import MEASURES
 from runs.errors import UserError
 from runs.files import ROOT
 
@@ -17,17 +18,19 @@ FOLDER, OWN = ROOT / "results" / "paper", ROOT / "results" / "own"
 
 
 class Column(NamedTuple):
-    """A column of the papers: its heading, and the decimals it is usually printed with."""
+    """A column of the papers: its heading, the decimals it is usually printed with, and of one of a metric (a name of
+    results) what its values are multiplied by."""
     heading: str
     decimals: int
+    metric: str | None = None
+    scale: float = 1
 
 
 COLUMNS = {
     "center": Column("centre", 0), "power": Column("power", 2), "macs_G": Column("MACs (G)", 2),
-    "throughput": Column("images/s", 3), "speedup": Column("speed-up", 2), "fid": Column("FID", 2),
-    "sfid": Column("sFID", 2), "is": Column("IS", 2), "precision": Column("precision", 2),
-    "recall": Column("recall", 2), "clip": Column("CLIP score", 2),
-    "fd_efflite0": Column("FD-EffLite0", 1), "kid_efflite0": Column("KID-EffLite0 x 1000", 1),
+    "throughput": Column("images/s", 3), "speedup": Column("speed-up", 2),
+    **{measure.column: Column(measure.heading, measure.decimals, measure.name, measure.scale)
+       for measure in MEASURES.values() if measure.column},
     "caching_img_s": Column("images/s, caching", 2),
     "baseline_img_s": Column("images/s, baseline", 2), "win": Column("win %", 1), "tie": Column("tie %", 1),
     "lose": Column("lose %", 1)}

@@ -12,22 +12,16 @@ from eval.cost import bk_sdm
 from eval.cost.macs import giga
 from eval.cost.runs import full_calls, macs_per_step, pruned
 from eval.tables.paper import COLUMNS, Note, Section, Table, tables
-from eval.tables.results import Result
 from eval.tables.rows import Row, Runs, of_table
 from runs.files import ROOT
 from runs.labels import RULES
+from runs.results import Result
 from runs.spec import Run
 
 RESULTS = ROOT / "results"
 
 
 Found = Sequence[tuple[Path, Result]]
-
-
-# Column -> name of the metric in a result, and what a result's value is multiplied by to be printed.
-METRICS = {"fid": ("FID", 1), "sfid": ("sFID", 1), "is": ("IS", 1), "precision": ("precision", 100),
-           "recall": ("recall", 100), "clip": ("CLIP score", 1), "fd_efflite0": ("FD-EffLite0", 1),
-           "kid_efflite0": ("KID-EffLite0", 1000)}
 
 
 _SETTINGS = ("center", "power")
@@ -91,7 +85,9 @@ def speed_of(found: Found, run: Run, base: int) -> Speed | None:
     for path, result in found:
         times = result.throughput
         told = {"model": result.model, "dtype": result.settings.get("dtype")}
-        if pruned(run) or not times or any(run.told[key] != value for key, value in told.items()):
+        if pruned(run) or result.kind != "throughput" or not times:
+            continue
+        if any(run.told[key] != value for key, value in told.items()):
             continue
         cost = _in_full_steps(times, run)           # of a run; the seconds of a round cancel in it
         if cost is not None:
@@ -163,9 +159,9 @@ def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base
     measured = newest(found, row, section, judge(row.run, columns))
     if measured:
         path, result = measured
-        for column, (name, scale) in METRICS.items():
-            if column in columns and name in result.metrics:
-                values[column], files[column] = scale * result.metrics[name].value, path
+        for column in columns:
+            if (name := COLUMNS[column].metric) in result.metrics:
+                values[column], files[column] = COLUMNS[column].scale * result.metrics[name].value, path
         digest = result.hashes.get("checkpoint", "not recorded")[:12]
         sources[f"{row.run.config.name} was measured by eval.{result.kind} on {section.images:,} images of each row; "
                 f"checkpoint sha256 {digest}. The CSV names the files."] = None

@@ -1,15 +1,18 @@
-"""Command-line options that the evaluators on Inception features share, and their checks."""
+"""What the evaluators on Inception features share: command-line options, their checks, and scoring two sets."""
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from eval.metrics.distances import Estimate
+from eval.metrics.frechet import GROUPS
 from eval.metrics.images import ImageSet, check_finished, open_images
-from eval.metrics.statistics import GROUPS
-from eval.tables.results import Metric
+from eval.metrics.measure import Sets, Unavailable
+from eval.metrics.registry import SETS
 from runs.errors import UserError
+from runs.results import Metric
 
 COUNT = 50_000      # images behind the published numbers
 
@@ -33,7 +36,7 @@ def add_sample_options(parser: argparse.ArgumentParser) -> None:
                         help="judge fewer images, or an unfinished folder: not comparable with published numbers")
     parser.add_argument("--groups", type=int, default=GROUPS,
                         help="of the jackknife for the error of FID (default: %(default)s; 0: no error)")
-    parser.add_argument("--out", type=Path, help="JSON to write (eval/tables/results.py)")
+    parser.add_argument("--out", type=Path, help="JSON to write (runs/results.py)")
 
 
 def open_samples(args: argparse.Namespace) -> tuple[ImageSet, list[str]]:
@@ -65,14 +68,30 @@ def few(n: int, dims: int, what: str) -> list[str]:
             ] if n <= dims else []
 
 
-def metric(estimate: Estimate) -> Metric:
-    """As results have it; without an interval where the error is not known."""
-    if estimate.stderr != estimate.stderr:      # nan
-        return Metric(estimate.value)
-    return Metric(estimate.value, estimate.json()["interval"], estimate.stderr)
+class Scores(NamedTuple):
+    """metrics by name. details: what else there is to say of some, JSON-compatible. unavailable: reasons, by name.
+    lines: all of it for the screen, by what a measure is called there.
+    """
+    metrics: dict[str, Metric]
+    details: dict[str, Any]
+    unavailable: dict[str, str]
+    lines: dict[str, str]
 
 
-def shown(found: Metric, digits: int = 4, scale: float = 1) -> str:
-    """'3.3712 +- 0.0312': the value and half its 95% interval."""
-    error = "" if found.stderr is None else f" +- {1.96 * scale * found.stderr:.{digits}f}"
-    return f"{scale * found.value:.{digits}f}{error}"
+def score(command: str, sets: Sets) -> Scores:
+    """All that a command of eval/, adm or fid, prints of two sets."""
+    found = Scores({}, {}, {}, {})
+    for one in (one for one in SETS if command in one.commands):
+        names = [measure.name for measure in one.measures]
+        if sys.stderr.isatty():
+            print(f"computing {' and '.join(names)}{one.slow}", file=sys.stderr, flush=True)
+        try:
+            scores = one.of(sets)
+        except Unavailable as reason:
+            found.unavailable.update(dict.fromkeys(names, str(reason)))
+            found.lines.update({one.said.get(name, name): f"-   ({reason})" for name in names})
+            continue
+        for name, of in zip(names, scores, strict=True):
+            found.metrics[name], found.lines[one.said.get(name, name)] = of.metric, of.line
+            found.details.update({name: of.details} if of.details else {})
+    return found

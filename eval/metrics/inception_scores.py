@@ -1,0 +1,115 @@
+"""Scores of Inception features: FID, sFID, IS, precision and recall, KID. What torch-fidelity computes is left to it.
+
+Features are read part by part: memory does not grow with the number of images, but for precision, recall and KID, which
+need the vectors themselves (820 MB for 100,000 images).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from eval.metrics.frechet import frechet_of_parts
+from eval.metrics.intervals import Estimate, Share
+from eval.metrics.kernel import kid_of_subsets
+from eval.metrics.measure import Measure, Score, SetMeasure, Sets, Unavailable, shown
+from runs.results import Metric
+
+SPLIT = 5000                # images per block of the Inception Score (ADM's evaluator)
+NEIGHBOURS = 3              # of precision and recall
+_PR_ROWS = 1000             # of the distance matrix held at a time: 200 MB against 50,000 images, and as much to sort
+
+
+class InceptionScore(NamedTuple):
+    """mean: over the blocks. deviation: of the blocks (ddof 0, as usually printed). blocks: their scores."""
+    mean: float
+    deviation: float
+    blocks: list[float]
+
+    @property
+    def estimate(self) -> Estimate:
+        """With the standard error of the mean over blocks; nan for a single block."""
+        n = len(self.blocks)
+        return Estimate(self.mean, float(np.std(self.blocks, ddof=1) / np.sqrt(n)) if n > 1 else float("nan"))
+
+
+def inception_score(parts: Iterable[np.ndarray], split: int = SPLIT) -> InceptionScore:
+    """exp of the mean KL divergence of p(y|x) from p(y), in consecutive blocks, as ADM's evaluator (torch-fidelity).
+
+    parts: logits [any, classes] in the order of the images. Nothing is shuffled and the last block may be shorter, so
+    the score depends on the order: of images sorted by class it is far lower.
+    """
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+    scores = [isc_features_to_metric(torch.from_numpy(block), splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN]
+              for block in _blocks(parts, split)]
+    return InceptionScore(float(np.mean(scores)), float(np.std(scores)), scores)
+
+
+def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    held: list[np.ndarray] = []
+    for part in parts:
+        while len(part):
+            taken = part[:size - sum(map(len, held))]
+            held.append(taken)
+            part = part[len(taken):]
+            if sum(map(len, held)) == size:
+                yield np.concatenate(held)
+                held = []
+    if held:
+        yield np.concatenate(held)
+
+
+def precision_recall(samples: np.ndarray, reference: np.ndarray) -> tuple[Share, Share]:
+    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991) of features [n, d] and [m, d], k = 3.
+
+    torch-fidelity's, on float32 distances, a block of rows at a time. precision: samples inside a ball of a reference
+    image; recall: reference images inside a ball of a sample. Their errors are over the images that are counted
+    (samples; reference images), the balls held fixed. Needs more than k images on both sides.
+    """
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
+    x, y = torch.from_numpy(samples), torch.from_numpy(reference)
+    precision, recall = calculate_precision_recall_part(x, y, NEIGHBOURS, _PR_ROWS)
+    return Share(precision, len(x)), Share(recall, len(y))
+
+
+# As eval.adm and eval.fid print and keep them.
+
+def _frechet(layer: str) -> Callable[[Sets], list[Score]]:
+    def of(sets: Sets) -> list[Score]:
+        metric = frechet_of_parts(sets.samples.parts(layer), *sets.statistics(layer), sets.groups).metric
+        return [Score(metric, shown(metric))]
+    return of
+
+
+def _inception_score(sets: Sets) -> list[Score]:
+    found = inception_score(sets.samples.parts("logits"))
+    metric = found.estimate.metric
+    blocks = f"{len(found.blocks)} blocks in order, deviation {found.deviation:.2f}"
+    return [Score(metric, f"{shown(metric, 2)}   ({blocks})",
+                  {"deviation": found.deviation, "blocks": found.blocks, "images_per_block": SPLIT,
+                   "order": "as the samples lie, not shuffled"})]
+
+
+def _precision_recall(sets: Sets) -> list[Score]:
+    x, y = sets.vectors, sets.real_vectors
+    if min(len(x), len(y)) <= NEIGHBOURS:
+        raise Unavailable(f"they need more than {NEIGHBOURS} images")
+    return [Score(share.metric, shown(share.metric)) for share in precision_recall(x, y)]
+
+
+def _kid(sets: Sets) -> list[Score]:
+    found = kid_of_subsets(sets.vectors, sets.real_vectors)
+    return [Score(Metric(found.mean), f"{1000 * found.mean:.4f}   (deviation of a subset of {found.size}: "
+                                      f"{1000 * found.deviation:.4f})",
+                  {"deviation": found.deviation, "images_per_subset": found.size,
+                   "against": "the features of real images"})]
+
+
+FID = SetMeasure((Measure("FID", "fid", "FID"),), _frechet("pool"), ("adm", "fid"))
+SFID = SetMeasure((Measure("sFID", "sfid", "sFID"),), _frechet("spatial"))
+IS = SetMeasure((Measure("IS", "is", "IS", higher=True),), _inception_score)
+PRECISION_RECALL = SetMeasure((Measure("precision", "precision", "precision", scale=100, higher=True),
+                               Measure("recall", "recall", "recall", scale=100, higher=True)), _precision_recall,
+                              slow=" (minutes on a CPU)")
+KID = SetMeasure((Measure("KID"),), _kid, ("adm", "fid"), said={"KID": "KID x 1000"})

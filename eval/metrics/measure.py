@@ -1,0 +1,119 @@
+"""What a metric is to the programs that print, keep, tabulate and draw it. eval/metrics/registry.py lists them all."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eval.metrics.extract import Features
+from eval.metrics.frechet import Moments
+from runs.errors import UserError
+from runs.results import Metric
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number with a name in results (runs/results.py).
+
+    column: in the papers' tables (results/paper/*.yaml); None where they have none. heading, decimals: of that column;
+    scale: what a value is multiplied by there. higher: whether that is better.
+    """
+    name: str
+    column: str | None = None
+    heading: str = ""
+    decimals: int = 2
+    scale: float = 1
+    higher: bool = False
+
+    @property
+    def better(self) -> str:
+        """'higher' or 'lower'."""
+        return "higher" if self.higher else "lower"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairMeasure(Measure):
+    """How like an image is to its partner of the same seed. key: in the JSON of eval.fidelity. label: with its unit."""
+    key: str
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelMeasure(PairMeasure):
+    """The same, told by the pixels alone.
+
+    of(x, y): float64 [n] of uint8 [n, height, width, 3] twice. smallest: pixels that a side must have.
+    """
+    of: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    smallest: int = 1
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises UserError for images (height, width) that are too small."""
+        if min(size) < self.smallest:
+            raise UserError(f"{self.name} needs images of at least {self.smallest} pixels a side, these have "
+                            f"{size[1]}x{size[0]}")
+
+
+class Unavailable(Exception):
+    """Why a score cannot be had of these sets."""
+
+
+class Sets:
+    """Inception features of the images that are judged, and what is known of real ones.
+
+    statistics: the real images' (mean, covariance) by layer; of their features where they are not known. real: their
+    features, or vectors [n, d] of layer pool; None where there are none. groups: of the jackknife.
+    """
+
+    def __init__(self, samples: Features, statistics: Mapping[str, tuple[np.ndarray, np.ndarray]] | None,
+                 real: Features | np.ndarray | None, groups: int):
+        self.samples, self.known, self.real, self.groups = samples, statistics, real, groups
+
+    def statistics(self, layer: str) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [d] and covariance [d, d] of the real images."""
+        if self.known is not None:
+            return self.known[layer]
+        if self.real is None or isinstance(self.real, np.ndarray):
+            raise Unavailable("no statistics of real images")
+        return Moments(self.real.parts(layer)).statistics()
+
+    @cached_property
+    def vectors(self) -> np.ndarray:
+        """Layer pool of the samples, float32 [n, d]."""
+        return self.samples.all("pool")
+
+    @cached_property
+    def real_vectors(self) -> np.ndarray:
+        """Layer pool of real images, float32 [n, d]. Raises Unavailable."""
+        if self.real is None:
+            raise Unavailable("no features of real images")
+        return self.real if isinstance(self.real, np.ndarray) else self.real.all("pool")
+
+
+class Score(NamedTuple):
+    """A number of two sets. details: what else there is to say of it, JSON-compatible. line: the same on the screen."""
+    metric: Metric
+    line: str
+    details: dict[str, Any] = {}        # noqa: RUF012  never changed
+
+
+@dataclass(frozen=True)
+class SetMeasure:
+    """Numbers of two sets of Inception features that are found together.
+
+    of(sets): a Score for each of `measures`, in their order; raises Unavailable. commands: of eval/, which print them.
+    said: what the screen says of each instead of its name. slow: what is said while they are computed.
+    """
+    measures: tuple[Measure, ...]
+    of: Callable[[Sets], list[Score]]
+    commands: tuple[str, ...] = ("adm",)
+    said: Mapping[str, str] = field(default_factory=dict)
+    slow: str = ""
+
+
+def shown(found: Metric, digits: int = 4, scale: float = 1) -> str:
+    """'3.3712 +- 0.0312': the value and half its 95% interval."""
+    error = "" if found.stderr is None else f" +- {1.96 * scale * found.stderr:.{digits}f}"
+    return f"{scale * found.value:.{digits}f}{error}"

@@ -1,0 +1,216 @@
+"""Distances of sets of hundreds of images, with error bars and the distance that real images have from real images.
+
+Each is bound to a reference. What it must bring is `of_subsets`; errors, paired differences and floors follow from it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from scipy.spatial.distance import cdist
+
+from eval.metrics.frechet import frechet_distance, mean_and_covariance, one_thread, warn_of_few
+from eval.metrics.intervals import Estimate
+from eval.metrics.kernel import kernel_distances
+from eval.metrics.measure import Measure
+from runs.errors import UserError
+
+
+class SmallSetDistance(ABC):
+    """A distance of sets of features [n, D] to reference features [m, D].
+
+    dims: how many directions it may look at. measure: its name in results, on EfficientNet-Lite0 features.
+    about: what else the JSON says of it.
+    """
+    measure: ClassVar[Measure]
+    about: dict[str, Any]
+
+    def __init__(self, reference: np.ndarray, dims: int):
+        self.reference = reference
+        self.about = {"dims": reference.shape[1]}
+
+    @abstractmethod
+    def of_subsets(self, x: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> np.ndarray:
+        """[R]: of subsets wx (bool [n, R]) of features x [n, D] to those wy (bool [m, R], or [m, 1]) of the reference.
+        """
+
+    def look_at(self, samples: np.ndarray) -> None:                 # noqa: B027  few have anything to say
+        """Warn of samples that are too few."""
+
+    def estimate(self, samples: np.ndarray, repeats: int = 200, seed: int = 0) -> Estimate:
+        """The distance of features [n, D], with its error over draws of n images; the reference is held fixed."""
+        _needs_two(samples, self.reference)
+        self.look_at(samples)
+        chosen = _all_and_subsets(len(samples), repeats, seed)
+        return _estimate(self.of_subsets(samples, chosen, _whole(self.reference)), chosen)
+
+    def difference(self, samples: np.ndarray, against: np.ndarray, repeats: int = 200, seed: int = 0) -> Estimate:
+        """The distance of `samples` minus that of `against`, features [n, D] both, row i of each of the same seed.
+
+        The standard error is over draws of n seeds, each with its image in both runs: every subset leaves out the same
+        seeds of both. What two images of a seed share moves both distances alike and drops out of their difference,
+        which the errors of the two, taken as independent, would count twice. So does the rise of a Frechet distance
+        with fewer images, where the covariances are alike. The reference is held fixed.
+        """
+        _needs_two(samples, against)
+        if len(samples) != len(against):
+            raise ValueError(f"{len(samples)} and {len(against)} images cannot be paired")
+        chosen = _all_and_subsets(len(samples), repeats, seed)
+        whole = _whole(self.reference)
+        return _estimate(self.of_subsets(samples, chosen, whole) - self.of_subsets(against, chosen, whole), chosen)
+
+
+class FrechetInBasis(SmallSetDistance):
+    """The Frechet distance within the first `dims` principal directions of the reference: with fewer images than
+    dimensions it is mostly bias.
+
+    It falls as n grows, for equal distributions too: compare only numbers of equal n and m. Raises UserError unless
+    dims < m and <= D.
+    """
+    measure = Measure("FD-EffLite0", "fd_efflite0", "FD-EffLite0", 1)
+
+    def __init__(self, reference: np.ndarray, dims: int):
+        super().__init__(reference, dims)
+        self.basis = pca_basis(reference, dims)
+        self.about = {"dims": dims, "explained": self.basis.explained}
+
+    def of_subsets(self, x: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> np.ndarray:
+        low, reference = self.basis(x), self.basis(self.reference)
+        against = [mean_and_covariance(reference[w]) for w in wy.T]
+        return np.array([frechet_distance(*mean_and_covariance(low[w]), *against[r % len(against)])
+                         for r, w in enumerate(wx.T)])
+
+    def look_at(self, samples: np.ndarray) -> None:
+        for features in (samples, self.reference):
+            warn_of_few(self.basis(features))
+
+
+class KernelDistance(SmallSetDistance):
+    """The kernel distance on all images and all dimensions at once.
+
+    No random subsets of 100 or 1000 images as in other implementations: they estimate the same number with more noise.
+    """
+    measure = Measure("KID-EffLite0", "kid_efflite0", "KID-EffLite0 x 1000", 1, scale=1000)
+
+    def of_subsets(self, x: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> np.ndarray:
+        return kernel_distances(x, wx, self.reference, wy)
+
+
+class Basis(NamedTuple):
+    """Orthonormal directions of largest variance. mean: [D]; directions: [D, dims]; explained: share of variance."""
+    mean: np.ndarray
+    directions: np.ndarray
+    explained: float
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """[n, D] -> float64 [n, dims]."""
+        x = torch.tensor(features, dtype=torch.float64) - torch.from_numpy(self.mean)
+        return (x @ torch.from_numpy(self.directions)).numpy()
+
+
+@one_thread()
+def pca_basis(reference_features: np.ndarray, dims: int = 64) -> Basis:
+    """The first `dims` principal directions of reference features [n, D]. Raises UserError unless dims < n and <= D."""
+    n, full = reference_features.shape
+    if not 1 <= dims <= min(n - 1, full):
+        raise UserError(f"{dims} PCA dimensions of {n} reference images with {full} features: "
+                        f"choose 1 to {min(n - 1, full)}")
+    mean, cov = mean_and_covariance(reference_features)
+    values, vectors = torch.linalg.eigh(torch.from_numpy(cov))      # ascending
+    return Basis(mean, vectors[:, -dims:].flip(1).numpy(), (values[-dims:].sum() / values.sum()).item())
+
+
+def real_floor(distances: Sequence[SmallSetDistance], samples: np.ndarray, held_out: np.ndarray | None = None,
+               repeats: int = 100, seed: int = 0) -> dict:
+    """What real images score against real images, and the samples at exactly the same sizes. Features [n, D] all.
+
+    distances: of one reference. With held_out: min(len(held_out), len(samples)) of them against the whole reference.
+    Without: the reference is split at random into at most half, as many as there are samples, and the rest. Every
+    number is the mean over `repeats` draws with its 2.5% and 97.5% quantiles: where a set of so many real images (real)
+    or of so many of the samples (samples) falls; where all of the held-out images are taken, their number and its 95%
+    interval. Where all of the samples are taken, their range shows the choice of the reference alone, not their own
+    error. A split knows the same subjects on both sides, held-out images other subjects: the first floor is a little
+    low, the second a little high.
+    Returns {kind, n, reference_n, and by the name of each distance {samples, real}}.
+    """
+    rng, reference = np.random.default_rng(seed), distances[0].reference
+    if held_out is not None:
+        n, real = min(len(held_out), len(samples)), held_out
+        left = _whole(reference)
+        taken = _draw(len(held_out), n, repeats, rng)
+    else:
+        n, real = min(len(reference) // 2, len(samples)), reference
+        taken = _draw(len(reference), n, repeats, rng)
+        left = ~taken
+    _needs_two(real[:n], reference[n if held_out is None else 0:])
+    drawn = _draw(len(samples), n, repeats, rng)
+    floor: dict[str, Any] = {"kind": "split" if held_out is None else "held-out", "n": n,
+                             "reference_n": int(left[:, 0].sum())}
+    for distance in distances:
+        found = floor[distance.measure.name] = {"samples": _spread(distance.of_subsets(samples, drawn, left))}
+        if held_out is not None and n == len(held_out):         # every draw is the whole set
+            estimate = distance.estimate(held_out, repeats, seed)
+            found["real"] = {"mean": estimate.value, "range": estimate.json()["interval"]}
+        else:
+            found["real"] = _spread(distance.of_subsets(real, taken, left))
+    return floor
+
+
+def nearest_neighbours(features: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of features [n, D] the index of the nearest reference image and its Euclidean distance: int, float [n].
+
+    A sample much nearer to a training image than held-out images are is a copy of it.
+    """
+    _needs_two(reference)
+    indices, distances = [], []
+    for first in range(0, len(features), 256):
+        block = cdist(np.asarray(features[first:first + 256], np.float64), np.asarray(reference, np.float64))
+        indices.append(block.argmin(1))
+        distances.append(block.min(1))
+    return np.concatenate(indices), np.concatenate(distances)
+
+
+def _whole(features: np.ndarray) -> np.ndarray:
+    return np.ones((len(features), 1), bool)
+
+
+def _all_and_subsets(n: int, repeats: int, seed: int) -> np.ndarray:
+    """bool [n, 1 + repeats]: all of n, then random subsets of 80 % of them, drawn WITHOUT replacement.
+
+    A bootstrap (with replacement) repeats images. In an unbiased kernel estimate the pairs of an image with itself
+    are left out for a reason: its copies bring them back and push every resample up; in a covariance, copies lower
+    the number of distinct images, and the Frechet distance with it rises. Subsets have no copies.
+    """
+    keep = min(max(2, round(0.8 * n)), n - 1) if n > 2 else n
+    return np.hstack([np.ones((n, 1), bool), _draw(n, keep, repeats, np.random.default_rng(seed))])
+
+
+def _draw(n: int, keep: int, repeats: int, rng: np.random.Generator) -> np.ndarray:
+    chosen = np.zeros((n, repeats), bool)
+    for r in range(repeats):
+        chosen[rng.permutation(n)[:keep], r] = True
+    return chosen
+
+
+def _estimate(values: np.ndarray, chosen: np.ndarray) -> Estimate:
+    """The first value, and its standard error from those of the subsets (delete-d jackknife; Shao and Wu 1989).
+
+    The mean of `keep` out of n has variance s^2 / keep * (1 - keep / n): smaller than s^2 / n by (n - keep) / keep.
+    Against 60 real draws of 256 emoji: right for KID (0.0096 for 0.0088), a third too large for FD in 64 dimensions
+    (5.4 for 3.9), where the bootstrap was by more than half (6.1).
+    """
+    n, keep = len(chosen), chosen[:, 1].sum()
+    stderr = float(np.std(values[1:]) * np.sqrt(keep / (n - keep))) if n > keep else float("nan")
+    return Estimate(float(values[0]), stderr)
+
+
+def _spread(values: np.ndarray) -> dict:
+    return {"mean": float(values.mean()), "range": [float(q) for q in np.quantile(values, (0.025, 0.975))]}
+
+
+def _needs_two(*sets: np.ndarray) -> None:
+    for features in sets:
+        if len(features) < 2:
+            raise UserError(f"a distance of sets needs at least 2 images, got {len(features)}")
