@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import relative_error
 
-from caching.block_cache import BlockCache, Together, outside, residual_names, threshold_schedule
+from caching.block_cache import BlockCache, outside, residual_names, threshold_schedule
 from caching.deepcache import DeepCache
 from caching.meters import ChangeMeter, SimilarityMeter
+from caching.policy import Together
 from caching.scale_shift import Distiller, ScaleShift
 from ddpm.unet import UNet
 from eval.cost.macs import residual_macs, run_macs, schedule_macs

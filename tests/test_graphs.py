@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from caching.block_cache import BlockCache, Together, outside, residual_names
+from caching.block_cache import BlockCache, outside, residual_names
 from caching.deepcache import DeepCache, ZeroedCache
+from caching.policy import Together
 from ldm.unet import UNet
 from speed.graphs import RecordedNetwork, accelerated, cuda_recorder
 
