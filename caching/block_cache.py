@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 
 from torch import Tensor, nn
 
-from caching.forecast import Damping, Forecast, History, check_order, forecast, on_device
+from caching.forecast import Damping, Forecast, History, check_order, forecast, on_device, usable
 from caching.policy import Policy
 
 KINDS = ("transformer", "attention", "resnet", "all")
@@ -73,7 +73,7 @@ class BlockCache(Policy):
         for key, steps in schedule.items():
             if 0 not in steps:
                 raise ValueError(f"the schedule of {key} must contain 0: the first step has nothing to reuse")
-        check_order(forecast, max(schedule.values(), key=len, default=None))
+        check_order(forecast, max(map(usable, schedule.values()), default=None))
         self.schedule = {key: frozenset(steps) for key, steps in schedule.items()}
         self.adjust = adjust
         self.forecast = Forecast(forecast, damping)

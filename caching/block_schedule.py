@@ -18,6 +18,7 @@ from torch import Tensor
 from caching.block_cache import Adjustment, BlockCache, outside
 from caching.deepcache import PlannedDeepCache
 from caching.fitted import BOUND, file_sha256, refuse_other_run
+from caching.forecast import Damping, check_order, usable
 from caching.options import MethodOptions, Planned, RunShape, option
 
 FORMAT = 1
@@ -145,9 +146,14 @@ class PlannedBlocks(Planned):
         computed = sum(map(len, blocks.values()))
         self.summary = (f"blocks computed {computed} of {len(blocks) * calls} times"
                         + (", with scale-shift" if table is not None else ""))
+        self.forecast: tuple[int, Damping] = 0, 1.0
 
     def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> BlockCache:
-        return block_cache(self.blocks, self.table, device, dtype)
+        return block_cache(self.blocks, self.table, device, dtype, *self.forecast)
+
+    def extrapolate(self, order: int, damping: Damping, calls: int) -> None:
+        check_order(order, max((usable(steps, calls) for steps in self.blocks.values()), default=None))
+        self.forecast = order, damping
 
     def check(self, settings: Mapping[str, Any]) -> None:
         self.schedule.check(settings)
@@ -177,9 +183,10 @@ class BlockCachingOptions(MethodOptions):
 
 
 def block_cache(blocks: Mapping[str, Sequence[int]], table: Sequence[Adjustment] | None,
-                device: torch.device | str, dtype: torch.dtype) -> BlockCache:
+                device: torch.device | str, dtype: torch.dtype, forecast: int = 0, damping: Damping = 1.0
+                ) -> BlockCache:
     """A fresh policy, with the adjustments on the network's device and in its dtype."""
     if table is not None:
         table = [{name: (scale.to(device, dtype), shift.to(device, dtype)) for name, (scale, shift) in step.items()}
                  for step in table]
-    return BlockCache(blocks, table)
+    return BlockCache(blocks, table, forecast, damping)

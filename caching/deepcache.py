@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from caching.forecast import Damping, Forecast, History, check_order, forecast, on_device
+from caching.forecast import Damping, Forecast, History, check_order, forecast, on_device, usable
 from caching.options import MethodOptions, Planned, RunShape, option
 from caching.policy import Policy
 from caching.schedules import RULES, full_steps
@@ -30,7 +30,7 @@ class DeepCache(Policy):
             raise ValueError(f"branch must be 0 or more (0 = the skip of conv_in), got {branch}")
         if 0 not in full_steps:
             raise ValueError("full_steps must contain 0: the first step has nothing to reuse")
-        check_order(forecast, full_steps)
+        check_order(forecast, usable(full_steps))
         self.branch = branch
         self.full_steps = frozenset(full_steps)
         self.forecast = Forecast(forecast, damping)
@@ -119,9 +119,16 @@ class PlannedDeepCache(Planned):
                      *([f"branch{branch}"] if branch != shape.branch else []),
                      *(["zeroed"] if options.zero_cache else [])]
         self.summary = f"branch {branch}"
+        self.forecast: tuple[int, Damping] = 0, 1.0
 
     def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DeepCache:
-        return self.kind(self.branch, self.full_steps)
+        return self.kind(self.branch, self.full_steps, *self.forecast)
+
+    def extrapolate(self, order: int, damping: Damping, calls: int) -> None:
+        if self.settings["zero_cache"]:
+            raise ValueError("--zero-cache is an ablation of reuse: leave out --forecast")
+        check_order(order, usable(self.full_steps, calls))
+        self.forecast = order, damping
 
 
 @dataclass(frozen=True)

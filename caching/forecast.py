@@ -46,21 +46,22 @@ def forecast(latest: Tensor, older: Sequence[Tensor], weights: Tensor) -> Tensor
     return value
 
 
-def check_order(order: int, full_steps: Collection[int] | None = None, calls: int | None = None) -> None:
-    """Refuse what is no order, or one that the full steps can never feed: it takes one more of them than the order, all
-    before some cached step.
+def usable(full_steps: Collection[int], calls: int | None = None) -> int:
+    """How many full steps there are before some cached one. calls: network calls of the run, where they are known."""
+    if calls is None:
+        return len(full_steps)
+    last_cached = max((step for step in range(calls) if step not in full_steps), default=0)
+    return sum(step < last_cached for step in full_steps)
 
-    calls: network calls of the run, where they are known. Raises ValueError.
+
+def check_order(order: int, usable: int | None = None) -> None:
+    """Refuse what is no order, or one that a schedule can never feed: it takes one more full step than the order.
+
+    usable: full steps before some cached one, where they are known. Raises ValueError.
     """
     if not isinstance(order, int) or order < 0:
         raise ValueError(f"the order of a forecast must be a whole number from 0 (reuse), got {order!r}")
-    if full_steps is None or order == 0:
-        return
-    usable = len(full_steps)
-    if calls is not None:
-        last_cached = max((step for step in range(calls) if step not in full_steps), default=0)
-        usable = sum(step < last_cached for step in full_steps)
-    if order >= usable:
+    if order and usable is not None and order >= usable:
         raise ValueError(f"a forecast of order {order} needs {order + 1} full steps before a cached one, and this "
                          f"schedule has {usable}")
 

@@ -12,10 +12,11 @@ import torch
 
 from caching.block_schedule import BlockCachingOptions
 from caching.deepcache import DeepCacheOptions
+from caching.forecast_options import ForecastOptions
 from caching.options import MethodOptions, Planned, RunShape
 from caching.policy import Policy, Together
 
-METHODS: tuple[type[MethodOptions], ...] = (DeepCacheOptions, BlockCachingOptions)
+METHODS: tuple[type[MethodOptions], ...] = (DeepCacheOptions, BlockCachingOptions, ForecastOptions)
 Kind = TypeVar("Kind", bound=Planned)
 
 
@@ -37,7 +38,8 @@ class CachePlan:
 
     def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Policy | None:
         """A fresh policy for one batch, or None without caching. device, dtype: of the network."""
-        policies = [method.policy(device, dtype) for method in self.methods]
+        found = (method.policy(device, dtype) for method in self.methods)
+        policies = [policy for policy in found if policy is not None]
         return Together(*policies) if len(policies) > 1 else policies[0] if policies else None
 
     def check(self, settings: Mapping[str, Any]) -> None:

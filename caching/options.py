@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
+from caching.forecast import Damping
 from caching.policy import Policy
 
 Value = TypeVar("Value")
@@ -36,9 +37,18 @@ class Planned:
     name: Sequence[str] = ()
     summary: str = ""
 
-    def policy(self, device: torch.device | str, dtype: torch.dtype) -> Policy:
-        """A fresh policy for one batch of a network on that device and in that dtype."""
+    def policy(self, device: torch.device | str, dtype: torch.dtype) -> Policy | None:
+        """A fresh policy for one batch of a network on that device and in that dtype; None where it has none of its
+        own.
+        """
         raise NotImplementedError
+
+    def extrapolate(self, order: int, damping: Damping, calls: int) -> None:
+        """From now on, forecast what is reused (`caching.forecast`). calls: of the network.
+
+        Raises ValueError where that cannot be.
+        """
+        raise ValueError("--forecast is not for the other caching options")
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse a run that what was fitted was not made for; settings that are not known yet may be left out.

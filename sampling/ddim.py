@@ -89,10 +89,13 @@ def ddim(predict: Callable[[Tensor, int, int], Tensor], x: Tensor, timesteps: Se
     predict(x, t, step) -> the predicted noise; t is the timestep, step = 0, 1, ... the number of the network call.
     x: [batch, channels, height, width], standard normal. timesteps: ascending; run from the last to the first.
     alphas_cumprod: [num_timesteps]. final_alpha: alpha_bar of the end point, 1 for a clean image.
-    eta: 0 = deterministic, 1 = the variance of DDPM (Equation 16). noise: draws per image, needed when eta > 0.
+    eta: 0 = deterministic, 1 = the variance of DDPM (Equation 16). noise: draws per image, needed when eta > 0, else
+    ValueError.
     progress: called after each step with (step, x).
     """
     bars = torch.tensor([final_alpha, *(alphas_cumprod[t].item() for t in timesteps)], dtype=torch.float64)
+    if noise is None and eta > 0:
+        raise ValueError("eta above 0 needs noise to draw from")
     for step, i in enumerate(reversed(range(len(timesteps)))):
         alpha, alpha_next = bars[i + 1].item(), bars[i].item()
         sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5         # Equation 16
@@ -100,7 +103,7 @@ def ddim(predict: Callable[[Tensor, int, int], Tensor], x: Tensor, timesteps: Se
         eps = predict(x, timesteps[i], step)
         x0 = (x - (1 - alpha) ** 0.5 * eps) / alpha ** 0.5                              # Equation 12: predicted x_0,
         x = alpha_next ** 0.5 * x0 + (1 - alpha_next - sigma ** 2) ** 0.5 * eps         # direction to x_t,
-        if sigma > 0:
+        if noise is not None and sigma > 0:
             x = x + sigma * noise(x.shape[1:])                                          # random noise
         if progress:
             progress(step, x)

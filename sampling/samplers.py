@@ -61,7 +61,7 @@ class Sampler:
         if not chosen.takes_eta and self.eta != 0:
             stochastic = ", ".join(name for name, one in SOLVERS.items() if one.takes_eta)
             raise ValueError(f"{self.name} is deterministic: eta is for {stochastic}")
-        chosen.check(self.steps, self.timesteps, self.diffusion)
+        chosen.check(self.steps, self.timesteps, self.diffusion.betas())
 
     @property
     def calls(self) -> int:

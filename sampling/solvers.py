@@ -40,8 +40,8 @@ class Solver:
         """Network calls of a run."""
         return steps
 
-    def check(self, steps: int, spacing: str, diffusion: Diffusion) -> None:
-        """Raises ValueError for a spacing or a number of steps that it does not take."""
+    def check(self, steps: int, spacing: str, betas: Tensor) -> None:
+        """Raises ValueError for a spacing or a number of steps that it does not take. betas: [num_timesteps]."""
         raise NotImplementedError
 
     def run(self, predict: Predict, x: Tensor, steps: int, spacing: str, diffusion: Diffusion, eta: float = 0.0,
@@ -66,8 +66,8 @@ class Ddim(Solver):
     def spacing(self, of_config: str) -> str:
         return of_config
 
-    def check(self, steps: int, spacing: str, diffusion: Diffusion) -> None:
-        make_timesteps(spacing, steps, diffusion.num_timesteps)
+    def check(self, steps: int, spacing: str, betas: Tensor) -> None:
+        make_timesteps(spacing, steps, len(betas))
 
     def run(self, predict: Predict, x: Tensor, steps: int, spacing: str, diffusion: Diffusion, eta: float = 0.0,
             noise: Noise | None = None, progress: Progress | None = None) -> Tensor:
@@ -128,8 +128,8 @@ class OfDiffusers(Solver):
         if not 1 <= steps < num_timesteps:
             raise ValueError(f"the number of steps must be from 1 to {num_timesteps - 1}, got {steps}")
 
-    def check(self, steps: int, spacing: str, diffusion: Diffusion) -> None:
-        self.make(steps, spacing, diffusion.betas())
+    def check(self, steps: int, spacing: str, betas: Tensor) -> None:
+        self.make(steps, spacing, betas)
 
     @torch.no_grad()
     def run(self, predict: Predict, x: Tensor, steps: int, spacing: str, diffusion: Diffusion, eta: float = 0.0,

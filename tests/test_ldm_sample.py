@@ -158,15 +158,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sample, tmp_path):
 
 
 def test_labels_steer_the_image_but_not_its_noise(sample, tmp_path, monkeypatch):
-    from sampling import samplers
+    from sampling import solvers
     started = collections.defaultdict(list)
-    ddim = samplers.ddim
+    ddim = solvers.ddim
 
     def watched(predict, x, *args, **kwargs):
         started[out].append(x)
         return ddim(predict, x, *args, **kwargs)
 
-    monkeypatch.setattr(samplers, "ddim", watched)
+    monkeypatch.setattr(solvers, "ddim", watched)
     for out, labels in (("a", "balanced"), ("b", "random"), ("c", "4")):
         assert sample("--labels", labels, "--seeds", "0-4", "--out", tmp_path / out) == 0
     assert torch.equal(started["a"][0], started["b"][0]) and torch.equal(started["a"][0], started["c"][0])

@@ -13,10 +13,12 @@ import yaml
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -122,10 +124,14 @@ def settings_of(folder: Path) -> dict:
 SCHEDULERS = {
     "plms": lambda: PNDMScheduler(**BETAS, **FULL),
     "ddim": lambda: DDIMScheduler(**BETAS, steps_offset=1, set_alpha_to_one=False, clip_sample=False),
-    "dpmpp": lambda: DPMSolverMultistepScheduler(**BETAS, steps_offset=1, timestep_spacing="leading")}
+    "dpmpp": lambda: DPMSolverMultistepScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+    "unipc": lambda: UniPCMultistepScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+    "dpmpp3": lambda: DPMSolverMultistepScheduler(**BETAS, solver_order=3, steps_offset=1, timestep_spacing="leading"),
+    "deis": lambda: DEISMultistepScheduler(**BETAS, solver_order=3, steps_offset=1, timestep_spacing="leading")}
 
 
-@pytest.mark.parametrize(("name", "steps"), [("plms", 6), ("ddim", 6), ("dpmpp", 6), ("dpmpp", 16)])
+@pytest.mark.parametrize(("name", "steps"), [("plms", 6), ("ddim", 6), ("dpmpp", 6), ("dpmpp", 16), ("unipc", 6),
+                                               ("unipc", 16), ("dpmpp3", 16), ("deis", 16)])
 def test_the_command_gives_what_diffusers_pipeline_gives(sample, tiny, tmp_path, ended, name, steps):
     """Latents and images of every prompt, from the same noise, with guidance and a negative prompt.
 
