@@ -27,6 +27,7 @@ Found = Sequence[tuple[Path, Result]]
 _SETTINGS = ("center", "power")
 
 
+_RULE = ("interval", "schedule", "center", "power")         # of what says which steps are full
 _THEIR_GPU = "2080"
 
 
@@ -54,12 +55,9 @@ def is_of(result: Result, row: Row, section: Section, kind: str) -> bool:
     layout = settings.get("unet", {}).get("diffusers")
     if (pruned(run) is not None) != (layout is not None) or (layout and bk_sdm.size_of(layout) != pruned(run)):
         return False
+    # What is kept and reused must be the row's, by whatever method; the rule that gave the full steps may be another.
     wanted = run.caching.settings
-    if cache.get("block_caching") != wanted.get("block_caching"):
-        return False
-    if (cache.get("interval", 1) != 1) != (run.deepcache is not None):
-        return False
-    return run.deepcache is None or all(cache.get(key) == wanted[key] for key in ("branch", "full_steps", "zero_cache"))
+    return all(cache.get(key) == wanted.get(key) for key in (cache.keys() | wanted.keys()) - {*_RULE})
 
 
 def newest(found: Found, row: Row, section: Section, kind: str) -> tuple[Path, Result] | None:
