@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm import first_stage
+from ldm.diffusers_layout import diffusers_arguments, diffusers_state_dict, unet_arguments
 from runs.errors import UserError
 from runs.weights import sha256
 from stable_diffusion import checkpoint, text
@@ -23,13 +24,10 @@ from stable_diffusion.checkpoint import (
     UNET,
     Model,
     checkpoint_sha256,
-    diffusers_arguments,
-    diffusers_state_dict,
     load_checkpoint,
     load_state_dict,
     load_unet,
     published_state_dict,
-    unet_arguments,
 )
 from stable_diffusion.config import Config, Unet, load_config
 from stable_diffusion.text import clip_tokenizer

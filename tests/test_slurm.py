@@ -20,6 +20,7 @@ from slurm_node import SlurmNode, until, why_not
 
 from ddpm import sample as ddpm_sample
 from eval.cost.macs import Macs
+from eval.tables.paper import own_tables, tables
 from experiments import plan
 from experiments.jobs import Job
 from runs import results
@@ -108,7 +109,7 @@ def all_files_there(monkeypatch):
         monkeypatch.setattr(Job, name, lambda job: [])
 
 
-@pytest.mark.parametrize("name", submit.scripts_of_tables())
+@pytest.mark.parametrize("name", [table.name for table in (tables() | own_tables()).values() if table.script])
 def test_every_table_has_its_jobs(run, no_slurm, all_files_there, name):
     """A sample array and an evaluation per row, none twice, then the table; each waits for what it needs."""
     args = plan.user_parser("x").parse_args(["--images", "1000"])
