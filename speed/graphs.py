@@ -25,7 +25,7 @@ class RecordedNetwork(nn.Module):
 
     Called as the network is. What a cache keeps between steps lies in buffers of this object, the same for all batches,
     since a replay reads and writes where the recording did. Inputs of other shapes are recorded on their own. Steps
-    whose cache has no `pattern` (scales and shifts differ from step to step) run as ever.
+    of which it is not known what they do (their cache's `pattern` is None) run as ever.
 
     record: takes a function without arguments -> (its output, a function that runs it again into the same output).
     `seconds`: what recording has taken.
