@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from caching.nested import Cache, no_cache
+from caching.nested import Cache, Network, no_cache
+from caching.policy import Policy
 
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
 
@@ -31,7 +32,7 @@ class RecordedNetwork(nn.Module):
     `seconds`: what recording has taken.
     """
 
-    def __init__(self, network: nn.Module, record: Record):
+    def __init__(self, network: Network, record: Record):
         super().__init__()
         self.network, self.record = network, record
         self.recordings: dict[Hashable, Recording] = {}
@@ -39,12 +40,13 @@ class RecordedNetwork(nn.Module):
         self.seconds = 0.0
 
     def forward(self, *args: Tensor, cache: Cache = no_cache) -> Tensor:
-        pattern = () if cache is no_cache else cache.pattern
+        policy = policy_of(cache)
+        pattern = () if policy is None else policy.pattern
         if pattern is None:
             return self.network(*args, cache=cache)
         shapes = tuple((x.shape, x.dtype) for x in args)
         buffers = self.kept.setdefault(shapes, {})
-        move_kept(cache, buffers)
+        move_kept(policy, buffers)
         if (pattern, shapes) not in self.recordings:
             start = time.perf_counter()
             self.recordings[pattern, shapes] = self._recording(args, cache, buffers)
@@ -53,37 +55,42 @@ class RecordedNetwork(nn.Module):
         for static, x in zip(recording.inputs, args, strict=True):
             static.copy_(x)
         recording.replay()
-        if cache is not no_cache:
-            cache.kept = recording.kept
+        if policy is not None:
+            policy.kept = recording.kept
         return recording.output.clone()
 
     def _recording(self, args: tuple[Tensor, ...], cache: Cache, buffers: dict[Hashable, Tensor]) -> Recording:
-        inputs = [x.clone() for x in args]
+        inputs, policy = [x.clone() for x in args], policy_of(cache)
 
         def run() -> Tensor:
             output = self.network(*inputs, cache=cache)
-            move_kept(cache, buffers)
+            move_kept(policy, buffers)
             return output
 
         run()       # what comes up once, new buffers among it, is not part of the recording
         output, replay = self.record(run)
-        return Recording(inputs, output, replay, {} if cache is no_cache else dict(cache.kept))
+        return Recording(inputs, output, replay, {} if policy is None else dict(policy.kept))
 
 
-def move_kept(cache: Cache, buffers: dict[Hashable, Tensor]) -> None:
-    """What a cache keeps, into buffers, which are made where there are none yet."""
-    if cache is no_cache:
+def policy_of(cache: Cache) -> Policy | None:
+    """The policy that a call is given as its cache; None where it is given none."""
+    return None if cache is no_cache else cast(Policy, cache)
+
+
+def move_kept(policy: Policy | None, buffers: dict[Hashable, Tensor]) -> None:
+    """Move what a policy keeps into buffers, which are made where there are none yet."""
+    if policy is None:
         return
-    for name, value in cache.kept.items():
+    for name, value in policy.kept.items():
         if name not in buffers:
             buffers[name] = value.clone()
         elif value is not buffers[name]:
             buffers[name].copy_(value)
-    cache.kept = {name: buffers[name] for name in cache.kept}
+    policy.kept = {name: buffers[name] for name in policy.kept}
 
 
 def cuda_recorder() -> Record:
-    """Recordings as CUDA graphs that share one pool of memory."""
+    """Make recordings that are CUDA graphs and share one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
@@ -99,7 +106,7 @@ def cuda_recorder() -> Record:
     return record
 
 
-def recorded(network: nn.Module, device: torch.device) -> nn.Module:
+def recorded(network: Network, device: torch.device) -> Network:
     """The network with CUDA graphs on a GPU; elsewhere the network as it is, and a line that says so."""
     if device.type != "cuda":
         print(f"CUDA graphs: not here, the device is {device}; going on without", flush=True)
