@@ -239,7 +239,8 @@ def policies(unet):
     names = residual_names(unet)
     blocks = {name: [0, 2, 8, 9] if i % 2 else [0, 2, 8] for i, name in enumerate(names)}
     outer = {name: steps for name, steps in blocks.items() if name.startswith(("input_blocks.1", "output_blocks.3"))}
-    return {"order1": lambda: DeepCache(1, UNEVEN, 1), "order2": lambda: DeepCache(1, UNEVEN, 2, [0.1 * step for step in range(CALLS)]),
+    damping = [0.1 * step for step in range(CALLS)]
+    return {"order1": lambda: DeepCache(1, UNEVEN, 1), "order2": lambda: DeepCache(1, UNEVEN, 2, damping),
             "blocks": lambda: BlockCache(blocks, forecast=2),
             "together": lambda: Together(DeepCache(1, UNEVEN, 1), BlockCache(outer, forecast=1))}
 
