@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from eval.cost.macs import giga
-from eval.cost.runs import full_calls, macs_per_image, macs_per_step
+from eval.cost.runs import macs_per_image, macs_per_step
 from eval.tables.paper import Table, find
 from eval.tables.render import align, shown
 from eval.tables.rows import Runs, of_table
@@ -42,7 +42,7 @@ def describe(jobs: Sequence[Job], macs_steps: int | None) -> str:
     for job in jobs:
         run, there = job.run, job.present
         section = f"{job.section}: " if job.section else ""
-        lines.append([section + job.label, f"{full_calls(run)} / {run.calls}",
+        lines.append([section + job.label, f"{run.full_calls} / {run.calls}",
                       f"{giga(macs_per_step(run, macs_steps).hook):.4f}",
                       f"{macs_per_image(run).hook / 1e12:.4f}", f"{there:,} of {job.images:,}",
                       f"{(job.images - there) * run.calls:,}", gigabytes(job.pixels * job.images),

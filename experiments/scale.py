@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from caching.block_schedule import PlannedBlocks
-from eval.cost.runs import full_calls, macs_per_image, pruned
+from eval.cost.runs import macs_per_image, pruned
 from eval.metrics.inception import DIMS
 from eval.tables.paper import tables
 from eval.tables.render import Found, speed_of
@@ -51,7 +51,7 @@ class Planned(NamedTuple):
 def work(run: Run) -> tuple:
     """What decides the time of an image: equal for runs whose schedules differ only in where the full steps lie."""
     blocks = run.caching.of(PlannedBlocks)
-    return (run.config.name, run.sampler_name, pruned(run), full_calls(run), run.calls,
+    return (run.config.name, run.sampler_name, pruned(run), run.full_calls, run.calls,
             run.deepcache and run.deepcache.branch, blocks and blocks.schedule.sha256)
 
 

@@ -45,7 +45,7 @@ from caching.block_schedule import PlannedBlocks
 from caching.schedules import RULES
 from eval import fidelity, quality
 from eval.cost.macs import giga
-from eval.cost.runs import full_calls, macs_per_image, macs_per_step
+from eval.cost.runs import macs_per_image, macs_per_step
 from eval.metrics.features import EffLite0
 from eval.metrics.images import open_images
 from eval.quality import FD, KID
@@ -299,7 +299,7 @@ def listing(jobs: Sequence[Job]) -> str:
     for number, job in enumerate(jobs, 1):
         run, whole = job.run, macs_per_image(uncached_of(job, jobs).run).hook
         macs = macs_per_image(run).hook
-        lines.append([f"{number}  {run.config.name}", job.label, f"{full_calls(run)} / {run.calls}",
+        lines.append([f"{number}  {run.config.name}", job.label, f"{run.full_calls} / {run.calls}",
                       f"{giga(macs):.4f}", f"{macs / whole:.3f}", f"{job.present:,} of {job.images:,}",
                       "yes" if measured(job) else "no"])
     return align(lines)

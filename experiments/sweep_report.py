@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.cost.macs import giga
-from eval.cost.runs import full_calls, macs_per_image
+from eval.cost.runs import macs_per_image
 from eval.metrics.registry import MEASURES
 from eval.quality import KID
 from eval.tables.paper import Table
@@ -99,7 +99,7 @@ def records(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
     main = (shown_metrics(points) or [None])[0]
     fronts = {cost: on_front(points, cost, main) if main else set() for cost in ("macs", "time")}
     for i, p in enumerate(points):
-        record = {"model": p.run.config.name, **p.axes, "full calls": full_calls(p.run), "calls": p.run.calls,
+        record = {"model": p.run.config.name, **p.axes, "full calls": p.run.full_calls, "calls": p.run.calls,
                   "images": p.result.images if p.result else None, "G MACs per image": round(giga(p.macs), 6),
                   "speed-up by MACs": round(points[0].macs / p.macs, 4)}
         if p.speed:
@@ -154,7 +154,7 @@ def table(points: Sequence[Point]) -> list[str]:
             metric = p.metric(name)
             cells.append("-" if metric is None else "{:.4g} [{:.4g}, {:.4g}]".format(*metric)
                          if metric[1] != metric[2] else f"{metric[0]:.4g}")
-        lines.append((label(p, axes) or "cached", f"{full_calls(p.run)} / {p.run.calls}",
+        lines.append((label(p, axes) or "cached", f"{p.run.full_calls} / {p.run.calls}",
                       f"{points[0].macs / p.macs:.2f}x", f"{p.speed.speedup:.2f}x" if p.speed else "-", *cells,
                       *("yes" if i in fronts[cost] else "" for cost in fronts)))
     return markdown(lines)

@@ -6,7 +6,7 @@ import pytest
 from conftest import HERE
 
 from eval import throughput
-from eval.cost.run_timing import in_full_steps, kinds_of
+from eval.cost.run_timing import in_full_steps
 from eval.cost.runs import call_macs
 from runs import results
 from runs.spec import RunSpec
@@ -20,7 +20,7 @@ RUNS = {"none": {}, "deepcache": {"interval": 5}, "forecast": {"interval": 5, "f
 @pytest.mark.parametrize("name", RUNS)
 def test_calls_of_one_kind_cost_the_same(name):
     run = RunSpec.of(CONFIG, steps=20, **RUNS[name]).open()
-    kinds, macs = kinds_of(run), call_macs(run)
+    kinds, macs = run.reused, call_macs(run)
     assert len(kinds) == 20 and kinds[0] == frozenset()
     assert len({(kind, cost) for kind, cost in zip(kinds, macs, strict=True)}) == len(set(kinds))
     expected = {"none": 1, "deepcache": 2, "forecast": 2}

@@ -13,18 +13,11 @@ from torch import Tensor
 
 from caching.nested import no_cache
 from caching.policy import Policy
-from caching.trace import reused
 from eval.cost.runs import call_macs, costs_of
 from eval.cost.timing import interleave
 from runs.spec import Run
 
 Kind = frozenset[Hashable]
-
-
-def kinds_of(run: Run) -> list[Kind]:
-    """What each network call of a run reuses; nothing where it is a full one."""
-    policy = run.caching.policy("meta", run.dtype)
-    return [frozenset()] * run.calls if policy is None else list(reused(costs_of(run).asked, policy, run.calls))
 
 
 def named(kind: Kind) -> list[str]:
@@ -41,7 +34,7 @@ def time_run(run: Run, network: Callable[..., Tensor], inputs: Sequence[Tensor],
     Returns JSON-compatible {full, kinds: [per kind, its calls, time and MACs], run}; seconds are of one batch and of
     the network alone. Raises ValueError for no repeats.
     """
-    kinds, macs = kinds_of(run), call_macs(run)
+    kinds, macs = run.reused, call_macs(run)
     first = {kind: step for step, kind in reversed([*enumerate(kinds)])}        # the first call of each kind
 
     def at(step: int) -> Callable[[], Tensor]:
@@ -71,7 +64,7 @@ def in_full_steps(times: Mapping[str, Any], run: Run) -> tuple[float, float] | N
     """
     known = {tuple(one["reused"]): (one["median"], one["ratio"]) for one in times["kinds"]}
     known.setdefault((), (times["full"]["median"], 1.0))
-    counts = Counter(tuple(named(kind)) for kind in kinds_of(run))
+    counts = Counter(tuple(named(kind)) for kind in run.reused)
     if not counts.keys() <= known.keys():
         return None
     return (sum(n * known[kind][0] for kind, n in counts.items()),

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from caching.block_schedule import PlannedBlocks
 from eval.cost import bk_sdm
 from eval.cost.macs import giga
-from eval.cost.runs import full_calls, macs_per_step, pruned
+from eval.cost.run_timing import in_full_steps
+from eval.cost.runs import macs_per_step, pruned
 from eval.tables.paper import COLUMNS, Note, Section, Table, tables
 from eval.tables.rows import Row, Runs, of_table
 from runs.files import ROOT
@@ -97,12 +98,16 @@ def speed_of(found: Found, run: Run, base: int) -> Speed | None:
 
 def _in_full_steps(times: Mapping, run: Run) -> tuple[float, float] | None:
     """(seconds of a batch of a run, its time in full steps); None where its kind of steps was not timed."""
+    if "kinds" in times:
+        return in_full_steps(times, run)
     full, blocks, level = times["full"]["median"], run.caching.of(PlannedBlocks), run.deepcache
+    if any(method not in (blocks, level) for method in run.caching.methods):
+        return None
     if blocks is not None:
         own = [timed for timed in times.get("schedules", ()) if timed["sha256"] == blocks.schedule.sha256
                and timed["scale_shift"] == (blocks.table is not None)]
         return (own[0]["seconds"], own[0]["calls"] / own[0]["speedup"]) if own and level is None else None
-    k = full_calls(run)
+    k = run.full_calls
     if level is None:
         return k * full, k
     own = [step for step in times.get("branches", ()) if step["branch"] == level.branch]
