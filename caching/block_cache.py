@@ -125,27 +125,35 @@ class BlockCache(Policy):
         return value
 
     @property
-    def pattern(self) -> Hashable | None:
-        """Equal for steps that compute, keep and reuse the same; None where each adjusts values in its own way."""
-        return (frozenset(self.schedule), self.reused, self.forecast.order) if self.adjust is None else None
+    def pattern(self) -> Hashable:
+        """Equal for steps that compute, keep, reuse and adjust the same."""
+        return frozenset(self.schedule), self.reused, self.forecast.order, self._adjusted()
 
     @property
     def kept(self) -> dict[Hashable, Tensor]:
-        """What is kept between steps, by key. To assign to it puts other tensors in its place."""
-        if not self.forecast.order:
-            return self.values
+        """What a step reads and leaves, by key: values, under (key, what) scales and shifts, weights of a forecast.
+
+        To assign to it puts other tensors in its place.
+        """
         found: dict[Hashable, Tensor] = {}
         for key, history in self.histories.items():
             found |= history.kept(key)
         found |= self.values
+        for key in self._adjusted():
+            found[key, "scale"], found[key, "shift"] = self.adjustment[key]
         return found if self.weights is None else found | {_WEIGHTS: self.weights}
 
     @kept.setter
     def kept(self, values: Mapping[Hashable, Tensor]) -> None:
         self.values = {key: value for key, value in values.items() if key in self.schedule}
+        self.adjustment = {key: (values[key, "scale"], values[key, "shift"]) for key in self._adjusted()}
         self.weights = values.get(_WEIGHTS)
         for key, history in self.histories.items():
             history.put(key, values)
+
+    def _adjusted(self) -> frozenset[str]:
+        """The residuals that this step adjusts."""
+        return self.reused.intersection(self.adjustment)
 
     def reuse(self, key: str) -> Tensor:
         """What stands in for a residual that is not computed."""

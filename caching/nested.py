@@ -72,7 +72,8 @@ class Upsample(nn.Module):
 class Block(nn.Sequential):
     """Layers in sequence; the residual ones are given the conditioning too, an upsampling its height and width."""
 
-    def forward(self, x: Tensor, cond: Cond, size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cond: Cond, size: Sequence[int] | None = None  # type: ignore[override]
+                ) -> Tensor:
         for layer in self:
             if isinstance(layer, Residual):
                 x = layer(x, cond)
@@ -88,7 +89,7 @@ def name_residuals(unet: nn.Module) -> None:
             module.key = name
 
 
-def nested_forward(x: Tensor, input_blocks: Sequence[Block], middle_block: Block, output_blocks: Sequence[Block],
+def nested_forward(x: Tensor, input_blocks: nn.ModuleList, middle_block: Block, output_blocks: nn.ModuleList,
                    cond: Cond) -> Tensor:
     """Run a U-Net whose output block -1-k concatenates the output of input block k (its skip k).
 

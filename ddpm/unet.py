@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,8 +136,9 @@ class UNet(nn.Module):
 
     def embedding(self, t: Tensor) -> Tensor:
         """What the blocks know of the timestep: [batch] -> [batch, 4 ch], activated once for all of them."""
-        sinusoid = timestep_embedding(t, self.embed[0].in_features)                          # [batch, ch]
-        return self.embed(sinusoid.to(self.embed[0].weight.dtype))
+        first: Any = self.embed[0]
+        sinusoid = timestep_embedding(t, first.in_features)                                  # [batch, ch]
+        return self.embed(sinusoid.to(first.weight.dtype))
 
     def forward(self, x: Tensor, t: Tensor, cache: Cache = no_cache) -> Tensor:
         cond = Cond(self.embedding(t), cache=cache)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -213,8 +214,9 @@ class UNet(nn.Module):
 
     def embedding(self, t: Tensor) -> Tensor:
         """What the blocks know of the timestep: [batch] -> [batch, 4 model_channels]."""
-        sinusoid = timestep_embedding(t, self.time_embed[0].in_features)                 # [batch, model_channels]
-        return self.time_embed(sinusoid.to(self.time_embed[0].weight.dtype))
+        first: Any = self.time_embed[0]
+        sinusoid = timestep_embedding(t, first.in_features)                              # [batch, model_channels]
+        return self.time_embed(sinusoid.to(first.weight.dtype))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, cache: Cache = no_cache,
                 control: Sequence[Tensor] | None = None) -> Tensor:

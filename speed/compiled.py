@@ -1,5 +1,7 @@
 """Networks through torch.compile."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -8,10 +10,10 @@ from speed.packed import waiting
 
 
 def compiled(network: nn.Module, graphs: int) -> nn.Module:
-    """torch.compile, with room for that many graphs; beyond its own limit it would fall back or fail.
+    """The network through torch.compile, with room for that many graphs; beyond its own limit it would fail.
 
-    One more is for a first step, which finds no values yet. Where there is no compiler: the network as it is, and a
-    line that says so.
+    One more is for a first step, which finds no values yet. Where there is no compiler the network stays as it is, and
+    a line says so.
     """
     if missing := missing_compiler(next(network.parameters()).device):
         print(f"torch.compile: not here, {missing}; going on without", flush=True)
@@ -20,7 +22,7 @@ def compiled(network: nn.Module, graphs: int) -> nn.Module:
     limits.recompile_limit = max(limits.recompile_limit, graphs + 1)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, graphs + 1)
     print(f"torch.compile: {graphs} graph{'s' if graphs > 1 else ''}, one for each set of reused values", flush=True)
-    return PackedFirst(network) if waiting(network) else torch.compile(network, fullgraph=True)
+    return PackedFirst(network) if waiting(network) else cast(nn.Module, torch.compile(network, fullgraph=True))
 
 
 class PackedFirst(nn.Module):

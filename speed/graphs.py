@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from caching.nested import Cache, no_cache
+from caching.policy import Policy
 
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
 
@@ -20,12 +21,17 @@ class Recording(NamedTuple):
     kept: dict[Hashable, Tensor]
 
 
+class _KeepsNothing(Policy):
+    """`no_cache` as a policy: all its calls do the same."""
+    pattern = ()
+
+
 class RecordedNetwork(nn.Module):
     """A network of which each kind of step is recorded when it first comes: with DeepCache two, full and cached steps.
 
     Called as the network is. What a cache keeps between steps lies in buffers of this object, the same for all batches,
     since a replay reads and writes where the recording did. Inputs of other shapes are recorded on their own. Steps
-    whose cache has no `pattern` (scales and shifts differ from step to step) run as ever.
+    of which it is not known what they do (their cache has no `pattern`) run as ever.
 
     record: takes a function without arguments -> (its output, a function that runs it again into the same output).
     `seconds`: what recording has taken.
@@ -39,47 +45,46 @@ class RecordedNetwork(nn.Module):
         self.seconds = 0.0
 
     def forward(self, *args: Tensor, cache: Cache = no_cache) -> Tensor:
-        pattern = () if cache is no_cache else cache.pattern
+        policy = _KeepsNothing() if cache is no_cache else cast(Policy, cache)
+        pattern = getattr(policy, "pattern", None)
         if pattern is None:
             return self.network(*args, cache=cache)
         shapes = tuple((x.shape, x.dtype) for x in args)
         buffers = self.kept.setdefault(shapes, {})
-        move_kept(cache, buffers)
+        move_kept(policy, buffers)
         if (pattern, shapes) not in self.recordings:
             start = time.perf_counter()
-            self.recordings[pattern, shapes] = self._recording(args, cache, buffers)
+            self.recordings[pattern, shapes] = self._recording(args, cache, policy, buffers)
             self.seconds += time.perf_counter() - start
         recording = self.recordings[pattern, shapes]
         for static, x in zip(recording.inputs, args, strict=True):
             static.copy_(x)
         recording.replay()
-        if cache is not no_cache:
-            cache.kept = recording.kept
+        policy.kept = recording.kept
         return recording.output.clone()
 
-    def _recording(self, args: tuple[Tensor, ...], cache: Cache, buffers: dict[Hashable, Tensor]) -> Recording:
+    def _recording(self, args: tuple[Tensor, ...], cache: Cache, policy: Policy, buffers: dict[Hashable, Tensor]
+                   ) -> Recording:
         inputs = [x.clone() for x in args]
 
         def run() -> Tensor:
             output = self.network(*inputs, cache=cache)
-            move_kept(cache, buffers)
+            move_kept(policy, buffers)
             return output
 
         run()       # what comes up once, new buffers among it, is not part of the recording
         output, replay = self.record(run)
-        return Recording(inputs, output, replay, {} if cache is no_cache else dict(cache.kept))
+        return Recording(inputs, output, replay, dict(policy.kept))
 
 
-def move_kept(cache: Cache, buffers: dict[Hashable, Tensor]) -> None:
-    """What a cache keeps, into buffers, which are made where there are none yet."""
-    if cache is no_cache:
-        return
-    for name, value in cache.kept.items():
+def move_kept(policy: Policy, buffers: dict[Hashable, Tensor]) -> None:
+    """Move what a policy keeps into buffers, which are made where there are none yet."""
+    for name, value in policy.kept.items():
         if name not in buffers:
             buffers[name] = value.clone()
         elif value is not buffers[name]:
             buffers[name].copy_(value)
-    cache.kept = {name: buffers[name] for name in cache.kept}
+    policy.kept = {name: buffers[name] for name in policy.kept}
 
 
 def cuda_recorder() -> Record:

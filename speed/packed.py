@@ -68,6 +68,7 @@ def waiting(network: nn.Module) -> bool:
 
 
 def frozen(value: Tensor) -> nn.Parameter:
+    """A parameter that is not trained."""
     return nn.Parameter(value.detach(), requires_grad=False)
 
 
