@@ -14,6 +14,7 @@ from eval.cost.run_timing import in_full_steps
 from eval.cost.runs import macs_per_step, pruned
 from eval.tables.paper import COLUMNS, Note, Section, Table, tables
 from eval.tables.rows import Row, Runs, of_table
+from eval.tables.text import align
 from runs.files import ROOT
 from runs.labels import RULES
 from runs.results import Result
@@ -32,7 +33,7 @@ _RULE = ("interval", "schedule", "center", "power")         # of what says which
 _THEIR_GPU = "2080"
 
 
-def judge(run: Run, columns: Sequence[str]) -> str:
+def kind_of_result(run: Run, columns: Sequence[str]) -> str:
     """The kind of result that has a row's metrics: whose convention the paper's column follows."""
     if "fd_efflite0" in columns:
         return "quality"
@@ -159,7 +160,7 @@ def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base
     values = {"macs_G": giga(macs_per_step(row.run, table.macs_steps).hook)}
     values |= {key: row.run.caching.settings[key] for key in _SETTINGS if key in columns}
     files: dict[str, Path] = {}
-    measured = newest(found, row, section, judge(row.run, columns))
+    measured = newest(found, row, section, kind_of_result(row.run, columns))
     if measured:
         path, result = measured
         for column in columns:
@@ -245,14 +246,6 @@ def schedules(table: Table, runs: Runs) -> list[str]:
             f"{row.run.steps} steps: {' '.join(map(str, level.full_steps))}"
             for section in table.sections.values() for row in runs.rows if row.section == section.name
             if (level := row.run.deepcache)]
-
-
-def align(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first one to the left."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-                     for line in lines)
 
 
 def _grid(part: Filled) -> list[list[str]]:
