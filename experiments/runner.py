@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from caching.block_schedule import PlannedBlocks
 from eval import fidelity, quality
-from eval.cost.runs import full_calls, macs_per_image, macs_per_step
+from eval.cost.runs import macs_per_image, macs_per_step
 from eval.metrics.features import EffLite0
 from eval.metrics.images import ImageSet, open_images
 from eval.quality import FD
@@ -53,7 +53,7 @@ def sample_on_all_cores(arms: Sequence[Arm]) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     world = min(cores, 8)
     for i, arm in enumerate(arms):
-        print(f"[{i + 1}/{len(arms)}] {arm.run.config.name}: {arm.label}, {full_calls(arm.run)} full of "
+        print(f"[{i + 1}/{len(arms)}] {arm.run.config.name}: {arm.label}, {arm.run.full_calls} full of "
               f"{arm.run.calls} network calls", flush=True)
         ranks: list[subprocess.Popen] = []
         try:
