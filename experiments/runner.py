@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from caching.block_schedule import PlannedBlocks
+from caching.deepcache import PlannedDeepCache
 from eval import fidelity, quality
 from eval.cost.runs import macs_per_image, macs_per_step
 from eval.metrics.features import EffLite0
@@ -162,10 +163,12 @@ def judge_all(arms: Sequence[Arm]) -> dict[str, Result]:
 def time_steps(arms: Sequence[Arm], steps: Path, blocks: Path, words: Sequence[str]) -> None:
     """Time the full and cached steps of the arms of one model (eval.throughput), unless that is done.
 
-    steps, blocks: where the times are kept of DeepCache's steps, and of those with block schedules. words: further
-    options of the command.
+    steps, blocks: where the times are kept of DeepCache's steps, and of those with block schedules; beside `steps` those
+    of runs under any other policy. words: further options of the command.
     """
-    runs, config = [arm.run for arm in arms], arms[0].run.config
+    config = arms[0].run.config
+    known = (PlannedDeepCache, PlannedBlocks)
+    runs = [arm.run for arm in arms if all(isinstance(method, known) for method in arm.run.caching.methods)]
     branches = {run.deepcache.branch for run in runs if run.deepcache} or {config.sampler.branch}
     schedules = {planned.schedule.sha256: str(run.spec.given()["block_schedule"]) for run in runs
                  if (planned := run.caching.of(PlannedBlocks))}
@@ -175,6 +178,10 @@ def time_steps(arms: Sequence[Arm], steps: Path, blocks: Path, words: Sequence[s
                "timing")
     if not schedules.keys() <= {one["sha256"] for one in _timed(blocks, "schedules")}:
         python([*line, "--block-schedule", *schedules.values(), *words, "--out", str(blocks)], "timing")
+    for run in (arm.run for arm in arms if arm.run not in runs):
+        path = steps.with_name(f"{steps.stem}_{run.name}.json")
+        if not path.is_file():
+            python(["-m", "eval.throughput", "run", *run.spec.words(), *words, "--out", str(path)], "timing")
 
 
 def _timed(path: Path, what: str) -> list[dict[str, Any]]:

@@ -236,7 +236,7 @@ def render(found: Sequence[tuple[Arm, Result | None]], folder: Path) -> str:
     for arm, result in found:
         run, model = arm.run, arm.run.config.name
         points = by_model.setdefault(model, [])
-        times = [(path, results.read(path)) for path in times_paths(folder, model) if path.is_file()]
+        times = [(path, results.read(path)) for path in sorted(folder.glob(f"times_{model}*.json"))]
         printed = {} if run.config.train else printed_values(model)
         points.append(Point(run, axes_of(run), result, speed_of(times, run, (points[0].run if points else run).calls),
                             printed.get(arm.name, [])))
