@@ -163,8 +163,8 @@ def judge_all(arms: Sequence[Arm]) -> dict[str, Result]:
 def time_steps(arms: Sequence[Arm], steps: Path, blocks: Path, words: Sequence[str]) -> None:
     """Time the full and cached steps of the arms of one model (eval.throughput), unless that is done.
 
-    steps, blocks: where the times are kept of DeepCache's steps, and of those with block schedules; beside `steps` those
-    of runs under any other policy. words: further options of the command.
+    steps, blocks: where the times are kept of DeepCache's steps, and of those with block schedules; those of runs under
+    any other policy are beside `steps`. words: further options of the command.
     """
     config = arms[0].run.config
     known = (PlannedDeepCache, PlannedBlocks)
