@@ -44,7 +44,7 @@ class BlockSchedule:
 
     @property
     def sha256(self) -> str:
-        """Of what decides the pixels."""
+        """The digest of what decides the pixels."""
         content = {"run": self.run, "calls": self.calls, "blocks": self.blocks}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -54,7 +54,7 @@ class BlockSchedule:
 
     @classmethod
     def load(cls, path: Path) -> "BlockSchedule":
-        """Raises ValueError for a file that is missing, damaged or changed by hand."""
+        """Read a file. Raises ValueError where it is missing, damaged or changed by hand."""
         if not Path(path).is_file():
             raise ValueError(f"no block schedule {path}: python -m scripts.block_caching makes one")
         try:
@@ -94,7 +94,7 @@ class BlockSchedule:
 def scale_shift_tensors(table: Sequence[Adjustment], schedule: BlockSchedule) -> dict[str, Tensor]:
     """The scale and shift of every step at which a residual is reused, for a file: [reusing steps, 2, channels] each.
 
-    In half precision, in which the identity is exact; the error is far below that of their estimation.
+    They are in half precision: it holds the identity exactly, and its error is far below that of their estimation.
     """
     tensors = {}
     for name, steps in schedule.blocks.items():
@@ -109,7 +109,7 @@ def scale_shift_metadata(schedule: BlockSchedule, notes: Mapping[str, Any]) -> d
     return {"schedule_sha256": schedule.sha256, "notes": json.dumps(notes)}
 
 
-def load_scale_shift(path: Path, schedule: BlockSchedule) -> list[Adjustment]:
+def load_scale_shift(path: Path, schedule: BlockSchedule) -> Sequence[Adjustment]:
     """The adjustments of each step. Raises ValueError for a missing or damaged file, or one of another schedule."""
     if not Path(path).is_file():
         raise ValueError(f"no scale-shift file {path}: python -m scripts.block_caching makes one")
@@ -125,7 +125,7 @@ def load_scale_shift(path: Path, schedule: BlockSchedule) -> list[Adjustment]:
                for name, steps in schedule.blocks.items()}
     if {name: len(values) for name, values in tensors.items()} != {k: len(v) for k, v in reusing.items() if v}:
         raise ValueError(f"{path} does not hold one scale and shift for each reused residual of the schedule")
-    table = [{} for _ in range(schedule.calls)]
+    table: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(schedule.calls)]
     for name, values in tensors.items():
         for step, (scale, shift) in zip(reusing[name], values, strict=True):
             table[step][name] = scale, shift
@@ -136,7 +136,8 @@ class PlannedBlocks(Planned):
     """A block schedule in a run, or that part of it which DeepCache leaves to it."""
 
     def __init__(self, options: "BlockCachingOptions", schedule: BlockSchedule, blocks: dict[str, list[int]],
-                 table: list[Adjustment] | None, calls: int):
+                 table: Sequence[Adjustment] | None, calls: int):
+        assert options.block_schedule is not None       # the schedule's file
         self.schedule, self.blocks, self.table = schedule, blocks, table
         digest = None if options.scale_shift is None else file_sha256(options.scale_shift)
         self.settings = {"block_caching": {

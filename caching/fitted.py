@@ -11,10 +11,10 @@ BOUND = ("model", "unet", "checkpoint_sha256", "sampler", "steps", "timesteps")
 
 
 def refuse_other_run(what: str, made_for: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raises ValueError for a run of other settings; those not known yet may be left out.
+    """Refuse a run of other settings than a file was made for; those not known yet may be left out.
 
-    what: "the block schedule was made". made_for: the settings under BOUND, and more; a checkpoint_sha256 of None
-    stands for any weights.
+    what: how the message begins, "the block schedule was made". made_for: the settings under BOUND, and more; a
+    checkpoint_sha256 of None stands for any weights. Raises ValueError that says what differs.
     """
     differing = [key for key in made_for if key in settings and made_for[key] != settings[key]
                  and not (key == "checkpoint_sha256" and made_for[key] is None)]
@@ -25,5 +25,6 @@ def refuse_other_run(what: str, made_for: Mapping[str, Any], settings: Mapping[s
 
 
 def file_sha256(path: Path) -> str:
+    """The hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

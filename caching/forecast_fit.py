@@ -7,10 +7,11 @@ forecast should have been. Nothing is trained: each step has a closed form (`cac
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from caching.deepcache import DeepCache
 from caching.forecast import DampingFit, newton_terms
+from caching.nested import Network
 from caching.scale_shift import relative_distance
 
 
@@ -19,7 +20,7 @@ class _OnRunsPath:
     as `sampling.samplers.noise_predictor` calls it.
     """
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: Network):
         self.unet = unet
 
     @torch.no_grad()
@@ -50,7 +51,7 @@ class ForecastFit(_OnRunsPath):
     `damping`: [calls][order], as `DeepCache` takes it; 1 where nothing was fitted.
     """
 
-    def __init__(self, unet: nn.Module, branch: int, full_steps: Sequence[int], order: int, calls: int,
+    def __init__(self, unet: Network, branch: int, full_steps: Sequence[int], order: int, calls: int,
                  ridge: float = 1e-2):
         super().__init__(unet)
         self.branch, self.full_steps, self.ridge = branch, list(full_steps), ridge
@@ -80,7 +81,7 @@ class ForecastErrors(_OnRunsPath):
     `errors`: for every cached step |forecast - computed|_2 / |computed|_2, float32 [batch].
     """
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: Network):
         super().__init__(unet)
         self.errors: list[Tensor] = []
 

@@ -45,7 +45,7 @@ class ForecastWeights:
 
     @classmethod
     def load(cls, path: Path) -> "ForecastWeights":
-        """Raises ValueError for a file that is missing or damaged, or another kind of file."""
+        """Read a file. Raises ValueError where it is missing, damaged or of another kind."""
         if not Path(path).is_file():
             raise ValueError(f"no forecast weights {path}")
         try:
@@ -73,7 +73,7 @@ class ForecastWeights:
         refuse_other_run("the forecast weights were fitted", {key: self.run[key] for key in BOUND}, settings)
 
     def check_cache(self, branch: int, full_steps: Sequence[int], order: int, calls: int) -> None:
-        """The same for what the run caches. calls: its network calls."""
+        """Refuse a run that caches otherwise, likewise. calls: its network calls."""
         made_for = {"branch": self.branch, "full_steps": self.full_steps, "order": self.order,
                     "calls": len(self.damping)}
         refuse_other_run("the forecast weights were fitted", made_for,

@@ -1,6 +1,7 @@
-"""What changes between the steps of a run, and how much: measured through the seam of the caches, computing all.
+"""Meters tell what changes between the steps of a run, and how much.
 
-A meter is a caching policy that reuses nothing: `unet(x, t, cache=meter.at(step))`, `meter.reset()` after each batch.
+A meter is a caching policy that looks at every value and reuses none: `unet(x, t, cache=meter.at(step))`, and
+`meter.reset()` after each batch.
 """
 
 from collections.abc import Callable, Collection, Hashable
@@ -22,7 +23,7 @@ def relative_change(value: Tensor, previous: Tensor) -> Tensor:
 class ChangeMeter(Policy):
     """How much each residual changes from step to step (Block Caching, arXiv 2312.03209, its L1rel).
 
-    names: of the residuals (`caching.block_cache.residual_names`). num_steps: network calls of a run.
+    names: the residuals that are measured (`caching.block_cache.residual_names`). num_steps: network calls of a run.
     """
 
     def __init__(self, names: Collection[str], num_steps: int):
@@ -47,7 +48,7 @@ class ChangeMeter(Policy):
         return value
 
     def changes(self) -> dict[str, list[float]]:
-        """Per residual the change from step t - 1 to t, averaged over the rows of all batches; 0 for step 0.
+        """The change of each residual from step t - 1 to t, averaged over the rows of all batches; 0 for step 0.
 
         Raises RuntimeError when a step has not been measured.
         """
@@ -87,5 +88,5 @@ class SimilarityMeter(Policy):
         return value
 
     def similarities(self) -> dict[int, Tensor]:
-        """Per branch, float64 [steps, steps], averaged over the rows of all batches."""
+        """The similarities at each branch: float64 [steps, steps], averaged over the rows of all batches."""
         return {branch: sums / self.rows for branch, sums in self.sums.items()}

@@ -22,7 +22,7 @@ Kind = TypeVar("Kind", bound=Planned)
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The methods of one run, checked. None of them: no caching."""
+    """The methods of one run, checked against it; a run without any does not cache."""
     methods: tuple[Planned, ...] = ()
 
     def __bool__(self) -> bool:
@@ -30,7 +30,7 @@ class CachePlan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """For run.json."""
+        """What run.json says of them, under `cache`."""
         found: dict[str, Any] = {"interval": 1}
         for method in self.methods:
             found |= method.settings
@@ -43,7 +43,7 @@ class CachePlan:
         return Together(*policies) if len(policies) > 1 else policies[0] if policies else None
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """`Planned.check` of all methods. Raises ValueError."""
+        """Let every method check the settings of the run (`Planned.check`). Raises ValueError."""
         for method in self.methods:
             method.check(settings)
 
@@ -62,9 +62,8 @@ def plan(options: Sequence[MethodOptions], shape: RunShape) -> CachePlan:
     return CachePlan(tuple(found))
 
 
-
 def options_by_name(given: Mapping[str, Any]) -> list[MethodOptions]:
-    """The options of all methods, from what is given by name. Raises ValueError for a name of none."""
+    """The options of all methods, from some of them by name. Raises ValueError for a name that no method has."""
     left = dict(given)
     found = [method(**{one.name: left.pop(one.name) for one in fields(method) if one.name in left})
              for method in METHODS]

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Cache = Callable[[Hashable, Callable[[], Tensor]], Tensor]
+Network = Callable[..., Tensor]         # network(x, t, *context, cache=cache): a U-Net, or what stands in for one
 
 
 def no_cache(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-    """The cache that keeps nothing: every value is computed."""
+    """Compute every value: the cache that keeps nothing."""
     return compute()
 
 
@@ -72,14 +73,26 @@ class Upsample(nn.Module):
 class Block(nn.Sequential):
     """Layers in sequence; the residual ones are given the conditioning too, an upsampling its height and width."""
 
-    def forward(self, x: Tensor, cond: Cond, size: Sequence[int] | None = None  # type: ignore[override]
-                ) -> Tensor:
+    # nn.Sequential's own forward takes one argument alone.
+    def forward(self, x: Tensor, cond: Cond, size: Sequence[int] | None = None) -> Tensor:  # type: ignore[override]
         for layer in self:
             if isinstance(layer, Residual):
                 x = layer(x, cond)
             else:
                 x = layer(x, size) if isinstance(layer, Upsample) else layer(x)
         return x
+
+
+class NestedUNet(nn.Module):
+    """What the U-Nets have in common, beside `unet(x, t, *context, cache=cache)`.
+
+    num_branches: how many skips there are; a branch is one of them, 0..num_branches - 1.
+    """
+    num_branches: int
+
+    def embedding(self, t: Tensor) -> Tensor:
+        """What the blocks know of the timestep: [batch] -> [batch, channels]."""
+        raise NotImplementedError
 
 
 def name_residuals(unet: nn.Module) -> None:
@@ -91,7 +104,7 @@ def name_residuals(unet: nn.Module) -> None:
 
 def nested_forward(x: Tensor, input_blocks: nn.ModuleList, middle_block: Block, output_blocks: nn.ModuleList,
                    cond: Cond) -> Tensor:
-    """Run a U-Net whose output block -1-k concatenates the output of input block k (its skip k).
+    """Run a U-Net whose output block -1-k concatenates the output of input block k (its skip k). Both are `Block`s.
 
     x: [batch, in_channels, height, width] -> [batch, channels, height, width], before the head. Any height and width:
     each level returns the size that it was given.

@@ -13,13 +13,15 @@ Value = TypeVar("Value")
 
 
 def option(default: Value, help: str, choices: Sequence[str] = (), metavar: str | None = None) -> Value:
-    """A field of options, with what the command line says of it. Its flag is the field's name."""
+    """A field of a dataclass of options, and what the command line says of it, where the field's name is its flag."""
     return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
 class RunShape(NamedTuple):
-    """What methods need to know of a run. steps: that schedules are made for. calls: of the network, one more than
-    steps for PLMS. num_branches: skips of the U-Net. branch: the one that is cached unless the user says otherwise.
+    """What methods need to know of a run.
+
+    steps: how many schedules are made for. calls: how often the network is called, once more for PLMS. num_branches:
+    skips of the U-Net. branch: the one that is cached unless the user says otherwise.
     """
     steps: int
     calls: int
@@ -38,15 +40,13 @@ class Planned:
     summary: str = ""
 
     def policy(self, device: torch.device | str, dtype: torch.dtype) -> Policy | None:
-        """A fresh policy for one batch of a network on that device and in that dtype; None where it has none of its
-        own.
-        """
+        """A fresh policy for one batch of a network on a device and in a dtype; None where the method has none."""
         raise NotImplementedError
 
     def extrapolate(self, order: int, damping: Damping, calls: int) -> None:
-        """From now on, forecast what is reused (`caching.forecast`). calls: of the network.
+        """Forecast what is reused, from now on (`caching.forecast`). calls: network calls of the run.
 
-        Raises ValueError where that cannot be.
+        Raises ValueError where the method cannot.
         """
         raise ValueError("--forecast is not for the other caching options")
 
@@ -59,7 +59,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """The options of one method; subclasses add their fields by `option`. title: of their group in --help."""
+    """The options of one method; subclasses add their fields by `option`. title: what --help calls their group."""
     title: ClassVar[str] = "caching"
 
     def plan(self, shape: RunShape, before: Sequence[Planned]) -> Planned | None:

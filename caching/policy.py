@@ -1,4 +1,4 @@
-"""What a caching policy is: it decides, over the network calls of a run, which values are computed and which reused."""
+"""A caching policy decides, over the network calls of a run, which values are computed and which are reused."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import Protocol
@@ -38,10 +38,12 @@ class Policy(Protocol):
 
     @property
     def pattern(self) -> Hashable | None:
+        """What the next call does, as far as its recording goes; None where that is not known."""
         return None
 
     @property
     def kept(self) -> Mapping[Hashable, Tensor]:
+        """The tensors that are held between calls, by names of the policy's own."""
         return {}
 
     @kept.setter
@@ -85,7 +87,9 @@ class Together(Policy):
     @kept.setter
     def kept(self, values: Mapping[Hashable, Tensor]) -> None:
         parts: list[dict[Hashable, Tensor]] = [{} for _ in self.policies]
-        for (i, key), value in values.items():          # type: ignore[misc]  keys of ours
+        for name, value in values.items():
+            assert isinstance(name, tuple)              # as the getter makes them
+            i, key = name
             parts[i][key] = value
         for policy, part in zip(self.policies, parts, strict=True):
             policy.kept = part

@@ -15,27 +15,29 @@ network calls, so that a change belongs to the later one of two. What else was t
 results/block_caching/study/table.md. The index does matter, by a tenth of the distance, with either sign.
 """
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from caching.block_cache import Adjustment, BlockCache
+from caching.nested import NestedUNet, Network
 
 
 class ScaleShift(nn.Module):
     """One linear layer per residual, from the timestep embedding to the scale and shift of its channels.
 
-    channels: of each residual, by name. emb_channels: of the timestep embedding. It starts as the identity.
+    channels: how many each residual has, by name. emb_channels: how many the embedding has. It starts as the identity.
     """
 
     def __init__(self, channels: Mapping[str, int], emb_channels: int):
         super().__init__()
         self.names = list(channels)
-        self.layers = nn.ModuleList(nn.Linear(emb_channels, 2 * width) for width in channels.values())
-        for layer in self.layers:
+        layers = [nn.Linear(emb_channels, 2 * width) for width in channels.values()]
+        for layer in layers:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, emb: Tensor) -> Adjustment:
         """emb [..., emb_channels] -> for each residual (scale, shift), each [..., channels]."""
@@ -54,7 +56,7 @@ class ScaleShift(nn.Module):
 class _Recorder:
     """The cache of the teacher: computes everything, and notes those of the residuals that are wanted."""
 
-    def __init__(self, names: Collection[str]):
+    def __init__(self, names: frozenset[str]):
         self.names = names
         self.values: dict[str, Tensor] = {}
 
@@ -72,7 +74,7 @@ class _OnStudentsPath:
     `network(x, t, *context, cache=cache.at(step))`, as `sampling.samplers.noise_predictor` calls it.
     """
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: Network):
         self.unet = unet
 
     @torch.no_grad()
@@ -95,13 +97,14 @@ class Distiller(_OnStudentsPath):
     `losses`: (loss before the optimiser step, loss without adjustment) of every such call.
     """
 
-    def __init__(self, unet: nn.Module, scale_shift: ScaleShift, optimizer: torch.optim.Optimizer):
+    def __init__(self, unet: NestedUNet, scale_shift: ScaleShift, optimizer: torch.optim.Optimizer):
         super().__init__(unet)
+        self.embedding = unet.embedding
         self.scale_shift, self.optimizer = scale_shift, optimizer
         self.losses: list[tuple[float, float]] = []
 
     def meet(self, t: Tensor, cache: BlockCache, wanted: Mapping[str, Tensor]) -> None:
-        emb = self.unet.embedding(t[:1])[0].float()                                     # [emb_channels]
+        emb = self.embedding(t[:1])[0].float()                                          # [emb_channels]
         if wanted:
             with torch.enable_grad():
                 loss = self._loss(self.scale_shift(emb), cache, wanted)
@@ -109,7 +112,7 @@ class Distiller(_OnStudentsPath):
                 loss.backward()
                 self.optimizer.step()
             self.losses.append((loss.item(), self._loss({}, cache, wanted).item()))
-        dtype = self.unet.embedding(t[:1]).dtype
+        dtype = self.embedding(t[:1]).dtype
         cache.adjustment = {name: (scale.to(dtype), shift.to(dtype))
                             for name, (scale, shift) in self.scale_shift(emb).items()}
 
@@ -130,7 +133,7 @@ class LeastSquares(_OnStudentsPath):
     `table`: what each network call does to the residuals that it reuses.
     """
 
-    def __init__(self, unet: nn.Module, ridge: float = 1e-2):
+    def __init__(self, unet: Network, ridge: float = 1e-2):
         super().__init__(unet)
         self.ridge = ridge
         self.table: list[Adjustment] = []
@@ -143,7 +146,7 @@ class LeastSquares(_OnStudentsPath):
 
 
 def best_line(value: Tensor, wanted: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Scale and shift of each channel that bring value nearest to wanted, in squares: [channels] each, float32."""
+    """Scale and shift of each channel that bring `value` nearest to `wanted` in squares: float32 [channels] each."""
     x, y = (a.float().movedim(1 if a.ndim == 4 else -1, 0).flatten(1) for a in (value, wanted))   # [channels, n]
     (x, x_mean), (y, y_mean) = ((a - a.mean(1, keepdim=True), a.mean(1)) for a in (x, y))
     variance, covariance = x.square().mean(1), (x * y).mean(1)
@@ -159,7 +162,7 @@ class Comparison(_OnStudentsPath):
     mean over its reused residuals.
     """
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: Network):
         super().__init__(unet)
         self.errors: list[Tensor] = []
 

@@ -5,11 +5,13 @@ steps, except where `released_ldm` says otherwise.
 """
 
 import math
+from collections.abc import Callable
 from numbers import Integral
 
 import numpy as np
 
-RULES = {"uniform": (), "centered": ("center", "power"), "released-ldm": ("power",)}     # name: what it takes
+# What each rule takes beside the numbers of steps and interval.
+RULES: dict[str, tuple[str, ...]] = {"uniform": (), "centered": ("center", "power"), "released-ldm": ("power",)}
 
 
 def check_settings(rule: str, interval: int, center: int | None = None, power: float | None = None) -> None:
@@ -28,17 +30,16 @@ def check_settings(rule: str, interval: int, center: int | None = None, power: f
 
 def full_steps(rule: str, num_steps: int, interval: int, center: int | None = None,
                power: float | None = None) -> list[int]:
-    """The full steps by a rule's name, one of RULES. Raises ValueError for settings that the rule does not take."""
+    """The full steps that a rule of RULES makes. Raises ValueError for settings that the rule does not take."""
     check_settings(rule, interval, center, power)
-    if rule == "uniform":
-        return uniform(num_steps, interval)
-    if rule == "centered":
-        return centered(num_steps, interval, center, power)
-    return released_ldm(num_steps, interval, power)
+    makers: dict[str, Callable[..., list[int]]] = {"uniform": uniform, "centered": centered,
+                                                   "released-ldm": released_ldm}
+    given = {"center": center, "power": power}
+    return makers[rule](num_steps, interval, **{name: given[name] for name in RULES[rule]})
 
 
 def _check(num_steps: int, interval: int, power: float = 2.0) -> int:
-    """Validate what all rules share; returns ceil(num_steps / interval)."""
+    """Check what all rules share, and return ceil(num_steps / interval)."""
     if num_steps < 1:
         raise ValueError(f"the number of steps must be 1 or more, got {num_steps}")
     if not 1 <= interval <= num_steps:

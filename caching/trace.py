@@ -1,4 +1,4 @@
-"""Which values a network call asks its cache for, and which of them a policy reuses: told without running the network.
+"""Tells, without running the network, which values a call asks its cache for and which of them a policy reuses.
 
 One call is traced, on the meta device where that is cheapest; any policy can then be walked over what was asked for.
 All that follows from a policy's choices (multiply-accumulates, kinds of calls, pictures) needs nothing else of it.

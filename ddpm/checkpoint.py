@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ddpm.config import Config
 from ddpm.unet import UNet
-from runs.errors import UserError
+from runs.errors import UserError, as_user_error
 from runs.weights import load_strict, read_tensors
 
 _MIDDLE = {"0": "block_1", "1": "attn_1", "2": "block_2"}
@@ -26,7 +27,9 @@ def published_name(name: str, num_levels: int, num_res_blocks: int) -> str:
             return theirs + name[len(ours):]
     if match := re.fullmatch(r"middle_block\.(\d)\.(.+)", name):
         return f"mid.{_MIDDLE[match[1]]}.{match[2]}"
-    side, block, leaf = re.fullmatch(r"(input|output)_blocks\.(\d+)\.\d\.(.+)", name).groups()
+    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.\d\.(.+)", name)
+    assert match, f"{name} is no tensor of this U-Net"
+    side, block, leaf = match.groups()
     if side == "input":     # after conv_in, each level has its ResNet blocks and then a downsampling
         level, i = divmod(int(block) - 1, num_res_blocks + 1)
         part, samples = f"down.{level}", "downsample"
@@ -62,8 +65,19 @@ def load_checkpoint(unet: UNet, path: Path) -> None:
     load_state_dict(unet, ema_weights(read_tensors(path), path))
 
 
+def load_unet(config: Config, path: Path) -> UNet:
+    """The U-Net of a config with the weights of a checkpoint file, in evaluation mode, float32 on the CPU.
+
+    Raises UserError for sizes that cannot be, and as `load_checkpoint`.
+    """
+    with as_user_error(f"{config.name}: "):
+        unet = UNet(**vars(config.unet))
+    load_checkpoint(unet, path)
+    return unet.eval().requires_grad_(False)
+
+
 def ema_weights(content: object, path: Path) -> dict[str, Tensor]:
-    """The EMA weights out of what a checkpoint file holds."""
+    """The EMA weights in the content of a checkpoint file. Raises UserError where there are none."""
     if isinstance(content, list):
         if len(content) < 5 or not isinstance(content[-1], dict):
             raise UserError(f"{path} is a list of {len(content)} parts without EMA weights at its end: the DDIM "

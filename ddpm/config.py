@@ -53,7 +53,7 @@ class Config:
     train: Train | None = None
 
     def alphas_cumprod(self) -> Tensor:
-        """float32 [num_timesteps]."""
+        """The alpha_bar of each timestep: float32 [num_timesteps]."""
         return self.diffusion.alphas_cumprod()
 
 

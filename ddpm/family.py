@@ -6,17 +6,15 @@ from torch import nn
 
 from ddpm.config import Config
 from ddpm.unet import UNet
-from runs.families import Family, build
+from runs.families import Family
 from runs.image_model import ImageModel
 from runs.machine import Machine
 from runs.spec import Run
 
 
-def load_unet(config: Config, path: Path) -> nn.Module:
-    from ddpm.checkpoint import load_checkpoint
-    unet = build(config, "cpu")
-    load_checkpoint(unet, path)
-    return unet
+def load_unet(config: Config, path: Path) -> UNet:
+    from ddpm import checkpoint
+    return checkpoint.load_unet(config, path)
 
 
 def open_model(run: Run, machine: Machine) -> ImageModel:
@@ -24,7 +22,7 @@ def open_model(run: Run, machine: Machine) -> ImageModel:
     return DDPM(run, machine)
 
 
-def theirs(config: Config, unet: nn.Module) -> nn.Module:
+def theirs(config: Config, unet: UNet) -> nn.Module:
     from ddpm.diffusers_layout import diffusers_unet
     return diffusers_unet(config, unet)
 

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
+from caching.nested import Network
 from caching.policy import Policy
-from ddpm.checkpoint import load_checkpoint
-from runs.families import build
+from ddpm.checkpoint import load_unet
+from ddpm.config import Config
+from runs.families import Condition
 from runs.folder import to_uint8
 from runs.image_model import ImageModel
 from runs.machine import Machine
@@ -19,8 +21,8 @@ from sampling.samplers import noise_predictor
 from speed.accelerate import place
 
 
-class DDPM(ImageModel):
-    """Unconditional, in pixels: its latents are the images."""
+class DDPM(ImageModel[Config, Condition]):
+    """An unconditional model in pixels: its latents are the images."""
 
     def __init__(self, run: Run, machine: Machine):
         super().__init__(run, machine)
@@ -32,12 +34,11 @@ class DDPM(ImageModel):
         path = self.run.checkpoint
         if self.config.md5 and self.run.spec.network.checkpoint is None:
             check_md5(path, self.config.md5)        # first: a download that was cut short should be called that
-        unet = build(self.config, "cpu")
-        load_checkpoint(unet, path)
+        unet = load_unet(self.config, path)
         self.settings["checkpoint_sha256"] = sha256(path)
         self.unet = place(unet, self.device, self.dtype)
 
-    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: nn.Module | None = None,
+    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None,
                 report: Callable[[float], None] | None = None) -> Tensor:
         unet, noise = self.config.unet, SeededNoise(seeds, self.device)
         predict = noise_predictor(self.unet if network is None else network, self.config.diffusion, self.dtype, policy)

@@ -8,6 +8,7 @@ the published DDPM names, to OUT/ddpm_emoji.safetensors, beside a log (log.jsonl
 
 import argparse
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ddpm.checkpoint import published_state_dict
 from ddpm.config import load_config
 from ddpm.unet import UNet
 from runs.cli import command
+from runs.errors import UserError, as_user_error
 from runs.folder import to_uint8
 from sampling.ddim import ddim, uniform_timesteps
 from sampling.diffusion import predicted_noise
@@ -28,7 +30,8 @@ from training.loop import train
 from training.objective import denoising_error
 
 
-def squared_error(alphas: Tensor, prediction: str, autocast: bool):
+def squared_error(alphas: Tensor, prediction: str, autocast: bool
+                  ) -> Callable[[nn.Module, Tensor, torch.Generator], Tensor]:
     """The squared error of the prediction for batches of images, mirrored at random."""
     def loss(model: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
         flip = torch.rand(len(batch), generator=generator, device=batch.device) < 0.5
@@ -37,7 +40,8 @@ def squared_error(alphas: Tensor, prediction: str, autocast: bool):
     return loss
 
 
-def sample_grid(alphas: Tensor, prediction: str, shape: tuple[int, int, int], steps: int, count: int = 50):
+def sample_grid(alphas: Tensor, prediction: str, shape: Sequence[int], steps: int, count: int = 50
+                ) -> Callable[[nn.Module], np.ndarray]:
     """A function of the EMA network that samples the images of seeds 0..count-1."""
     def grid(unet: nn.Module) -> np.ndarray:
         device = alphas.device
@@ -51,7 +55,7 @@ def sample_grid(alphas: Tensor, prediction: str, shape: tuple[int, int, int], st
 
 
 @command
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/ddpm_emoji.yaml"), help="with a `train` section")
     parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
@@ -62,16 +66,20 @@ def main():
         torch.set_num_threads(args.threads)
 
     config = load_config(args.config)
-    torch.manual_seed(config.train.loop.seed)
-    unet = UNet(**vars(config.unet), dropout=config.train.dropout)
-    images, rows = emoji.load(config.unet.resolution, "train", config.train.group)
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(args.device)
+    settings = config.train
+    if settings is None:
+        raise UserError(f"{args.config} has no train section: it is a published model")
+    torch.manual_seed(settings.loop.seed)
+    with as_user_error(f"{args.config}: "):
+        unet = UNet(**vars(config.unet), dropout=settings.dropout)
+        tiles, rows = emoji.load(config.unet.resolution, "train", settings.group)
+    images = torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous().to(args.device)
     alphas = config.alphas_cumprod().to(args.device)
     print(f"{len(rows)} images, {sum(p.numel() for p in unet.parameters()):,} parameters")
 
     prediction = config.diffusion.prediction
-    ema = train(unet, squared_error(alphas, prediction, config.train.bf16), images, config.train.loop, args.out,
-                sample_grid(alphas, prediction, tuple(images.shape[1:]), steps=50), args.device)
+    ema = train(unet, squared_error(alphas, prediction, settings.bf16), images, settings.loop, args.out,
+                sample_grid(alphas, prediction, images.shape[1:], steps=50), args.device)
     target = args.out / f"{config.name}.safetensors"
     weights = {name: value.half().contiguous().cpu() for name, value in published_state_dict(ema).items()}
     save_file(weights, f"{target}.tmp")

@@ -2,13 +2,22 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from caching.nested import Block, Cache, Cond, Residual, Upsample, name_residuals, nested_forward, no_cache
+from caching.nested import (
+    Block,
+    Cache,
+    Cond,
+    NestedUNet,
+    Residual,
+    Upsample,
+    name_residuals,
+    nested_forward,
+    no_cache,
+)
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -74,7 +83,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class UNet(nn.Module):
+class UNet(NestedUNet):
     """DDPM's noise predictor.
 
     resolution: height and width of the images, in pixels. ch, ch_mult: channels of level i are ch * ch_mult[i].
@@ -93,7 +102,7 @@ class UNet(nn.Module):
                              f"as ch_mult {list(ch_mult)} asks")
         if ch % 32:
             raise ValueError(f"ch must be a multiple of 32 (GroupNorm has 32 groups), got {ch}")
-        self.num_levels, self.num_res_blocks = len(ch_mult), num_res_blocks
+        self.ch, self.num_levels, self.num_res_blocks = ch, len(ch_mult), num_res_blocks
         emb = 4 * ch
         self.embed = nn.Sequential(nn.Linear(ch, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
 
@@ -136,9 +145,8 @@ class UNet(nn.Module):
 
     def embedding(self, t: Tensor) -> Tensor:
         """What the blocks know of the timestep: [batch] -> [batch, 4 ch], activated once for all of them."""
-        first: Any = self.embed[0]
-        sinusoid = timestep_embedding(t, first.in_features)                                  # [batch, ch]
-        return self.embed(sinusoid.to(first.weight.dtype))
+        sinusoid = timestep_embedding(t, self.ch)                                            # [batch, ch]
+        return self.embed(sinusoid.to(next(self.embed.parameters()).dtype))
 
     def forward(self, x: Tensor, t: Tensor, cache: Cache = no_cache) -> Tensor:
         cond = Cond(self.embedding(t), cache=cache)

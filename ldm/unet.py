@@ -2,13 +2,22 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from caching.nested import Block, Cache, Cond, Residual, Upsample, name_residuals, nested_forward, no_cache
+from caching.nested import (
+    Block,
+    Cache,
+    Cond,
+    NestedUNet,
+    Residual,
+    Upsample,
+    name_residuals,
+    nested_forward,
+    no_cache,
+)
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -142,7 +151,7 @@ class Downsample(nn.Module):
         return self.op(x)
 
 
-class UNet(nn.Module):
+class UNet(NestedUNet):
     """LDM's noise predictor in the latent space.
 
     model_channels, channel_mult: channels of level i are model_channels * channel_mult[i].
@@ -168,7 +177,7 @@ class UNet(nn.Module):
                          (num_head_channels, f"heads of {num_head_channels} channels do"))
         if any(model_channels * mult % divisor for mult in channel_mult):
             raise ValueError(f"{what} not divide model_channels {model_channels} times {channel_mult}")
-        emb = 4 * model_channels
+        self.model_channels, emb = model_channels, 4 * model_channels
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
 
         def transformer(channels: int) -> SpatialTransformer:
@@ -214,9 +223,8 @@ class UNet(nn.Module):
 
     def embedding(self, t: Tensor) -> Tensor:
         """What the blocks know of the timestep: [batch] -> [batch, 4 model_channels]."""
-        first: Any = self.time_embed[0]
-        sinusoid = timestep_embedding(t, first.in_features)                              # [batch, model_channels]
-        return self.time_embed(sinusoid.to(first.weight.dtype))
+        sinusoid = timestep_embedding(t, self.model_channels)                            # [batch, model_channels]
+        return self.time_embed(sinusoid.to(next(self.time_embed.parameters()).dtype))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, cache: Cache = no_cache,
                 control: Sequence[Tensor] | None = None) -> Tensor:

@@ -6,13 +6,19 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 Flags = Mapping[str, str]       # field -> its flag, where that is not the field's name
 
 
+class Options(Protocol):
+    """A dataclass of options. title: what --help calls their group."""
+    title: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
 def names(options: Any) -> list[str]:
-    """The options of a dataclass, or of one of its objects."""
+    """The names of the options of a dataclass, or of one of its objects."""
     return [one.name for one in dataclasses.fields(options)]
 
 
@@ -21,7 +27,7 @@ def flag(name: str, flags: Flags | None = None) -> str:
     return f"--{(flags or {}).get(name, name).replace('_', '-')}"
 
 
-def kind(cls: type, name: str) -> type:
+def kind(cls: type[Options], name: str) -> type:
     """The type of an option, without its None."""
     hint = typing.get_type_hints(cls)[name]
     if isinstance(hint, types.UnionType):
@@ -29,8 +35,8 @@ def kind(cls: type, name: str) -> type:
     return hint
 
 
-def add(parser: argparse.ArgumentParser, cls: type, flags: Flags | None = None) -> None:
-    """The options of a dataclass, as a group of the command line."""
+def add(parser: argparse.ArgumentParser, cls: type[Options], flags: Flags | None = None) -> None:
+    """Add the options of a dataclass to a command line, as a group."""
     group = parser.add_argument_group(cls.title) if dataclasses.fields(cls) else parser
     for one in dataclasses.fields(cls):
         about = dict(one.metadata)
@@ -41,26 +47,26 @@ def add(parser: argparse.ArgumentParser, cls: type, flags: Flags | None = None) 
                                choices=about.get("choices") or None, metavar=about.get("metavar"), help=about["help"])
 
 
-def chosen(cls: type, args: argparse.Namespace) -> Any:
-    """The dataclass of what the command line said."""
+def chosen(cls: type[Options], args: argparse.Namespace) -> Any:
+    """An object of a dataclass of options, with what the command line said."""
     return cls(**{one.name: getattr(args, one.name) for one in dataclasses.fields(cls)})
 
 
 def given(options: Any) -> dict[str, Any]:
-    """Those of the options that are not as they are by default."""
+    """The options that differ from their defaults, by name."""
     values = {one.name: (one, getattr(options, one.name)) for one in dataclasses.fields(options)}
     return {name: value for name, (one, value) in values.items() if value != one.default}
 
 
 def words(values: Mapping[str, Any], flags: Flags | None = None) -> Iterator[str]:
-    """Options by name, as words of a command line."""
+    """The words of a command line that say these options."""
     for name, value in values.items():
         yield flag(name, flags)
         if value is not True:
             yield str(value)
 
 
-def typed(cls: type, name: str, value: Any) -> Any:
-    """A value as a file gives it, as the option's type: paths come as text, whole numbers may stand for others."""
-    wanted = kind(cls, name)
+def typed(cls: type[Options], name: str, value: Any) -> Any:
+    """A value from a file in the type of its option: paths come as text, whole numbers may stand for others."""
+    wanted: Any = kind(cls, name)
     return wanted(value) if wanted in (Path, float) and isinstance(value, str | int) and value is not True else value

@@ -20,7 +20,7 @@ class Claims:
         self._file = open(self.path, "ab")
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()          # drops every claim
 
     def take(self, seeds: Iterable[int]) -> list[int]:

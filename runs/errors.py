@@ -10,7 +10,7 @@ class UserError(Exception):
 
 @contextmanager
 def as_user_error(prefix: str = "") -> Iterator[None]:
-    """The ValueErrors of rooms that know no user, which say what was wrong, as UserErrors."""
+    """Raise the ValueErrors of rooms that know no user, which say what was wrong, as UserErrors."""
     try:
         yield
     except ValueError as error:

@@ -5,20 +5,45 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from yaml import YAMLError
 
+from caching.nested import NestedUNet
 from runs.errors import UserError, one_line
 from runs.files import ROOT
 from runs.settings import read_yaml
+from sampling.diffusion import Diffusion
+
+if TYPE_CHECKING:
+    from runs.image_model import ImageModel
+    from runs.machine import Machine
+    from runs.spec import Run
 
 PACKAGES = ("ddpm", "ldm", "stable_diffusion")
-Config = Any        # an object of a family's schema: name, unet, diffusion, sampler, checkpoint, train
+
+
+class Config(Protocol):
+    """What the configs of all families say. Each family has a schema of its own for them, a dataclass.
+
+    unet: arguments of its U-Net. sampler: the paper's settings, steps, timesteps, branch and more.
+    """
+    name: str
+    checkpoint: str
+    unet: Any
+    sampler: Any
+
+    @property
+    def diffusion(self) -> Diffusion:
+        """What the network was trained for."""
+
+
+Schema = TypeVar("Schema", bound=Config)
+Net = TypeVar("Net", bound=NestedUNet)
 
 
 @dataclass(frozen=True)
@@ -30,32 +55,33 @@ class Condition:
     title: ClassVar[str] = "what is sampled"
 
     def name(self) -> tuple[list[str], list[str]]:
-        """Parts of a sample folder's name: those that come first, and those that come last."""
+        """The parts of a sample folder's name that come first, and those that come last."""
         return [], []
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(Generic[Schema, Net]):
     """All that other programs need of a model package.
 
-    name: the first word of its configs' names. command: module of its sample command. schema: dataclass of its configs.
-    condition: its own options. flags: of options whose flag is not their name. batch_size: unless the user says more.
+    name: the first word of its configs' names. command: the module of its sample command. schema: the dataclass of its
+    configs. condition: its own options. flags: the flags of options that have not the option's name. batch_size: how
+    many images at a time, unless the user says more.
     unet(config): the U-Net with random weights, on the device that is in force; raises ValueError.
-    shapes(config): of x and, where there is one, of the context, for one image. resolution(config): pixels of a side.
-    load_unet(config, path): with the weights of a checkpoint, on the CPU. open(run, machine): the whole model,
-    a `runs.image_model.ImageModel`.
-    judge: the evaluator of the papers' tables, a command of eval/; packed: whether it reads an npz; references: what it
-    compares with, by the model's name. theirs(config, unet): diffusers' U-Net on the very weights of ours.
+    shapes(config): the shapes of x and, where there is one, of the context, for one image.
+    resolution(config): the pixels of a side. load_unet(config, path): the U-Net with the weights of a checkpoint, on
+    the CPU. open(run, machine): the whole model. theirs(config, unet): diffusers' U-Net on the very weights of ours.
+    judge: the evaluator of the papers' tables, a command of eval/. packed: whether it reads an npz. references: what it
+    compares with, by the model's name.
     """
     name: str
     command: str
-    schema: type
-    unet: Callable[[Config], nn.Module]
-    shapes: Callable[[Config], list[tuple[int, ...]]]
-    resolution: Callable[[Config], int]
-    load_unet: Callable[[Config, Path], nn.Module]
-    open: Callable[..., Any]
-    theirs: Callable[[Config, nn.Module], nn.Module]
+    schema: type[Schema]
+    unet: Callable[[Schema], Net]
+    shapes: Callable[[Schema], list[tuple[int, ...]]]
+    resolution: Callable[[Schema], int]
+    load_unet: Callable[[Schema, Path], Net]
+    open: Callable[["Run", "Machine"], "ImageModel"]
+    theirs: Callable[[Schema, Net], nn.Module]
     batch_size: int
     judge: str
     condition: type[Condition] = Condition
@@ -66,7 +92,7 @@ class Family:
 
 @cache
 def families() -> dict[str, Family]:
-    """All of them, by name."""
+    """All families, by name."""
     above = __name__.removesuffix("runs.families")      # "" in a clone, the package's name where it is installed
     found = [importlib.import_module(f"{above}{package}.family").FAMILY for package in PACKAGES]
     return {family.name: family for family in found}
@@ -81,13 +107,13 @@ def find_config(path: Path | str) -> Path:
 
 
 def family_named_by(path: Path | str) -> Family:
-    """Whose config a file is, by the first word of its name. Raises UserError."""
+    """The family whose config a file is, by the first word of its name. Raises UserError."""
     path = find_config(path)
     try:
         content = OmegaConf.load(path)
     except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         raise UserError(f"{path}: {one_line(error)}") from None
-    name = content.get("name") if OmegaConf.is_dict(content) else None
+    name = content.get("name") if isinstance(content, DictConfig) else None
     known = families().get(str(name).split("_")[0])
     if known is None:
         prefixes = " or ".join(f"{prefix}_" for prefix in families())
@@ -101,11 +127,11 @@ def load_config(path: Path | str, family: Family | None = None) -> Config:
 
 
 def family(config: Config) -> Family:
-    """Whose config it is."""
+    """The family whose config it is."""
     return next(known for known in families().values() if type(config) is known.schema)
 
 
-def build(config: Config, device: torch.device | str = "meta") -> nn.Module:
+def build(config: Config, device: torch.device | str = "meta") -> NestedUNet:
     """The U-Net of a config, in evaluation mode, with random weights (none on the meta device). Raises UserError."""
     try:
         with torch.device(device):
@@ -114,7 +140,7 @@ def build(config: Config, device: torch.device | str = "meta") -> nn.Module:
         raise UserError(f"{config.name}: {error}") from None
 
 
-def load_unet(config: Config, path: Path) -> nn.Module:
+def load_unet(config: Config, path: Path) -> NestedUNet:
     """The U-Net of a config with the weights of a checkpoint, on the CPU. Raises UserError."""
     return family(config).load_unet(config, path)
 

@@ -11,16 +11,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent       # of the repository
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` a temporary file beside `path`, then move it there; on any failure nothing is left.
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file beside `path`, and move it there; on any failure nothing is left.
 
-    What a writer of the same file left that was killed is removed.
+    What a writer of the same file that was killed has left is removed.
     """
     remove_leftovers(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
     write_and_move(path, write)
 
 
-def write_and_move(path: Path, write: Callable[[Path], None]) -> None:
+def write_and_move(path: Path, write: Callable[[Path], object]) -> None:
+    """Do as `write_atomically`, and leave what other writers have left where it is."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         write(temporary)

@@ -32,7 +32,7 @@ _RECOUNT = 10   # seconds after which the progress bar looks what other processe
 
 
 def read_run(folder: Path) -> dict:
-    """run.json of a sample folder. Raises UserError where it is missing or damaged."""
+    """The content of a sample folder's run.json. Raises UserError where it is missing or damaged."""
     path = folder / "run.json"
     if not path.is_file():
         raise UserError(f"{folder} is no sample folder: it has no run.json")
@@ -43,17 +43,17 @@ def read_run(folder: Path) -> dict:
 
 
 def image_path(folder: Path, seed: int) -> Path:
-    """Where a sample folder has the image of a seed; sub-folders of 1000."""
+    """The path of a seed's image in a sample folder, which has sub-folders of 1000 seeds."""
     return folder / f"{seed // 1000:03d}" / f"{seed:06d}.png"
 
 
 def missing_seeds(folder: Path, seeds: Iterable[int]) -> list[int]:
-    """Those of the seeds whose image is not in a sample folder, or not whole."""
+    """The seeds whose image is not in a sample folder, or not whole."""
     return [seed for seed in seeds if not _is_whole_png(image_path(folder, seed))]
 
 
 def check_finite(x: Tensor) -> Tensor:
-    """x as it is. Raises UserError where it is not finite, as after an overflow in float16."""
+    """Return x as it is. Raises UserError where it is not finite, as after an overflow in float16."""
     if not torch.isfinite(x).all():
         raise UserError("the network's output is not finite: an overflow of the number format (use --dtype fp32 or "
                         "bf16), or damaged weights")
@@ -61,7 +61,7 @@ def check_finite(x: Tensor) -> Tensor:
 
 
 def quoted(field: str) -> str:
-    """A field of a CSV file."""
+    """Quote a field of a CSV file."""
     return '"' + field.replace('"', '""') + '"'
 
 
@@ -123,7 +123,7 @@ class RunFolder:
         listed = None
         while (seeds := self.seeds()) != listed:
             text = "\n".join([header, *map(line, seeds)]) + "\n"
-            write_atomically(self.path / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+            write_atomically(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
             listed = seeds
 
     def save(self, seed: int, image: np.ndarray) -> None:
@@ -192,6 +192,7 @@ class RunFolder:
             if saving is not None:
                 saving.result()
         return made
+
 
 def _differences(theirs: dict, ours: dict, prefix: str = "") -> list[str]:
     """'steps 100 there, 50 here' for every setting that differs."""

@@ -1,16 +1,18 @@
-"""From seeds to images: what a model must offer, and the sample command that all models share."""
+"""Models that make images of seeds: what each must offer, and the sample command that all of them share."""
 
 import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 from torch import Tensor, nn
 
+from caching.nested import Network
 from caching.policy import Policy
 from runs import arguments
-from runs.families import Family
+from runs.families import Condition, Config, Family
 from runs.folder import RunFolder, missing_seeds
 from runs.machine import Machine
 from runs.provenance import provenance
@@ -19,13 +21,16 @@ from runs.spec import Run, RunSpec
 from runs.stopping import Stopped, StopRequest
 from speed.accelerate import accelerated
 
+Schema = TypeVar("Schema", bound=Config)
+Shown = TypeVar("Shown", bound=Condition)
 
-class ImageModel(ABC):
+
+class ImageModel(ABC, Generic[Schema, Shown]):
     """A run's model with all that decides the image of a seed, caching aside.
 
     Made from a run, which is checked, and a machine; that does everything which needs no weights. `load` reads them.
     Both raise UserError. After construction there are
-        run
+        run, config, condition, sampler
         device, dtype       of the network
         images              how many seeds are meant by default
         settings            for run.json; `load` adds the checkpoint's sha256
@@ -37,7 +42,9 @@ class ImageModel(ABC):
     unet: nn.Module
 
     def __init__(self, run: Run, machine: Machine):
-        self.run, self.config, self.sampler = run, run.config, run.sampler
+        self.run, self.sampler = run, run.sampler
+        # As the family says that opens the model.
+        self.config, self.condition = cast(Schema, run.config), cast(Shown, run.spec.condition)
         self.device, self.dtype = machine.prepare(), run.dtype
 
     @abstractmethod
@@ -45,27 +52,27 @@ class ImageModel(ABC):
         """Read the weights."""
 
     @abstractmethod
-    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: nn.Module | None = None,
+    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None,
                 report: Callable[[float], None] | None = None) -> Tensor:
         """What sampling ends on, for each seed: float32 [seeds, channels, height, width].
 
-        policy: a fresh caching policy; None computes everything. network: what takes the place of the U-Net, called as
-        network(x, t, *context, cache=cache). report: called with the fraction of the network calls that is done.
+        policy: a fresh caching policy; None computes everything. network: what takes the place of the U-Net.
+        report: called with the fraction of the network calls that is done.
         """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Their images: uint8 [seeds, height, width, 3]."""
+        """The images of latents: uint8 [seeds, height, width, 3]."""
 
-    def check_seeds(self, seeds: Sequence[int]) -> None:            # noqa: B027  few models have anything to check
-        """Raises UserError for a seed that has no image."""
+    def check_seeds(self, seeds: Sequence[int]) -> None:            # few models have anything to check
+        """Refuse a seed that has no image. Raises UserError."""
 
     def describe(self, seeds: Sequence[int]) -> list[str]:
-        """What the user is told before sampling, a line each."""
+        """The lines that the user is told before sampling."""
         return []
 
-    def write_listing(self, folder: RunFolder) -> None:             # noqa: B027  nor to list
-        """A CSV file about the images that are there, where there is anything to say."""
+    def write_listing(self, folder: RunFolder) -> None:             # nor to list
+        """Write a CSV file about the images that are there, where there is anything to say."""
 
     def policy(self) -> Policy | None:
         """A fresh caching policy of the run, or None without caching."""
@@ -117,7 +124,7 @@ def summary(run: Run, out: Path, asked: int, made: int) -> str:
 
 
 def add_run(parser: argparse.ArgumentParser, family: Family, caching: bool = True) -> None:
-    """--config and the options of a run; those of its caching on request."""
+    """Add --config and the options of a run to a command line; those of its caching on request."""
     parser.add_argument("--config", type=Path, required=True, help=f"configs/{family.name}_*.yaml")
     spec = RunSpec(family.name, Path(), condition=family.condition())
     for part in spec.parts:
@@ -132,8 +139,8 @@ def spec_of(args: argparse.Namespace, family: Family) -> RunSpec:
                              for name in arguments.names(part) if hasattr(args, name)})
 
 
-def sample_parser(family: Family, doc: str) -> argparse.ArgumentParser:
-    """The options of a family's sample command."""
+def sample_parser(family: Family, doc: str | None) -> argparse.ArgumentParser:
+    """The command line of a family's sample command."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run(parser, family)
     folder = parser.add_argument_group("the images")
@@ -145,8 +152,8 @@ def sample_parser(family: Family, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def sample_command(family: Family, doc: str) -> None:
-    """The sample command of a family: fill a folder with the images of a run."""
+def sample_command(family: Family, doc: str | None) -> None:
+    """Fill a folder with the images of a run, as the command line says: the sample command of a family."""
     args = sample_parser(family, doc).parse_args()
     machine = arguments.chosen(Machine, args)
     model = family.open(spec_of(args, family).open(), machine)

@@ -1,6 +1,7 @@
 """Class labels that depend on the image's seed alone."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,27 +41,27 @@ class Labels:
 
     @classmethod
     def from_settings(cls, settings: dict) -> "Labels | None":
-        """Those of a run.json's settings; None where its model has no classes."""
+        """The labels that a run.json's settings tell of; None where its model has no classes."""
         return cls(settings["labels"], settings["num_classes"]) if "labels" in settings else None
 
     def of(self, seed: int) -> int:
         """The label of a seed."""
+        if isinstance(self.rule, list):
+            return self.rule[seed % len(self.rule)]
         if self.rule == "balanced":
             return seed % self.num_classes
-        if self.rule == "random":
-            # 64 bits of a hash: the same in every version of every library. The bias of the remainder is below 1e-16.
-            return int.from_bytes(hashlib.sha256(f"label of seed {seed}".encode()).digest()[:8]) % self.num_classes
-        return self.rule[seed % len(self.rule)]
+        # 64 bits of a hash: the same in every version of every library. The bias of the remainder is below 1e-16.
+        return int.from_bytes(hashlib.sha256(f"label of seed {seed}".encode()).digest()[:8]) % self.num_classes
 
-    def counts(self, seeds: list[int]) -> list[int]:
+    def counts(self, seeds: Sequence[int]) -> list[int]:
         """How many images each class gets: [num_classes]."""
         counts = [0] * self.num_classes
         for seed in seeds:
             counts[self.of(seed)] += 1
         return counts
 
-    def describe(self, seeds: list[int]) -> str:
-        """One line for the user; balanced labels that do not come out even are called that."""
+    def describe(self, seeds: Sequence[int]) -> str:
+        """Describe the labels in one line, which says so where balanced ones do not come out even."""
         counts = self.counts(seeds)
         used = [count for count in counts if count]
         line = f"labels: {self.rule if isinstance(self.rule, str) else 'listed'}, "

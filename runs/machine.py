@@ -1,4 +1,4 @@
-"""Where a run is computed and how: what changes its time, and no image."""
+"""The machine of a run: where and how it is computed, which changes its time and no image."""
 
 import os
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from runs.errors import UserError
 
 @dataclass(frozen=True)
 class Machine:
-    """Raises UserError for numbers that cannot be."""
+    """The options of where and how to compute. Raises UserError for numbers that cannot be."""
     title: ClassVar[str] = "the machine"
     batch_size: int = option(8, "images at a time; changes no image (default: %(default)s)")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 (default: %(default)s; "
@@ -27,12 +27,12 @@ class Machine:
         check_counts(batch_size=self.batch_size, threads=self.threads)
 
     def prepare(self) -> torch.device:
-        """`prepare_device` of it."""
+        """The device, ready for use: see `prepare_device`."""
         return prepare_device(self.device, self.threads)
 
 
 def check_counts(**counts: int | None) -> None:
-    """Raises UserError for an option that must be 1 or more, and is not."""
+    """Refuse an option that must be 1 or more, and is not. Raises UserError."""
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")

@@ -11,7 +11,6 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -67,12 +66,11 @@ def _write_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tu
                  parts: Iterable[np.ndarray]) -> None:
     """Add one array to an npz, part by part. The archive's times are fixed, so that equal images give equal files."""
     member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-    file: BinaryIO
     with archive.open(member, "w", force_zip64=True) as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
         for part in parts:
-            file.write(np.ascontiguousarray(part))
+            file.write(np.ascontiguousarray(part).data)
 
 
 def build_parser() -> argparse.ArgumentParser:

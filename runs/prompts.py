@@ -1,11 +1,11 @@
-"""Prompts from the files that public prompt sets come in; prompt i belongs to image i."""
+"""Reads prompts from the files that public prompt sets come in; prompt i belongs to image i."""
 
 import csv
 import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from runs.errors import UserError, one_line
@@ -25,7 +25,8 @@ def read_prompts(path: Path | str) -> list[str]:
     Raises UserError for a file that is missing, empty or cannot be read, and for an empty prompt, with its place.
     """
     path = Path(path)
-    readers = {".txt": _lines, ".csv": _csv, ".tsv": _tsv, ".json": _json}
+    readers: dict[str, Callable[[Path, str], Iterator[tuple[str, object]]]] = {
+        ".txt": _lines, ".csv": _csv, ".tsv": _tsv, ".json": _json}
     if not path.is_file():
         raise UserError(f"no prompts file {path}")
     if path.suffix.lower() == ".parquet":
@@ -51,7 +52,7 @@ def prompts_sha256(prompts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
-def _lines(path: Path, text: str) -> Iterator[tuple[str, object]]:
+def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
     # Not splitlines: it also breaks at characters that a prompt may hold.
     for number, line in enumerate(text.rstrip("\r\n").split("\n") if text.strip() else (), 1):
         yield f"line {number}", line

@@ -1,4 +1,4 @@
-"""Where a number or an image came from: commit, versions, device."""
+"""The provenance of a number or an image: commit, versions, device."""
 
 import platform
 import subprocess
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device | str) -> str:
-    """'NVIDIA H100' or the processor's model."""
+    """The name of a GPU, 'NVIDIA H100', or of the processor."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -52,6 +52,6 @@ def device_name(device: torch.device | str) -> str:
 
 
 def provenance(device: torch.device | str) -> dict:
-    """All of it, for run.json and results."""
+    """Everything that run.json and results say of where they were made."""
     return {"commit": commit(), "versions": versions(), "device": str(device), "device_name": device_name(device),
             "threads": torch.get_num_threads()}

@@ -1,4 +1,4 @@
-"""Seeds as people write them, and which of them a process is given."""
+"""Seeds as people write them, and the part of them that a process is given."""
 
 import os
 import re
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def parse_seeds(text: str, what: str = "seeds") -> list[int]:
-    """'0-3,7' -> [0, 1, 2, 3, 7]. `what` the numbers are, for messages.
+    """Read seeds: '0-3,7' -> [0, 1, 2, 3, 7]. `what` the numbers are, for messages.
 
     Raises UserError for anything else than numbers and ascending ranges, and for repeats.
     """
@@ -31,7 +31,7 @@ def parse_seeds(text: str, what: str = "seeds") -> list[int]:
 
 
 def format_seeds(seeds: Iterable[int]) -> str:
-    """The inverse of parse_seeds, sorted: [0, 1, 2, 3, 7] -> '0-3,7'."""
+    """Write seeds, sorted, as `parse_seeds` reads them: [0, 1, 2, 3, 7] -> '0-3,7'."""
     parts: list[list[int]] = []
     for seed in sorted(seeds):
         if parts and seed == parts[-1][1] + 1:

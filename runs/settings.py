@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and configuration files that are checked before any work starts."""
+"""Configuration files, which are checked before any work starts."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -24,7 +24,9 @@ def read_yaml(path: Path, schema: type[T]) -> T:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise UserError(f"{path}: missing key {', '.join(missing)}")
-        return OmegaConf.to_object(config)
+        found = OmegaConf.to_object(config)
+        assert isinstance(found, schema)
+        return found
     except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         key = getattr(error, "full_key", None)
         reason = one_line(getattr(error, "msg", None) or error).split(" full_key:")[0]

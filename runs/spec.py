@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from caching.deepcache import PlannedDeepCache
 from caching.methods import METHODS, CachePlan, plan
+from caching.nested import NestedUNet
 from caching.options import MethodOptions, RunShape, option
 from caching.trace import reused, trace
 from runs import arguments
@@ -45,7 +45,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """What is not given is the config's."""
+    """The sampler's settings; what is not given is the config's."""
     title: ClassVar[str] = "the sampler (defaults: the config's, which are the paper's)"
     sampler: str | None = option(None, SAMPLERS_HELP, choices=SAMPLERS)
     steps: int | None = option(None, "network calls per image; plms makes one more")
@@ -54,7 +54,7 @@ class SamplerOptions:
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkOptions:
     """The weights, and their number format."""
     title: ClassVar[str] = "the network"
     checkpoint: Path | None = option(None, "weights, instead of the config's")
@@ -69,14 +69,14 @@ class RunSpec:
     """
     family: str
     config: Path
-    network: Network = Network()
+    network: NetworkOptions = NetworkOptions()
     condition: Condition = Condition()
     sampler: SamplerOptions = SamplerOptions()
     caching: tuple[MethodOptions, ...] = field(default_factory=lambda: tuple(method() for method in METHODS))
 
     @classmethod
     def of(cls, config: Path | str, **options: Any) -> "RunSpec":
-        """From options by name. Raises UserError for one that the model does not have."""
+        """A run of a config with options by name. Raises UserError for one that the model does not have."""
         family = family_named_by(config)
         return cls(family.name, Path(config), condition=family.condition()).having(**options)
 
@@ -104,11 +104,11 @@ class RunSpec:
         return {name: value for part in self.parts for name, value in arguments.given(part).items()}
 
     def words(self) -> list[str]:
-        """Of the sample command's line, for this run."""
+        """The options of the sample command that make this run."""
         return ["--config", str(self.config), *arguments.words(self.given(), families()[self.family].flags)]
 
     def open(self) -> "Run":
-        """With its config, checked as far as that goes without weights. Raises UserError."""
+        """Read the config, and check the run as far as that goes without weights. Raises UserError."""
         return Run(self)
 
 
@@ -123,7 +123,8 @@ class Run:
         self.family: Family = families()[spec.family]
         self.config, self.unet = _open(*_stamped(spec))
         defaults = self.config.sampler
-        self.sampler_name: str = spec.sampler.sampler or getattr(defaults, "sampler", "ddim")
+        self.default_sampler: str = getattr(defaults, "sampler", "ddim")
+        self.sampler_name = spec.sampler.sampler or self.default_sampler
         self.steps: int = defaults.steps if spec.sampler.steps is None else spec.sampler.steps
         self.timesteps = spec.sampler.timesteps or timesteps_for(self.sampler_name, defaults.timesteps)
         given = getattr(spec.condition, "guidance", None)
@@ -144,7 +145,7 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """Where the weights are."""
+        """The path of the weights."""
         return self.spec.network.checkpoint or Path(self.config.checkpoint)
 
     @property
@@ -159,7 +160,7 @@ class Run:
 
     @cached_property
     def sampler(self) -> Sampler:
-        """Raises UserError for settings of a sampler that do not go together."""
+        """The sampler with its settings. Raises UserError where they do not go together."""
         with as_user_error():
             return Sampler(self.sampler_name, self.steps, self.timesteps, self.eta, self.config.diffusion)
 
@@ -179,7 +180,7 @@ class Run:
 
     @property
     def deepcache(self) -> PlannedDeepCache | None:
-        """DeepCache in this run, where it is."""
+        """DeepCache in this run, or None."""
         return self.caching.of(PlannedDeepCache)
 
     @cached_property
@@ -197,19 +198,19 @@ class Run:
         return sum(not any(isinstance(key, int) for key in keys) for keys in self.reused)
 
     def refuse_foreign(self, settings: Mapping[str, Any]) -> None:
-        """Raises UserError where what the caching was fitted to differs from the settings, as far as they are known."""
+        """Refuse settings, as far as they are known, that the caching was not fitted to. Raises UserError."""
         with as_user_error():
             self.caching.check(settings)
 
     @property
     def name(self) -> str:
-        """Of the sample folder: uncached, steps59, uniform_n5, parti_centered_n5_c10_p1.5, uniform_n10_zeroed."""
+        """The sample folder's name: uncached, steps59, uniform_n5, parti_centered_n5_c10_p1.5, uniform_n10_zeroed."""
         defaults = self.config.sampler
         first, last = self.spec.condition.name()
         weights = self.spec.network.checkpoint
         parts = [*([weights.name] if weights else []),
                  *(part for method in self.caching.methods for part in method.name),
-                 *([self.sampler_name] if self.sampler_name != getattr(defaults, "sampler", "ddim") else []),
+                 *([self.sampler_name] if self.sampler_name != self.default_sampler else []),
                  *([f"steps{self.steps}"] if self.steps != defaults.steps else []), *last]
         return "_".join([*first, *(parts or ["uncached"])])
 
@@ -220,7 +221,7 @@ def _stamped(spec: RunSpec) -> tuple[str, Path, int, int]:
 
 
 @cache
-def _open(family: str, path: Path, *stamp: int) -> tuple[Config, nn.Module]:
-    """The same for all runs of a model, as long as its file does not change."""
+def _open(family: str, path: Path, *stamp: int) -> tuple[Config, NestedUNet]:
+    """The config and the U-Net of a model: the same for all its runs, as long as its file does not change."""
     config = load_config(path, families()[family])
     return config, build(config)

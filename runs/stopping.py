@@ -19,7 +19,7 @@ class Stopped(Exception):
 class StopRequest:
     """A context in which SIGUSR1 and SIGTERM set `asked`; a second one of a kind raises KeyboardInterrupt."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked = False
         self._at: dict[int, float] = {}
 
@@ -27,12 +27,12 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             # A command that was asked ends now; an echo must not change what it exits with.
             signal.signal(number, signal.SIG_IGN if self.asked else handler)
 
-    def _receive(self, number: int, _) -> None:
+    def _receive(self, number: int, _: object) -> None:
         now = time.monotonic()
         if not self.asked:
             # Not print: the signal may have come in the middle of one.

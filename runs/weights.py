@@ -1,4 +1,4 @@
-"""Reading weights: never code, always every tensor by name and shape."""
+"""Weights on disk: files are never run as code, and tensors are loaded by name and shape, every one of them."""
 
 import hashlib
 import os
@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from runs.files import write_atomically
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """The hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -49,17 +50,18 @@ _HARMLESS = (
 class _Inert:
     """Takes any arguments and any state, and keeps none of it."""
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
         return super().__new__(cls)
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: object, **kwargs: object):
         pass
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: object) -> None:
         pass
 
 
-_INERT = [(type(name.rsplit(".", 1)[1], (_Inert,), {}), name) for name in _HARMLESS]
+_INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (type(name.rsplit(".", 1)[1], (_Inert,), {}), name) for name in _HARMLESS]
 
 
 def read_tensors(path: Path) -> object:
@@ -128,12 +130,12 @@ def tensors_of(content: object, path: Path, model: str) -> dict[str, Tensor]:
 
 
 def split(tensors: dict[str, Tensor], path: Path, prefixes: Sequence[str], model: str) -> dict[str, dict[str, Tensor]]:
-    """A whole CompVis checkpoint by prefix, without it: {prefix: {name: tensor}}.
+    """Split a whole CompVis checkpoint by prefix: {prefix: {name without it: tensor}}.
 
     EMA shadows, losses and schedule buffers are dropped by name. model: the name of the architecture, for messages.
     Raises UserError, naming `path`, for a part that is not there, and for tensors that belong to none.
     """
-    parts = {prefix: {} for prefix in prefixes}
+    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
     unknown = []
     for name, value in tensors.items():
         if name in _DROPPED or name.startswith(_DROPPED_PREFIXES):

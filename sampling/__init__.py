@@ -1,4 +1,4 @@
-"""From a network and a list of seeds to a folder of images: noise, samplers, and runs that survive a kill."""
+"""The mathematics of a run: noise of each seed, timesteps, samplers, what a network predicts, guidance."""
 
 from sampling.libraries import let_torchvision_import
 

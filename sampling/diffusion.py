@@ -71,14 +71,14 @@ class Diffusion:
     beta_end: float = 0.02
     prediction: str = "noise"           # noise, v
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"unknown prediction {self.prediction!r}: choose from {', '.join(PREDICTIONS)}")
 
     def betas(self) -> Tensor:
-        """float32 [num_timesteps]. Raises ValueError for an unknown beta_schedule."""
+        """How much noise each timestep adds: float32 [num_timesteps]. Raises ValueError for an unknown schedule."""
         return make_betas(self.beta_schedule, self.num_timesteps, self.beta_start, self.beta_end)
 
     def alphas_cumprod(self) -> Tensor:
-        """float32 [num_timesteps]. Raises ValueError for an unknown beta_schedule."""
+        """The product of (1 - beta) up to each timestep: float32 [num_timesteps]. Raises ValueError as `betas`."""
         return alphas_cumprod(self.beta_schedule, self.num_timesteps, self.beta_start, self.beta_end)

@@ -16,7 +16,7 @@ _DESCRIPTIONS = "torchvision._meta_registrations"
 
 
 def let_torchvision_import() -> None:
-    """Call before anything imports torchvision."""
+    """Leave the description out where it could not be made. Call it before anything imports torchvision."""
     if torch.version.cuda is not None or torch.version.hip is not None or "torchvision" in sys.modules:
         return
     found = importlib.util.find_spec("torchvision")

@@ -1,12 +1,13 @@
-"""The samplers by name, called alike, and what they call: a network's predicted noise."""
+"""Samplers with their settings, all called alike, and the predicted noise of a network, which they call."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from caching.nested import no_cache
+from caching.nested import Network, no_cache
 from caching.policy import Policy
 from sampling.diffusion import Diffusion, guided, predicted_noise
 from sampling.noise import SeededNoise
@@ -38,7 +39,7 @@ def num_calls(sampler: str, num_steps: int) -> int:
 
 
 def timesteps_for(sampler: str, of_config: str) -> str:
-    """The config's spacing where the sampler knows it; else 'leading', Stable Diffusion's."""
+    """The spacing of the config where the sampler takes it, else 'leading', Stable Diffusion's."""
     return solver(sampler).spacing(of_config)
 
 
@@ -54,7 +55,7 @@ class Sampler:
     eta: float
     diffusion: Diffusion
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         chosen = solver(self.name)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be from 0 to 1, got {self.eta}")
@@ -80,8 +81,8 @@ class Sampler:
         return found
 
     @property
-    def settings(self) -> dict:
-        """For run.json."""
+    def settings(self) -> dict[str, Any]:
+        """What run.json says of it."""
         return {"diffusion": asdict(self.diffusion), "sampler": self.name, "steps": self.steps,
                 "timesteps": self.timesteps, "eta": self.eta}
 
@@ -99,11 +100,11 @@ class Sampler:
         return solver(self.name).run(predict, x, self.steps, self.timesteps, self.diffusion, self.eta, noise, report)
 
 
-def noise_predictor(network: nn.Module, diffusion: Diffusion, dtype: torch.dtype, cache: Policy | None,
+def noise_predictor(network: Network, diffusion: Diffusion, dtype: torch.dtype, cache: Policy | None,
                     context: Sequence[Tensor] = (), guidance: float = 1.0) -> Callable[[Tensor, int, int], Tensor]:
     """What samplers call: predict(x, t, step) -> the predicted noise, both float32.
 
-    network: called as network(x, t, *context, cache=cache), with x in `dtype`.
+    network: is given x in `dtype`.
     cache: a fresh caching policy; None computes everything.
     context: for a guidance other than 1, of the doubled batch [uncond, cond].
     """

@@ -22,7 +22,7 @@ Noise = Callable[[Sequence[int]], Tensor]
 
 @dataclass(frozen=True)
 class Solver:
-    """A sampler without its settings. about: what --help says of it."""
+    """A sampler before it has settings. about: what --help says of it."""
     name: str
     about: str
     takes_eta: ClassVar[bool] = False
@@ -41,7 +41,7 @@ class Solver:
         return steps
 
     def check(self, steps: int, spacing: str, betas: Tensor) -> None:
-        """Raises ValueError for a spacing or a number of steps that it does not take. betas: [num_timesteps]."""
+        """Refuse a spacing or a number of steps that it does not take. betas: [num_timesteps]. Raises ValueError."""
         raise NotImplementedError
 
     def run(self, predict: Predict, x: Tensor, steps: int, spacing: str, diffusion: Diffusion, eta: float = 0.0,
@@ -56,7 +56,7 @@ class Solver:
 
 
 class Ddim(Solver):
-    """`sampling.ddim.ddim`."""
+    """DDIM over any of its spacings (`sampling.ddim`)."""
     takes_eta = True
 
     @property
@@ -184,7 +184,7 @@ SOLVERS: Mapping[str, Solver] = {one.name: one for one in (
 
 
 def solver(name: str) -> Solver:
-    """Raises ValueError for a name that is not in SOLVERS."""
+    """The sampler of a name. Raises ValueError for one that is not in SOLVERS."""
     if name not in SOLVERS:
         raise ValueError(f"unknown sampler {name!r}: choose from {', '.join(SOLVERS)}")
     return SOLVERS[name]

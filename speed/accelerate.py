@@ -1,10 +1,11 @@
-"""A network made ready for a device, and faster on it where that was asked for."""
+"""Makes a network ready for a device, and faster on it where that was asked for."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from caching.nested import Network
 from speed.compiled import compile_seconds, compiled
 from speed.graphs import RecordedNetwork, recorded
 from speed.memory import keep_freed_memory
@@ -12,12 +13,13 @@ from speed.packed import pack, packable
 
 
 def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
-    """A network ready for inference: on its device, in its dtype (None: as it is), and in the layout that is fastest.
+    """Make a network ready for inference: on its device, in its dtype (None: as it is), in the layout that is fastest.
 
     On a CPU with oneDNN that is one which only its kernels read: the network can no longer be moved or saved
     (speed/packed.py), and the process keeps the memory that it frees from now on (speed/memory.py).
     """
-    network = network.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
+    network.eval().requires_grad_(False)
+    network.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
     if packable(network):
         network = pack(network)
     if torch.device(device).type == "cpu":
@@ -28,11 +30,11 @@ def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype | N
 @dataclass(frozen=True)
 class Accelerated:
     """A network called as the U-Net is. in_use: which of torch.compile and CUDA graphs it goes through here."""
-    network: nn.Module
+    network: Network
     in_use: dict[str, bool]
 
     def report(self) -> list[str]:
-        """What was made on the way, for the user."""
+        """The lines that tell the user what was made on the way."""
         lines = []
         if isinstance(self.network, RecordedNetwork):
             lines.append(f"CUDA graphs: {len(self.network.recordings)}, recorded in {self.network.seconds:.1f} s")
@@ -42,10 +44,10 @@ class Accelerated:
 
 
 def accelerated(unet: nn.Module, compile: bool, cuda_graphs: bool, graphs: int) -> Accelerated:
-    """The network as --compile and --cuda-graphs ask.
+    """Let the network go through what --compile and --cuda-graphs ask for.
 
     graphs: how many different sets of values the network calls of a run reuse.
     """
-    inner = compiled(unet, graphs) if compile else unet
+    inner: Network = compiled(unet, graphs) if compile else unet
     network = recorded(inner, next(unet.parameters()).device) if cuda_graphs else inner
     return Accelerated(network, {"compile": inner is not unet, "cuda_graphs": network is not inner})

@@ -1,19 +1,19 @@
-"""Networks through torch.compile."""
+"""Networks that go through torch.compile."""
 
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from caching.nested import Cache, no_cache
+from caching.nested import Cache, Network, no_cache
 from speed.packed import waiting
 
 
-def compiled(network: nn.Module, graphs: int) -> nn.Module:
-    """The network through torch.compile, with room for that many graphs; beyond its own limit it would fail.
+def compiled(network: nn.Module, graphs: int) -> Network:
+    """The network through torch.compile, with room for that many graphs: beyond its own limit it falls back or fails.
 
-    One more is for a first step, which finds no values yet. Where there is no compiler the network stays as it is, and
-    a line says so.
+    One more is for a first step, which finds no values yet. Where there is no compiler the network is returned as it
+    is, and a line says so.
     """
     if missing := missing_compiler(next(network.parameters()).device):
         print(f"torch.compile: not here, {missing}; going on without", flush=True)

@@ -42,7 +42,7 @@ def pack(module: nn.Module) -> nn.Module:
 
 
 def replacement(module: nn.Module) -> nn.Module:
-    """What takes the place of a layer: itself where there is nothing faster.
+    """The layer that takes the place of another: the same where there is nothing faster.
 
     The layers of our U-Nets are known by what they are made of, attention also as one that a cache may keep (`kind`).
     """
@@ -73,7 +73,7 @@ def frozen(value: Tensor) -> nn.Parameter:
 
 
 def arguments(layer: nn.Conv2d) -> dict[str, Any]:
-    """What makes a convolution like this one, its weights aside."""
+    """The arguments that make a convolution like this one, its weights aside."""
     names = "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"
     return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None, "device": "meta"}
 

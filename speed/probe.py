@@ -1,4 +1,4 @@
-"""Whether PyTorch's private oneDNN operators are here, run on this CPU, and give what PyTorch's own give."""
+"""Finds out whether PyTorch's private oneDNN operators are here, run on this CPU, and give what its own give."""
 
 import functools
 from collections.abc import Iterator

@@ -66,7 +66,7 @@ class Config:
         return self.resolution // self.downsampling
 
     def alphas_cumprod(self) -> Tensor:
-        """float32 [num_timesteps]."""
+        """The alpha_bar of each timestep: float32 [num_timesteps]."""
         return self.diffusion.alphas_cumprod()
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from ddpm.train import main
+from runs.files import ROOT
 from training import emoji
 from training.loop import TrainConfig, learning_rate, train
 
@@ -82,3 +84,15 @@ def test_learning_rate_warms_up_and_cools_down():
     rates = [learning_rate(config, seen) for seen in range(0, 1000, 10)]
     assert rates[0] == pytest.approx(0.1) and rates[20] == rates[79] == 1.0
     assert rates[90] == pytest.approx(0.5) and rates[99] < 0.1
+
+
+@pytest.mark.parametrize("config, message", [
+    ("configs/ddpm_cifar10.yaml", "no train section"), ("configs/ldm_emoji.yaml", "ldm_emoji.yaml: key"),
+    ("none.yaml", "no config file")])
+def test_ddpm_train_refuses_a_config_in_one_line(tmp_path, monkeypatch, capsys, config, message):
+    monkeypatch.setattr("sys.argv", ["train", "--config", str(ROOT / config), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    error = capsys.readouterr().err.strip()
+    assert exit.value.code == 2 and message in error and "\n" not in error
+    assert not (tmp_path / "out").exists()

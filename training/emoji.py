@@ -39,7 +39,7 @@ def read_index(folder: Path = FOLDER) -> list[Emoji]:
 
 
 def class_names(groups: Sequence[str], rows: Sequence[Emoji]) -> list[str]:
-    """'group, style' for each label of the class-conditional model, by group and then by style."""
+    """The name of each label of the class-conditional model, 'group, style': by group and then by style."""
     styles = sorted({row.style for row in rows})
     return [f"{group}, {style}" for group in groups for style in styles]
 
@@ -69,7 +69,7 @@ def load(size: int = 32, split: str | None = None, groups: str | Sequence[str] |
 
 
 def load_groups(size: int, split: str | None, groups: Sequence[str]) -> tuple[Tensor, list[Emoji]]:
-    """Several groups, one after the other: uint8 [n, 3, size, size] and n rows. Raises ValueError as `load` does."""
+    """Load groups one after the other: uint8 [n, 3, size, size] and n rows. Raises ValueError as `load` does."""
     images, rows = load(size, split, groups)
     chosen = [i for group in groups for i, row in enumerate(rows) if row.group == group]
     return torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).contiguous(), [rows[i] for i in chosen]

@@ -5,16 +5,19 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
@@ -35,9 +38,9 @@ class TrainConfig:
 
 
 @contextmanager
-def deferred_interrupt():
-    """Within, Ctrl-C and SIGTERM only make the yielded function return True, so that no step is cut in half."""
-    caught = []
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C and SIGTERM inside only make the yielded function return True, so that no step is cut in half."""
+    caught: list[int] = []
     before = {number: signal.signal(number, lambda number, _: caught.append(number))
               for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -56,7 +59,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def learning_rate(config: TrainConfig, seen: int) -> float:
-    """Linear warm-up, constant, linear cool-down, by images seen."""
+    """The learning rate after so many images: a linear warm-up, constant, a linear cool-down."""
     cool = config.images * config.cooldown
     return config.lr * min(1.0, (seen + config.batch_size) / config.warmup, max(0.02, (config.images - seen) / cool))
 
@@ -72,9 +75,9 @@ def save_grid(images: np.ndarray, path: Path, columns: int) -> None:
     Image.fromarray(sheet).save(path)
 
 
-def train(model: nn.Module, loss: Callable[[nn.Module, Tensor, torch.Generator], Tensor], images: Tensor,
-          config: TrainConfig, out: Path, grid: Callable[[nn.Module], np.ndarray] | None = None,
-          device: str = "cpu", parameters: Iterable[nn.Parameter] | None = None) -> nn.Module:
+def train(model: Model, loss: Callable[[Model, Tensor, torch.Generator], Tensor], images: Tensor,
+          config: TrainConfig, out: Path, grid: Callable[[Model], np.ndarray] | None = None,
+          device: str = "cpu", parameters: Iterable[nn.Parameter] | None = None) -> Model:
     """Train `model` on `images` and return its EMA copy. Resumes from out/state.pt where there is one.
 
     images: [n, ...], the training set, held in memory. loss(model, batch, generator) -> scalar.

@@ -1,4 +1,4 @@
-"""What every denoiser here is trained to do."""
+"""The objective that every denoiser here is trained on."""
 
 from collections.abc import Callable
 
