@@ -4,6 +4,7 @@
     python -m eval.throughput --config configs/ddpm_emoji.yaml --interval 2 3 5 10 --out results/throughput/emoji.json
     python -m eval.throughput --config configs/ldm_cin256.yaml --branch 0 --batch-size 1 --threads 1
     python -m eval.throughput compare --threads 1       beside diffusers and the PyPI package
+    python -m eval.throughput run --config configs/ldm_cin256.yaml --interval 5 --forecast 1      any run, any policy
     python -m eval.throughput --config configs/sd_v15.yaml --block-schedule configs/block_schedules/*.json
 
 Only the U-Net runs, on random weights unless --checkpoint is given, and nothing is written meanwhile. All variants
@@ -18,18 +19,31 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from caching.block_schedule import BlockSchedule
+from caching.policy import Policy
+from eval.cost.run_timing import table as table_of_run
+from eval.cost.run_timing import time_run
 from eval.cost.timing import measure, measure_schedules
-from runs import results
+from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError, as_user_error
-from runs.families import build, example_inputs, load_config, load_unet, rows_per_image
-from runs.machine import check_counts, prepare_device
+from runs.families import (
+    Config,
+    build,
+    example_inputs,
+    family_named_by,
+    load_config,
+    load_unet,
+    rows_per_image,
+)
+from runs.image_model import add_run, kinds_of_calls, spec_of
+from runs.machine import Machine, check_counts, prepare_device
 from runs.provenance import provenance
 from runs.results import Result
 from runs.spec import DTYPES
-from speed.accelerate import place
+from speed.accelerate import accelerated, place
 
 
 def schedules_table(result: dict) -> str:
@@ -61,6 +75,55 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def add_timing_options(parser: argparse.ArgumentParser) -> None:
+    """--repeats, --warmup, --out."""
+    parser.add_argument("--repeats", type=int, default=20, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed rounds before them (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file for the result, written after the timing")
+
+
+def random_inputs(config: Config, rows: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """What the U-Net takes before `cache`."""
+    noise = torch.Generator().manual_seed(0)
+    return [torch.randn(value.shape, generator=noise).to(device, dtype) if value.is_floating_point() else value + 500
+            for value in example_inputs(config, rows, device, dtype)]
+
+
+@command
+def time_a_run() -> None:
+    """`eval.throughput run`: the kinds of network calls that a run has, whatever its caching."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    config = first.parse_known_args()[0].config
+    if config is None:
+        raise UserError("eval.throughput run needs --config, which brings the options of a run")
+    family, started = family_named_by(config), time.time()
+    parser = argparse.ArgumentParser(prog="eval.throughput run", description=time_a_run.__doc__)
+    add_run(parser, family)
+    arguments.add(parser, Machine)
+    add_timing_options(parser)
+    args = parser.parse_args()
+    run, machine = spec_of(args, family).open(), arguments.chosen(Machine, args)
+    device = machine.prepare()
+    torch.manual_seed(0)
+    checkpoint = run.spec.network.checkpoint
+    unet = place(load_unet(run.config, checkpoint) if checkpoint else build(run.config, "cpu"), device, run.dtype)
+    found = accelerated(unet, machine.compile, machine.cuda_graphs, kinds_of_calls(run))
+    rows, where = machine.batch_size * run.rows_per_image, provenance(device)
+    inputs = random_inputs(run.config, rows, device, run.dtype)
+    with as_user_error():
+        result = time_run(run, found.network, inputs, lambda: run.caching.policy(device, run.dtype) or Policy(),
+                          args.repeats, args.warmup)
+    print(f"{run.config.name}, {run.name}: batch {machine.batch_size} ({rows} rows), {where['device_name']}\n"
+          f"{table_of_run(result)}")
+    if args.out:
+        settings = {**run.told, "batch_size": machine.batch_size, "rows": rows, "repeats": args.repeats,
+                    "warmup": args.warmup, "weights": str(checkpoint) if checkpoint else "random", **found.in_use}
+        results.write(args.out, Result("throughput", run.config.name, settings, throughput=result, provenance=where
+                                       ).stamped(started))
+        print(f"wrote {args.out}")
+
+
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,13 +137,11 @@ def main() -> None:
                         help="time Block Caching by these schedules instead, each without and with scale-shift")
     parser.add_argument("--batch-size", type=int, default=8,
                         help="images at a time; with guidance each takes two rows of the batch (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=20, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=2, help="untimed rounds before them (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, cuda:1 (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument("--out", type=Path, help="JSON file for the result, written after the timing")
+    add_timing_options(parser)
     args = parser.parse_args()
 
     started = time.time()
@@ -99,10 +160,7 @@ def main() -> None:
     torch.manual_seed(0)
     unet = place(load_unet(config, args.checkpoint) if args.checkpoint else build(config, "cpu"), device, dtype)
     rows = args.batch_size * rows_per_image(config)
-    noise = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(value.shape, generator=noise).to(device, dtype) if value.is_floating_point() else value + 500
-              for value in example_inputs(config, rows, device, dtype)]
-
+    inputs = random_inputs(config, rows, device, dtype)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)      # fails before the work, where it fails
     where = provenance(device)
@@ -124,10 +182,14 @@ def main() -> None:
         print(f"wrote {args.out}")
 
 
+def compare() -> None:
+    """`eval.throughput compare`, which imports diffusers."""
+    from eval.cost import compare_speed
+    compare_speed.main()
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["compare"]:
-        from eval.cost import compare_speed  # here: it imports this module, and diffusers
+    verb = {"compare": compare, "run": time_a_run}.get(sys.argv[1] if len(sys.argv) > 1 else "", main)
+    if verb is not main:
         del sys.argv[1]
-        compare_speed.main()
-    else:
-        main()
+    verb()

@@ -9,154 +9,125 @@ schedule and train of scripts.block_caching, on seeds that are not sampled; thes
 start from the same seeds. Images go to samples/block_caching/MODEL/ARM, results to results/block_caching/.
 """
 
-import argparse
-import math
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from tqdm import tqdm
-
-from caching.block_schedule import BlockSchedule
-from caching.deepcache import DeepCacheOptions, PlannedDeepCache
-from caching.options import RunShape
-from eval.cost.macs import Macs, average, giga
-from eval.metrics.features import EffLite0
-from eval.metrics.images import open_images
+from eval.cost.macs import giga
+from eval.cost.runs import macs_per_step
 from eval.quality import FD, KID
-from eval.tables.plots import sample_rows
+from eval.tables.text import markdown
 from experiments import demo
-from experiments.demo_report import markdown, shown, with_error
+from experiments.arms import Arm, Given
+from experiments.demo_report import shown, with_error
+from experiments.runner import judge_all, python, sample_on_all_cores
 from planning.block_caching import ARMS, MEASURES, metric_name
 from planning.block_changes import BlockChanges, ScheduleMaker
 from planning.block_plots import at_equal_cost
 from runs import results
 from runs.cli import command
-from runs.errors import UserError
-from runs.families import load_config, rows_per_image
-from runs.files import write_atomically
-from runs.prompts import read_prompts
+from runs.files import ROOT
 from runs.results import Result
+from runs.spec import RunSpec
 
-ROOT = demo.ROOT
-FILES = ROOT / "checkpoints" / "block_caching"
+FILES = Path("checkpoints/block_caching")
 BUDGETS = (0.5, 0.3)
-MEASURED, TRAINED, HELD_OUT = 64, 32, 32        # seeds; the paper measures 64 runs
+SEEDS = 64, 32, 32              # measured, learnt from, judged on; the paper measures 64 runs
 HEAD = ("arm", "MACs per image, G", "of uncached", "FD-EffLite0", "KID-EffLite0 x 1000", "PSNR to uncached, dB", "SSIM")
 
 
-class Arm(NamedTuple):
-    """One way to sample; macs: per network call and row. The fields of `scripts.demo.Arm` that sampling needs."""
-    name: str
-    label: str
-    family: str                 # a key of eval.tables.plots.STYLE
-    macs: Macs
-    calls: int
-    options: list[str]          # of the sample command
+def make(line: list[str], out: Path) -> None:
+    """A verb of scripts.block_caching that writes `out`. Raises UserError where it fails."""
+    line = ["-m", "scripts.block_caching", *line, "--out", str(out)]
+    print("python", *line, flush=True)
+    python(line, line[2])
 
 
 class Files:
     """Schedules and scale-shift files of one model, made where they are absent."""
 
     def __init__(self, model: demo.Model, images: int, remake: bool):
-        self.model, self.remake = model, remake
-        FILES.mkdir(parents=True, exist_ok=True)
+        self.name, self.remake = model.name, remake
+        (ROOT / FILES).mkdir(parents=True, exist_ok=True)
         # Every third of the seeds that are not sampled: measured, learnt from, judged on.
-        unused = range(images, images + 3 * max(MEASURED, TRAINED, HELD_OUT))
-        self.common = ["--config", str(model.config.relative_to(ROOT)), "--steps", str(model.steps), "--device", "cpu",
-                       "--threads", "1"]                # small networks only wait for a second one
+        end = images + 3 * max(SEEDS)
+        condition = model.condition(end)
         if model.prompts is not None:
-            prompts = len(read_prompts(model.prompts))
-            each = math.ceil(unused.stop / prompts)
-            unused = range(images, each * prompts)
-            self.common += ["--prompts", str(model.prompts.relative_to(ROOT)), "--images-per-prompt", str(each)]
-        stride = len(unused) // max(MEASURED, TRAINED, HELD_OUT)
-        self.seeds = [",".join(str(seed) for seed in unused[i::stride][:n])
-                      for i, n in enumerate((MEASURED, TRAINED, HELD_OUT))]
+            end = condition["images_per_prompt"] * len(demo.read_prompts(ROOT / model.prompts))
+        unused = range(images, end)
+        stride = len(unused) // max(SEEDS)
+        self.seeds = [",".join(str(seed) for seed in unused[i::stride][:n]) for i, n in enumerate(SEEDS)]
+        # Small networks only wait for a second thread.
+        self.run = [*RunSpec.of(model.config, steps=model.steps, **condition).words(), "--device", "cpu", "--threads",
+                    "1"]
 
     def path(self, name: str, suffix: str = ".json") -> Path:
-        return FILES / f"{self.model.name}_{name}{suffix}"
+        return FILES / f"{self.name}_{name}{suffix}"
 
-    def make(self, path: Path, *words: str) -> Path:
-        """Run a verb of scripts.block_caching that writes `path`, and last its report, unless all is there."""
-        last = path.with_suffix(".scale_shift.json") if path.suffix == ".safetensors" else path
-        if self.remake or not (path.is_file() and last.is_file()):
-            words = ["-m", "scripts.block_caching", *words, "--out", str(path.relative_to(ROOT))]
-            print("python", *words, flush=True)
-            if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
-                raise UserError(f"this failed: python {' '.join(words)}")
+    def made(self, path: Path, *words: str, last: Path | None = None) -> Path:
+        """`path`, written by a verb, and `last` after it, unless all is there."""
+        if self.remake or not ((ROOT / path).is_file() and (ROOT / (last or path)).is_file()):
+            make(list(words), path)
         return path
 
     def changes(self) -> BlockChanges:
-        return BlockChanges.load(self.make(self.path("changes"), "measure", *self.common, "--seeds", self.seeds[0]))
+        path = self.made(self.path("changes"), "measure", *self.run, "--seeds", self.seeds[0])
+        return BlockChanges.load(ROOT / path)
 
     def schedule(self, name: str, *words: str) -> Path:
-        changes = str(self.path("changes").relative_to(ROOT))
-        return self.make(self.path(name), "schedule", "--changes", changes, *words)
+        return self.made(self.path(name), "schedule", "--changes", str(self.path("changes")), *words)
 
     def scale_shift(self, name: str) -> Path:
-        return self.make(self.path(name, ".safetensors"), "train", *self.common, "--schedule",
-                         str(self.path(name).relative_to(ROOT)), "--seeds", self.seeds[1],
-                         "--held-out-seeds", self.seeds[2])
+        return self.made(self.path(name, ".safetensors"), "train", *self.run, "--schedule", str(self.path(name)),
+                         "--seeds", self.seeds[1], "--held-out-seeds", self.seeds[2],
+                         last=self.path(name, ".scale_shift.json"))
 
 
-def arms_of(model: demo.Model, files: Files) -> list[Arm]:
+def plan(model: demo.Model, given: Given, files: Files) -> Iterator[Arm]:
     """The arms of a model, the uncached one first; makes the files that they need."""
-    changes, config = files.changes(), load_config(model.config)
-    steps, calls, branch = model.steps, changes.calls, config.sampler.branch
-    full, cached = Macs(*changes.macs_full), Macs(*changes.macs_cached[branch])
+    changes, center = files.changes(), round(demo.CENTER * model.steps)
 
-    def deepcache(n: int, schedule: str = "uniform", center: int | None = None, at: int = branch) -> PlannedDeepCache:
-        options = DeepCacheOptions(n, at, schedule, center, None if center is None else demo.POWER)
-        return options.plan(RunShape(steps, calls, len(changes.macs_cached), branch), ())
+    def arm(name: str, label: str, style: str, **options: Any) -> Arm:
+        return model.arm(given, "block caching demo", name, label, style, **options)
 
-    def macs(level: PlannedDeepCache) -> Macs:
-        return average(full, cached, level.full_steps, calls)
+    def scheduled(name: str, label: str, style: str, *words: str) -> Iterator[Arm]:
+        path = files.schedule(name, *words)
+        yield arm(name, label, style, block_schedule=path)
+        yield arm(f"{name}_scale_shift", f"{label}, scale-shift", style if style == "transformers only" else
+                  "block caching, scale-shift", block_schedule=path, scale_shift=files.scale_shift(name))
 
-    def scheduled(path: Path, name: str, label: str, family: str) -> list[Arm]:
-        cost = Macs(**BlockSchedule.load(path).macs)
-        run = ["--steps", str(steps), "--block-schedule", str(path.relative_to(ROOT))]
-        table = files.scale_shift(name)
-        return [Arm(name, label, family, cost, calls, run),
-                Arm(f"{name}_scale_shift", f"{label}, scale-shift", family if family == "transformers only" else
-                    "block caching, scale-shift", cost, calls, [*run, "--scale-shift", str(table.relative_to(ROOT))])]
+    whole = arm("uncached", "no cache", "uncached")
 
-    arms = [Arm("uncached", "no cache", "uncached", full, calls, ["--steps", str(steps)])]
-    path = files.schedule("transformer", "--kinds", "transformer", "--delta", "0.5")
-    arms += scheduled(path, "transformer", "transformers, delta 0.5", "transformers only")
-    center = round(demo.CENTER * steps)
+    def of_full(arm: Arm) -> float:
+        return macs_per_step(arm.run).hook / macs_per_step(whole.run).hook
+
+    yield whole
+    yield from scheduled("transformer", "transformers, delta 0.5", "transformers only", "--kinds", "transformer",
+                         "--delta", "0.5")
     for budget in BUDGETS:
-        n = min(range(2, steps // 2), key=lambda n: abs(macs(deepcache(n)).hook / full.hook - budget))
-        uniform = macs(deepcache(n))
-        fraction = uniform.hook / full.hook
-        run = ["--steps", str(steps), "--interval", str(n)]
-        arms.append(Arm(f"n{n}", f"N={n}", "uniform", uniform, calls, run))
-        plan = deepcache(n, "centered", center)
-        arms.append(Arm(f"n{n}_centered", f"N={n} non-uniform", "non-uniform", macs(plan), calls,
-                        [*run, "--schedule", "centered", "--center", str(center), "--power", str(demo.POWER)]))
-        name = f"all_{round(100 * budget)}"
-        path = files.schedule(name, "--kinds", "all", "--macs", f"{fraction:.6f}")
-        arms += scheduled(path, name, f"blocks {fraction:.2f}", "block caching")
+        uniform = min((arm(f"n{n}", f"N={n}", "uniform", interval=n) for n in range(2, model.steps // 2)),
+                      key=lambda one: abs(of_full(one) - budget))
+        n, fraction = uniform.run.caching.settings["interval"], of_full(uniform)
+        yield uniform
+        yield arm(f"n{n}_centered", f"N={n} non-uniform", "non-uniform", interval=n, schedule="centered", center=center,
+                  power=demo.POWER)
+        percent, words = round(100 * budget), ("--kinds", "all", "--macs", f"{fraction:.6f}")
+        yield from scheduled(f"all_{percent}", f"blocks {fraction:.2f}", "block caching", *words)
 
         # Together: more full steps than DeepCache alone has, paid for by the blocks outside its level; at the
         # outermost branch that leaves them a tenth of the budget to choose with.
-        more = max(2, round(2 * n / 3))
-        for at in range(branch + (more == n), len(changes.macs_cached)):
-            maker = ScheduleMaker(changes, "all", deepcache(more, at=at))
-            if maker.macs({key: [0] for key in maker.measured}).hook <= 0.9 * uniform.hook:
-                name = f"together_{round(100 * budget)}"
-                options = ["--interval", str(more), "--branch", str(at)]
-                path = files.schedule(name, "--kinds", "all", "--macs", f"{fraction:.6f}", *options)
-                level = "" if at == branch else f" at branch {at}"
-                arms.append(Arm(name, f"N={more}{level} and blocks", "together",
-                                maker.macs(BlockSchedule.load(path).blocks), calls,
-                                ["--steps", str(steps), *options, "--block-schedule", str(path.relative_to(ROOT))]))
+        more, branch = max(2, round(2 * n / 3)), whole.run.config.sampler.branch
+        for at in range(branch + (more == n), whole.run.unet.num_branches):
+            level = arm("level", "", "", interval=more, branch=at).run
+            maker = ScheduleMaker(changes, "all", level.deepcache)
+            if maker.macs({key: [0] for key in maker.measured}).hook <= 0.9 * fraction * maker.full.hook:
+                name, where = f"together_{percent}", "" if at == branch else f" at branch {at}"
+                path = files.schedule(name, *words, "--interval", str(more), "--branch", str(at))
+                yield arm(name, f"N={more}{where} and blocks", "together", interval=more, branch=at,
+                          block_schedule=path)
                 break
-        fewer = round(fraction * steps)
-        arms.append(Arm(f"steps{fewer}", f"{model.sampler} {fewer}", "fewer steps", full,
-                        fewer + calls - steps, ["--steps", str(fewer)]))
-    return arms
+        fewer = round(fraction * model.steps)
+        yield arm(f"steps{fewer}", f"{whole.run.sampler_name.upper()} {fewer}", "fewer steps", steps=fewer)
 
 
 def row(arm: Result, whole: float) -> tuple[str, ...]:
@@ -178,51 +149,31 @@ def section(model: demo.Model, folder: Path) -> str | None:
 def learnt(model: demo.Model) -> list[str]:
     """What scale-shift does on the seeds that it was judged on."""
     rows = [("schedule", "distance to uncached of", "without", "with scale-shift", "difference, 95% interval")]
-    for path in sorted(FILES.glob(f"{model.name}_*.safetensors")):
+    for path in sorted((ROOT / FILES).glob(f"{model.name}_*.safetensors")):
         found = results.read(path.with_suffix(".scale_shift.json"))
         for measure in MEASURES:
             plain, adjusted, difference = (found.metrics[metric_name(measure, arm)] for arm in ARMS)
-            low, high = difference.interval
             rows.append((path.stem, measure, f"{plain.value:.4f}", f"{adjusted.value:.4f}",
-                         f"{difference.value:.4f} [{low:.4f}, {high:.4f}]"))
+                         "{:.4f} [{:.4f}, {:.4f}]".format(*difference.bounds)))
     return markdown(rows)
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=[model.name for model in demo.MODELS], default=["ddpm", "ldm"],
-                        help="default: ddpm ldm; the table keeps the results of others. sd takes the longest by far")
-    parser.add_argument("--images", type=int, default=128, help="per arm (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
+    parser = demo.parser_of(__doc__, "128")
     parser.add_argument("--remake", action="store_true", help="make schedules and scale-shift files anew")
+    parser.set_defaults(images=128, models=["ddpm", "ldm"])         # sd takes the longest by far
     args = parser.parse_args()
-    if args.images < 80:
-        raise UserError(f"--images must be 80 or more for the distances to mean something, got {args.images}")
-    samples, folder = ROOT / "samples" / "block_caching", ROOT / "results" / "block_caching"
-    extractor = EffLite0()
-    for model in demo.MODELS:
-        if model.name not in args.models:
-            continue
-        root, files = samples / model.name, Files(model, args.images, args.remake)
-        arms = arms_of(model, files)
-        for i, arm in enumerate(arms):
-            print(f"[{i + 1}/{len(arms)}] {model.name}: {arm.label}", flush=True)
-            demo.sample(model, arm, root / arm.name, args.images, args.batch_size)
-        rows, points = rows_per_image(load_config(model.config)), []
-        for place, arm in enumerate(tqdm(arms, desc=f"judging {model.name}", unit="arm")):
-            result = demo.judge("block caching demo", model, arm.macs,
-                                Macs(*(value * arm.calls * rows for value in arm.macs)), root / arm.name,
-                                root / "uncached", extractor, arm=arm.name, label=arm.label, place=place)
-            results.write(folder / model.name / f"{arm.name}.json", result)
-            points.append(demo.point(arm.family, result))
-        at_equal_cost(points, folder / f"equal_cost_{model.name}.png", demo.PANELS)
-        sample_rows([(arm.label, next(open_images(root / arm.name).batches(demo.SHOWN))) for arm in arms],
-                    folder / f"samples_{model.name}.png")
-        text = "\n".join(filter(None, (section(model, folder) for model in demo.MODELS)))
-        write_atomically(folder / "table.md", lambda temporary, text=text: temporary.write_text(text))
-    print(f"\n{text}\nwrote {folder.relative_to(ROOT)}/: table.md, pictures, one JSON per arm; charts and curves are "
-          f"in {FILES.relative_to(ROOT)}/")
+    given, text = demo.given_by(args, "block_caching"), ""
+    for model in (model for model in demo.MODELS if model.name in args.models):
+        arms = list(plan(model, given, Files(model, args.images, args.remake)))
+        sample_on_all_cores(arms)
+        found = judge_all(arms)
+        at_equal_cost([demo.point(arm, found[arm.name]) for arm in arms],
+                      given.results / f"equal_cost_{model.name}.png", demo.PANELS)
+        demo.show_samples(arms, given.results / f"samples_{model.name}.png")
+        text = demo.write_table(demo.MODELS, given.results, section)
+    print(f"\n{text}\nwrote {given.results}/: table.md, pictures, one JSON per arm; charts and curves are in {FILES}/")
 
 
 if __name__ == "__main__":

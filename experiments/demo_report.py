@@ -2,20 +2,15 @@
 
 from eval.cost.macs import giga
 from eval.quality import FD, KID
+from eval.tables.text import markdown
 from runs.results import Metric, Result
 
 HEAD = ("arm", "full / all steps", "MACs per image, G", "speed-up by MACs", "measured", "FD-EffLite0",
         "KID-EffLite0 x 1000", "PSNR to uncached, dB", "SSIM", "feature distance")
 
 
-def markdown(rows: list[tuple[str, ...]]) -> list[str]:
-    """A table whose first row is its head."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
-
-
 def with_error(metric: Metric, scale: float = 1.0) -> str:
-    return f"{scale * metric.value:.1f} ± {scale * 1.96 * metric.stderr:.1f}"
+    return f"{scale * metric.value:.1f} ± {scale * 1.96 * (metric.stderr or 0):.1f}"
 
 
 def shown(result: Result, name: str, decimals: int) -> str:
@@ -26,12 +21,13 @@ def shown(result: Result, name: str, decimals: int) -> str:
 
 def clearly_worse(result: Result, other: Result, name: str) -> bool:
     """Do the 95% intervals of two arms not overlap, the first being the larger?"""
-    return result.metrics[name].interval[0] > other.metrics[name].interval[1]
+    return result.metrics[name].bounds[1] > other.metrics[name].bounds[2]
 
 
 def arm_rows(arms: dict[str, Result], timing: Result) -> list[tuple[str, ...]]:
     """One row per arm."""
-    whole, rows = arms["uncached"].details["macs_per_image"]["macs"], [HEAD]
+    whole = arms["uncached"].details["macs_per_image"]["macs"]
+    rows: list[tuple[str, ...]] = [HEAD]
     for name, arm in arms.items():
         macs = arm.details["macs_per_image"]["macs"]
         rows.append((arm.details["label"], f"{len(arm.full_steps)} / {arm.settings['steps']}", f"{giga(macs):.2f}",
@@ -43,7 +39,8 @@ def arm_rows(arms: dict[str, Result], timing: Result) -> list[tuple[str, ...]]:
 
 def floor_rows(floors: list[dict]) -> list[tuple[str, ...]]:
     """What real images score, beside as many samples."""
-    rows = [("images", "against", "real: FD", "samples: FD", "real: KID x 1000", "samples: KID x 1000")]
+    rows: list[tuple[str, ...]] = [("images", "against", "real: FD", "samples: FD", "real: KID x 1000",
+                                    "samples: KID x 1000")]
     for floor in floors:
         kind = "the other training images" if floor["kind"] == "split" else "training images of other names"
         fd, kid = floor[FD], floor[KID]

@@ -16,52 +16,57 @@ from typing import NamedTuple
 import torch
 
 from eval.cost.macs import giga
-from eval.cost.runs import full_calls, macs_per_image, macs_per_step
+from eval.cost.runs import macs_per_image, macs_per_step
 from eval.tables.paper import Table, find
-from eval.tables.render import align, shown
+from eval.tables.render import shown
 from eval.tables.rows import Runs, of_table
-from experiments.jobs import Job, make_job, run
-from runs import results
+from eval.tables.text import align
+from experiments.arms import CLIP, INCEPTION, Arm, Given, of_row
+from experiments.runner import by_commands
+from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError
 from runs.families import family_named_by
 from runs.files import write_atomically
+from runs.machine import Machine, check_counts
 from runs.spec import DTYPES
+
+PIXELS = ("checkpoint", "labels", "dtype", "released_noise")       # of the user's options, those that decide them
 
 
 def gigabytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB"
 
 
-def describe(jobs: Sequence[Job], macs_steps: int | None) -> str:
+def describe(arms: Sequence[Arm], macs_steps: int | None) -> str:
     """The plan: per row its steps, exact MACs, what is there, what is left and the disk it takes; then the commands.
 
     macs_steps: what the paper divides MACs by, where it is not the row's own steps.
     """
     lines = [["row", "full / calls", "MACs/step G", "MACs/image T", "images there", "calls left", "PNG up to", "npz"]]
-    for job in jobs:
-        run, there = job.run, job.present
-        section = f"{job.section}: " if job.section else ""
-        lines.append([section + job.label, f"{full_calls(run)} / {run.calls}",
+    for arm in arms:
+        run, there = arm.run, arm.present
+        section = f"{arm.section}: " if arm.section else ""
+        lines.append([section + arm.label, f"{run.full_calls} / {run.calls}",
                       f"{giga(macs_per_step(run, macs_steps).hook):.4f}",
-                      f"{macs_per_image(run).hook / 1e12:.4f}", f"{there:,} of {job.images:,}",
-                      f"{(job.images - there) * run.calls:,}", gigabytes(job.pixels * job.images),
-                      gigabytes(job.pixels * job.images) if job.npz else "-"])
+                      f"{macs_per_image(run).hook / 1e12:.4f}", f"{there:,} of {arm.images:,}",
+                      f"{(arm.images - there) * run.calls:,}", gigabytes(arm.pixels * arm.images),
+                      gigabytes(arm.pixels * arm.images) if arm.npz else "-"])
     text = [align(lines), "",
             "Calls are of the U-Net, per image; PLMS makes one more than it has steps. With guidance each runs two",
             "rows of a batch: MACs/image counts both and all calls, MACs/step one row and the steps, as the papers do.",
             "PNG: the size of the pixels; photographs take two thirds of it or so.", ""]
-    for job in jobs:
-        text += [f"# {job.label}", shlex.join(["python", *job.command()])]
-        text += [shlex.join(["python", *job.npz_command()])] if job.npz else []
-        text += [shlex.join(["python", *job.judge_command()])]
+    for arm in arms:
+        text += [f"# {arm.label}", shlex.join(["python", *arm.command()])]
+        text += [shlex.join(["python", *arm.npz_command()])] if arm.npz else []
+        text += [shlex.join(["python", *arm.judge_command()])]
     return "\n".join(text)
 
 
-def disk(jobs: Sequence[Job], samples: Path) -> str:
+def disk(arms: Sequence[Arm], samples: Path) -> str:
     """What is needed, and whether it is there."""
     existing = next(path for path in [samples.absolute(), *samples.absolute().parents] if path.exists())
-    free, size = shutil.disk_usage(existing).free, sum(job.bytes_needed for job in jobs)
+    free, size = shutil.disk_usage(existing).free, sum(arm.bytes_needed for arm in arms)
     return (f"disk: up to {gigabytes(size)} for what is not there yet, {gigabytes(free)} free"
             + ("; it may not be enough" if size > free else ""))
 
@@ -79,7 +84,7 @@ def user_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def add_options(parser: argparse.ArgumentParser, images: str = "as many as the paper") -> None:
-    """What experiments.jobs.job_of reads: --images, the folders, the evaluators' files, what is passed on."""
+    """What `given_by` reads: --images, the folders, the evaluators' files, what is passed on."""
     parser.add_argument("--images", type=int, help="per row, seeds 0 to IMAGES - 1; a later run with more keeps them "
                                                    f"(default: {images})")
     parser.add_argument("--samples", type=Path, default=Path("samples"),
@@ -105,10 +110,8 @@ def add_options(parser: argparse.ArgumentParser, images: str = "as many as the p
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UserError for values that no row could use."""
-    for name in ("images", "batch_size", "threads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
+    """Raises UserError for values of `add_options` that no arm could use."""
+    check_counts(**{name: getattr(args, name) for name in ("images", "batch_size", "threads")})
     if args.device is not None:
         try:
             torch.device(args.device)
@@ -119,29 +122,37 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"no file {path}")
 
 
-def check_one_model(args: argparse.Namespace, models: Collection[str]) -> None:
+def given_by(args: argparse.Namespace) -> Given:
+    """What the user says of all arms, by `add_options`."""
+    return Given(args.images, args.samples, args.results, args.inception or INCEPTION, args.clip_weights or CLIP,
+                 tuple(args.reference), {name: value for name in PIXELS if (value := getattr(args, name))},
+                 {name: value for name in arguments.names(Machine) if (value := getattr(args, name))})
+
+
+def check_one_model(said: Given, models: Collection[str]) -> None:
     """Raises UserError for options that fit one model where there are several."""
-    for option, values in (("checkpoint", args.checkpoint), ("reference", [r for r in args.reference if "=" not in r])):
+    for option, values in (("checkpoint", said.pixels.get("checkpoint")),
+                           ("reference", [text for text in said.reference if "=" not in text])):
         if values and len(models) > 1:
             raise UserError(f"--{option} is for one model; here are {', '.join(sorted(models))}: "
                             + ("name it in a config of its own" if option == "checkpoint"
                                else "say --reference MODEL=PATH"))
 
 
-def chosen(jobs: list[Job], only: Sequence[str] | None) -> list[Job]:
-    """The jobs that --only names. Raises UserError for a name of none."""
-    unknown = set(only or ()) - {key for job in jobs for key in (job.label, job.folder.name)}
+def chosen(arms: list[Arm], only: Sequence[str] | None) -> list[Arm]:
+    """The arms that --only names. Raises UserError for a name of none."""
+    unknown = set(only or ()) - {key for arm in arms for key in (arm.label, arm.name)}
     if unknown:
         raise UserError(f"--only {unknown.pop()!r} is no row of this table: "
-                        f"{'; '.join(f'{job.label} ({job.folder.name})' for job in jobs)}")
-    return [job for job in jobs if not only or {job.label, job.folder.name} & set(only)]
+                        f"{'; '.join(f'{arm.label} ({arm.name})' for arm in arms)}")
+    return [arm for arm in arms if not only or {arm.label, arm.name} & set(only)]
 
 
 class Plan(NamedTuple):
-    """What a table script asks for, with the user's options. jobs: none for a table that only lists settings."""
+    """What a table script asks for, with the user's options. arms: none for a table that only lists settings."""
     table: Table
     runs: Runs
-    jobs: list[Job]
+    arms: list[Arm]
 
     def shown(self, folder: Path) -> str:
         """The table, with the results in a folder."""
@@ -152,15 +163,15 @@ class Plan(NamedTuple):
 def make_plan(table: Table, args: argparse.Namespace) -> Plan:
     """A table's runs by the user's options, those of `user_parser`. Raises UserError."""
     check(args)
-    runs = of_table(table, {family_named_by(path).name: path for path in args.config})
-    if not table.paper and args.images:         # no paper says how many images its rows are judged on
-        table = table._replace(sections={name: section._replace(images=args.images)
+    said, runs = given_by(args), of_table(table, {family_named_by(path).name: path for path in args.config})
+    if not table.paper and said.images:         # no paper says how many images its rows are judged on
+        table = table._replace(sections={name: section._replace(images=said.images)
                                          for name, section in table.sections.items()})
     if table.schedules:
         return Plan(table, runs, [])
-    jobs = chosen([make_job(row, table, args) for row in runs.rows], args.only)
-    check_one_model(args, {job.run.config.name for job in jobs})
-    return Plan(table, runs, jobs)
+    arms = chosen([of_row(row, table, said) for row in runs.rows], args.only)
+    check_one_model(said, {arm.run.config.name for arm in arms})
+    return Plan(table, runs, arms)
 
 
 @command
@@ -180,11 +191,10 @@ def main() -> None:
             args.write_table.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(args.write_table, lambda path: path.write_text(f"{text}\n"))
         return
-    table, jobs = plan.table, plan.jobs
-
-    print(f"{describe(jobs, table.macs_steps)}\n\n{disk(jobs, args.samples)}")
-    lacking = list(dict.fromkeys(thing for job in jobs for thing in job.missing_for_sampling()))
-    unjudged = list(dict.fromkeys(thing for job in jobs for thing in job.missing_for_judging()))
+    arms = plan.arms
+    print(f"{describe(arms, plan.table.macs_steps)}\n\n{disk(arms, args.samples)}")
+    lacking = list(dict.fromkeys(thing for arm in arms for thing in arm.missing_for_sampling()))
+    unjudged = list(dict.fromkeys(thing for arm in arms for thing in arm.missing_for_judging()))
     for thing in lacking:
         print(f"missing: {thing}")
     for thing in unjudged:
@@ -193,7 +203,7 @@ def main() -> None:
         if lacking:
             raise UserError(f"missing: {'; '.join(lacking)}")
         print(flush=True)
-        run(jobs)
+        by_commands(arms)
     print(f"\n{plan.shown(args.results)}\n\nA dash: not printed in the paper, or not measured here (results in "
           f"{args.results}/).")
 

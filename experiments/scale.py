@@ -12,14 +12,13 @@ from typing import NamedTuple
 import torch
 
 from caching.block_schedule import PlannedBlocks
-from eval.cost.runs import full_calls, macs_per_image, pruned
+from eval.cost.runs import macs_per_image, pruned
 from eval.metrics.inception import DIMS
 from eval.tables.paper import tables
 from eval.tables.render import Found, speed_of
 from eval.tables.rows import of_table, printed_values
-from experiments.demo_report import markdown
-from experiments.jobs import Job, make_job
-from experiments.plan import user_parser
+from eval.tables.text import markdown
+from experiments.arms import Arm, of_row
 from runs import results
 from runs.cli import command
 from runs.errors import UserError
@@ -44,14 +43,14 @@ class Rate(NamedTuple):
 class Planned(NamedTuple):
     """A sample folder that some table asks for; table: the first that does."""
     table: str
-    job: Job
+    arm: Arm
     rate: Rate | None
 
 
 def work(run: Run) -> tuple:
     """What decides the time of an image: equal for runs whose schedules differ only in where the full steps lie."""
     blocks = run.caching.of(PlannedBlocks)
-    return (run.config.name, run.sampler_name, pruned(run), full_calls(run), run.calls,
+    return (run.config.name, run.sampler_name, pruned(run), run.full_calls, run.calls,
             run.deepcache and run.deepcache.branch, blocks and blocks.schedule.sha256)
 
 
@@ -77,25 +76,25 @@ def rate_of(run: Run, printed: Mapping[str, list], runs: Mapping[str, Run]) -> R
 
 def all_runs() -> list[Planned]:
     """The runs of all tables, none twice."""
-    args, found = user_parser("scale").parse_args([]), {}
+    found: dict[Path, tuple[str, Arm]] = {}
     for table in tables().values():
         for row in [] if table.schedules else of_table(table).rows:
-            job = make_job(row, table, args)
-            found.setdefault(job.folder, (table.name, job))
+            arm = of_row(row, table)
+            found.setdefault(arm.folder, (table.name, arm))
     models: dict[str, dict[str, Run]] = {}
-    for _, job in found.values():
-        models.setdefault(job.run.config.name, {})[job.run.name] = job.run
-    return [Planned(name, job, rate_of(job.run, printed_values(job.run.config.name), models[job.run.config.name]))
-            for name, job in found.values()]
+    for _, arm in found.values():
+        models.setdefault(arm.run.config.name, {})[arm.run.name] = arm.run
+    return [Planned(name, arm, rate_of(arm.run, printed_values(arm.run.config.name), models[arm.run.config.name]))
+            for name, arm in found.values()]
 
 
 def petamacs(runs: Sequence[Planned]) -> float:
-    return sum(run.job.images * macs_per_image(run.job.run).hook for run in runs) / 1e15
+    return sum(run.arm.images * macs_per_image(run.arm.run).hook for run in runs) / 1e15
 
 
 def hours(runs: Sequence[Planned]) -> float:
     """On one of the papers' GPUs, of those runs that have a rate."""
-    return sum(run.job.images / run.rate.images_per_second for run in runs if run.rate) / 3600
+    return sum(run.arm.images / run.rate.images_per_second for run in runs if run.rate) / 3600
 
 
 def shown(number: float) -> str:
@@ -111,7 +110,7 @@ def time_table(runs: Sequence[Planned]) -> list[str]:
     for name, some in groups:
         rated = [run for run in some if run.rate]
         counts = ", ".join(str(sum(run.rate.how == how for run in rated)) for how in HOW)
-        lines.append((name, str(len(some)), f"{sum(run.job.images for run in some):,}", shown(petamacs(some)),
+        lines.append((name, str(len(some)), f"{sum(run.arm.images for run in some):,}", shown(petamacs(some)),
                       ", ".join(sorted({run.rate.gpu for run in rated})) or "-",
                       *(shown(hours(some) / n) if rated else "-" for n in FLEETS), counts if rated else "-",
                       str(len(some) - len(rated)) if len(some) > len(rated) else ""))
@@ -121,13 +120,13 @@ def time_table(runs: Sequence[Planned]) -> list[str]:
 def measured_table(runs: Sequence[Planned], measured: Found) -> list[str]:
     """What our own measured step times say, per model."""
     lines = [("model", "runs timed", "device", "years on one of it")]
-    for model in dict.fromkeys(run.job.run.config.name for run in runs):
-        some = [(run, speed_of(measured, run.job.run, 1)) for run in runs if run.job.run.config.name == model]
+    for model in dict.fromkeys(run.arm.run.config.name for run in runs):
+        some = [(run, speed_of(measured, run.arm.run, 1)) for run in runs if run.arm.run.config.name == model]
         timed = [(run, speed) for run, speed in some if speed]
         where = timed[0][1].result.provenance if timed else {}
         device = where and (f"{where['device_name']}, {where['threads']} thread" if where["device"] == "cpu"
                             else where["device_name"])
-        years = sum(run.job.images / speed.images_per_second for run, speed in timed) / (365.25 * 24 * 3600)
+        years = sum(run.arm.images / speed.images_per_second for run, speed in timed) / (365.25 * 24 * 3600)
         lines.append((model, f"{len(timed)} of {len(some)}", device or "-", shown(years) if timed else "-"))
     return markdown(lines)
 
@@ -137,15 +136,15 @@ def disk_table(runs: Sequence[Planned]) -> list[str]:
     lines = [("model", "runs", "images", "pixels of an image", "PNG files, all runs", "GB at most", "npz, GB",
               "features, GB")]
     total = [0.0] * 5
-    for model in dict.fromkeys(run.job.run.config.name for run in runs):
-        some = [run.job for run in runs if run.job.run.config.name == model]
-        images, pixels = sum(job.images for job in some), some[0].pixels
-        npz = sum(job.images for job in some if job.npz) * pixels
+    for model in dict.fromkeys(run.arm.run.config.name for run in runs):
+        some = [run.arm for run in runs if run.arm.run.config.name == model]
+        images, pixels = sum(arm.images for arm in some), some[0].pixels
+        npz = sum(arm.images for arm in some if arm.npz) * pixels
         kept = {"adm": sum(DIMS.values()), "fid": DIMS["pool"], "clip_score": 0}
-        features = sum(job.images * 4 * kept[job.kind] for job in some)
+        features = sum(arm.images * 4 * kept[arm.kind] for arm in some)
         numbers = (len(some), images, images * pixels, npz, features)
         total = [a + b for a, b in zip(total, numbers, strict=True)]
-        each = ", ".join(f"{n:,}" for n in sorted({job.images for job in some}))
+        each = ", ".join(f"{n:,}" for n in sorted({arm.images for arm in some}))
         lines.append((model, str(len(some)), each, f"{pixels:,} bytes", f"{images:,}",
                       *(shown(n / 1e9) if n else "-" for n in numbers[2:])))
     lines.append(("all", f"{total[0]:.0f}", "", "", f"{total[1]:,.0f}", *(shown(n / 1e9) for n in total[2:])))
@@ -165,8 +164,8 @@ def evaluator_table(runs: Sequence[Planned]) -> list[str]:
     """Inception's work beside that of sampling, for the cheapest run of each model that it judges."""
     macs = inception_macs()
     lines = [("model", "its cheapest run", "G MACs of an image: sampling", "Inception", "Inception / sampling")]
-    judged = [run.job.run for run in runs if run.job.kind in ("adm", "fid")
-              and run.job.run.caching.of(PlannedBlocks) is None]
+    judged = [run.arm.run for run in runs if run.arm.kind in ("adm", "fid")
+              and run.arm.run.caching.of(PlannedBlocks) is None]
     for model in dict.fromkeys(run.config.name for run in judged):
         cheapest = min((run for run in judged if run.config.name == model), key=lambda run: macs_per_image(run).fc)
         sampling = macs_per_image(cheapest).fc

@@ -10,8 +10,6 @@ uncached run. Writes results/block_caching/study/: table.md, and a JSON per vari
 """
 
 import argparse
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,52 +20,41 @@ from tqdm import tqdm
 from caching.block_cache import BlockCache
 from caching.scale_shift import relative_distance
 from eval.metrics.intervals import mean_estimate
-from experiments.block_caching_demo import FILES
-from experiments.demo_report import markdown
+from eval.tables.text import markdown
+from experiments.block_caching_demo import FILES, make
 from planning.block_caching import metric_name
 from planning.block_changes import BlockChanges, ScheduleMaker
 from runs import results
 from runs.cli import command
-from runs.errors import UserError
 from runs.files import ROOT, write_atomically
 from runs.machine import Machine
 from runs.provenance import provenance
 from runs.results import Metric, Result
 from runs.spec import RunSpec
 
-OUT = ROOT / "results" / "block_caching" / "study"
-RUN = ["--config", "configs/ddpm_emoji.yaml", "--steps", "20", "--device", "cpu", "--threads", "1"]
-HELD_OUT = ["--held-out-seeds", "3000-3063"]
+OUT = Path("results/block_caching/study")
+RUN = [*RunSpec.of("configs/ddpm_emoji.yaml", steps=20).words(), "--device", "cpu", "--threads", "1"]
+HELD_OUT = range(3000, 3064)
+DIRECTIONS = "later", "earlier", "earlier minus later"
 SEEDS = {16: "2000-2015", 64: "2000-2063", 256: "2000-2255"}
-VARIANTS = {
-    **{f"least squares, ridge {ridge:g}": ["least-squares", 64, "--ridge", f"{ridge:g}"] for ridge in (0, 0.01, 0.1)},
-    **{f"least squares, {runs} runs": ["least-squares", runs] for runs in (16, 256)},
-    **{f"Adam, learning rate {lr:g}": ["adam", 64, "--lr", f"{lr:g}", "--batch-size", "8"]
+VARIANTS: dict[str, tuple[str, int, list[str]]] = {      # method, runs to learn from, options of `train`
+    **{f"least squares, ridge {ridge:g}": ("least-squares", 64, ["--ridge", f"{ridge:g}"]) for ridge in (0, 0.01, 0.1)},
+    **{f"least squares, {runs} runs": ("least-squares", runs, []) for runs in (16, 256)},
+    **{f"Adam, learning rate {lr:g}": ("adam", 64, ["--lr", f"{lr:g}", "--batch-size", "8"])
        for lr in (3e-4, 1e-3, 3e-3, 1e-2)},
-    **{f"Adam, batch {size}": ["adam", 64, "--batch-size", str(size)] for size in (2, 32)},
-    "Adam, 256 runs": ["adam", 256, "--batch-size", "8"],
+    **{f"Adam, batch {size}": ("adam", 64, ["--batch-size", str(size)]) for size in (2, 32)},
+    "Adam, 256 runs": ("adam", 256, ["--batch-size", "8"]),
 }
-
-
-def run(*words: str) -> None:
-    """A verb of scripts.block_caching. Raises UserError where it fails."""
-    words = ["-m", "scripts.block_caching", *words]
-    print("python", *words, flush=True)
-    if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
-        raise UserError(f"this failed: python {' '.join(words)}")
 
 
 def schedule() -> Path:
     """Of 20 steps, half of the MACs."""
     changes, path = FILES / "ddpm_20_changes.json", FILES / "ddpm_20_half.json"
-    if not changes.is_file():
-        run("measure", *RUN, "--seeds", "1000-1063", "--similar", "0", "--out", str(changes))
-    if not path.is_file():
-        run("schedule", "--changes", str(changes), "--kinds", "all", "--macs", "0.5", "--out", str(path))
+    if not (ROOT / changes).is_file():
+        make(["measure", *RUN, "--seeds", "1000-1063", "--similar", "0"], changes)
+    if not (ROOT / path).is_file():
+        make(["schedule", "--changes", str(changes), "--kinds", "all", "--macs", "0.5"], path)
     return path
-
-
-DIRECTIONS = "later", "earlier", "earlier minus later"
 
 
 def directions(changes: BlockChanges, config: str, steps: int, fraction: float) -> Result:
@@ -75,72 +62,83 @@ def directions(changes: BlockChanges, config: str, steps: int, fraction: float) 
     started, run = time.time(), RunSpec.of(config, steps=steps).open()
     model = run.family.open(run, Machine(device="cpu", threads=1))
     model.load()
-    earlier = replace(changes, residuals={name: one | {"changes": [*one["changes"][1:], 0.0]}
+    shifted = replace(changes, residuals={name: one | {"changes": [*one["changes"][1:], 0.0]}
                                           for name, one in changes.residuals.items()})
     found: dict[str, list[float]] = {"later": [], "earlier": []}
-    for first in tqdm(range(0, 64, 16), desc=f"{config} {fraction}", unit="batch"):
-        seeds = range(3000 + first, 3016 + first)
+    for first in tqdm(range(0, len(HELD_OUT), 16), desc=f"{config} {fraction}", unit="batch"):
+        seeds = HELD_OUT[first:first + 16]
         exact = model.latents(seeds)
-        for direction, measured in (("later", changes), ("earlier", earlier)):
+        for direction, measured in (("later", changes), ("earlier", shifted)):
             maker = ScheduleMaker(measured, "all")
             blocks = maker.blocks(maker.delta_for(fraction))
             found[direction] += relative_distance(model.latents(seeds, BlockCache(blocks)), exact).tolist()
     later, earlier = (np.array(found[key]) for key in ("later", "earlier"))
     metrics = {metric_name("latents", direction): Metric.of(mean_estimate(values))
                for direction, values in zip(DIRECTIONS, (later, earlier, earlier - later), strict=True)}
-    return Result("index direction", model.settings["model"], model.settings, len(later), metrics,
+    return Result("index direction", model.settings["model"], model.settings, len(HELD_OUT), metrics,
                   hashes={"checkpoint": model.settings["checkpoint_sha256"]}, provenance=provenance("cpu"),
-                  details={"config": config, "fraction_of_macs": fraction, "held_out_seeds": "3000-3063"}
+                  details={"config": config, "fraction_of_macs": fraction, "held_out_seeds": _words(HELD_OUT)}
                   ).stamped(started)
 
 
-def trained(schedule: Path, name: str, method: str, runs: int, *options: str) -> Result:
+def trained(schedule: Path, name: str, method: str, runs: int, options: list[str]) -> Result:
     """The report of a variant, which is made where it is absent; the tensors are not kept."""
     path = OUT / f"{name}.safetensors"
-    report = path.with_suffix(".scale_shift.json")
+    report = ROOT / path.with_suffix(".scale_shift.json")
     if not report.is_file():
-        run("train", *RUN, *HELD_OUT, "--seeds", SEEDS[runs], "--schedule", str(schedule), "--method", method, *options,
-            "--out", str(path))
-        path.unlink()
+        make(["train", *RUN, "--held-out-seeds", _words(HELD_OUT), "--seeds", SEEDS[runs], "--schedule", str(schedule),
+              "--method", method, *options], path)
+        (ROOT / path).unlink()
     return results.read(report)
 
 
+def _words(seeds: range) -> str:
+    return f"{seeds.start}-{seeds.stop - 1}"
+
+
 def shown(result: Result, measure: str, arm: str) -> str:
-    metric = result.metrics[metric_name(measure, arm)]
-    return "{:.4f} [{:.4f}, {:.4f}]".format(metric.value, *metric.interval)
+    """A mean with its interval."""
+    return "{:.4f} [{:.4f}, {:.4f}]".format(*result.metrics[metric_name(measure, arm)].bounds)
+
+
+def fits() -> list[tuple[str, ...]]:
+    """The table of ways to fit."""
+    path, rows = schedule(), [("fit", "residuals: distance to computed", "final latents: distance to uncached",
+                               "difference to plain reuse")]
+    for label, how in VARIANTS.items():
+        one = trained(path, label.replace(", ", "_").replace(" ", "_").replace("Adam", "adam"), *how)
+        if len(rows) == 1:
+            rows.append(("none (plain reuse)", shown(one, "residuals", "plain"), shown(one, "latents", "plain"), "-"))
+        rows.append((label, shown(one, "residuals", "adjusted"), shown(one, "latents", "adjusted"),
+                     shown(one, "latents", "adjusted minus plain")))
+    return rows
+
+
+def index() -> list[tuple[str, ...]]:
+    """The table of the directions of the index."""
+    rows = [("model", "MACs", "counted for the later step", "for the earlier step", "difference")]
+    for name, changes, steps, fraction in (("ddpm", "ddpm_20", 20, 0.5), *(
+            (name, name, steps, fraction) for name, steps in (("ddpm", 100), ("ldm", 50)) for fraction in (0.5, 0.3))):
+        report = ROOT / OUT / f"direction_{name}_{steps}_{round(100 * fraction)}.json"
+        if not report.is_file():
+            measured = BlockChanges.load(ROOT / FILES / f"{changes}_changes.json")
+            results.write(report, directions(measured, f"configs/{name}_emoji.yaml", steps, fraction))
+        one = results.read(report)
+        rows.append((f"{name}_emoji, {steps} steps", f"{fraction:g}",
+                     *(shown(one, "latents", direction) for direction in DIRECTIONS)))
+    return rows
 
 
 @command
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    OUT.mkdir(parents=True, exist_ok=True)
-    path = schedule()
-    fits = [("fit", "residuals: distance to computed", "final latents: distance to uncached",
-             "difference to plain reuse")]
-    for label, how in VARIANTS.items():
-        name = label.replace(", ", "_").replace(" ", "_").replace("Adam", "adam")
-        one = trained(path, name, *how)
-        if len(fits) == 1:
-            fits.append(("none (plain reuse)", shown(one, "residuals", "plain"), shown(one, "latents", "plain"), "-"))
-        fits.append((label, shown(one, "residuals", "adjusted"), shown(one, "latents", "adjusted"),
-                     shown(one, "latents", "adjusted minus plain")))
-
-    index = [("model", "MACs", "counted for the later step", "for the earlier step", "difference")]
-    for name, changes, steps, fraction in (("ddpm", FILES / "ddpm_20_changes.json", 20, 0.5), *(
-            (name, FILES / f"{name}_changes.json", steps, fraction)
-            for name, steps in (("ddpm", 100), ("ldm", 50)) for fraction in (0.5, 0.3))):
-        report = OUT / f"direction_{name}_{steps}_{round(100 * fraction)}.json"
-        if not report.is_file():
-            results.write(report, directions(BlockChanges.load(changes), f"configs/{name}_emoji.yaml", steps, fraction))
-        one = results.read(report)
-        index.append((f"{name}_emoji, {steps} steps", f"{fraction:g}",
-                      *(shown(one, "latents", direction) for direction in DIRECTIONS)))
+    (ROOT / OUT).mkdir(parents=True, exist_ok=True)
     text = "\n".join(["Relative L2 distances, means over 64 held-out seeds with 95 % intervals.", "",
                       "Scale and shift: 20 DDIM steps of the emoji DDPM, blocks of all kinds, half of the MACs.", "",
-                      *markdown(fits), "",
+                      *markdown(fits()), "",
                       "The direction of the index: final latents to uncached, plain reuse, blocks of all kinds.", "",
-                      *markdown(index), ""])
-    write_atomically(OUT / "table.md", lambda temporary: temporary.write_text(text))
+                      *markdown(index()), ""])
+    write_atomically(ROOT / OUT / "table.md", lambda temporary: temporary.write_text(text))
     print(text)
 
 

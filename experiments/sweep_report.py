@@ -11,23 +11,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.cost.macs import giga
-from eval.cost.runs import full_calls, macs_per_image
+from eval.cost.runs import macs_per_image
 from eval.metrics.registry import MEASURES
 from eval.quality import KID
 from eval.tables.paper import Table
 from eval.tables.plots import heat_maps, quality_fronts
 from eval.tables.render import Speed, speed_of
 from eval.tables.rows import printed_values
-from experiments.demo_report import markdown
-from experiments.jobs import Job
-from runs import results
+from eval.tables.text import markdown
+from experiments.arms import Arm
+from experiments.runner import minus_uncached
+from runs import arguments, results
 from runs.files import write_atomically
 from runs.results import Result
 from runs.spec import Run
 
 HIGHER = tuple(name for name, measure in MEASURES.items() if measure.higher)       # is better
 SHOWN = (KID, "PSNR", "FID", "CLIP score")    # in the pictures; KID is unbiased, however few the images are
-AXES = ("sampler", "steps", "interval", "branch", "schedule", "center", "power", "block schedule")
+AXES = ("sampler", "steps", "interval", "branch", "schedule", "center", "power", "block schedule")    # others: after
 PAIRS = (("interval", "branch"), ("center", "power"))                     # of the heat maps: rows, columns
 
 
@@ -52,7 +53,7 @@ class Point(NamedTuple):
     def metric(self, name: str) -> tuple[float, float, float] | None:
         """(value, low, high), the ends of its 95 % interval where there is one."""
         metric = self.result.metrics.get(name) if self.result else None
-        return None if metric is None else (metric.value, *(metric.interval or (metric.value, metric.value)))
+        return None if metric is None else metric.bounds
 
 
 def times_paths(folder: Path, model: str) -> tuple[Path, Path]:
@@ -60,17 +61,20 @@ def times_paths(folder: Path, model: str) -> tuple[Path, Path]:
     return folder / f"times_{model}.json", folder / f"times_{model}_blocks.json"
 
 
-def minus_uncached(name: str) -> str:
-    """What the difference of a metric to that of the uncached run is called."""
-    return f"{name} minus uncached"
-
-
 def axes_of(run: Run) -> dict[str, Any]:
     """The settings of a run by axis; None where an axis has no meaning for it."""
     cache, schedule = run.caching.settings, run.spec.given().get("block_schedule")
+    own = {name for part in (run.spec.sampler, *run.spec.caching) for name in arguments.names(part)}
+    others = {name: value.stem if isinstance(value, Path) else value for name, value in run.spec.given().items()
+              if name in own - {*AXES, "block_schedule"}}
     return {"sampler": run.sampler_name, "steps": run.steps, "interval": cache["interval"],
             **{axis: cache.get(axis) for axis in ("branch", "schedule", "center", "power")},
-            "block schedule": schedule.stem if schedule else None}
+            "block schedule": schedule.stem if schedule else None, **others}
+
+
+def axes_among(points: Sequence["Point"]) -> list[str]:
+    """All axes of some points, in the order of AXES."""
+    return list(dict.fromkeys(axis for p in points for axis in p.axes))
 
 
 def front(points: Sequence[tuple[float, float]], higher: bool) -> list[int]:
@@ -99,7 +103,7 @@ def records(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
     main = (shown_metrics(points) or [None])[0]
     fronts = {cost: on_front(points, cost, main) if main else set() for cost in ("macs", "time")}
     for i, p in enumerate(points):
-        record = {"model": p.run.config.name, **p.axes, "full calls": full_calls(p.run), "calls": p.run.calls,
+        record = {"model": p.run.config.name, **p.axes, "full calls": p.run.full_calls, "calls": p.run.calls,
                   "images": p.result.images if p.result else None, "G MACs per image": round(giga(p.macs), 6),
                   "speed-up by MACs": round(points[0].macs / p.macs, 4)}
         if p.speed:
@@ -130,16 +134,16 @@ def label(p: Point, varying: Sequence[str]) -> str:
     """A point in the fewest words: N=5 b2."""
     if not p.run.caching:
         return "uncached" if not {"steps", "sampler"} & set(varying) else f"{p.run.sampler_name} {p.run.steps}"
-    short = {"interval": "N=", "branch": "b", "center": "c", "power": "p"}
-    return " ".join(f"{short.get(axis, '')}{p.axes[axis]}" for axis in AXES if axis in varying
-                    and p.axes[axis] is not None)
+    short = dict.fromkeys(AXES, "") | {"interval": "N=", "branch": "b", "center": "c", "power": "p"}
+    return " ".join(f"{short.get(axis, f'{axis} ')}{value}" for axis, value in p.axes.items() if axis in varying
+                    and value is not None)
 
 
 def varying(points: Sequence[Point]) -> list[str]:
     """The axes that differ among the cached points of a model, those with most values first."""
     cached = [p for p in points if p.run.caching] or points
-    count = {axis: len({p.axes[axis] for p in cached}) for axis in AXES}
-    return sorted((axis for axis in AXES if count[axis] > 1), key=lambda axis: -count[axis])
+    count = {axis: len({p.axes.get(axis) for p in cached}) for axis in axes_among(points)}
+    return sorted((axis for axis in count if count[axis] > 1), key=lambda axis: -count[axis])
 
 
 def table(points: Sequence[Point]) -> list[str]:
@@ -154,7 +158,7 @@ def table(points: Sequence[Point]) -> list[str]:
             metric = p.metric(name)
             cells.append("-" if metric is None else "{:.4g} [{:.4g}, {:.4g}]".format(*metric)
                          if metric[1] != metric[2] else f"{metric[0]:.4g}")
-        lines.append((label(p, axes) or "cached", f"{full_calls(p.run)} / {p.run.calls}",
+        lines.append((label(p, axes) or "cached", f"{p.run.full_calls} / {p.run.calls}",
                       f"{points[0].macs / p.macs:.2f}x", f"{p.speed.speedup:.2f}x" if p.speed else "-", *cells,
                       *("yes" if i in fronts[cost] else "" for cost in fronts)))
     return markdown(lines)
@@ -174,8 +178,8 @@ def draw(points: Sequence[Point], folder: Path) -> list[Path]:
         values["printed"] = {name: [float(numbers[MEASURES[name].column]) / MEASURES[name].scale
                                     for _, _, numbers in p.printed if MEASURES[name].column in numbers]
                              for name in names}
-        marks.append(values | {"label": label(p, axes), "color": p.axes[axes[0]] if cached and axes else None,
-                               "marker": p.axes[axes[1]] if cached and len(axes) > 1 else None, "cached": bool(cached)})
+        color, marker = (p.axes.get(axes[i]) if cached and len(axes) > i else None for i in (0, 1))
+        marks.append(values | {"label": label(p, axes), "color": color, "marker": marker, "cached": bool(cached)})
     panels = [(cost, (name, name, name in HIGHER), on_front(points, cost[0], name)) for name in names for cost in costs]
     drawn.append(folder / f"fronts_{model}.png")
     quality_fronts(marks, drawn[-1], panels, len(costs), axes[:2])
@@ -212,8 +216,8 @@ def _maps(points: Sequence[Point], rows: str, columns: str, others: Sequence[str
 
     if others:
         found = []
-        for kind in dict.fromkeys(tuple(p.axes[axis] for axis in others) for p in cached):
-            chosen = [p for p in cached if tuple(p.axes[axis] for axis in others) == kind]
+        for kind in dict.fromkeys(tuple(p.axes.get(axis) for axis in others) for p in cached):
+            chosen = [p for p in cached if tuple(p.axes.get(axis) for axis in others) == kind]
             words = ", ".join(f"{axis} {value}" for axis, value in zip(others, kind, strict=True) if value is not None)
             if len(chosen) > 1:
                 found.append(panel(f"{measures[0]}\n{textwrap.fill(words, 44)}", chosen,
@@ -225,17 +229,17 @@ def _maps(points: Sequence[Point], rows: str, columns: str, others: Sequence[str
     return [one for one in found if not np.isnan(one[3]).all()]
 
 
-def render(found: Sequence[tuple[Job, Result | None]], folder: Path) -> str:
+def render(found: Sequence[tuple[Arm, Result | None]], folder: Path) -> str:
     """Write table and pictures of what there is into `folder`; returns what to tell the user."""
     folder.mkdir(parents=True, exist_ok=True)
     by_model: dict[str, list[Point]] = {}
-    for job, result in found:
-        run, model = job.run, job.run.config.name
+    for arm, result in found:
+        run, model = arm.run, arm.run.config.name
         points = by_model.setdefault(model, [])
-        times = [(path, results.read(path)) for path in times_paths(folder, model) if path.is_file()]
+        times = [(path, results.read(path)) for path in sorted(folder.glob(f"times_{model}*.json"))]
         printed = {} if run.config.train else printed_values(model)
         points.append(Point(run, axes_of(run), result, speed_of(times, run, (points[0].run if points else run).calls),
-                            printed.get(job.folder.name, [])))
+                            printed.get(arm.name, [])))
     text = as_csv([record for points in by_model.values() for record in records(points)])
     write_atomically(folder / "points.csv", lambda path: path.write_text(text))
     written, sections = [folder / "points.csv", folder / "table.md"], [f"# Sweep {folder.name}", ""]

@@ -303,8 +303,8 @@ def metric_name(measure: str, arm: str) -> str:
     return f"{measure}, {arm}"
 
 
-def judge(model: ImageModel, schedule: BlockSchedule, table: list[Adjustment], seeds: list[int], batch_size: int
-          ) -> dict[str, Metric]:
+def held_out_distances(model: ImageModel, schedule: BlockSchedule, table: list[Adjustment], seeds: list[int],
+                       batch_size: int) -> dict[str, Metric]:
     """Distances to the uncached network with and without the adjustment, on the same seeds: means, and their
     difference, each with a 95% interval over the seeds; by `metric_name`.
 
@@ -355,7 +355,7 @@ def train(args: argparse.Namespace) -> None:
     table, notes = METHODS[args.method](model, schedule, seeds, args)
     notes = {"method": args.method, "seeds": format_seeds(seeds), **notes}
     save_tensors(scale_shift_tensors(table, schedule), args.out, scale_shift_metadata(schedule, notes))
-    found = judge(model, schedule, load_scale_shift(args.out, schedule), held_out, args.batch_size)
+    found = held_out_distances(model, schedule, load_scale_shift(args.out, schedule), held_out, args.batch_size)
     report = args.out.with_suffix(".scale_shift.json")          # not .json, which the schedule may be called
     hashes = {"checkpoint": model.settings["checkpoint_sha256"], "schedule": schedule.sha256}
     results.write(report, Result("scale-shift", model.settings["model"], model.settings, len(held_out), found,

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from caching.nested import Network
 from caching.policy import Policy
-from caching.trace import reused, trace
 from runs import arguments
-from runs.families import Condition, Config, Family, example_inputs
+from runs.families import Condition, Config, Family
 from runs.folder import RunFolder, missing_seeds
 from runs.machine import Machine
 from runs.provenance import provenance
@@ -82,11 +81,7 @@ class ImageModel(ABC, Generic[Schema, Shown]):
 
 def kinds_of_calls(run: Run) -> int:
     """How many different sets of values the network calls of a run reuse: as many graphs does compiling make."""
-    policy = run.caching.policy("meta", run.dtype)
-    if policy is None:
-        return 1
-    inputs = example_inputs(run.config)
-    return len(set(reused(trace(lambda cache: run.unet(*inputs, cache=cache)), policy, run.calls)))
+    return len(set(run.reused))
 
 
 def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine) -> int:
@@ -124,8 +119,7 @@ def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine) -
 
 def summary(run: Run, out: Path, asked: int, made: int) -> str:
     """The last line of a sample command."""
-    full = len(run.deepcache.full_steps) if run.deepcache else run.calls
-    line = f"{out}: {asked} images asked for, {made} made now; {full} full of {run.calls} network calls, "
+    line = f"{out}: {asked} images asked for, {made} made now; {run.full_calls} full of {run.calls} network calls, "
     return line + (", ".join(method.summary for method in run.caching.methods) or "no caching")
 
 

@@ -36,6 +36,12 @@ class Metric:
         return cls(estimate["value" if "value" in estimate else "mean"], estimate.get("interval"),
                    estimate.get("stderr"))
 
+    @property
+    def bounds(self) -> tuple[float, float, float]:
+        """The value and the ends of its interval, which are the value again where that is not known."""
+        low, high = self.interval or (self.value, self.value)
+        return self.value, low, high
+
 
 @dataclass
 class Cost:

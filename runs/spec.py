@@ -4,7 +4,7 @@ said here and in the dataclasses that it is made of, and nowhere else.
     RunSpec.of("configs/ddpm_cifar10.yaml", interval=5, branch=2).open().settings
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from caching.deepcache import PlannedDeepCache
 from caching.methods import METHODS, CachePlan, plan
 from caching.nested import NestedUNet
 from caching.options import MethodOptions, RunShape, option
+from caching.trace import reused, trace
 from runs import arguments
 from runs.errors import UserError, as_user_error
 from runs.families import (
@@ -23,6 +24,7 @@ from runs.families import (
     Config,
     Family,
     build,
+    example_inputs,
     families,
     family_named_by,
     find_config,
@@ -180,6 +182,20 @@ class Run:
     def deepcache(self) -> PlannedDeepCache | None:
         """DeepCache in this run, or None."""
         return self.caching.of(PlannedDeepCache)
+
+    @cached_property
+    def reused(self) -> list[frozenset[Hashable]]:
+        """What each network call of an image reuses, by the keys of its caching; nothing where it is a full one."""
+        policy = self.caching.policy("meta", self.dtype)
+        if policy is None:
+            return [frozenset()] * self.calls
+        inputs = example_inputs(self.config)
+        return list(reused(trace(lambda cache: self.unet(*inputs, cache=cache)), policy, self.calls))
+
+    @property
+    def full_calls(self) -> int:
+        """The network calls of an image that run all levels of the U-Net."""
+        return sum(not any(isinstance(key, int) for key in keys) for keys in self.reused)
 
     def refuse_foreign(self, settings: Mapping[str, Any]) -> None:
         """Refuse settings, as far as they are known, that the caching was not fitted to. Raises UserError."""

@@ -16,10 +16,9 @@ import torch
 from packaging.requirements import Requirement
 
 from eval.tables.paper import Table, find, tables
-from eval.tables.render import align
 from eval.tables.rows import of_table
-from experiments.jobs import Job, make_job
-from experiments.plan import user_parser
+from eval.tables.text import align
+from experiments.arms import Arm, of_row
 from runs.cli import command
 from runs.families import families
 from runs.provenance import device_name
@@ -95,21 +94,20 @@ def named(path: Path, items: dict[str, Item]) -> str:
     return "no download is known"
 
 
-def jobs_of(table: Table) -> list[Job]:
-    """The jobs of a table with nothing but defaults."""
-    args = user_parser(table.name).parse_args([])
-    return [make_job(row, table, args) for row in of_table(table).rows]
+def arms_of(table: Table) -> list[Arm]:
+    """The arms of a table with nothing but defaults."""
+    return [] if table.schedules else [of_row(row, table) for row in of_table(table).rows]
 
 
 def needs(table: Table, items: dict[str, Item]) -> Iterator[str]:
     """What a table still needs, a line each, and how to get it; first what sampling needs, then what judging needs."""
     lines: dict[str, None] = {}
-    for job in [] if table.schedules else jobs_of(table):
-        for option, path in job.inputs_of_sampling().items():
+    for arm in arms_of(table):
+        for option, path in arm.inputs_of_sampling().items():
             if not (ROOT / path).exists():
                 lines[f"to sample: {option} {path}: {named(path, items)}"] = None
-    for job in [] if table.schedules else jobs_of(table):
-        for option, path in job.inputs.items():
+    for arm in arms_of(table):
+        for option, path in arm.inputs.items():
             if option != "--prompts" and not (ROOT / path).exists():
                 lines[f"to judge: {path}: {named(path, items)}"] = None
     yield from lines

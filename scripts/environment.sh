@@ -1,32 +1,36 @@
-# Sourced by demo.sh and test.sh: leaves $PYTHON, an interpreter that has requirements.txt.
-# An active virtual environment that satisfies requirements.txt is used as it is; otherwise .venv is made here.
+# Sourced by the scripts beside it: leaves $PYTHON, an interpreter that has requirements.txt.
+# An active virtual environment whose Python and PyTorch fit is taken, and gets what else it lacks. Otherwise .venv is
+# made here, with the PyTorch that the results were made with (constraints.txt).
 
-requirements_met() {
-    "$1" scripts/requirements_met.py 2>/dev/null
+fits() {        # INTERPRETER [NAME ...], see requirements_met.py
+    "$1" scripts/requirements_met.py "${@:2}" 2>/dev/null
 }
 
-if [ -n "${VIRTUAL_ENV:-}" ] && requirements_met "$VIRTUAL_ENV/bin/python"; then
+if [ -n "${VIRTUAL_ENV:-}" ] && fits "$VIRTUAL_ENV/bin/python" torch; then
     PYTHON="$VIRTUAL_ENV/bin/python"
+    constraints=()
 else
     PYTHON="$PWD/.venv/bin/python"
+    constraints=(-c scripts/constraints.txt)
     if ! [ -x "$PYTHON" ]; then
         base=""
-        for candidate in python3.11 python3 python; do
-            if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+        for candidate in python3.11 python3.12 python3.13 python3 python; do
+            if fits "$candidate" python; then
                 base=$candidate
                 break
             fi
         done
-        [ -n "$base" ] || { echo "error: Python 3.11 is needed and not on PATH" >&2; exit 2; }
-        echo "making a virtual environment in .venv"
+        [ -n "$base" ] || { echo "error: Python 3.11, 3.12 or 3.13 is needed and not on PATH" >&2; exit 2; }
+        echo "making a virtual environment in .venv with $base"
         if ! "$base" -m venv .venv; then
             rm -rf .venv
-            echo "error: $base has no working venv module (on Debian and Ubuntu: apt-get install python3.11-venv)" >&2
+            echo "error: $base has no working venv module (on Debian and Ubuntu: apt-get install python3-venv)" >&2
             exit 2
         fi
     fi
-    if ! requirements_met "$PYTHON"; then
-        echo "installing requirements.txt into .venv (PyTorch is large; minutes on a first run)"
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    fi
+    fits "$PYTHON" python || { echo "error: the Python of .venv is not 3.11 to 3.13: remove .venv" >&2; exit 2; }
+fi
+if ! fits "$PYTHON"; then
+    echo "installing what requirements.txt lists into ${PYTHON%/bin/python} (PyTorch is large; minutes on a first run)"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt ${constraints[@]+"${constraints[@]}"}
 fi

@@ -1,21 +1,39 @@
-"""Exit 0 when this interpreter is Python 3.11 and has every package of requirements.txt, else 1."""
+"""Exit 0 when this interpreter is a Python that the project runs on and has the packages of requirements.txt, else 1.
+
+    python scripts/requirements_met.py              all of them
+    python scripts/requirements_met.py torch        the named ones; `python` asks for the interpreter alone
+
+Interpreters of any age run it, to find one that fits: what they may not have is imported late.
+"""
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+PYTHONS = (3, 11), (3, 13)      # the first and the last
 
-def met(line: str) -> bool:
-    from pip._vendor.packaging.requirements import Requirement
 
-    requirement = Requirement(line)
+def python_fits(version: tuple) -> bool:
+    return PYTHONS[0] <= tuple(version[:2]) <= PYTHONS[1]
+
+
+def packages_met(names: list) -> bool:
+    """Whether all lines of requirements.txt are met, or, where names are given, those of these packages."""
+    from importlib.metadata import PackageNotFoundError, version
     try:
-        return requirement.specifier.contains(version(requirement.name), prereleases=True)
+        from packaging.requirements import Requirement
+    except ImportError:
+        from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
+
+    lines = Path(__file__).parent.parent.joinpath("requirements.txt").read_text().splitlines()
+    wanted = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    asked = [requirement for requirement in wanted if not names or requirement.name in names]
+    try:
+        return len(asked) >= len(names) and all(
+            requirement.specifier.contains(version(requirement.name), prereleases=True) for requirement in asked)
     except PackageNotFoundError:
         return False
 
 
 if __name__ == "__main__":
-    lines = Path(__file__).parent.parent.joinpath("requirements.txt").read_text().splitlines()
-    wanted = [line for line in lines if line.strip() and not line.startswith("#")]
-    sys.exit(sys.version_info[:2] != (3, 11) or not all(map(met, wanted)))
+    asked = sys.argv[1:]
+    sys.exit(not (python_fits(sys.version_info) and (asked == ["python"] or packages_met(asked))))

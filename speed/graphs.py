@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from caching.nested import Cache, Network, no_cache
+from caching.nested import Cache, no_cache
 from caching.policy import Policy
 
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
@@ -21,18 +21,23 @@ class Recording(NamedTuple):
     kept: dict[Hashable, Tensor]
 
 
+class _KeepsNothing(Policy):
+    """`no_cache` as a policy: all its calls do the same."""
+    pattern = ()
+
+
 class RecordedNetwork(nn.Module):
     """A network of which each kind of step is recorded when it first comes: with DeepCache two, full and cached steps.
 
     Called as the network is. What a cache keeps between steps lies in buffers of this object, the same for all batches,
     since a replay reads and writes where the recording did. Inputs of other shapes are recorded on their own. Steps
-    of which it is not known what they do (their cache's `pattern` is None) run as ever.
+    of which it is not known what they do (their cache has no `pattern`) run as ever.
 
     record: takes a function without arguments -> (its output, a function that runs it again into the same output).
     `seconds`: what recording has taken.
     """
 
-    def __init__(self, network: Network, record: Record):
+    def __init__(self, network: nn.Module, record: Record):
         super().__init__()
         self.network, self.record = network, record
         self.recordings: dict[Hashable, Recording] = {}
@@ -40,8 +45,8 @@ class RecordedNetwork(nn.Module):
         self.seconds = 0.0
 
     def forward(self, *args: Tensor, cache: Cache = no_cache) -> Tensor:
-        policy = policy_of(cache)
-        pattern = () if policy is None else policy.pattern
+        policy = _KeepsNothing() if cache is no_cache else cast(Policy, cache)
+        pattern = getattr(policy, "pattern", None)
         if pattern is None:
             return self.network(*args, cache=cache)
         shapes = tuple((x.shape, x.dtype) for x in args)
@@ -49,18 +54,18 @@ class RecordedNetwork(nn.Module):
         move_kept(policy, buffers)
         if (pattern, shapes) not in self.recordings:
             start = time.perf_counter()
-            self.recordings[pattern, shapes] = self._recording(args, cache, buffers)
+            self.recordings[pattern, shapes] = self._recording(args, cache, policy, buffers)
             self.seconds += time.perf_counter() - start
         recording = self.recordings[pattern, shapes]
         for static, x in zip(recording.inputs, args, strict=True):
             static.copy_(x)
         recording.replay()
-        if policy is not None:
-            policy.kept = recording.kept
+        policy.kept = recording.kept
         return recording.output.clone()
 
-    def _recording(self, args: tuple[Tensor, ...], cache: Cache, buffers: dict[Hashable, Tensor]) -> Recording:
-        inputs, policy = [x.clone() for x in args], policy_of(cache)
+    def _recording(self, args: tuple[Tensor, ...], cache: Cache, policy: Policy, buffers: dict[Hashable, Tensor]
+                   ) -> Recording:
+        inputs = [x.clone() for x in args]
 
         def run() -> Tensor:
             output = self.network(*inputs, cache=cache)
@@ -69,18 +74,11 @@ class RecordedNetwork(nn.Module):
 
         run()       # what comes up once, new buffers among it, is not part of the recording
         output, replay = self.record(run)
-        return Recording(inputs, output, replay, {} if policy is None else dict(policy.kept))
+        return Recording(inputs, output, replay, dict(policy.kept))
 
 
-def policy_of(cache: Cache) -> Policy | None:
-    """The policy that a call is given as its cache; None where it is given none."""
-    return None if cache is no_cache else cast(Policy, cache)
-
-
-def move_kept(policy: Policy | None, buffers: dict[Hashable, Tensor]) -> None:
+def move_kept(policy: Policy, buffers: dict[Hashable, Tensor]) -> None:
     """Move what a policy keeps into buffers, which are made where there are none yet."""
-    if policy is None:
-        return
     for name, value in policy.kept.items():
         if name not in buffers:
             buffers[name] = value.clone()
@@ -90,7 +88,7 @@ def move_kept(policy: Policy | None, buffers: dict[Hashable, Tensor]) -> None:
 
 
 def cuda_recorder() -> Record:
-    """Make recordings that are CUDA graphs and share one pool of memory."""
+    """Recordings as CUDA graphs that share one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
@@ -106,7 +104,7 @@ def cuda_recorder() -> Record:
     return record
 
 
-def recorded(network: Network, device: torch.device) -> Network:
+def recorded(network: nn.Module, device: torch.device) -> nn.Module:
     """The network with CUDA graphs on a GPU; elsewhere the network as it is, and a line that says so."""
     if device.type != "cuda":
         print(f"CUDA graphs: not here, the device is {device}; going on without", flush=True)

@@ -7,7 +7,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4       # glibc's <malloc.h>
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to return nothing to the system; whether it was told (False with other libraries).
+    """Tell glibc's malloc to return nothing to the system. Returns whether it was told: False with other libraries.
 
     By default it returns large feature maps as soon as they are freed. The system then has to find and clear each page
     of the next one, which takes longer than the arithmetic of many layers.

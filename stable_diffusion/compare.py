@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from caching.policy import Policy
 from eval.cost.macs import costs, giga
-from eval.cost.runs import full_calls
 from runs import arguments
 from runs.cli import command
 from runs.errors import UserError
@@ -98,7 +97,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         calls = counted.calls(in_macs, run.calls)
         macs = [sum(values) * run.rows_per_image for values in zip(*calls, strict=True)]
-        arms[name] = {"seconds": seconds, "full_calls": full_calls(run) if policy else run.calls, "calls": run.calls,
+        arms[name] = {"seconds": seconds, "full_calls": run.full_calls if policy else run.calls, "calls": run.calls,
                       **dict(zip(MACS, macs, strict=True))}
 
     first, second = arms.values()

@@ -15,7 +15,7 @@ import yaml
 
 from eval.tables.paper import find, tables
 from eval.tables.rows import of_table
-from experiments.jobs import CLIP, INCEPTION
+from experiments.arms import CLIP, INCEPTION
 from runs.errors import UserError
 from scripts import doctor, download
 from scripts.download import File, catalogue, fetch
@@ -175,8 +175,8 @@ def test_every_file_of_the_tables_has_a_download():
     items = catalogue()
     for table in tables().values():
         if table.script and not table.schedules:
-            for job in doctor.jobs_of(table):
-                for path in [*job.inputs_of_sampling().values(), *job.inputs.values()]:
+            for arm in doctor.arms_of(table):
+                for path in [*arm.inputs_of_sampling().values(), *arm.inputs.values()]:
                     assert doctor.named(path, items).startswith("bash scripts/download.sh "), path
     for path in (INCEPTION, CLIP, *doctor.references().values()):
         if str(path).startswith("emoji:"):          # shipped, and no file

@@ -3,7 +3,6 @@
 
 import pytest
 import torch
-from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from caching.block_cache import BlockCache, outside, residual_names
@@ -22,18 +21,18 @@ def record(run):
 
 
 @pytest.fixture
-def unet() -> nn.Module:
+def unet() -> UNet:
     torch.manual_seed(0)
     return UNet(4, 4, 32, (1, 2), 1, (1, 2), num_heads=2, context_dim=16).eval().requires_grad_(False)
 
 
-def policies(unet: nn.Module) -> dict:
+def policies(unet: UNet) -> dict:
     names = residual_names(unet)
     blocks = {name: {0, 2, 3} if i % 2 else {0, 3} for i, name in enumerate(names)}
     around = outside(names, unet.num_branches, 1)
-    norms = {name: unet.get_submodule(name).norm for name in names}
-    adjust = [{} if step == 4 else {name: (torch.rand_like(norm.weight), torch.rand_like(norm.weight))
-                                    for name, norm in norms.items()} for step in range(5)]
+    biases = {name: unet.get_parameter(f"{name}.norm.bias") for name in names}
+    adjust = [{} if step == 4 else {name: (torch.rand_like(bias), torch.rand_like(bias))
+                                    for name, bias in biases.items()} for step in range(5)]
     return {"none": lambda: None, "deepcache": lambda: DeepCache(1, [0, 3]), "zeroed": lambda: ZeroedCache(1, [0, 3]),
             "blocks": lambda: BlockCache(blocks), "adjusted": lambda: BlockCache(blocks, adjust),
             "together": lambda: Together(DeepCache(1, [0, 3]), BlockCache({name: {0, 2} for name in around}, adjust))}

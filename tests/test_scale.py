@@ -8,7 +8,7 @@ from experiments import scale
 
 @pytest.fixture(scope="module")
 def runs() -> dict[tuple[str, str], scale.Run]:
-    return {(run.job.run.config.name, run.job.folder.name): run for run in scale.all_runs()}
+    return {(run.arm.run.config.name, run.arm.folder.name): run for run in scale.all_runs()}
 
 
 @pytest.mark.parametrize("model, name, rate, how", [
@@ -25,7 +25,7 @@ def test_rates_are_printed_or_derived(runs, model, name, rate, how):
 
 
 def test_other_schedules_than_the_papers_have_no_rate(runs):
-    blocks = [run for run in runs.values() if run.job.run.caching.of(PlannedBlocks)]
+    blocks = [run for run in runs.values() if run.arm.run.caching.of(PlannedBlocks)]
     assert all(run.rate is None for run in blocks)
 
 

@@ -22,7 +22,7 @@ from ddpm import sample as ddpm_sample
 from eval.cost.macs import Macs
 from eval.tables.paper import own_tables, tables
 from experiments import plan
-from experiments.jobs import Job
+from experiments.arms import Arm
 from runs import results
 from runs.errors import UserError
 from runs.folder import image_path
@@ -106,24 +106,24 @@ def test_cheap_rows_get_more_images_per_task_by_their_macs(tmp_path):
 def all_files_there(monkeypatch):
     """Weights and the evaluators' files, as far as the plan can tell."""
     for name in ("missing_for_sampling", "missing_for_judging"):
-        monkeypatch.setattr(Job, name, lambda job: [])
+        monkeypatch.setattr(Arm, name, lambda arm: [])
 
 
 @pytest.mark.parametrize("name", [table.name for table in (tables() | own_tables()).values() if table.script])
 def test_every_table_has_its_jobs(run, no_slurm, all_files_there, name):
     """A sample array and an evaluation per row, none twice, then the table; each waits for what it needs."""
     args = plan.user_parser("x").parse_args(["--images", "1000"])
-    jobs = plan.make_plan(submit.find_table(name), args).jobs
+    arms = plan.make_plan(submit.find_table(name), args).arms
     out = run(name, "--dry-run", "--images", "1000")
-    if not jobs:
+    if not arms:
         assert "only lists settings" in out
         return
     words = [shlex.split(line.partition("$(sbatch ")[2][:-1]) for line in out.splitlines() if line.startswith("job")]
     steps = {next(word for word in line if word.startswith("--job-name=")): line for line in words}
     assert len(steps) == len(words)
     kinds = [step.removeprefix("--job-name=").split(":")[0] for step in steps]
-    assert kinds.count("sample") == len({job.folder for job in jobs})
-    assert kinds.count("evaluate") == len({job.result for job in jobs}) and kinds[-1] == "table"
+    assert kinds.count("sample") == len({arm.folder for arm in arms})
+    assert kinds.count("evaluate") == len({arm.result for arm in arms}) and kinds[-1] == "table"
     for i, (kind, line) in enumerate(zip(kinds, words, strict=True), 1):
         after = [word for word in line if word.startswith("--dependency=")]
         if kind == "sample":

@@ -15,6 +15,7 @@ from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
 from eval.tables import rows
 from experiments import plan, sweep, sweep_report
+from runs.spec import RunSpec
 
 SIZES = {"resolution": 32, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
          "attn_resolutions": []}
@@ -43,7 +44,7 @@ def written(folder: Path, content: dict) -> Path:
 def points_of(path: Path, *flags: str) -> list:
     parser = sweep.argparse.ArgumentParser()
     plan.add_options(parser)
-    return sweep.make_points(sweep.read_sweep(path), path, parser.parse_args(flags))
+    return sweep.make_points(sweep.read_sweep(path), path, plan.given_by(parser.parse_args(flags)))
 
 
 def call(monkeypatch, *words: object) -> None:
@@ -56,13 +57,13 @@ def test_points_are_every_combination_once(tmp_path, tiny):
         {"model": [str(tiny), "ldm_emoji"], "interval": [1, 2], "branch": "all"},
         {"model": str(tiny), "interval": 2, "branch": [1, 2]},
         {"model": str(tiny), "steps": [4, 2], "interval": 1}]})
-    jobs = points_of(path)
-    names = {model: [job.folder.name for job in jobs if job.run.config.name == model]
+    points = points_of(path)
+    names = {model: [arm.folder.name for arm in points if arm.run.config.name == model]
              for model in ("ddpm_tiny", "ldm_emoji")}
     assert names["ddpm_tiny"] == ["uncached", "uniform_n2_branch0", "uniform_n2", "uniform_n2_branch2",
                                   "uniform_n2_branch3", "steps2"]
-    assert len(names["ldm_emoji"]) == 1 + sweep.num_branches(Path("configs/ldm_emoji.yaml"))
-    assert all(job.images == 5 for job in jobs) and len(jobs) == sum(map(len, names.values()))
+    assert len(names["ldm_emoji"]) == 1 + RunSpec.of("configs/ldm_emoji.yaml").open().unet.num_branches
+    assert all(arm.images == 5 for arm in points) and len(points) == sum(map(len, names.values()))
 
 
 def test_uncached_run_has_the_first_steps_and_sampler(tmp_path, tiny):
@@ -70,7 +71,7 @@ def test_uncached_run_has_the_first_steps_and_sampler(tmp_path, tiny):
                                                       "sampler": "dpmpp"}]})
     first, *others = points_of(path)
     assert (first.run.steps, first.run.sampler_name, bool(first.run.caching)) == (3, "dpmpp", False)
-    assert [job.run.steps for job in others] == [3, 2]
+    assert [arm.run.steps for arm in others] == [3, 2]
 
 
 GRID = {"model": "ddpm_emoji", "interval": 5}
@@ -111,7 +112,8 @@ def test_block_schedule_of_another_model_is_refused(tmp_path, monkeypatch, capsy
     from caching.block_schedule import BlockSchedule
     run = {"model": "ldm_emoji", "unet": {}, "checkpoint_sha256": "0", "sampler": "ddim", "steps": 50,
            "timesteps": "trailing"}
-    BlockSchedule(run, 50, "all", 0.5, {"mid": [0]}, {}, {}, {}).save(tmp_path / "other.json")
+    schedule = BlockSchedule(run, 50, "all", 0.5, {"mid": [0]}, {}, {}, {})
+    (tmp_path / "other.json").write_text(json.dumps(schedule.to_json()))
     path = written(tmp_path, {"images": 90, "grids": [{"model": "ddpm_emoji",
                                                        "block_schedule": str(tmp_path / "other.json")}]})
     with pytest.raises(SystemExit):
@@ -128,22 +130,22 @@ def test_bad_shares_are_refused(tmp_path, monkeypatch, capsys, share):
 
 
 def test_shares_are_all_points_once():
-    jobs = list(range(10))
-    assert sorted(job for i in (1, 2, 3) for job in sweep.share_of(jobs, f"{i}/3")) == jobs
+    points = list(range(10))
+    assert sorted(arm for i in (1, 2, 3) for arm in sweep.share_of(points, f"{i}/3")) == points
 
 
 @pytest.mark.parametrize("path", READY, ids=[path.stem for path in READY])
 def test_ready_sweeps_can_be_planned(path):
-    jobs = points_of(path)
-    assert len(jobs) > 1 and not jobs[0].run.caching
-    branches = {job.run.deepcache.branch for job in jobs if job.run.deepcache}
+    points = points_of(path)
+    assert len(points) > 1 and not points[0].run.caching
+    branches = {arm.run.deepcache.branch for arm in points if arm.run.deepcache}
     if "branch" in path.stem:
-        assert branches == set(range(jobs[0].run.unet.num_branches))
+        assert branches == set(range(points[0].run.unet.num_branches))
 
 
 def test_papers_numbers_stand_beside_the_points_they_are_of():
-    jobs = points_of(sweep.ROOT / "sweeps" / "table12_branch.yaml")
-    printed = [rows.printed_values("ddpm_cifar10").get(job.folder.name, []) for job in jobs]
+    points = points_of(sweep.ROOT / "sweeps" / "table12_branch.yaml")
+    printed = [rows.printed_values("ddpm_cifar10").get(arm.folder.name, []) for arm in points]
     fid = [next(numbers["fid"] for table, _, numbers in point if table.name == "table12") for point in printed[1:]]
     assert fid == [7.14, 5.94, 5.73, 5.69, 5.51, 4.93, 4.92, 4.76, 4.54, 4.57, 4.52, 4.48]
     assert any(table.name == "table2" and numbers["fid"] == 5.73 for table, _, numbers in printed[3])

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from safetensors.torch import save_file
 
 from eval.cost.macs import step_macs
 from eval.cost.runs import macs_per_image, macs_per_step
-from eval.tables import paper, results, rows
+from eval.tables import paper, rows
 from eval.tables.paper import Table, tables
-from experiments import jobs, plan
+from experiments import arms, plan, runner
+from runs import results
 from runs.errors import UserError
 from runs.families import example_inputs, families
 from runs.image_model import sample_parser, spec_of
@@ -128,18 +130,18 @@ def test_bash_gives_the_same_plan(dry_run, tmp_path):
     assert settled(done.stdout) == settled(dry_run("table11"))
 
 
-def made(name: str, *flags: str) -> list[jobs.Job]:
+def made(name: str, *flags: str) -> list[arms.Arm]:
     table: Table = SCRIPTS[name]
-    args = plan.user_parser("x").parse_args(flags)
-    return [jobs.make_job(row, table, args) for row in rows.of_table(table).rows]
+    said = plan.given_by(plan.user_parser("x").parse_args(flags))
+    return [arms.of_row(row, table, said) for row in rows.of_table(table).rows]
 
 
 def test_equal_settings_share_a_folder_and_others_do_not():
     commands: dict = {}
     for name, table in SCRIPTS.items():
         if not table.schedules:
-            for job in made(name):
-                commands.setdefault(job.folder, []).append(" ".join(job.command()))
+            for arm in made(name):
+                commands.setdefault(arm.folder, []).append(" ".join(arm.command()))
     assert sum(map(len, commands.values())) == 8 + 13 + 14 + 4 + 4 + 6 + 8 + 6 + 11 + 12 + 22 + 22 + 12
     for folder, lines in commands.items():     # an option that says the default changes nothing
         settled = {re.sub(r" --(branch 2|steps 50)\b", "", line) for line in lines}
@@ -175,20 +177,20 @@ def test_flags_reach_the_right_commands():
 
 
 def test_as_many_images_as_the_paper_and_never_more_than_prompts():
-    assert [job.images for job in made("table3")] == [1632] * 7 + [5000] * 7
-    assert [job.images for job in made("table3", "--images", "2000")] == [1632] * 7 + [2000] * 7
-    assert all(job.complete == (job.images == 1632) for job in made("table3", "--images", "2000"))
-    assert {job.images for job in made("table2")} == {50_000}
+    assert [arm.images for arm in made("table3")] == [1632] * 7 + [5000] * 7
+    assert [arm.images for arm in made("table3", "--images", "2000")] == [1632] * 7 + [2000] * 7
+    assert all(arm.complete == (arm.images == 1632) for arm in made("table3", "--images", "2000"))
+    assert {arm.images for arm in made("table2")} == {50_000}
 
 
 @pytest.mark.parametrize("package", ["ddpm", "ldm", "sd"])
 def test_the_samplers_know_the_options_of_the_rows(package):
     parser = sample_parser(families()[package], "")
     for name, table in SCRIPTS.items():
-        for job in [] if table.schedules else made(name):
-            if job.run.family.name == package:
-                args = parser.parse_args(job.command()[2:])
-                assert spec_of(args, job.run.family) == job.run.spec
+        for arm in [] if table.schedules else made(name):
+            if arm.run.family.name == package:
+                args = parser.parse_args(arm.command()[2:])
+                assert spec_of(args, arm.run.family) == arm.run.spec
 
 
 def test_plms_makes_one_call_more_than_the_paper_counts():
@@ -270,14 +272,14 @@ def test_a_row_for_real(monkeypatch, capsys, tmp_path):
              "--inception", str(tmp_path / "inception.pth"), "--reference", str(tmp_path / "reference.npz")]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["plan", "table4", *flags])
-    really = jobs.python
+    really = runner.python
 
-    def run(job: jobs.Job, line: list[str]) -> None:        # all but the evaluator, whose weights cannot be had
+    def run(line: list[str], what: str) -> None:            # all but the evaluator, whose weights cannot be had
         if line[1] != "eval.adm":
-            return really(job, line)
-        results.write(job.result, results.Result("adm", "ldm_small", metrics={"FID": results.Metric(1.5)}))
+            return really(line, what)
+        results.write(Path(line[-1]), results.Result("adm", "ldm_small", metrics={"FID": results.Metric(1.5)}))
 
-    monkeypatch.setattr(jobs, "python", run)
+    monkeypatch.setattr(runner, "python", run)
     plan.main()
     assert "0 of 2" in capsys.readouterr().out
     folder = samples / "ldm_small" / "uniform_n5"
@@ -288,7 +290,7 @@ def test_a_row_for_real(monkeypatch, capsys, tmp_path):
     assert [path.name for path in (tmp_path / "results").rglob("*.json")] == ["uniform_n5_2_adm.json"]
 
     again = []
-    monkeypatch.setattr(jobs, "python", lambda job, line: again.append(line[1]))
+    monkeypatch.setattr(runner, "python", lambda line, what: again.append(line[1]))
     plan.main()
     assert again == ["ldm.sample"]          # which finds nothing missing; the npz and the result are there
     assert re.search(r"2 of 2 +0 ", capsys.readouterr().out)

@@ -46,10 +46,3 @@ def macs_per_step(run: Run, over: int | None = None) -> Macs:
 def macs_per_image(run: Run) -> Macs:
     """All network calls of an image, both rows of guidance."""
     return Macs(*(sum(values) * run.rows_per_image for values in zip(*call_macs(run), strict=True)))
-
-
-def full_calls(run: Run) -> int:
-    """The network calls of an image that run all levels of the U-Net."""
-    if run.deepcache:
-        return len(run.deepcache.full_steps)
-    return run.calls

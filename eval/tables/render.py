@@ -10,9 +10,11 @@ from typing import NamedTuple
 from caching.block_schedule import PlannedBlocks
 from eval.cost import bk_sdm
 from eval.cost.macs import giga
-from eval.cost.runs import full_calls, macs_per_step, pruned
+from eval.cost.run_timing import in_full_steps
+from eval.cost.runs import macs_per_step, pruned
 from eval.tables.paper import COLUMNS, Note, Section, Table, tables
 from eval.tables.rows import Row, Runs, of_table
+from eval.tables.text import align
 from runs.files import ROOT
 from runs.labels import RULES
 from runs.results import Result
@@ -31,7 +33,7 @@ _RULE = ("interval", "schedule", "center", "power")         # of what says which
 _THEIR_GPU = "2080"
 
 
-def judge(run: Run, columns: Sequence[str]) -> str:
+def kind_of_result(run: Run, columns: Sequence[str]) -> str:
     """The kind of result that has a row's metrics: whose convention the paper's column follows."""
     if "fd_efflite0" in columns:
         return "quality"
@@ -97,12 +99,16 @@ def speed_of(found: Found, run: Run, base: int) -> Speed | None:
 
 def _in_full_steps(times: Mapping, run: Run) -> tuple[float, float] | None:
     """(seconds of a batch of a run, its time in full steps); None where its kind of steps was not timed."""
+    if "kinds" in times:
+        return in_full_steps(times, run)
     full, blocks, level = times["full"]["median"], run.caching.of(PlannedBlocks), run.deepcache
+    if any(method not in (blocks, level) for method in run.caching.methods):
+        return None
     if blocks is not None:
         own = [timed for timed in times.get("schedules", ()) if timed["sha256"] == blocks.schedule.sha256
                and timed["scale_shift"] == (blocks.table is not None)]
         return (own[0]["seconds"], own[0]["calls"] / own[0]["speedup"]) if own and level is None else None
-    k = full_calls(run)
+    k = run.full_calls
     if level is None:
         return k * full, k
     own = [step for step in times.get("branches", ()) if step["branch"] == level.branch]
@@ -154,7 +160,7 @@ def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base
     values = {"macs_G": giga(macs_per_step(row.run, table.macs_steps).hook)}
     values |= {key: row.run.caching.settings[key] for key in _SETTINGS if key in columns}
     files: dict[str, Path] = {}
-    measured = newest(found, row, section, judge(row.run, columns))
+    measured = newest(found, row, section, kind_of_result(row.run, columns))
     if measured:
         path, result = measured
         for column in columns:
@@ -240,14 +246,6 @@ def schedules(table: Table, runs: Runs) -> list[str]:
             f"{row.run.steps} steps: {' '.join(map(str, level.full_steps))}"
             for section in table.sections.values() for row in runs.rows if row.section == section.name
             if (level := row.run.deepcache)]
-
-
-def align(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first one to the left."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-                     for line in lines)
 
 
 def _grid(part: Filled) -> list[list[str]]:

@@ -24,16 +24,18 @@ _CONFIGS = ROOT / "configs"
 
 def of_samples(kind: str, images: ImageSet, metrics: Mapping[str, Metric], device: torch.device | str, *,
                inputs: Mapping[str, str] | None = None, hashes: Mapping[str, str] | None = None,
-               details: Mapping[str, Any] | None = None, started: float | None = None) -> Result:
-    """The result of judging a set of images; what run.json beside them knows is filled in, MACs included.
+               details: Mapping[str, Any] | None = None, started: float | None = None, macs: Cost | None = None
+               ) -> Result:
+    """The result of judging a set of images; what run.json beside them knows is filled in.
 
     inputs, hashes: of what else was read; the samples and their checkpoint are added. started: time.time() of before.
+    macs: of the run, where they are known; else as `cost` counts them.
     """
     settings = (images.run() or {}).get("settings", {})
     checkpoint = {"checkpoint": settings["checkpoint_sha256"]} if settings.get("checkpoint_sha256") else {}
     return Result(kind, settings.get("model"), settings, len(images), dict(metrics),
-                  {"samples": images.description, **(inputs or {})}, {**checkpoint, **(hashes or {})}, cost(settings),
-                  None, provenance(device), details=dict(details or {})).stamped(started)
+                  {"samples": images.description, **(inputs or {})}, {**checkpoint, **(hashes or {})},
+                  macs or cost(settings), None, provenance(device), details=dict(details or {})).stamped(started)
 
 
 def cost(settings: Mapping[str, Any]) -> Cost | None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from eval.cost.runs import macs_per_image
 from eval.tables.paper import Table, own_tables, tables
-from experiments.jobs import Job
+from experiments.arms import Arm
 from experiments.plan import Plan, make_plan, user_parser
 from runs.cli import command
 from runs.errors import UserError
@@ -72,12 +72,12 @@ def arrays(folder: str, images: int, size: int, todo: Sequence[int], taken: set[
     return [(stretch, stretch.tasks(run)) for stretch, run in zip(stretches, runs, strict=True)]
 
 
-def missing_images(job: Job) -> list[int]:
+def missing_images(arm: Arm) -> list[int]:
     """Seeds without an image. Those of a row that was judged are looked for by name alone, which is quicker."""
-    if not job.judged():
-        return missing_seeds(job.folder, range(job.images))
-    there = {int(path.stem) for path in job.folder.glob("*/[0-9]*.png")}
-    return [seed for seed in range(job.images) if seed not in there]
+    if not arm.judged():
+        return missing_seeds(arm.folder, range(arm.images))
+    there = {int(path.stem) for path in arm.folder.glob("*/[0-9]*.png")}
+    return [seed for seed in range(arm.images) if seed not in there]
 
 
 class Graph:
@@ -94,51 +94,51 @@ class Graph:
         self.keep: list[str] = []
         self.replaced: list[str] = []
 
-    def add_row(self, job: Job, size: int) -> list[str]:
+    def add_row(self, arm: Arm, size: int) -> list[str]:
         """What a row lacks; returns names of steps and ids of jobs that the table must wait for."""
-        missing, arriving = set(missing_images(job)), set()
+        missing, arriving = set(missing_images(arm)), set()
         taken: set[int] = set()
         for live in self.live:
             slices = Slices.named(live.name)
-            if slices and slices.folder == str(job.folder):
+            if slices and slices.folder == str(arm.folder):
                 on_its_way = missing.intersection(slices.seeds(live.task or 0))
                 taken |= on_its_way
                 arriving |= {live.job} if on_its_way else set()
         self.keep += sorted(arriving)
-        sampled = [self._sample(job, slices, tasks)
-                   for slices, tasks in arrays(str(job.folder), job.images, size, sorted(missing - taken), taken)]
+        sampled = [self._sample(arm, slices, tasks)
+                   for slices, tasks in arrays(str(arm.folder), arm.images, size, sorted(missing - taken), taken)]
 
-        lines = [] if job.packed() else [job.npz_command()]
-        if not job.missing_for_judging() and (missing or not job.judged()):
-            lines.append(job.judge_command())
+        lines = [] if arm.packed() else [arm.npz_command()]
+        if not arm.missing_for_judging() and (missing or not arm.judged()):
+            lines.append(arm.judge_command())
         if not lines:
             return [*sampled, *sorted(arriving)]
-        name, there = f"evaluate:{job.result}", self._there(f"evaluate:{job.result}")
+        name, there = f"evaluate:{arm.result}", self._there(f"evaluate:{arm.result}")
         if there and not sampled:
             self.keep += [live.job for live in there]
             return [live.job for live in there]
         self.replaced += [live.job for live in there if live.pending]
-        self._add(Step(name, f"evaluate {job.label}",
-                       [*self._options(self.side, "evaluate"), self._log(f"evaluate_{_label(job)}_%j")],
+        self._add(Step(name, f"evaluate {arm.label}",
+                       [*self._options(self.side, "evaluate"), self._log(f"evaluate_{_label(arm)}_%j")],
                        ["scripts/slurm/run.sbatch", *(shlex.join([sys.executable, *line]) for line in lines)],
                        sampled, sorted(arriving)))
         return [name]
 
-    def _sample(self, job: Job, slices: Slices, tasks: Sequence[int]) -> str:
-        words = job.command(seeds="")
+    def _sample(self, arm: Arm, slices: Slices, tasks: Sequence[int]) -> str:
+        words = arm.command(seeds="")
         throttle = f"%{self.settings.tasks_at_once}" if self.settings.tasks_at_once else ""
-        self._add(Step(slices.name, f"sample {job.label}, {len(tasks)} task{'s' if len(tasks) > 1 else ''}",
+        self._add(Step(slices.name, f"sample {arm.label}, {len(tasks)} task{'s' if len(tasks) > 1 else ''}",
                        [f"--array={format_seeds(tasks)}{throttle}", *self._options(self.side, "sample"),
-                        self._log(f"sample_{_label(job)}_%A_%a")],
+                        self._log(f"sample_{_label(arm)}_%A_%a")],
                        ["scripts/slurm/sample.sbatch", f"{slices.first}-{slices.last}", str(slices.size),
                         sys.executable, *words]))
         return slices.name
 
-    def add_table(self, words: Sequence[str], file: Path, jobs: Sequence[Job], after: Sequence[str]) -> None:
+    def add_table(self, words: Sequence[str], file: Path, arms: Sequence[Arm], after: Sequence[str]) -> None:
         """words: the command that writes it to `file`. after: what `add_row` returned."""
         name, there = f"table:{file}", self._there(f"table:{file}")
         written = file.stat().st_mtime if file.exists() else 0.0
-        newer = any(job.result.exists() and job.result.stat().st_mtime > written for job in jobs)
+        newer = any(arm.result.exists() and arm.result.stat().st_mtime > written for arm in arms)
         if not self.steps and (there or (written and not newer and not after)):
             self.keep += [live.job for live in there]
             return
@@ -163,16 +163,16 @@ class Graph:
         return f"--output={self.logs / name}.log"
 
 
-def _label(job: Job) -> str:
-    return f"{job.run.config.name}_{job.folder.name}"
+def _label(arm: Arm) -> str:
+    return f"{arm.run.config.name}_{arm.folder.name}"
 
 
-def images_per_task(jobs: Sequence[Job], settings: Settings, per_hour: float | None) -> Iterator[int]:
+def images_per_task(arms: Sequence[Arm], settings: Settings, per_hour: float | None) -> Iterator[int]:
     """For each row. per_hour: images of the row with the most MACs; what others make in an hour goes by their MACs."""
     if per_hour is None:
-        yield from [settings.images_per_task] * len(jobs)
+        yield from [settings.images_per_task] * len(arms)
         return
-    macs = [macs_per_image(job.run).hook for job in jobs]
+    macs = [macs_per_image(arm.run).hook for arm in arms]
     hours = cluster.seconds(settings.time.sample) / 3600
     for own in macs:
         yield max(1, int(_SHARE * hours * per_hour * max(macs) / own))
@@ -230,16 +230,16 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def build_graph(args: argparse.Namespace, script: str, plan: Plan, settings: Settings, live: Sequence[Live]) -> Graph:
     """All steps that are missing; says which rows are left out. Raises UserError where none can be sampled."""
     graph = Graph(settings, args.logs, live, args.device)
-    ready = [job for job in plan.jobs if not job.missing_for_sampling()]
-    for job in plan.jobs:
-        if job not in ready:
-            print(f"# left out: {job.label}, without {'; '.join(job.missing_for_sampling())}")
+    ready = [arm for arm in plan.arms if not arm.missing_for_sampling()]
+    for arm in plan.arms:
+        if arm not in ready:
+            print(f"# left out: {arm.label}, without {'; '.join(arm.missing_for_sampling())}")
     if not ready:
         raise UserError(f"no row of {script} can be sampled: its files are missing (bash scripts/{script} --dry-run)")
-    for thing in dict.fromkeys(thing for job in ready for thing in job.missing_for_judging()):
+    for thing in dict.fromkeys(thing for arm in ready for thing in arm.missing_for_judging()):
         print(f"# not judged without: {thing}")
     sizes = images_per_task(ready, settings, args.images_per_hour)
-    after = [name for job, size in zip(ready, sizes, strict=True) for name in graph.add_row(job, size)]
+    after = [name for arm, size in zip(ready, sizes, strict=True) for name in graph.add_row(arm, size)]
     count = f"_{args.images}" if args.images else ""
     file = args.results / "runs" / f"{script.removesuffix('.sh')}{count}.txt"
     words = ["env", f"VIRTUAL_ENV={sys.prefix}", "bash", f"scripts/{script}", "--write-table", str(file)]
@@ -290,7 +290,7 @@ def main() -> None:
     table = find_table(args.table)
     settings = settings_of(args)
     plan, script = make_plan(table, args), table.script
-    if not plan.jobs:
+    if not plan.arms:
         print(f"{script} only lists settings, there is nothing to run: bash scripts/{script}")
         return
     if args.dry_run:

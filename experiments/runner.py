@@ -1,0 +1,189 @@
+"""Carries out arms of experiments: samples them, judges them and times their steps, what is there already aside."""
+
+import dataclasses
+import os
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from caching.block_schedule import PlannedBlocks
+from caching.deepcache import PlannedDeepCache
+from eval import fidelity, quality
+from eval.cost.runs import macs_per_image, macs_per_step
+from eval.metrics.features import EffLite0
+from eval.metrics.images import ImageSet, open_images
+from eval.quality import FD
+from eval.tables.results import of_samples
+from experiments.arms import COMMANDS, Arm, trained_on
+from runs import results
+from runs.errors import UserError
+from runs.files import ROOT
+from runs.folder import missing_seeds
+from runs.image_model import fill, summary
+from runs.results import Cost, Result
+
+FEWEST = 80             # images, for a Frechet distance in 64 dimensions; the kernel distance is unbiased with fewer
+
+
+def python(line: Sequence[str], what: str) -> None:
+    """Run a command of the project, in a process of its own. Raises UserError where it fails."""
+    if subprocess.run([sys.executable, *line], cwd=ROOT).returncode:
+        raise UserError(f"{what} failed; to see it alone: {shlex.join(['python', *line])}")
+
+
+def sample(arm: Arm) -> None:
+    """Fill the sample folder of an arm, in this process."""
+    made = fill(arm.run.family.open(arm.run, arm.on), range(arm.images), arm.folder, arm.on)
+    print(summary(arm.run, arm.folder, arm.images, made), flush=True)
+
+
+def sample_on_all_cores(arms: Sequence[Arm]) -> None:
+    """Fill the sample folders by the sample commands, one process with one thread per core.
+
+    For a small network that is quicker than one process with all threads. Raises UserError for an arm that fails.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    world = min(cores, 8)
+    for i, arm in enumerate(arms):
+        print(f"[{i + 1}/{len(arms)}] {arm.run.config.name}: {arm.label}, {arm.run.full_calls} full of "
+              f"{arm.run.calls} network calls", flush=True)
+        ranks: list[subprocess.Popen] = []
+        try:
+            for rank in range(world):
+                env = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+                ranks.append(subprocess.Popen([sys.executable, *arm.command()], cwd=ROOT, env=env,
+                                              stdout=subprocess.DEVNULL))
+            if any([process.wait() for process in ranks]):
+                raise UserError(f"arm {arm.name} failed; to see it alone: {shlex.join(['python', *arm.command()])}")
+        finally:
+            for process in ranks:
+                process.terminate()
+                process.wait()
+
+
+def by_commands(arms: Sequence[Arm]) -> None:
+    """Sample, pack and judge arms as the papers' tables want it, each step in a process of its own.
+
+    Raises UserError for one that fails.
+    """
+    for i, arm in enumerate(arms):
+        print(f"[{i + 1}/{len(arms)}] {arm.label}", flush=True)
+        python(arm.command(), f"row {arm.label!r}")
+        evaluate(arm)
+
+
+def evaluate(arm: Arm) -> None:
+    """Pack the images where that is asked for, and judge them by the evaluator's command, where its files are there."""
+    if not arm.packed():
+        python(arm.npz_command(), f"row {arm.label!r}")
+    if not arm.missing_for_judging() and not arm.judged():
+        python(arm.judge_command(), f"row {arm.label!r}")
+
+
+def uncached_of(arm: Arm, arms: Sequence[Arm]) -> Arm:
+    """The uncached run that an arm is compared with: the first of its model."""
+    return next(other for other in arms if other.run.config.name == arm.run.config.name)
+
+
+def minus_uncached(name: str) -> str:
+    """What the difference of a metric to that of the uncached run is called."""
+    return f"{name} minus uncached"
+
+
+@cache
+def _extractor(device: str | None) -> EffLite0:
+    return EffLite0(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@cache
+def _reference(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet | None]:
+    return quality.open_reference(text, size)
+
+
+def judge(arm: Arm, uncached: Arm, report: Mapping[str, Any] | None = None) -> Result | None:
+    """Judge a sampled arm and write its result, where all that it takes is there; None where it is not, or by commands.
+
+    That of a model which was trained here has FD and KID, how much larger they are than those of the uncached run (the
+    interval is that of pairs of images of one seed), and the mean PSNR, SSIM and feature distance to its images.
+    report: what is kept in details besides, with all that eval.quality and eval.fidelity tell; None: next to nothing.
+    """
+    if arm.kind in COMMANDS:
+        if not arm.missing_for_judging():
+            evaluate(arm)
+        return None
+    if missing_seeds(uncached.folder, range(arm.images)):       # another process is at it; the last one judges this
+        return None
+    started, extractor = time.time(), _extractor(arm.machine.get("device"))
+    warnings.filterwarnings("ignore", r"\d+ images for \d+ dimensions")     # of FD, which is left out with few images
+    samples, against = (open_images(one.folder, range(arm.images)) for one in (arm, uncached))
+    named = str(trained_on(arm.run.config))
+    reference, held_out = _reference(named, samples.size)
+    first = arm.folder == uncached.folder
+    found = quality.quality(samples, reference, extractor, held_out, with_floors=first and report is not None)
+    metrics, near = quality.metrics(found), None
+    if not first:
+        near, by = fidelity.fidelity(samples, against, extractor), quality.difference(samples, against, reference,
+                                                                                      extractor)
+        metrics |= {minus_uncached(name): metric for name, metric in quality.metrics(by).items()}
+        metrics |= fidelity.metrics(near)
+    if arm.images < FEWEST:
+        metrics = {name: metric for name, metric in metrics.items() if name not in (FD, minus_uncached(FD))}
+    details: dict[str, Any] = {"nearest_reference": found["nearest_reference"]}
+    if report is not None:
+        details = {**report, "label": arm.label, "quality": found, "fidelity": near,
+                   "macs_per_image": dataclasses.asdict(Cost(*macs_per_image(arm.run))),
+                   "sampled": (samples.run() or {}).get("provenance")}
+    result = of_samples(arm.kind, samples, metrics, extractor.device, started=started, details=details,
+                        inputs={"reference": named, "against": str(uncached.folder)}, hashes=quality.hashes(found),
+                        macs=Cost(*macs_per_step(arm.run)))
+    results.write(arm.result, result)
+    return result
+
+
+def judge_all(arms: Sequence[Arm]) -> dict[str, Result]:
+    """The results of the arms of one model, which are all sampled, by name; written with the whole report."""
+    found = {}
+    for place, arm in enumerate(tqdm(arms, desc=f"judging {arms[0].run.config.name}", unit="arm")):
+        result = judge(arm, arms[0], {"arm": arm.name, "place": place})
+        if result is None:
+            raise UserError(f"{arms[0].folder} lacks images: other processes are at them; run the same command again")
+        found[arm.name] = result
+    return found
+
+
+def time_steps(arms: Sequence[Arm], steps: Path, blocks: Path, words: Sequence[str]) -> None:
+    """Time the full and cached steps of the arms of one model (eval.throughput), unless that is done.
+
+    steps, blocks: where the times are kept of DeepCache's steps, and of those with block schedules; those of runs under
+    any other policy are beside `steps`. words: further options of the command.
+    """
+    config = arms[0].run.config
+    known = (PlannedDeepCache, PlannedBlocks)
+    runs = [arm.run for arm in arms if all(isinstance(method, known) for method in arm.run.caching.methods)]
+    branches = {run.deepcache.branch for run in runs if run.deepcache} or {config.sampler.branch}
+    schedules = {planned.schedule.sha256: str(run.spec.given()["block_schedule"]) for run in runs
+                 if (planned := run.caching.of(PlannedBlocks))}
+    line = ["-m", "eval.throughput", "--config", str(arms[0].run.spec.config)]
+    if not branches <= {one["branch"] for one in _timed(steps, "branches")}:
+        python([*line, "--branch", *map(str, sorted(branches)), "--interval", "1", *words, "--out", str(steps)],
+               "timing")
+    if not schedules.keys() <= {one["sha256"] for one in _timed(blocks, "schedules")}:
+        python([*line, "--block-schedule", *schedules.values(), *words, "--out", str(blocks)], "timing")
+    for run in (arm.run for arm in arms if arm.run not in runs):
+        path = steps.with_name(f"{steps.stem}_{run.name}.json")
+        if not path.is_file():
+            python(["-m", "eval.throughput", "run", *run.spec.words(), *words, "--out", str(path)], "timing")
+
+
+def _timed(path: Path, what: str) -> list[dict[str, Any]]:
+    times = results.read(path).throughput if path.is_file() else None
+    return times[what] if times else []

@@ -1,0 +1,136 @@
+"""Fits how much of a forecast each cached step takes (its damping), for one model, sampler and schedule.
+
+    python -m planning.fit_forecast --config configs/ldm_emoji.yaml --steps 50 --interval 5 --forecast 1 \\
+        --seeds 1000-1015 --held-out-seeds 2000-2031 --out weights.safetensors
+    python -m ldm.sample --config configs/ldm_emoji.yaml --steps 50 --interval 5 --forecast 1 \\
+        --forecast-weights weights.safetensors --seeds 0-63 --out samples/fitted
+
+Each cached step has a closed form, against the feature that the network would compute there (caching/forecast_fit.py).
+The report, OUT.forecast.json, has the distances to the uncached run on the held-out seeds: of reuse, of the plain
+forecast and of the fitted one, and paired differences. The options are those of the model's sample command.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from caching.deepcache import DeepCache, PlannedDeepCache
+from caching.forecast import Damping
+from caching.forecast_fit import ForecastErrors, ForecastFit
+from caching.forecast_weights import ForecastWeights
+from caching.scale_shift import relative_distance
+from eval.metrics.intervals import mean_estimate
+from planning.block_caching import batches, check_out
+from runs import arguments, results
+from runs.cli import command
+from runs.errors import UserError
+from runs.families import family_named_by
+from runs.image_model import ImageModel, add_run, spec_of
+from runs.machine import Machine
+from runs.provenance import provenance
+from runs.results import Metric, Result
+from runs.seeds import format_seeds, parse_seeds
+from runs.weights import save_tensors
+
+
+def build_parser(words: list[str]) -> argparse.ArgumentParser:
+    """The options of the model that the config among the words names."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    config = first.parse_known_args(words)[0].config
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if config is None:
+        parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml; brings more options")
+    else:
+        add_run(parser, family_named_by(config))
+    fit = parser.add_argument_group("the fit")
+    fit.add_argument("--seeds", required=True, help="runs to learn from; others than the held-out ones")
+    fit.add_argument("--held-out-seeds", required=True, help="runs to judge on")
+    fit.add_argument("--ridge", type=float, default=1e-2, help="pull towards the plain forecast (default: %(default)s)")
+    fit.add_argument("--out", type=Path, required=True, help="forecast weights to write, .safetensors")
+    arguments.add(parser, Machine)
+    if config is not None:
+        parser.set_defaults(batch_size=family_named_by(config).batch_size)
+    return parser
+
+
+def check(args: argparse.Namespace, model: ImageModel) -> PlannedDeepCache:
+    """DeepCache in the run that is to be fitted. Raises UserError for options that cannot be."""
+    check_out(args.out, ".safetensors")
+    if args.compile or args.cuda_graphs:
+        raise UserError("--compile and --cuda-graphs are for sampling: every network call is looked at here")
+    if not args.ridge >= 0:
+        raise UserError(f"--ridge must be 0 or more, got {args.ridge:g}")
+    level = model.run.deepcache
+    if level is None or level.forecast[0] == 0 or args.forecast_weights is not None or args.block_schedule is not None:
+        raise UserError("what is fitted is a forecast of DeepCache's feature: give --interval and --forecast, and "
+                        "neither --forecast-weights nor --block-schedule")
+    return level
+
+
+def judge(model: ImageModel, level: PlannedDeepCache, damping: Damping, seeds: list[int], batch_size: int
+          ) -> dict[str, Metric]:
+    """Distances of reuse, the plain and the fitted forecast to the network without caching, on the same seeds.
+
+    feature: of what cached steps see to what the network would compute there, relative, mean over the steps. latents:
+    of what sampling ends on, relative. Each with a 95 % interval over the seeds, and the paired differences.
+    """
+    arms = {"reuse": (0, 1.0), "plain": (level.forecast[0], 1.0), "fitted": (level.forecast[0], damping)}
+    found: dict[str, list[float]] = {f"{measure}, {arm}": [] for arm in arms for measure in ("feature", "latents")}
+    for batch, report in batches(seeds, batch_size, "judging", model, work=1 + len(arms)):
+        exact = model.latents(batch, report=report)
+        for arm, (order, weights) in arms.items():
+            errors = ForecastErrors(model.unet)
+            policy = DeepCache(level.branch, level.full_steps, order, weights)
+            latents = model.latents(batch, policy, errors, report)
+            of_rows = torch.stack(errors.errors).mean(0)                    # both halves of guidance
+            found[f"feature, {arm}"] += of_rows.view(-1, len(batch)).mean(0).tolist()
+            found[f"latents, {arm}"] += relative_distance(latents, exact).tolist()
+    metrics = {name: np.array(values) for name, values in found.items()}
+    for measure in ("feature", "latents"):
+        for before, after in (("reuse", "plain"), ("plain", "fitted")):
+            metrics[f"{measure}, {after} less {before}"] = metrics[f"{measure}, {after}"] - metrics[
+                f"{measure}, {before}"]
+    return {name: Metric.of(mean_estimate(values)) for name, values in metrics.items()}
+
+
+@command
+def main() -> None:
+    args, started = build_parser(sys.argv[1:]).parse_args(), time.time()
+    family = family_named_by(args.config)
+    seeds, held_out = parse_seeds(args.seeds), parse_seeds(args.held_out_seeds)
+    if both := set(seeds) & set(held_out):
+        raise UserError(f"seed {min(both)} is to be learnt from and held out: take other seeds")
+    model = family.open(spec_of(args, family).open(), arguments.chosen(Machine, args))
+    level = check(args, model)
+    model.check_seeds([*seeds, *held_out])
+    model.load()
+
+    fit = ForecastFit(model.unet, level.branch, level.full_steps, level.forecast[0], model.run.calls, args.ridge)
+    for batch, report in batches(seeds, args.batch_size, "fitting", model):
+        model.latents(batch, fit.policy(), fit, report)
+    notes = {"seeds": format_seeds(seeds), "ridge": args.ridge}
+    weights = ForecastWeights(model.settings, level.branch, level.full_steps, fit.damping, notes)
+    save_tensors(weights.tensors(), args.out, weights.metadata())
+    found = judge(model, level, ForecastWeights.load(args.out).damping, held_out, args.batch_size)
+    report_path = args.out.with_suffix(".forecast.json")
+    results.write(report_path, Result(
+        "forecast weights", model.settings["model"], model.settings | {"cache": model.run.caching.settings},
+        len(held_out), found, hashes={"checkpoint": model.settings["checkpoint_sha256"]},
+        provenance=provenance(model.device),
+        details={**notes, "held_out_seeds": format_seeds(held_out), "damping": asdict(weights)["damping"]}
+    ).stamped(started))
+    print(f"{len(held_out)} held-out seeds; distance to the network without caching, 95% intervals:")
+    for name, one in found.items():
+        low, high = one.interval or (one.value, one.value)
+        print(f"{name:32} {one.value:.4f} [{low:.4f}, {high:.4f}]")
+    print(f"{args.out} and {report_path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""planning.fit_forecast through the command line: a tiny random model, from the fit to samples that use it."""
+
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from ddpm import sample
+from ddpm.checkpoint import published_state_dict
+from ddpm.unet import UNet
+from planning import fit_forecast
+from runs import results
+from runs.folder import read_run
+from runs.spec import RunSpec
+
+UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
+        "attn_resolutions": [4]}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    save_file(published_state_dict(UNet(**UNET)), folder / "tiny.safetensors")
+    (folder / "ddpm.yaml").write_text(yaml.safe_dump({
+        "name": "ddpm_tiny", "unet": UNET, "diffusion": {"beta_schedule": "linear"},
+        "checkpoint": str(folder / "tiny.safetensors"), "sampler": {"steps": 9, "branch": 1, "images": 4}}))
+    return folder / "ddpm.yaml"
+
+
+@pytest.fixture
+def run(monkeypatch, config):
+    def call(main, *words) -> int:
+        monkeypatch.setattr(sys, "argv", ["x", "--config", str(config), "--device", "cpu", *map(str, words)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+    return call
+
+
+RUN = ("--interval", 3, "--forecast", 1)
+SEEDS = ("--seeds", "10-13", "--held-out-seeds", "20-23")
+
+
+def test_from_the_fit_to_samples(run, config, tmp_path, capsys):
+    out = tmp_path / "w.safetensors"
+    assert run(fit_forecast.main, *RUN, *SEEDS, "--out", out) == 0
+    found = results.read(tmp_path / "w.forecast.json")
+    assert found.images == 4 and found.details["held_out_seeds"] == "20-23"
+    damping = found.details["damping"]
+    assert len(damping) == 9
+    assert all(damping[step] == [1.0] for step in (0, 1, 2, 3, 6))      # full, or with one value so far
+    assert all(damping[step] != [1.0] for step in (4, 5, 7, 8))
+    value = {name: metric.value for name, metric in found.metrics.items()}
+    assert value["feature, fitted less plain"] == pytest.approx(value["feature, fitted"] - value["feature, plain"])
+    assert value["feature, fitted"] < value["feature, plain"]           # it is fitted to just this, on other seeds
+
+    assert run(sample.main, *RUN, "--forecast-weights", out, "--out", tmp_path / "fitted") == 0
+    assert "forecast of order 1, with fitted weights" in capsys.readouterr().out
+    spec = RunSpec.of(config, interval=3, forecast=1, forecast_weights=out)
+    assert spec.open().deepcache.policy().forecast.damping == [pytest.approx(one) for one in damping]
+    assert read_run(tmp_path / "fitted")["settings"]["cache"]["forecast"]["weights_sha256"]
+    for words, why in ((("--steps", 8), "9 there, 8 here"), (("--interval", 2), "full_steps"),
+                       (("--branch", 2), "branch 1 there, 2 here"), (("--forecast", 2), "order 1 there, 2 here")):
+        assert run(sample.main, *RUN, "--forecast-weights", out, *words, "--out", tmp_path / "no") == 2
+        assert why in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    (("--interval", 3), "give --interval and --forecast"), (("--forecast", 1), "--forecast needs an --interval"),
+    ((*RUN, "--ridge", -1), "--ridge must be 0 or more"), ((*RUN, "--held-out-seeds", "13-14"), "seed 13 is to be"),
+    ((*RUN, "--compile"), "are for sampling"), ((*RUN, "--out", "nowhere/w.safetensors"), "in a folder that is there")])
+def test_refusals(run, tmp_path, capsys, words, why):
+    assert run(fit_forecast.main, *SEEDS, "--out", tmp_path / "w.safetensors", *words) == 2
+    assert why in capsys.readouterr().err and not any(tmp_path.iterdir())
