@@ -35,6 +35,7 @@ from caching.block_schedule import (
 )
 from caching.deepcache import DeepCacheOptions
 from caching.meters import ChangeMeter, SimilarityMeter
+from caching.nested import NestedUNet
 from caching.options import RunShape
 from caching.scale_shift import Comparison, Distiller, LeastSquares, ScaleShift, relative_distance
 from eval.cost.macs import branch_macs, on_meta, residual_macs, schedule_macs
@@ -133,22 +134,29 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def check_out(path: Path, suffix: str) -> None:
-    """Raises UserError for a file that could not be written."""
+    """Refuse a file that could not be written. Raises UserError."""
     if path.suffix != suffix or not path.absolute().parent.is_dir():
         raise UserError(f"--out must be a {suffix} file in a folder that is there, got {path}")
 
 
 def open_model(args: argparse.Namespace) -> ImageModel:
-    """The model of the options, before its weights. Raises UserError."""
+    """The model that the options ask for, without its weights. Raises UserError."""
     if args.compile or args.cuda_graphs:
         raise UserError("--compile and --cuda-graphs are for sampling: every network call is looked at here")
     family = family_named_by(args.config)
     return family.open(spec_of(args, family).open(), arguments.chosen(Machine, args))
 
 
+def own(model: ImageModel) -> NestedUNet:
+    """The U-Net of a model. Raises UserError for one of another layout, of which nothing can be cached."""
+    if not isinstance(model.unet, NestedUNet):
+        raise UserError("--diffusers-unet is for sampling without caching: there is nothing to measure or to fit")
+    return model.unet
+
+
 def batches(seeds: Sequence[int], size: int, title: str, model: ImageModel, work: int = 1
             ) -> Iterator[tuple[list[int], Callable[[float], None]]]:
-    """(seeds of a batch, what is told the progress of each of its `work` runs), under a progress bar."""
+    """Go through batches under a progress bar: (seeds, what is told the progress of each of the `work` runs)."""
     with tqdm(total=len(seeds) * work * model.sampler.calls, desc=title, unit="call") as bar:
         for first in range(0, len(seeds), size):
             batch = list(seeds[first:first + size])
@@ -174,7 +182,7 @@ def measure(args: argparse.Namespace) -> None:
         raise UserError(f"--similar must be 0 or more, got {args.similar}")
     model.check_seeds(seeds)
     model.load()
-    kinds = {name: module.kind for name, module in model.unet.named_modules() if getattr(module, "kind", None)}
+    kinds = {name: str(module.kind) for name, module in own(model).named_modules() if getattr(module, "kind", None)}
     meter = ChangeMeter(kinds, model.sampler.calls)
     for batch, report in batches(seeds, args.batch_size, "changes", model):
         model.latents(batch, meter, report=report)
@@ -268,10 +276,11 @@ def by_adam(model: ImageModel, schedule: BlockSchedule, seeds: list[int], args: 
             channels[key] = value.shape[1 if value.ndim == 4 else -1]
     on_example(model.run.unet, model.config, read)
     steps = torch.tensor(model.sampler.call_timesteps(), device=model.device)
-    embeddings = model.unet.embedding(steps).float()
+    unet = own(model)
+    embeddings = unet.embedding(steps).float()
     scale_shift = ScaleShift(channels, embeddings.shape[1]).to(model.device)
     optimizer = torch.optim.Adam(scale_shift.parameters(), args.lr)
-    distiller = Distiller(model.unet, scale_shift, optimizer)
+    distiller = Distiller(unet, scale_shift, optimizer)
     met = 0
     for batch, report in batches(seeds, args.batch_size, "training", model):
         for group in optimizer.param_groups:
@@ -284,8 +293,8 @@ def by_adam(model: ImageModel, schedule: BlockSchedule, seeds: list[int], args: 
 
 def by_least_squares(model: ImageModel, schedule: BlockSchedule, seeds: list[int], args: argparse.Namespace
                      ) -> tuple[list[Adjustment], dict]:
-    """In closed form, in one run of all seeds as one batch."""
-    solver = LeastSquares(model.unet, args.ridge)
+    """The closed form, solved in one run of all seeds as one batch."""
+    solver = LeastSquares(own(model), args.ridge)
     for batch, report in batches(seeds, len(seeds), "solving", model):
         model.latents(batch, BlockCache(schedule.blocks), solver, report)
     return solver.table, {"ridge": args.ridge}
@@ -299,17 +308,17 @@ ARMS = ("plain", "adjusted", "adjusted minus plain")
 
 
 def metric_name(measure: str, arm: str) -> str:
-    """One of MEASURES of one of ARMS, in the report of `train`."""
+    """The name of one of MEASURES of one of ARMS in the report of `train`."""
     return f"{measure}, {arm}"
 
 
-def held_out_distances(model: ImageModel, schedule: BlockSchedule, table: list[Adjustment], seeds: list[int],
+def held_out_distances(model: ImageModel, schedule: BlockSchedule, table: Sequence[Adjustment], seeds: list[int],
                        batch_size: int) -> dict[str, Metric]:
-    """Distances to the uncached network with and without the adjustment, on the same seeds: means, and their
-    difference, each with a 95% interval over the seeds; by `metric_name`.
+    """The distances to the uncached network with and without the adjustment, on the same seeds, by `metric_name`.
 
-    residuals: of the reused ones to those that the network would compute, relative, mean over calls and residuals.
-    latents: of what sampling ends on, relative. pixels: root mean square, of 255.
+    They are means over the seeds, and their difference, each with a 95% interval. residuals: from reused ones to those
+    that the network would compute, relative, mean over calls and residuals. latents: between what sampling ends on,
+    relative. pixels: root mean square, of 255.
     """
     found: dict[str, dict[str, list[float]]] = {arm: {measure: [] for measure in MEASURES} for arm in ARMS[:2]}
     for batch, report in batches(seeds, batch_size, "judging", model, work=3):
@@ -363,9 +372,12 @@ def train(args: argparse.Namespace) -> None:
                                  details={**notes, "held_out_seeds": format_seeds(held_out)}).stamped(started))
     print(f"{len(held_out)} held-out seeds; distance to the network without caching, 95% intervals:")
     for measure in MEASURES:
-        shown = ((arm, found[metric_name(measure, arm)]) for arm in ARMS)
-        print(f"{measure:10}" + "".join("  {} {:.4f} [{:.4f}, {:.4f}]".format(arm, one.value, *one.interval)
-                                        for arm, one in shown))
+        shown = []
+        for arm in ARMS:
+            one = found[metric_name(measure, arm)]
+            low, high = one.interval or (one.value, one.value)
+            shown.append(f"  {arm} {one.value:.4f} [{low:.4f}, {high:.4f}]")
+        print(f"{measure:10}{''.join(shown)}")
     print(f"{args.out} and {report}")
 
 

@@ -27,7 +27,7 @@ schedulers, as Heun's, count each of their calls.
 - Several pipelines may share one U-Net, each with its own settings or without caching.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -187,14 +187,14 @@ class Run:
 
 
 class RunStart:
-    """A pipeline's `progress_bar`, as what it was before, with a run around the loop that it counts."""
+    """A pipeline's `progress_bar`: the one that it had before, with a run around the loop that it counts."""
 
     def __init__(self, pipe: DiffusionPipeline, forward: "CachedForward", settings: Settings):
         self.pipe, self.forward, self.settings = pipe, forward, settings
         self.shadowed = vars(pipe).get("progress_bar")      # set on the object by the user; else it is the class's
         self.progress_bar = pipe.progress_bar
 
-    def __call__(self, iterable=None, total=None):
+    def __call__(self, iterable: Iterable | None = None, total: int | None = None) -> Any:
         return self.progress_bar(iterable) if total is None else self._run(total)
 
     @contextmanager
@@ -272,7 +272,7 @@ class CachedForward:
                 down_intrablock_additional_residuals: tuple | None = None,
                 encoder_attention_mask: Tensor | None = None,
                 return_dict: bool = True) -> UNet2DConditionOutput | tuple[Tensor]:
-        """As UNet2DConditionModel.forward. Raises UserError for what Stable Diffusion's U-Net does not take."""
+        """Do as UNet2DConditionModel.forward. Raises UserError for what Stable Diffusion's U-Net does not take."""
         _refuse("class_labels", class_labels is not None, "this U-Net has no classes")
         _refuse("timestep_cond", timestep_cond is not None, "this U-Net is not distilled for a guidance scale")
         for name, mask in (("attention_mask", attention_mask), ("encoder_attention_mask", encoder_attention_mask)):
@@ -288,7 +288,7 @@ class CachedForward:
                                 down_intrablock_additional_residuals)
         if self.run is None:
             self.check()
-            cache = no_cache
+            cache: Cache = no_cache
         else:
             cache = self.run.next(sample)
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
@@ -300,7 +300,7 @@ class CachedForward:
         """A ControlNet's residuals as our U-Net takes them. Raises UserError for those of something else."""
         _refuse("the residuals of a T2I-Adapter", within is not None or (skips is None) != (middle is None),
                 "they change the encoder from within")
-        if skips is None:
+        if skips is None or middle is None:
             return None
         if len(skips) != self.net.num_branches:
             raise UserError(f"the ControlNet has {len(skips)} residuals for {self.net.num_branches} skips: it is of "
@@ -325,7 +325,7 @@ def _unet_of(pipe: DiffusionPipeline) -> UNet2DConditionModel:
 
 
 def _installed(unet: UNet2DConditionModel) -> CachedForward | None:
-    """What already runs in the place of the U-Net's forward."""
+    """The forward that already runs in the place of the U-Net's, if one of ours does."""
     owners = (getattr(vars(unet).get(slot), "__self__", None) for slot in ("_old_forward", "forward"))
     return next((owner for owner in owners if isinstance(owner, CachedForward)), None)
 
@@ -345,7 +345,7 @@ def _parameters(modules: Mapping[str, nn.Module]) -> Mapping[str, nn.Parameter]:
 
 
 def _refuse_additions(modules: Mapping[str, nn.Module]) -> None:
-    """Raises UserError for what has been added to a U-Net and would not run."""
+    """Refuse what has been added to a U-Net and would not run. Raises UserError."""
     for name, module in modules.items():
         added = vars(module)
         if _is_lora(module):

@@ -19,16 +19,18 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from DeepCache import DeepCacheSDHelper
 from diffusers.utils import logging
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from caching.deepcache import DeepCache
+from caching.nested import Network
 from caching.schedules import uniform
 from eval.cost.macs import branch_macs
 from eval.cost.timing import interleave
@@ -77,7 +79,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
 
 @torch.inference_mode()
 def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mode: str, device: torch.device,
-            repeats: int, warmup: int) -> dict:
+            repeats: int, warmup: int) -> dict[str, Any]:
     """Time all sides: JSON-compatible {sides: {ours, diffusers, helper: {full, cached}}, expected, memory, runs}.
 
     difference: of a side's results from ours, as a fraction of their largest magnitude. Ratios are medians over rounds.
@@ -86,11 +88,13 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
     """
     torch.manual_seed(0)
     plain = build(config, "cpu").to(device, dtype)
-    theirs, cache = family(config).theirs(config, plain), DeepCache(branch, [0])
+    theirs: Network = family(config).theirs(config, plain)
+    cache = DeepCache(branch, [0])
     pipe = SimpleNamespace(unet=family(config).theirs(config, plain), scheduler=SimpleNamespace(timesteps=list(TIMES)))
-    ours = place(plain, device, dtype)
+    placed = place(plain, device, dtype)
+    ours: Network = placed
     if mode == "compiled":
-        ours, theirs = compiled(ours, 2), torch.compile(theirs, fullgraph=True)
+        ours, theirs = compiled(placed, 2), torch.compile(theirs, fullgraph=True)
     if mode == "graphs":
         ours = recorded(ours, device)
     rows = batch_size * rows_per_image(config)
@@ -103,7 +107,7 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
     def our_step(step: int) -> Tensor:
         return ours(x, times(step), *context, cache=cache.at(step))
 
-    def their_step(unet: nn.Module, step: int) -> Tensor:
+    def their_step(unet: Network, step: int) -> Tensor:
         return unet(x, torch.tensor(TIMES[step], device=device), *context, return_dict=False)[0]
 
     variants: dict[tuple[str, str], Callable[[], Tensor]] = {
@@ -116,12 +120,13 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
         variants |= {("helper", "full"): lambda: their_step(pipe.unet, 0),
                      ("helper", "cached"): lambda: their_step(pipe.unet, 1)}
     results = {name: run() for name, run in variants.items()}
-    memory = {}
+    memory: dict[str, Any] = {}
     if mode == "eager":
-        memory["feature"] = cache.feature.nbytes
+        memory["feature"] = sum(value.nbytes for value in cache.kept.values())
         cache.reset()
         helper.cached_output.clear()
-        runs = {("ours", "run"): lambda: (our_step(0), our_step(1)),
+        runs: dict[tuple[str, str], Callable[[], object]] = {
+                ("ours", "run"): lambda: (our_step(0), our_step(1)),
                 ("helper", "run"): lambda: (their_step(pipe.unet, 0), their_step(pipe.unet, 1)),
                 ("ours", "dense"): lambda: ours(x, times(0), *context),
                 ("diffusers", "dense"): variants["diffusers", "full"]}
@@ -158,14 +163,21 @@ def whole_run(sides: Mapping[str, dict], expected: Mapping[str, float], batch_si
             "speedup": {name: steps / cost(ratio) for name, ratio in ratios.items()}}
 
 
+def measured(result: Result) -> dict[str, Any]:
+    """What `compare` found, in its result."""
+    assert result.throughput is not None, "a result of another command"
+    return result.throughput
+
+
 def table(found: Sequence[Result]) -> str:
-    """All settings, in Markdown."""
+    """The table of all settings, in Markdown."""
     lines = ["| model | batch | dtype | mode | full step, s | cached / full | by macs | by macs_fc | N = 5 speed-up "
              "| by macs_fc | diffusers / ours, full | helper / ours, cached | helper / ours, N = 5 |",
              "|---" * 13 + "|"]
     for result in found:
-        settings, sides, expected = result.settings, result.throughput["sides"], result.throughput["expected"]
-        run = next(run for run in result.throughput["runs"] if run["interval"] == 5)
+        settings, times = result.settings, measured(result)
+        sides, expected = times["sides"], times["expected"]
+        run = next(run for run in times["runs"] if run["interval"] == 5)
         ours, helper = sides["ours"], sides.get("helper")
         rates = run["images_per_second"]
         cells = [result.model, settings["batch_size"], settings["dtype"], settings["mode"],
@@ -180,12 +192,12 @@ def table(found: Sequence[Result]) -> str:
 
 
 def memory_table(found: Sequence[Result]) -> str:
-    """Peak memory of all settings where it was measured, in Markdown."""
+    """The table of the peak memory of all settings where it was measured, in Markdown."""
     lines = ["| model | batch | dtype | ours, without cache | ours, cached | the feature | diffusers "
              "| helper |",
              "|---" * 8 + "|"]
     for result in found:
-        if memory := result.throughput["memory"]:
+        if memory := measured(result)["memory"]:
             megabytes = [memory["ours"]["dense"], memory["ours"]["run"], memory["feature"],
                          memory["diffusers"]["dense"], memory["helper"]["run"]]
             cells = [result.model, result.settings["batch_size"], result.settings["dtype"],
@@ -195,15 +207,15 @@ def memory_table(found: Sequence[Result]) -> str:
 
 
 def chart(found: Sequence[Result], path: Path) -> None:
-    """Images per second at each interval, ours, the package's, and what the MACs promise."""
+    """Draw images per second at each interval: ours, the package's, and what the MACs promise."""
     columns = min(len(found), 4)
     rows = math.ceil(len(found) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3 * rows), squeeze=False)
     for axis in axes.flat[len(found):]:
         axis.remove()
     for axis, result in zip(axes.flat, found, strict=False):
-        settings, sides = result.settings, result.throughput["sides"]
-        runs = [run for run in result.throughput["runs"] if run["steps"] == STEPS[0]]
+        settings, sides = result.settings, measured(result)["sides"]
+        runs = [run for run in measured(result)["runs"] if run["steps"] == STEPS[0]]
         base = runs[0]["images_per_second"]["ours"]
         axis.plot(INTERVALS, [base * run["speedup"]["macs_fc"] for run in runs], "k:", label="ours, by macs_fc")
         for side in sides:
@@ -225,7 +237,7 @@ def report(folder: Path) -> str:
     """Write table.md and chart.png of all settings in a folder; returns the table."""
     order = {name: i for i, name in enumerate(BATCH_SIZES)}
     found = sorted((result for _, result in results.read_all(folder)),
-                   key=lambda result: (order.get(result.model, len(order)), MODES.index(result.settings["mode"]),
+                   key=lambda result: (order.get(result.model or "", len(order)), MODES.index(result.settings["mode"]),
                                        result.settings["dtype"], result.settings["batch_size"]))
     text = f"{table(found)}\n\nPeak memory beside the weights, MB of PyTorch's tensors:\n\n{memory_table(found)}"
     write_atomically(folder / "table.md", lambda path: path.write_text(text + "\n"))

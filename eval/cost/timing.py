@@ -1,23 +1,25 @@
-"""Wall-clock time of full and cached steps, all variants taking turns."""
+"""The wall-clock time of full and cached steps, all variants taking turns."""
 
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from caching.block_cache import BlockCache
 from caching.block_schedule import BlockSchedule
 from caching.deepcache import DeepCache
-from caching.nested import no_cache
+from caching.nested import NestedUNet, Network, no_cache
 from caching.policy import Policy
 from caching.schedules import uniform
 from eval.cost.macs import average, branch_macs, residual_macs, schedule_macs
 from runs.errors import UserError
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Timing(NamedTuple):
@@ -40,8 +42,8 @@ class Timing(NamedTuple):
 
 
 @torch.inference_mode()
-def interleave(variants: Mapping[str, Callable[[], object]], device: torch.device | str, repeats: int = 20,
-               warmup: int = 2) -> dict[str, Timing]:
+def interleave(variants: Mapping[Name, Callable[[], object]], device: torch.device | str, repeats: int = 20,
+               warmup: int = 2) -> dict[Name, Timing]:
     """Time functions that take turns: each runs once per round, for `warmup` untimed and `repeats` timed rounds.
 
     device: what to wait for before the clock is read. Raises ValueError for fewer than one repeat or warm-up round.
@@ -50,8 +52,8 @@ def interleave(variants: Mapping[str, Callable[[], object]], device: torch.devic
         raise ValueError(f"at least one timed and one warm-up round are needed, got {repeats} and {warmup}")
     device = torch.device(device)
     synchronize = torch.get_device_module(device).synchronize
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    peaks: dict[str, int | None] = dict.fromkeys(variants)
+    seconds: dict[Name, list[float]] = {name: [] for name in variants}
+    peaks: dict[Name, int | None] = dict.fromkeys(variants)
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -74,7 +76,7 @@ def interleave(variants: Mapping[str, Callable[[], object]], device: torch.devic
     return {name: Timing(seconds[name], peaks[name]) for name in variants}
 
 
-def time_steps(unet: nn.Module, inputs: Sequence[Tensor], policies: Mapping[str, Policy], repeats: int = 20,
+def time_steps(unet: Network, inputs: Sequence[Tensor], policies: Mapping[str, Policy], repeats: int = 20,
                warmup: int = 2) -> dict[str, Timing]:
     """Time a full step of a U-Net ("full") and the cached step of each policy (under its own name).
 
@@ -90,9 +92,9 @@ def time_steps(unet: nn.Module, inputs: Sequence[Tensor], policies: Mapping[str,
     return interleave({"full": lambda: unet(*inputs, cache=no_cache), **variants}, inputs[0].device, repeats, warmup)
 
 
-def measure(unet: nn.Module, inputs: Sequence[Tensor], branches: Sequence[int], intervals: Sequence[int],
+def measure(unet: NestedUNet, inputs: Sequence[Tensor], branches: Sequence[int], intervals: Sequence[int],
             num_steps: int, repeats: int = 20, warmup: int = 2, rows_per_image: int = 1,
-            plain: nn.Module | None = None) -> dict:
+            plain: NestedUNet | None = None) -> dict[str, Any]:
     """Time DeepCache at `branches`, with the MACs (batch 1) beside, and derive whole runs with uniform schedules.
 
     plain: the U-Net to count the MACs of, where the weights of the other are packed.
@@ -112,25 +114,25 @@ def measure(unet: nn.Module, inputs: Sequence[Tensor], branches: Sequence[int], 
         raise UserError(str(error)) from None
     full_macs, cached_macs = branch_macs(unet if plain is None else plain, [value[:1] for value in inputs], branches)
     full = timings["full"]
-    result = {"full": {**full.to_json(), "macs": full_macs.hook, "macs_fc": full_macs.fc}, "branches": [], "runs": []}
+    steps, runs = [], []
     for branch, cache in caches.items():
         cached, macs = timings[str(branch)], cached_macs[branch]
-        result["branches"].append({
+        steps.append({
             "branch": branch, **cached.to_json(), "ratio": cached.ratio(full),
             "macs": macs.hook, "macs_fc": macs.fc,
             "macs_ratio": macs.hook / full_macs.hook, "macs_fc_ratio": macs.fc / full_macs.fc,
-            "feature_bytes": cache.feature.numel() * cache.feature.element_size()})
-    result["full"]["images_per_second"] = images / (num_steps * full.median)
+            "feature_bytes": sum(value.nbytes for value in cache.kept.values())})
     for branch in branches:
         for interval, full_steps in schedules.items():
             k, cached = len(full_steps), timings[str(branch)]
             macs = average(full_macs, cached_macs[branch], full_steps, num_steps)
-            result["runs"].append({
+            runs.append({
                 "branch": branch, "interval": interval, "steps": num_steps, "full_steps": k,
                 "images_per_second": images / (k * full.median + (num_steps - k) * cached.median),
                 "speedup": num_steps / (k + (num_steps - k) * cached.ratio(full)),
                 "macs": macs.hook, "macs_fc": macs.fc, "macs_speedup": full_macs.hook / macs.hook})
-    return result
+    return {"full": {**full.to_json(), "macs": full_macs.hook, "macs_fc": full_macs.fc,
+                     "images_per_second": images / (num_steps * full.median)}, "branches": steps, "runs": runs}
 
 
 class ReusedSet(NamedTuple):
@@ -138,12 +140,13 @@ class ReusedSet(NamedTuple):
     names: frozenset[str]
     steps: int
 
-    def policy(self, adjusted: bool, unet: nn.Module, inputs: Sequence[Tensor]) -> BlockCache:
-        """Computes them on step 0 and reuses them on step 1, multiplied and shifted (by nothing) where `adjusted`."""
+    def policy(self, adjusted: bool, unet: Network, inputs: Sequence[Tensor]) -> BlockCache:
+        """A policy that computes them on step 0 and reuses them on step 1; `adjusted`: scaled and shifted by nothing."""
         policy = BlockCache({name: [0] for name in self.names})
         if adjusted:
             unet(*inputs, cache=policy.at(0))
-            channels = {name: value.shape[1 if value.ndim == 4 else -1] for name, value in policy.values.items()}
+            values = {name: policy.values[name] for name in self.names}
+            channels = {name: value.shape[1 if value.ndim == 4 else -1] for name, value in values.items()}
             dtype, device = inputs[0].dtype, inputs[0].device
             policy.adjust = [{}, {name: (torch.ones(width, dtype=dtype, device=device),
                                          torch.zeros(width, dtype=dtype, device=device))
@@ -158,9 +161,9 @@ def reused_sets(schedule: BlockSchedule) -> list[ReusedSet]:
     return [ReusedSet(*pair) for pair in found.most_common()]
 
 
-def measure_schedules(unet: nn.Module, inputs: Sequence[Tensor], schedules: Mapping[str, BlockSchedule],
-                      repeats: int = 20, warmup: int = 2, rows_per_image: int = 1, plain: nn.Module | None = None
-                      ) -> dict:
+def measure_schedules(unet: NestedUNet, inputs: Sequence[Tensor], schedules: Mapping[str, BlockSchedule],
+                      repeats: int = 20, warmup: int = 2, rows_per_image: int = 1, plain: NestedUNet | None = None
+                      ) -> dict[str, Any]:
     """Time Block Caching: a step of each set of residuals that `schedules` reuse, without and with scale-shift.
 
     schedules: by name. plain: as `measure` takes it. Returns JSON-compatible {full, schedules: [per schedule and
@@ -179,7 +182,7 @@ def measure_schedules(unet: nn.Module, inputs: Sequence[Tensor], schedules: Mapp
     full = timings["full"]
     macs_full, residuals = residual_macs(unet if plain is None else plain, [value[:1] for value in inputs])
     images = len(inputs[0]) / rows_per_image
-    result = {"full": {**full.to_json(), "macs": macs_full.hook, "macs_fc": macs_full.fc}, "schedules": []}
+    found = []
     for name, schedule in schedules.items():
         macs = schedule_macs(macs_full, residuals, schedule.blocks, schedule.calls)
         for adjusted in (False, True):
@@ -188,11 +191,11 @@ def measure_schedules(unet: nn.Module, inputs: Sequence[Tensor], schedules: Mapp
                 timing = timings[f"{distinct.index(one.names)}{'+' * adjusted}"] if one.names else full
                 ratios.append({"reused": len(one.names), "steps": one.steps, "ratio": timing.ratio(full)})
                 seconds += one.steps * timing.median
-            result["schedules"].append({
+            found.append({
                 "name": name, "sha256": schedule.sha256, "sampler": schedule.run["sampler"],
                 "steps": schedule.run["steps"], "calls": schedule.calls, "scale_shift": adjusted, "sets": ratios,
                 "seconds": seconds, "images_per_second": images / seconds,
                 "speedup": schedule.calls / sum(one["steps"] * one["ratio"] for one in ratios),
                 "macs": macs.hook, "macs_fc": macs.fc, "macs_speedup": macs_full.hook / macs.hook,
                 "macs_fc_speedup": macs_full.fc / macs.fc})
-    return result
+    return {"full": {**full.to_json(), "macs": macs_full.hook, "macs_fc": macs_full.fc}, "schedules": found}
