@@ -141,7 +141,7 @@ class ReusedSet(NamedTuple):
     steps: int
 
     def policy(self, adjusted: bool, unet: Network, inputs: Sequence[Tensor]) -> BlockCache:
-        """A policy that computes them on step 0 and reuses them on step 1; `adjusted`: scaled and shifted by nothing."""
+        """A policy that computes them on step 0 and reuses them on step 1. adjusted: scaled by 1 and shifted by 0."""
         policy = BlockCache({name: [0] for name in self.names})
         if adjusted:
             unet(*inputs, cache=policy.at(0))
