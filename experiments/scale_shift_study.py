@@ -22,8 +22,8 @@ from caching.scale_shift import relative_distance
 from eval.metrics.intervals import mean_estimate
 from eval.tables.text import markdown
 from experiments.block_caching_demo import FILES, make
-from planning.block_caching import metric_name
 from planning.block_changes import BlockChanges, ScheduleMaker
+from planning.train_scale_shift import metric_name
 from runs import results
 from runs.cli import command
 from runs.files import ROOT, write_atomically

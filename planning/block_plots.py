@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from eval.tables.plots import STYLE
 from runs.files import write_atomically
@@ -89,7 +90,7 @@ def at_equal_cost(points: Sequence[dict], path: Path, panels: Sequence[tuple[str
     _save(figure, path)
 
 
-def similarity_maps(similarities: Mapping[int, np.ndarray], path: Path) -> None:
+def similarity_maps(similarities: Mapping[int, Tensor], path: Path) -> None:
     """A square per branch: cosine similarity of its feature between all pairs of steps."""
     columns = min(len(similarities), 6)
     rows = -(-len(similarities) // columns)

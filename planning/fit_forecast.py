@@ -25,7 +25,7 @@ from caching.forecast_fit import ForecastErrors, ForecastFit
 from caching.forecast_weights import ForecastWeights
 from caching.scale_shift import relative_distance
 from eval.metrics.intervals import mean_estimate
-from planning.block_caching import batches, check_out
+from planning.fitting import batches, check_out
 from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError
@@ -127,8 +127,7 @@ def main() -> None:
     ).stamped(started))
     print(f"{len(held_out)} held-out seeds; distance to the network without caching, 95% intervals:")
     for name, one in found.items():
-        low, high = one.interval or (one.value, one.value)
-        print(f"{name:32} {one.value:.4f} [{low:.4f}, {high:.4f}]")
+        print("{:32} {:.4f} [{:.4f}, {:.4f}]".format(name, *one.bounds))
     print(f"{args.out} and {report_path}")
 
 
