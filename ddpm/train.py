@@ -8,13 +8,13 @@ the published DDPM names, to OUT/ddpm_emoji.safetensors, beside a log (log.jsonl
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm.checkpoint import published_state_dict
 from ddpm.config import load_config
@@ -26,24 +26,22 @@ from sampling.ddim import ddim, uniform_timesteps
 from sampling.diffusion import predicted_noise
 from sampling.noise import SeededNoise
 from training import emoji
-from training.loop import train
+from training.loop import Grid, Loss, train
 from training.objective import denoising_error
 
 
-def squared_error(alphas: Tensor, prediction: str, autocast: bool
-                  ) -> Callable[[nn.Module, Tensor, torch.Generator], Tensor]:
+def squared_error(alphas: Tensor, prediction: str, autocast: bool) -> Loss[UNet]:
     """The squared error of the prediction for batches of images, mirrored at random."""
-    def loss(model: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(model: UNet, batch: Tensor, generator: torch.Generator) -> Tensor:
         flip = torch.rand(len(batch), generator=generator, device=batch.device) < 0.5
         x0 = torch.where(flip[:, None, None, None], batch.flip(-1), batch).float() / 127.5 - 1
         return denoising_error(model, x0, alphas, prediction, generator, autocast)
     return loss
 
 
-def sample_grid(alphas: Tensor, prediction: str, shape: Sequence[int], steps: int, count: int = 50
-                ) -> Callable[[nn.Module], np.ndarray]:
+def sample_grid(alphas: Tensor, prediction: str, shape: Sequence[int], steps: int, count: int = 50) -> Grid[UNet]:
     """A function of the EMA network that samples the images of seeds 0..count-1."""
-    def grid(unet: nn.Module) -> np.ndarray:
+    def grid(unet: UNet) -> np.ndarray:
         device = alphas.device
         x = SeededNoise(range(count), device)(shape)
 

@@ -40,7 +40,7 @@ def load_state_dict(unet: UNet, state_dict: dict[str, Tensor]) -> None:
 
 
 def split(content: object, path: Path) -> dict[str, dict[str, Tensor]]:
-    """A whole checkpoint by prefix, without it: {UNET: {...}, FIRST_STAGE: {...}, CLASSES: {...}}.
+    """Split a whole checkpoint by prefix, which is taken off: {UNET: {...}, FIRST_STAGE: {...}, CLASSES: {...}}.
 
     Raises UserError, naming `path`, where `runs.weights.split` does, and for another model's weights.
     """
@@ -68,7 +68,9 @@ def load_checkpoint(config: Config, path: Path) -> Model:
         first_stage.load_state_dict(model.first_stage, parts[FIRST_STAGE])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return Model(*(network.float().eval().requires_grad_(False) for network in model))
+    for network in model:
+        network.float().eval().requires_grad_(False)
+    return model
 
 
 def published_state_dict(model: Model) -> dict[str, Tensor]:
@@ -109,7 +111,7 @@ def convert(path: Path) -> Path:
 
 
 def checkpoint_sha256(path: Path) -> str:
-    """Hex digest of the file that `load_checkpoint` reads for `path`; from its .sha256 file where that is current."""
+    """The hex digest of the file that `load_checkpoint` reads, taken from its .sha256 file where that is current."""
     file = convert(path)
     digest = Path(f"{file}.sha256")
     if digest.is_file() and digest.stat().st_mtime >= file.stat().st_mtime:

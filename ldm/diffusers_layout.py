@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from caching.nested import Upsample
 from ldm.unet import Downsample, ResBlock, SpatialTransformer, UNet
 from runs.errors import UserError
+from runs.families import Config
 
 _RES_BLOCK = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
               "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
@@ -62,7 +62,7 @@ _NO_DIFFERENCE = ("sample_size", "dropout", "upcast_attention", "addition_embed_
 
 
 def unet_arguments(config: Mapping) -> dict:
-    """Arguments of our UNet for a config of diffusers' UNet2DConditionModel.
+    """The arguments of our UNet for a config of diffusers' UNet2DConditionModel.
 
     attention_head_dim is the number of heads there, whatever its name says: 8 in 1.x, (5, 10, 20, 20) in 2.x.
     Raises UserError, naming key and value, for a config of another architecture (SDXL, ...): each key that changes
@@ -104,7 +104,7 @@ def unet_arguments(config: Mapping) -> dict:
 
 
 def diffusers_arguments(arguments: Mapping) -> dict:
-    """The inverse of `unet_arguments`: arguments of diffusers' UNet2DConditionModel for those of our UNet."""
+    """The arguments of diffusers' UNet2DConditionModel for those of our UNet: the inverse of `unet_arguments`."""
     channels = [arguments["model_channels"] * mult for mult in arguments["channel_mult"]]
     attends = [2 ** level in arguments["attention_resolutions"] for level in range(len(channels))]
     width = arguments.get("num_head_channels")
@@ -118,15 +118,16 @@ def diffusers_arguments(arguments: Mapping) -> dict:
 
 
 def _one(value: object) -> object:
-    """A list of equal entries, one for each level, as its entry."""
+    """The entry of a list that has the same one for each level; any other value as it is."""
     return value[0] if isinstance(value, list | tuple) and value and value.count(value[0]) == len(value) else value
 
 
 def _per_level(value: object, levels: int) -> list:
+    """One entry for each level."""
     return list(value) if isinstance(value, list | tuple) else [value] * levels
 
 
-def diffusers_unet(config: Any, unet: UNet) -> nn.Module:
+def diffusers_unet(config: Config, unet: UNet) -> nn.Module:
     """diffusers' U-Net on the very weights of ours."""
     with torch.device("meta"):
         theirs = UNet2DConditionModel(**diffusers_arguments(vars(config.unet)))

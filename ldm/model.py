@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from caching.nested import Network
 from caching.policy import Policy
 from ldm import first_stage
 from ldm.checkpoint import checkpoint_sha256, load_checkpoint
+from ldm.condition import ClassCondition
 from ldm.config import Config
 from runs.errors import UserError
 from runs.folder import RunFolder, to_uint8
@@ -27,7 +29,10 @@ DECODED_AT_ONCE = 8     # images; what the first stage needs for more would deci
 
 
 def names_of_classes(config: Config) -> list[str] | None:
-    """Names in the order of the labels: the config's file, or the classes it was trained on; None without either."""
+    """The names of the classes in the order of the labels, from the config's file or from what it was trained on.
+
+    None without either. Raises UserError where there are not as many as classes.
+    """
     if config.class_names is not None:
         return read_names(Path(config.class_names), config.num_classes)
     if config.train is not None:
@@ -41,7 +46,7 @@ def names_of_classes(config: Config) -> list[str] | None:
 
 
 def check_sizes(config: Config) -> int:
-    """Width and height of the latents. Raises UserError where the U-Net and the first stage do not fit together."""
+    """The width and height of the latents. Raises UserError where the U-Net and the first stage do not fit together."""
     stage, levels = config.first_stage, len(config.unet.channel_mult)
     factor = 2 ** (len(stage.ch_mult) - 1)
     if not config.unet.in_channels == config.unet.out_channels == stage.z_channels:
@@ -53,14 +58,14 @@ def check_sizes(config: Config) -> int:
     return stage.resolution // factor
 
 
-class LDM(ImageModel):
-    """Conditional on a class, in the latents of a first stage."""
+class LDM(ImageModel[Config, ClassCondition]):
+    """A model conditional on a class, in the latents of a first stage."""
 
     def __init__(self, run: Run, machine: Machine):
         super().__init__(run, machine)
         config = self.config
         self.images = config.sampler.images
-        self.labels = Labels.parse(run.spec.condition.labels, config.num_classes)
+        self.labels = Labels.parse(self.condition.labels, config.num_classes)
         self.names = names_of_classes(config)
         self.size = check_sizes(config)
         self.settings = {"model": config.name, "unet": asdict(config.unet), "first_stage": asdict(config.first_stage),
@@ -76,16 +81,15 @@ class LDM(ImageModel):
         # steps.
         self.first_stage = place(model.first_stage, self.device)
 
-    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: nn.Module | None = None,
+    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None,
                 report: Callable[[float], None] | None = None) -> Tensor:
         noise = SeededNoise(seeds, self.device)
         label = torch.tensor([self.labels.of(seed) for seed in seeds], device=self.device)
         if self.run.guidance != 1:
             label = torch.cat([torch.full_like(label, self.config.num_classes), label])     # [uncond, cond]
         context = self.classes(label)[:, None]                                  # [batch, 1 token, context_dim]
-        network = self.unet if network is None else network
-        predict = noise_predictor(network, self.config.diffusion, self.dtype, policy, [context],
-                                  self.run.guidance)
+        predict = noise_predictor(self.unet if network is None else network, self.config.diffusion, self.dtype, policy,
+                                  [context], self.run.guidance)
         return self.sampler.run(predict, noise((self.config.unet.in_channels, self.size, self.size)), noise, report)
 
     def decode(self, latents: Tensor) -> np.ndarray:

@@ -9,25 +9,27 @@ OUT/ldm_emoji.safetensors, beside a log (log.jsonl) and sample grids (grid-IMAGE
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import VQModel
 from torch import Tensor, nn
 
 from ldm import first_stage
 from ldm.checkpoint import Model, published_state_dict
-from ldm.config import Config, load_config
+from ldm.config import Config, Train, load_config
 from ldm.unet import UNet
 from runs.cli import command
 from runs.errors import UserError
 from runs.folder import to_uint8
-from runs.weights import read_tensors, save_tensors
+from runs.weights import read_tensors, save_tensors, tensors_of
 from sampling.ddim import ddim, offset_timesteps
 from sampling.diffusion import guided, predicted_noise
 from sampling.noise import SeededNoise
 from training import emoji
-from training.loop import train
+from training.loop import Grid, Loss, train
 from training.objective import denoising_error
 
 
@@ -42,19 +44,19 @@ class Conditional(nn.Module):
         return self.unet(x, t, self.classes(labels)[:, None])
 
 
-def load_images(config: Config, split: str) -> tuple[Tensor, Tensor]:
-    """uint8 [n, 3, size, size] and labels [n] of the configured groups. Raises UserError if the classes do not fit."""
-    images, rows = emoji.load_groups(config.first_stage.resolution, split, config.train.groups)
-    names = emoji.class_names(config.train.groups, rows)
+def load_images(config: Config, groups: Sequence[str], split: str) -> tuple[Tensor, Tensor]:
+    """The images of groups, uint8 [n, 3, size, size], and their labels [n]. Raises UserError for other classes."""
+    images, rows = emoji.load_groups(config.first_stage.resolution, split, groups)
+    names = emoji.class_names(groups, rows)
     if len(names) != config.num_classes:
         raise UserError(f"num_classes is {config.num_classes}, but the groups have {len(names)} classes: {names}")
     return images, torch.tensor([names.index(f"{row.group}, {row.style}") for row in rows])
 
 
-def squared_error(config: Config, latents: Tensor, labels: Tensor):
+def squared_error(config: Config, settings: Train, latents: Tensor, labels: Tensor) -> Loss[Conditional]:
     """The squared error of the prediction for batches of indices into `latents`."""
     alphas = config.alphas_cumprod().to(latents.device)
-    settings, prediction = config.train, config.diffusion.prediction
+    prediction = config.diffusion.prediction
 
     def loss(model: Conditional, batch: Tensor, generator: torch.Generator) -> Tensor:
         unconditional = torch.rand(len(batch), generator=generator, device=batch.device) < settings.drop_label
@@ -64,7 +66,8 @@ def squared_error(config: Config, latents: Tensor, labels: Tensor):
     return loss
 
 
-def sample_grid(config: Config, vq: nn.Module, shape: torch.Size, steps: int = 50, columns: int = 10):
+def sample_grid(config: Config, vq: VQModel, shape: torch.Size, steps: int = 50, columns: int = 10
+                ) -> Grid[Conditional]:
     """A function of the EMA networks that samples `columns` images of every class, with the configured guidance."""
     alphas = config.alphas_cumprod()
     count = columns * config.num_classes
@@ -85,7 +88,7 @@ def sample_grid(config: Config, vq: nn.Module, shape: torch.Size, steps: int = 5
 
 
 @command
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/ldm_emoji.yaml"), help="with a `train` section")
     parser.add_argument("--first-stage", type=Path, required=True, help="what ldm.train_first_stage wrote")
@@ -97,25 +100,26 @@ def main():
         torch.set_num_threads(args.threads)
 
     config = load_config(args.config)
-    if config.train is None:
+    settings = config.train
+    if settings is None:
         raise UserError(f"{args.config} has no train section: it is a published model")
-    torch.manual_seed(config.train.loop.seed)
+    torch.manual_seed(settings.loop.seed)
     vq = first_stage.build(**vars(config.first_stage))
-    first_stage.load_state_dict(vq, read_tensors(args.first_stage))
+    first_stage.load_state_dict(vq, tensors_of(read_tensors(args.first_stage), args.first_stage, "first stage"))
     vq = vq.eval().requires_grad_(False).to(args.device)
-    unet = UNet(**vars(config.unet), dropout=config.train.dropout)
+    unet = UNet(**vars(config.unet), dropout=settings.dropout)
     model = Conditional(unet, nn.Embedding(config.num_classes + 1, config.unet.context_dim))
 
     # Each image twice, as it is and mirrored, encoded once; training draws indices.
-    images, labels = load_images(config, "train")
+    images, labels = load_images(config, settings.groups, "train")
     pixels = torch.cat([images, images.flip(-1)]).split(64)
     latents = torch.cat([first_stage.encode(vq, x.to(args.device).float() / 127.5 - 1) for x in pixels])
     print(f"{len(images)} images of {config.num_classes} classes, latents {list(latents.shape[1:])} of mean "
           f"{latents.mean():.3f} and deviation {latents.std():.3f}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
-    ema = train(model, squared_error(config, latents, labels.repeat(2).to(args.device)),
-                torch.arange(len(latents), device=args.device), config.train.loop, args.out,
+    ema = train(model, squared_error(config, settings, latents, labels.repeat(2).to(args.device)),
+                torch.arange(len(latents), device=args.device), settings.loop, args.out,
                 sample_grid(config, vq, latents.shape[1:]), args.device)
     target = args.out / f"{config.name}.safetensors"
     whole = Model(ema.unet, vq, ema.classes)

@@ -20,17 +20,20 @@ from torch import Tensor
 from ldm.config import load_config
 from ldm.first_stage import build, decode, downsampling, encode, published_state_dict
 from runs.cli import command
+from runs.errors import UserError
 from runs.folder import to_uint8
+from runs.psnr import psnr
 from runs.weights import save_tensors
 from training import emoji
-from training.loop import train
+from training.loop import Grid, Loss, train
 
 
 def to_float(images: Tensor) -> Tensor:
+    """uint8 -> -1..1."""
     return images.float() / 127.5 - 1
 
 
-def reconstruction_loss(noise: float, penalty: float, autocast: bool):
+def reconstruction_loss(noise: float, penalty: float, autocast: bool) -> Loss[VQModel]:
     """The absolute error of the pixels and of their differences to the right and below, which keep edges sharp."""
     def loss(vq: VQModel, batch: Tensor, generator: torch.Generator) -> Tensor:
         flip = torch.rand(len(batch), generator=generator, device=batch.device) < 0.5
@@ -44,7 +47,7 @@ def reconstruction_loss(noise: float, penalty: float, autocast: bool):
     return loss
 
 
-def comparison_grid(held_out: Tensor, columns: int = 10):
+def comparison_grid(held_out: Tensor, columns: int = 10) -> Grid[VQModel]:
     """A function of the EMA network: rows of held-out images, each above the row of their reconstructions."""
     def grid(vq: VQModel) -> np.ndarray:
         rebuilt = decode(vq, encode(vq, to_float(held_out)), quantize=False)
@@ -55,11 +58,11 @@ def comparison_grid(held_out: Tensor, columns: int = 10):
     return grid
 
 
-def psnr(vq: VQModel, images: Tensor, quantize: bool) -> float:
-    """Decibels, of reconstructions rounded to a range of 0..255, over all images at once."""
+def decibels(vq: VQModel, images: Tensor, quantize: bool) -> float:
+    """The PSNR in decibels of reconstructions, over all images at once."""
     errors = [(decode(vq, encode(vq, to_float(x)), quantize).clamp(-1, 1) - to_float(x)).square().mean(dim=(1, 2, 3))
               for x in images.split(64)]
-    return 10 * torch.log10(4 / torch.cat(errors).mean()).item()
+    return float(psnr(torch.cat(errors).mean().item(), span=2))
 
 
 @torch.no_grad()
@@ -98,14 +101,14 @@ def finish(vq: VQModel, images: Tensor, held_out: Tensor, target: Path) -> None:
     fit_codebook(vq.quantize.embedding.weight, standardise(vq, vectors)[chosen.to(vectors.device)], generator)
     weights = {name: value.half() for name, value in published_state_dict(vq).items()}
     vq.load_state_dict({name: value.half().float() for name, value in vq.state_dict().items()})
-    print(f"held-out PSNR {psnr(vq, held_out, quantize=False):.2f} dB continuous, "
-          f"{psnr(vq, held_out, quantize=True):.2f} dB quantised")
+    print(f"held-out PSNR {decibels(vq, held_out, quantize=False):.2f} dB continuous, "
+          f"{decibels(vq, held_out, quantize=True):.2f} dB quantised")
     save_tensors(weights, target)
     print(f"wrote {target}, {target.stat().st_size / 2**20:.1f} MiB")
 
 
 @command
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/ldm_emoji.yaml"))
     parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
@@ -118,6 +121,8 @@ def main():
 
     config = load_config(args.config)
     settings = config.train_first_stage
+    if settings is None:
+        raise UserError(f"{args.config} has no train_first_stage section: it is a published model")
     torch.manual_seed(settings.loop.seed)
     vq = build(**vars(config.first_stage))
     size = config.first_stage.resolution

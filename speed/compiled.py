@@ -1,7 +1,5 @@
 """Networks that go through torch.compile."""
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +20,7 @@ def compiled(network: nn.Module, graphs: int) -> Network:
     limits.recompile_limit = max(limits.recompile_limit, graphs + 1)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, graphs + 1)
     print(f"torch.compile: {graphs} graph{'s' if graphs > 1 else ''}, one for each set of reused values", flush=True)
-    return PackedFirst(network) if waiting(network) else cast(nn.Module, torch.compile(network, fullgraph=True))
+    return PackedFirst(network) if waiting(network) else torch.compile(network, fullgraph=True)
 
 
 class PackedFirst(nn.Module):

@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from caching.nested import Cache, no_cache
+from caching.nested import Cache, Network, no_cache
 from caching.policy import Policy
 
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
@@ -37,7 +37,7 @@ class RecordedNetwork(nn.Module):
     `seconds`: what recording has taken.
     """
 
-    def __init__(self, network: nn.Module, record: Record):
+    def __init__(self, network: Network, record: Record):
         super().__init__()
         self.network, self.record = network, record
         self.recordings: dict[Hashable, Recording] = {}
@@ -88,7 +88,7 @@ def move_kept(policy: Policy, buffers: dict[Hashable, Tensor]) -> None:
 
 
 def cuda_recorder() -> Record:
-    """Recordings as CUDA graphs that share one pool of memory."""
+    """Make recordings that are CUDA graphs and share one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
@@ -104,7 +104,7 @@ def cuda_recorder() -> Record:
     return record
 
 
-def recorded(network: nn.Module, device: torch.device) -> nn.Module:
+def recorded(network: Network, device: torch.device) -> Network:
     """The network with CUDA graphs on a GPU; elsewhere the network as it is, and a line that says so."""
     if device.type != "cuda":
         print(f"CUDA graphs: not here, the device is {device}; going on without", flush=True)

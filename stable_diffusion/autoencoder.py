@@ -20,7 +20,7 @@ def from_first_stage(vq: VQModel, mean: Tensor, deviation: Tensor) -> Autoencode
     tensors = {name: value.clone() for name, value in vq.state_dict().items() if not name.startswith("quantize.")}
 
     def widened(value: Tensor, size: torch.Size) -> Tensor:
-        """With zeros for the part of the posterior that is its log variance."""
+        """Add zeros for the part of the posterior that is its log variance."""
         wide = torch.zeros(size)
         wide[tuple(slice(extent) for extent in value.shape)] = value
         return wide

@@ -90,7 +90,9 @@ def load_checkpoint(config: Config, path: Path, diffusers_unet: bool = False) ->
               for _ in range(len(tokenizer) > text_encoder.vocab_size)]
     if wrong:
         raise UserError(f"{path} does not fit the config of {config.name}: {'; '.join(wrong)}")
-    return Model(*(network.float().eval().requires_grad_(False) for network in model[:3]), tokenizer)
+    for network in (model.unet, model.vae, model.text_encoder):
+        network.float().eval().requires_grad_(False)
+    return model
 
 
 def load_unet(config: Config, path: Path) -> UNet:
@@ -101,7 +103,7 @@ def load_unet(config: Config, path: Path) -> UNet:
 
 
 def checkpoint_sha256(path: Path) -> str:
-    """Hex digest of what `load_checkpoint` reads: of a file, or of a folder's configs, weights and tokenizer."""
+    """The hex digest of what `load_checkpoint` reads: of a file, or of a folder's configs, weights and tokenizer."""
     path = _existing(Path(path))
     if not path.is_dir():
         return sha256(path)
@@ -128,7 +130,7 @@ def _unet(config: Config, tensors: dict[str, Tensor], path: Path) -> UNet:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors about the content of a file name it."""
+    """Name the file in errors about its content."""
     try:
         yield
     except (UserError, ValueError, TypeError) as error:     # diffusers' for sizes that make no sense
@@ -211,7 +213,7 @@ def _folder_vae(path: Path) -> AutoencoderKL | VQModel:
 
 
 def _check_scheduler(config: Config, path: Path) -> None:
-    """That scheduler/ agrees with the config's `diffusion`. Raises UserError."""
+    """Check that scheduler/ agrees with the config's `diffusion`. Raises UserError."""
     file = path / "scheduler" / "scheduler_config.json"
     found = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
              "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False} | _json(file)
@@ -230,7 +232,7 @@ def _check_scheduler(config: Config, path: Path) -> None:
 
 
 def _folder_files(path: Path) -> list[Path]:
-    """All files that are read. Raises UserError for the first that is missing."""
+    """The files of a folder that are read. Raises UserError for the first that is missing."""
     parts = ["unet", "vae"] + ["text_encoder"] * (_text_encoder_class(path) == _CLIP)
     files = [path / "model_index.json", path / "scheduler" / "scheduler_config.json"]
     for part in parts:

@@ -26,6 +26,7 @@ from runs.files import ROOT, write_atomically, write_json
 from runs.image_model import add_run, kinds_of_calls, spec_of
 from runs.machine import Machine
 from runs.provenance import provenance
+from runs.psnr import psnr
 from speed.accelerate import accelerated
 from stable_diffusion.family import FAMILY
 
@@ -42,10 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Peak signal-to-noise ratio of two uint8 images in dB; None where they are equal."""
+def decibels(a: np.ndarray, b: np.ndarray) -> float | None:
+    """The peak signal-to-noise ratio of two uint8 images in dB; None where they are equal."""
     error = ((a.astype(float) - b) ** 2).mean()
-    return float(10 * np.log10(255 ** 2 / error)) if error else None
+    return float(psnr(error)) if error else None
 
 
 def side_by_side(panels: dict[str, np.ndarray], path: Path) -> None:
@@ -73,7 +74,8 @@ def main() -> None:
     run, machine = spec_of(args, FAMILY).open(), arguments.chosen(Machine, args)
     if not run.caching:
         raise UserError("--interval 1 is no caching, and leaves nothing to compare: take 2 or more")
-    model = FAMILY.open(run, machine)
+    from stable_diffusion.model import StableDiffusion  # here: it takes seconds to import
+    model = StableDiffusion(run, machine)
     model.check_seeds([args.seed])
     model.load()
     run.refuse_foreign(model.settings)
@@ -90,7 +92,8 @@ def main() -> None:
         image(policy)
     model.sampler = whole
     counted = costs(run.unet, (torch.zeros(1, *model.shape), *example_inputs(run.config)[1:]))
-    images, arms = {}, {}
+    images: dict[str, np.ndarray] = {}
+    arms: dict[str, dict[str, float]] = {}
     for name, policy, in_macs in (("uncached", None, None), ("cached", model.policy(), run.caching.policy("meta"))):
         start = time.perf_counter()
         images[name] = image(policy)            # pixels on the CPU: nothing is left running
@@ -101,10 +104,10 @@ def main() -> None:
                       **dict(zip(MACS, macs, strict=True))}
 
     first, second = arms.values()
-    result = {"settings": {**model.settings, "prompt": run.spec.condition.prompt, "seed": args.seed, **network.in_use,
+    result = {"settings": {**model.settings, "prompt": model.condition.prompt, "seed": args.seed, **network.in_use,
                            "cache": run.caching.settings},
               **arms, "speed_up": {key: first[key] / second[key] for key in ("seconds", *MACS)},
-              "psnr_db": psnr(*images.values()), "provenance": provenance(model.device)}
+              "psnr_db": decibels(*images.values()), "provenance": provenance(model.device)}
     captions = [f"{name}: {arm['seconds']:.2f} s\n{arm['full_calls']} full of {arm['calls']} calls"
                 for name, arm in arms.items()]
     side_by_side(dict(zip(captions, images.values(), strict=True)), args.out)
@@ -114,7 +117,7 @@ def main() -> None:
 
 
 def table(result: dict, caching: str) -> str:
-    """The numbers for the screen. caching: in words."""
+    """The numbers as text for the screen. caching: the methods in words."""
     ratio, found = result["speed_up"], result["psnr_db"]
     lines = [f"one image, {result['provenance']['device_name']}, {result['settings']['dtype']}; {caching}",
              f"{'':10}{'full / calls':>14}{'seconds':>10}{'MACs (G)':>12}{'with attention (G)':>20}"]

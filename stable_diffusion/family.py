@@ -13,7 +13,7 @@ from stable_diffusion.config import Config
 from stable_diffusion.unet import UNet
 
 
-def load_unet(config: Config, path: Path) -> nn.Module:
+def load_unet(config: Config, path: Path) -> UNet:
     from stable_diffusion import checkpoint
     return checkpoint.load_unet(config, path)
 
@@ -23,7 +23,7 @@ def open_model(run: Run, machine: Machine) -> ImageModel:
     return StableDiffusion(run, machine)
 
 
-def theirs(config: Config, unet: nn.Module) -> nn.Module:
+def theirs(config: Config, unet: UNet) -> nn.Module:
     from ldm.diffusers_layout import diffusers_unet
     return diffusers_unet(config, unet)
 

@@ -5,8 +5,9 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from caching.nested import Network
 from caching.policy import Policy
 from runs.errors import UserError
 from runs.folder import RunFolder, quoted
@@ -17,20 +18,22 @@ from runs.spec import Run
 from sampling.noise import SeededNoise
 from stable_diffusion.checkpoint import checkpoint_sha256, load_checkpoint
 from stable_diffusion.condition import TextCondition
+from stable_diffusion.config import Config
 from stable_diffusion.text_to_image import TextToImage, check_text_to_image, latent_size
+from stable_diffusion.unet import UNet
 
 RELEASED_SEED = 42      # of the released evaluation (github horseee/DeepCache, 1691a3a)
 
 
 class Prompts:
-    """Which prompt each seed has: seed s has prompt s // per; or every seed the only one, where `per` is None."""
+    """The prompt of each seed: seed s has prompt s // per, or, where `per` is None, every seed has the only one."""
 
     def __init__(self, prompts: list[str], per: int | None):
         self.prompts, self.per = prompts, per
 
     @classmethod
     def chosen(cls, condition: TextCondition) -> "Prompts":
-        """Raises UserError for an unreadable file, and where there is neither file nor prompt."""
+        """The prompts that a run asks for. Raises UserError for an unreadable file, and without file and prompt."""
         if condition.prompts is not None:
             return cls(read_prompts(condition.prompts), condition.images_per_prompt)
         if condition.prompt is None:
@@ -39,27 +42,27 @@ class Prompts:
 
     @property
     def images(self) -> int:
-        """How many images all prompts make; one of a single prompt, unless --seeds says more."""
+        """How many images all prompts make: one of a single prompt, unless --seeds says more."""
         return len(self.prompts) * (self.per or 1)
 
     @property
     def settings(self) -> dict:
-        """For run.json. eval.clip_score compares them with its prompts."""
+        """What run.json says of them; eval.clip_score compares it with its prompts."""
         if self.per is None:
             return {"prompts_sha256": prompts_sha256(self.prompts), "prompts_rule": "one for all seeds"}
         return {"prompts_sha256": prompts_sha256(self.prompts), "prompts_rule": "seed // images_per_prompt",
                 "images_per_prompt": self.per}
 
     def place(self, seed: int) -> int:
-        """Which of the prompts a seed has."""
+        """The place of a seed's prompt among them."""
         return 0 if self.per is None else seed // self.per
 
     def of(self, seed: int) -> str:
         """The prompt of a seed."""
         return self.prompts[self.place(seed)]
 
-    def check(self, seeds: list[int]) -> None:
-        """Raises UserError for a seed that has no prompt."""
+    def check(self, seeds: Sequence[int]) -> None:
+        """Refuse a seed that has no prompt. Raises UserError."""
         if self.per is not None and max(seeds) >= self.images:
             raise UserError(f"seed {max(seeds)} has no prompt: {len(self.prompts)} prompts, {self.per} image(s) of "
                             f"each, are seeds 0-{self.images - 1}")
@@ -78,11 +81,11 @@ class ReleasedNoise:
 
     @property
     def settings(self) -> dict:
-        """For run.json."""
+        """What run.json says of it."""
         return {"rule": "released", "seed": RELEASED_SEED, "batch_size": self.batch_size, "device": self.device.type}
 
-    def draw(self, seeds: list[int], shape: tuple[int, ...]) -> Tensor:
-        """float32 [seeds, *shape]."""
+    def draw(self, seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        """The noise of each seed: float32 [seeds, *shape]."""
         batches: dict[int, Tensor] = {}
         rows = []
         for seed in seeds:
@@ -103,12 +106,12 @@ def describe_dropped(dropped: dict[int, int], limit: int) -> str:
             f"last {some} tokens{', ...' if len(dropped) > 5 else ''}")
 
 
-class StableDiffusion(ImageModel):
-    """Conditional on a prompt, in the latents of an autoencoder."""
+class StableDiffusion(ImageModel[Config, TextCondition]):
+    """A model conditional on a prompt, in the latents of an autoencoder."""
 
     def __init__(self, run: Run, machine: Machine):
         super().__init__(run, machine)
-        config, asked = self.config, run.spec.condition
+        config, asked = self.config, self.condition
         if asked.released_noise and self.sampler.eta != 0:
             raise UserError("--released-noise is the noise that sampling starts from: it needs --eta 0")
         if asked.diffusers_unet and run.caching:
@@ -131,15 +134,14 @@ class StableDiffusion(ImageModel):
                          "dtype": run.spec.network.dtype, "first_stage_dtype": "fp32", "text_encoder_dtype": "fp32"}
 
     def load(self) -> None:
-        of_diffusers = self.run.spec.condition.diffusers_unet
-        loaded = load_checkpoint(self.config, self.run.checkpoint, diffusers_unet=of_diffusers)
+        loaded = load_checkpoint(self.config, self.run.checkpoint, self.condition.diffusers_unet)
         self.settings["checkpoint_sha256"] = checkpoint_sha256(self.run.checkpoint)
-        if of_diffusers:
+        if not isinstance(loaded.unet, UNet):
             self.settings["unet"] = {"diffusers": layout(loaded.unet.config)}
         self.model = TextToImage(loaded, self.config, self.device, self.dtype)
         self.unet = self.model.unet
 
-    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: nn.Module | None = None,
+    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None,
                 report: Callable[[float], None] | None = None) -> Tensor:
         noise = SeededNoise(seeds, self.device)
         x = self.released.draw(seeds, self.shape) if self.released else noise(self.shape)

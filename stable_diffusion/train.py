@@ -26,15 +26,15 @@ from runs.cli import command
 from runs.errors import UserError
 from runs.folder import to_uint8
 from runs.prompts import read_prompts
-from runs.weights import read_tensors, save_tensors
+from runs.weights import read_tensors, save_tensors, tensors_of
 from sampling.noise import SeededNoise
 from sampling.samplers import Sampler, noise_predictor
 from stable_diffusion.autoencoder import from_first_stage
-from stable_diffusion.config import Config, load_config
+from stable_diffusion.config import Config, Train, load_config
 from stable_diffusion.text import minilm
 from stable_diffusion.unet import UNet
 from training import emoji
-from training.loop import train
+from training.loop import Grid, Loss, train
 from training.objective import denoising_error
 
 
@@ -50,7 +50,7 @@ def encode_texts(texts: list[str], tokens: int) -> Tensor:
 def load_first_stage(config: LdmConfig, path: Path) -> VQModel:
     """The first stage of a class-conditional model. path: its checkpoint, or the first stage alone."""
     vq = first_stage.build(**vars(config.first_stage))
-    tensors = read_tensors(path)
+    tensors = tensors_of(read_tensors(path), path, "first stage")
     part = {name: value for name, value in tensors.items() if name.startswith(FIRST_STAGE)}
     try:
         first_stage.load_state_dict(vq, part or tensors)
@@ -69,14 +69,14 @@ def make_autoencoder(vq: VQModel, images: Tensor) -> tuple[AutoencoderKL, Tensor
     return vae, torch.cat([vae.encode(x).latent_dist.mode() for x in pixels])
 
 
-def squared_error(config: Config, latents: Tensor, texts: Tensor, captions: Tensor):
+def squared_error(config: Config, settings: Train, latents: Tensor, texts: Tensor, captions: Tensor) -> Loss[UNet]:
     """The squared error of the prediction for batches of indices into `latents`.
 
     texts: [captions, tokens, context_dim], the empty one first. captions: [images, 2], of each image the index of its
     caption with the style and without.
     """
     alphas = config.alphas_cumprod().to(latents.device)
-    settings, prediction = config.train, config.diffusion.prediction
+    prediction = config.diffusion.prediction
 
     def loss(unet: UNet, batch: Tensor, generator: torch.Generator) -> Tensor:
         def chance(probability: float) -> Tensor:
@@ -90,7 +90,7 @@ def squared_error(config: Config, latents: Tensor, texts: Tensor, captions: Tens
     return loss
 
 
-def sample_grid(config: Config, vae: AutoencoderKL, texts: Tensor):
+def sample_grid(config: Config, vae: AutoencoderKL, texts: Tensor) -> Grid[UNet]:
     """A function of the EMA network that samples an image of each text as the config says.
 
     texts: [1 + images, tokens, context_dim], the empty one first.
@@ -139,7 +139,7 @@ def _write(path: Path, content: dict) -> None:
 
 
 @command
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/sd_emoji.yaml"), help="with a `train` section")
     parser.add_argument("--first-stage", type=Path, default=Path("checkpoints/ldm_emoji.safetensors"),
@@ -154,7 +154,8 @@ def main():
         torch.set_num_threads(args.threads)
 
     config = load_config(args.config)
-    if config.train is None:
+    settings = config.train
+    if settings is None:
         raise UserError(f"{args.config} has no train section: it is a published model")
     prompts = read_prompts(args.prompts)[::3][:30]
     vq = load_first_stage(load_ldm_config(args.first_stage_config), args.first_stage)
@@ -163,10 +164,10 @@ def main():
     if found != expected:
         raise UserError(f"{args.config}: downsampling, in_channels and context_dim are {expected}, and {found} in the "
                         "first stage and the text encoder")
-    torch.manual_seed(config.train.loop.seed)
+    torch.manual_seed(settings.loop.seed)
     try:
-        images, rows = emoji.load_groups(config.resolution, "train", config.train.groups)
-        unet = UNet(**vars(config.unet), dropout=config.train.dropout)
+        images, rows = emoji.load_groups(config.resolution, "train", settings.groups)
+        unet = UNet(**vars(config.unet), dropout=settings.dropout)
     except ValueError as error:
         raise UserError(f"{args.config}: {error}") from None
     vae, latents = make_autoencoder(vq, images)
@@ -182,8 +183,8 @@ def main():
 
     latents, texts, indices, vae = (value.to(args.device) for value in (latents, texts, indices, vae))
     grid = sample_grid(config, vae, encode_texts(["", *prompts], config.tokens).to(args.device))
-    ema = train(unet, squared_error(config, latents, texts, indices), torch.arange(len(latents), device=args.device),
-                config.train.loop, args.out, grid, args.device)
+    ema = train(unet, squared_error(config, settings, latents, texts, indices),
+                torch.arange(len(latents), device=args.device), settings.loop, args.out, grid, args.device)
     save_folder(config, ema, vae, args.out / config.name)
     print(f"wrote {args.out / config.name}")
 

@@ -86,7 +86,7 @@ def test_texts_are_dropped_as_configured(tmp_path, drop_text, drop_style, used):
                                                                   "bf16": False}))
     texts = torch.full((5, 2, 3), float("nan"))
     texts[list(used)] = 1.0
-    loss = train.squared_error(config, torch.zeros(2, 3, 4, 4), texts, torch.tensor([[1, 2], [3, 4]]))
+    loss = train.squared_error(config, config.train, torch.zeros(2, 3, 4, 4), texts, torch.tensor([[1, 2], [3, 4]]))
     batch = torch.tensor([0, 1, 0, 1])
     assert loss(Reads(), batch, torch.Generator().manual_seed(0)).isfinite()
     texts[list(used)[-1]] = float("nan")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm.train import main
+import ddpm.train
+import ldm.train_first_stage
 from runs.files import ROOT
 from training import emoji
 from training.loop import TrainConfig, learning_rate, train
@@ -86,10 +87,12 @@ def test_learning_rate_warms_up_and_cools_down():
     assert rates[90] == pytest.approx(0.5) and rates[99] < 0.1
 
 
-@pytest.mark.parametrize("config, message", [
-    ("configs/ddpm_cifar10.yaml", "no train section"), ("configs/ldm_emoji.yaml", "ldm_emoji.yaml: key"),
-    ("none.yaml", "no config file")])
-def test_ddpm_train_refuses_a_config_in_one_line(tmp_path, monkeypatch, capsys, config, message):
+@pytest.mark.parametrize("main, config, message", [
+    (ddpm.train.main, "configs/ddpm_cifar10.yaml", "no train section"),
+    (ddpm.train.main, "configs/ldm_emoji.yaml", "ldm_emoji.yaml: key"),
+    (ddpm.train.main, "none.yaml", "no config file"),
+    (ldm.train_first_stage.main, "configs/ldm_cin256.yaml", "no train_first_stage section")])
+def test_training_refuses_a_config_in_one_line(tmp_path, monkeypatch, capsys, main, config, message):
     monkeypatch.setattr("sys.argv", ["train", "--config", str(ROOT / config), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as exit:
         main()

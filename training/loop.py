@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 Model = TypeVar("Model", bound=nn.Module)
+Loss = Callable[[Model, Tensor, torch.Generator], Tensor]       # loss(model, batch, generator) -> scalar
+Grid = Callable[[Model], np.ndarray]                            # grid(model) -> uint8 [n, height, width, 3]
 
 
 @dataclass
@@ -75,13 +77,13 @@ def save_grid(images: np.ndarray, path: Path, columns: int) -> None:
     Image.fromarray(sheet).save(path)
 
 
-def train(model: Model, loss: Callable[[Model, Tensor, torch.Generator], Tensor], images: Tensor,
-          config: TrainConfig, out: Path, grid: Callable[[Model], np.ndarray] | None = None,
-          device: str = "cpu", parameters: Iterable[nn.Parameter] | None = None) -> Model:
+def train(model: Model, loss: Loss[Model], images: Tensor, config: TrainConfig, out: Path,
+          grid: Grid[Model] | None = None, device: str = "cpu",
+          parameters: Iterable[nn.Parameter] | None = None) -> Model:
     """Train `model` on `images` and return its EMA copy. Resumes from out/state.pt where there is one.
 
-    images: [n, ...], the training set, held in memory. loss(model, batch, generator) -> scalar.
-    grid(ema) -> uint8 [n, height, width, 3] is called every `grid_every` images; written to out/grid-IMAGES.png.
+    images: [n, ...], the training set, held in memory; `loss` is given batches of it.
+    grid: called with the EMA copy every `grid_every` images; written to out/grid-IMAGES.png.
     out/log.jsonl gets a line per 1,000 images: images, loss, lr, seconds (of training, over all restarts).
     """
     out.mkdir(parents=True, exist_ok=True)
