@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-
 LIBRARY = torch.library.Library("deepcache", "FRAGMENT")
 
 
