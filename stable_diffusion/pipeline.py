@@ -194,7 +194,7 @@ class RunStart:
         self.shadowed = vars(pipe).get("progress_bar")      # set on the object by the user; else it is the class's
         self.progress_bar = pipe.progress_bar
 
-    def __call__(self, iterable=None, total=None):
+    def __call__(self, iterable: Any = None, total: int | None = None) -> Any:
         return self.progress_bar(iterable) if total is None else self._run(total)
 
     @contextmanager
@@ -286,9 +286,9 @@ class CachedForward:
         _refuse(f"added_cond_kwargs {', '.join(added)}", added != [], "they are of an IP-Adapter or another U-Net")
         control = self._control(down_block_additional_residuals, mid_block_additional_residual,
                                 down_intrablock_additional_residuals)
+        cache: Cache = no_cache
         if self.run is None:
             self.check()
-            cache = no_cache
         else:
             cache = self.run.next(sample)
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
@@ -300,7 +300,7 @@ class CachedForward:
         """A ControlNet's residuals as our U-Net takes them. Raises UserError for those of something else."""
         _refuse("the residuals of a T2I-Adapter", within is not None or (skips is None) != (middle is None),
                 "they change the encoder from within")
-        if skips is None:
+        if skips is None or middle is None:
             return None
         if len(skips) != self.net.num_branches:
             raise UserError(f"the ControlNet has {len(skips)} residuals for {self.net.num_branches} skips: it is of "

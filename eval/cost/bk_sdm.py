@@ -11,7 +11,7 @@ from torch import nn
 
 from eval.cost.macs import Macs, count
 
-_SIZES = {
+_SIZES: dict[str, dict[str, Any]] = {
     "base": {"layers_per_block": 1},
     "small": {"layers_per_block": 1, "mid_block_type": None},
     "tiny": {"layers_per_block": 1, "mid_block_type": None, "block_out_channels": (320, 640, 1280),
@@ -29,7 +29,7 @@ def build(size: str) -> nn.Module:
 
 def size_of(layout: Mapping[str, Any]) -> str | None:
     """Which size a diffusers config of a U-Net is of, as run.json has it; None for any other U-Net."""
-    def layers(config: Mapping[str, Any]) -> tuple:
+    def layers(config: Mapping[str, Any]) -> tuple[Any, ...]:
         return (config.get("layers_per_block", 2), config.get("mid_block_type", "UNetMidBlock2DCrossAttn"),
                 tuple(config.get("block_out_channels", (320, 640, 1280, 1280))))
 

@@ -4,7 +4,7 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from caching.block_cache import BlockCache
 from caching.block_schedule import BlockSchedule
 from caching.deepcache import DeepCache
-from caching.nested import no_cache
+from caching.nested import NestedUNet, no_cache
 from caching.policy import Policy
 from caching.schedules import uniform
 from eval.cost.macs import average, branch_macs, residual_macs, schedule_macs
@@ -90,9 +90,9 @@ def time_steps(unet: nn.Module, inputs: Sequence[Tensor], policies: Mapping[str,
     return interleave({"full": lambda: unet(*inputs, cache=no_cache), **variants}, inputs[0].device, repeats, warmup)
 
 
-def measure(unet: nn.Module, inputs: Sequence[Tensor], branches: Sequence[int], intervals: Sequence[int],
+def measure(unet: NestedUNet, inputs: Sequence[Tensor], branches: Sequence[int], intervals: Sequence[int],
             num_steps: int, repeats: int = 20, warmup: int = 2, rows_per_image: int = 1,
-            plain: nn.Module | None = None) -> dict:
+            plain: nn.Module | None = None) -> dict[str, Any]:
     """Time DeepCache at `branches`, with the MACs (batch 1) beside, and derive whole runs with uniform schedules.
 
     plain: the U-Net to count the MACs of, where the weights of the other are packed.
@@ -112,14 +112,15 @@ def measure(unet: nn.Module, inputs: Sequence[Tensor], branches: Sequence[int], 
         raise UserError(str(error)) from None
     full_macs, cached_macs = branch_macs(unet if plain is None else plain, [value[:1] for value in inputs], branches)
     full = timings["full"]
-    result = {"full": {**full.to_json(), "macs": full_macs.hook, "macs_fc": full_macs.fc}, "branches": [], "runs": []}
+    result: dict[str, Any] = {
+        "full": {**full.to_json(), "macs": full_macs.hook, "macs_fc": full_macs.fc}, "branches": [], "runs": []}
     for branch, cache in caches.items():
         cached, macs = timings[str(branch)], cached_macs[branch]
         result["branches"].append({
             "branch": branch, **cached.to_json(), "ratio": cached.ratio(full),
             "macs": macs.hook, "macs_fc": macs.fc,
             "macs_ratio": macs.hook / full_macs.hook, "macs_fc_ratio": macs.fc / full_macs.fc,
-            "feature_bytes": cache.feature.numel() * cache.feature.element_size()})
+            "feature_bytes": sum(value.nbytes for value in cache.kept.values())})
     result["full"]["images_per_second"] = images / (num_steps * full.median)
     for branch in branches:
         for interval, full_steps in schedules.items():
@@ -143,7 +144,7 @@ class ReusedSet(NamedTuple):
         policy = BlockCache({name: [0] for name in self.names})
         if adjusted:
             unet(*inputs, cache=policy.at(0))
-            channels = {name: value.shape[1 if value.ndim == 4 else -1] for name, value in policy.values.items()}
+            channels = {str(name): value.shape[1 if value.ndim == 4 else -1] for name, value in policy.values.items()}
             dtype, device = inputs[0].dtype, inputs[0].device
             policy.adjust = [{}, {name: (torch.ones(width, dtype=dtype, device=device),
                                          torch.zeros(width, dtype=dtype, device=device))
@@ -179,7 +180,8 @@ def measure_schedules(unet: nn.Module, inputs: Sequence[Tensor], schedules: Mapp
     full = timings["full"]
     macs_full, residuals = residual_macs(unet if plain is None else plain, [value[:1] for value in inputs])
     images = len(inputs[0]) / rows_per_image
-    result = {"full": {**full.to_json(), "macs": macs_full.hook, "macs_fc": macs_full.fc}, "schedules": []}
+    result: dict[str, Any] = {
+        "full": {**full.to_json(), "macs": macs_full.hook, "macs_fc": macs_full.fc}, "schedules": []}
     for name, schedule in schedules.items():
         macs = schedule_macs(macs_full, residuals, schedule.blocks, schedule.calls)
         for adjusted in (False, True):
