@@ -21,6 +21,7 @@ from ldm.config import load_config
 from ldm.first_stage import build, decode, downsampling, encode, published_state_dict
 from runs.cli import command
 from runs.folder import to_uint8
+from runs.psnr import psnr
 from runs.weights import save_tensors
 from training import emoji
 from training.loop import train
@@ -55,11 +56,11 @@ def comparison_grid(held_out: Tensor, columns: int = 10):
     return grid
 
 
-def psnr(vq: VQModel, images: Tensor, quantize: bool) -> float:
-    """Decibels, of reconstructions rounded to a range of 0..255, over all images at once."""
+def reconstruction_psnr(vq: VQModel, images: Tensor, quantize: bool) -> float:
+    """Decibels, of reconstructions clamped to [-1, 1], over all images at once."""
     errors = [(decode(vq, encode(vq, to_float(x)), quantize).clamp(-1, 1) - to_float(x)).square().mean(dim=(1, 2, 3))
               for x in images.split(64)]
-    return 10 * torch.log10(4 / torch.cat(errors).mean()).item()
+    return float(psnr(torch.cat(errors).mean().item(), span=2))
 
 
 @torch.no_grad()
@@ -98,8 +99,8 @@ def finish(vq: VQModel, images: Tensor, held_out: Tensor, target: Path) -> None:
     fit_codebook(vq.quantize.embedding.weight, standardise(vq, vectors)[chosen.to(vectors.device)], generator)
     weights = {name: value.half() for name, value in published_state_dict(vq).items()}
     vq.load_state_dict({name: value.half().float() for name, value in vq.state_dict().items()})
-    print(f"held-out PSNR {psnr(vq, held_out, quantize=False):.2f} dB continuous, "
-          f"{psnr(vq, held_out, quantize=True):.2f} dB quantised")
+    print(f"held-out PSNR {reconstruction_psnr(vq, held_out, quantize=False):.2f} dB continuous, "
+          f"{reconstruction_psnr(vq, held_out, quantize=True):.2f} dB quantised")
     save_tensors(weights, target)
     print(f"wrote {target}, {target.stat().st_size / 2**20:.1f} MiB")
 

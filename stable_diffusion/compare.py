@@ -27,6 +27,7 @@ from runs.files import ROOT, write_atomically, write_json
 from runs.image_model import add_run, kinds_of_calls, spec_of
 from runs.machine import Machine
 from runs.provenance import provenance
+from runs.psnr import psnr
 from speed.accelerate import accelerated
 from stable_diffusion.family import FAMILY
 
@@ -41,12 +42,6 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add(parser, Machine)
     parser.set_defaults(config=ROOT / "configs" / "sd_v15.yaml", interval=5)
     return parser
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Peak signal-to-noise ratio of two uint8 images in dB; None where they are equal."""
-    error = ((a.astype(float) - b) ** 2).mean()
-    return float(10 * np.log10(255 ** 2 / error)) if error else None
 
 
 def side_by_side(panels: dict[str, np.ndarray], path: Path) -> None:
@@ -102,10 +97,11 @@ def main() -> None:
                       **dict(zip(MACS, macs, strict=True))}
 
     first, second = arms.values()
+    error = np.square(images["uncached"].astype(float) - images["cached"]).mean()
     result = {"settings": {**model.settings, "prompt": run.spec.condition.prompt, "seed": args.seed, **network.in_use,
                            "cache": run.caching.settings},
               **arms, "speed_up": {key: first[key] / second[key] for key in ("seconds", *MACS)},
-              "psnr_db": psnr(*images.values()), "provenance": provenance(model.device)}
+              "psnr_db": float(psnr(error)) if error else None, "provenance": provenance(model.device)}
     captions = [f"{name}: {arm['seconds']:.2f} s\n{arm['full_calls']} full of {arm['calls']} calls"
                 for name, arm in arms.items()]
     side_by_side(dict(zip(captions, images.values(), strict=True)), args.out)
