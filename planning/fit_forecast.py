@@ -73,8 +73,8 @@ def check(args: argparse.Namespace, model: ImageModel) -> PlannedDeepCache:
     return level
 
 
-def judge(model: ImageModel, level: PlannedDeepCache, damping: Damping, seeds: list[int], batch_size: int
-          ) -> dict[str, Metric]:
+def held_out_distances(model: ImageModel, level: PlannedDeepCache, damping: Damping, seeds: list[int],
+                       batch_size: int) -> dict[str, Metric]:
     """Distances of reuse, the plain and the fitted forecast to the network without caching, on the same seeds.
 
     feature: of what cached steps see to what the network would compute there, relative, mean over the steps. latents:
@@ -117,7 +117,8 @@ def main() -> None:
     notes = {"seeds": format_seeds(seeds), "ridge": args.ridge}
     weights = ForecastWeights(model.settings, level.branch, level.full_steps, fit.damping, notes)
     save_tensors(weights.tensors(), args.out, weights.metadata())
-    found = judge(model, level, ForecastWeights.load(args.out).damping, held_out, args.batch_size)
+    damping = ForecastWeights.load(args.out).damping
+    found = held_out_distances(model, level, damping, held_out, args.batch_size)
     report_path = args.out.with_suffix(".forecast.json")
     results.write(report_path, Result(
         "forecast weights", model.settings["model"], model.settings | {"cache": model.run.caching.settings},

@@ -164,8 +164,8 @@ def table(found: Sequence[Result]) -> str:
              "| by macs_fc | diffusers / ours, full | helper / ours, cached | helper / ours, N = 5 |",
              "|---" * 13 + "|"]
     for result in found:
-        settings, sides, expected = result.settings, result.throughput["sides"], result.throughput["expected"]
-        run = next(run for run in result.throughput["runs"] if run["interval"] == 5)
+        settings, sides, expected = result.settings, result.times["sides"], result.times["expected"]
+        run = next(run for run in result.times["runs"] if run["interval"] == 5)
         ours, helper = sides["ours"], sides.get("helper")
         rates = run["images_per_second"]
         cells = [result.model, settings["batch_size"], settings["dtype"], settings["mode"],
@@ -185,7 +185,7 @@ def memory_table(found: Sequence[Result]) -> str:
              "| helper |",
              "|---" * 8 + "|"]
     for result in found:
-        if memory := result.throughput["memory"]:
+        if memory := result.times["memory"]:
             megabytes = [memory["ours"]["dense"], memory["ours"]["run"], memory["feature"],
                          memory["diffusers"]["dense"], memory["helper"]["run"]]
             cells = [result.model, result.settings["batch_size"], result.settings["dtype"],
@@ -202,8 +202,8 @@ def chart(found: Sequence[Result], path: Path) -> None:
     for axis in axes.flat[len(found):]:
         axis.remove()
     for axis, result in zip(axes.flat, found, strict=False):
-        settings, sides = result.settings, result.throughput["sides"]
-        runs = [run for run in result.throughput["runs"] if run["steps"] == STEPS[0]]
+        settings, sides = result.settings, result.times["sides"]
+        runs = [run for run in result.times["runs"] if run["steps"] == STEPS[0]]
         base = runs[0]["images_per_second"]["ours"]
         axis.plot(INTERVALS, [base * run["speedup"]["macs_fc"] for run in runs], "k:", label="ours, by macs_fc")
         for side in sides:
@@ -225,7 +225,7 @@ def report(folder: Path) -> str:
     """Write table.md and chart.png of all settings in a folder; returns the table."""
     order = {name: i for i, name in enumerate(BATCH_SIZES)}
     found = sorted((result for _, result in results.read_all(folder)),
-                   key=lambda result: (order.get(result.model, len(order)), MODES.index(result.settings["mode"]),
+                   key=lambda result: (order.get(str(result.model), len(order)), MODES.index(result.settings["mode"]),
                                        result.settings["dtype"], result.settings["batch_size"]))
     text = f"{table(found)}\n\nPeak memory beside the weights, MB of PyTorch's tensors:\n\n{memory_table(found)}"
     write_atomically(folder / "table.md", lambda path: path.write_text(text + "\n"))
