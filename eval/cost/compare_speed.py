@@ -19,16 +19,18 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from DeepCache import DeepCacheSDHelper
 from diffusers.utils import logging
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from caching.deepcache import DeepCache
+from caching.nested import Network
 from caching.schedules import uniform
 from eval.cost.macs import branch_macs
 from eval.cost.timing import interleave
@@ -86,13 +88,15 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
     """
     torch.manual_seed(0)
     plain = build(config, "cpu").to(device, dtype)
-    theirs, cache = family(config).theirs(config, plain), DeepCache(branch, [0])
+    theirs: Network = family(config).theirs(config, plain)
+    cache = DeepCache(branch, [0])
     pipe = SimpleNamespace(unet=family(config).theirs(config, plain), scheduler=SimpleNamespace(timesteps=list(TIMES)))
-    ours = place(plain, device, dtype)
+    placed = place(plain, device, dtype)
+    ours: Network = placed
     if mode == "compiled":
-        ours, theirs = compiled(ours, 2), torch.compile(theirs, fullgraph=True)
+        ours, theirs = compiled(placed, 2), torch.compile(theirs, fullgraph=True)
     if mode == "graphs":
-        ours = recorded(ours, device)
+        ours = recorded(placed, device)
     rows = batch_size * rows_per_image(config)
     x, *context = (torch.randn(value.shape).to(device, dtype) for value in example_inputs(config, rows)
                    if value.is_floating_point())
@@ -103,7 +107,7 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
     def our_step(step: int) -> Tensor:
         return ours(x, times(step), *context, cache=cache.at(step))
 
-    def their_step(unet: nn.Module, step: int) -> Tensor:
+    def their_step(unet: Network, step: int) -> Tensor:
         return unet(x, torch.tensor(TIMES[step], device=device), *context, return_dict=False)[0]
 
     variants: dict[tuple[str, str], Callable[[], Tensor]] = {
@@ -116,9 +120,9 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
         variants |= {("helper", "full"): lambda: their_step(pipe.unet, 0),
                      ("helper", "cached"): lambda: their_step(pipe.unet, 1)}
     results = {name: run() for name, run in variants.items()}
-    memory = {}
+    memory: dict[str, Any] = {}
     if mode == "eager":
-        memory["feature"] = cache.feature.nbytes
+        memory["feature"] = sum(value.nbytes for value in cache.kept.values())
         cache.reset()
         helper.cached_output.clear()
         runs = {("ours", "run"): lambda: (our_step(0), our_step(1)),

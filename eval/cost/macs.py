@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class Macs(NamedTuple):
     fc: float
 
 
-def _hook_macs(module: nn.Module, x: Tensor, out: Tensor) -> int:
+def _hook_macs(module: nn.Module, x: Any, out: Tensor) -> int:
     """MACs of one layer in the released code's convention (github horseee/DeepCache, 1691a3a)."""
     if isinstance(module, nn.Conv2d):
         products = out.numel() * module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]

@@ -3,8 +3,8 @@
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from caching.policy import Policy
 from caching.schedules import uniform
 from eval.cost.macs import average, branch_macs, residual_macs, schedule_macs
 from runs.errors import UserError
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Timing(NamedTuple):
@@ -40,8 +42,8 @@ class Timing(NamedTuple):
 
 
 @torch.inference_mode()
-def interleave(variants: Mapping[str, Callable[[], object]], device: torch.device | str, repeats: int = 20,
-               warmup: int = 2) -> dict[str, Timing]:
+def interleave(variants: Mapping[Name, Callable[[], object]], device: torch.device | str, repeats: int = 20,
+               warmup: int = 2) -> dict[Name, Timing]:
     """Time functions that take turns: each runs once per round, for `warmup` untimed and `repeats` timed rounds.
 
     device: what to wait for before the clock is read. Raises ValueError for fewer than one repeat or warm-up round.
@@ -50,8 +52,8 @@ def interleave(variants: Mapping[str, Callable[[], object]], device: torch.devic
         raise ValueError(f"at least one timed and one warm-up round are needed, got {repeats} and {warmup}")
     device = torch.device(device)
     synchronize = torch.get_device_module(device).synchronize
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    peaks: dict[str, int | None] = dict.fromkeys(variants)
+    seconds: dict[Name, list[float]] = {name: [] for name in variants}
+    peaks: dict[Name, int | None] = dict.fromkeys(variants)
     collecting = gc.isenabled()
     gc.disable()
     try:
