@@ -272,7 +272,7 @@ def table(result: Result) -> str:
     """The numbers as a few lines of text."""
     (name, score), = result.metrics.items()
     some = "" if result.details["complete"] else f" of {result.details['expected']} expected: NOT the full set"
-    lines = [f"{name} {score.value:.3f}  [{score.interval[0]:.3f} {score.interval[1]:.3f}], "
+    lines = ["{} {:.3f}  [{:.3f} {:.3f}], ".format(name, *score.bounds) +
              f"{result.details['model']} in {result.details['precision']}, {result.images} images{some}"]
     if by := result.details.get("difference"):
         lines.append(f"minus {by['against']}: {by['mean']:+.3f}  [{by['interval'][0]:+.3f} {by['interval'][1]:+.3f}], "

@@ -10,6 +10,7 @@ prompts.
 """
 
 import argparse
+from operator import methodcaller
 from pathlib import Path
 
 from eval.tables.paper import find
@@ -18,8 +19,6 @@ from runs import results
 from runs.cli import command
 from runs.errors import UserError
 from runs.files import write_atomically
-
-# Formats
 
 
 @command
@@ -43,7 +42,7 @@ def main() -> None:
         (args.results / "tables").mkdir(exist_ok=True)
         files = everything(found)
         for name, text in files.items():
-            write_atomically(args.results / name, lambda path, text=text: path.write_text(text))
+            write_atomically(args.results / name, methodcaller("write_text", text))
         print(f"wrote {args.results}/README.md and {len(files) - 1} files in {args.results}/tables/")
 
 

@@ -164,12 +164,12 @@ def of_run(run: Run, label: str, whole: int, kind: str, given: Given | None = No
     whole: images, unless the user says how many.
     """
     given = given or Given()
-    prompts = getattr(run.spec.condition, "prompts", None)
+    prompts: Path | None = getattr(run.spec.condition, "prompts", None)
     images = min(given.images or whole, whole) if prompts else given.images or whole
     folder = given.samples / run.config.name / run.name         # the user's options are in no name
     result = given.results / "runs" / run.config.name / f"{folder.name}_{images}_{kind}.json"
     inputs: dict[str, Path] = {}
-    if kind == "clip_score":
+    if kind == "clip_score" and prompts:
         inputs = {"--prompts": prompts, "--weights": given.clip_weights}
     elif kind in COMMANDS:
         inputs = {"--reference": reference_of(run, given.reference)}
@@ -195,4 +195,4 @@ def reference_of(run: Run, named: tuple[str, ...]) -> Path:
         model, _, path = text.rpartition("=")
         if model in ("", name):
             return Path(path)
-    return Path(trained_on(run.config) or run.family.references.get(name, f"data/references/{name}.npz"))
+    return Path(trained_on(run.config) or run.family.references.get(name) or f"data/references/{name}.npz")

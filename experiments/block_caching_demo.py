@@ -21,9 +21,9 @@ from experiments import demo
 from experiments.arms import Arm, Given
 from experiments.demo_report import shown, with_error
 from experiments.runner import judge_all, python, sample_on_all_cores
-from planning.block_caching import ARMS, MEASURES, metric_name
 from planning.block_changes import BlockChanges, ScheduleMaker
 from planning.block_plots import at_equal_cost
+from planning.train_scale_shift import ARMS, MEASURES, metric_name
 from runs import results
 from runs.cli import command
 from runs.files import ROOT

@@ -98,8 +98,7 @@ def plan(model: Model, given: Given, quick: bool) -> list[Arm]:
 def time_arms(arms: Sequence[Arm], path: Path, rounds: int) -> None:
     """Time a full and a cached step, in turns, and from them a run of every arm, as a result at `path`."""
     path.unlink(missing_ok=True)
-    time_steps(arms, path, path.with_name("timing_blocks.json"),
-               ["--batch-size", "32", "--device", "cpu", "--repeats", str(rounds)])
+    time_steps(arms, path, ["--batch-size", "32", "--device", "cpu", "--repeats", str(rounds)])
     timing = results.read(path)
     speeds = {arm.name: speed_of([(path, timing)], arm.run, arms[0].run.calls) for arm in arms}
     details = {key: {name: getattr(speed, key) for name, speed in speeds.items() if speed}

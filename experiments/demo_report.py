@@ -72,7 +72,7 @@ def report(arms: dict[str, Result], timing: Result) -> str:
         "over draws of the samples.",
         "Measured: network time of a run, from full and cached steps timed in turns at batch "
         f"{timing.settings['batch_size']} on {timing.provenance['threads']} threads; a cached step took "
-        f"{timing.throughput['branches'][0]['ratio']:.3f} of a full one.",
+        f"{timing.times['branches'][0]['ratio']:.3f} of a full one.",
         f"PSNR, SSIM and feature distance (1 - cosine): to the uncached image of the same seed; images of different "
         f"seeds have a PSNR of {unrelated:.1f} dB.", "",
         "**Can the scores see what matters?** (95 % intervals that do not overlap)", "", *checks, "",

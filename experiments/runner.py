@@ -16,9 +16,8 @@ import torch
 from tqdm import tqdm
 
 from caching.block_schedule import PlannedBlocks
-from caching.deepcache import PlannedDeepCache
 from eval import fidelity, quality
-from eval.cost.runs import macs_per_image, macs_per_step
+from eval.cost.runs import macs_per_image, macs_per_step, told_by_steps
 from eval.metrics.features import EffLite0
 from eval.metrics.images import ImageSet, open_images
 from eval.quality import FD
@@ -160,15 +159,20 @@ def judge_all(arms: Sequence[Arm]) -> dict[str, Result]:
     return found
 
 
-def time_steps(arms: Sequence[Arm], steps: Path, blocks: Path, words: Sequence[str]) -> None:
-    """Time the full and cached steps of the arms of one model (eval.throughput), unless that is done.
+def times_paths(steps: Path, arms: Sequence[Arm]) -> list[Path]:
+    """Where the times of the arms of one model are kept: of DeepCache's steps, of those with block schedules, and of
+    each run whose time neither tells."""
+    alone = [arm.name for arm in arms if not told_by_steps(arm.run)]
+    return [steps, *(steps.with_name(f"{steps.stem}_{name}.json") for name in ("blocks", *alone))]
 
-    steps, blocks: where the times are kept of DeepCache's steps, and of those with block schedules; those of runs under
-    any other policy are beside `steps`. words: further options of the command.
+
+def time_steps(arms: Sequence[Arm], steps: Path, words: Sequence[str]) -> None:
+    """Time the network calls of the arms of one model (eval.throughput), unless that is done.
+
+    steps: the first of `times_paths`. words: further options of the command.
     """
-    config = arms[0].run.config
-    known = (PlannedDeepCache, PlannedBlocks)
-    runs = [arm.run for arm in arms if all(isinstance(method, known) for method in arm.run.caching.methods)]
+    _, blocks, *others = times_paths(steps, arms)
+    runs, config = [arm.run for arm in arms if told_by_steps(arm.run)], arms[0].run.config
     branches = {run.deepcache.branch for run in runs if run.deepcache} or {config.sampler.branch}
     schedules = {planned.schedule.sha256: str(run.spec.given()["block_schedule"]) for run in runs
                  if (planned := run.caching.of(PlannedBlocks))}
@@ -178,12 +182,10 @@ def time_steps(arms: Sequence[Arm], steps: Path, blocks: Path, words: Sequence[s
                "timing")
     if not schedules.keys() <= {one["sha256"] for one in _timed(blocks, "schedules")}:
         python([*line, "--block-schedule", *schedules.values(), *words, "--out", str(blocks)], "timing")
-    for run in (arm.run for arm in arms if arm.run not in runs):
-        path = steps.with_name(f"{steps.stem}_{run.name}.json")
+    for arm, path in zip((arm for arm in arms if not told_by_steps(arm.run)), others, strict=True):
         if not path.is_file():
-            python(["-m", "eval.throughput", "run", *run.spec.words(), *words, "--out", str(path)], "timing")
+            python(["-m", "eval.throughput", "run", *arm.run.spec.words(), *words, "--out", str(path)], "timing")
 
 
 def _timed(path: Path, what: str) -> list[dict[str, Any]]:
-    times = results.read(path).throughput if path.is_file() else None
-    return times[what] if times else []
+    return results.read(path).times[what] if path.is_file() else []

@@ -108,10 +108,10 @@ def time_table(runs: Sequence[Planned]) -> list[str]:
     groups = [(name, [run for run in runs if run.table == name]) for name in dict.fromkeys(run.table for run in runs)]
     groups += [(f"all, {gpu}", [run for run in runs if run.rate and run.rate.gpu == gpu]) for gpu in GPUS.values()]
     for name, some in groups:
-        rated = [run for run in some if run.rate]
-        counts = ", ".join(str(sum(run.rate.how == how for run in rated)) for how in HOW)
+        rated = [run.rate for run in some if run.rate]
+        counts = ", ".join(str(sum(rate.how == how for rate in rated)) for how in HOW)
         lines.append((name, str(len(some)), f"{sum(run.arm.images for run in some):,}", shown(petamacs(some)),
-                      ", ".join(sorted({run.rate.gpu for run in rated})) or "-",
+                      ", ".join(sorted({rate.gpu for rate in rated})) or "-",
                       *(shown(hours(some) / n) if rated else "-" for n in FLEETS), counts if rated else "-",
                       str(len(some) - len(rated)) if len(some) > len(rated) else ""))
     return markdown(lines)
@@ -133,8 +133,8 @@ def measured_table(runs: Sequence[Planned], measured: Found) -> list[str]:
 
 def disk_table(runs: Sequence[Planned]) -> list[str]:
     """Files and bytes of the sample folders of each model."""
-    lines = [("model", "runs", "images", "pixels of an image", "PNG files, all runs", "GB at most", "npz, GB",
-              "features, GB")]
+    lines: list[tuple[str, ...]] = [("model", "runs", "images", "pixels of an image", "PNG files, all runs",
+                                     "GB at most", "npz, GB", "features, GB")]
     total = [0.0] * 5
     for model in dict.fromkeys(run.arm.run.config.name for run in runs):
         some = [run.arm for run in runs if run.arm.run.config.name == model]

@@ -22,8 +22,8 @@ from caching.scale_shift import relative_distance
 from eval.metrics.intervals import mean_estimate
 from eval.tables.text import markdown
 from experiments.block_caching_demo import FILES, make
-from planning.block_caching import metric_name
 from planning.block_changes import BlockChanges, ScheduleMaker
+from planning.train_scale_shift import metric_name
 from runs import results
 from runs.cli import command
 from runs.files import ROOT, write_atomically
@@ -103,8 +103,9 @@ def shown(result: Result, measure: str, arm: str) -> str:
 
 def fits() -> list[tuple[str, ...]]:
     """The table of ways to fit."""
-    path, rows = schedule(), [("fit", "residuals: distance to computed", "final latents: distance to uncached",
-                               "difference to plain reuse")]
+    path = schedule()
+    rows: list[tuple[str, ...]] = [("fit", "residuals: distance to computed", "final latents: distance to uncached",
+                                    "difference to plain reuse")]
     for label, how in VARIANTS.items():
         one = trained(path, label.replace(", ", "_").replace(" ", "_").replace("Adam", "adam"), *how)
         if len(rows) == 1:
@@ -116,7 +117,8 @@ def fits() -> list[tuple[str, ...]]:
 
 def index() -> list[tuple[str, ...]]:
     """The table of the directions of the index."""
-    rows = [("model", "MACs", "counted for the later step", "for the earlier step", "difference")]
+    rows: list[tuple[str, ...]] = [("model", "MACs", "counted for the later step", "for the earlier step",
+                                    "difference")]
     for name, changes, steps, fraction in (("ddpm", "ddpm_20", 20, 0.5), *(
             (name, name, steps, fraction) for name, steps in (("ddpm", 100), ("ldm", 50)) for fraction in (0.5, 0.3))):
         report = ROOT / OUT / f"direction_{name}_{steps}_{round(100 * fraction)}.json"

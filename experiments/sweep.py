@@ -65,7 +65,7 @@ class Axis(NamedTuple):
         """Whether a file of sweeps may say this."""
         if self.kind is bool or isinstance(value, bool):
             return self.kind is bool and isinstance(value, bool)
-        return isinstance(value, {float: int | float, Path: str}.get(self.kind, self.kind))
+        return isinstance(value, {float: (int, float), Path: (str,)}.get(self.kind, (self.kind,)))
 
 
 @cache
@@ -194,11 +194,11 @@ def run(chosen: Sequence[Arm], points: Sequence[Arm]) -> None:
 
 def measure_times(points: Sequence[Arm], folder: Path, said: Given, dtype: str) -> None:
     """Time full and cached steps of each model of the sweep, unless that is done."""
-    words = arguments.words({name: value for name, value in (said.machine | {"dtype": dtype}).items()
-                             if name in ("batch_size", "device", "dtype", "threads")})
+    words = list(arguments.words({name: value for name, value in {**said.machine, "dtype": dtype}.items()
+                                  if name in ("batch_size", "device", "dtype", "threads")}))
     for model in dict.fromkeys(arm.run.config.name for arm in points):
         own = [arm for arm in points if arm.run.config.name == model]
-        time_steps(own, *sweep_report.times_paths(folder, model), list(words))
+        time_steps(own, sweep_report.times_path(folder, model), words)
 
 
 def share_of(points: list[Arm], text: str | None) -> list[Arm]:

@@ -4,7 +4,8 @@ import csv
 import io
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from eval.tables.render import Speed, speed_of
 from eval.tables.rows import printed_values
 from eval.tables.text import markdown
 from experiments.arms import Arm
-from experiments.runner import minus_uncached
+from experiments.runner import minus_uncached, times_paths
 from runs import arguments, results
 from runs.files import write_atomically
 from runs.results import Result
@@ -56,9 +57,9 @@ class Point(NamedTuple):
         return None if metric is None else metric.bounds
 
 
-def times_paths(folder: Path, model: str) -> tuple[Path, Path]:
-    """Where a sweep keeps the times of a model's full and cached steps, and of those with block schedules."""
-    return folder / f"times_{model}.json", folder / f"times_{model}_blocks.json"
+def times_path(folder: Path, model: str) -> Path:
+    """Where a sweep keeps the times of a model's steps; others are beside it (experiments.runner.times_paths)."""
+    return folder / f"times_{model}.json"
 
 
 def axes_of(run: Run) -> dict[str, Any]:
@@ -77,19 +78,19 @@ def axes_among(points: Sequence["Point"]) -> list[str]:
     return list(dict.fromkeys(axis for p in points for axis in p.axes))
 
 
-def front(points: Sequence[tuple[float, float]], higher: bool) -> list[int]:
+def front(points: Sequence[Sequence[float]], higher: bool) -> list[int]:
     """Which of (cost, quality) no other one beats: at most its cost and at least its quality, one of them better."""
     def beaten(i: int) -> bool:
         cost, value = points[i][0], points[i][1] * (1 if higher else -1)
-        return any(c <= cost and v * (1 if higher else -1) >= value and (c, v) != points[i] for c, v in points)
+        return any(c <= cost and v * (1 if higher else -1) >= value and (c, v) != tuple(points[i]) for c, v in points)
     return [i for i in range(len(points)) if not beaten(i)]
 
 
 def on_front(points: Sequence[Point], cost: str, name: str) -> set[int]:
     """The places of the points on the front of a cost ("macs" or "time") and a metric."""
-    known = [i for i, p in enumerate(points) if getattr(p, cost) is not None and p.metric(name)]
-    return {known[i] for i in front([(getattr(points[k], cost), points[k].metric(name)[0]) for k in known],
-                                    name in HIGHER)}
+    known = [(i, getattr(p, cost), metric[0]) for i, p in enumerate(points)
+             if getattr(p, cost) is not None and (metric := p.metric(name))]
+    return {known[i][0] for i in front([pair for _, *pair in known], name in HIGHER)}
 
 
 def shown_metrics(points: Sequence[Point]) -> list[str]:
@@ -100,7 +101,7 @@ def shown_metrics(points: Sequence[Point]) -> list[str]:
 
 def records(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
     """A flat record per point of one model; what is not known is left out."""
-    main = (shown_metrics(points) or [None])[0]
+    main = next(iter(shown_metrics(points)), None)
     fronts = {cost: on_front(points, cost, main) if main else set() for cost in ("macs", "time")}
     for i, p in enumerate(points):
         record = {"model": p.run.config.name, **p.axes, "full calls": p.run.full_calls, "calls": p.run.calls,
@@ -166,29 +167,28 @@ def table(points: Sequence[Point]) -> list[str]:
 
 def draw(points: Sequence[Point], folder: Path) -> list[Path]:
     """The pictures of one model: those that its points can fill."""
-    model, names, axes, drawn = points[0].run.config.name, shown_metrics(points), varying(points), []
+    model, names, axes = points[0].run.config.name, shown_metrics(points), varying(points)
     if not names:
-        return drawn
+        return []
     costs = [("macs", "MACs per image (G)"), ("time", "measured network time (uncached = 1)")]
     costs = [cost for cost in costs if any(getattr(p, cost[0]) is not None for p in points)]
     marks = []
     for p in points:
         cached = p.run.caching
-        values = {name: p.metric(name) for name in names} | {"macs": giga(p.macs), "time": p.time}
-        values["printed"] = {name: [float(numbers[MEASURES[name].column]) / MEASURES[name].scale
-                                    for _, _, numbers in p.printed if MEASURES[name].column in numbers]
-                             for name in names}
+        printed = {name: [float(numbers[column]) / MEASURES[name].scale for _, _, numbers in p.printed
+                          if (column := MEASURES[name].column or "") in numbers] for name in names}
         color, marker = (p.axes.get(axes[i]) if cached and len(axes) > i else None for i in (0, 1))
-        marks.append(values | {"label": label(p, axes), "color": color, "marker": marker, "cached": bool(cached)})
+        marks.append({"macs": giga(p.macs), "time": p.time, "printed": printed, "label": label(p, axes),
+                      "color": color, "marker": marker, "cached": bool(cached), **{n: p.metric(n) for n in names}})
     panels = [(cost, (name, name, name in HIGHER), on_front(points, cost[0], name)) for name in names for cost in costs]
-    drawn.append(folder / f"fronts_{model}.png")
-    quality_fronts(marks, drawn[-1], panels, len(costs), axes[:2])
+    drawn = [folder / f"fronts_{model}.png"]
+    quality_fronts(marks, drawn[0], panels, len(costs), axes[:2])
     for rows, columns in PAIRS:
         if {rows, columns} <= set(axes):
-            panels = _maps(points, rows, columns, [axis for axis in axes if axis not in (rows, columns)], names)
-            if panels:
+            maps = _maps(points, rows, columns, [axis for axis in axes if axis not in (rows, columns)], names)
+            if maps:
                 drawn.append(folder / f"{rows}_{columns}_{model}.png")
-                heat_maps(panels, drawn[-1], rows, columns)
+                heat_maps(maps, drawn[-1], rows, columns)
     return drawn
 
 
@@ -202,7 +202,8 @@ def _maps(points: Sequence[Point], rows: str, columns: str, others: Sequence[str
     heads = [sorted({p.axes[axis] for p in cached}) for axis in (rows, columns)]
     measures = [minus_uncached(name) if any(p.metric(minus_uncached(name)) for p in cached) else name for name in names]
 
-    def panel(title: str, chosen: Sequence[Point], of: Any, higher: bool):
+    def panel(title: str, chosen: Sequence[Point], of: Callable[[Point], tuple[float, float, float] | None],
+              higher: bool) -> tuple[str, list, list, np.ndarray, list[list[str]], bool]:
         numbers = np.full([len(head) for head in heads], math.nan)
         texts = [["" for _ in heads[1]] for _ in heads[0]]
         for p in chosen:
@@ -223,7 +224,7 @@ def _maps(points: Sequence[Point], rows: str, columns: str, others: Sequence[str
                 found.append(panel(f"{measures[0]}\n{textwrap.fill(words, 44)}", chosen,
                                    lambda p: p.metric(measures[0]), measures[0] in HIGHER))
         return [one for one in found if not np.isnan(one[3]).all()]
-    found = [panel(name, cached, lambda p, name=name: p.metric(name), name in HIGHER) for name in measures]
+    found = [panel(name, cached, methodcaller("metric", name), name in HIGHER) for name in measures]
     found.append(panel("speed-up by MACs", cached, lambda p: (points[0].macs / p.macs,) * 3, True))
     found.append(panel("speed-up measured", cached, lambda p: (p.speed.speedup,) * 3 if p.speed else None, True))
     return [one for one in found if not np.isnan(one[3]).all()]
@@ -236,7 +237,7 @@ def render(found: Sequence[tuple[Arm, Result | None]], folder: Path) -> str:
     for arm, result in found:
         run, model = arm.run, arm.run.config.name
         points = by_model.setdefault(model, [])
-        times = [(path, results.read(path)) for path in sorted(folder.glob(f"times_{model}*.json"))]
+        times = [(path, results.read(path)) for path in times_paths(times_path(folder, model), [arm]) if path.is_file()]
         printed = {} if run.config.train else printed_values(model)
         points.append(Point(run, axes_of(run), result, speed_of(times, run, (points[0].run if points else run).calls),
                             printed.get(arm.name, [])))
@@ -246,8 +247,8 @@ def render(found: Sequence[tuple[Arm, Result | None]], folder: Path) -> str:
     for model, points in by_model.items():
         pictures = draw(points, folder)
         written += pictures
-        done = [p for p in points if p.result]
-        images = ", ".join(sorted({f"{p.result.images:,}" for p in done}))
+        done = [p.result for p in points if p.result]
+        images = ", ".join(sorted({f"{result.images:,}" for result in done}))
         sections += [f"## {model}", "", f"{len(done)} of {len(points)} points judged" + (f", {images} images each" if
                      images else "") + ". " + about(points), "", *table(points), "",
                      *(f"![{path.stem}]({path.name})" for path in pictures), ""]

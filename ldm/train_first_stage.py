@@ -58,8 +58,8 @@ def comparison_grid(held_out: Tensor, columns: int = 10) -> Grid[VQModel]:
     return grid
 
 
-def decibels(vq: VQModel, images: Tensor, quantize: bool) -> float:
-    """The PSNR in decibels of reconstructions, over all images at once."""
+def reconstruction_psnr(vq: VQModel, images: Tensor, quantize: bool) -> float:
+    """Decibels, of reconstructions clamped to [-1, 1], over all images at once."""
     errors = [(decode(vq, encode(vq, to_float(x)), quantize).clamp(-1, 1) - to_float(x)).square().mean(dim=(1, 2, 3))
               for x in images.split(64)]
     return float(psnr(torch.cat(errors).mean().item(), span=2))
@@ -101,8 +101,8 @@ def finish(vq: VQModel, images: Tensor, held_out: Tensor, target: Path) -> None:
     fit_codebook(vq.quantize.embedding.weight, standardise(vq, vectors)[chosen.to(vectors.device)], generator)
     weights = {name: value.half() for name, value in published_state_dict(vq).items()}
     vq.load_state_dict({name: value.half().float() for name, value in vq.state_dict().items()})
-    print(f"held-out PSNR {decibels(vq, held_out, quantize=False):.2f} dB continuous, "
-          f"{decibels(vq, held_out, quantize=True):.2f} dB quantised")
+    print(f"held-out PSNR {reconstruction_psnr(vq, held_out, quantize=False):.2f} dB continuous, "
+          f"{reconstruction_psnr(vq, held_out, quantize=True):.2f} dB quantised")
     save_tensors(weights, target)
     print(f"wrote {target}, {target.stat().st_size / 2**20:.1f} MiB")
 

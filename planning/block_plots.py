@@ -99,7 +99,7 @@ def similarity_maps(similarities: Mapping[int, Tensor], path: Path) -> None:
     for axis in axes.flat[len(similarities):]:
         axis.remove()
     for axis, (branch, values) in zip(axes.flat, similarities.items(), strict=False):
-        image = axis.imshow(values.numpy(), vmin=0, vmax=1, cmap="magma", origin="upper")
+        image = axis.imshow(values, vmin=0, vmax=1, cmap="magma", origin="upper")
         axis.set_title(f"branch {branch}", fontsize=10)
         axis.set_xlabel("step")
     axes[0][0].set_ylabel("step")

@@ -25,7 +25,7 @@ from caching.forecast_fit import ForecastErrors, ForecastFit
 from caching.forecast_weights import ForecastWeights
 from caching.scale_shift import relative_distance
 from eval.metrics.intervals import mean_estimate
-from planning.block_caching import batches, check_out
+from planning.fitting import batches, check_out
 from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError
@@ -73,8 +73,8 @@ def check(args: argparse.Namespace, model: ImageModel) -> PlannedDeepCache:
     return level
 
 
-def judge(model: ImageModel, level: PlannedDeepCache, damping: Damping, seeds: list[int], batch_size: int
-          ) -> dict[str, Metric]:
+def held_out_distances(model: ImageModel, level: PlannedDeepCache, damping: Damping, seeds: list[int],
+                       batch_size: int) -> dict[str, Metric]:
     """The distances of reuse, the plain and the fitted forecast to the network without caching, on the same seeds.
 
     feature: between what cached steps see and what the network would compute there, relative, mean over the steps.
@@ -118,7 +118,8 @@ def main() -> None:
     notes = {"seeds": format_seeds(seeds), "ridge": args.ridge}
     weights = ForecastWeights(model.settings, level.branch, level.full_steps, fit.damping, notes)
     save_tensors(weights.tensors(), args.out, weights.metadata())
-    found = judge(model, level, ForecastWeights.load(args.out).damping, held_out, args.batch_size)
+    damping = ForecastWeights.load(args.out).damping
+    found = held_out_distances(model, level, damping, held_out, args.batch_size)
     report_path = args.out.with_suffix(".forecast.json")
     results.write(report_path, Result(
         "forecast weights", model.settings["model"], model.settings | {"cache": model.run.caching.settings},
@@ -128,8 +129,7 @@ def main() -> None:
     ).stamped(started))
     print(f"{len(held_out)} held-out seeds; distance to the network without caching, 95% intervals:")
     for name, one in found.items():
-        low, high = one.interval or (one.value, one.value)
-        print(f"{name:32} {one.value:.4f} [{low:.4f}, {high:.4f}]")
+        print("{:32} {:.4f} [{:.4f}, {:.4f}]".format(name, *one.bounds))
     print(f"{args.out} and {report_path}")
 
 

@@ -1,8 +1,14 @@
 """The peak signal-to-noise ratio."""
 
+from typing import overload
+
 import numpy as np
 
 
+@overload
+def psnr(squared_error: float, span: float = 255.0) -> float: ...
+@overload
+def psnr(squared_error: np.ndarray, span: float = 255.0) -> np.ndarray: ...
 def psnr(squared_error: float | np.ndarray, span: float = 255.0) -> float | np.ndarray:
     """Decibels, from a mean squared error or an array of them; infinite where it is 0.
 

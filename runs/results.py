@@ -81,6 +81,11 @@ class Result:
         """Steps on which the whole network ran; all of them without caching."""
         return self.settings.get("cache", {}).get("full_steps") or list(range(self.settings.get("steps", 0)))
 
+    @property
+    def times(self) -> dict[str, Any]:
+        """What was timed; nothing where nothing was."""
+        return self.throughput or {}
+
     def stamped(self, started: float | None) -> "Result":
         """The same, finished now. started: time.time() of before; None leaves the duration out."""
         return dataclasses.replace(self, finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

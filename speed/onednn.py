@@ -9,12 +9,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+LIBRARY = torch.library.Library("deepcache", "FRAGMENT")
+
 
 def opaque(fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Make a function opaque to torch.compile, to which it is an operator whose result looks like `fake`'s."""
+    """Make a function opaque to torch.compile, to which it is an operator whose result looks like `fake`'s.
+
+    Not by torch.library.custom_op, which in earlier releases looks for the storage of its arguments: packed weights
+    have none.
+    """
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        in_graph = torch.library.custom_op(f"deepcache::{function.__name__}", function, mutates_args=())
-        in_graph.register_fake(fake)
+        name = function.__name__
+        LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"deepcache::{name}", fake, lib=LIBRARY)
+        in_graph = getattr(torch.ops.deepcache, name)
         return lambda *args: (in_graph if torch.compiler.is_compiling() else function)(*args)
     return decorate
 

@@ -43,12 +43,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def decibels(a: np.ndarray, b: np.ndarray) -> float | None:
-    """The peak signal-to-noise ratio of two uint8 images in dB; None where they are equal."""
-    error = ((a.astype(float) - b) ** 2).mean()
-    return float(psnr(error)) if error else None
-
-
 def side_by_side(panels: dict[str, np.ndarray], path: Path) -> None:
     """Save images, uint8 [height, width, 3] of one size, with a caption below each; small ones are enlarged."""
     height, width, _ = next(iter(panels.values())).shape
@@ -104,10 +98,11 @@ def main() -> None:
                       **dict(zip(MACS, macs, strict=True))}
 
     first, second = arms.values()
+    error = np.square(images["uncached"].astype(float) - images["cached"]).mean()
     result = {"settings": {**model.settings, "prompt": model.condition.prompt, "seed": args.seed, **network.in_use,
                            "cache": run.caching.settings},
               **arms, "speed_up": {key: first[key] / second[key] for key in ("seconds", *MACS)},
-              "psnr_db": decibels(*images.values()), "provenance": provenance(model.device)}
+              "psnr_db": float(psnr(error)) if error else None, "provenance": provenance(model.device)}
     captions = [f"{name}: {arm['seconds']:.2f} s\n{arm['full_calls']} full of {arm['calls']} calls"
                 for name, arm in arms.items()]
     side_by_side(dict(zip(captions, images.values(), strict=True)), args.out)

@@ -27,7 +27,7 @@ schedulers, as Heun's, count each of their calls.
 - Several pipelines may share one U-Net, each with its own settings or without caching.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -194,7 +194,7 @@ class RunStart:
         self.shadowed = vars(pipe).get("progress_bar")      # set on the object by the user; else it is the class's
         self.progress_bar = pipe.progress_bar
 
-    def __call__(self, iterable: Iterable | None = None, total: int | None = None) -> Any:
+    def __call__(self, iterable: Any = None, total: int | None = None) -> Any:
         return self.progress_bar(iterable) if total is None else self._run(total)
 
     @contextmanager
@@ -286,9 +286,9 @@ class CachedForward:
         _refuse(f"added_cond_kwargs {', '.join(added)}", added != [], "they are of an IP-Adapter or another U-Net")
         control = self._control(down_block_additional_residuals, mid_block_additional_residual,
                                 down_intrablock_additional_residuals)
+        cache: Cache = no_cache
         if self.run is None:
             self.check()
-            cache: Cache = no_cache
         else:
             cache = self.run.next(sample)
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))

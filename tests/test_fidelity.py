@@ -12,6 +12,7 @@ from PIL import Image
 
 from eval import fidelity
 from eval.metrics.lpips import Lpips
+from eval.metrics.measure import PixelMeasure
 from eval.tables.plots import worst_pairs
 from runs import results
 from runs.errors import UserError
@@ -167,3 +168,18 @@ def test_a_command_with_bad_input_says_so_before_any_work(tmp_path, monkeypatch,
         error = capsys.readouterr().err
         assert caught.value.code == 2 and message in error and error.count("\n") == 1
         assert not (tmp_path / "x.json").exists()
+
+
+def test_a_measure_that_is_registered_is_computed_kept_and_printed(tmp_path, monkeypatch, capsys):
+    error = PixelMeasure("mean error", key="error", label="error",
+                         of=lambda x, y: np.abs(x.astype(float) - y).mean((1, 2, 3)))
+    monkeypatch.setattr(fidelity, "PIXELS", (*fidelity.PIXELS, error))
+    monkeypatch.setattr(fidelity, "PAIRS", (*fidelity.PAIRS, error))
+    base = pixels(4)
+    monkeypatch.setattr(sys, "argv", list(map(str, (
+        "prog", "--samples", save(tmp_path / "samples", base // 2), "--against", save(tmp_path / "base", base), "--out",
+        tmp_path / "x.json", "--device", "cpu"))))
+    fidelity.main()
+    metric = results.read(tmp_path / "x.json").metrics["mean error"]
+    assert metric.value == pytest.approx(np.abs(base // 2 - base.astype(float)).mean()) and metric.interval
+    assert "\nerror " in capsys.readouterr().out

@@ -92,14 +92,14 @@ def test_times_are_read_as_slurm_writes_them():
     assert {text: cluster.seconds(text) for text in times} == times
 
 
-def test_cheap_rows_get_more_images_per_task_by_their_macs(tmp_path):
+def test_cheap_rows_get_more_images_per_task_by_their_macs(tmp_path, monkeypatch):
     (tmp_path / "settings.yaml").write_text(SETTINGS)
     settings = cluster.read_settings(tmp_path / "settings.yaml")
     settings.time.sample = "10:00:00"
-    rows = [SimpleNamespace(macs_per_image=lambda macs=macs: Macs(macs, macs)) for macs in (6, 3, 1)]
-    jobs = [SimpleNamespace(row=row) for row in rows]
-    assert list(submit.images_per_task(jobs, settings, None)) == [4, 4, 4]
-    assert list(submit.images_per_task(jobs, settings, 100)) == [800, 1600, 4800]
+    monkeypatch.setattr(submit, "macs_per_image", lambda run: Macs(run, run))
+    arms = [SimpleNamespace(run=macs) for macs in (6, 3, 1)]
+    assert list(submit.images_per_task(arms, settings, None)) == [4, 4, 4]
+    assert list(submit.images_per_task(arms, settings, 100)) == [800, 1600, 4800]
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
 from eval.tables import rows
-from experiments import plan, sweep, sweep_report
+from experiments import plan, runner, sweep, sweep_report
+from runs.errors import UserError
 from runs.spec import RunSpec
 
 SIZES = {"resolution": 32, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
@@ -66,6 +67,25 @@ def test_points_are_every_combination_once(tmp_path, tiny):
     assert all(arm.images == 5 for arm in points) and len(points) == sum(map(len, names.values()))
 
 
+def test_every_option_of_a_registered_method_is_an_axis(tmp_path, tiny):
+    path = written(tmp_path, {"images": 5, "grids": [
+        {"model": str(tiny), "interval": 2, "forecast": [0, 1], "forecast_damping": [1, 0.5]},
+        {"model": str(tiny), "interval": 2, "zero_cache": True}]})
+    with pytest.raises(UserError, match=r"forecast 0, forecast_damping 0.5.*--forecast-damping and"):
+        points_of(path)
+    path = written(tmp_path, {"images": 5, "grids": [
+        {"model": str(tiny), "interval": 2, "forecast": 1, "forecast_damping": [1, 0.5]},
+        {"model": str(tiny), "interval": 2, "zero_cache": True, "branch": [0, 1]}]})
+    points = points_of(path)
+    assert [arm.name for arm in points] == ["uncached", "uniform_n2_forecast1", "uniform_n2_forecast1_damped0.5",
+                                            "uniform_n2_branch0_zeroed", "uniform_n2_zeroed"]
+    assert sweep_report.axes_of(points[2].run)["forecast_damping"] == 0.5
+    # A run whose time is not that of full and cached steps is timed by itself.
+    names = [file.name for file in runner.times_paths(tmp_path / "times.json", points)]
+    assert names == ["times.json", "times_blocks.json", "times_uniform_n2_forecast1.json",
+                     "times_uniform_n2_forecast1_damped0.5.json"]
+
+
 def test_uncached_run_has_the_first_steps_and_sampler(tmp_path, tiny):
     path = written(tmp_path, {"images": 5, "grids": [{"model": str(tiny), "steps": [3, 2], "interval": 2,
                                                       "sampler": "dpmpp"}]})
@@ -89,6 +109,8 @@ GRID = {"model": "ddpm_emoji", "interval": 5}
     ({"grids": [GRID | {"interval": 101}]}, "interval must be"),
     ({"grids": [GRID | {"interval": "five"}]}, "interval takes whole numbers, got 'five'"),
     ({"grids": [GRID | {"interval": []}]}, "interval has no values"),
+    ({"grids": [GRID | {"forecast": True}]}, "forecast takes whole numbers, got True"),
+    ({"grids": [GRID | {"zero_cache": 1}]}, "zero_cache takes true or false, got 1"),
     ({"grids": [{"model": "ddpm_emoij"}]}, "no model 'ddpm_emoij': there are ddpm_bedroom"),
     ({"grids": [{"interval": 5}]}, "names no model"),
     ({"grids": [{"model": "sd_emoji", "interval": 5}]}, "say prompts: FILE"),

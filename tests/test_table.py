@@ -24,6 +24,7 @@ from runs import results
 from runs.errors import UserError
 from runs.families import build, example_inputs
 from runs.results import Metric, Result
+from runs.spec import RunSpec
 
 ROOT = HERE.parent
 SCRIPTED = [found for found in tables().values() if found.script]
@@ -236,6 +237,21 @@ def test_times_of_steps_become_throughput():
     row = run_of("13", "Uniform N=5")
     assert table.speed_of([(Path("x"), sd)], row.run, 51).images_per_second == pytest.approx(1 / (10 + 41 * 0.5))
     assert table.speed_of([(Path("x"), sd)], row.run, 51).speedup == pytest.approx(51 / (10 + 41 * 0.5))
+
+
+def test_a_run_of_other_methods_is_as_fast_as_it_was_timed_itself():
+    """Times of full and cached steps are not those of a forecast; nor is one run's time another's."""
+    steps = Result("throughput", "ddpm_cifar10", {"dtype": "fp32", "batch_size": 8}, throughput={
+        "full": {"median": 0.5}, "branches": [{"branch": 2, "median": 0.2, "ratio": 0.4}]})
+    run = RunSpec.of("configs/ddpm_cifar10.yaml", interval=5, forecast=1).open()
+    whole = Result("throughput", "ddpm_cifar10", {"dtype": "fp32", "batch_size": 8, "cache": run.caching.settings},
+                   throughput={"full": {"median": 0.5}, "kinds": [{"reused": [], "median": 0.5, "ratio": 1.0},
+                                                                  {"reused": ["2"], "median": 0.25, "ratio": 0.5}]})
+    assert table.speed_of([(Path("steps"), steps)], run, 100) is None
+    assert table.speed_of([(Path("steps"), steps), (Path("whole"), whole)], run, 100).speedup == 100 / (20 + 80 * 0.5)
+    plain = RunSpec.of("configs/ddpm_cifar10.yaml", interval=5).open()
+    assert table.speed_of([(Path("whole"), whole)], plain, 100) is None
+    assert table.speed_of([(Path("steps"), steps)], plain, 100).speedup == pytest.approx(100 / (20 + 80 * 0.4))
 
 
 def test_times_of_block_schedules_become_throughput():

@@ -29,7 +29,7 @@ def build(size: str) -> nn.Module:
 
 def size_of(layout: Mapping[str, Any]) -> str | None:
     """The size of the U-Net of a diffusers config, as run.json has it; None for any other U-Net."""
-    def layers(config: Mapping[str, Any]) -> tuple:
+    def layers(config: Mapping[str, Any]) -> tuple[Any, ...]:
         return (config.get("layers_per_block", 2), config.get("mid_block_type", "UNetMidBlock2DCrossAttn"),
                 tuple(config.get("block_out_channels", (320, 640, 1280, 1280))))
 

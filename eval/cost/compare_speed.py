@@ -79,7 +79,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
 
 @torch.inference_mode()
 def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mode: str, device: torch.device,
-            repeats: int, warmup: int) -> dict[str, Any]:
+            repeats: int, warmup: int) -> dict:
     """Time all sides: JSON-compatible {sides: {ours, diffusers, helper: {full, cached}}, expected, memory, runs}.
 
     difference: of a side's results from ours, as a fraction of their largest magnitude. Ratios are medians over rounds.
@@ -96,7 +96,7 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
     if mode == "compiled":
         ours, theirs = compiled(placed, 2), torch.compile(theirs, fullgraph=True)
     if mode == "graphs":
-        ours = recorded(ours, device)
+        ours = recorded(placed, device)
     rows = batch_size * rows_per_image(config)
     x, *context = (torch.randn(value.shape).to(device, dtype) for value in example_inputs(config, rows)
                    if value.is_floating_point())
@@ -125,8 +125,7 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
         memory["feature"] = sum(value.nbytes for value in cache.kept.values())
         cache.reset()
         helper.cached_output.clear()
-        runs: dict[tuple[str, str], Callable[[], object]] = {
-                ("ours", "run"): lambda: (our_step(0), our_step(1)),
+        runs = {("ours", "run"): lambda: (our_step(0), our_step(1)),
                 ("helper", "run"): lambda: (their_step(pipe.unet, 0), their_step(pipe.unet, 1)),
                 ("ours", "dense"): lambda: ours(x, times(0), *context),
                 ("diffusers", "dense"): variants["diffusers", "full"]}
@@ -163,21 +162,14 @@ def whole_run(sides: Mapping[str, dict], expected: Mapping[str, float], batch_si
             "speedup": {name: steps / cost(ratio) for name, ratio in ratios.items()}}
 
 
-def measured(result: Result) -> dict[str, Any]:
-    """What `compare` found, in its result."""
-    assert result.throughput is not None, "a result of another command"
-    return result.throughput
-
-
 def table(found: Sequence[Result]) -> str:
-    """The table of all settings, in Markdown."""
+    """All settings, in Markdown."""
     lines = ["| model | batch | dtype | mode | full step, s | cached / full | by macs | by macs_fc | N = 5 speed-up "
              "| by macs_fc | diffusers / ours, full | helper / ours, cached | helper / ours, N = 5 |",
              "|---" * 13 + "|"]
     for result in found:
-        settings, times = result.settings, measured(result)
-        sides, expected = times["sides"], times["expected"]
-        run = next(run for run in times["runs"] if run["interval"] == 5)
+        settings, sides, expected = result.settings, result.times["sides"], result.times["expected"]
+        run = next(run for run in result.times["runs"] if run["interval"] == 5)
         ours, helper = sides["ours"], sides.get("helper")
         rates = run["images_per_second"]
         cells = [result.model, settings["batch_size"], settings["dtype"], settings["mode"],
@@ -197,7 +189,7 @@ def memory_table(found: Sequence[Result]) -> str:
              "| helper |",
              "|---" * 8 + "|"]
     for result in found:
-        if memory := measured(result)["memory"]:
+        if memory := result.times["memory"]:
             megabytes = [memory["ours"]["dense"], memory["ours"]["run"], memory["feature"],
                          memory["diffusers"]["dense"], memory["helper"]["run"]]
             cells = [result.model, result.settings["batch_size"], result.settings["dtype"],
@@ -214,8 +206,8 @@ def chart(found: Sequence[Result], path: Path) -> None:
     for axis in axes.flat[len(found):]:
         axis.remove()
     for axis, result in zip(axes.flat, found, strict=False):
-        settings, sides = result.settings, measured(result)["sides"]
-        runs = [run for run in measured(result)["runs"] if run["steps"] == STEPS[0]]
+        settings, sides = result.settings, result.times["sides"]
+        runs = [run for run in result.times["runs"] if run["steps"] == STEPS[0]]
         base = runs[0]["images_per_second"]["ours"]
         axis.plot(INTERVALS, [base * run["speedup"]["macs_fc"] for run in runs], "k:", label="ours, by macs_fc")
         for side in sides:
@@ -237,7 +229,7 @@ def report(folder: Path) -> str:
     """Write table.md and chart.png of all settings in a folder; returns the table."""
     order = {name: i for i, name in enumerate(BATCH_SIZES)}
     found = sorted((result for _, result in results.read_all(folder)),
-                   key=lambda result: (order.get(result.model or "", len(order)), MODES.index(result.settings["mode"]),
+                   key=lambda result: (order.get(str(result.model), len(order)), MODES.index(result.settings["mode"]),
                                        result.settings["dtype"], result.settings["batch_size"]))
     text = f"{table(found)}\n\nPeak memory beside the weights, MB of PyTorch's tensors:\n\n{memory_table(found)}"
     write_atomically(folder / "table.md", lambda path: path.write_text(text + "\n"))

@@ -4,6 +4,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from caching.block_schedule import PlannedBlocks
+from caching.deepcache import PlannedDeepCache
 from eval.cost import bk_sdm
 from eval.cost.macs import Costs, Macs, costs, mean
 from runs.families import example_inputs
@@ -46,3 +48,12 @@ def macs_per_step(run: Run, over: int | None = None) -> Macs:
 def macs_per_image(run: Run) -> Macs:
     """The MACs of all network calls of an image, both rows of guidance included."""
     return Macs(*(sum(values) * run.rows_per_image for values in zip(*call_macs(run), strict=True)))
+
+
+def told_by_steps(run: Run) -> bool:
+    """Whether the times of DeepCache's steps, or those of block schedules, are the times of a run's calls.
+
+    Methods on top of each other, and others than these two, are timed run by run.
+    """
+    return not run.caching or (len(run.caching.methods) == 1
+                               and isinstance(run.caching.methods[0], (PlannedDeepCache, PlannedBlocks)))

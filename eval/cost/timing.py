@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from caching.block_cache import BlockCache
 from caching.block_schedule import BlockSchedule
 from caching.deepcache import DeepCache
-from caching.nested import NestedUNet, Network, no_cache
+from caching.nested import NestedUNet, no_cache
 from caching.policy import Policy
 from caching.schedules import uniform
 from eval.cost.macs import average, branch_macs, residual_macs, schedule_macs
@@ -76,7 +76,7 @@ def interleave(variants: Mapping[Name, Callable[[], object]], device: torch.devi
     return {name: Timing(seconds[name], peaks[name]) for name in variants}
 
 
-def time_steps(unet: Network, inputs: Sequence[Tensor], policies: Mapping[str, Policy], repeats: int = 20,
+def time_steps(unet: nn.Module, inputs: Sequence[Tensor], policies: Mapping[str, Policy], repeats: int = 20,
                warmup: int = 2) -> dict[str, Timing]:
     """Time a full step of a U-Net ("full") and the cached step of each policy (under its own name).
 
@@ -94,7 +94,7 @@ def time_steps(unet: Network, inputs: Sequence[Tensor], policies: Mapping[str, P
 
 def measure(unet: NestedUNet, inputs: Sequence[Tensor], branches: Sequence[int], intervals: Sequence[int],
             num_steps: int, repeats: int = 20, warmup: int = 2, rows_per_image: int = 1,
-            plain: NestedUNet | None = None) -> dict[str, Any]:
+            plain: nn.Module | None = None) -> dict[str, Any]:
     """Time DeepCache at `branches`, with the MACs (batch 1) beside, and derive whole runs with uniform schedules.
 
     plain: the U-Net to count the MACs of, where the weights of the other are packed.
@@ -114,25 +114,26 @@ def measure(unet: NestedUNet, inputs: Sequence[Tensor], branches: Sequence[int],
         raise UserError(str(error)) from None
     full_macs, cached_macs = branch_macs(unet if plain is None else plain, [value[:1] for value in inputs], branches)
     full = timings["full"]
-    steps, runs = [], []
+    result: dict[str, Any] = {
+        "full": {**full.to_json(), "macs": full_macs.hook, "macs_fc": full_macs.fc}, "branches": [], "runs": []}
     for branch, cache in caches.items():
         cached, macs = timings[str(branch)], cached_macs[branch]
-        steps.append({
+        result["branches"].append({
             "branch": branch, **cached.to_json(), "ratio": cached.ratio(full),
             "macs": macs.hook, "macs_fc": macs.fc,
             "macs_ratio": macs.hook / full_macs.hook, "macs_fc_ratio": macs.fc / full_macs.fc,
             "feature_bytes": sum(value.nbytes for value in cache.kept.values())})
+    result["full"]["images_per_second"] = images / (num_steps * full.median)
     for branch in branches:
         for interval, full_steps in schedules.items():
             k, cached = len(full_steps), timings[str(branch)]
             macs = average(full_macs, cached_macs[branch], full_steps, num_steps)
-            runs.append({
+            result["runs"].append({
                 "branch": branch, "interval": interval, "steps": num_steps, "full_steps": k,
                 "images_per_second": images / (k * full.median + (num_steps - k) * cached.median),
                 "speedup": num_steps / (k + (num_steps - k) * cached.ratio(full)),
                 "macs": macs.hook, "macs_fc": macs.fc, "macs_speedup": full_macs.hook / macs.hook})
-    return {"full": {**full.to_json(), "macs": full_macs.hook, "macs_fc": full_macs.fc,
-                     "images_per_second": images / (num_steps * full.median)}, "branches": steps, "runs": runs}
+    return result
 
 
 class ReusedSet(NamedTuple):
@@ -140,13 +141,12 @@ class ReusedSet(NamedTuple):
     names: frozenset[str]
     steps: int
 
-    def policy(self, adjusted: bool, unet: Network, inputs: Sequence[Tensor]) -> BlockCache:
-        """A policy that computes them on step 0 and reuses them on step 1. adjusted: scaled by 1 and shifted by 0."""
+    def policy(self, adjusted: bool, unet: nn.Module, inputs: Sequence[Tensor]) -> BlockCache:
+        """Computes them on step 0 and reuses them on step 1, multiplied and shifted (by nothing) where `adjusted`."""
         policy = BlockCache({name: [0] for name in self.names})
         if adjusted:
             unet(*inputs, cache=policy.at(0))
-            values = {name: policy.values[name] for name in self.names}
-            channels = {name: value.shape[1 if value.ndim == 4 else -1] for name, value in values.items()}
+            channels = {str(name): value.shape[1 if value.ndim == 4 else -1] for name, value in policy.values.items()}
             dtype, device = inputs[0].dtype, inputs[0].device
             policy.adjust = [{}, {name: (torch.ones(width, dtype=dtype, device=device),
                                          torch.zeros(width, dtype=dtype, device=device))
@@ -161,9 +161,9 @@ def reused_sets(schedule: BlockSchedule) -> list[ReusedSet]:
     return [ReusedSet(*pair) for pair in found.most_common()]
 
 
-def measure_schedules(unet: NestedUNet, inputs: Sequence[Tensor], schedules: Mapping[str, BlockSchedule],
-                      repeats: int = 20, warmup: int = 2, rows_per_image: int = 1, plain: NestedUNet | None = None
-                      ) -> dict[str, Any]:
+def measure_schedules(unet: nn.Module, inputs: Sequence[Tensor], schedules: Mapping[str, BlockSchedule],
+                      repeats: int = 20, warmup: int = 2, rows_per_image: int = 1, plain: nn.Module | None = None
+                      ) -> dict:
     """Time Block Caching: a step of each set of residuals that `schedules` reuse, without and with scale-shift.
 
     schedules: by name. plain: as `measure` takes it. Returns JSON-compatible {full, schedules: [per schedule and
@@ -182,7 +182,8 @@ def measure_schedules(unet: NestedUNet, inputs: Sequence[Tensor], schedules: Map
     full = timings["full"]
     macs_full, residuals = residual_macs(unet if plain is None else plain, [value[:1] for value in inputs])
     images = len(inputs[0]) / rows_per_image
-    found = []
+    result: dict[str, Any] = {
+        "full": {**full.to_json(), "macs": macs_full.hook, "macs_fc": macs_full.fc}, "schedules": []}
     for name, schedule in schedules.items():
         macs = schedule_macs(macs_full, residuals, schedule.blocks, schedule.calls)
         for adjusted in (False, True):
@@ -191,11 +192,11 @@ def measure_schedules(unet: NestedUNet, inputs: Sequence[Tensor], schedules: Map
                 timing = timings[f"{distinct.index(one.names)}{'+' * adjusted}"] if one.names else full
                 ratios.append({"reused": len(one.names), "steps": one.steps, "ratio": timing.ratio(full)})
                 seconds += one.steps * timing.median
-            found.append({
+            result["schedules"].append({
                 "name": name, "sha256": schedule.sha256, "sampler": schedule.run["sampler"],
                 "steps": schedule.run["steps"], "calls": schedule.calls, "scale_shift": adjusted, "sets": ratios,
                 "seconds": seconds, "images_per_second": images / seconds,
                 "speedup": schedule.calls / sum(one["steps"] * one["ratio"] for one in ratios),
                 "macs": macs.hook, "macs_fc": macs.fc, "macs_speedup": macs_full.hook / macs.hook,
                 "macs_fc_speedup": macs_full.fc / macs.fc})
-    return {"full": {**full.to_json(), "macs": macs_full.hook, "macs_fc": macs_full.fc}, "schedules": found}
+    return result

@@ -10,7 +10,7 @@ _SSIM_WINDOW = 11
 
 
 def _psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.asarray(psnr(np.square(x.astype(np.float64) - y).mean(axis=(1, 2, 3))))
+    return psnr(np.square(x.astype(np.float64) - y).mean(axis=(1, 2, 3)))
 
 
 def _ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -143,7 +143,7 @@ def own_tables() -> dict[str, Table]:
 
 
 def _read_all(folder: Path) -> dict[str, Table]:
-    files = {path: OmegaConf.to_container(OmegaConf.load(path)) for path in folder.glob("*.yaml")}
+    files: dict[Path, Any] = {path: OmegaConf.to_container(OmegaConf.load(path)) for path in folder.glob("*.yaml")}
     return {table.name: table for path, content in sorted(files.items(), key=lambda file: file[1]["source"])
             for table in _read(path, content)}
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -147,7 +148,8 @@ def quality_fronts(points: Sequence[dict], path: Path, panels: Sequence[tuple], 
         return {"color": shades[colors.index(p["color"])] if p["color"] is not None else "C0",
                 "marker": MARKERS[markers.index(p["marker"]) % len(MARKERS)] if p["marker"] is not None else "o"}
 
-    printed, hollow = False, {"marker": "D", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
+    printed = False
+    hollow: dict[str, Any] = {"marker": "D", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
     for axis, ((cost, cost_label), (measure, label, higher), front) in zip(grid.flat, panels, strict=False):
         drawn = [(i, p) for i, p in enumerate(points) if p.get(measure) is not None and p[cost] is not None]
         for _, p in drawn:
@@ -183,7 +185,7 @@ def heat_maps(panels: Sequence[tuple[str, Sequence, Sequence, np.ndarray, list[l
     better); yellow is better in all of them."""
     across = min(2, len(panels))
     down = -(-len(panels) // across)
-    width, height = (len(panels[0][i]) for i in (2, 1))
+    width, height = len(panels[0][2]), len(panels[0][1])
     size = across * max(0.52 * width + 1.6, 3.6), down * (0.42 * height + 1.4)
     figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     for axis in grid.flat[len(panels):]:

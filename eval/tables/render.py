@@ -11,7 +11,7 @@ from caching.block_schedule import PlannedBlocks
 from eval.cost import bk_sdm
 from eval.cost.macs import giga
 from eval.cost.run_timing import in_full_steps
-from eval.cost.runs import macs_per_step, pruned
+from eval.cost.runs import macs_per_step, pruned, told_by_steps
 from eval.tables.paper import COLUMNS, Note, Section, Table, tables
 from eval.tables.rows import Row, Runs, of_table
 from eval.tables.text import align
@@ -83,13 +83,14 @@ def speed_of(found: Found, run: Run, base: int) -> Speed | None:
     """
     own = []
     for path, result in found:
-        times = result.throughput
-        told = {"model": result.model, "dtype": result.settings.get("dtype")}
-        if pruned(run) or result.kind != "throughput" or not times:
+        times = result.times
+        same = (result.model, result.settings.get("dtype")) == (run.config.name, run.spec.network.dtype)
+        if pruned(run) or result.kind != "throughput" or not times or not same:
             continue
-        if any(run.told[key] != value for key, value in told.items()):
-            continue
-        cost = _in_full_steps(times, run)           # of a run; the seconds of a round cancel in it
+        if "kinds" in times:                        # of one run, by eval.throughput run
+            cost = in_full_steps(times, run) if result.settings.get("cache") == run.caching.settings else None
+        else:
+            cost = _in_full_steps(times, run) if told_by_steps(run) else None       # the seconds of a round cancel
         if cost is not None:
             seconds, ratio = cost
             own.append(Speed(result.settings["batch_size"] / seconds, base / ratio, path, result))
@@ -107,7 +108,7 @@ def _in_full_steps(times: Mapping, run: Run) -> tuple[float, float] | None:
     if blocks is not None:
         own = [timed for timed in times.get("schedules", ()) if timed["sha256"] == blocks.schedule.sha256
                and timed["scale_shift"] == (blocks.table is not None)]
-        return (own[0]["seconds"], own[0]["calls"] / own[0]["speedup"]) if own and level is None else None
+        return (own[0]["seconds"], own[0]["calls"] / own[0]["speedup"]) if own else None
     k = run.full_calls
     if level is None:
         return k * full, k
@@ -193,7 +194,8 @@ def _difference(section: Section, column: str, printed: float | str | None, ours
 def _fill(table: Table, section: Section, runs: Runs, found: Found, numbers: Mapping[Note, int],
           sources: dict[str, None]) -> Filled:
     columns = [key for key in COLUMNS if key in section.columns() or (key == "macs_G" and runs.rows)]
-    lines, values = [], []
+    lines: list[Line] = []
+    values: list[tuple[str, ...]] = []
 
     def marks(test: str, *args: str) -> str:
         found = [number for note, number in numbers.items() if getattr(note, test)(section.name, *args)]
@@ -210,7 +212,8 @@ def _fill(table: Table, section: Section, runs: Runs, found: Found, numbers: Map
         for row in beside:
             ours, files = _ours(table, section, columns, row,
                                 base or row.run.config.sampler.steps + row.run.calls - row.run.steps, found, sources)
-            device = {path: result.provenance.get("device_name") for path, result in found}.get(files.get("throughput"))
+            device = next((result.provenance.get("device_name") for path, result in found
+                           if path == files.get("throughput")), None)
             shown = {key: _shown(ours[key], _decimals(section, key, printed.get(key))) if key in ours else "-"
                      for key in columns}
             difference = {key: _difference(section, key, printed.get(key), ours.get(key), device) for key in columns}
@@ -334,7 +337,8 @@ in `runs/`; step times: `throughput/`.
 
 def everything(found: Found) -> dict[str, str]:
     """The text of results/README.md and of every file of results/tables/, by path below results/."""
-    files, sections = {}, [_ABOUT]
+    files: dict[str, str] = {}
+    sections = [_ABOUT]
     for table in tables().values():
         runs = of_table(table)
         parts = render(table, runs, found), schedules(table, runs) if table.schedules else ()
