@@ -169,5 +169,5 @@ def schedule_macs(full: Macs, residuals: Mapping[str, Macs], schedule: Mapping[s
 
 
 def giga(macs: float) -> float:
-    """MACs in units of 10**9."""
+    """The MACs in units of 10**9."""
     return macs / 1e9
