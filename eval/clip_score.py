@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from eval.metrics.images import ImageSet, open_images
@@ -48,7 +48,7 @@ def precision(device: torch.device) -> str:
 
 class ImageText(NamedTuple):
     """An image-text model in evaluation mode. preprocess: PIL image -> [3, h, w]; tokenize: texts -> [n, length]."""
-    net: nn.Module
+    net: Any
     preprocess: Callable[[Image.Image], Tensor]
     tokenize: Callable[[Sequence[str]], Tensor]
     device: torch.device
@@ -212,7 +212,7 @@ def difference(ours: Result, other: Result) -> dict:
 
 
 @command
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
     parser.add_argument("--prompts", type=Path, required=True, help="the file that was sampled (runs/prompts.py)")

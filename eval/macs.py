@@ -64,7 +64,7 @@ def of_run(run: Run) -> tuple[dict, list[str]]:
         title = (f"{run.config.name}: {blocks.schedule.kinds} blocks on their own schedules"
                  + (f", {len(level.full_steps)} full steps, branch {level.branch}" if level else "")
                  + f"; one of {run.calls} network calls, in G")
-    if alone:
+    if alone and level:
         cached = branch_macs(run.unet, example_inputs(run.config), [level.branch])[1][level.branch]
         shown = {"full": full, "cached": cached, "average": average}
         result |= {"macs_cached": cached.hook, "macs_fc_cached": cached.fc}

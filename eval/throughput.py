@@ -17,12 +17,13 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from caching.block_schedule import BlockSchedule
-from caching.policy import Policy
+from caching.policy import Together
 from eval.cost.run_timing import table as table_of_run
 from eval.cost.run_timing import time_run
 from eval.cost.timing import measure, measure_schedules
@@ -112,7 +113,7 @@ def time_a_run() -> None:
     rows, where = machine.batch_size * run.rows_per_image, provenance(device)
     inputs = random_inputs(run.config, rows, device, run.dtype)
     with as_user_error():
-        result = time_run(run, found.network, inputs, lambda: run.caching.policy(device, run.dtype) or Policy(),
+        result = time_run(run, found.network, inputs, lambda: run.caching.policy(device, run.dtype) or Together(),
                           args.repeats, args.warmup)
     print(f"{run.config.name}, {run.name}: batch {machine.batch_size} ({rows} rows), {where['device_name']}\n"
           f"{table_of_run(result)}")
@@ -158,7 +159,7 @@ def main() -> None:
     branches = list(dict.fromkeys(args.branch or [config.sampler.branch]))
     steps = config.sampler.steps if args.steps is None else args.steps
     torch.manual_seed(0)
-    unet = place(load_unet(config, args.checkpoint) if args.checkpoint else build(config, "cpu"), device, dtype)
+    unet: Any = place(load_unet(config, args.checkpoint) if args.checkpoint else build(config, "cpu"), device, dtype)
     rows = args.batch_size * rows_per_image(config)
     inputs = random_inputs(config, rows, device, dtype)
     if args.out:

@@ -182,9 +182,10 @@ def of_run(run: Run, label: str, whole: int, kind: str, given: Given | None = No
 
 def trained_on(config: Config) -> str | None:
     """The images that a model was trained on here, as eval.quality calls them; None for a published one."""
-    if config.train is None:
+    train = getattr(config, "train", None)
+    if train is None:
         return None
-    groups = getattr(config.train, "groups", None) or [config.train.group or "all"]
+    groups = getattr(train, "groups", None) or [train.group or "all"]
     return f"emoji:{','.join(groups)}"
 
 

@@ -20,7 +20,7 @@ from eval.tables.plots import heat_maps, quality_fronts
 from eval.tables.render import Speed, speed_of
 from eval.tables.rows import printed_values
 from eval.tables.text import markdown
-from experiments.arms import Arm
+from experiments.arms import Arm, trained_on
 from experiments.runner import minus_uncached, times_paths
 from runs import arguments, results
 from runs.files import write_atomically
@@ -238,7 +238,7 @@ def render(found: Sequence[tuple[Arm, Result | None]], folder: Path) -> str:
         run, model = arm.run, arm.run.config.name
         points = by_model.setdefault(model, [])
         times = [(path, results.read(path)) for path in times_paths(times_path(folder, model), [arm]) if path.is_file()]
-        printed = {} if run.config.train else printed_values(model)
+        printed = {} if trained_on(run.config) else printed_values(model)
         points.append(Point(run, axes_of(run), result, speed_of(times, run, (points[0].run if points else run).calls),
                             printed.get(arm.name, [])))
     text = as_csv([record for points in by_model.values() for record in records(points)])

@@ -60,7 +60,8 @@ def test_throughput_counts_images_not_rows(monkeypatch, capsys, tmp_path):
     result = json.loads(out.read_text())
     assert "batch 3 (6 rows with guidance)" in capsys.readouterr().out
     assert (result["settings"]["batch_size"], result["settings"]["rows"]) == (3, 6)
-    assert result["full"]["images_per_second"] == 3 / (250 * 2.0)
-    run = result["runs"][0]
+    times = result["throughput"]
+    assert times["full"]["images_per_second"] == 3 / (250 * 2.0)
+    run = times["runs"][0]
     assert (run["branch"], run["full_steps"]) == (0, 50)
     assert run["images_per_second"] == 3 / (50 * 2.0 + 200 * 0.5)

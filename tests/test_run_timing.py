@@ -39,6 +39,14 @@ def test_the_command_times_each_kind_once(monkeypatch, tmp_path, capsys):
     assert found.throughput["run"]["macs_speedup"] > 1.5 and "x by time" in capsys.readouterr().out
 
 
+def test_a_run_without_caching_has_one_kind(monkeypatch, tmp_path):
+    out = tmp_path / "run.json"
+    monkeypatch.setattr(sys, "argv", ["run", "--config", str(CONFIG), "--steps", "2", "--batch-size", "1", "--device",
+                                      "cpu", "--repeats", "1", "--warmup", "1", "--out", str(out)])
+    throughput.time_a_run()
+    assert [(one["reused"], one["calls"]) for one in results.read(out).times["kinds"]] == [([], 2)]
+
+
 def test_times_of_kinds_become_those_of_every_run_that_has_no_others():
     times = {"full": {"median": 2.0}, "kinds": [{"reused": ["2"], "median": 0.5, "ratio": 0.25}]}
     run = RunSpec.of(CONFIG, steps=20, interval=5).open()

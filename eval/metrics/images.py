@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -199,7 +199,7 @@ def _npz(path: Path) -> ImageSet:
     with _open_array(path) as (_, shape):
         pass
 
-    def take(file: BinaryIO, some: range) -> bytes:
+    def take(file: IO[bytes], some: range) -> bytes:
         size = len(some) * int(np.prod(shape[1:]))
         try:
             data = file.read(size)
@@ -221,7 +221,7 @@ def _npz(path: Path) -> ImageSet:
                 at = some.stop
 
     names, fingerprint = [str(i) for i in range(shape[0])], _fingerprint([path], [path.name])
-    return ImageSet(str(path), names, list(range(shape[0])), shape[1:3], fingerprint, path, read,
+    return ImageSet(str(path), names, list(range(shape[0])), (shape[1], shape[2]), fingerprint, path, read,
                     lambda some: f"{fingerprint} {some.start}-{some.stop}", lambda: _npz(path))
 
 
@@ -231,7 +231,7 @@ class _open_array:
     def __init__(self, path: Path):
         self.path = path
 
-    def __enter__(self):
+    def __enter__(self) -> tuple[IO[bytes], tuple[int, ...]]:
         try:
             self.archive = zipfile.ZipFile(self.path)
             self.file = self.archive.open("arr_0.npy")
@@ -249,7 +249,7 @@ class _open_array:
             raise UserError(f"no images in {self.path}")
         return self.file, shape
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.archive.close()
 
 
