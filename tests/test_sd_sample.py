@@ -27,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import stable_diffusion.compare
 from eval.cost.macs import step_macs
+from planning import block_caching
 from runs.folder import image_path
 from runs.prompts import prompts_sha256
 from stable_diffusion.model import ReleasedNoise
@@ -258,8 +259,8 @@ def test_what_is_not_read_of_long_prompts_is_said(sample, tmp_path, capsys):
 def test_caching_is_counted_by_call(sample, tmp_path, monkeypatch, capsys):
     """PLMS makes a call more than steps; the schedule is that of the steps."""
     full, forward = [], UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda self, x, t, context, cache: (
-        full.append(cache.full), forward(self, x, t, context, cache))[1])
+    monkeypatch.setattr(UNet, "forward", lambda self, x, t, context, cache: (        # but for what is traced
+        x.is_meta or full.append(cache.full), forward(self, x, t, context, cache))[1])
     for name, mask in {"plms": "1001000", "ddim": "100100", "dpmpp": "100100"}.items():
         full.clear()
         assert sample("--sampler", name, "--interval", 3, "--seeds", 0, "--out", tmp_path / name) == 0
@@ -304,6 +305,15 @@ def test_diffusers_unet_gives_the_same_images(sample, tmp_path):
     for name, flags in (("ours", []), ("theirs", ["--diffusers-unet"])):
         assert sample("--steps", 4, *flags, "--out", tmp_path / name) == 0
     assert same(tmp_path / "ours", tmp_path / "theirs", tolerance=1)
+
+
+def test_nothing_is_fitted_to_diffusers_unet(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["block_caching", "measure", "--config", str(tiny), "--prompt", "red fox",
+                                      "--diffusers-unet", "--steps", "2", "--seeds", "0", "--device", "cpu",
+                                      "--out", str(tmp_path / "changes.json")])
+    with pytest.raises(SystemExit) as stop:
+        block_caching.main()
+    assert fails(capsys, stop.value.code, "--diffusers-unet") and not (tmp_path / "changes.json").exists()
 
 
 # Bad input
