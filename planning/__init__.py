@@ -1,1 +1,1 @@
-"""What is fitted to a model before it runs: change curves, block schedules, scale and shift."""
+"""Whatever is fitted to a model before it runs: change curves, block schedules, scale and shift, forecasts."""

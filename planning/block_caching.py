@@ -29,7 +29,7 @@ from caching.options import RunShape
 from eval.cost.macs import branch_macs, residual_macs, schedule_macs
 from planning.block_changes import BlockChanges, ScheduleMaker, summary
 from planning.block_plots import change_curves, schedule_chart, similarity_maps
-from planning.fitting import batches, check_out, open_model
+from planning.fitting import batches, check_out, open_model, own_unet
 from planning.train_scale_shift import METHODS, train
 from runs import arguments
 from runs.cli import command
@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace) -> None:
         raise UserError(f"--similar must be 0 or more, got {args.similar}")
     model.check_seeds(seeds)
     model.load()
-    kinds = {name: module.kind for name, module in model.unet.named_modules() if getattr(module, "kind", None)}
+    kinds = {name: module.kind for name, module in own_unet(model).named_modules() if getattr(module, "kind", None)}
     meter = ChangeMeter(kinds, model.sampler.calls)
     for batch, report in batches(seeds, args.batch_size, "changes", model):
         model.latents(batch, meter, report=report)

@@ -1,4 +1,4 @@
-"""What Block Caching's schedules are made from: how much each residual of a run changes, and what it costs.
+"""The measurements that Block Caching's schedules are made from: how much each residual of a run changes and costs.
 
 `python -m scripts.block_caching measure` writes it as JSON; schedules need nothing else, no weights either.
 """
@@ -20,7 +20,7 @@ FORMAT = 1
 
 @dataclass
 class BlockChanges:
-    """Changes of all residuals of a run, with the MACs of one network call and one row.
+    """The changes of all residuals of a run, with the MACs of one network call and one row.
 
     run, calls, measured: as in `caching.block_schedule.BlockSchedule`.
     residuals: name -> {"kind", "changes" (of each call from the one before), "macs" [hook, fc]}.
@@ -39,7 +39,7 @@ class BlockChanges:
 
     @classmethod
     def load(cls, path: Path) -> "BlockChanges":
-        """Raises UserError for a file that is missing or damaged."""
+        """Read a file. Raises UserError where it is missing or damaged."""
         if not Path(path).is_file():
             raise UserError(f"no measured changes {path}: python -m scripts.block_caching measure makes them")
         try:
@@ -87,13 +87,13 @@ class ScheduleMaker:
         self.residuals = {name: Macs(*changes.residuals[name]["macs"]) for name in self.measured}
 
     def blocks(self, delta: float) -> dict[str, list[int]]:
-        """Residual -> steps that compute it."""
+        """The steps that compute each residual, by its name."""
         return {name: threshold_schedule(values, delta) for name, values in self.measured.items()}
 
     def macs(self, blocks: dict[str, list[int]]) -> Macs:
-        """Per network call and row, of a run with these blocks, and with DeepCache where it is there.
+        """The MACs per network call and row of a run with these blocks, and with DeepCache where it is there.
 
-        Exact: the blocks outside DeepCache's level are asked for in full and in cached steps alike.
+        They are exact: the blocks outside DeepCache's level are asked for in full and in cached steps alike.
         """
         return schedule_macs(self.base, self.residuals, blocks, self.changes.calls)
 

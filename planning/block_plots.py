@@ -18,7 +18,7 @@ from runs.files import write_atomically
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    """With a palette: a third of the bytes, and no difference that can be seen."""
+    """Save a figure with a palette, which takes a third of the bytes and makes no difference that can be seen."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
     plt.close(figure)
@@ -27,13 +27,13 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 
 def short(name: str) -> str:
-    """input_blocks.4.1 -> in 4.1, for the axis of a picture."""
+    """The name of a residual at the axis of a picture: input_blocks.4.1 -> in 4.1."""
     return (name.replace("input_blocks.", "in ").replace("output_blocks.", "out ").replace("middle_block.", "middle ")
             .replace("transformer_blocks.0.", ""))
 
 
 def change_curves(changes: Mapping[str, Sequence[float]], path: Path) -> None:
-    """A curve per residual: its relative change at every step; colour = where it lies in the network."""
+    """Draw a curve per residual: its relative change at every step; colour = where it lies in the network."""
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(changes)))
     for colour, (name, values) in zip(colours, changes.items(), strict=True):
@@ -47,7 +47,7 @@ def change_curves(changes: Mapping[str, Sequence[float]], path: Path) -> None:
 
 
 def schedule_chart(schedule: Mapping[str, Sequence[int]], num_steps: int, path: Path) -> None:
-    """A row per residual: a dot where it is computed, an arrow over the steps that reuse the value."""
+    """Draw a row per residual: a dot where it is computed, an arrow over the steps that reuse the value."""
     figure, axis = plt.subplots(figsize=(2 + 0.16 * num_steps, 0.8 + 0.2 * len(schedule)), layout="constrained")
     for row, steps in enumerate(schedule.values()):
         for start, end in zip(steps, [*steps[1:], num_steps], strict=True):
@@ -63,7 +63,7 @@ def schedule_chart(schedule: Mapping[str, Sequence[int]], num_steps: int, path: 
 
 
 def at_equal_cost(points: Sequence[dict], path: Path, panels: Sequence[tuple[str, str]]) -> None:
-    """A row per arm, in their order; a panel per measure, dotted where the uncached run stands.
+    """Draw a row per arm, in their order; a panel per measure, dotted where the uncached run stands.
 
     points: as in `eval.tables.plots.cost_against_quality`, by budget; a line separates where the
     cost falls by more than 5 %.
@@ -91,7 +91,7 @@ def at_equal_cost(points: Sequence[dict], path: Path, panels: Sequence[tuple[str
 
 
 def similarity_maps(similarities: Mapping[int, Tensor], path: Path) -> None:
-    """A square per branch: cosine similarity of its feature between all pairs of steps."""
+    """Draw a square per branch: the cosine similarity of its feature between all pairs of steps."""
     columns = min(len(similarities), 6)
     rows = -(-len(similarities) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(0.8 + 2.4 * columns, 2.6 * rows), squeeze=False,

@@ -39,7 +39,7 @@ from runs.weights import save_tensors
 
 
 def build_parser(words: list[str]) -> argparse.ArgumentParser:
-    """The options of the model that the config among the words names."""
+    """The command line of the model that the config among the words names."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     config = first.parse_known_args(words)[0].config
@@ -75,10 +75,11 @@ def check(args: argparse.Namespace, model: ImageModel) -> PlannedDeepCache:
 
 def held_out_distances(model: ImageModel, level: PlannedDeepCache, damping: Damping, seeds: list[int],
                        batch_size: int) -> dict[str, Metric]:
-    """Distances of reuse, the plain and the fitted forecast to the network without caching, on the same seeds.
+    """The distances of reuse, the plain and the fitted forecast to the network without caching, on the same seeds.
 
-    feature: of what cached steps see to what the network would compute there, relative, mean over the steps. latents:
-    of what sampling ends on, relative. Each with a 95 % interval over the seeds, and the paired differences.
+    feature: between what cached steps see and what the network would compute there, relative, mean over the steps.
+    latents: between what sampling ends on, relative. Each has a 95 % interval over the seeds, and there are the paired
+    differences.
     """
     arms = {"reuse": (0, 1.0), "plain": (level.forecast[0], 1.0), "fitted": (level.forecast[0], damping)}
     found: dict[str, list[float]] = {f"{measure}, {arm}": [] for arm in arms for measure in ("feature", "latents")}

@@ -16,11 +16,10 @@ from caching.block_schedule import (
     scale_shift_metadata,
     scale_shift_tensors,
 )
-from caching.nested import NestedUNet
 from caching.scale_shift import Comparison, Distiller, LeastSquares, ScaleShift, relative_distance
 from eval.cost.macs import on_meta
 from eval.metrics.intervals import mean_estimate
-from planning.fitting import batches, check_out, open_model
+from planning.fitting import batches, check_out, open_model, own_unet
 from runs import results
 from runs.errors import UserError, as_user_error
 from runs.families import Config, example_inputs
@@ -53,8 +52,7 @@ def by_adam(model: ImageModel, schedule: BlockSchedule, seeds: list[int], args: 
             channels[key] = value.shape[1 if value.ndim == 4 else -1]
     on_example(model.run.unet, model.config, read)
     steps = torch.tensor(model.sampler.call_timesteps(), device=model.device)
-    unet = model.unet
-    assert isinstance(unet, NestedUNet)         # not diffusers', which cannot be cached
+    unet = own_unet(model)
     embeddings = unet.embedding(steps).float()
     scale_shift = ScaleShift(channels, embeddings.shape[1]).to(model.device)
     optimizer = torch.optim.Adam(scale_shift.parameters(), args.lr)
@@ -71,8 +69,8 @@ def by_adam(model: ImageModel, schedule: BlockSchedule, seeds: list[int], args: 
 
 def by_least_squares(model: ImageModel, schedule: BlockSchedule, seeds: list[int], args: argparse.Namespace
                      ) -> tuple[list[Adjustment], dict]:
-    """In closed form, in one run of all seeds as one batch."""
-    solver = LeastSquares(model.unet, args.ridge)
+    """The closed form, solved in one run of all seeds as one batch."""
+    solver = LeastSquares(own_unet(model), args.ridge)
     for batch, report in batches(seeds, len(seeds), "solving", model):
         model.latents(batch, BlockCache(schedule.blocks), solver, report)
     return solver.table, {"ridge": args.ridge}
@@ -82,17 +80,17 @@ METHODS = {"least-squares": by_least_squares, "adam": by_adam}
 
 
 def metric_name(measure: str, arm: str) -> str:
-    """One of MEASURES of one of ARMS, in the report of `train`."""
+    """The name of one of MEASURES of one of ARMS in the report of `train`."""
     return f"{measure}, {arm}"
 
 
 def held_out_distances(model: ImageModel, schedule: BlockSchedule, table: Sequence[Adjustment], seeds: list[int],
                        batch_size: int) -> dict[str, Metric]:
-    """Distances to the uncached network with and without the adjustment, on the same seeds: means, and their
-    difference, each with a 95% interval over the seeds; by `metric_name`.
+    """The distances to the uncached network with and without the adjustment, on the same seeds, by `metric_name`.
 
-    residuals: of the reused ones to those that the network would compute, relative, mean over calls and residuals.
-    latents: of what sampling ends on, relative. pixels: root mean square, of 255.
+    They are means over the seeds, and their difference, each with a 95% interval. residuals: from reused ones to those
+    that the network would compute, relative, mean over calls and residuals. latents: between what sampling ends on,
+    relative. pixels: root mean square, of 255.
     """
     found: dict[str, dict[str, list[float]]] = {arm: {measure: [] for measure in MEASURES} for arm in ARMS[:2]}
     for batch, report in batches(seeds, batch_size, "judging", model, work=3):

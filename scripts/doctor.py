@@ -44,7 +44,7 @@ def machine() -> Iterator[str]:
 
 
 def packages() -> Iterator[str]:
-    """Those of requirements.txt that are missing or of another version."""
+    """The requirements of requirements.txt that are missing or of another version."""
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     wanted, bad = [Requirement(line) for line in lines if line], 0
     for requirement in wanted:
@@ -69,14 +69,15 @@ def state(item: Item, hashing: bool) -> str:
         return "here, no digest is published"
     if not hashing:
         return "here, not checked (--hash)"
-    wrong = [file for file in known if not fits(ROOT / file.path, file.digest)]
-    if wrong:
-        return f"WRONG {wrong[0].digest[0]}: {wrong[0].path} has {digest_of(ROOT / wrong[0].path, wrong[0].digest[0])}"
+    for file in known:
+        if file.digest and not fits(ROOT / file.path, file.digest):
+            kind, _ = file.digest
+            return f"WRONG {kind}: {file.path} has {digest_of(ROOT / file.path, kind)}"
     return "here, digest right"
 
 
 def references() -> dict[str, Path]:
-    """Where the reference of each published model is looked for."""
+    """The path at which the reference of each published model is looked for."""
     return {model: path for family in families().values() for model, path in family.references.items()}
 
 

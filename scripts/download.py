@@ -18,7 +18,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from tqdm import tqdm
@@ -40,7 +40,7 @@ class File(NamedTuple):
     unpack: dict[str, str] | str | None = None
 
     def results(self) -> list[Path]:
-        """What there is in the end: the file, or what is unpacked from it."""
+        """The paths that are there in the end: of the file, or of what is unpacked from it."""
         if self.unpack is None:
             return [self.path]
         return [Path(p) for p in (self.unpack.values() if isinstance(self.unpack, dict) else [self.unpack])]
@@ -64,7 +64,8 @@ def catalogue(path: Path = CATALOGUE) -> dict[str, Item]:
     """All items of a YAML file, by name. Raises UserError for one that is not like downloads.yaml."""
     items = {}
     try:
-        for name, entry in OmegaConf.to_container(OmegaConf.load(path)).items():
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+        for name, entry in content.items():
             base, to = entry.get("base", ""), entry.get("to", "")
             files = []
             for file in entry["files"]:
@@ -78,7 +79,7 @@ def catalogue(path: Path = CATALOGUE) -> dict[str, Item]:
 
 
 def digest_of(path: Path, kind: str) -> str:
-    """md5 or sha256 of a file, hex."""
+    """The md5 or sha256 of a file, hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, kind).hexdigest()
 
@@ -98,7 +99,7 @@ def fetch(file: File, root: Path = ROOT, tries: int = 5, pause: float = 2.0) -> 
     if file.unpack is not None and file.there(root):
         return f"{', '.join(map(str, file.results()))}: there already"
     if path.exists():
-        if not fits(path, file.digest):
+        if file.digest and not fits(path, file.digest):
             raise UserError(f"{path} is there and its {file.digest[0]} is not the published {file.digest[1]}: "
                             "move it away, and it is fetched anew")
         done = "there already" + (f", {file.digest[0]} right" if file.digest else ", no digest to check it by")
@@ -106,7 +107,7 @@ def fetch(file: File, root: Path = ROOT, tries: int = 5, pause: float = 2.0) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
         _complete(file, part, tries, pause)
-        if not fits(part, file.digest):
+        if file.digest and not fits(part, file.digest):
             part.unlink()
             raise UserError(f"{file.url} arrived with another {file.digest[0]} than the published {file.digest[1]}: "
                             "removed; the same command fetches it anew")
@@ -184,7 +185,7 @@ def _unpack(archive: Path, file: File, root: Path) -> None:
                     with opened.open(member) as source, open(part, "wb") as out:
                         shutil.copyfileobj(source, out)
                     part.replace(to)
-        else:
+        elif file.unpack is not None:
             _unpack_folder(archive, root / file.unpack)
     except (zipfile.BadZipFile, tarfile.TarError, KeyError, EOFError) as error:
         raise UserError(f"{archive} does not unpack: {one_line(error)}") from None

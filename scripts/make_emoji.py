@@ -18,6 +18,7 @@ import math
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -33,13 +34,15 @@ def read_package(folder: Path, style: str) -> tuple[dict, dict, str]:
         sys.exit(f"error: expected one iconify-json-{style}-VERSION.tgz in {folder}, found {len(found)}; "
                  f"fetch it with: npm pack @iconify-json/{style}")
     with tarfile.open(found[0]) as tar:
-        def load(name):
-            return json.load(tar.extractfile(f"package/{name}.json"))
+        def load(name: str) -> Any:
+            member = tar.extractfile(f"package/{name}.json")
+            assert member, f"package/{name}.json is no file"
+            return json.load(member)
         return load("icons"), load("metadata"), load("package")["version"]
 
 
 def split_of(name: str) -> str:
-    """'train' or 'held-out', from the name alone."""
+    """The split that a name is in, 'train' or 'held-out': it decides alone."""
     return "held-out" if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT else "train"
 
 
@@ -60,7 +63,7 @@ def rasterise(source: str, size: int) -> Image.Image:
     return square.convert("RGB").resize((size, size), Image.Resampling.BOX)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="folder with the five iconify-json-*.tgz files")
     parser.add_argument("--out", type=Path, default=Path("data/emoji"))
@@ -68,7 +71,7 @@ def main():
     args = parser.parse_args()
 
     packages = {style: read_package(args.packages, style) for style in STYLES}
-    groups = {}      # name -> group; fluent-emoji has no groups of its own and takes those of the same name
+    groups: dict[str, str] = {}      # name -> group; fluent-emoji has no groups of its own and takes those of the same name
     for _, metadata, _ in packages.values():
         for group, names in metadata.get("categories", {}).items():
             for name in names:

@@ -1,6 +1,7 @@
 """Makes a network ready for a device, and faster on it where that was asked for."""
 
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -11,8 +12,10 @@ from speed.graphs import RecordedNetwork, recorded
 from speed.memory import keep_freed_memory
 from speed.packed import pack, packable
 
+Placed = TypeVar("Placed", bound=nn.Module)
 
-def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+
+def place(network: Placed, device: torch.device | str, dtype: torch.dtype | None = None) -> Placed:
     """Make a network ready for inference: on its device, in its dtype (None: as it is), in the layout that is fastest.
 
     On a CPU with oneDNN that is one which only its kernels read: the network can no longer be moved or saved
@@ -21,7 +24,7 @@ def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype | N
     network.eval().requires_grad_(False)
     network.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
     if packable(network):
-        network = pack(network)
+        network = cast(Placed, pack(network))       # only a layer alone becomes another object
     if torch.device(device).type == "cpu":
         keep_freed_memory()     # not earlier: what is freed while weights are loaded is better returned
     return network

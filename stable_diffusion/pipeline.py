@@ -187,7 +187,7 @@ class Run:
 
 
 class RunStart:
-    """A pipeline's `progress_bar`, as what it was before, with a run around the loop that it counts."""
+    """A pipeline's `progress_bar`: the one that it had before, with a run around the loop that it counts."""
 
     def __init__(self, pipe: DiffusionPipeline, forward: "CachedForward", settings: Settings):
         self.pipe, self.forward, self.settings = pipe, forward, settings
@@ -272,7 +272,7 @@ class CachedForward:
                 down_intrablock_additional_residuals: tuple | None = None,
                 encoder_attention_mask: Tensor | None = None,
                 return_dict: bool = True) -> UNet2DConditionOutput | tuple[Tensor]:
-        """As UNet2DConditionModel.forward. Raises UserError for what Stable Diffusion's U-Net does not take."""
+        """Do as UNet2DConditionModel.forward. Raises UserError for what Stable Diffusion's U-Net does not take."""
         _refuse("class_labels", class_labels is not None, "this U-Net has no classes")
         _refuse("timestep_cond", timestep_cond is not None, "this U-Net is not distilled for a guidance scale")
         for name, mask in (("attention_mask", attention_mask), ("encoder_attention_mask", encoder_attention_mask)):
@@ -325,7 +325,7 @@ def _unet_of(pipe: DiffusionPipeline) -> UNet2DConditionModel:
 
 
 def _installed(unet: UNet2DConditionModel) -> CachedForward | None:
-    """What already runs in the place of the U-Net's forward."""
+    """The forward that already runs in the place of the U-Net's, if one of ours does."""
     owners = (getattr(vars(unet).get(slot), "__self__", None) for slot in ("_old_forward", "forward"))
     return next((owner for owner in owners if isinstance(owner, CachedForward)), None)
 
@@ -345,7 +345,7 @@ def _parameters(modules: Mapping[str, nn.Module]) -> Mapping[str, nn.Parameter]:
 
 
 def _refuse_additions(modules: Mapping[str, nn.Module]) -> None:
-    """Raises UserError for what has been added to a U-Net and would not run."""
+    """Refuse what has been added to a U-Net and would not run. Raises UserError."""
     for name, module in modules.items():
         added = vars(module)
         if _is_lora(module):

@@ -28,7 +28,7 @@ def build(size: str) -> nn.Module:
 
 
 def size_of(layout: Mapping[str, Any]) -> str | None:
-    """Which size a diffusers config of a U-Net is of, as run.json has it; None for any other U-Net."""
+    """The size of the U-Net of a diffusers config, as run.json has it; None for any other U-Net."""
     def layers(config: Mapping[str, Any]) -> tuple[Any, ...]:
         return (config.get("layers_per_block", 2), config.get("mid_block_type", "UNetMidBlock2DCrossAttn"),
                 tuple(config.get("block_out_channels", (320, 640, 1280, 1280))))
@@ -37,7 +37,7 @@ def size_of(layout: Mapping[str, Any]) -> str | None:
 
 
 def step_macs(size: str) -> Macs:
-    """MACs of one step for a 512x512 image and 77 tokens of text, one row of the batch."""
+    """The MACs of one step for a 512x512 image and 77 tokens of text, one row of the batch."""
     unet = build(size)
     with torch.device("meta"):
         x, t, context = torch.zeros(1, 4, 64, 64), torch.zeros(1, dtype=torch.long), torch.zeros(1, 77, 768)

@@ -184,7 +184,7 @@ def table(found: Sequence[Result]) -> str:
 
 
 def memory_table(found: Sequence[Result]) -> str:
-    """Peak memory of all settings where it was measured, in Markdown."""
+    """The table of the peak memory of all settings where it was measured, in Markdown."""
     lines = ["| model | batch | dtype | ours, without cache | ours, cached | the feature | diffusers "
              "| helper |",
              "|---" * 8 + "|"]
@@ -199,7 +199,7 @@ def memory_table(found: Sequence[Result]) -> str:
 
 
 def chart(found: Sequence[Result], path: Path) -> None:
-    """Images per second at each interval, ours, the package's, and what the MACs promise."""
+    """Draw images per second at each interval: ours, the package's, and what the MACs promise."""
     columns = min(len(found), 4)
     rows = math.ceil(len(found) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3 * rows), squeeze=False)

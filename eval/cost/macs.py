@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,15 @@ class Macs(NamedTuple):
     fc: float
 
 
-def _hook_macs(module: nn.Module, x: Any, out: Tensor) -> int:
-    """MACs of one layer in the released code's convention (github horseee/DeepCache, 1691a3a)."""
+def _hook_macs(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> int:
+    """The MACs of one layer in the released code's convention (github horseee/DeepCache, 1691a3a)."""
     if isinstance(module, nn.Conv2d):
         products = out.numel() * module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
         return products + (out.numel() if module.bias is not None else 0)
-    if isinstance(module, nn.Linear):       # the bias once for each layer, however many rows x has
-        return x.numel() * module.out_features + (module.out_features if module.bias is not None else 0)
+    if isinstance(module, nn.Linear):       # the bias once for each layer, however many rows the input has
+        return inputs[0].numel() * module.out_features + (module.out_features if module.bias is not None else 0)
     if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):        # the released counter goes by exact class, which
-        return 2 * x.numel() if type(module) in (nn.GroupNorm, nn.LayerNorm) else 0     # leaves GroupNorm32 out
+        return 2 * inputs[0].numel() if type(module) in (nn.GroupNorm, nn.LayerNorm) else 0     # leaves GroupNorm32 out
     if next(module.parameters(recurse=False), None) is not None:
         raise TypeError(f"no rule for the MACs of {type(module).__name__}, which has weights of its own")
     return 0                                # activations, resampling, and containers, whose layers count themselves
@@ -47,7 +47,7 @@ def counting() -> Iterator[Callable[[], Macs]]:
 
     def add(module: nn.Module, args: tuple, out: Tensor) -> None:
         nonlocal total
-        total += _hook_macs(module, args[0] if args else None, out)
+        total += _hook_macs(module, args, out)
 
     handle = register_module_forward_hook(add)
     try:
@@ -58,14 +58,14 @@ def counting() -> Iterator[Callable[[], Macs]]:
 
 
 def count(forward: Callable[[], object]) -> Macs:
-    """MACs of what `forward()` computes, layers called outside any network included (see `counting`)."""
+    """The MACs of what `forward()` computes, layers called outside any network included (see `counting`)."""
     with counting() as so_far:
         forward()
         return so_far()
 
 
 def on_meta(unet: nn.Module, inputs: Sequence[Tensor]) -> Callable[[Cache], Tensor]:
-    """`cache -> unet(*inputs, cache=cache)` on the meta device, wherever `unet` and `inputs` are."""
+    """A function `cache -> unet(*inputs, cache=cache)` on the meta device, wherever `unet` and `inputs` are."""
     weights = {name: value.to("meta") for name, value in unet.state_dict().items()}
     inputs = tuple(value.to("meta") for value in inputs)
 
@@ -122,13 +122,13 @@ def costs(unet: nn.Module, inputs: Sequence[Tensor]) -> Costs:
 
 
 def branch_macs(unet: nn.Module, inputs: Sequence[Tensor], branches: Iterable[int]) -> tuple[Macs, dict[int, Macs]]:
-    """MACs of a full step, and of DeepCache's cached step at each branch; inputs as of `costs`."""
+    """The MACs of a full step, and of DeepCache's cached step at each branch. inputs: as `costs` takes them."""
     found = costs(unet, inputs)
     return found.full, {branch: found.calls(DeepCache(branch, [0]), 2)[1] for branch in branches}
 
 
 def step_macs(unet: nn.Module, inputs: Sequence[Tensor], branch: int) -> tuple[Macs, Macs]:
-    """`branch_macs` of one branch: (full, cached)."""
+    """The MACs of a full step, and of DeepCache's cached step at one branch."""
     full, cached = branch_macs(unet, inputs, [branch])
     return full, cached[branch]
 
@@ -139,27 +139,27 @@ def mean(calls: Sequence[Macs]) -> Macs:
 
 
 def average(full: Macs, cached: Macs, full_steps: Collection[int], num_steps: int) -> Macs:
-    """MACs per step of a run: (k F + (T - k) C) / T with k full steps of T."""
+    """The MACs per step of a run: (k F + (T - k) C) / T with k full steps of T."""
     k = len(full_steps)
     return mean([full] * k + [cached] * (num_steps - k))
 
 
 def run_macs(unet: nn.Module, inputs: Sequence[Tensor], policy: Policy | None, num_steps: int) -> Macs:
-    """MACs per step of a run under any caching policy, made for the meta device."""
+    """The MACs per step of a run under any caching policy, made for the meta device."""
     return mean(costs(unet, inputs).calls(policy, num_steps))
 
 
 def residual_macs(unet: nn.Module, inputs: Sequence[Tensor]) -> tuple[Macs, dict[str, Macs]]:
-    """MACs of a full step, and of each residual in it: what a step saves that reuses the residual."""
+    """The MACs of a full step, and of each residual in it: what a step saves that reuses the residual."""
     found = costs(unet, inputs)
     return found.full, {key: macs for key, macs in found.values.items() if isinstance(key, str)}
 
 
 def schedule_macs(full: Macs, residuals: Mapping[str, Macs], schedule: Mapping[str, Collection[int]],
                   num_steps: int) -> Macs:
-    """MACs per step of a run in which each residual of `schedule` is computed on its own steps only.
+    """The MACs per step of a run in which each residual of `schedule` is computed on its own steps only.
 
-    full, residuals: of `residual_macs`. No residual of the schedule may lie inside another one.
+    full, residuals: what `residual_macs` returns. No residual of the schedule may lie inside another one.
     """
     def mean(convention: str) -> float:
         saved = sum((num_steps - len(steps)) * getattr(residuals[name], convention)
@@ -169,4 +169,5 @@ def schedule_macs(full: Macs, residuals: Mapping[str, Macs], schedule: Mapping[s
 
 
 def giga(macs: float) -> float:
+    """The MACs in units of 10**9."""
     return macs / 1e9

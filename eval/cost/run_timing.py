@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caching.nested import no_cache
+from caching.nested import Network, no_cache
 from caching.policy import Policy
 from eval.cost.runs import call_macs, costs_of
 from eval.cost.timing import interleave
@@ -21,16 +21,17 @@ Kind = frozenset[Hashable]
 
 
 def named(kind: Kind) -> list[str]:
-    """A kind of call for a file: the keys that it reuses, levels by their skip."""
+    """The keys that a kind of call reuses, as a file has them: levels by their skip."""
     return sorted(map(str, kind))
 
 
 @torch.inference_mode()
-def time_run(run: Run, network: Callable[..., Tensor], inputs: Sequence[Tensor], make: Callable[[], Policy],
+def time_run(run: Run, network: Network, inputs: Sequence[Tensor], make: Callable[[], Policy],
              repeats: int = 20, warmup: int = 2) -> dict[str, Any]:
     """Time every kind of call of a run, in turns with a full one, and derive the whole run.
 
-    network: as the run's U-Net, on its device; inputs: what it takes before `cache`. make: a fresh policy.
+    network: the run's U-Net or what stands in for it, on its device. inputs: what it takes before `cache`. make: a
+    function that returns a fresh policy.
     Returns JSON-compatible {full, kinds: [per kind, its calls, time and MACs], run}; seconds are of one batch and of
     the network alone. Raises ValueError for no repeats.
     """
@@ -72,7 +73,7 @@ def in_full_steps(times: Mapping[str, Any], run: Run) -> tuple[float, float] | N
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """What `time_run` found, for people."""
+    """The results of `time_run` as text."""
     full, run = result["full"], result["run"]
     lines = [f"{'calls':>6}{'median ms':>11}{'time':>8}{'macs':>8}{'macs_fc':>9}  reused",
              f"{'':6}{1e3 * full['median']:11.2f}{1:8.3f}{1:8.3f}{1:9.3f}  nothing (without caching)"]

@@ -1,4 +1,4 @@
-"""What a run costs, in multiply-accumulates of one row of the network's batch; see eval/cost/macs.py."""
+"""The cost of a run, in multiply-accumulates of one row of the network's batch; see eval/cost/macs.py."""
 
 from weakref import WeakKeyDictionary
 
@@ -29,7 +29,7 @@ def costs_of(run: Run) -> Costs:
 
 
 def call_macs(run: Run) -> list[Macs]:
-    """Every network call of an image, one row of the batch."""
+    """The MACs of every network call of an image, one row of the batch."""
     size = pruned(run)
     if size is not None:
         return [bk_sdm.step_macs(size)] * run.calls
@@ -37,7 +37,7 @@ def call_macs(run: Run) -> list[Macs]:
 
 
 def macs_per_step(run: Run, over: int | None = None) -> Macs:
-    """As the papers count: the mean over the steps of one row, or their sum divided by `over` steps.
+    """The MACs per step as the papers count: the mean over the steps of one row, or their sum divided by `over` steps.
 
     The call that PLMS makes beside its steps is left out, as it is there.
     """
@@ -46,7 +46,7 @@ def macs_per_step(run: Run, over: int | None = None) -> Macs:
 
 
 def macs_per_image(run: Run) -> Macs:
-    """All network calls of an image, both rows of guidance."""
+    """The MACs of all network calls of an image, both rows of guidance included."""
     return Macs(*(sum(values) * run.rows_per_image for values in zip(*call_macs(run), strict=True)))
 
 

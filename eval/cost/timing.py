@@ -1,4 +1,4 @@
-"""Wall-clock time of full and cached steps, all variants taking turns."""
+"""The wall-clock time of full and cached steps, all variants taking turns."""
 
 import gc
 import time

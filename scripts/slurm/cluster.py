@@ -39,14 +39,14 @@ class Settings:
     tasks_at_once: int | None = None
 
     def options(self, kind: str, limit: str) -> list[str]:
-        """Of sbatch, for a job on the gpu or cpu side with a time limit."""
+        """The options of sbatch for a job on the gpu or cpu side with a time limit."""
         given = {"account": self.account, **getattr(self, kind), "time": limit}
         return [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()
                 if value is not None and value is not False]
 
 
 def read_settings(path: Path) -> Settings:
-    """Raises UserError for a file that is wrong or has no sense."""
+    """Read the settings. Raises UserError for a file that is wrong or has no sense."""
     settings = read_yaml(path, Settings)
     for name, value in (("images_per_task", settings.images_per_task), ("tasks_at_once", settings.tasks_at_once)):
         if value is not None and value < 1:
@@ -96,7 +96,7 @@ class Step(NamedTuple):
     ended: Sequence[str] = ()
 
     def words(self, ids: dict[str, str] | None = None) -> list[str]:
-        """Of the whole line, with the ids of the steps before it; without its dependency where there are none."""
+        """The words of the whole line, with the ids of the steps before it; without ids, without its dependency."""
         after = []
         if ids is not None and self.ok:
             after.append(":".join(["afterok", *(ids[name] for name in self.ok)]))
@@ -108,7 +108,8 @@ class Step(NamedTuple):
 
 def as_script(steps: Iterable[Step]) -> list[str]:
     """The lines that would submit the steps, to be read, or run by bash."""
-    lines, ids = [], {}
+    lines: list[str] = []
+    ids: dict[str, str] = {}
     for i, step in enumerate(steps, 1):
         words = [word if word.startswith("--dependency=") else shlex.quote(word) for word in step.words(ids)]
         lines += [f"# {step.title}", f"job{i}=$(sbatch {' '.join(words)})"]
@@ -130,19 +131,19 @@ def only_one() -> Iterator[None]:
 
 
 def submit(step: Step, ids: dict[str, str]) -> str:
-    """Returns the id of the job, and adds it to those of the steps before. Raises UserError."""
+    """Submit a step, add its id to those of the steps before, and return it. Raises UserError."""
     ids[step.name] = _ask("sbatch", *step.words(ids)).split(";")[0]
     return ids[step.name]
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Raises UserError."""
+    """Cancel jobs. Raises UserError."""
     if jobs:
         _ask("scancel", *jobs)
 
 
 def check(steps: Sequence[Step]) -> None:
-    """Whether the cluster would take the steps, as far as it says beforehand. Raises UserError."""
+    """Check that the cluster would take the steps, as far as it says beforehand. Raises UserError."""
     limits, default = {}, []
     for line in _ask("sinfo", "-h", "-o", "%R|%l|%P").splitlines():
         name, limits[name], marked = line.split("|")
@@ -150,7 +151,7 @@ def check(steps: Sequence[Step]) -> None:
     config = dict(re.findall(r"^(\w+)\s*= (.*)$", _ask("scontrol", "show", "config"), re.MULTILINE))
     largest = int(config["MaxArraySize"]) - 1
     for step in steps:
-        given = dict(re.fullmatch(r"--([\w-]+)=?(.*)", word).groups() for word in step.options)
+        given = {key: value for key, _, value in (word.removeprefix("--").partition("=") for word in step.options)}
         names = given["partition"].split(",") if "partition" in given else default
         for name in names:
             if name not in limits:

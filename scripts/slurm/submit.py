@@ -38,7 +38,7 @@ class Slices(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the array's jobs."""
+        """The name of the array's jobs."""
         return f"sample:{self.folder}:{self.first}-{self.last}/{self.size}"
 
     @classmethod
@@ -52,7 +52,7 @@ class Slices(NamedTuple):
         return range(start, min(start + self.size, self.last + 1))
 
     def tasks(self, seeds: Sequence[int]) -> list[int]:
-        """Those that have any of the seeds."""
+        """The tasks that have any of the seeds."""
         return sorted({(seed - self.first) // self.size for seed in seeds})
 
 
@@ -168,7 +168,10 @@ def _label(arm: Arm) -> str:
 
 
 def images_per_task(arms: Sequence[Arm], settings: Settings, per_hour: float | None) -> Iterator[int]:
-    """For each row. per_hour: images of the row with the most MACs; what others make in an hour goes by their MACs."""
+    """How many images a task of each row makes.
+
+    per_hour: images of the row with the most MACs in an hour; what others make goes by their MACs.
+    """
     if per_hour is None:
         yield from [settings.images_per_task] * len(arms)
         return
@@ -289,7 +292,7 @@ def main() -> None:
     args = build_parser().parse_args()
     table = find_table(args.table)
     settings = settings_of(args)
-    plan, script = make_plan(table, args), table.script
+    plan, script = make_plan(table, args), str(table.script)
     if not plan.arms:
         print(f"{script} only lists settings, there is nothing to run: bash scripts/{script}")
         return
