@@ -71,7 +71,8 @@ def main() -> None:
     args = parser.parse_args()
 
     packages = {style: read_package(args.packages, style) for style in STYLES}
-    groups: dict[str, str] = {}         # by name; fluent-emoji has none of its own and takes those of the same name
+    # name -> group; fluent-emoji has no groups of its own and takes those of the same name
+    groups: dict[str, str] = {}
     for _, metadata, _ in packages.values():
         for group, names in metadata.get("categories", {}).items():
             for name in names:
