@@ -180,7 +180,8 @@ def test_guidance(sample, tmp_path, monkeypatch):
     forward = UNet.forward
 
     def watched(self, x, *args, **kwargs):
-        batches.append(len(x))
+        if not x.is_meta:       # what is traced computes nothing
+            batches.append(len(x))
         return forward(self, x, *args, **kwargs)
 
     monkeypatch.setattr(UNet, "forward", watched)
