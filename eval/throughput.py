@@ -105,6 +105,7 @@ def time_a_run() -> None:
     add_timing_options(parser)
     args = parser.parse_args()
     run, machine = spec_of(args, family).open(), arguments.chosen(Machine, args)
+    run.refuse_foreign(run.told | {"unet": asdict(run.config.unet)})
     device = machine.prepare()
     torch.manual_seed(0)
     checkpoint = run.spec.network.checkpoint
