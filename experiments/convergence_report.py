@@ -23,18 +23,22 @@ EQUAL = 0.98                # what costs so much of a run's cost or more is no c
 class Point:
     """A run that is measured. kind: what makes it cheap. psnr: dB, [seeds].
 
-    cost, time: of an image, in full network calls; time is None where the steps were not timed.
+    interval: None for a run of fewer steps. cost, time: of an image, in full network calls; time is None where the
+    steps were not timed.
     """
     name: str
     sampler: str
     kind: str
+    steps: int
+    interval: int | None
     cost: float
     time: float | None
     psnr: np.ndarray
 
     @classmethod
     def of(cls, run: Run, cost: float, times: Mapping[str, Any] | None, psnr: np.ndarray) -> "Point":
-        return cls(run.name, run.sampler_name, kind_of(run), cost, time_of(run, times), psnr)
+        interval = run.caching.settings["interval"] if run.caching else None
+        return cls(run.name, run.sampler_name, kind_of(run), run.steps, interval, cost, time_of(run, times), psnr)
 
     def on(self, seeds: slice) -> Metric:
         """The mean over some of the seeds."""
@@ -118,6 +122,22 @@ def fronts(points: Sequence[Point], cost: Callable[[Point], float | None], choos
     return {kind: line for kind, line in found.items() if line}
 
 
+def orders(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """How fast the error falls as all steps shrink: a row for each kind, sampler and interval with three steps or more.
+
+    The order between two numbers of steps is the slope of log(error) over log(steps); an error is 10^(-PSNR / 20).
+    """
+    found: list[tuple[str, ...]] = [("kind", "sampler", "N", "steps", "order between them")]
+    for kind, sampler, interval in dict.fromkeys((one.kind, one.sampler, one.interval) for one in points):
+        own = {one.steps: one.psnr.mean() for one in sorted(points, key=lambda one: one.steps)
+               if (one.kind, one.sampler, one.interval) == (kind, sampler, interval)}
+        if len(own) > 2:
+            slopes = np.diff(list(own.values())) / 20 / np.diff(np.log10(list(own)))
+            found.append((kind, sampler, str(interval or "-"), ", ".join(map(str, own)),
+                          ", ".join(f"{slope:.2f}" for slope in slopes)))
+    return found
+
+
 def render(points: Sequence[Point], chosen_on: int, folder: Path) -> str:
     """Write table and picture of what there is into `folder`; returns what to tell the user."""
     if not points:
@@ -135,6 +155,8 @@ def render(points: Sequence[Point], chosen_on: int, folder: Path) -> str:
         f"last {seeds - chosen_on} report. PSNR of the final latents to the converged ones of the same seed; costs are "
         "in full network calls per image. Differences are in dB, paired by seed, with 95 % intervals, to the run "
         f"without caching named in brackets: the cheapest that costs at least {EQUAL:g} of what the row costs.", "",
-        *markdown(rows(points, choose, report)), "", "![fronts](fronts.png)", ""])
+        *markdown(rows(points, choose, report)), "", "![fronts](fronts.png)", "",
+        "How fast the error falls as all steps shrink: the slope of log(error) over log(steps), between one number of "
+        "steps and the next.", "", *markdown(orders(points)), ""])
     write_atomically(folder / "table.md", lambda path: path.write_text(text))
     return f"{len(points)} runs are measured; wrote {folder / 'table.md'} and {folder / 'fronts.png'}"
