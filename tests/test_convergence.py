@@ -1,6 +1,7 @@
 """Studies of convergence: what is measured of a run, what is kept, and what the tables say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from experiments import convergence
-from experiments.convergence_report import PSNR, Point, at_no_less, best_at_no_less, orders, rows
+from experiments.convergence_report import PSNR, Point, orders, rival, rows
 from planning.convergence import Converged
 from runs import results
 from runs.errors import UserError
@@ -122,10 +123,13 @@ def points() -> list[Point]:
 
 def test_cost_decides_what_a_run_is_compared_with():
     *plain, cached = points()
-    assert at_no_less(cached, plain[3:], lambda one: one.cost).name == "ddim9"       # 9 costs 0.989 of 9.1
-    assert at_no_less(cached, plain[:3], lambda one: one.time).name == "unipc9"      # 9 takes 13.5, 12.0 is asked for
-    assert best_at_no_less(cached, plain, lambda one: one.cost, slice(2)).name == "unipc9"
-    assert at_no_less(plain[2], [cached], lambda one: one.cost) is None
+    everywhere = slice(None)
+    assert rival(cached, plain[3:], lambda one: one.cost, everywhere).name == "ddim9"       # 9 costs 0.989 of 9.1
+    assert rival(cached, plain[:3], lambda one: one.time, everywhere).name == "unipc9"      # 9 takes 13.5, it takes 12
+    assert rival(cached, plain, lambda one: one.cost, everywhere).name == "unipc9"
+    better = replace(plain[0], psnr=plain[1].psnr + 1)
+    assert rival(cached, [better, *plain[1:]], lambda one: one.cost, everywhere).name == "unipc3"   # cheaper and better
+    assert rival(plain[2], [cached], lambda one: one.cost, everywhere) is None
     table = {row[0]: row for row in rows(points(), slice(2), slice(2, None))}
     assert table["cached"][5] == "+0.5 [+0.5, +0.5] (unipc, 9)" and table["unipc9"][4:] == ("", "", "")
     assert table["cached"][4].startswith("+19.6")
