@@ -209,11 +209,12 @@ class Run:
         """The sample folder's name: uncached, steps59, uniform_n5, parti_centered_n5_c10_p1.5, uniform_n10_zeroed."""
         defaults = self.config.sampler
         first, last = self.spec.condition.name()
-        weights = self.spec.network.checkpoint
+        weights, usual = self.spec.network.checkpoint, timesteps_for(self.sampler_name, defaults.timesteps)
         parts = [*([weights.name] if weights else []),
                  *(part for method in self.caching.methods for part in method.name),
                  *([self.sampler_name] if self.sampler_name != self.default_sampler else []),
-                 *([f"steps{self.steps}"] if self.steps != defaults.steps else []), *last]
+                 *([f"steps{self.steps}"] if self.steps != defaults.steps else []),
+                 *([self.timesteps] if self.timesteps != usual else []), *last]
         return "_".join([*first, *(parts or ["uncached"])])
 
 
