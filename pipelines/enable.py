@@ -30,6 +30,7 @@ import operator
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, PNDMScheduler, UNet2DModel
@@ -66,17 +67,23 @@ class Enabled:
             _switch_on(self.pipe, self.before)
 
 
-def enable_deepcache(pipe: DiffusionPipeline, interval: int = 3, branch: int | None = None, schedule: str = "uniform",
-                     center: int | None = None, power: float | None = None, **options: Any) -> Enabled:
+def enable_deepcache(pipe: DiffusionPipeline, interval: int | None = None, branch: int | None = None,
+                     schedule: str = "uniform", center: int | None = None, power: float | None = None,
+                     **options: Any) -> Enabled:
     """Switch caching on in a pipeline, or change its settings.
 
-    interval: N of 1:N, one full step in every N; 2 or 3 is hard to tell from no caching, 5 is the papers', 1 does not
-    cache. branch: 0-based skip that cached steps still compute; 0 saves most, 1 is the paper's for Stable Diffusion
-    and the default, 2 for a UNet2DModel. schedule: "uniform", or "centered" with the paper's non-uniform center and
-    power (caching/schedules.py). options: of all methods in caching/methods.py, by the names that their flags have in
-    the sample commands: forecast=1 extrapolates what is reused (not of the papers; for intervals up to about 5).
+    interval: N of 1:N, one full step in every N; 2 and 3 are cautious, the papers go up to 10, 1 does not cache. By
+    default 3, or 1 beside a plan or block_schedule, which say themselves what each call computes.
+    branch: 0-based skip that cached steps still compute; 0 saves most, 1 is the paper's for Stable Diffusion and the
+    default, 2 for a UNet2DModel.
+    schedule: "uniform", or "centered" with the paper's non-uniform center and power (caching/schedules.py).
+    options: of all methods in caching/methods.py, by the names that their flags have in the sample commands, files as
+    paths: forecast=1 extrapolates what is reused (not of the papers).
     Raises UserError for settings that cannot be and for a pipeline that cannot be cached; nothing has changed then.
     """
+    if interval is None:
+        interval = 1 if options.keys() & {"plan", "block_schedule"} else 3
+    options = {name: Path(value) if isinstance(value, str) else value for name, value in options.items()}
     try:
         options |= {"interval": _whole(interval), "branch": None if branch is None else _whole(branch),
                     "schedule": schedule, "center": center, "power": power}

@@ -1,6 +1,7 @@
 """What is a step of a run in a pipeline, and what is not: threads, callbacks, loops of one's own, shared U-Nets."""
 
 import copy
+import json
 import logging
 import pickle
 import threading
@@ -24,12 +25,19 @@ from diffusers.hooks import apply_group_offloading
 from test_sd_pipeline import BETAS, SIZE, build, calls, direct, parts, run, tiny_unet  # noqa: F401  two are fixtures
 from torch import Tensor, nn
 
+from caching.block_cache import BlockCache, residual_names
 from caching.block_schedule import BlockSchedule
+from caching.deepcache import DeepCache
+from caching.policy import Together
+from caching.schedules import uniform
 from ldm.diffusers_layout import diffusers_state_dict, unet_arguments
 from pipelines.enable import disable_deepcache, enable_deepcache
 from pipelines.loop import Timestep
+from pipelines.parts import num_skips
+from pipelines.parts import residual_names as of_diffusers
 from runs.errors import UserError
 from sampling.diffusion import Diffusion
+from sampling.samplers import Sampler, noise_predictor
 from stable_diffusion.unet import UNet
 
 TOLERANCE = 2e-5
@@ -327,8 +335,8 @@ def test_what_cannot_be_is_refused_with_the_reason(parts):  # noqa: F811
     with pytest.raises(UserError, match="NoneType"):
         enable_deepcache(pipe)
     for change, message in ((own_class, "Own, which has a forward of its own"),
-                            (own_forward, r"torch.compile\(pipe.unet\)"), (block_forward, "down_blocks.1 has a forward"),
-                            (hook, "up_blocks.0 has a forward hook"), (unknown_block, "SkipDownBlock2D")):
+                            (own_forward, r"torch.compile\(pipe.unet\)"),
+                            (block_forward, "down_blocks.1 has a forward"), (hook, "up_blocks.0 has a forward hook"), (unknown_block, "SkipDownBlock2D")):
         pipe.unet = copy.deepcopy(unet)
         enable_deepcache(pipe)
         disable_deepcache(pipe)
@@ -349,9 +357,80 @@ def test_what_cannot_be_is_refused_with_the_reason(parts):  # noqa: F811
 # Our own samplers and block schedules
 
 def our_unet(pipe: DiffusionPipeline) -> UNet:
+    """Our U-Net on a pipeline's weights; the pipeline's DDIM is ours from now on."""
+    pipe.scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
     ours = UNet(**unet_arguments(pipe.unet.config)).eval()
     theirs = pipe.unet.state_dict()
     with torch.no_grad():
         for name, value in diffusers_state_dict(ours).items():
             value.copy_(theirs[name])
     return ours
+
+
+def test_a_forecast_in_a_pipeline_is_that_of_our_own_sampler(parts):  # noqa: F811
+    pipe = build(parts)
+    x, text = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 12, 16)
+    ours = our_unet(pipe)
+    enable_deepcache(pipe, interval=3, forecast=1)
+    theirs = run(pipe, None, steps=12, prompt_embeds=text, guidance_scale=1.0, latents=x)
+    diffusion = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
+    sampler = Sampler("ddim", 12, "leading", 0.0, diffusion)
+    cache = DeepCache(1, uniform(12, 3), forecast=1)
+    predict = noise_predictor(ours, diffusion, torch.float32, cache, (text,))
+    assert relative_error(theirs, sampler.run(predict, x)) < TOLERANCE
+    enable_deepcache(pipe, interval=3)
+    assert relative_error(theirs, run(pipe, None, steps=12, prompt_embeds=text, guidance_scale=1.0,
+                                      latents=x)) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_block_schedule_reuses_the_residuals_that_our_own_unet_does(parts, tmp_path, interval):  # noqa: F811
+    pipe = build(parts)
+    ours = our_unet(pipe)
+    names = residual_names(ours, "all")
+    assert set(names) == set(of_diffusers(pipe.unet))
+    blocks = {name: [0, 2, 4] if i % 2 else [0, 3] for i, name in enumerate(names)}
+    made_for = {"model": "sd_tiny", "unet": {}, "checkpoint_sha256": None, "sampler": "ddim", "steps": 6,
+                "timesteps": "leading"}
+    schedule = BlockSchedule(made_for, 6, "all", None, blocks, {}, {}, {})
+    (tmp_path / "blocks.json").write_text(json.dumps(schedule.to_json()))
+    x, text = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 12, 16)
+    plain = run(pipe, None, prompt_embeds=text, guidance_scale=1.0, latents=x)
+    enable_deepcache(pipe, interval, block_schedule=str(tmp_path / "blocks.json"))
+    theirs = run(pipe, None, prompt_embeds=text, guidance_scale=1.0, latents=x)
+    policy = BlockCache(blocks if interval == 1 else schedule.outside(1, num_skips(pipe.unet)))
+    diffusion = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
+    cache = policy if interval == 1 else Together(DeepCache(1, [0, 3]), policy)
+    predict = noise_predictor(ours, diffusion, torch.float32, cache, (text,))
+    assert relative_error(theirs, Sampler("ddim", 6, "leading", 0.0, diffusion).run(predict, x)) < TOLERANCE
+    assert relative_error(theirs, plain) > 50 * TOLERANCE
+    with pytest.raises(UserError, match="steps"):
+        run(pipe, steps=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["before", "after", "in place"])
+def test_compiled_whole_a_unet_has_one_graph_for_full_steps_and_one_for_cached_ones(parts, kind):  # noqa: F811
+    pipe = build(parts)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with enable_deepcache(pipe, forecast=1):
+        cached = run(pipe, steps=8)
+    torch.compiler.reset()
+    unet = pipe.unet
+    if kind == "in place":
+        pipe.unet.compile(backend=backend, fullgraph=True)
+    elif kind == "before":
+        pipe.unet = torch.compile(unet, backend=backend, fullgraph=True)
+    enable_deepcache(pipe, forecast=1)
+    if kind == "after":
+        pipe.unet = torch.compile(unet, backend=backend, fullgraph=True)
+    assert relative_error(run(pipe, steps=8), cached) < TOLERANCE
+    run(pipe, steps=8)
+    assert len(graphs) == 2
+    disable_deepcache(pipe)
+    assert "forward" not in vars(unet)

@@ -27,8 +27,9 @@ from pipelines.parts import num_skips
 from runs.errors import UserError
 
 TOLERANCE = 2e-5
-XL = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-      "block_out_channels": (32, 64), "layers_per_block": 2, "attention_head_dim": (2, 4), "cross_attention_dim": 16,
+XL = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+      "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (32, 64),
+      "layers_per_block": 2, "attention_head_dim": (2, 4), "cross_attention_dim": 16,
       "transformer_layers_per_block": (1, 2), "use_linear_projection": True, "addition_embed_type": "text_time",
       "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
 

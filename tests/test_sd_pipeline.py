@@ -22,11 +22,8 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import AttnAddedKVProcessor
-from peft import LoraConfig
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -35,7 +32,6 @@ from caching.schedules import centered
 from runs.errors import UserError
 from stable_diffusion.config import Config, Diffusion, Unet
 from stable_diffusion.pipeline import disable_deepcache, enable_deepcache, load_pipeline
-from stable_diffusion.unet import UNet
 
 TOLERANCE = 2e-5
 LEVELS = {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "cross_attention_dim": 16,
