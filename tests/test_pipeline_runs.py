@@ -336,7 +336,8 @@ def test_what_cannot_be_is_refused_with_the_reason(parts):  # noqa: F811
         enable_deepcache(pipe)
     for change, message in ((own_class, "Own, which has a forward of its own"),
                             (own_forward, r"torch.compile\(pipe.unet\)"),
-                            (block_forward, "down_blocks.1 has a forward"), (hook, "up_blocks.0 has a forward hook"), (unknown_block, "SkipDownBlock2D")):
+                            (block_forward, "down_blocks.1 has a forward"),
+                            (hook, "up_blocks.0 has a forward hook"), (unknown_block, "SkipDownBlock2D")):
         pipe.unet = copy.deepcopy(unet)
         enable_deepcache(pipe)
         disable_deepcache(pipe)
