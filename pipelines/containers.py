@@ -36,16 +36,18 @@ class Containers:
                 hook.post_forward(block, None)
 
 
-def named_containers(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks that the nest takes apart, by name."""
+def named_containers(unet: nn.Module, middle: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks that the nest takes apart, by name; the middle one too where its residuals may be kept."""
+    if middle:
+        yield "mid_block", unet.mid_block
     for side in ("down_blocks", "up_blocks"):
         for i, block in enumerate(getattr(unet, side)):
             yield f"{side}.{i}", block
 
 
-def check_containers(unet: nn.Module) -> None:
+def check_containers(unet: nn.Module, middle: bool = False) -> None:
     """Refuse what is around the forward of a container and would not run. Raises UserError."""
-    for name, block in named_containers(unet):
+    for name, block in named_containers(unet, middle):
         inside = vars(block)
         own = getattr(inside.get("forward"), "__func__", None) is type(block).forward       # put back by a helper
         if ("forward" in inside and not own and not _hooks(block)) or "_hf_hook" in inside:

@@ -35,6 +35,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, PNDMScheduler, UNet2DModel
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from caching.block_schedule import PlannedBlocks
 from caching.deepcache import DeepCacheOptions
@@ -42,6 +43,7 @@ from caching.methods import CachePlan, options_by_name, plan
 from caching.options import MethodOptions, RunShape
 from caching.policy import Policy
 from caching.schedules import check_settings
+from pipelines.containers import check_containers
 from pipelines.cost import run_macs
 from pipelines.install import check, install, uninstall, unwrapped
 from pipelines.loop import Loop
@@ -113,8 +115,7 @@ def disable_deepcache(pipe: DiffusionPipeline) -> None:
             del pipe.progress_bar
         else:
             pipe.progress_bar = bar.shadowed
-    if isinstance(getattr(pipe, "unet", None), nn.Module):
-        uninstall(pipe)
+    uninstall(pipe)
 
 
 def _switch_on(pipe: DiffusionPipeline, bar: "ProgressBar") -> None:
@@ -138,6 +139,7 @@ class ProgressBar:
         self.pipe, self.methods = pipe, methods
         self.shadowed: Any = None           # set on the object by the user; else it is the class's
         self.warned = False
+        self.counted: tuple[Any, int, list[int]] | None = None
 
     def __call__(self, iterable: Any = None, total: int | None = None, **others: Any) -> Any:
         frame = sys._getframe(1)
@@ -167,8 +169,9 @@ class ProgressBar:
 
     def _calls(self, loop: Loop, total: int) -> int:
         """How often the network will be called."""
-        if "_num_timesteps" in loop.code.co_names:      # the loop's function has set it; else it is of an older run
-            return self.pipe.num_timesteps
+        number = getattr(self.pipe, "_num_timesteps", None)
+        if number is not None and "_num_timesteps" in loop.code.co_names:       # else it is of an older run
+            return number
         timesteps = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
         return max(total, 0 if timesteps is None else len(timesteps))
 
@@ -188,6 +191,8 @@ class ProgressBar:
         if unknown:
             raise UserError(f"a block schedule for pipelines is of ResNet blocks and transformers: this U-Net has no "
                             f"{unknown[0]}")
+        if blocks and any(name.startswith("middle_block.") for name in blocks.blocks):
+            check_containers(unet, middle=True)
         if found and calls < FEW and not self.warned:
             self.warned = True
             log.warning("this run has %d network calls: there is next to nothing to reuse, and each cached one shows",
@@ -198,8 +203,11 @@ class ProgressBar:
         """Say what the run does and what that saves."""
         sample = argument(args, kwargs, 0, "sample")
         policy = found.policy("meta", sample.dtype)
+        key = id(unet), calls, repr(tree_map_only(Tensor, lambda value: value.shape, (args, kwargs)))
         try:
-            full, each = run_macs(unet, args, kwargs, policy, residuals_of(policy, unet), calls)
+            if self.counted is None or self.counted[0] != key:      # counted once for runs of the same kind
+                self.counted = key, *run_macs(unet, args, kwargs, policy, residuals_of(policy, unet), calls)
+            _, full, each = self.counted
         except Exception as error:          # a quantised layer, say, has no copy on the meta device
             log.info("caching in %d network calls: %s; multiply-accumulates were not counted (%s)", calls,
                      _summary(found), error)

@@ -88,21 +88,32 @@ def install(pipe: Any) -> None:
 
 
 def uninstall(pipe: Any) -> None:
-    """Give the U-Net its own forward back, unless another pipeline caches with it."""
-    unet = unwrapped(pipe.unet)
-    others = _wanted.get(unet, set()) if isinstance(unet, nn.Module) else set()
-    others.discard(pipe)
-    if others or not isinstance(unet, nn.Module):
-        return
+    """Give the U-Nets of a pipeline their own forward back, unless another pipeline caches with them.
+
+    They are the one that it has and those that it had.
+    """
+    unets = [unet for unet, pipes in list(_wanted.items()) if pipe in pipes]
+    now = getattr(pipe, "unet", None)
+    if isinstance(now, nn.Module):
+        unets.append(unwrapped(now))
+    for unet in unets:
+        others = _wanted.get(unet, WeakSet())
+        others.discard(pipe)
+        if not others:
+            _restore(unet)
+            for holder, name in _compiled(now) if unwrapped(now) is unet else ():
+                if isinstance(vars(holder)[name], Counted):
+                    setattr(holder, name, vars(holder)[name].compiled)
+
+
+def _restore(unet: nn.Module) -> None:
     holder, name = _slot(unet)
-    if _is_ours(vars(holder).get(name)):
-        if holder is unet and name == "forward":
-            delattr(unet, name)
-        else:
-            setattr(holder, name, type(unet).forward.__get__(unet))
-    for holder, name in _compiled(pipe.unet):
-        if isinstance(vars(holder)[name], Counted):
-            setattr(holder, name, vars(holder)[name].compiled)
+    if not _is_ours(vars(holder).get(name)):
+        return
+    if holder is unet and name == "forward":
+        delattr(unet, name)
+    else:
+        setattr(holder, name, type(unet).forward.__get__(unet))
 
 
 def _slot(unet: nn.Module) -> tuple[Any, str]:
