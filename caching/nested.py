@@ -129,8 +129,11 @@ def nested_forward(x: Tensor, input_blocks: nn.ModuleList, middle_block: Block, 
     x: [batch, in_channels, height, width] -> [batch, channels, height, width], before the head. Any height and width:
     each level returns the size that it was given.
     """
-    def up(block: Block) -> Callable[[Tensor, Tensor, torch.Size], Tensor]:
+    def down(block: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: block(x, cond)
+
+    def up(block: nn.Module) -> Callable[[Tensor, Tensor, torch.Size], Tensor]:
         return lambda inner, skip, size: block(torch.cat([inner, skip], dim=1), cond, size)
 
-    return nest(x, [lambda x, block=block: block(x, cond) for block in input_blocks], lambda x: middle_block(x, cond),
+    return nest(x, [down(block) for block in input_blocks], down(middle_block),
                 [up(block) for block in reversed(output_blocks)], cond.cache)

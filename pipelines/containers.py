@@ -39,9 +39,9 @@ class Containers:
 def named_containers(unet: nn.Module, middle: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """The blocks that the nest takes apart, by name; the middle one too where its residuals may be kept."""
     if middle:
-        yield "mid_block", unet.mid_block
+        yield "mid_block", unet.get_submodule("mid_block")
     for side in ("down_blocks", "up_blocks"):
-        for i, block in enumerate(getattr(unet, side)):
+        for i, block in unet.get_submodule(side).named_children():
             yield f"{side}.{i}", block
 
 

@@ -125,7 +125,7 @@ def _slot(unet: nn.Module) -> tuple[Any, str]:
     return unet, "_old_forward" if "_old_forward" in inside else "forward"
 
 
-def _compiled(unet: nn.Module) -> list[tuple[Any, str]]:
+def _compiled(unet: Any) -> list[tuple[Any, str]]:
     """Where the compiled functions of a U-Net are, by torch.compile(unet) and unet.compile()."""
     found = [(unet, "forward")] if unwrapped(unet) is not unet else []
     return found + [(unwrapped(unet), "_compiled_call_impl")] * (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import apply_freeu
-from torch import Tensor, nn
+from torch import Tensor
 
 from caching.nested import Cache
 from pipelines.containers import Containers
@@ -20,6 +20,7 @@ DOWN = {"DownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D", "SimpleCrossAt
         "ResnetDownsampleBlock2D"}
 UP = {"UpBlock2D", "CrossAttnUpBlock2D", "AttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"}
 MIDDLE = {"UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"}
+Theirs = Any                # a module of diffusers, whose attributes are made at run time
 _FREEU = ("s1", "s2", "b1", "b2")
 Down = Callable[[Tensor], Tensor]
 Up = Callable[[Tensor, Tensor, torch.Size], Tensor]         # inner, skip, size of the level above
@@ -48,24 +49,23 @@ class Call(NamedTuple):
     sized: bool = False
 
 
-def down_parts(unet: nn.Module, call: Call) -> list[Down]:
+def down_parts(unet: Theirs, call: Call) -> list[Down]:
     """The encoder: part k makes skip k of its input."""
     parts: list[Down] = [unet.conv_in]
     for index, block in enumerate(unet.down_blocks):
-        before = len(parts)
         for resnet, attention in _layers(block):
             parts.append(partial(_layer, call, block, resnet, attention, f"input_blocks.{len(parts)}"))
-        after = _crossing(block)            # a T2I-Adapter adds before the downsampling there, else after it
-        if after and len(parts) > before:
+        ahead = _crossing(block)            # a T2I-Adapter adds before the downsampling there, else after it
+        if ahead:
             parts[-1] = _adapted(parts[-1], call, index)
         for downsampler in block.downsamplers or ():
             parts.append(partial(_resample, call, block, downsampler))
-        if not after:
+        if not ahead:
             parts[-1] = _adapted(parts[-1], call, index)
     return parts
 
 
-def middle_part(unet: nn.Module, call: Call) -> Down:
+def middle_part(unet: Theirs, call: Call) -> Down:
     """The middle block, whole unless its residuals may be kept."""
     block = unet.mid_block
     extra = call.adapter[len(unet.down_blocks)] if call.adapter and len(call.adapter) > len(unet.down_blocks) else None
@@ -89,7 +89,7 @@ def middle_part(unet: nn.Module, call: Call) -> Down:
     return run
 
 
-def up_parts(unet: nn.Module, call: Call) -> list[Up]:
+def up_parts(unet: Theirs, call: Call) -> list[Up]:
     """The decoder: part k takes skip k."""
     parts: list[Up] = []
     for block in unet.up_blocks:
@@ -100,7 +100,7 @@ def up_parts(unet: nn.Module, call: Call) -> list[Up]:
     return parts[::-1]
 
 
-def residual_names(unet: nn.Module) -> Iterator[str]:
+def residual_names(unet: Theirs) -> Iterator[str]:
     """The residuals that a cache may keep: ResNet blocks and transformers, by the names that our own U-Nets give."""
     k = 1
     for block in unet.down_blocks:
@@ -120,35 +120,35 @@ def residual_names(unet: nn.Module) -> Iterator[str]:
             k += 1
 
 
-def num_skips(unet: nn.Module) -> int:
+def num_skips(unet: Theirs) -> int:
     """How many skips, or branches, a U-Net has."""
     return sum(len(block.resnets) for block in unet.up_blocks)
 
 
-def _names(part: str, attention: nn.Module | None) -> Iterator[str]:
+def _names(part: str, attention: Theirs | None) -> Iterator[str]:
     yield f"{part}.0"
     if attention is not None:
         yield f"{part}.1"
 
 
-def _layers(block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+def _layers(block: Theirs) -> Iterator[tuple[Theirs, Theirs | None]]:
     """The ResNet blocks of a block, each with the attention after it."""
     attentions = getattr(block, "attentions", None)
     return zip(block.resnets, [None] * len(block.resnets) if attentions is None else attentions, strict=True)
 
 
-def _crossing(block: nn.Module) -> bool:
+def _crossing(block: Theirs) -> bool:
     return bool(getattr(block, "has_cross_attention", False))
 
 
-def _layer(call: Call, block: nn.Module, resnet: nn.Module, attention: nn.Module | None, name: str,
+def _layer(call: Call, block: Theirs, resnet: Theirs, attention: Theirs | None, name: str,
            x: Tensor) -> Tensor:
     call.containers.enter(block)
     x = _resnet(call, block, resnet, f"{name}.0", x)
     return x if attention is None else _attend(call, block, attention, f"{name}.1", x)
 
 
-def _up(call: Call, block: nn.Module, resnet: nn.Module, attention: nn.Module | None, upsamplers: Sequence[nn.Module],
+def _up(call: Call, block: Theirs, resnet: Theirs, attention: Theirs | None, upsamplers: Sequence[Theirs],
         name: str, inner: Tensor, skip: Tensor, size: torch.Size) -> Tensor:
     if all(getattr(block, key, None) for key in _FREEU) and block.resolution_idx in (0, 1):
         # FreeU (arXiv 2309.11497) writes into its input, which may be a feature that is kept.
@@ -160,7 +160,7 @@ def _up(call: Call, block: nn.Module, resnet: nn.Module, attention: nn.Module | 
     return x
 
 
-def _resample(call: Call, block: nn.Module, module: nn.Module, x: Tensor, size: torch.Size | None = None) -> Tensor:
+def _resample(call: Call, block: Theirs, module: Theirs, x: Tensor, size: torch.Size | None = None) -> Tensor:
     call.containers.enter(block)
     if type(module).__name__ == "ResnetBlock2D":
         return module(x, call.emb)
@@ -171,10 +171,11 @@ def _adapted(part: Down, call: Call, index: int) -> Down:
     """A part with what a T2I-Adapter (arXiv 2302.08453) adds to its output."""
     if not call.adapter or index >= len(call.adapter):
         return part
-    return lambda x: part(x) + call.adapter[index]      # type: ignore[index]
+    residual = call.adapter[index]
+    return lambda x: part(x) + residual
 
 
-def _resnet(call: Call, block: nn.Module, resnet: nn.Module, name: str, x: Tensor) -> Tensor:
+def _resnet(call: Call, block: Theirs, resnet: Theirs, name: str, x: Tensor) -> Tensor:
     def run() -> Tensor:
         if torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
             return block._gradient_checkpointing_func(resnet, x, call.emb)
@@ -185,7 +186,7 @@ def _resnet(call: Call, block: nn.Module, resnet: nn.Module, name: str, x: Tenso
     return _kept(call, name, run, shortcut)
 
 
-def _attend(call: Call, block: nn.Module, attention: nn.Module, name: str, x: Tensor) -> Tensor:
+def _attend(call: Call, block: Theirs, attention: Theirs, name: str, x: Tensor) -> Tensor:
     def run() -> Tensor:
         kind = type(block).__name__
         if not _crossing(block):            # a layer of self-attention; that of a middle block knows the timestep
