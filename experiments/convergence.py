@@ -37,9 +37,9 @@ from eval.metrics.intervals import mean_estimate
 from eval.tables.text import align
 from experiments import convergence_report
 from experiments.convergence_report import PSNR, Point
-from experiments.runner import python
 from experiments.sweep import check_axis, config_of
 from planning.convergence import Converged
+from planning.fit_forecast import fit
 from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError
@@ -49,6 +49,7 @@ from runs.results import Cost, Metric, Result
 from runs.seeds import parse_seeds
 from runs.settings import read_yaml
 from runs.spec import Run, RunSpec
+from runs.weights import save_tensors
 
 KIND = "convergence"
 FITTED = "fitted"           # instead of the file of an axis `forecast_weights`
@@ -130,13 +131,16 @@ def check_names(runs: list[tuple[RunSpec, bool]], path: Path) -> None:
 
 def fitted(spec: RunSpec, study: Study, place: Place, machine: Machine) -> RunSpec:
     """The run with weights that were fitted to it, which are made where they are not there. Raises UserError."""
-    path = place.fitted(spec.open())
+    run = spec.open()
+    path, level = place.fitted(run), run.deepcache
+    if level is None or level.forecast[0] == 0:
+        raise UserError(f"{run.name} has nothing to fit: say interval and forecast")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        judged_on = parse_seeds(study.seeds)[:2]        # the study judges; the command wants some
-        python(["-m", "planning.fit_forecast", *spec.words(), *arguments.words(arguments.given(machine)),
-                "--seeds", str(study.fit_seeds), "--held-out-seeds", ",".join(map(str, judged_on)),
-                "--out", str(path)], "fitting")
+        model = run.family.open(run, machine)
+        model.load()
+        weights = fit(model, level, parse_seeds(str(study.fit_seeds)), machine.batch_size)
+        save_tensors(weights.tensors(), path, weights.metadata())
     return spec.having(forecast_weights=path)
 
 

@@ -23,18 +23,22 @@ EQUAL = 0.98                # what costs so much of a run's cost or more is no c
 class Point:
     """A run that is measured. kind: what makes it cheap. psnr: dB, [seeds].
 
-    cost, time: of an image, in full network calls; time is None where the steps were not timed.
+    interval: None for a run of fewer steps. cost, time: of an image, in full network calls; time is None where the
+    steps were not timed.
     """
     name: str
     sampler: str
     kind: str
+    steps: int
+    interval: int | None
     cost: float
     time: float | None
     psnr: np.ndarray
 
     @classmethod
     def of(cls, run: Run, cost: float, times: Mapping[str, Any] | None, psnr: np.ndarray) -> "Point":
-        return cls(run.name, run.sampler_name, kind_of(run), cost, time_of(run, times), psnr)
+        interval = run.caching.settings["interval"] if run.caching else None
+        return cls(run.name, run.sampler_name, kind_of(run), run.steps, interval, cost, time_of(run, times), psnr)
 
     def on(self, seeds: slice) -> Metric:
         """The mean over some of the seeds."""
@@ -65,21 +69,18 @@ def time_of(run: Run, times: Mapping[str, Any] | None) -> float | None:
     return None if ratio is None else run.full_calls + (run.calls - run.full_calls) * ratio
 
 
-def at_no_less(point: Point, others: Sequence[Point], cost: Callable[[Point], float | None]) -> Point | None:
-    """The cheapest of the others that costs as much as the point or more."""
-    wanted = cost(point)
-    dear = [] if wanted is None else [(found, other.name, other) for other in others
-                                      if (found := cost(other)) is not None and found >= EQUAL * wanted]
-    return min(dear)[2] if dear else None
+def rival(point: Point, plain: Sequence[Point], cost: Callable[[Point], float | None], choose: slice) -> Point | None:
+    """The run without caching that comes nearest to converged, on the seeds that choose, at equal cost.
 
-
-def best_at_no_less(point: Point, plain: Sequence[Point], cost: Callable[[Point], float | None], choose: slice
-                    ) -> Point | None:
-    """Of the samplers without caching, each at a cost no less than the point's, the one nearest to converged on the
-    seeds that choose."""
-    samplers = dict.fromkeys(other.sampler for other in plain)
-    found = [at_no_less(point, [other for other in plain if other.sampler == name], cost) for name in samplers]
-    return max((one for one in found if one is not None), key=lambda one: one.on(choose).value, default=None)
+    That is, of each sampler, what costs no more than its cheapest run that costs as much as the point. None where no
+    sampler has such a one.
+    """
+    found, wanted = [], cost(point)
+    for sampler in dict.fromkeys(other.sampler for other in plain):
+        own = [(value, other) for other in plain if other.sampler == sampler and (value := cost(other)) is not None]
+        dear = [value for value, _ in own if wanted is not None and value >= EQUAL * wanted]
+        found += [other for value, other in own if dear and value <= min(dear)]
+    return max(found, key=lambda one: one.on(choose).value, default=None)
 
 
 def difference(point: Point, other: Point | None, report: slice) -> str:
@@ -98,9 +99,9 @@ def rows(points: Sequence[Point], choose: slice, report: slice) -> list[tuple[st
     for point in sorted(points, key=lambda one: (-one.cost, one.name)):
         same = [other for other in plain if other.sampler == point.sampler]
         beside = ["", "", ""] if point in plain else [
-            difference(point, at_no_less(point, same, lambda one: one.cost), report),
-            difference(point, best_at_no_less(point, plain, lambda one: one.cost, choose), report),
-            difference(point, best_at_no_less(point, plain, lambda one: one.time, choose), report)]
+            difference(point, rival(point, same, lambda one: one.cost, choose), report),
+            difference(point, rival(point, plain, lambda one: one.cost, choose), report),
+            difference(point, rival(point, plain, lambda one: one.time, choose), report)]
         found.append((point.name, f"{point.cost:.2f}", "-" if point.time is None else f"{point.time:.2f}",
                       "{:.1f} [{:.1f}, {:.1f}]".format(*point.on(report).bounds), *beside))
     return found
@@ -116,6 +117,22 @@ def fronts(points: Sequence[Point], cost: Callable[[Point], float | None], choos
         chosen = front([(value, point.on(choose).value) for value, point in own], higher=True)
         found[kind] = sorted((own[i][0], *own[i][1].on(report).bounds) for i in chosen)
     return {kind: line for kind, line in found.items() if line}
+
+
+def orders(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """How fast the error falls as all steps shrink: a row for each kind, sampler and interval with three steps or more.
+
+    The order between two numbers of steps is the slope of log(error) over log(steps); an error is 10^(-PSNR / 20).
+    """
+    found: list[tuple[str, ...]] = [("kind", "sampler", "N", "steps", "order between them")]
+    for kind, sampler, interval in dict.fromkeys((one.kind, one.sampler, one.interval) for one in points):
+        own = {one.steps: one.psnr.mean() for one in sorted(points, key=lambda one: one.steps)
+               if (one.kind, one.sampler, one.interval) == (kind, sampler, interval)}
+        if len(own) > 2:
+            slopes = np.diff(list(own.values())) / 20 / np.diff(np.log10(list(own)))
+            found.append((kind, sampler, str(interval or "-"), ", ".join(map(str, own)),
+                          ", ".join(f"{slope:.2f}" for slope in slopes)))
+    return found
 
 
 def render(points: Sequence[Point], chosen_on: int, folder: Path) -> str:
@@ -134,7 +151,10 @@ def render(points: Sequence[Point], chosen_on: int, folder: Path) -> str:
         f"{seeds} seeds: the first {chosen_on} choose (the sampler, and the settings on a line of the picture), the "
         f"last {seeds - chosen_on} report. PSNR of the final latents to the converged ones of the same seed; costs are "
         "in full network calls per image. Differences are in dB, paired by seed, with 95 % intervals, to the run "
-        f"without caching named in brackets: the cheapest that costs at least {EQUAL:g} of what the row costs.", "",
-        *markdown(rows(points, choose, report)), "", "![fronts](fronts.png)", ""])
+        "without caching named in brackets: the best one that costs no more than the cheapest of its sampler which "
+        f"costs at least {EQUAL:g} of what the row does.", "",
+        *markdown(rows(points, choose, report)), "", "![fronts](fronts.png)", "",
+        "How fast the error falls as all steps shrink: the slope of log(error) over log(steps), between one number of "
+        "steps and the next.", "", *markdown(orders(points)), ""])
     write_atomically(folder / "table.md", lambda path: path.write_text(text))
     return f"{len(points)} runs are measured; wrote {folder / 'table.md'} and {folder / 'fronts.png'}"
