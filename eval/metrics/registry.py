@@ -3,14 +3,14 @@
 from eval.metrics.inception_scores import FID, IS, KID, PRECISION_RECALL, SFID
 from eval.metrics.lpips import LPIPS, OTHER_BACKBONE
 from eval.metrics.measure import Measure, PairMeasure, PixelMeasure, SetMeasure
-from eval.metrics.pixel_pairs import PSNR, SSIM
+from eval.metrics.pixel_pairs import PADDED_SSIM, PSNR, SSIM
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, SmallSetDistance
 
 CLIP_SCORE = Measure("CLIP score", "clip", "CLIP score", higher=True)                       # eval.clip_score
 FEATURE_DISTANCE = PairMeasure("1 - cos, EffLite0", key="feature_distance", label="1 - cos, EffLite0")
 
 PIXELS: tuple[PixelMeasure, ...] = (PSNR, SSIM)                                             # eval.fidelity
-PAIRS: tuple[PairMeasure, ...] = (*PIXELS, FEATURE_DISTANCE, LPIPS, OTHER_BACKBONE)
+PAIRS: tuple[PairMeasure, ...] = (*PIXELS, FEATURE_DISTANCE, LPIPS, OTHER_BACKBONE, PADDED_SSIM)
 SETS: tuple[SetMeasure, ...] = (FID, SFID, IS, PRECISION_RECALL, KID)                       # eval.adm, eval.fid
 SMALL_SETS: tuple[type[SmallSetDistance], ...] = (FrechetInBasis, KernelDistance)           # eval.quality
 MEASURES: dict[str, Measure] = {measure.name: measure for measure in (
