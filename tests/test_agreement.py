@@ -1,4 +1,4 @@
-"""Numbers that other programs gave for data which anyone can make again; the programs and versions stand beside them."""
+"""Numbers that other programs gave for data that anyone can make again; programs and versions stand beside them."""
 
 import numpy as np
 import pytest

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,14 @@ _OTHER_SUFFIXES = {".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".a
 _READERS = min(8, os.cpu_count() or 1)      # threads that decode; Pillow lets others run meanwhile
 
 
+class Stamp(NamedTuple):
+    """What was seen of files without reading them. text: changes whenever a file does. changed: when the last of them
+    did, in seconds since 1970: clocks of file systems are coarse, and a file may change twice within a tick. 0: the
+    text is of the content itself."""
+    text: str
+    changed: float = 0
+
+
 @dataclass
 class ImageSet:
     """Images that are read when asked for; memory does not grow with their number.
@@ -31,7 +39,7 @@ class ImageSet:
     description: where they are. names: one per image, in order. seeds: the same as numbers, where the names are.
     size: (height, width). fingerprint: changes when the files do. root: the folder or file; None for arrays.
     read: (n, ranges) -> the images of each range of positions in turn, in batches of at most n that end with a range.
-    stamp: (range) -> what changes when the files of these images do. reopen: the same path as it is now.
+    stamp: (range) -> of the files of these images. reopen: the same path as it is now.
     """
     description: str
     names: list[str]
@@ -40,7 +48,7 @@ class ImageSet:
     fingerprint: str
     root: Path | None
     read: Callable[[int, Sequence[range]], Iterator[np.ndarray]]
-    stamp: Callable[[range], str]
+    stamp: Callable[[range], Stamp]
     reopen: Callable[[], "ImageSet"] | None = None
 
     def __len__(self) -> int:
@@ -132,10 +140,11 @@ def from_array(pixels: np.ndarray, description: str, names: Sequence[str]) -> Im
         for some in batched(ranges, n):
             yield pixels[some.start:some.stop]
 
-    def stamp(some: range) -> str:
-        return hashlib.sha256(np.ascontiguousarray(pixels[some.start:some.stop]).data).hexdigest()
+    def stamp(some: range) -> Stamp:
+        return Stamp(hashlib.sha256(np.ascontiguousarray(pixels[some.start:some.stop]).data).hexdigest())
 
-    return ImageSet(description, list(names), None, pixels.shape[1:3], stamp(range(len(pixels))), None, read, stamp)
+    return ImageSet(description, list(names), None, pixels.shape[1:3], stamp(range(len(pixels))).text, None, read,
+                    stamp)
 
 
 def _numbered(images: ImageSet) -> list[int]:
@@ -178,10 +187,10 @@ def _folder(path: Path) -> ImageSet:
             for some in batched(ranges, n):
                 yield np.stack(list(pool.map(lambda i: read_png(files[i], first.shape, files[0]), some)))
 
-    def stamp(some: range) -> str:
-        return _fingerprint(files[some.start:some.stop], names[some.start:some.stop])
+    def stamp(some: range) -> Stamp:
+        return stamp_of(files[some.start:some.stop], names[some.start:some.stop])
 
-    return ImageSet(str(path), names, seeds, first.shape[:2], stamp(range(len(files))), path, read, stamp,
+    return ImageSet(str(path), names, seeds, first.shape[:2], stamp(range(len(files))).text, path, read, stamp,
                     lambda: _folder(path))
 
 
@@ -220,9 +229,10 @@ def _npz(path: Path) -> ImageSet:
                 yield np.frombuffer(take(file, some), np.uint8).reshape(len(some), *shape[1:])
                 at = some.stop
 
-    names, fingerprint = [str(i) for i in range(shape[0])], _fingerprint([path], [path.name])
-    return ImageSet(str(path), names, list(range(shape[0])), (shape[1], shape[2]), fingerprint, path, read,
-                    lambda some: f"{fingerprint} {some.start}-{some.stop}", lambda: _npz(path))
+    names = [str(i) for i in range(shape[0])]
+    return ImageSet(str(path), names, list(range(shape[0])), (shape[1], shape[2]), stamp_of([path], [path.name]).text,
+                    path, read, lambda some: stamp_of([path], [f"{path.name} {some.start}-{some.stop}"]),
+                    lambda: _npz(path))
 
 
 class _open_array:
@@ -253,13 +263,19 @@ class _open_array:
         self.archive.close()
 
 
-def _fingerprint(files: Iterable[Path], names: Iterable[str]) -> str:
-    """Of names, sizes and times of change: reading 50,000 images to learn that they are the same takes too long."""
-    digest = hashlib.sha256()
+def stamp_of(files: Iterable[Path], names: Iterable[str]) -> Stamp:
+    """Of files under these names: reading 50,000 images to learn that they are the same takes too long.
+
+    Size and time of modification are kept by copying, and equal for arrays of one shape; but no program sets a file's
+    time of change (ctime), which the system moves with every write.
+    """
+    digest, last = hashlib.sha256(), 0
     for file, name in zip(files, names, strict=True):
         status = file.stat()
-        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}\n"
+                      .encode())
+        last = max(last, status.st_ctime_ns)
+    return Stamp(digest.hexdigest(), last / 1e9)
 
 
 def _check_seeds(images: ImageSet, seeds: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ def _psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """With the usual 11 x 11 Gaussian window, over the positions where it lies within the image (Wang et al., IEEE
     Transactions on Image Processing 13(4), 2004; scikit-image's mean). torchmetrics' own mean is over a map of images
-    that are reflected at their edges: at 32 pixels 0.977 where this is 0.973, and 0.829 where it is 0.796."""
+    that are reflected at their edges: at 32 pixels 0.973 where this is 0.977, and 0.796 where it is 0.829."""
     from torchmetrics.functional.image import structural_similarity_index_measure
     # In float32 the variances inside SSIM cancel: an image and itself came out at 0.99992.
     a, b = (torch.tensor(one).permute(0, 3, 1, 2).double() for one in (x, y))
