@@ -83,8 +83,8 @@ def report(arms: dict[str, Result], timing: Result) -> str:
         "Measured: network time of a run, from full and cached steps timed in turns at batch "
         f"{timing.settings['batch_size']} on {timing.provenance['threads']} threads; a cached step took "
         f"{timing.times['branches'][0]['ratio']:.3f} of a full one.",
-        f"PSNR, {ssim_of(arms.values())} and feature distance (1 - cosine): to the uncached image of the same seed; images "
-        f"of different seeds have a PSNR of {unrelated:.1f} dB.", "",
+        f"PSNR, {ssim_of(arms.values())} and feature distance (1 - cosine): to the uncached image of the same seed; "
+        f"images of different seeds have a PSNR of {unrelated:.1f} dB.", "",
         "**Can the scores see what matters?** (95 % intervals that do not overlap)", "", *checks, "",
         "**Real against real**, beside as many uncached samples:", "", *markdown(floor_rows(first["floors"])), "",
         f"**Copies?** Feature distance to the nearest training image, median (5 % quantile): samples "
