@@ -155,8 +155,7 @@ def prompts_of_seeds(images: ImageSet, prompts: Sequence[str], images_per_prompt
     Raises UserError where run.json tells of other prompts, where an image has none, and, unless allow_fewer, where
     an image is missing.
     """
-    if images.seeds is None:
-        raise UserError(f"{images.description}: the file names are not numbers, so images have no prompts")
+    seeds = images.numbers("images have no prompts")
     settings = (images.run() or {}).get("settings", {})
     recorded = settings.get("prompts_sha256")
     if recorded is not None and recorded != prompts_sha256(prompts):
@@ -165,11 +164,11 @@ def prompts_of_seeds(images: ImageSet, prompts: Sequence[str], images_per_prompt
     per = settings.get("images_per_prompt", images_per_prompt or 1)
     if per < 1 or images_per_prompt not in (None, per):
         raise UserError(f"--images-per-prompt {images_per_prompt}: {images.description} has {per} per prompt")
-    index = np.array(images.seeds) // per
+    index = np.array(seeds) // per
     if index.max() >= len(prompts):
-        raise UserError(f"{images.description} has seed {max(images.seeds)}, and {len(prompts)} prompts with {per} "
+        raise UserError(f"{images.description} has seed {max(seeds)}, and {len(prompts)} prompts with {per} "
                         f"images each end at {len(prompts) * per - 1}")
-    missing = set(range(len(prompts) * per)) - set(images.seeds)
+    missing = set(range(len(prompts) * per)) - set(seeds)
     if missing and not allow_fewer:
         raise UserError(f"{images.description} has {len(images)} of {len(prompts) * per} images; missing seeds "
                         f"{format_some(missing)}: sample them first, or add --allow-fewer for a number that says so")

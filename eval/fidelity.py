@@ -9,6 +9,7 @@ backbone is given (--lpips-backbone). Beside --out come two pictures: how the nu
 
 import argparse
 import heapq
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from eval.metrics.features import EffLite0, features_of
-from eval.metrics.images import ImageSet, check_paired, open_images
+from eval.metrics.images import ImageSet, check_paired, open_to_judge
 from eval.metrics.intervals import mean_interval
 from eval.metrics.lpips import BACKBONE, Lpips
 from eval.metrics.registry import FEATURE_DISTANCE, PAIRS, PIXELS
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
     parser.add_argument("--against", type=Path, required=True, help="folder or npz with the same seeds, uncached")
     parser.add_argument("--seeds", help="exactly these must be in both, like 0-255 (default: whatever is there)")
+    parser.add_argument("--allow-fewer", action="store_true", help="judge unfinished folders; the result says so")
     parser.add_argument("--lpips-backbone", type=Path, help=f"{BACKBONE}, torchvision's AlexNet, for LPIPS")
     parser.add_argument("--out", type=Path, help="JSON to write, and the pictures beside it")
     parser.add_argument("--worst", type=int, default=8, help="pairs in the picture of the worst (default: %(default)s)")
@@ -145,7 +147,10 @@ def main() -> None:
     if args.worst < 1:
         raise UserError(f"--worst must be 1 or more, got {args.worst}")
     seeds = parse_seeds(args.seeds) if args.seeds else None
-    samples, against = (open_images(path, seeds) for path in (args.samples, args.against))
+    (samples, notes), (against, others) = (open_to_judge(path, seeds, allow_fewer=args.allow_fewer)
+                                           for path in (args.samples, args.against))
+    notes = [*notes, *others]
+    print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
     extractor = EffLite0(device)
     lpips = Lpips(args.lpips_backbone, device) if args.lpips_backbone else None
     worst = WorstPairs(args.worst)
@@ -156,7 +161,7 @@ def main() -> None:
                   "extractor": extractor.id} | ({"lpips": lpips.sha256} if lpips else {})
         results.write(args.out, of_samples(
             "fidelity", samples, metrics(result), device, inputs={"against": against.description}, hashes=hashes,
-            details=result | {"against_run": against.run()}, started=started))
+            details=result | {"against_run": against.run()} | ({"notes": notes} if notes else {}), started=started))
         pictures(result, worst, args.out)
 
 

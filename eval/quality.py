@@ -11,6 +11,7 @@ interval that knows of the pairs. Two runs may differ for certain although their
 """
 
 import argparse
+import sys
 import time
 import warnings
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ import torch
 
 from eval.metrics.extract import extract
 from eval.metrics.features import EffLite0, features_of
-from eval.metrics.images import ImageSet, check_paired, from_array, open_images
+from eval.metrics.images import ImageSet, check_paired, from_array, open_images, open_to_judge
 from eval.metrics.measure import shown
 from eval.metrics.registry import SMALL_SETS
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_neighbours, real_floor
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="folder or npz of the same seeds: print the difference, too")
     parser.add_argument("--seeds", help="exactly these must be there, like 0-255 (default: whatever is there)")
     parser.add_argument("--count", type=int, help="at least so many images must be there")
+    parser.add_argument("--allow-fewer", action="store_true", help="judge an unfinished folder; the result says so")
     parser.add_argument("--dims", type=int, default=64, help="principal directions of FD (default: 64)")
     parser.add_argument("--repeats", type=int, default=200, help="subsets per error bar (default: 200)")
     parser.add_argument("--out", type=Path, help="JSON to write")
@@ -174,14 +176,16 @@ def main() -> None:
         raise UserError(f"--repeats must be 2 or more, got {args.repeats}")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     seeds = parse_seeds(args.seeds) if args.seeds else None
-    samples = open_images(args.samples, seeds, args.count)
-    against = open_images(args.against, seeds) if args.against else None
+    samples, notes = open_to_judge(args.samples, seeds, args.count, args.allow_fewer)
+    against, of_against = open_to_judge(args.against, seeds, None, args.allow_fewer) if args.against else (None, [])
     if against:
         check_paired(samples, against)
     reference, held_out = open_reference(args.reference, samples.size)
     if len(samples) < 3:
         raise UserError(f"{args.samples} has {len(samples)} images: distances with errors need at least 3")
-    extractor = EffLite0(device)
+    extractor, notes = EffLite0(device), [*notes, *of_against]
+    if rank_and_world()[0] == 0:
+        print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
     if rank_and_world() != (0, 1):
         for images in filter(None, (samples, against, reference)):
             if images.root is not None:
@@ -195,7 +199,8 @@ def main() -> None:
     print(table(result))
     if args.out:
         results.write(args.out, of_samples("quality", samples, metrics(result), device, hashes=hashes(result),
-                                           inputs={"reference": args.reference}, details=result, started=started))
+                                           inputs={"reference": args.reference},
+                                           details=result | ({"notes": notes} if notes else {}), started=started))
 
 
 if __name__ == "__main__":

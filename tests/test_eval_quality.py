@@ -105,6 +105,14 @@ def test_a_plain_folder_is_read_by_name_and_an_npz_as_it_lies(tmp_path, smileys)
     (lambda d, p: Image.fromarray(p[0]).convert("RGBA").save(d / "0.png"), {}, "mode RGBA"),
     (lambda d, p: Image.fromarray(p[0, :, :, 0].astype(np.uint16)).save(d / "0.png"), {}, "mode I;16"),
     (lambda d, p: [Image.fromarray(p[0]).save(d / f"{name}.png") for name in ("1", "01")], {}, "two images of seed 1"),
+    (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2]) / "000/000002.jpg"), {}, "000002.jpg and 0 more lie among"),
+    (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2]) / "000/000002.PNG"), {}, "000002.PNG and 0 more lie among"),
+    (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2]) / "000/000001 copy.png"), {"seeds": [0, 1]},
+     "000001 copy.png and 0 more lie among the images of seeds, like 000000.png"),
+    (lambda d, p: [Image.fromarray(p[0]).save(d / f"{name}.png") for name in ("1", "2 copy")], {"seeds": [1]},
+     "file name '2 copy.png' is not a number"),
+    (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2], run=False) / "cat.png"), {},
+     "holds images itself and in 000/"),
 ])
 def test_bad_folders_are_named_in_one_line(tmp_path, smileys, make, call, message):
     make(tmp_path, smileys)
@@ -396,6 +404,22 @@ def test_quality_command_tells_the_difference_to_another_run(tmp_path, monkeypat
     with pytest.raises(SystemExit):
         run(monkeypatch, quality, "--samples", soft, "--against", sharp, *args)
     assert "1 of the 40 images in" in capsys.readouterr().err
+
+
+def test_unfinished_runs_are_judged_only_on_request(tmp_path, monkeypatch, capsys, smileys):
+    samples, whole = (save(tmp_path / name, smileys[:n]) for name, n in (("x", 39), ("whole", 40)))
+    for folder in (samples, whole):
+        (folder / "sessions.jsonl").write_text('{"seeds": "0-39"}\n')
+    args = {quality: ("--reference", whole, "--dims", 8, "--repeats", 2), fidelity: ("--against", samples)}
+    for module in (quality, fidelity):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, module, "--samples", samples, *args[module])
+        assert "lacks 1 images that its runs were asked for, seeds 39" in capsys.readouterr().err
+        run(monkeypatch, module, "--samples", samples, *args[module], "--allow-fewer", "--out", tmp_path / "x.json")
+        assert "warning: " in capsys.readouterr().err
+        assert "seeds 39" in results.read(tmp_path / "x.json").details["notes"][0]
+    (samples / "sessions.jsonl").write_text('{"seeds": "0-99"}\n')
+    run(monkeypatch, fidelity, "--samples", samples, "--against", samples, "--seeds", "0-38")     # just what is meant
 
 
 def test_emoji_references_have_held_out_images():

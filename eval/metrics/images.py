@@ -20,6 +20,7 @@ from runs.images import read_png
 from runs.seeds import format_some, parse_seeds
 
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
+_NUMBER = re.compile("[0-9]+")
 _OTHER_SUFFIXES = {".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic"}
 _READERS = min(8, os.cpu_count() or 1)      # threads that decode; Pillow lets others run meanwhile
 
@@ -53,6 +54,13 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def numbers(self, why: str) -> list[int]:
+        """The seeds. why: what they are needed for. Raises UserError that names a file without one."""
+        if self.seeds is None:
+            name = next((name for name in self.names if not _NUMBER.fullmatch(Path(name).stem)), self.names[0])
+            raise UserError(f"{self.description}: the file name {name!r} is not a number, so {why}")
+        return self.seeds
 
     def batches(self, n: int, ranges: Sequence[range] | None = None) -> Iterator[np.ndarray]:
         """uint8 [at most n, height, width, 3], in order. Raises UserError that names a file it cannot use.
@@ -91,6 +99,17 @@ def open_images(path: Path | str, seeds: Sequence[int] | None = None, expected: 
     if expected is not None and len(images) < expected:
         raise UserError(f"{path} has {len(images)} of the {expected} images expected: sample the rest first")
     return images
+
+
+def open_to_judge(path: Path | str, seeds: Sequence[int] | None = None, expected: int | None = None,
+                  allow_fewer: bool = False) -> tuple[ImageSet, list[str]]:
+    """As `open_images`, and what must be said about the images.
+
+    Raises UserError for an unfinished sample folder, unless allow_fewer or `seeds` say that those there are meant.
+    """
+    images = open_images(path, seeds, None if allow_fewer else expected)
+    note = check_finished(images, allow_fewer) if seeds is None else None
+    return images, [note] if note else []
 
 
 def check_finished(images: ImageSet, allow_fewer: bool = False) -> str | None:
@@ -147,15 +166,9 @@ def from_array(pixels: np.ndarray, description: str, names: Sequence[str]) -> Im
                     stamp)
 
 
-def _numbered(images: ImageSet) -> list[int]:
-    if images.seeds is None:
-        raise UserError(f"{images.description}: the file names are not numbers, so images cannot be paired by seed")
-    return images.seeds
-
-
 def check_paired(samples: ImageSet, against: ImageSet) -> list[int]:
     """The seeds, which are those of the other set too. Raises UserError where they, or the sizes, differ."""
-    seeds, others = _numbered(samples), _numbered(against)
+    seeds, others = (images.numbers("images cannot be paired by seed") for images in (samples, against))
     for one, other, (mine, theirs) in ((samples, against, (seeds, others)), (against, samples, (others, seeds))):
         if alone := set(mine) - set(theirs):
             raise UserError(f"{len(alone)} of the {len(one)} images in {one.description} have no partner in "
@@ -168,12 +181,15 @@ def check_paired(samples: ImageSet, against: ImageSet) -> list[int]:
 
 def _folder(path: Path) -> ImageSet:
     # A plain folder may hold sub-folders of something else, and a sample folder a picture of all samples.
-    dealt = sorted(path.glob("[0-9][0-9][0-9]*/[0-9]*.png"))
-    files = dealt if dealt or (path / "run.json").exists() else _plain(path)
+    dealt, sampled = _dealt(path), (path / "run.json").exists()
+    files = dealt if dealt or sampled else _plain(path)
+    if dealt and not sampled and _plain(path):
+        raise UserError(f"{path} holds images itself and in {dealt[0].parent.name}/, and no run.json says that it is "
+                        "a sample folder: name the sub-folder, or move what is not meant elsewhere")
     if not files:
         raise UserError(f"no PNG images in {path}")
     seeds = None
-    if all(re.fullmatch(r"[0-9]+", file.stem) for file in files):
+    if all(_NUMBER.fullmatch(file.stem) for file in files):
         files.sort(key=lambda file: int(file.stem))
         seeds = [int(file.stem) for file in files]
         if len(set(seeds)) < len(seeds):
@@ -192,6 +208,18 @@ def _folder(path: Path) -> ImageSet:
 
     return ImageSet(str(path), names, seeds, first.shape[:2], stamp(range(len(files))).text, path, read, stamp,
                     lambda: _folder(path))
+
+
+def _dealt(path: Path) -> list[Path]:
+    """The images of a sample folder, 000/000123.png. Raises UserError for others among them."""
+    found = [file for folder in path.iterdir() if re.fullmatch("[0-9]{3,}", folder.name) and folder.is_dir()
+             for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
+    files = [file for file in found if file.suffix == ".png" and _NUMBER.fullmatch(file.stem)]
+    other = sorted({file for file in found if file.suffix.lower() in _SUFFIXES | _OTHER_SUFFIXES} - set(files))
+    if files and other:
+        raise UserError(f"{other[0]} and {len(other) - 1} more lie among the images of seeds, like {files[0].name}, "
+                        "and leaving them out would judge another set: move them elsewhere")
+    return files
 
 
 def _plain(path: Path) -> list[Path]:
@@ -279,9 +307,7 @@ def stamp_of(files: Iterable[Path], names: Iterable[str]) -> Stamp:
 
 
 def _check_seeds(images: ImageSet, seeds: Sequence[int]) -> None:
-    if images.seeds is None:
-        raise UserError(f"{images.description}: the file names are not numbers, so seeds cannot be told")
-    wanted, there = set(seeds), set(images.seeds)
+    wanted, there = set(seeds), set(images.numbers("seeds cannot be told"))
     if wanted - there:
         raise UserError(f"{images.description} has {len(wanted & there)} of the {len(wanted)} images asked for; "
                         f"missing seeds {format_some(wanted - there)}: sample them first")
