@@ -2,7 +2,9 @@
 
 import json
 import math
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -56,6 +58,16 @@ def save(folder, pixels, first=0, run=True):
     return folder
 
 
+def png_of_16_bits(path, pixels):
+    """RGB of 16 bits a channel, which Pillow reads but does not write: uint16 [height, width, 3]."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
 def blurred(pixels, radius):
     return np.stack([np.asarray(Image.fromarray(a).filter(ImageFilter.GaussianBlur(radius))) for a in pixels])
 
@@ -104,6 +116,7 @@ def test_a_plain_folder_is_read_by_name_and_an_npz_as_it_lies(tmp_path, smileys)
     (lambda d, p: (d / save(d, p[:2]) / "000/000001.png").write_bytes(b"text"), {}, "000001.png is truncated or not"),
     (lambda d, p: Image.fromarray(p[0]).convert("RGBA").save(d / "0.png"), {}, "mode RGBA"),
     (lambda d, p: Image.fromarray(p[0, :, :, 0].astype(np.uint16)).save(d / "0.png"), {}, "mode I;16"),
+    (lambda d, p: png_of_16_bits(d / "0.png", p[0] * np.uint16(257)), {}, "0.png has 16 bits a channel"),
     (lambda d, p: [Image.fromarray(p[0]).save(d / f"{name}.png") for name in ("1", "01")], {}, "two images of seed 1"),
     (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2]) / "000/000002.jpg"), {}, "000002.jpg and 0 more lie among"),
     (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2]) / "000/000002.PNG"), {}, "000002.PNG and 0 more lie among"),
