@@ -9,8 +9,9 @@ reference file (mu, sigma; mu_s, sigma_s), precision and recall (k = 3) against 
 The Inception Score is the mean over consecutive blocks of 5000 images in the order of the seeds, unshuffled: it depends
 on that order, and images sorted by class score far lower. Differences from the original: statistics in float64, and
 distances of precision and recall in float32, not float16.
-Errors (95%): FID, sFID by a jackknife over groups of samples, reference held fixed; IS from its blocks; precision and
-recall binomial. Features are kept beside the images (0.02 MB an image), so that a second call takes minutes.
+Errors (95%) are over draws of the samples, reference held fixed: of FID, sFID and recall by a jackknife over groups
+of them (--groups), of IS from its blocks (Student's), of precision binomial.
+Features are kept beside the images (0.02 MB an image), so that a second call takes minutes.
 """
 
 import argparse
