@@ -1,4 +1,4 @@
-"""PSNR and SSIM of images to their partners."""
+"""PSNR, SSIM and root mean squared error of images to their partners."""
 
 import numpy as np
 import torch
@@ -25,7 +25,14 @@ def _ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return at[:, :, edge:-edge, edge:-edge].mean((1, 2, 3)).numpy()
 
 
+def _rmse(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.square(x.astype(np.float64) - y).mean(axis=(1, 2, 3)))
+
+
 PSNR = PixelMeasure("PSNR", higher=True, key="psnr", label="PSNR (dB)", of=_psnr)
 SSIM = PixelMeasure("SSIM", higher=True, key="ssim", label="SSIM", smallest=_SSIM_WINDOW, of=_ssim)
+# In levels of 255. Its name is for a run of so many steps that twice as many change nothing (eval/fidelity.py).
+RMSE_TO_CONVERGED = PixelMeasure("RMSE to converged", "rmse_converged", "RMSE to converged", key="rmse_converged",
+                                 label="RMSE to converged", of=_rmse)
 # torchmetrics' own mean: what results hold that were made before SSIM was over whole windows alone.
 PADDED_SSIM = PairMeasure("SSIM (padded)", higher=True, key="ssim_padded", label="SSIM (padded)")
