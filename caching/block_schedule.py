@@ -169,7 +169,7 @@ class BlockCachingOptions(MethodOptions):
                                                "for this model, sampler and number of steps", metavar="FILE")
     scale_shift: Path | None = option(None, "how reused blocks are adjusted, likewise", metavar="FILE")
 
-    def plan(self, shape: RunShape, before: Sequence[Planned]) -> PlannedBlocks | None:
+    def planned(self, shape: RunShape, before: Sequence[Planned]) -> PlannedBlocks | None:
         if self.block_schedule is None:
             if self.scale_shift is not None:
                 raise ValueError("--scale-shift adjusts the blocks of a schedule: it needs --block-schedule")

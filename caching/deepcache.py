@@ -143,7 +143,7 @@ class DeepCacheOptions(MethodOptions):
     power: float | None = option(None, "centered and released-ldm: how quickly they thin out")
     zero_cache: bool = option(False, "ablation of the paper's Table 5: reuse zeros instead of the feature")
 
-    def plan(self, shape: RunShape, before: Sequence[Planned]) -> PlannedDeepCache | None:
+    def planned(self, shape: RunShape, before: Sequence[Planned]) -> PlannedDeepCache | None:
         branch = shape.branch if self.branch is None else self.branch
         if not 0 <= branch < shape.num_branches:
             raise ValueError(f"--branch must be from 0 to {shape.num_branches - 1} for this model, got {branch}")

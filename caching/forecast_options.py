@@ -47,7 +47,7 @@ class ForecastOptions(MethodOptions):
     forecast_weights: Path | None = option(None, "fitted damping of each network call instead: a file that was made "
                                                  "for this model, sampler, schedule and branch", metavar="FILE")
 
-    def plan(self, shape: RunShape, before: Sequence[Planned]) -> PlannedForecast | None:
+    def planned(self, shape: RunShape, before: Sequence[Planned]) -> PlannedForecast | None:
         order, file = self.forecast, self.forecast_weights
         weights = None if file is None else ForecastWeights.load(file)
         damping: Damping = self.forecast_damping if weights is None else weights.damping

@@ -14,9 +14,10 @@ from caching.block_schedule import BlockCachingOptions
 from caching.deepcache import DeepCacheOptions
 from caching.forecast_options import ForecastOptions
 from caching.options import MethodOptions, Planned, RunShape
+from caching.plan_file import PlanOptions
 from caching.policy import Policy, Together
 
-METHODS: tuple[type[MethodOptions], ...] = (DeepCacheOptions, BlockCachingOptions, ForecastOptions)
+METHODS: tuple[type[MethodOptions], ...] = (DeepCacheOptions, BlockCachingOptions, PlanOptions, ForecastOptions)
 Kind = TypeVar("Kind", bound=Planned)
 
 
@@ -56,7 +57,7 @@ def plan(options: Sequence[MethodOptions], shape: RunShape) -> CachePlan:
     """Check the options of several methods against a run. Raises ValueError."""
     found: list[Planned] = []
     for one in sorted(options, key=lambda one: METHODS.index(type(one))):
-        planned = one.plan(shape, found)
+        planned = one.planned(shape, found)
         if planned is not None:
             found.append(planned)
     return CachePlan(tuple(found))

@@ -62,7 +62,14 @@ class MethodOptions:
     """The options of one method; subclasses add their fields by `option`. title: what --help calls their group."""
     title: ClassVar[str] = "caching"
 
-    def plan(self, shape: RunShape, before: Sequence[Planned]) -> Planned | None:
+    def sampling(self) -> Mapping[str, Any]:
+        """Settings of the sampler (sampler, steps, timesteps) that a run has unless its user says others.
+
+        Raises ValueError for a file that cannot be read.
+        """
+        return {}
+
+    def planned(self, shape: RunShape, before: Sequence[Planned]) -> Planned | None:
         """Check the options against a run; None where they ask for nothing.
 
         before: what the methods ahead of it do in the same run. Raises ValueError.

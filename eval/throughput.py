@@ -3,6 +3,7 @@
     python -m eval.throughput --config configs/ddpm_cifar10.yaml --branch 1 2 3 --batch-size 8 --threads 1
     python -m eval.throughput --config configs/ddpm_emoji.yaml --interval 2 3 5 10 --out results/throughput/emoji.json
     python -m eval.throughput --config configs/ldm_cin256.yaml --branch 0 --batch-size 1 --threads 1
+    python -m eval.throughput --config configs/sd_v15.yaml --forecast 0 1 2 --batch-size 1 --threads 1
     python -m eval.throughput compare --threads 1       beside diffusers and the PyPI package
     python -m eval.throughput run --config configs/ldm_cin256.yaml --interval 5 --forecast 1      any run, any policy
     python -m eval.throughput --config configs/sd_v15.yaml --block-schedule configs/block_schedules/*.json
@@ -58,21 +59,26 @@ def schedules_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def variant(row: dict) -> str:
+    """The name of a branch and the order of its forecast."""
+    return f"branch {row['branch']}" + (f", order {row['forecast']}" if row["forecast"] else "")
+
+
 def table(result: dict) -> str:
     """What `measure` found, for people."""
     full = result["full"]
     lines = ["cached / full: time, macs, macs_fc",
-             f"{'step':12}{'median ms':>10}{'quartiles':>18}{'time':>8}{'macs':>8}{'macs_fc':>9}"]
-    for name, row in (("full", full), *((f"branch {row['branch']}", row) for row in result["branches"])):
+             f"{'step':18}{'median ms':>10}{'quartiles':>18}{'time':>8}{'macs':>8}{'macs_fc':>9}"]
+    for name, row in (("full", full), *((variant(row), row) for row in result["branches"])):
         low, high = (1e3 * value for value in row["quartiles"])
-        lines.append(f"{name:12}{1e3 * row['median']:10.2f}{f'{low:.2f}-{high:.2f}':>18}{row.get('ratio', 1):8.3f}"
+        lines.append(f"{name:18}{1e3 * row['median']:10.2f}{f'{low:.2f}-{high:.2f}':>18}{row.get('ratio', 1):8.3f}"
                      f"{row.get('macs_ratio', 1):8.3f}{row.get('macs_fc_ratio', 1):9.3f}"
                      + (f"    peak {row['peak_bytes'] / 2**20:.0f} MiB" if row["peak_bytes"] else ""))
-    lines += ["", f"{'run':24}{'images/s':>10}{'speed-up':>10}{'by macs':>9}",
-              f"{'no caching':24}{full['images_per_second']:10.4g}{1:10.2f}{1:9.2f}"]
+    lines += ["", f"{'run':30}{'images/s':>10}{'speed-up':>10}{'by macs':>9}",
+              f"{'no caching':30}{full['images_per_second']:10.4g}{1:10.2f}{1:9.2f}"]
     for row in result["runs"]:
-        name = f"branch {row['branch']}, N = {row['interval']}"
-        lines.append(f"{name:24}{row['images_per_second']:10.4g}{row['speedup']:10.2f}{row['macs_speedup']:9.2f}")
+        name = f"{variant(row)}, N = {row['interval']}"
+        lines.append(f"{name:30}{row['images_per_second']:10.4g}{row['speedup']:10.2f}{row['macs_speedup']:9.2f}")
     return "\n".join(lines)
 
 
@@ -105,6 +111,7 @@ def time_a_run() -> None:
     add_timing_options(parser)
     args = parser.parse_args()
     run, machine = spec_of(args, family).open(), arguments.chosen(Machine, args)
+    run.refuse_foreign(run.told | {"unet": asdict(run.config.unet)})
     device = machine.prepare()
     torch.manual_seed(0)
     checkpoint = run.spec.network.checkpoint
@@ -133,6 +140,8 @@ def main() -> None:
     parser.add_argument("--branch", type=int, nargs="+", help="0-based skips (default: the paper's for this model)")
     parser.add_argument("--interval", type=int, nargs="+", default=[2, 3, 5, 10],
                         help="N of 1:N of the whole runs (default: 2 3 5 10)")
+    parser.add_argument("--forecast", type=int, nargs="+", default=[0], metavar="ORDER",
+                        help="time cached steps that forecast, with these orders; 0 = reuse (default)")
     parser.add_argument("--steps", type=int, help="network calls per image of the whole runs (default: the config's)")
     parser.add_argument("--block-schedule", type=Path, nargs="+", metavar="FILE",
                         help="time Block Caching by these schedules instead, each without and with scale-shift")
@@ -175,7 +184,8 @@ def main() -> None:
         result = measure_schedules(unet, inputs, schedules, *rounds)
         print(schedules_table(result))
     else:
-        result = measure(unet, inputs, branches, args.interval, steps, *rounds)
+        orders = list(dict.fromkeys(args.forecast))
+        result = measure(unet, inputs, branches, args.interval, steps, *rounds, orders)
         print(table(result))
     if args.out:
         results.write(args.out, Result("throughput", config.name, settings, throughput=result, provenance=where

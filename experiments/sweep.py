@@ -17,7 +17,7 @@ A sweep is a YAML file:
 Axes: model (a name in configs/, or a path), and any option of the sample commands for sampler and caching, such as
 interval, branch (a 0-based skip, or all), schedule, center, power, steps, sampler, block_schedule (a file of
 scripts.block_caching). The first point of a model, which its others are compared
-with, is always its uncached run, with the first sampler and steps of its first grid. A point is sampled into
+with, is always its uncached run, with the first sampler, steps and timesteps of its first grid. A point is sampled into
 samples/MODEL/ under the name that the table scripts give these settings, and judged into results/runs/: models that
 were trained here against their training images and the uncached run (eval.quality, eval.fidelity), others as in the
 papers' tables, where the evaluator's files are given. Full and cached steps are timed once for each model. Table and
@@ -129,7 +129,8 @@ def combinations(grid: dict[str, Any], seen: set[Path]) -> Iterator[dict[str, An
     for model in lists.pop("model"):
         path = config_of(model)
         if path not in seen:
-            yield {"model": path, **{axis: lists[axis][0] for axis in ("sampler", "steps") if axis in lists}}
+            yield {"model": path, **{axis: lists[axis][0] for axis in ("sampler", "steps", "timesteps")
+                                       if axis in lists}}
             seen.add(path)
         skips = RunSpec.of(path).open().unet.num_branches
         of_model = lists | ({"branch": list(range(skips))} if "all" in lists.get("branch", []) else {})

@@ -162,7 +162,7 @@ def make_schedule(args: argparse.Namespace) -> None:
     branches = len(changes.macs_cached)
     with as_user_error():
         shape = RunShape(changes.run["steps"], changes.calls, branches, 0)
-        level = arguments.chosen(DeepCacheOptions, args).plan(shape, ())
+        level = arguments.chosen(DeepCacheOptions, args).planned(shape, ())
     if level is not None and args.branch is None:
         raise UserError("--interval needs --branch here")
     maker = ScheduleMaker(changes, args.kinds, level)

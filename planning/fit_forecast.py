@@ -13,6 +13,7 @@ forecast and of the fitted one, and paired differences. The options are those of
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,11 +49,12 @@ def build_parser(words: list[str]) -> argparse.ArgumentParser:
         parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml; brings more options")
     else:
         add_run(parser, family_named_by(config))
-    fit = parser.add_argument_group("the fit")
-    fit.add_argument("--seeds", required=True, help="runs to learn from; others than the held-out ones")
-    fit.add_argument("--held-out-seeds", required=True, help="runs to judge on")
-    fit.add_argument("--ridge", type=float, default=1e-2, help="pull towards the plain forecast (default: %(default)s)")
-    fit.add_argument("--out", type=Path, required=True, help="forecast weights to write, .safetensors")
+    about = parser.add_argument_group("the fit")
+    about.add_argument("--seeds", required=True, help="runs to learn from; others than the held-out ones")
+    about.add_argument("--held-out-seeds", required=True, help="runs to judge on")
+    about.add_argument("--ridge", type=float, default=1e-2,
+                       help="pull towards the plain forecast (default: %(default)s)")
+    about.add_argument("--out", type=Path, required=True, help="forecast weights to write, .safetensors")
     arguments.add(parser, Machine)
     if config is not None:
         parser.set_defaults(batch_size=family_named_by(config).batch_size)
@@ -71,6 +73,16 @@ def check(args: argparse.Namespace, model: ImageModel) -> PlannedDeepCache:
         raise UserError("what is fitted is a forecast of DeepCache's feature: give --interval and --forecast, and "
                         "neither --forecast-weights nor --block-schedule")
     return level
+
+
+def fit(model: ImageModel, level: PlannedDeepCache, seeds: Sequence[int], batch_size: int, ridge: float = 1e-2
+        ) -> ForecastWeights:
+    """The weights of a loaded model's run, learnt from runs of some seeds. level: DeepCache in it, with a forecast."""
+    found = ForecastFit(model.unet, level.branch, level.full_steps, level.forecast[0], model.run.calls, ridge)
+    for batch, report in batches(seeds, batch_size, "fitting", model):
+        model.latents(batch, found.policy(), found, report)
+    return ForecastWeights(model.settings, level.branch, level.full_steps, found.damping,
+                           {"seeds": format_seeds(seeds), "ridge": ridge})
 
 
 def held_out_distances(model: ImageModel, level: PlannedDeepCache, damping: Damping, seeds: list[int],
@@ -112,11 +124,7 @@ def main() -> None:
     model.check_seeds([*seeds, *held_out])
     model.load()
 
-    fit = ForecastFit(model.unet, level.branch, level.full_steps, level.forecast[0], model.run.calls, args.ridge)
-    for batch, report in batches(seeds, args.batch_size, "fitting", model):
-        model.latents(batch, fit.policy(), fit, report)
-    notes = {"seeds": format_seeds(seeds), "ridge": args.ridge}
-    weights = ForecastWeights(model.settings, level.branch, level.full_steps, fit.damping, notes)
+    weights = fit(model, level, seeds, args.batch_size, args.ridge)
     save_tensors(weights.tensors(), args.out, weights.metadata())
     damping = ForecastWeights.load(args.out).damping
     found = held_out_distances(model, level, damping, held_out, args.batch_size)
@@ -125,7 +133,7 @@ def main() -> None:
         "forecast weights", model.settings["model"], model.settings | {"cache": model.run.caching.settings},
         len(held_out), found, hashes={"checkpoint": model.settings["checkpoint_sha256"]},
         provenance=provenance(model.device),
-        details={**notes, "held_out_seeds": format_seeds(held_out), "damping": asdict(weights)["damping"]}
+        details={**weights.notes, "held_out_seeds": format_seeds(held_out), "damping": asdict(weights)["damping"]}
     ).stamped(started))
     print(f"{len(held_out)} held-out seeds; distance to the network without caching, 95% intervals:")
     for name, one in found.items():

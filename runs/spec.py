@@ -124,9 +124,11 @@ class Run:
         self.config, self.unet = _open(*_stamped(spec))
         defaults = self.config.sampler
         self.default_sampler: str = getattr(defaults, "sampler", "ddim")
-        self.sampler_name = spec.sampler.sampler or self.default_sampler
-        self.steps: int = defaults.steps if spec.sampler.steps is None else spec.sampler.steps
-        self.timesteps = spec.sampler.timesteps or timesteps_for(self.sampler_name, defaults.timesteps)
+        chosen = _chosen_sampling(spec)
+        self.sampler_name: str = chosen.get("sampler", self.default_sampler)
+        self.steps: int = chosen.get("steps", defaults.steps)
+        with as_user_error():
+            self.timesteps: str = chosen.get("timesteps") or timesteps_for(self.sampler_name, defaults.timesteps)
         given = getattr(spec.condition, "guidance", None)
         self.guidance: float = getattr(defaults, "guidance", 1.0) if given is None else given
         if not 0 <= self.guidance < float("inf"):
@@ -207,12 +209,23 @@ class Run:
         """The sample folder's name: uncached, steps59, uniform_n5, parti_centered_n5_c10_p1.5, uniform_n10_zeroed."""
         defaults = self.config.sampler
         first, last = self.spec.condition.name()
-        weights = self.spec.network.checkpoint
+        weights, usual = self.spec.network.checkpoint, timesteps_for(self.sampler_name, defaults.timesteps)
         parts = [*([weights.name] if weights else []),
                  *(part for method in self.caching.methods for part in method.name),
                  *([self.sampler_name] if self.sampler_name != self.default_sampler else []),
-                 *([f"steps{self.steps}"] if self.steps != defaults.steps else []), *last]
+                 *([f"steps{self.steps}"] if self.steps != defaults.steps else []),
+                 *([self.timesteps] if self.timesteps != usual else []), *last]
         return "_".join([*first, *(parts or ["uncached"])])
+
+
+def _chosen_sampling(spec: RunSpec) -> dict[str, Any]:
+    """The sampler's settings that do not come from the config: the user's, then those of what was fitted to a run.
+
+    Raises UserError for a file that cannot be read.
+    """
+    with as_user_error():
+        fitted = {name: value for method in spec.caching for name, value in method.sampling().items()}
+    return fitted | arguments.given(spec.sampler)
 
 
 def _stamped(spec: RunSpec) -> tuple[str, Path, int, int]:

@@ -180,7 +180,7 @@ def test_together_with_deepcache(made, tmp_path, capsys):
     assert call(macs.main, "--config", made / "ddpm.yaml", *words, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["macs"] <= 0.7 * found["macs_full"]
-    maker = ScheduleMaker(changes, "all", DeepCacheOptions(2, 1).plan(RunShape(STEPS, STEPS, 6, 1), ()))
+    maker = ScheduleMaker(changes, "all", DeepCacheOptions(2, 1).planned(RunShape(STEPS, STEPS, 6, 1), ()))
     assert found["macs"] == pytest.approx(maker.macs(outer.blocks).hook)
     assert sample(made, tmp_path / "both", *words) == 0
     assert sample(made, tmp_path / "level", *words[2:]) == 0

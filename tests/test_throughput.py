@@ -14,6 +14,7 @@ from eval import throughput
 from eval.cost.macs import run_macs
 from eval.cost.timing import Timing, interleave, measure, measure_schedules, reused_sets, time_steps
 from runs import results
+from runs.errors import UserError
 
 CONFIGS = HERE.parent / "configs"
 RHYTHM = CONFIGS / "block_schedules" / "sd_v15_ddim_20_rhythm.json"      # of another model
@@ -87,6 +88,21 @@ def test_measure_is_consistent(tiny):
     assert run["images_per_second"] == pytest.approx(2 / (4 * full["median"] + 6 * cached["median"]))
     assert run["speedup"] == pytest.approx(10 / (4 + 6 * cached["ratio"]))
     assert run["macs"] == (4 * full["macs"] + 6 * cached["macs"]) / 10
+
+
+def test_forecasts_are_timed_beside_reuse(tiny):
+    """They cost no MACs, and one more feature for each order."""
+    unet, inputs = tiny
+    result = measure(unet, inputs, [0, 2], [3], num_steps=10, repeats=2, warmup=1, orders=[0, 1, 2])
+    kinds = [(row["branch"], row["forecast"]) for row in result["branches"]]
+    assert kinds == [(branch, order) for branch in (0, 2) for order in (0, 1, 2)]
+    assert kinds == [(run["branch"], run["forecast"]) for run in result["runs"]]
+    reuse, first, second = result["branches"][3:]
+    assert reuse["macs"] == first["macs"] == second["macs"]
+    weights = [row["feature_bytes"] - (1 + row["forecast"]) * reuse["feature_bytes"] for row in (first, second)]
+    assert weights == [4, 8]                    # one number per order
+    with pytest.raises(UserError, match="order"):
+        measure(unet, inputs, [0], [3], num_steps=10, orders=[-1])
 
 
 def test_block_caching_is_timed_by_the_sets_that_its_steps_reuse(tiny):

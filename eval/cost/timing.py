@@ -94,13 +94,15 @@ def time_steps(unet: nn.Module, inputs: Sequence[Tensor], policies: Mapping[str,
 
 def measure(unet: NestedUNet, inputs: Sequence[Tensor], branches: Sequence[int], intervals: Sequence[int],
             num_steps: int, repeats: int = 20, warmup: int = 2, rows_per_image: int = 1,
-            plain: nn.Module | None = None) -> dict[str, Any]:
+            plain: nn.Module | None = None, orders: Sequence[int] = (0,)) -> dict[str, Any]:
     """Time DeepCache at `branches`, with the MACs (batch 1) beside, and derive whole runs with uniform schedules.
 
+    orders: of the forecast, each at every branch; 0 is reuse. They have the same MACs, and one more value to keep for
+    each order (feature_bytes).
     plain: the U-Net to count the MACs of, where the weights of the other are packed.
     rows_per_image: rows of the inputs that make one image; 2 with guidance, whose two halves share a batch.
-    Returns JSON-compatible {full, branches: [per branch], runs: [per branch and interval]}; images/s are of the network
-    alone. Raises UserError for a branch or an interval that does not exist, or no repeats.
+    Returns JSON-compatible {full, branches: [per branch and order], runs: [each of these at each interval]}; images/s
+    are of the network alone. Raises UserError for a branch or an interval that does not exist, or no repeats.
     """
     images = len(inputs[0]) / rows_per_image
     for branch in branches:
@@ -108,28 +110,30 @@ def measure(unet: NestedUNet, inputs: Sequence[Tensor], branches: Sequence[int],
             raise UserError(f"--branch must be from 0 to {unet.num_branches - 1} for this model, got {branch}")
     try:
         schedules = {interval: uniform(num_steps, interval) for interval in intervals}
-        caches = {branch: DeepCache(branch, [0]) for branch in branches}
-        timings = time_steps(unet, inputs, {str(branch): cache for branch, cache in caches.items()}, repeats, warmup)
+        # Step 0 is full, step 1 cached; the others are there for the order.
+        caches = {(branch, order): DeepCache(branch, [0, *range(2, 2 + order)], order)
+                  for branch in branches for order in orders}
+        timings = time_steps(unet, inputs, {str(key): cache for key, cache in caches.items()}, repeats, warmup)
     except ValueError as error:
         raise UserError(str(error)) from None
     full_macs, cached_macs = branch_macs(unet if plain is None else plain, [value[:1] for value in inputs], branches)
     full = timings["full"]
     result: dict[str, Any] = {
         "full": {**full.to_json(), "macs": full_macs.hook, "macs_fc": full_macs.fc}, "branches": [], "runs": []}
-    for branch, cache in caches.items():
-        cached, macs = timings[str(branch)], cached_macs[branch]
+    for (branch, order), cache in caches.items():
+        cached, macs = timings[str((branch, order))], cached_macs[branch]
         result["branches"].append({
-            "branch": branch, **cached.to_json(), "ratio": cached.ratio(full),
+            "branch": branch, "forecast": order, **cached.to_json(), "ratio": cached.ratio(full),
             "macs": macs.hook, "macs_fc": macs.fc,
             "macs_ratio": macs.hook / full_macs.hook, "macs_fc_ratio": macs.fc / full_macs.fc,
             "feature_bytes": sum(value.nbytes for value in cache.kept.values())})
     result["full"]["images_per_second"] = images / (num_steps * full.median)
-    for branch in branches:
+    for branch, order in caches:
         for interval, full_steps in schedules.items():
-            k, cached = len(full_steps), timings[str(branch)]
+            k, cached = len(full_steps), timings[str((branch, order))]
             macs = average(full_macs, cached_macs[branch], full_steps, num_steps)
             result["runs"].append({
-                "branch": branch, "interval": interval, "steps": num_steps, "full_steps": k,
+                "branch": branch, "forecast": order, "interval": interval, "steps": num_steps, "full_steps": k,
                 "images_per_second": images / (k * full.median + (num_steps - k) * cached.median),
                 "speedup": num_steps / (k + (num_steps - k) * cached.ratio(full)),
                 "macs": macs.hook, "macs_fc": macs.fc, "macs_speedup": full_macs.hook / macs.hook})

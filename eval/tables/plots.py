@@ -202,3 +202,29 @@ def heat_maps(panels: Sequence[tuple[str, Sequence, Sequence, np.ndarray, list[l
         axis.set_title(title, fontsize=9)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)
+
+
+def lines_of_kinds(panels: Sequence[tuple[str, dict[str, list[tuple[float, float, float, float]]]]], path: Path,
+                   measure: str) -> None:
+    """One panel per cost, with a line per kind of run: broken ones for fewer steps.
+
+    panels: (name of the cost, {kind: [(cost, value, low, high), ...]}). measure: name of the value.
+    """
+    figure, grid = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 5), layout="constrained", squeeze=False)
+    kinds = list(dict.fromkeys(kind for _, lines in panels for kind in lines))
+    for axis, (cost, lines) in zip(grid.flat, panels, strict=True):
+        for kind, line in lines.items():
+            place, (x, y, low, high) = kinds.index(kind), np.array(line).T
+            axis.errorbar(x, y, yerr=[y - low, high - y], color=f"C{place % 10}", marker=MARKERS[place % len(MARKERS)],
+                          linestyle="--" if kind.startswith("fewer steps") else "-", markersize=5, linewidth=1.2,
+                          elinewidth=0.6, capsize=2, label=kind)
+        axis.set_xscale("log")
+        axis.set_xlabel(cost)
+        axis.set_ylabel(measure)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="x", which="minor", labelsize=7)
+        axis.grid(alpha=0.3, which="both")
+    grid.flat[0].legend(fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    plt.close(figure)

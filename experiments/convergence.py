@@ -1,0 +1,264 @@
+"""Studies of convergence: how near runs come to the converged images of the same seeds, and at what cost.
+
+    python -m scripts.convergence --config studies/forecast_ldm.yaml --list     its runs and what is there; nothing runs
+    python -m scripts.convergence --config studies/forecast_ldm.yaml            run it, or go on with it
+    python -m scripts.convergence --config studies/forecast_ldm.yaml --render   draw what is there
+
+A study is a YAML file:
+
+    model: ldm_emoji
+    seeds: 5000-5127            of every run
+    chosen_on: 64               the first so many choose the best setting of each kind, the others report on it
+    converged: {sampler: unipc, steps: 100}
+    twice: 16                   seeds on which twice as many steps show how far converged the images are
+    common: {timesteps: trailing}       options of all runs; for text also prompts, images_per_prompt
+    fit_seeds: 6000-6015        for forecast_weights: fitted
+    grids:                      each is all combinations of its axes, options of the sample command
+    - {sampler: [ddim, dpmpp, unipc], steps: [8, 13, 18, 26]}
+    - {sampler: unipc, steps: 50, interval: [2, 3, 5], forecast: [0, 1, 2]}
+
+Every run has a JSON in results/convergence/NAME/, with the PSNR of each seed, and is made once. Costs are in full
+network calls per image: by multiply-accumulates, and by time where results/convergence/NAME/times.json is there, which
+`eval.throughput --forecast` makes.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.cost.runs import costs_of, macs_per_image, macs_per_step
+from eval.metrics.intervals import mean_estimate
+from eval.tables.text import align
+from experiments import convergence_report
+from experiments.convergence_report import PSNR, Point
+from experiments.sweep import check_axis, config_of
+from planning.convergence import Converged
+from planning.fit_forecast import fit
+from runs import arguments, results
+from runs.cli import command
+from runs.errors import UserError
+from runs.machine import Machine
+from runs.provenance import provenance
+from runs.results import Cost, Metric, Result
+from runs.seeds import parse_seeds
+from runs.settings import read_yaml
+from runs.spec import Run, RunSpec
+from runs.weights import save_tensors
+
+KIND = "convergence"
+FITTED = "fitted"           # instead of the file of an axis `forecast_weights`
+
+
+@dataclass
+class Study:
+    """A study file; see above."""
+    model: str
+    seeds: str
+    converged: dict[str, Any]
+    grids: list[dict[str, Any]]
+    chosen_on: int = 64
+    twice: int = 16
+    common: dict[str, Any] = field(default_factory=dict)
+    fit_seeds: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study keeps what it makes. work: for the converged latents."""
+    name: str
+    results: Path
+    work: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.results / "convergence" / self.name
+
+    def result(self, run: Run) -> Path:
+        return self.folder / f"{run.name}.json"
+
+    def fitted(self, run: Run) -> Path:
+        """The weights of a run whose forecast is to be fitted; the last word goes into its name."""
+        return self.folder / "fitted" / run.name / "fitted.safetensors"
+
+
+def read_study(path: Path) -> Study:
+    """Raises UserError that names the file, the grid and the axis that is wrong."""
+    study = read_yaml(path, Study)
+    for number, grid in enumerate(study.grids, 1):
+        for axis, given in grid.items():
+            values = given if isinstance(given, list) else [given]
+            if axis == "model":
+                raise UserError(f"{path}, grid {number}: a study is of one model, which it names once")
+            if values == [FITTED] and axis == "forecast_weights":
+                if study.fit_seeds is None:
+                    raise UserError(f"{path}, grid {number}: fitted weights need fit_seeds, like 6000-6015")
+                continue
+            check_axis(f"{path}, grid {number}", axis, values)
+    seeds = parse_seeds(study.seeds)
+    if not 2 <= study.chosen_on <= len(seeds) - 2:
+        raise UserError(f"{path}: chosen_on must leave 2 of the {len(seeds)} seeds or more on either side")
+    if study.fit_seeds is not None and (both := set(seeds) & set(parse_seeds(study.fit_seeds))):
+        raise UserError(f"{path}: seed {min(both)} is to be learnt from and judged on: take other fit_seeds")
+    return study
+
+
+def specs(study: Study) -> Iterator[tuple[RunSpec, bool]]:
+    """Every run of the study, and whether its forecast is still to be fitted. Raises UserError."""
+    for grid in study.grids:
+        lists = {axis: values if isinstance(values, list) else [values] for axis, values in grid.items()}
+        for values in itertools.product(*lists.values()):
+            options = study.common | dict(zip(lists, values, strict=True))
+            fitted = options.get("forecast_weights") == FITTED
+            if fitted:
+                del options["forecast_weights"]
+            yield RunSpec.of(config_of(study.model), **options), fitted
+
+
+def check_names(runs: list[tuple[RunSpec, bool]], path: Path) -> None:
+    """Refuse runs that do not open, and different ones that would share a result. Raises UserError."""
+    known: dict[tuple[str, bool], Run] = {}
+    for spec, to_fit in runs:
+        run = spec.open()
+        if known.setdefault((run.name, to_fit), run).told != run.told:
+            raise UserError(f"{path}: two different runs would both be called {run.name}")
+
+
+def fitted(spec: RunSpec, study: Study, place: Place, machine: Machine) -> RunSpec:
+    """The run with weights that were fitted to it, which are made where they are not there. Raises UserError."""
+    run = spec.open()
+    path, level = place.fitted(run), run.deepcache
+    if level is None or level.forecast[0] == 0:
+        raise UserError(f"{run.name} has nothing to fit: say interval and forecast")
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model = run.family.open(run, machine)
+        model.load()
+        weights = fit(model, level, parse_seeds(str(study.fit_seeds)), machine.batch_size)
+        save_tensors(weights.tensors(), path, weights.metadata())
+    return spec.having(forecast_weights=path)
+
+
+def full_calls(run: Run) -> float:
+    """The cost of a run: full network calls per image that have as many multiply-accumulates."""
+    return macs_per_image(run).hook / (costs_of(run).full.hook * run.rows_per_image)
+
+
+def measured(run: Run, converged: Converged) -> Result:
+    """Sample a run, and see how near each seed comes."""
+    started = time.time()
+    psnr = converged.psnr(converged.sample(run))
+    return Result(KIND, run.config.name, run.told, len(psnr), {PSNR: Metric.of(mean_estimate(psnr))},
+                  hashes={"checkpoint": converged.checkpoint_sha256}, macs=Cost(*macs_per_step(run)),
+                  provenance=provenance(converged.model.device),
+                  details=of(run, converged) | {"psnr": [round(float(value), 4) for value in psnr]}).stamped(started)
+
+
+def of(run: Run, converged: Converged) -> dict[str, Any]:
+    """What a result says of the comparison; it is made anew where that changes."""
+    return {"name": run.name, "seeds": converged.seeds, "converged": converged.run.told, "full_calls": full_calls(run),
+            "condition": {name: str(value) for name, value in arguments.given(run.spec.condition).items()}}
+
+
+def there(run: Run, path: Path, converged_told: dict[str, Any], seeds: list[int]) -> Result | None:
+    """The result of a run, where it is of these settings, weights and seeds."""
+    if not path.is_file():
+        return None
+    found = results.read(path)
+    same = (found.settings == run.told and found.details.get("converged") == converged_told
+            and found.details.get("seeds") == seeds)
+    return found if same else None
+
+
+def run_all(study: Study, place: Place, machine: Machine, runs: list[tuple[RunSpec, bool]]) -> None:
+    """Measure what is not there yet."""
+    seeds = parse_seeds(study.seeds)
+    converged = Converged(RunSpec.of(config_of(study.model), **study.common | study.converged), seeds, machine,
+                          place.work / "converged.safetensors")
+    for spec, _ in runs:
+        converged.check(spec.open())
+    measure_twice(study, place, converged)
+    for number, (spec, to_fit) in enumerate(runs, 1):
+        run = (fitted(spec, study, place, machine) if to_fit else spec).open()
+        path = place.result(run)
+        if there(run, path, converged.run.told, seeds) is None:
+            print(f"[{number}/{len(runs)}] {run.name}: {full_calls(run):.2f} full calls", flush=True)
+            results.write(path, measured(run, converged))
+
+
+def measure_twice(study: Study, place: Place, converged: Converged) -> None:
+    """How near the converged images come to those of twice as many steps."""
+    path, seeds = place.folder / "twice.json", converged.seeds[:study.twice]
+    if path.is_file() or not seeds:
+        return
+    started, run = time.time(), converged.run.spec.having(steps=2 * converged.run.steps).open()
+    psnr = converged.psnr(converged.sample(run, seeds), seeds)
+    results.write(path, Result("converged", run.config.name, run.told, len(seeds),
+                               {PSNR: Metric.of(mean_estimate(psnr))}, provenance=provenance(converged.model.device),
+                               hashes={"checkpoint": converged.checkpoint_sha256},
+                               details={"converged": converged.run.told, "seeds": seeds}).stamped(started))
+
+
+def points(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> list[Point]:
+    """What is measured of the study."""
+    told, seeds, found = (RunSpec.of(config_of(study.model), **study.common | study.converged).open().told,
+                          parse_seeds(study.seeds), [])
+    times = place.folder / "times.json"
+    timed = results.read(times).times if times.is_file() else None
+    for spec, to_fit in runs:
+        path = place.fitted(spec.open())
+        if to_fit and not path.is_file():
+            continue
+        run = (spec.having(forecast_weights=path) if to_fit else spec).open()
+        result = there(run, place.result(run), told, seeds)
+        if result is not None:
+            found.append(Point.of(run, full_calls(run), timed, np.array(result.details["psnr"])))
+    return found
+
+
+def listing(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> str:
+    """A line per run."""
+    lines = [["run", "full / calls", "cost, full calls", "measured"]]
+    for spec, to_fit in runs:
+        run = spec.open()
+        known = place.fitted(run).is_file()
+        if to_fit and known:
+            run = spec.having(forecast_weights=place.fitted(run)).open()
+        measured = (known or not to_fit) and place.result(run).is_file()
+        lines.append([run.name + (", to be fitted" if to_fit and not known else ""),
+                      f"{run.full_calls} / {run.calls}", f"{full_calls(run):.2f}", "yes" if measured else "no"])
+    return align(lines)
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--config", type=Path, required=True, help="the study, a YAML file; studies/ has some")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--list", action="store_true", help="print the runs and which are measured; do nothing")
+    mode.add_argument("--render", action="store_true", help="only write table and picture of what is there")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="default: %(default)s")
+    parser.add_argument("--work", type=Path, default=Path("samples/convergence"),
+                        help="folder of the converged latents (default: %(default)s)")
+    arguments.add(parser, Machine)
+    parser.set_defaults(batch_size=32)
+    args = parser.parse_args()
+    study, name = read_study(args.config), args.config.stem
+    place, runs = Place(name, args.results, args.work / name), list(specs(study))
+    check_names(runs, args.config)
+    if args.list:
+        print(listing(study, place, runs))
+        return
+    if not args.render:
+        run_all(study, place, arguments.chosen(Machine, args), runs)
+    print(convergence_report.render(points(study, place, runs), study.chosen_on, place.folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What a study of convergence shows: table.md, and distance to the converged images against cost."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.metrics.intervals import mean_estimate
+from eval.tables.plots import lines_of_kinds
+from eval.tables.text import markdown
+from experiments.sweep_report import front
+from runs.files import write_atomically
+from runs.results import Metric
+from runs.spec import Run
+
+PSNR = "PSNR to converged"
+EQUAL = 0.98                # what costs so much of a run's cost or more is no cheaper than it
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run that is measured. kind: what makes it cheap. psnr: dB, [seeds].
+
+    interval: None for a run of fewer steps. cost, time: of an image, in full network calls; time is None where the
+    steps were not timed.
+    """
+    name: str
+    sampler: str
+    kind: str
+    steps: int
+    interval: int | None
+    cost: float
+    time: float | None
+    psnr: np.ndarray
+
+    @classmethod
+    def of(cls, run: Run, cost: float, times: Mapping[str, Any] | None, psnr: np.ndarray) -> "Point":
+        interval = run.caching.settings["interval"] if run.caching else None
+        return cls(run.name, run.sampler_name, kind_of(run), run.steps, interval, cost, time_of(run, times), psnr)
+
+    def on(self, seeds: slice) -> Metric:
+        """The mean over some of the seeds."""
+        return Metric.of(mean_estimate(self.psnr[seeds]))
+
+
+def kind_of(run: Run) -> str:
+    """The name of what a run does to be cheaper."""
+    if not run.caching:
+        return f"fewer steps, {run.sampler_name}"
+    if "forecast" not in run.caching.settings:
+        return "reuse"
+    forecast = run.caching.settings["forecast"]
+    how = "" if forecast["damping"] == 1 else ", fitted" if forecast["weights_sha256"] else ", damped"
+    return f"forecast, order {forecast['order']}{how}"
+
+
+def time_of(run: Run, times: Mapping[str, Any] | None) -> float | None:
+    """Network time of an image in full calls, from `eval.throughput --forecast`; None where that has no such step."""
+    if times is None:
+        return None
+    if not run.caching:
+        return float(run.calls)
+    if run.deepcache is None:
+        return None
+    wanted = run.deepcache.branch, run.deepcache.forecast[0]
+    ratio = next((one["ratio"] for one in times["branches"] if (one["branch"], one.get("forecast", 0)) == wanted), None)
+    return None if ratio is None else run.full_calls + (run.calls - run.full_calls) * ratio
+
+
+def rival(point: Point, plain: Sequence[Point], cost: Callable[[Point], float | None], choose: slice) -> Point | None:
+    """The run without caching that comes nearest to converged, on the seeds that choose, at equal cost.
+
+    That is, of each sampler, what costs no more than its cheapest run that costs as much as the point. None where no
+    sampler has such a one.
+    """
+    found, wanted = [], cost(point)
+    for sampler in dict.fromkeys(other.sampler for other in plain):
+        own = [(value, other) for other in plain if other.sampler == sampler and (value := cost(other)) is not None]
+        dear = [value for value, _ in own if wanted is not None and value >= EQUAL * wanted]
+        found += [other for value, other in own if dear and value <= min(dear)]
+    return max(found, key=lambda one: one.on(choose).value, default=None)
+
+
+def difference(point: Point, other: Point | None, report: slice) -> str:
+    """How much nearer a run comes than another one, in dB, paired by seed, with a 95 % interval."""
+    if other is None:
+        return "-"
+    by = Metric.of(mean_estimate(point.psnr[report] - other.psnr[report]))
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*by.bounds) + f" ({other.sampler}, {other.cost:g})"
+
+
+def rows(points: Sequence[Point], choose: slice, report: slice) -> list[tuple[str, ...]]:
+    """A row per run, the dearest first; those with caching beside the runs without at equal cost."""
+    plain = [point for point in points if point.kind.startswith("fewer steps")]
+    found: list[tuple[str, ...]] = [("run", "cost by MACs", "by time", "PSNR, dB", "beside the same sampler",
+                                     "beside the best sampler", "the same at equal time")]
+    for point in sorted(points, key=lambda one: (-one.cost, one.name)):
+        same = [other for other in plain if other.sampler == point.sampler]
+        beside = ["", "", ""] if point in plain else [
+            difference(point, rival(point, same, lambda one: one.cost, choose), report),
+            difference(point, rival(point, plain, lambda one: one.cost, choose), report),
+            difference(point, rival(point, plain, lambda one: one.time, choose), report)]
+        found.append((point.name, f"{point.cost:.2f}", "-" if point.time is None else f"{point.time:.2f}",
+                      "{:.1f} [{:.1f}, {:.1f}]".format(*point.on(report).bounds), *beside))
+    return found
+
+
+def fronts(points: Sequence[Point], cost: Callable[[Point], float | None], choose: slice, report: slice
+           ) -> dict[str, list[tuple[float, float, float, float]]]:
+    """Of each kind the settings that no other one of it beats on the seeds that choose: (cost, PSNR, low, high), on the
+    seeds that report."""
+    found = {}
+    for kind in dict.fromkeys(point.kind for point in points):
+        own = [(value, point) for point in points if point.kind == kind and (value := cost(point)) is not None]
+        chosen = front([(value, point.on(choose).value) for value, point in own], higher=True)
+        found[kind] = sorted((own[i][0], *own[i][1].on(report).bounds) for i in chosen)
+    return {kind: line for kind, line in found.items() if line}
+
+
+def orders(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """How fast the error falls as all steps shrink: a row for each kind, sampler and interval with three steps or more.
+
+    The order between two numbers of steps is the slope of log(error) over log(steps); an error is 10^(-PSNR / 20).
+    """
+    found: list[tuple[str, ...]] = [("kind", "sampler", "N", "steps", "order between them")]
+    for kind, sampler, interval in dict.fromkeys((one.kind, one.sampler, one.interval) for one in points):
+        own = {one.steps: one.psnr.mean() for one in sorted(points, key=lambda one: one.steps)
+               if (one.kind, one.sampler, one.interval) == (kind, sampler, interval)}
+        if len(own) > 2:
+            slopes = np.diff(list(own.values())) / 20 / np.diff(np.log10(list(own)))
+            found.append((kind, sampler, str(interval or "-"), ", ".join(map(str, own)),
+                          ", ".join(f"{slope:.2f}" for slope in slopes)))
+    return found
+
+
+def render(points: Sequence[Point], chosen_on: int, folder: Path) -> str:
+    """Write table and picture of what there is into `folder`; returns what to tell the user."""
+    if not points:
+        return "nothing is measured yet"
+    folder.mkdir(parents=True, exist_ok=True)
+    choose, report = slice(chosen_on), slice(chosen_on, None)
+    seeds = len(points[0].psnr)
+    panels = [("cost per image by MACs (full calls)", fronts(points, lambda one: one.cost, choose, report))]
+    if any(point.time is not None for point in points):
+        panels.append(("network time per image (full calls)", fronts(points, lambda one: one.time, choose, report)))
+    lines_of_kinds(panels, folder / "fronts.png", f"{PSNR}, dB")
+    text = "\n".join([
+        f"# {folder.name}", "",
+        f"{seeds} seeds: the first {chosen_on} choose (the sampler, and the settings on a line of the picture), the "
+        f"last {seeds - chosen_on} report. PSNR of the final latents to the converged ones of the same seed; costs are "
+        "in full network calls per image. Differences are in dB, paired by seed, with 95 % intervals, to the run "
+        "without caching named in brackets: the best one that costs no more than the cheapest of its sampler which "
+        f"costs at least {EQUAL:g} of what the row does.", "",
+        *markdown(rows(points, choose, report)), "", "![fronts](fronts.png)", "",
+        "How fast the error falls as all steps shrink: the slope of log(error) over log(steps), between one number of "
+        "steps and the next.", "", *markdown(orders(points)), ""])
+    write_atomically(folder / "table.md", lambda path: path.write_text(text))
+    return f"{len(points)} runs are measured; wrote {folder / 'table.md'} and {folder / 'fronts.png'}"

@@ -1,0 +1,162 @@
+"""Studies of convergence: what is measured of a run, what is kept, and what the tables say."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import convergence
+from experiments.convergence_report import PSNR, Point, orders, rival, rows
+from planning.convergence import Converged
+from runs import results
+from runs.errors import UserError
+from runs.machine import Machine
+from runs.spec import RunSpec
+
+STUDY = """
+model: ddpm_emoji
+seeds: 10-15
+chosen_on: 3
+twice: 2
+fit_seeds: 20-21
+converged: {sampler: unipc, steps: 8}
+common: {timesteps: trailing, branch: 0}
+grids:
+- {sampler: unipc, steps: [2, 4]}
+- {sampler: unipc, steps: 6, interval: 2, forecast: [0, 1]}
+- {sampler: unipc, steps: 6, interval: 2, forecast: 1, forecast_weights: fitted}
+"""
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, capsys):
+    """study(text, *options): run the command; what it printed, and where its results are."""
+    def run(text: str = STUDY, *options: str) -> tuple[str, Path]:
+        path = tmp_path / "one.yaml"
+        path.write_text(text)
+        monkeypatch.setattr("sys.argv", ["convergence", "--config", str(path), "--results", str(tmp_path / "results"),
+                                         "--work", str(tmp_path / "work"), "--device", "cpu", "--threads", "1",
+                                         *options])
+        convergence.main()
+        return capsys.readouterr().out, tmp_path / "results" / "convergence" / "one"
+    return run
+
+
+def test_a_study_is_measured_once(study):
+    """Each run's PSNR is that of its latents to the converged ones; what is there is not made again."""
+    listed, folder = study(STUDY, "--list")
+    assert not folder.exists() and listed.count(" no") == 5
+    printed, folder = study()
+    assert "5 runs are measured" in printed
+    names = {path.stem: path for path in folder.glob("*.json")}
+    assert names.keys() == {"twice", "unipc_steps2", "unipc_steps4", "uniform_n2_branch0_unipc_steps6",
+                            "uniform_n2_branch0_forecast1_unipc_steps6",
+                            "uniform_n2_branch0_forecast1_fitted_unipc_steps6"}
+
+    machine, latents = Machine(batch_size=4, device="cpu", threads=1), {}
+    for name, options in (("converged", {"steps": 8}), ("run", {"steps": 6, "interval": 2, "forecast": 1})):
+        run = RunSpec.of("ddpm_emoji", sampler="unipc", timesteps="trailing", branch=0, **options).open()
+        model = run.family.open(run, machine)
+        model.load()
+        latents[name] = model.latents([12], model.policy()).double()
+    span = latents["converged"].max() - latents["converged"].min()
+    wanted = 10 * torch.log10(span ** 2 / (latents["run"] - latents["converged"]).square().mean()).item()
+    found = results.read(names["uniform_n2_branch0_forecast1_unipc_steps6"])
+    assert found.details["psnr"][2] == pytest.approx(wanted, abs=0.01) and found.details["seeds"][2] == 12
+    assert found.metrics[PSNR].value == pytest.approx(np.mean(found.details["psnr"]), abs=1e-3)
+    assert results.read(names["unipc_steps4"]).details["full_calls"] == 4
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    assert "5 runs are measured" in study()[0]
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    assert study(STUDY, "--list")[0].count("yes") == 5
+    study(STUDY.replace("10-15", "10-14"))
+    assert len(results.read(names["unipc_steps4"]).details["psnr"]) == 5
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    (("steps: [2, 4]", "step: [2, 4]"), "is it steps?"),
+    (("fit_seeds: 20-21", "fit_seeds: 15-21"), "seed 15"),
+    (("fit_seeds: 20-21\n", ""), "fit_seeds"),
+    (("chosen_on: 3", "chosen_on: 5"), "chosen_on"),
+    (("timesteps: trailing, ", ""), "no option"),
+    (("steps: 8}", "steps: 8, interval: 2}"), "without caching"),
+    (("{sampler: unipc, steps: [2, 4]}", "{sampler: ddim, timesteps: uniform, steps: [2, 4]}"), "differ in timesteps"),
+    (("{sampler: unipc, steps: [2, 4]}", "{model: ldm_emoji, steps: [2, 4]}"), "of one model"),
+])
+def test_what_cannot_be_compared_is_refused(study, change, word, tmp_path, capsys):
+    text = STUDY.replace(*change)
+    if word == "no option":
+        text = STUDY.replace("branch: 0}", "branch: 0, prompts: some.txt}")
+    with pytest.raises(SystemExit) as stop:
+        study(text)
+    assert stop.value.code == 1 or stop.value.code == 2
+    assert word in capsys.readouterr().err and not list(tmp_path.rglob("*.json"))
+
+
+def test_converged_latents_are_kept_for_their_seeds_alone(tmp_path):
+    machine, file = Machine(batch_size=4, device="cpu", threads=1), tmp_path / "converged.safetensors"
+    spec = RunSpec.of("ddpm_emoji", sampler="ddim", steps=2)
+    first = Converged(spec, [3, 4], machine, file)
+    stamp = file.stat().st_mtime_ns
+    assert torch.equal(Converged(spec, [3, 4], machine, file).latents, first.latents)
+    assert file.stat().st_mtime_ns == stamp
+    other = Converged(spec, [4, 5], machine, file)
+    assert torch.allclose(other.latents[0], first.latents[1], atol=1e-5) and file.stat().st_mtime_ns != stamp
+    assert np.isinf(other.psnr(other.latents)).all()
+    with pytest.raises(UserError, match="eta 0"):
+        Converged(spec.having(eta=1.0), [3], machine)
+
+
+def points() -> list[Point]:
+    """Errors of 1 / steps^2 with unipc, of 1 / steps with ddim; one cached run, half a decibel better than unipc 9."""
+    def psnr(error: float) -> np.ndarray:
+        return np.array([-20 * np.log10(error) + shift for shift in (-1.0, 0.0, 1.0, 2.0)])
+
+    plain = [Point(f"{name}{steps}", name, f"fewer steps, {name}", steps, None, float(steps), 1.5 * steps,
+                   psnr(steps ** -power)) for name, power in (("unipc", 2.0), ("ddim", 1.0)) for steps in (3, 9, 27)]
+    return [*plain, Point("cached", "ddim", "reuse", 20, 3, 9.1, 12.0, psnr(9 ** -2.0) + 0.5)]
+
+
+def test_cost_decides_what_a_run_is_compared_with():
+    *plain, cached = points()
+    everywhere = slice(None)
+    assert rival(cached, plain[3:], lambda one: one.cost, everywhere).name == "ddim9"       # 9 costs 0.989 of 9.1
+    assert rival(cached, plain[:3], lambda one: one.time, everywhere).name == "unipc9"      # 9 takes 13.5, it takes 12
+    assert rival(cached, plain, lambda one: one.cost, everywhere).name == "unipc9"
+    better = replace(plain[0], psnr=plain[1].psnr + 1)
+    assert rival(cached, [better, *plain[1:]], lambda one: one.cost, everywhere).name == "unipc3"   # cheaper and better
+    assert rival(plain[2], [cached], lambda one: one.cost, everywhere) is None
+    table = {row[0]: row for row in rows(points(), slice(2), slice(2, None))}
+    assert table["cached"][5] == "+0.5 [+0.5, +0.5] (unipc, 9)" and table["unipc9"][4:] == ("", "", "")
+    assert table["cached"][4].startswith("+19.6")
+
+
+def test_orders_are_the_slopes_of_the_errors():
+    found = {row[1]: row[-1] for row in orders(points())[1:]}
+    assert found == {"unipc": "2.00, 2.00", "ddim": "1.00, 1.00"}
+
+
+def test_the_studies_that_are_shipped_open():
+    for path in sorted(Path("studies").glob("*.yaml")):
+        read = convergence.read_study(path)
+        runs = list(convergence.specs(read))
+        convergence.check_names(runs, path)
+        assert len(runs) > 5, path
+
+
+def test_shipped_results_belong_to_their_studies():
+    """Every JSON of a study's folder is of a run that its file has today."""
+    for path in sorted(Path("studies").glob("*.yaml")):
+        read, folder = convergence.read_study(path), Path("results/convergence") / path.stem
+        place = convergence.Place(path.stem, Path("results"), Path("samples"))
+        names = {(spec.having(forecast_weights=place.fitted(spec.open())) if to_fit else spec).open().name
+                 for spec, to_fit in convergence.specs(read) if not to_fit or place.fitted(spec.open()).is_file()}
+        there = {one.stem for one in folder.glob("*.json")} - {"twice", "times"}
+        assert there <= names
+        for one in there:
+            content = json.loads((folder / f"{one}.json").read_text())
+            assert content["details"]["name"] == one and len(content["details"]["psnr"]) == content["images"]

@@ -1,0 +1,355 @@
+"""Plans: what each network call computes, as a policy, as a file and as an option of every command."""
+
+import itertools
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from test_forecast import graphs, polynomial, sample
+from test_graphs import record
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from caching.deepcache import DeepCache
+from caching.methods import options_by_name, plan
+from caching.nested import no_cache
+from caching.options import RunShape
+from caching.plan import Call, PlanCache, deepcache_calls
+from caching.plan_file import Plan, PlanOptions
+from ddpm import sample as sample_command
+from ddpm.checkpoint import published_state_dict
+from ddpm.unet import UNet as PixelUNet
+from eval import macs, throughput
+from eval.cost.runs import call_macs, costs_of, macs_per_image
+from ldm.unet import UNet
+from runs.errors import UserError
+from runs.folder import read_run
+from runs.spec import RunSpec
+from speed.graphs import RecordedNetwork
+
+UNEVEN = [0, 2, 3, 7, 8, 13]
+CALLS = 16
+# All depths, in an order in which levels go stale while others are refreshed.
+MIXED = [Call(), Call(1), Call(2, (1.0,)), Call(0), Call(), Call(1, (1.0,)), Call(0, (0.5,)), Call(2, (1.0,)),
+         Call(0, (1.0, 1.0)), Call(1, (1.0,)), Call(3), Call(0), Call(), Call(0, (1.0,)), Call(2), Call(1, (0.7,))]
+TWO_DEPTHS = [call if call.branch is None else Call(call.branch % 2, call.damping) for call in MIXED]
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(4, 4, 32, (1, 2), 1, (1, 2), num_heads=2, context_dim=16).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def shallow() -> UNet:
+    """With two branches: compilers are slow."""
+    torch.manual_seed(0)
+    return UNet(4, 4, 32, (1,), 1, (1,), num_heads=2, context_dim=16).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("branch", [0, 1, 3])
+def test_the_papers_schedules_as_plans(unet, branch, order):
+    ours = PlanCache(deepcache_calls(branch, UNEVEN, CALLS, order, 0.9))
+    assert torch.equal(sample(unet, ours), sample(unet, DeepCache(branch, UNEVEN, order, 0.9)))
+    assert len(ours.kept) == 1 + order + (order > 0)
+
+
+def test_a_plan_that_computes_everything_is_no_cache(unet):
+    policy = PlanCache([Call()] * CALLS)
+    assert torch.equal(sample(unet, policy), sample(unet, None)) and policy.kept == {} and not policy.owns(0)
+
+
+def test_which_call_refreshes_which_level():
+    """Each level's feature is its number + the call that computed it / 100: what is seen tells when that was."""
+    policy = PlanCache([Call(), Call(2), Call(1), Call(0), Call(1), Call(2), Call(0)])
+    seen = []
+    for step in range(7):
+        policy.at(step)
+        for level in range(3):
+            made = []
+            value = policy(level, lambda level=level, made=made: made.append(1) or torch.tensor(level + step / 100))
+            if not made:
+                seen.append(value.item())
+                break                               # what lies inside is not asked for
+    assert seen == pytest.approx([2.00, 1.01, 0.02, 1.01, 2.00, 0.05])
+
+
+def test_every_level_forecasts_from_the_calls_that_computed_it():
+    line = polynomial(1)
+    policy = PlanCache([Call(), Call(1), Call(2), Call(0, (1.0,)), Call(1, (1.0,)), Call(0, (0.5,)), Call(2, (1.0,))])
+    refreshed = {0: [0, 1, 2, 4], 1: [0, 2], 2: [0]}
+    for step, call in enumerate(policy.calls):
+        policy.at(step)
+        for level in range(3):
+            value = policy(level, lambda: line(step))
+            if level == call.branch:
+                before = [s for s in refreshed[level] if s < step]
+                weight = call.damping[0] if call.damping and len(before) > 1 else 0.0
+                assert torch.allclose(value, line(before[-1]) + weight * (line(step) - line(before[-1]))), step
+                break
+
+
+def plainly(unet, calls):
+    """The plain way to a plan: a cache that keeps the last values of all levels, and Lagrange's line."""
+    kept: dict = {}
+
+    class Plain:
+        def at(self, step):
+            self.step, self.call = step, calls[step]
+            return self
+
+        def __call__(self, key, compute):
+            if isinstance(key, str):
+                return compute()
+            if key != self.call.branch:
+                value = compute()
+                kept.setdefault(key, {})[self.step] = value
+                return value
+            steps = sorted(kept[key])[::-1]
+            value = kept[key][steps[0]]
+            for order, weight in enumerate(self.call.damping, 1):       # Newton's terms
+                if order < len(steps):
+                    table = [kept[key][s].double() for s in steps[:order + 1]]
+                    for width in range(1, order + 1):
+                        table = [(a - b) / (steps[i] - steps[i + width])
+                                 for i, (a, b) in enumerate(itertools.pairwise(table))]
+                    for s in steps[:order]:
+                        table[0] = table[0] * (self.step - s)
+                    value = value + weight * table[0].float()
+            return value
+    return Plain()
+
+
+def test_depths_mixed_over_a_run(unet):
+    expected = sample(unet, plainly(unet, MIXED))
+    assert torch.allclose(sample(unet, PlanCache(MIXED)), expected, atol=1e-5 * expected.abs().max().item())
+    policy = PlanCache(MIXED)
+    first = sample(unet, policy)
+    policy.reset()
+    assert policy.kept == {} and torch.equal(sample(unet, policy), first) and torch.equal(sample(unet, policy), first)
+
+
+def test_a_plan_in_half_precision(unet):
+    half = UNet(4, 4, 32, (1, 2), 1, (1, 2), num_heads=2, context_dim=16).eval().requires_grad_(False).bfloat16()
+    assert sample(half, PlanCache(MIXED), dtype=torch.bfloat16).isfinite().all()
+
+
+def test_recorded_calls_are_the_network(shallow):
+    """As CUDA graphs: fixed buffers, and a level that is refreshed while another is reused."""
+    patterns = set()
+    fast = RecordedNetwork(shallow, record)
+
+    def plain(*inputs, cache):
+        patterns.add(cache.pattern)
+        return shallow(*inputs, cache=cache)
+
+    for seeds in ((0, 1), (2, 3)):
+        ours, expected = PlanCache(TWO_DEPTHS), PlanCache(TWO_DEPTHS)
+        assert torch.allclose(sample(fast, ours, seeds=seeds), sample(plain, expected, seeds=seeds), atol=1e-4)
+        assert ours.kept.keys() == expected.kept.keys()
+        for value, right in zip(ours.kept.values(), expected.kept.values(), strict=True):
+            assert torch.allclose(value, right, atol=1e-4)
+    assert len(fast.recordings) == len(patterns) == 3
+
+
+def test_compiles_to_a_graph_for_each_depth(shallow):
+    assert graphs(shallow, lambda: PlanCache(TWO_DEPTHS)) == 3
+
+
+@pytest.mark.parametrize(("calls", "words"), [
+    ([], "at least one"), ([Call(0)], "call 0 .* must compute everything"), ([Call(), Call(-1)], "call 1 .* 0 or more"),
+    ([Call(), Call(None, (1.0,))], "call 1 .* nothing to forecast"), ([Call(), Call(0, (float("inf"),))], "finite")])
+def test_what_is_no_plan(calls, words):
+    with pytest.raises(ValueError, match=words):
+        PlanCache(calls)
+
+
+def test_calls_that_cannot_be(unet):
+    with pytest.raises(RuntimeError, match="call 1 is to reuse the level at branch 9"):
+        sample(unet, PlanCache([Call(), Call(9)]))
+    with pytest.raises(RuntimeError, match="2 network calls, and none for call 2"):
+        sample(unet, PlanCache([Call()] * 2))
+
+
+# Files
+
+UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
+        "attn_resolutions": [4]}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    save_file(published_state_dict(PixelUNet(**UNET)), folder / "tiny.safetensors")
+    (folder / "ddpm.yaml").write_text(yaml.safe_dump({
+        "name": "ddpm_tiny", "unet": UNET, "diffusion": {"beta_schedule": "linear"},
+        "checkpoint": str(folder / "tiny.safetensors"), "sampler": {"steps": 9, "branch": 1, "images": 4}}))
+    return folder / "ddpm.yaml"
+
+
+def made(config, calls=MIXED, **run) -> Plan:
+    """A plan for the tiny model, with what it costs."""
+    spec = RunSpec.of(config, sampler="dpmpp", steps=len(calls), timesteps="trailing").open()
+    costs = costs_of(spec)
+    known = [Call() if (call.branch or 0) >= spec.unet.num_branches else call for call in calls]
+    of_calls = costs.calls(PlanCache(known), len(calls))
+    bound = {"model": "ddpm_tiny", "unet": json.loads(json.dumps(vars(spec.config.unet))), "checkpoint_sha256": None,
+             "sampler": "dpmpp", "steps": len(calls), "timesteps": "trailing"}
+    return Plan(bound | run, None, list(calls), {name: sum(getattr(one, name) for one in of_calls)
+                                                 for name in ("hook", "fc")}, costs.full._asdict())
+
+
+@pytest.fixture
+def file(config, tmp_path):
+    path = tmp_path / "best.json"
+    path.write_text(json.dumps(made(config).to_json()))
+    return path
+
+
+def test_a_file_comes_back(config, file):
+    found = Plan.load(file)
+    assert found == made(config) and found.calls == MIXED
+    assert 4 < found.cost < 16
+    found.check({"model": "ddpm_tiny", "sampler": "dpmpp", "steps": 16, "guidance": 3.0, "checkpoint_sha256": "any"})
+
+
+@pytest.mark.parametrize(("run", "settings", "words"), [
+    ({}, {"sampler": "ddim"}, "the plan was made for another run: sampler dpmpp there, ddim here"),
+    ({}, {"steps": 20}, "steps 16 there, 20 here"), ({}, {"model": "big"}, "model ddpm_tiny there, big here"),
+    ({}, {"timesteps": "quad"}, "timesteps trailing there, quad here"),
+    ({"checkpoint_sha256": "abc"}, {"checkpoint_sha256": "def"}, "checkpoint_sha256 abc there, def here")])
+def test_other_runs_are_refused(config, run, settings, words):
+    with pytest.raises(ValueError, match=words):
+        made(config, **run).check(settings)
+
+
+def test_a_guidance_beyond_its_range_is_refused(config):
+    found = made(config)
+    found.guidance = [1.0, 2.0]
+    found.check({"guidance": 1.5})
+    with pytest.raises(ValueError, match="guidance 1 to 2 there, 3 here"):
+        found.check({"guidance": 3.0})
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda c: c.update(kind="other"), "is no plan of format 1"), (lambda c: c.update(format=2), "no plan of format 1"),
+    (lambda c: c.pop("calls"), "has no calls"), (lambda c: c["run"].pop("sampler"), "for which sampler"),
+    (lambda c: c["run"].update(steps="16"), "its run has steps '16'"),
+    (lambda c: c.update(guidance=[2, 1]), "guidance"), (lambda c: c["macs"].update(hook=0), "macs is"),
+    (lambda c: c["calls"][1].update(branch=1.5), "call 1 has branch"),
+    (lambda c: c["calls"][1].update(branch=True), "call 1 has branch"),
+    (lambda c: c["calls"].__setitem__(3, []), "call 3"),
+    (lambda c: c["calls"][2].update(damping=[1] * 4), "call 2 has damping"),
+    (lambda c: c["calls"][2].update(damping=[float("nan")]), "call 2 has damping"),
+    (lambda c: c["calls"][0].update(branch=0), "call 0 of a plan must compute"),
+    (lambda c: c["calls"][1].update(branch=0), "has been changed"),
+    (lambda c: c["run"].update(steps=17), "has been changed")])
+def test_damaged_files_are_refused_in_one_line(file, change, words):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words) as raised:
+        Plan.load(file)
+    assert "best.json" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{", "\xff"])
+def test_what_is_no_file_of_a_plan(tmp_path, content):
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content.encode("latin1"))
+    with pytest.raises(ValueError, match=r"x\.json"):
+        Plan.load(tmp_path / "x.json")
+
+
+# In every door
+
+def test_macs_are_those_of_a_real_run(config, file):
+    """PyTorch's own counter over all calls, on the CPU, with attention as matrix products."""
+    run = RunSpec.of(config, plan=file).open()
+    network = PixelUNet(**UNET).eval()
+    policy, x = run.caching.policy(), torch.zeros(1, 3, 8, 8)
+    counted = []
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for step in range(run.calls):
+            with FlopCounterMode(display=False) as counter:
+                network(x, torch.zeros(1), cache=policy.at(step))
+            counted.append(counter.get_total_flops() // 2)
+    assert counted == [one.fc for one in call_macs(run)]
+    assert macs_per_image(run)._asdict() == run.caching.methods[0].plan.macs
+    assert run.full_calls == 3 and [sorted(keys) for keys in run.reused[:4]] == [[], [1], [2], [0]]
+
+
+def test_a_plan_brings_its_sampler_and_is_refused_by_another(config, file):
+    run = RunSpec.of(config, plan=str(file)).open()
+    assert (run.sampler_name, run.steps, run.timesteps, run.calls) == ("dpmpp", 16, "trailing", 16)
+    assert run.name == "plan_best_dpmpp_steps16" and RunSpec.of(config, **run.spec.given()).open().name == run.name
+    with pytest.raises(UserError, match="steps 16 there, 12 here"):
+        RunSpec.of(config, plan=file, steps=12).open()
+    other = RunSpec.of(config, plan=file, sampler="unipc").open()
+    with pytest.raises(UserError, match="sampler dpmpp there, unipc here"):
+        other.refuse_foreign(other.told)
+    with pytest.raises(UserError, match=r"no plan .*nowhere\.json"):
+        RunSpec.of(config, plan="nowhere.json").open()
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"interval": 3}, "leave out --interval"), ({"forecast": 1}, "leave out --forecast")])
+def test_no_other_method_beside_a_plan(config, file, options, words):
+    with pytest.raises(UserError, match=words):
+        RunSpec.of(config, plan=file, **options).open()
+
+
+def test_a_plan_of_a_bigger_network_is_refused(config, tmp_path):
+    path = tmp_path / "big.json"
+    path.write_text(json.dumps(made(config, [Call(), Call(5)]).to_json()))
+    with pytest.raises(ValueError, match="another model: it has branch 5, this one branches 0 to 3"):
+        plan(options_by_name({"plan": path}), RunShape(2, 2, 4, 1))
+    assert isinstance(plan([PlanOptions(path)], RunShape(2, 2, 6, 1)).policy(), PlanCache)
+    with pytest.raises(ValueError, match="has 2 network calls, this run makes 3"):
+        plan([PlanOptions(path)], RunShape(2, 3, 6, 1))
+
+
+@pytest.fixture
+def command(monkeypatch, config):
+    def call(main, *words) -> int:
+        monkeypatch.setattr(sys, "argv", ["x", "--config", str(config), *map(str, words)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+    return call
+
+
+def test_commands_take_a_plan(command, config, file, tmp_path, capsys):
+    out = tmp_path / "images"
+    assert command(sample_command.main, "--plan", file, "--seeds", "0-2", "--out", out, "--device", "cpu") == 0
+    assert "3 full of 16 network calls, a plan of" in capsys.readouterr().out
+    told = read_run(out)["settings"]
+    assert told["sampler"] == "dpmpp" and told["cache"]["plan"]["sha256"] == made(config).sha256
+    assert command(sample_command.main, "--plan", file, "--sampler", "ddim", "--seeds", "0", "--out", tmp_path / "no",
+                   "--device", "cpu") == 2
+    assert "the plan was made for another run: sampler dpmpp there, ddim here" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+    assert command(macs.main, "--plan", file, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["macs"] * 16 == pytest.approx(made(config).macs["hook"])
+    words = ("--plan", file, "--device", "cpu", "--batch-size", 1, "--repeats", 1, "--warmup", 1)
+    assert command(throughput.time_a_run, *words) == 0
+    assert "the run: 16 calls" in capsys.readouterr().out
+    assert command(throughput.time_a_run, *words, "--sampler", "ddim") == 2
+    assert "sampler dpmpp there, ddim here" in capsys.readouterr().err
+
+
+def test_it_is_the_policy_of_the_plan(config, file):
+    network = PixelUNet(**UNET).eval().requires_grad_(False)
+    x, t = torch.randn(1, 3, 8, 8), torch.full((1,), 7)
+    policy = RunSpec.of(config, plan=file).open().caching.policy()
+    assert torch.equal(network(x, t, cache=policy.at(0)), network(x, t, cache=no_cache))
+    assert not torch.equal(network(x + 1, t, cache=policy.at(1)), network(x + 1, t, cache=no_cache))
