@@ -68,15 +68,20 @@ class Converged:
                           for batch, report in batches(chosen, self.machine.batch_size, run.name, model)])
 
     def psnr(self, latents: Tensor, seeds: Sequence[int] | None = None) -> np.ndarray:
-        """PSNR of each seed's latents to the converged ones, dB: float64 [seeds]. seeds: those of the latents.
-
-        The span is the converged latents' own, from their smallest to their largest value.
-        """
+        """`psnr_to` of each seed's latents: float64 [seeds]. seeds: those of the latents."""
         places = [self.seeds.index(seed) for seed in (self.seeds if seeds is None else seeds)]
-        wanted = self.latents[places].double().flatten(1)
-        errors = (latents.double().flatten(1) - wanted).square().mean(1)
-        spans = wanted.amax(1) - wanted.amin(1)
-        return psnr((errors / spans.square()).numpy(), span=1.0)
+        return psnr_to(self.latents[places], latents)
+
+
+def psnr_to(converged: Tensor, latents: Tensor) -> np.ndarray:
+    """PSNR of latents to the converged ones, dB: [seeds, ...] both -> float64 [seeds].
+
+    The span is the converged latents' own, from their smallest to their largest value.
+    """
+    wanted = converged.double().flatten(1)
+    errors = (latents.double().flatten(1) - wanted).square().mean(1)
+    spans = wanted.amax(1) - wanted.amin(1)
+    return psnr((errors / spans.square()).numpy(), span=1.0)
 
 
 def _read(file: Path, made_of: dict[str, str]) -> Tensor | None:

@@ -288,7 +288,7 @@ def test_macs_are_those_of_a_real_run(config, file):
 def test_a_plan_brings_its_sampler_and_is_refused_by_another(config, file):
     run = RunSpec.of(config, plan=str(file)).open()
     assert (run.sampler_name, run.steps, run.timesteps, run.calls) == ("dpmpp", 16, "trailing", 16)
-    assert run.name == "plan_best_dpmpp_steps16" and RunSpec.of(config, **run.spec.given()).open().name == run.name
+    assert run.name == "plan_best_dpmpp_steps16_trailing" and RunSpec.of(config, **run.spec.given()).open().name == run.name
     with pytest.raises(UserError, match="steps 16 there, 12 here"):
         RunSpec.of(config, plan=file, steps=12).open()
     other = RunSpec.of(config, plan=file, sampler="unipc").open()

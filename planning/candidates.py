@@ -1,0 +1,149 @@
+"""The plans that a search tries for a budget, and how they are changed to better ones."""
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from caching.plan import Call, deepcache_calls
+from caching.schedules import uniform
+from planning.distances import Candidate
+from planning.gaps import Gaps, best_full_calls
+
+Depths = tuple[int | None, ...]         # the branch of each call; None computes everything
+# How many times as many calls as the budget a plan makes, at most.
+STRETCH = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+MOST_CALLS = 60
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The budget, and the costs of cached calls, in full network calls.
+
+    cached: branch -> the cost of a call that computes down to it.
+    """
+    budget: float
+    cached: Mapping[int, float]
+
+    def of(self, depths: Sequence[int | None]) -> float:
+        return sum(1.0 if branch is None else self.cached[branch] for branch in depths)
+
+    def allow(self, depths: Sequence[int | None]) -> bool:
+        return self.of(depths) <= self.budget + 1e-9
+
+    def full_calls(self, calls: int, branch: int) -> int:
+        """How many of so many calls can be full where the others compute down to a branch."""
+        cached = self.cached[branch]
+        return min(calls, math.floor((self.budget - calls * cached) / (1 - cached) + 1e-9))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate with where it comes from. kind: what a report calls it. order: of its forecasts."""
+    kind: str
+    run: Candidate
+    order: int = 1
+
+    @property
+    def depths(self) -> Depths:
+        return tuple(call.branch for call in self.run.calls)
+
+    def on(self, sampler: str) -> "Trial":
+        """The same plan with another sampler."""
+        return replace(self, run=self.run._replace(sampler=sampler))
+
+
+def lengths(prices: Prices) -> list[int]:
+    """The numbers of calls that plans of this budget may have."""
+    cheapest = min(prices.cached.values())
+    found = {min(MOST_CALLS, math.floor(prices.budget / ((1 - cheapest) / stretch + cheapest))) for stretch in STRETCH}
+    return sorted(calls for calls in found if calls > prices.budget and prices.full_calls(calls, min(
+        prices.cached, key=prices.cached.__getitem__)) >= 2)
+
+
+def uniform_full_calls(prices: Prices, calls: int, branch: int) -> list[int] | None:
+    """The paper's uniform schedule with the shortest interval that the budget pays for; None where none is."""
+    most = prices.full_calls(calls, branch)
+    return next((full for interval in range(2, calls) if len(full := uniform(calls, interval)) <= most), None)
+
+
+def with_full_calls(full: Sequence[int], calls: int, branch: int) -> Depths:
+    """So many calls of which some are full, and all others compute down to a branch."""
+    return tuple(None if step in set(full) else branch for step in range(calls))
+
+
+def plans_of(gaps: Gaps, prices: Prices, sampler: str) -> Iterator[Trial]:
+    """The plans of one number of calls: the papers' uniform schedule at each branch, reused and forecast, and those
+    that dynamic programming finds, what is left of the budget spent on deeper calls."""
+    calls = gaps.calls
+    for branch in prices.cached:
+        full = uniform_full_calls(prices, calls, branch)
+        if full is not None:
+            for kind, order in (("DeepCache, uniform", 0), ("forecast, uniform", 1)):
+                yield Trial(kind, Candidate(sampler, calls, tuple(deepcache_calls(branch, full, calls, order))), order)
+        most = prices.full_calls(calls, branch)
+        if most < 2:
+            continue
+        for coherent in (True, False):
+            depths = with_full_calls(best_full_calls(gaps.of_gaps(branch, coherent), most)[-1], calls, branch)
+            depths = deepened(depths, gaps, prices, 1)
+            yield Trial("plan", Candidate(sampler, calls, gaps.fitted(depths, 1)))
+
+
+def fewer_steps(sampler: str, steps: int, calls: int) -> Trial:
+    """So many steps without caching. calls: of the network."""
+    return Trial(f"fewer steps, {sampler}", Candidate(sampler, steps, (Call(),) * calls), 0)
+
+
+def deepened(depths: Depths, gaps: Gaps, prices: Prices, order: int) -> Depths:
+    """Spend what is left of the budget on cached calls, where one level deeper saves the most error for its price."""
+    branches, left = sorted(prices.cached), prices.budget - prices.of(depths)
+    deeper = dict(pairwise(branches))
+    offers = []
+    for level, below in deeper.items():
+        for step, branch in enumerate(depths):
+            if branch == level:
+                _, now = gaps.fit(level, step, _before(depths, step, level), order)
+                _, then = gaps.fit(below, step, _before(depths, step, below), order)
+                price = prices.cached[below] - prices.cached[level]
+                offers.append(((now ** 2 - then ** 2) / price, price, step, below))
+    found = list(depths)
+    for gain, price, step, below in sorted(offers, reverse=True):
+        if gain > 0 and price <= left + 1e-9:
+            found[step], left = below, left - price
+    return tuple(found)
+
+
+def _before(depths: Depths, step: int, level: int) -> list[int]:
+    """The calls before a step that compute a level, the latest first."""
+    return [s for s in range(step - 1, -1, -1) if Call(depths[s]).refreshes(level)]
+
+
+def neighbours(depths: Depths, gaps: Gaps, prices: Prices, order: int, dice: random.Random) -> Iterator[Depths]:
+    """Plans of the same length near this one and within the budget, without end: a full call moved, some call deeper or
+    shallower, a full call given up for deeper others."""
+    full = [step for step, branch in enumerate(depths) if branch is None and step]
+    cached = [step for step, branch in enumerate(depths) if branch is not None]
+    while full and cached:
+        found = list(depths)
+        move = dice.choice(("by one", "by one", "anywhere", "depth", "traded"))
+        if move == "by one":
+            step = dice.choice(full)
+            other = step + dice.choice((-2, -1, 1, 2))
+            if 0 < other < len(found):
+                found[step], found[other] = found[other], found[step]
+        elif move == "anywhere":
+            step, other = dice.choice(full), dice.choice(cached)
+            found[step], found[other] = found[other], found[step]
+        elif move == "depth":
+            found[dice.choice(cached)] = dice.choice(sorted(prices.cached))
+        else:
+            found[dice.choice(full)] = min(prices.cached, key=prices.cached.__getitem__)
+        changed = tuple(found)
+        if move != "depth":
+            changed = deepened(changed, gaps, prices, order)
+        if changed != depths and prices.allow(changed):
+            yield changed
+        else:
+            yield depths                # the caller counts attempts

@@ -1,0 +1,310 @@
+"""planning.search: gaps measured, schedules by dynamic programming, and the command on a tiny random model."""
+
+import itertools
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from caching.deepcache import DeepCache
+from caching.plan import Call, PlanCache, deepcache_calls
+from caching.plan_file import Plan
+from ddpm import sample
+from ddpm.checkpoint import published_state_dict
+from ddpm.unet import UNet
+from eval.cost.runs import call_macs, costs_of, macs_per_image
+from planning import candidates, search
+from planning.candidates import Prices, deepened, lengths, neighbours, plans_of
+from planning.convergence import psnr_to
+from planning.distances import Candidate, Distances
+from planning.gaps import GapMeasurements, Gaps, best_full_calls
+from planning.tournament import Tournament
+from runs import results
+from runs.errors import UserError
+from runs.machine import Machine
+from runs.spec import RunSpec
+
+UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
+        "attn_resolutions": [4]}
+CPU = Machine(batch_size=4, device="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    save_file(published_state_dict(UNet(**UNET)), folder / "tiny.safetensors")
+    (folder / "ddpm.yaml").write_text(yaml.safe_dump({
+        "name": "ddpm_tiny", "unet": UNET, "diffusion": {"beta_schedule": "linear"},
+        "checkpoint": str(folder / "tiny.safetensors"), "sampler": {"steps": 20, "branch": 1, "images": 4}}))
+    return folder / "ddpm.yaml"
+
+
+# Gaps
+
+@pytest.fixture
+def gaps() -> Gaps:
+    """Two levels over 12 calls: features that curve, more so at the start, and level 1 counts half as much."""
+    draw = np.random.default_rng(0)
+    calls = np.arange(12)[:, None]
+    bent = sum(curve * draw.normal(size=(1, 40)) for curve in (np.exp(-calls / 4), 0.1 * calls, np.sin(calls),
+                                                               0.3 * np.cos(calls * 2)))
+    features = {0: bent, 1: bent + 0.05 * draw.normal(size=(12, 40))}
+    made = Gaps({level: value @ value.T for level, value in features.items()},
+                {0: np.ones(12), 1: np.full(12, 0.5)}, ridge=0.0)
+    made.features = features
+    return made
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_the_gram_matrix_tells_damping_and_error_of_a_forecast(gaps, order):
+    """Against least squares over the features themselves."""
+    steps, at = [6, 4, 1], 9
+    damping, error = gaps.fit(1, at, steps, order)
+    f = gaps.features[1]
+    first = (at - 6) * (f[6] - f[4]) / 2
+    second = (at - 6) * (at - 4) * ((f[6] - f[4]) / 2 - (f[4] - f[1]) / 3) / 5
+    terms = np.stack([first, second], 1)[:, :order]
+    best = np.linalg.lstsq(terms, f[at] - f[6], rcond=None)[0].clip(0, 1.5) if order else np.zeros(0)
+    if order < 2:                       # a clipped weight moves the others
+        assert damping == pytest.approx(best, abs=1e-3)
+    left = f[at] - f[6] - terms @ np.array(damping)
+    assert error == pytest.approx(0.5 * np.linalg.norm(left), rel=1e-5)
+
+
+def test_the_policy_forecasts_what_was_fitted(gaps):
+    """The terms of a plan's damping are those of the policy."""
+    depths = (None, 1, None, None, 1, 1, 0, 0)
+    calls, errors = gaps.fitted(depths, 2), [error for _, error in gaps.forecasts(depths, 2)]
+    policy = PlanCache(calls)
+    for step, call in enumerate(calls):
+        policy.at(step)
+        for level in (0, 1):
+            feature = torch.from_numpy(gaps.features[level][step])
+            value = policy(level, lambda feature=feature: feature)
+            if level == call.branch:
+                seen = float(gaps.weights[level][step] * (value - feature).norm())
+                assert seen == pytest.approx(errors[step], rel=1e-5)
+                break
+
+
+@pytest.mark.parametrize("coherent", [True, False])
+def test_dynamic_programming_finds_the_best_of_all_schedules(gaps, coherent):
+    costs = gaps.of_gaps(0, coherent)
+
+    def cost(full):
+        ends, before = [*full, 12], [12, *full]
+        return sum(costs[before[n], full[n], ends[n + 1]] for n in range(len(full)))
+
+    found = best_full_calls(costs, 5)
+    assert [len(full) for full in found] == [1, 2, 3, 4, 5] and all(full[0] == 0 for full in found)
+    for full in found:
+        every = ([0, *rest] for rest in itertools.combinations(range(1, 12), len(full) - 1))
+        assert cost(full) == pytest.approx(min(map(cost, every)))
+    if coherent:            # and the costs are those of the plan
+        depths = tuple(None if step in found[3] else 0 for step in range(12))
+        assert gaps.error(depths, 1) == pytest.approx(cost(found[3]), rel=1e-3)
+
+
+# Candidates
+
+PRICES = Prices(5.0, {0: 0.1, 1: 0.3})
+
+
+def test_candidates_stay_within_the_budget(gaps):
+    found = list(plans_of(gaps, PRICES, "unipc"))
+    assert {trial.kind for trial in found} == {"DeepCache, uniform", "forecast, uniform", "plan"}
+    for trial in found:
+        assert PRICES.of(trial.depths) <= 5 and trial.run.steps == 12 and trial.depths[0] is None
+    papers = next(trial for trial in found if trial.kind == "DeepCache, uniform")
+    assert papers.run.calls == tuple(deepcache_calls(0, [0, 3, 6, 9], 12))
+    planned = [PRICES.of(trial.depths) for trial in found if trial.kind == "plan"]
+    assert max(planned) > 4.8                                           # what is left is spent
+    assert lengths(PRICES) == [6, 7, 9, 10, 12, 15, 17]
+
+
+def test_what_is_left_goes_where_it_saves_most(gaps):
+    depths = (None, None, *[0] * 10)
+    assert PRICES.of(depths) == pytest.approx(3)
+    found = deepened(depths, gaps, PRICES, 1)
+    assert PRICES.of(found) == pytest.approx(5) and found.count(1) == 10
+    some = deepened(depths, gaps, Prices(3.5, PRICES.cached), 1)
+    assert some.count(1) == 2 and gaps.error(some, 1) < gaps.error(depths, 1)
+
+
+def test_neighbours_are_other_plans_of_the_budget(gaps):
+    depths = (None, 0, 0, None, 0, 0, None, 0, 0, 0, 0, 0)
+    walk = neighbours(depths, gaps, PRICES, 1, random.Random(0))
+    found = set(itertools.islice(walk, 200)) - {depths}
+    assert len(found) > 20
+    assert all(PRICES.allow(one) and one[0] is None and len(one) == 12 for one in found)
+    assert {one.count(None) for one in found} == {2, 3}
+    again = neighbours(depths, gaps, PRICES, 1, random.Random(0))
+    assert list(itertools.islice(again, 20)) == list(itertools.islice(neighbours(depths, gaps, PRICES, 1,
+                                                                                 random.Random(0)), 20))
+
+
+# Measured on a network
+
+@pytest.fixture(scope="module")
+def distances(config, tmp_path_factory):
+    return Distances(RunSpec.of(config), CPU, tmp_path_factory.mktemp("work") / "w", steps=30)
+
+
+def test_distances_are_those_of_the_runs_and_are_kept(config, distances):
+    candidate = Candidate("dpmpp", 9, tuple(deepcache_calls(1, [0, 3, 6], 9, 1)))
+    found = distances.of(candidate, [5, 6, 7])
+    run = RunSpec.of(config, sampler="dpmpp", steps=9, timesteps="trailing", interval=3, branch=1, forecast=1).open()
+    assert isinstance(run.caching.policy(), DeepCache)
+    model = run.family.open(run, CPU)
+    model.load()
+    expected = psnr_to(distances.converged([5, 6, 7]), model.latents([5, 6, 7], model.policy()))
+    assert found == pytest.approx(expected, abs=1e-3)
+    other = Distances(RunSpec.of(config), CPU, distances.folder, steps=30)
+    other.latents = None                                                # nothing is run again
+    assert (other.of(candidate, [7, 5]) == found[[2, 0]]).all()
+    assert torch.equal(other.converged([6]), distances.converged([6]))
+    with pytest.raises(UserError, match="measured for another run: steps differs"):
+        Distances(RunSpec.of(config), CPU, distances.folder, steps=31)
+
+
+def test_gaps_of_a_network(distances):
+    """The error of the feature that a run would see, against features taken from the network itself."""
+    measured = GapMeasurements(distances, [0, 2], [1, 2], probe=6, nodes=3)
+    gaps = measured.of(8)
+    features = []
+
+    class Keep(PlanCache):
+        def __call__(self, key, compute):
+            value = compute()
+            if key == 2:
+                features.append(value.clone())
+            return value
+
+    distances.latents("unipc", 8, [1, 2], Keep([Call()] * 8))
+    f = [value.double().flatten() for value in features]
+    damping, error = gaps.fit(2, 5, [3, 1], 1)
+    left = f[5] - f[3] - damping[0] * (f[3] - f[1])
+    assert error == pytest.approx(gaps.weights[2][5] * left.norm().item(), rel=1e-3)
+    assert all((gaps.weights[branch][1:] > 0).all() for branch in (0, 2))
+    again = GapMeasurements(distances, [0, 2], [1, 2], probe=6, nodes=3).of(8)
+    assert (again.weights[2] == gaps.weights[2]).all()
+
+
+# The command
+
+@pytest.fixture
+def command(monkeypatch, config):
+    def call(main, *words) -> int:
+        monkeypatch.setattr(sys, "argv", ["x", "--config", str(config), "--device", "cpu", *map(str, words)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+    return call
+
+
+SEEDS = ("--seeds", "10-13", "--held-out-seeds", "20-23")
+QUICK = ("--converged-steps", 12, "--attempts", 4, "--threads", 1)
+
+
+class Killed(Exception):
+    """Stands for a kill, at any moment."""
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Fewer candidates."""
+    monkeypatch.setattr(candidates, "STRETCH", (1.5, 2.5))
+    monkeypatch.setattr(search, "LEVELS", 2)
+
+
+def test_a_killed_search_comes_to_the_same_plan(few, command, config, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "plan.json"
+    real, left = Distances.latents, [25]
+
+    def until_killed(self, *args, **options):
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Distances, "latents", until_killed)
+    words = ("--calls", 4, *SEEDS, *QUICK)
+    with pytest.raises(Killed):
+        command(search.main, *words, "--out", out)
+    assert not out.exists() and len(list((tmp_path / "plan.work" / "runs").iterdir())) > 3
+    left[0] = 10 ** 9
+    assert command(search.main, *words, "--out", out) == 0
+    runs = 10 ** 9 - left[0]
+    left[0] = 10 ** 9
+    assert command(search.main, *words, "--out", tmp_path / "again.json") == 0
+    assert 10 ** 9 - left[0] == runs + 24
+    plan = Plan.load(out)
+    assert plan == Plan.load(tmp_path / "again.json")
+
+    found = results.read(tmp_path / "plan.search.json")
+    assert found.images == 4 and found.details["reported_on"] == "24-27" and found.hashes["plan"] == plan.sha256
+    value = {name: metric.value for name, metric in found.metrics.items()}
+    kinds = {arm["kind"]: arm for arm in found.details["arms"]}
+    assert {"fewer steps, unipc", "fewer steps, dpmpp", "fewer steps, ddim", "DeepCache, uniform",
+            "forecast, uniform"} == kinds.keys()
+    assert kinds["fewer steps, ddim"]["steps"] == 4 and all(arm["full_calls"] <= 4 for arm in kinds.values())
+    for kind in kinds:
+        assert value[f"plan less {kind}"] == pytest.approx(value["plan"] - value[kind])
+    assert plan.distance["mean"] == value["plan"] and plan.guidance is None
+
+    # it is a plan of the budget, and every program takes it
+    run = RunSpec.of(config, plan=out).open()
+    assert plan.cost <= 4 + 1e-9
+    assert plan.macs == macs_per_image(run)._asdict() and plan.macs_full == costs_of(run).full._asdict()
+    branches = [call.branch for call in plan.calls]
+    assert [sorted(keys) for keys in run.reused] == [[] if branch is None else [branch] for branch in branches]
+    assert len(call_macs(run)) == run.calls == len(plan.calls)
+    capsys.readouterr()
+    assert command(sample.main, "--plan", out, "--seeds", "0-1", "--out", tmp_path / "images") == 0
+    assert "of 4 network calls, a plan of" in capsys.readouterr().out or len(plan.calls) > 4
+
+
+def test_the_best_of_each_kind_takes_part(few, distances):
+    measured = GapMeasurements(distances, [0, 1], range(4), probe=6, nodes=2)
+    prices = Prices(4.0, {0: 0.2, 1: 0.35})
+    found = Tournament(distances, measured, prices, ("unipc", "plms"), [0, 1, 2, 3], 0, ((4, 2), (4, 2))).run()
+    kinds = [trial.kind for trial in found]
+    assert sorted(kind for kind in kinds if kind != "plan") == [
+        "DeepCache, uniform", "fewer steps, plms", "fewer steps, unipc", "forecast, uniform"]
+    assert 1 <= kinds.count("plan") <= 2
+    plms = next(trial for trial in found if trial.kind == "fewer steps, plms")
+    assert plms.run.steps == 2 and len(plms.depths) == 3    # 3 steps do not divide the timesteps; a step more is called
+    scores = {trial.kind: distances.of(trial.run, range(4)).mean() for trial in found}
+    assert json.loads(json.dumps(scores)).keys() == scores.keys()
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    (("--calls", 1.5), "must be 2 full network calls"), (("--speedup", 0), "must be 2 full"),
+    (("--macs", 1e-9), "must be 2 full"), (("--calls", 4, "--held-out-seeds", "13-20"), "seed 13 is in two of"),
+    (("--calls", 4, "--report-seeds", "30-31"), "--report-seeds must be 4 or more"),
+    (("--calls", 4, "--compile"), "are for sampling"), (("--calls", 4, "--attempts", -1), "--attempts must be 0"),
+    (("--calls", 4, "--out", "nowhere/plan.json"), "in a folder that is there"),
+    (("--calls", 4, "--speedup", 2), "not allowed with")])
+def test_refusals(command, tmp_path, capsys, words, why):
+    assert command(search.main, *SEEDS, *QUICK, "--out", tmp_path / "plan.json", *words) == 2
+    assert why in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_budgets(config):
+    run, parser = RunSpec.of(config).open(), ("--config", config, *SEEDS, "--out", "x.json")
+    full = costs_of(run).full.hook
+
+    def calls(*words):
+        words = list(map(str, (*parser, *words)))
+        return search.prices_of(run, search.build_parser(words).parse_args(words)).budget
+
+    assert calls("--calls", 4.5) == 4.5 and calls("--speedup", 4) == 5.0
+    assert calls("--macs", 6 * full / 1e9) == pytest.approx(6)
