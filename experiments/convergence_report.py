@@ -72,15 +72,12 @@ def time_of(run: Run, times: Mapping[str, Any] | None) -> float | None:
 def rival(point: Point, plain: Sequence[Point], cost: Callable[[Point], float | None], choose: slice) -> Point | None:
     """The run without caching that comes nearest to converged, on the seeds that choose, at equal cost.
 
-    That is, of each sampler, what costs no more than its cheapest run that costs as much as the point. None where no
-    sampler has such a one.
+    That is, of all that cost no more than the cheapest one which costs as much as the point. None where none does.
     """
-    found, wanted = [], cost(point)
-    for sampler in dict.fromkeys(other.sampler for other in plain):
-        own = [(value, other) for other in plain if other.sampler == sampler and (value := cost(other)) is not None]
-        dear = [value for value, _ in own if wanted is not None and value >= EQUAL * wanted]
-        found += [other for value, other in own if dear and value <= min(dear)]
-    return max(found, key=lambda one: one.on(choose).value, default=None)
+    known, wanted = [(value, other) for other in plain if (value := cost(other)) is not None], cost(point)
+    dear = [value for value, _ in known if wanted is not None and value >= EQUAL * wanted]
+    cheap = [other for value, other in known if dear and value <= min(dear)]
+    return max(cheap, key=lambda one: one.on(choose).value, default=None)
 
 
 def difference(point: Point, other: Point | None, report: slice) -> str:
@@ -151,8 +148,8 @@ def render(points: Sequence[Point], chosen_on: int, folder: Path) -> str:
         f"{seeds} seeds: the first {chosen_on} choose (the sampler, and the settings on a line of the picture), the "
         f"last {seeds - chosen_on} report. PSNR of the final latents to the converged ones of the same seed; costs are "
         "in full network calls per image. Differences are in dB, paired by seed, with 95 % intervals, to the run "
-        "without caching named in brackets: the best one that costs no more than the cheapest of its sampler which "
-        f"costs at least {EQUAL:g} of what the row does.", "",
+        "without caching named in brackets: the best of those that cost no more than the cheapest which costs at least "
+        f"{EQUAL:g} of what the row does.", "",
         *markdown(rows(points, choose, report)), "", "![fronts](fronts.png)", "",
         "How fast the error falls as all steps shrink: the slope of log(error) over log(steps), between one number of "
         "steps and the next.", "", *markdown(orders(points)), ""])

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # All tests, the linter and the type checker, from a bare clone:    bash scripts/test.sh [pytest arguments]
+# Whole files of tests run beside each other, on up to four cores (-n 0: one after the other, in this process).
 # Slow checks are skipped unless --slow is given; checks that need a GPU skip themselves where there is none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -7,4 +8,5 @@ source scripts/environment.sh
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest "$@"
+cores=$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')
+"$PYTHON" -m pytest -n "$cores" --dist loadfile "$@"
