@@ -8,9 +8,10 @@ Images are brought to 299 pixels as TensorFlow 1 does. FID and sFID are against 
 reference file (mu, sigma; mu_s, sigma_s), precision and recall (k = 3) against its images (arr_0, 10,000), as is KID.
 The Inception Score is the mean over consecutive blocks of 5000 images in the order of the seeds, unshuffled: it depends
 on that order, and images sorted by class score far lower. Differences from the original: statistics in float64, and
-distances of precision and recall in float32, not float16, which moves these two by 0.002 to 0.0035.
-Errors (95%): FID, sFID by a jackknife over groups of samples, reference held fixed; IS from its blocks; precision and
-recall binomial. Features are kept beside the images (0.02 MB an image), so that a second call takes minutes.
+distances of precision and recall in float32, not float16.
+Errors (95%) are over draws of the samples, reference held fixed: of FID, sFID and recall by a jackknife over groups
+of them (--groups), of IS from its blocks (Student's), of precision binomial.
+Features are kept beside the images (0.02 MB an image), so that a second call takes minutes.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,10 +78,12 @@ def open_reference(path: Path) -> Reference:
     return Reference(images, found)
 
 
-def table(scores: evaluator.Scores, samples: int, reference: int) -> str:
-    """For people."""
+def table(scores: evaluator.Scores, samples: int, reference: int, name: Callable[[str], str] = str) -> str:
+    """For people. name: what a number may be called."""
+    lines = {name(said): line for said, line in scores.lines.items()}
+    width = 2 + max(map(len, lines))
     return "\n".join([f"{samples} samples; precision, recall and KID against {reference} images",
-                      *(f"{name:12}{line}" for name, line in scores.lines.items())])
+                      *(f"{said:{width}}{line}" for said, line in lines.items())])
 
 
 @command
@@ -110,7 +114,7 @@ def main() -> None:
     if x is None or y is None:          # the work of rank 0
         return
     scores = evaluator.score("adm", Sets(x, reference.statistics, y, args.groups))
-    print(table(scores, len(samples), len(reference.images)))
+    print(table(scores, len(samples), len(reference.images), inception.name))
     if args.out:
         metrics = {inception.name(name): metric for name, metric in scores.metrics.items()}
         results.write(args.out, of_samples(

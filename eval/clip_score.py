@@ -5,7 +5,8 @@
 
 100 * cosine between image and text features, negative ones counted as 0, mean over images: what DeepCache's released
 evaluation computes, with ViT-g-14 and laion2b_s34b_b88k. In float16 on a GPU as there (features; the cosine is in
-float32), in float32 on a CPU. Numbers of other models or weights are not comparable; they carry the model's name.
+float32), in float32 on a CPU. Numbers of other models or weights are not comparable; they carry the model's name, and
+where --tag does not say which weights a file holds, the start of its sha256. The published file needs no --tag.
 With --against RESULT.json, the mean difference between the images of equal seeds of two runs. Scores vary far more from
 prompt to prompt than from run to run: the interval of the difference leaves that out.
 """
@@ -13,6 +14,7 @@ prompt to prompt than from run to run: the interval of the difference leaves tha
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +41,8 @@ from runs.seeds import format_some
 from runs.weights import read_tensors, sha256
 
 MODEL, PAPER_TAG = "ViT-g-14", "laion2b_s34b_b88k"      # of DeepCache's released evaluation
+# of open_clip_pytorch_model.bin, as the repository of these weights on Hugging Face states it
+PUBLISHED = "9ef136f407986fb607cd37a823eba38a3b6f95e8ec702b3d1687252985d84750"
 
 
 def precision(device: torch.device) -> str:
@@ -151,8 +155,7 @@ def prompts_of_seeds(images: ImageSet, prompts: Sequence[str], images_per_prompt
     Raises UserError where run.json tells of other prompts, where an image has none, and, unless allow_fewer, where
     an image is missing.
     """
-    if images.seeds is None:
-        raise UserError(f"{images.description}: the file names are not numbers, so images have no prompts")
+    seeds = images.numbers("images have no prompts")
     settings = (images.run() or {}).get("settings", {})
     recorded = settings.get("prompts_sha256")
     if recorded is not None and recorded != prompts_sha256(prompts):
@@ -161,11 +164,11 @@ def prompts_of_seeds(images: ImageSet, prompts: Sequence[str], images_per_prompt
     per = settings.get("images_per_prompt", images_per_prompt or 1)
     if per < 1 or images_per_prompt not in (None, per):
         raise UserError(f"--images-per-prompt {images_per_prompt}: {images.description} has {per} per prompt")
-    index = np.array(images.seeds) // per
+    index = np.array(seeds) // per
     if index.max() >= len(prompts):
-        raise UserError(f"{images.description} has seed {max(images.seeds)}, and {len(prompts)} prompts with {per} "
+        raise UserError(f"{images.description} has seed {max(seeds)}, and {len(prompts)} prompts with {per} "
                         f"images each end at {len(prompts) * per - 1}")
-    missing = set(range(len(prompts) * per)) - set(images.seeds)
+    missing = set(range(len(prompts) * per)) - set(seeds)
     if missing and not allow_fewer:
         raise UserError(f"{images.description} has {len(images)} of {len(prompts) * per} images; missing seeds "
                         f"{format_some(missing)}: sample them first, or add --allow-fewer for a number that says so")
@@ -236,20 +239,24 @@ def main() -> None:
     images = open_images(args.samples)
     index, per = prompts_of_seeds(images, prompts, args.images_per_prompt, args.allow_fewer)
     name, preparation = check_model(args.model, args.weights, args.tag, args.model_config)
+    digest = sha256(args.weights)
+    notes = check_weights(name, args.tag, args.weights, digest)
+    print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
     expected = len(prompts) * per
     result = of_samples(
         "clip_score", images, {}, device,
         inputs={"prompts": str(args.prompts), "weights": str(args.weights)},
-        hashes={"prompts": prompts_sha256(prompts), "weights": sha256(args.weights)},
+        hashes={"prompts": prompts_sha256(prompts), "weights": digest},
         details={"model": name, "tag": args.tag, "precision": precision(device), "images_per_prompt": per,
-                 "expected": expected, "complete": len(images) == expected, "per_image": {"seed": images.seeds}})
+                 "expected": expected, "complete": len(images) == expected, "notes": notes,
+                 "per_image": {"seed": images.seeds}})
     if args.against:
         other = results.read(args.against)
         check_comparable(result, other)
     model = load_model(name, args.weights, preparation, device)
     scores = image_scores(images, [prompts[i] for i in index], model, args.batch_size)
     mean = mean_estimate(scores, groups=index)
-    result.metrics = {metric_name(name, args.tag, args.model_config): Metric.of(mean)}
+    result.metrics = {metric_name(name, args.tag, args.model_config, digest): Metric.of(mean)}
     result.details["per_image"]["score"] = [round(score, 5) for score in scores.tolist()]
     result.details["clamped"] = int((scores == 0).sum())
     if args.against:
@@ -260,12 +267,26 @@ def main() -> None:
         results.write(args.out, result)
 
 
-def metric_name(model: str, tag: str | None, config: Path | None) -> str:
-    """'CLIP score' is the papers' model's alone; others carry their name, and own models have another word."""
+def metric_name(model: str, tag: str | None, config: Path | None, digest: str) -> str:
+    """'CLIP score' is that of the papers' weights alone, known by the sha256 of their file or named by the user; others
+    carry what they are, and own models have another word."""
     if config is not None:
         return f"image-text score, {model}"
-    of_the_papers = model == MODEL and tag in (None, PAPER_TAG)
-    return CLIP_SCORE.name if of_the_papers else f"{CLIP_SCORE.name}, {model}{f' {tag}' if tag else ''}"
+    tag = tag or (PAPER_TAG if digest == PUBLISHED else None)
+    of_the_papers = (model, tag) == (MODEL, PAPER_TAG)
+    return CLIP_SCORE.name if of_the_papers else f"{CLIP_SCORE.name}, {model} {tag or f'sha256 {digest[:12]}'}"
+
+
+def check_weights(model: str, tag: str | None, weights: Path, digest: str) -> list[str]:
+    """What must be said of a file of weights. Raises UserError where its sha256 belies the tag."""
+    if digest == PUBLISHED and (model, tag or PAPER_TAG) != (MODEL, PAPER_TAG):
+        raise UserError(f"{weights} is the published file of {MODEL} {PAPER_TAG}, not {model} {tag or ''}".rstrip())
+    if model != MODEL or digest == PUBLISHED or tag not in (None, PAPER_TAG):
+        return []
+    if tag is None:
+        return [f"{weights} is not the published file of {PAPER_TAG}: the number carries its sha256 and stands in no "
+                f"table of a paper; if it holds these weights in another form, say so with --tag {PAPER_TAG}"]
+    return [f"{weights} is not the published file of {tag}: that it holds these weights is taken from --tag"]
 
 
 def table(result: Result) -> str:

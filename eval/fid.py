@@ -78,6 +78,9 @@ def read_reference(path: Path) -> Reference:
             if missing:
                 raise UserError(f"{path} has no {' and '.join(missing)}: make a reference of images with "
                                 "python -m eval.fid make-reference")
+            if "format" not in file and ("arr_0" in file or "mu_s" in file):
+                raise UserError(f"{path} is a reference of ADM's evaluator, which prepares images otherwise: "
+                                "judge against it with python -m eval.adm, or make one with eval.fid make-reference")
             found = Reference(path, file["mu"], file["sigma"])
             if "format" in file:
                 if int(file["format"]) != FORMAT:
@@ -180,7 +183,7 @@ def _judge(args: argparse.Namespace) -> None:
     lines, digest = [], ""
     for column in columns:
         if column.name("FID") in unavailable:
-            lines.append(f"{column.name('FID'):44}-   ({unavailable[column.name('FID')]})")
+            lines.append(f"{base.name(column.name('FID')):58}-   ({unavailable[column.name('FID')]})")
             continue
         extractor, reference = extractors[column.mode], column.reference
         features = extract(samples, extractor, args.batch_size, args.features, share=True)
@@ -192,7 +195,7 @@ def _judge(args: argparse.Namespace) -> None:
         metrics |= {column.name(name): metric for name, metric in scores.metrics.items()}
         details |= {column.name(name): about for name, about in scores.details.items()}
         unavailable |= {column.name(name): f"{reference.path}: {why}" for name, why in scores.unavailable.items()}
-        lines += [f"{column.name(said):44}{line}" for said, line in scores.lines.items()]
+        lines += [f"{base.name(column.name(said)):58}{line}" for said, line in scores.lines.items()]
         details[column.name("FID")] = {
             "mode": column.mode, "extractor": extractor.id, "reference": str(reference.path),
             "reference_images": reference.count, "reference_from": reference.source}

@@ -5,10 +5,18 @@
 PSNR (dB) and SSIM per image, the distance of EfficientNet-Lite0 features (1 - cosine), and LPIPS where the file of its
 backbone is given (--lpips-backbone). Beside --out come two pictures: how the numbers are distributed over the seeds
 (..._distribution.png), and the pairs with the lowest PSNR (..._worst.png).
+
+    python -m eval.fidelity --samples samples/interval5 --against samples/steps400 --twice samples/steps800
+
+also has the root mean squared error to a converged run: how far a sampler is from what it approximates, where a
+distance of sets says only that the images look alike. --against is an uncached run of many steps then, and --twice one
+of twice as many. It is converged where the error to either is the same to within 5 % (--within); where it is not, there
+is no such number.
 """
 
 import argparse
 import heapq
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +27,10 @@ import torch
 from tqdm import tqdm
 
 from eval.metrics.features import EffLite0, features_of
-from eval.metrics.images import ImageSet, check_paired, open_images
+from eval.metrics.images import ImageSet, check_paired, open_to_judge
 from eval.metrics.intervals import mean_interval
 from eval.metrics.lpips import BACKBONE, Lpips
-from eval.metrics.registry import FEATURE_DISTANCE, PAIRS, PIXELS
+from eval.metrics.registry import FEATURE_DISTANCE, PAIRS, PIXELS, RMSE_TO_CONVERGED
 from eval.tables.plots import distributions, worst_pairs
 from eval.tables.results import of_samples
 from runs import results
@@ -98,6 +106,49 @@ def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_si
     return result
 
 
+def to_converged(samples: ImageSet, against: ImageSet, twice: ImageSet, within: float = 0.05, batch_size: int = 32,
+                 seed: int = 0) -> dict:
+    """The root mean squared error (levels of 255) of each image to its partner in `against`, and whether that one has
+    converged: to those in `twice`, of twice the steps, the mean error is the same to within a fraction.
+
+    Returns {mean, interval, unrelated, per_image, steps, twice: {steps, mean}, moved, within, converged}.
+    Raises UserError where the two are no such runs, or an image has no partner.
+    """
+    steps = check_twice(against, twice)
+    seeds = check_paired(samples, against)
+    check_paired(samples, twice)
+    near, far = (np.concatenate([RMSE_TO_CONVERGED.of(x, y) for x, y in zip(
+        samples.batches(batch_size), other.batches(batch_size), strict=True)]) for other in (against, twice))
+    mean, interval = mean_interval(near, seed)
+    moved = abs(near.mean() - far.mean()) / far.mean() if far.any() else float(near.any())
+    return {"mean": mean, "interval": interval, "unrelated": None,
+            "per_image": {"seed": seeds, "rmse": [round(float(value), 6) for value in near]}, "steps": steps,
+            "twice": {"steps": 2 * steps, "mean": float(far.mean())}, "moved": float(moved), "within": within,
+            "converged": bool(moved <= within)}
+
+
+def check_twice(against: ImageSet, twice: ImageSet) -> int:
+    """The steps of `against`. Raises UserError unless both are uncached runs, alike but for twice the steps."""
+    runs = []
+    for images in (against, twice):
+        settings = (images.run() or {}).get("settings", {})
+        if "steps" not in settings:
+            raise UserError(f"{images.description} has no run.json that says its steps: --twice needs sample folders")
+        if settings.get("cache", {}) not in ({}, {"interval": 1}):
+            raise UserError(f"{images.description} is of a cached run: what is converged is uncached")
+        runs.append(settings)
+    one, other = runs
+    unlike = sorted(key for key in one.keys() | other.keys() if key not in ("steps", "cache")
+                    and one.get(key) != other.get(key))
+    if unlike:
+        raise UserError(f"{twice.description} differs from {against.description} in {', '.join(unlike)}: the steps "
+                        "alone may differ")
+    if other["steps"] != 2 * one["steps"]:
+        raise UserError(f"{twice.description} has {other['steps']} steps: twice the {one['steps']} of "
+                        f"{against.description} are {2 * one['steps']}")
+    return one["steps"]
+
+
 def metrics(found: dict) -> dict[str, Metric]:
     """The means among what `fidelity` found."""
     return {measure.name: Metric.of(found[measure.key]) for measure in PAIRS
@@ -124,6 +175,10 @@ def table(result: dict) -> str:
         low, high = row["interval"]
         unrelated = "-" if row["unrelated"] is None else f"{row['unrelated']:.4f}"
         lines.append(f"{measure.label:20}{row['mean']:9.4f}  {low:9.4f} {high:9.4f}{unrelated:>11}")
+    if by := result.get("convergence"):
+        verdict = "converged" if by["converged"] else "NOT converged, so there is no distance to a converged run"
+        lines.append(f"{by['twice']['steps']} instead of {by['steps']} steps of the other run move the error by "
+                     f"{100 * by['moved']:.1f} % (at most {100 * by['within']:g} %): {verdict}")
     return "\n".join(lines)
 
 
@@ -132,7 +187,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
     parser.add_argument("--against", type=Path, required=True, help="folder or npz with the same seeds, uncached")
+    parser.add_argument("--twice", type=Path,
+                        help="where --against is a run of many steps, one of twice as many: for the error to a "
+                             "converged run")
+    parser.add_argument("--within", type=float, default=0.05,
+                        help="what twice the steps may change of it (default: %(default)s)")
     parser.add_argument("--seeds", help="exactly these must be in both, like 0-255 (default: whatever is there)")
+    parser.add_argument("--allow-fewer", action="store_true", help="judge unfinished folders; the result says so")
     parser.add_argument("--lpips-backbone", type=Path, help=f"{BACKBONE}, torchvision's AlexNet, for LPIPS")
     parser.add_argument("--out", type=Path, help="JSON to write, and the pictures beside it")
     parser.add_argument("--worst", type=int, default=8, help="pairs in the picture of the worst (default: %(default)s)")
@@ -144,19 +205,34 @@ def main() -> None:
     started, device = time.time(), prepare_device(args.device, args.threads)
     if args.worst < 1:
         raise UserError(f"--worst must be 1 or more, got {args.worst}")
+    if not 0 < args.within < 1:
+        raise UserError(f"--within must be between 0 and 1, got {args.within}")
     seeds = parse_seeds(args.seeds) if args.seeds else None
-    samples, against = (open_images(path, seeds) for path in (args.samples, args.against))
+    opened = [open_to_judge(path, seeds, allow_fewer=args.allow_fewer)
+              for path in (args.samples, args.against, args.twice) if path is not None]
+    (samples, against, *twice), notes = [one for one, _ in opened], [note for _, some in opened for note in some]
+    for images in twice:
+        check_twice(against, images)
+    print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
     extractor = EffLite0(device)
     lpips = Lpips(args.lpips_backbone, device) if args.lpips_backbone else None
     worst = WorstPairs(args.worst)
     result = fidelity(samples, against, extractor, args.batch_size, lpips=lpips, worst=worst)
+    for images in twice:
+        by = to_converged(samples, against, images, args.within, args.batch_size)
+        result["per_image"][RMSE_TO_CONVERGED.key] = by.pop("per_image")["rmse"]
+        if by["converged"]:
+            result[RMSE_TO_CONVERGED.key] = {name: by[name] for name in ("mean", "interval", "unrelated")}
+        result["convergence"] = by
     print(table(result))
     if args.out:
         hashes = {"images": result["images_sha256"]["samples"], "against": result["images_sha256"]["against"],
                   "extractor": extractor.id} | ({"lpips": lpips.sha256} if lpips else {})
         results.write(args.out, of_samples(
-            "fidelity", samples, metrics(result), device, inputs={"against": against.description}, hashes=hashes,
-            details=result | {"against_run": against.run()}, started=started))
+            "fidelity", samples, metrics(result), device, hashes=hashes, started=started,
+            inputs={"against": against.description, **({"twice": twice[0].description} if twice else {})},
+            details={**result, "against_run": against.run(), **({"twice_run": twice[0].run()} if twice else {}),
+                     **({"notes": notes} if notes else {})}))
         pictures(result, worst, args.out)
 
 

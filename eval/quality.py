@@ -1,4 +1,4 @@
-"""How close a set of images is to a set of real ones, on EfficientNet-Lite0 features.
+"""How close a set of images is to a set of real ones, on features of a small network.
 
     python -m eval.quality --samples samples/full --reference "emoji:Smileys & Emotion" --out results/full_quality.json
     torchrun --nproc-per-node 4 -m eval.quality ...        # the features shared out among 4 processes
@@ -6,11 +6,14 @@
 FD-EffLite0: Frechet distance in the first 64 principal directions of the reference. KID-EffLite0: unbiased kernel
 distance on all 1280 features. Both with error bars, and with the floor: what real images score at equal numbers.
 These are not FID and KID of the literature, which use another network. Compare FD only between equal numbers of images.
+--extractor incmixed5 has the same on another network, InceptionV3 up to its block mixed5 (FD-IncMixed5, KID-IncMixed5):
+what holds on both hangs on neither. bash scripts/download.sh incmixed5 fetches it.
 With --against FOLDER of the same seeds, such as the uncached run: by how much the distances of the two differ, with an
 interval that knows of the pairs. Two runs may differ for certain although their own intervals overlap widely.
 """
 
 import argparse
+import sys
 import time
 import warnings
 from collections.abc import Iterable
@@ -20,10 +23,10 @@ import numpy as np
 import torch
 
 from eval.metrics.extract import extract
-from eval.metrics.features import EffLite0, features_of
-from eval.metrics.images import ImageSet, check_paired, from_array, open_images
-from eval.metrics.measure import shown
-from eval.metrics.registry import SMALL_SETS
+from eval.metrics.features import SmallExtractor, features_of
+from eval.metrics.images import ImageSet, check_paired, from_array, open_images, open_to_judge
+from eval.metrics.measure import Measure, shown
+from eval.metrics.registry import EXTRACTORS, SMALL_MEASURES, SMALL_SETS
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_neighbours, real_floor
 from eval.tables.results import of_samples
 from runs import results
@@ -34,8 +37,7 @@ from runs.results import Metric
 from runs.seeds import parse_seeds, rank_and_world
 from training import emoji
 
-FD, KID = FrechetInBasis.measure.name, KernelDistance.measure.name
-MEASURES = [distance.measure for distance in SMALL_SETS]
+FD, KID = FrechetInBasis.named("EffLite0").name, KernelDistance.named("EffLite0").name
 
 
 def open_reference(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet | None]:
@@ -64,7 +66,7 @@ def open_reference(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet
         raise UserError(f"--reference {text}: {error}") from None
 
 
-def quality(samples: ImageSet, reference: ImageSet, extractor: EffLite0, held_out: ImageSet | None = None,
+def quality(samples: ImageSet, reference: ImageSet, extractor: SmallExtractor, held_out: ImageSet | None = None,
             dims: int = 64, repeats: int = 200, batch_size: int = 32, with_floors: bool = True) -> dict:
     """Distances of samples to reference with errors, floors and nearest neighbours, JSON-compatible.
 
@@ -73,7 +75,7 @@ def quality(samples: ImageSet, reference: ImageSet, extractor: EffLite0, held_ou
     """
     x, y = (features_of(images, extractor, batch_size) for images in (samples, reference))
     held = features_of(held_out, extractor, batch_size) if held_out is not None else None
-    distances = [distance(y.values, dims) for distance in SMALL_SETS]
+    distances = [distance(y.values, dims, extractor.name) for distance in SMALL_SETS]
     floors = [real_floor(distances, x.values, real, repeats // 2) for real in ((None, held.values) if held else (None,))
               ] if with_floors else []
     nearest = {"samples": _nearest(x.values, y.values)}
@@ -92,7 +94,12 @@ def quality(samples: ImageSet, reference: ImageSet, extractor: EffLite0, held_ou
 
 def metrics(found: dict) -> dict[str, Metric]:
     """The distances among what `quality`, or `difference`, found."""
-    return {measure.name: Metric.of(found[measure.name]) for measure in MEASURES}
+    return {measure.name: Metric.of(found[measure.name]) for measure in measures(found)}
+
+
+def measures(found: dict) -> list[Measure]:
+    """Which distances `quality`, or `difference`, found: those on the features of one network."""
+    return [measure for measure in SMALL_MEASURES if measure.name in found]
 
 
 def hashes(found: dict) -> dict[str, str]:
@@ -101,13 +108,14 @@ def hashes(found: dict) -> dict[str, str]:
             "extractor": found["extractor"]}
 
 
-def difference(samples: ImageSet, against: ImageSet, reference: ImageSet, extractor: EffLite0, dims: int = 64,
+def difference(samples: ImageSet, against: ImageSet, reference: ImageSet, extractor: SmallExtractor, dims: int = 64,
                repeats: int = 200, batch_size: int = 32) -> dict:
     """Distances of samples minus those of against, paired by seed: {by name: {value, stderr, interval}, against}."""
     check_paired(samples, against)
     x, other, y = (features_of(images, extractor, batch_size) for images in (samples, against, reference))
-    return {**{one.measure.name: one(y.values, dims).difference(x.values, other.values, repeats).json()
-               for one in SMALL_SETS}, "against": _described(against, other.images_sha256)}
+    distances = [one(y.values, dims, extractor.name) for one in SMALL_SETS]
+    return {**{one.measure.name: one.difference(x.values, other.values, repeats).json() for one in distances},
+            "against": _described(against, other.images_sha256)}
 
 
 def _nearest(features: np.ndarray, reference: np.ndarray) -> dict:
@@ -126,23 +134,25 @@ def table(result: dict) -> str:
     lines = [f"{result['samples']['images']} images against {result['reference']['images']} of "
              f"{result['reference']['from']}"]
 
+    shown_here = measures(result)
+
     def row(label: str, cells: Iterable[str]) -> None:
         lines.append(f"{label:44}" + "".join(f"  {cell:>{max(20, len(measure.heading))}}"
-                                             for measure, cell in zip(MEASURES, cells, strict=True)))
+                                             for measure, cell in zip(shown_here, cells, strict=True)))
 
     def spread(found: dict, centre: str, ends: str, form: str) -> Iterable[str]:
         return (form.format(*(measure.scale * v for v in (found[measure.name][centre], *found[measure.name][ends])))
-                for measure in MEASURES)
+                for measure in shown_here)
 
-    row("", (measure.heading for measure in MEASURES))
+    row("", (measure.heading for measure in shown_here))
     row("all images", (shown(metric, 2, measure.scale)
-                       for measure, metric in zip(MEASURES, metrics(result).values(), strict=True)))
+                       for measure, metric in zip(shown_here, metrics(result).values(), strict=True)))
     for floor in result["floors"]:
         sizes = f"{floor['n']} against {floor['reference_n']}"
         real, samples = ({name: floor[name][kind] for name in metrics(result)} for kind in ("real", "samples"))
         row(f"  real ({floor['kind']}), {sizes}", spread(real, "mean", "range", "{:.2f} [{:.2f} {:.2f}]"))
         # The error of the samples is in the first row; this range may leave it out.
-        row(f"  samples, {sizes}", (f"{measure.scale * samples[measure.name]['mean']:.2f}" for measure in MEASURES))
+        row(f"  samples, {sizes}", (f"{measure.scale * samples[measure.name]['mean']:.2f}" for measure in shown_here))
     if by := result.get("difference"):
         row(f"minus {Path(by['against']['from']).name}, paired by seed",
             spread(by, "value", "interval", "{:+.2f} [{:+.2f} {:+.2f}]"))
@@ -161,6 +171,9 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="folder or npz of the same seeds: print the difference, too")
     parser.add_argument("--seeds", help="exactly these must be there, like 0-255 (default: whatever is there)")
     parser.add_argument("--count", type=int, help="at least so many images must be there")
+    parser.add_argument("--allow-fewer", action="store_true", help="judge an unfinished folder; the result says so")
+    parser.add_argument("--extractor", choices=EXTRACTORS, default="efflite0",
+                        help="network of the features (default: %(default)s)")
     parser.add_argument("--dims", type=int, default=64, help="principal directions of FD (default: 64)")
     parser.add_argument("--repeats", type=int, default=200, help="subsets per error bar (default: 200)")
     parser.add_argument("--out", type=Path, help="JSON to write")
@@ -174,14 +187,16 @@ def main() -> None:
         raise UserError(f"--repeats must be 2 or more, got {args.repeats}")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     seeds = parse_seeds(args.seeds) if args.seeds else None
-    samples = open_images(args.samples, seeds, args.count)
-    against = open_images(args.against, seeds) if args.against else None
+    samples, notes = open_to_judge(args.samples, seeds, args.count, args.allow_fewer)
+    against, of_against = open_to_judge(args.against, seeds, None, args.allow_fewer) if args.against else (None, [])
     if against:
         check_paired(samples, against)
     reference, held_out = open_reference(args.reference, samples.size)
     if len(samples) < 3:
         raise UserError(f"{args.samples} has {len(samples)} images: distances with errors need at least 3")
-    extractor = EffLite0(device)
+    extractor, notes = EXTRACTORS[args.extractor](device), [*notes, *of_against]
+    if rank_and_world()[0] == 0:
+        print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
     if rank_and_world() != (0, 1):
         for images in filter(None, (samples, against, reference)):
             if images.root is not None:
@@ -195,7 +210,8 @@ def main() -> None:
     print(table(result))
     if args.out:
         results.write(args.out, of_samples("quality", samples, metrics(result), device, hashes=hashes(result),
-                                           inputs={"reference": args.reference}, details=result, started=started))
+                                           inputs={"reference": args.reference},
+                                           details=result | ({"notes": notes} if notes else {}), started=started))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ def read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | N
         with Image.open(path) as image:
             if image.mode != "RGB":
                 raise UserError(f"{path} is of mode {image.mode}: expected 8-bit RGB")
+            if any(";16" in str(tile[3]) for tile in image.tile):       # Pillow would drop the lower 8 bits
+                raise UserError(f"{path} has 16 bits a channel: expected 8-bit RGB")
             pixels = np.asarray(image)
     except UNREADABLE as error:
         raise UserError(f"{path} is truncated or not an image ({one_line(error)}): "

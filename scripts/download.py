@@ -11,7 +11,9 @@ import argparse
 import hashlib
 import http.client
 import shutil
+import subprocess
 import tarfile
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -32,12 +34,13 @@ _CHUNK = 1 << 20
 
 
 class File(NamedTuple):
-    """One file of the web. digest: (md5 or sha256, hex, or the start of it); unpack: see downloads.yaml."""
+    """One file of the web. digest: (md5 or sha256, hex, or the start of it); unpack, npm: see downloads.yaml."""
     url: str
     path: Path
     digest: tuple[str, str] | None = None
     size: int | None = None
     unpack: dict[str, str] | str | None = None
+    npm: str | None = None
 
     def results(self) -> list[Path]:
         """The paths that are there in the end: of the file, or of what is unpacked from it."""
@@ -71,7 +74,7 @@ def catalogue(path: Path = CATALOGUE) -> dict[str, Item]:
             for file in entry["files"]:
                 digest = next(((kind, file[kind]) for kind in ("md5", "sha256") if kind in file), None)
                 files.append(File(base + file["url"], Path(file.get("path") or to + file["url"]), digest,
-                                  file.get("bytes"), file.get("unpack")))
+                                  file.get("bytes"), file.get("unpack"), file.get("npm")))
             items[name] = Item(name, entry["about"], entry.get("unsure", False), files)
     except (OSError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is no list of downloads: {one_line(error)}") from None
@@ -106,7 +109,8 @@ def fetch(file: File, root: Path = ROOT, tries: int = 5, pause: float = 2.0) -> 
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
-        _complete(file, part, tries, pause)
+        if not _packed(file, part):
+            _complete(file, part, tries, pause)
         if file.digest and not fits(part, file.digest):
             part.unlink()
             raise UserError(f"{file.url} arrived with another {file.digest[0]} than the published {file.digest[1]}: "
@@ -117,6 +121,19 @@ def fetch(file: File, root: Path = ROOT, tries: int = 5, pause: float = 2.0) -> 
         _unpack(path, file, root)
         done += ", unpacked"
     return f"{', '.join(map(str, file.results()))}: {done}"
+
+
+def _packed(file: File, part: Path) -> bool:
+    """Let npm fetch a package of its own, from whichever registry its configuration names; False where it does not."""
+    if file.npm is None or shutil.which("npm") is None:
+        return False
+    with tempfile.TemporaryDirectory(dir=part.parent) as folder:
+        done = subprocess.run(["npm", "pack", file.npm, "--silent"], cwd=folder, capture_output=True)
+        packed = list(Path(folder).glob("*.tgz"))
+        if done.returncode or len(packed) != 1:
+            return False
+        packed[0].replace(part)
+    return True
 
 
 def _complete(file: File, part: Path, tries: int, pause: float) -> None:

@@ -7,12 +7,15 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
 from eval import clip_score
 from eval.metrics.intervals import mean_estimate
 from runs import results
+from runs.errors import UserError
+from runs.files import ROOT
 from runs.prompts import prompts_sha256
 
 PROMPTS = ["a red cube", "a whale in the sky", "two balls", "Salvador Dalí", "a clock", "an owl"]
@@ -235,11 +238,33 @@ def test_a_missing_open_clip_is_named(monkeypatch, capsys, tiny, samples, prompt
     assert "pip install open_clip_torch" in capsys.readouterr().err
 
 
-def test_only_the_papers_model_gives_the_number_of_their_tables():
-    names = {("ViT-g-14", None, None): "CLIP score", ("ViT-g-14", "laion2b_s34b_b88k", None): "CLIP score",
-             ("ViT-g-14", "laion2b_s12b_b42k", None): "CLIP score, ViT-g-14 laion2b_s12b_b42k",
-             ("ViT-B-32", None, None): "CLIP score, ViT-B-32", ("own", None, "own.json"): "image-text score, own"}
+def test_only_the_papers_weights_give_the_number_of_their_tables():
+    published, other = clip_score.PUBLISHED, "0123456789abcdef"
+    names = {("ViT-g-14", None, None, published): "CLIP score",
+             ("ViT-g-14", "laion2b_s34b_b88k", None, other): "CLIP score",
+             ("ViT-g-14", None, None, other): "CLIP score, ViT-g-14 sha256 0123456789ab",
+             ("ViT-g-14", "laion2b_s12b_b42k", None, other): "CLIP score, ViT-g-14 laion2b_s12b_b42k",
+             ("ViT-B-32", None, None, other): "CLIP score, ViT-B-32 sha256 0123456789ab",
+             ("own", None, "own.json", other): "image-text score, own"}
     assert {which: clip_score.metric_name(*which) for which in names} == names
+    assert published == next(file["sha256"] for file in OmegaConf.load(ROOT / "scripts" / "downloads.yaml").clip.files)
+
+
+@pytest.mark.parametrize("model, tag, digest, message", [
+    ("ViT-g-14", None, clip_score.PUBLISHED, None), ("ViT-B-32", None, "0", None),
+    ("ViT-g-14", "laion2b_s12b_b42k", "0", None),
+    ("ViT-g-14", None, "0", "stands in no table of a paper"),
+    ("ViT-g-14", "laion2b_s34b_b88k", "0", "taken from --tag"),
+])
+def test_weights_that_are_not_the_published_file_are_told(tmp_path, model, tag, digest, message):
+    notes = clip_score.check_weights(model, tag, tmp_path / "x.bin", digest)
+    assert message in notes[0] if message else not notes
+
+
+def test_the_published_file_is_no_other_release(tmp_path):
+    for model, tag in (("ViT-g-14", "laion2b_s12b_b42k"), ("ViT-B-32", None)):
+        with pytest.raises(UserError, match=r"x.bin is the published file of ViT-g-14 laion2b_s34b_b88k, not ViT"):
+            clip_score.check_weights(model, tag, tmp_path / "x.bin", clip_score.PUBLISHED)
 
 
 def test_images_are_prepared_as_the_weights_were_trained(tmp_path):

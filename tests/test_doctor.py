@@ -150,6 +150,22 @@ def test_archives_are_unpacked(server, tmp_path):
     assert not (tmp_path / "p/x").exists()
 
 
+def test_npm_fetches_its_packages_where_it_is_installed(server, monkeypatch, tmp_path):
+    """From the registry that it is set up for; without npm, from the address."""
+    file = File(f"{server.url}/x", Path("d/x.tgz"), ("md5", MD5), npm="x@1")
+    (tmp_path / "content").write_bytes(CONTENT)
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text(f'#!/bin/sh\n[ "$*" = "pack x@1 --silent" ] && cp "{tmp_path}/content" x-1.tgz\n')
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{npm.parent}:/usr/bin:/bin")
+    fetch(file, tmp_path / "a")
+    assert server.log == [] and (tmp_path / "a/d/x.tgz").read_bytes() == CONTENT
+    npm.write_text("#!/bin/sh\nexit 1\n")
+    fetch(file, tmp_path / "b")
+    assert len(server.log) == 1 and (tmp_path / "b/d/x.tgz").read_bytes() == CONTENT
+
+
 def run(monkeypatch, *args: str) -> None:
     monkeypatch.setattr("sys.argv", ["scripts.download", *args])
     download.main()

@@ -2,7 +2,9 @@
 
 import json
 import math
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -56,6 +58,16 @@ def save(folder, pixels, first=0, run=True):
     return folder
 
 
+def png_of_16_bits(path, pixels):
+    """RGB of 16 bits a channel, which Pillow reads but does not write: uint16 [height, width, 3]."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
 def blurred(pixels, radius):
     return np.stack([np.asarray(Image.fromarray(a).filter(ImageFilter.GaussianBlur(radius))) for a in pixels])
 
@@ -104,7 +116,16 @@ def test_a_plain_folder_is_read_by_name_and_an_npz_as_it_lies(tmp_path, smileys)
     (lambda d, p: (d / save(d, p[:2]) / "000/000001.png").write_bytes(b"text"), {}, "000001.png is truncated or not"),
     (lambda d, p: Image.fromarray(p[0]).convert("RGBA").save(d / "0.png"), {}, "mode RGBA"),
     (lambda d, p: Image.fromarray(p[0, :, :, 0].astype(np.uint16)).save(d / "0.png"), {}, "mode I;16"),
+    (lambda d, p: png_of_16_bits(d / "0.png", p[0] * np.uint16(257)), {}, "0.png has 16 bits a channel"),
     (lambda d, p: [Image.fromarray(p[0]).save(d / f"{name}.png") for name in ("1", "01")], {}, "two images of seed 1"),
+    (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2]) / "000/000002.jpg"), {}, "000002.jpg and 0 more lie among"),
+    (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2]) / "000/000002.PNG"), {}, "000002.PNG and 0 more lie among"),
+    (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2]) / "000/000001 copy.png"), {"seeds": [0, 1]},
+     "000001 copy.png and 0 more lie among the images of seeds, like 000000.png"),
+    (lambda d, p: [Image.fromarray(p[0]).save(d / f"{name}.png") for name in ("1", "2 copy")], {"seeds": [1]},
+     "file name '2 copy.png' is not a number"),
+    (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2], run=False) / "cat.png"), {},
+     "holds images itself and in 000/"),
 ])
 def test_bad_folders_are_named_in_one_line(tmp_path, smileys, make, call, message):
     make(tmp_path, smileys)
@@ -283,7 +304,7 @@ def test_paired_differences_are_the_differences_of_the_distances():
     for distance in (FrechetInBasis(reference, 3), KernelDistance(reference, 3)):
         of_one = [distance.estimate(z, 5).value for z in (x, y)]
         assert distance.difference(x, y, 5).value == pytest.approx(of_one[0] - of_one[1], rel=1e-9)
-        assert distance.difference(x, x, 5) == (0, 0)
+        assert distance.difference(x, x, 5)[:2] == (0, 0)
         with pytest.raises(ValueError, match="50 and 49 images cannot be paired"):
             distance.difference(x, y[:49], 5)
 
@@ -396,6 +417,22 @@ def test_quality_command_tells_the_difference_to_another_run(tmp_path, monkeypat
     with pytest.raises(SystemExit):
         run(monkeypatch, quality, "--samples", soft, "--against", sharp, *args)
     assert "1 of the 40 images in" in capsys.readouterr().err
+
+
+def test_unfinished_runs_are_judged_only_on_request(tmp_path, monkeypatch, capsys, smileys):
+    samples, whole = (save(tmp_path / name, smileys[:n]) for name, n in (("x", 39), ("whole", 40)))
+    for folder in (samples, whole):
+        (folder / "sessions.jsonl").write_text('{"seeds": "0-39"}\n')
+    args = {quality: ("--reference", whole, "--dims", 8, "--repeats", 2), fidelity: ("--against", samples)}
+    for module in (quality, fidelity):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, module, "--samples", samples, *args[module])
+        assert "lacks 1 images that its runs were asked for, seeds 39" in capsys.readouterr().err
+        run(monkeypatch, module, "--samples", samples, *args[module], "--allow-fewer", "--out", tmp_path / "x.json")
+        assert "warning: " in capsys.readouterr().err
+        assert "seeds 39" in results.read(tmp_path / "x.json").details["notes"][0]
+    (samples / "sessions.jsonl").write_text('{"seeds": "0-99"}\n')
+    run(monkeypatch, fidelity, "--samples", samples, "--against", samples, "--seeds", "0-38")     # just what is meant
 
 
 def test_emoji_references_have_held_out_images():

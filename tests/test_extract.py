@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -108,6 +109,59 @@ def test_pixels_decide_what_is_computed_again(tmp_path):
     extractor.id = "another network"
     extract(open_images(folder), extractor)
     assert extractor.computed == 14
+
+
+def replaced(path, by):
+    """`by` in the place of a file of its size, with that one's time of modification, as by cp -p."""
+    before = path.stat()
+    by(path)
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("pause", [0, 0.2])     # within a tick of the clock; with everything settled
+def test_other_images_of_equal_size_and_time_are_seen(tmp_path, monkeypatch, pause):
+    npz, folder = tmp_path / "x.npz", save(tmp_path / "x", PIXELS // 255)
+    np.savez(npz, PIXELS)
+    for path in folder.glob("000/*.png"):        # all of one size, as uncompressed images are
+        path.write_bytes(path.read_bytes().ljust(400, b"\0"))
+    monkeypatch.setattr(extraction, "_DOUBT", pause / 2 or 60, raising=False)
+    time.sleep(pause)
+    first = [extract(open_images(path), Extractor()) for path in (npz, folder)]
+    replaced(npz, lambda path: np.savez(path, 255 - PIXELS))
+
+    def swap(path):
+        Image.fromarray(PIXELS[5] // 255).save(path, "png")
+        path.write_bytes(path.read_bytes().ljust(400, b"\0"))
+    replaced(folder / "000/000002.png", swap)
+    again = [extract(open_images(path), Extractor()) for path in (npz, folder)]
+    assert np.allclose(again[0].all("wide"), Extractor().features(255 - PIXELS)["wide"], rtol=1e-5)
+    assert np.allclose(again[1].all("wide")[2], Extractor().features(PIXELS[5:6] // 255)["wide"][0], rtol=1e-5)
+    assert all(a.images_sha256 != b.images_sha256 for a, b in zip(first, again, strict=True))
+
+
+def test_files_of_one_name_do_not_share_features(tmp_path):
+    found = []
+    for name, pixels in (("a", PIXELS), ("b", 255 - PIXELS)):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "samples.npz", pixels)
+        os.utime(tmp_path / name / "samples.npz", (1, 1))
+        found.append(extract(open_images(tmp_path / name / "samples.npz"), Extractor(), store=tmp_path / "kept"))
+    for features, pixels in zip(found, (PIXELS, 255 - PIXELS), strict=True):        # the first still has its own
+        assert np.allclose(features.all("wide"), Extractor().features(pixels)["wide"], rtol=1e-5)
+
+
+def test_rank_0_trusts_no_part_that_is_in_doubt(tmp_path, monkeypatch):
+    """What an earlier run left of files that had just been written, before the rank whose part it is has looked."""
+    np.savez(tmp_path / "x.npz", PIXELS)
+    monkeypatch.setattr(extraction, "_DOUBT", 60, raising=False)
+    extract(open_images(tmp_path / "x.npz"), Extractor())
+    np.savez(tmp_path / "x.npz", 255 - PIXELS)
+    monkeypatch.setattr(extraction, "_PATIENCE", 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="2 parts are still missing"):
+        extract(open_images(tmp_path / "x.npz"), Extractor(), share=True)
 
 
 def test_a_damaged_part_is_computed_again(tmp_path):

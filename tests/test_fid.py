@@ -105,6 +105,7 @@ def write(path, **content):
     ({"mode": "other"}, None, "none of pytorch-fid, clean"),
     ({"format": 99}, None, "has format 99"),
     ({"features": None}, None, "damaged or no reference"),
+    ({"format": None, "arr_0": PIXELS[:2, :9]}, None, "is a reference of ADM's evaluator"),
 ])
 def test_a_reference_that_does_not_fit_is_refused(tmp_path, made, inception, change, mode, message):
     with np.load(made[1]) as file:
@@ -157,6 +158,7 @@ def test_commands_from_real_images_to_json(tmp_path, monkeypatch, capsys, made, 
     run(monkeypatch, "--samples", made[0], "--reference", published, tmp_path / "tf.npz", broken, "--inception",
         inception_file, "--count", 5, "--groups", 0, "--out", tmp_path / "out" / "x.json")
     printed = capsys.readouterr()
+    assert "other weights" not in printed.out
     result = json.loads((tmp_path / "out" / "x.json").read_text())
     tensorflow = "(clean-fid, legacy_tensorflow)"
     assert set(result["metrics"]) == {"FID", f"FID {tensorflow}", f"KID {tensorflow}"}
@@ -198,6 +200,22 @@ def batches(folder, content=None):
         with open(folder / f"data_batch_{i + 1}", "wb") as file:
             pickle.dump(content or {"data": data, "labels": [0, 1], "batch_label": "x"}, file, protocol=2)
     return images
+
+
+def test_some_of_the_images_are_watched_too(tmp_path, inception):
+    for i, image in enumerate(PIXELS[:3]):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+
+    class Rewrites(Inception):
+        def __init__(self):
+            vars(self).update(vars(inception))
+
+        def features(self, pixels):
+            Image.fromarray(PIXELS[5]).save(tmp_path / "1.png")
+            return super().features(pixels)
+
+    with pytest.raises(UserError, match="changed while it was read"):
+        extract(open_source(tmp_path, count=2), Rewrites())
 
 
 def test_cifar10_is_read_from_its_python_batches(tmp_path):

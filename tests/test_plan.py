@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from caching.deepcache import DeepCache
+from caching.fitted import BOUND
 from caching.methods import options_by_name, plan
 from caching.nested import no_cache
 from caching.options import RunShape
@@ -23,7 +24,8 @@ from ddpm import sample as sample_command
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet as PixelUNet
 from eval import macs, throughput
-from eval.cost.runs import call_macs, costs_of, macs_per_image
+from eval.cost.runs import call_macs, costs_of, macs_per_image, macs_per_step
+from eval.tables.results import cost
 from ldm.unet import UNet
 from runs.errors import UserError
 from runs.folder import read_run
@@ -285,10 +287,20 @@ def test_macs_are_those_of_a_real_run(config, file):
     assert run.full_calls == 3 and [sorted(keys) for keys in run.reused[:4]] == [[], [1], [2], [0]]
 
 
+def test_results_of_images_have_the_macs_of_the_plan(tmp_path):
+    run = RunSpec.of("ldm_emoji", sampler="dpmpp", steps=16, timesteps="trailing").open()
+    bound = {key: run.told.get(key) for key in BOUND} | {"unet": {}}
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(Plan(bound, None, MIXED, {"hook": 1, "fc": 1}, {"hook": 1, "fc": 1}).to_json()))
+    planned = RunSpec.of("ldm_emoji", plan=path).open()
+    assert tuple(vars(cost(planned.told)).values()) == pytest.approx(macs_per_step(planned))
+
+
 def test_a_plan_brings_its_sampler_and_is_refused_by_another(config, file):
     run = RunSpec.of(config, plan=str(file)).open()
     assert (run.sampler_name, run.steps, run.timesteps, run.calls) == ("dpmpp", 16, "trailing", 16)
-    assert run.name == "plan_best_dpmpp_steps16_trailing" and RunSpec.of(config, **run.spec.given()).open().name == run.name
+    assert run.name == "plan_best_dpmpp_steps16_trailing"
+    assert RunSpec.of(config, **run.spec.given()).open().name == run.name
     with pytest.raises(UserError, match="steps 16 there, 12 here"):
         RunSpec.of(config, plan=file, steps=12).open()
     other = RunSpec.of(config, plan=file, sampler="unipc").open()

@@ -1,7 +1,6 @@
 """planning.search: gaps measured, schedules by dynamic programming, and the command on a tiny random model."""
 
 import itertools
-import json
 import random
 import sys
 
@@ -282,8 +281,7 @@ def test_the_best_of_each_kind_takes_part(few, distances):
     assert 1 <= kinds.count("plan") <= 2
     plms = next(trial for trial in found if trial.kind == "fewer steps, plms")
     assert plms.run.steps == 2 and len(plms.depths) == 3    # 3 steps do not divide the timesteps; a step more is called
-    scores = {trial.kind: distances.of(trial.run, range(4)).mean() for trial in found}
-    assert json.loads(json.dumps(scores)).keys() == scores.keys()
+    assert all(prices.of(trial.depths) <= 4 + 1e-9 for trial in found)
 
 
 @pytest.mark.parametrize(("words", "why"), [

@@ -388,3 +388,18 @@ def test_cost_needs_a_known_model_and_schedule():
     assert cost(settings | {"cache": cached}).macs < full.macs
     assert cost({"model": "nobody's", "steps": 10}) is None
     assert cost(settings | {"cache": {"method": "blocks"}}) is None
+
+
+def test_columns_of_a_row_may_come_from_several_evaluators():
+    """A distance of sets by either extractor, and the distance to a converged run, which eval.fidelity measures."""
+    own = find("emoji")
+    section = own.sections[""]
+    blank = dict.fromkeys(("fd_efflite0", "kid_incmixed5", "rmse_converged"))
+    own = own._replace(sections={"": section._replace(rows=dict.fromkeys(section.rows, blank))})
+    row = next(row for row in rows.of_table(own).rows if row.label == "N=5")
+    found = [(Path(f"{name}.json"), measured(row, kind=kind, images=section.images, metrics={name: Metric(value)}))
+             for name, kind, value in (("FD-EffLite0", "quality", 21.3), ("KID-IncMixed5", "quality", 0.0123),
+                                       ("RMSE to converged", "fidelity", 7.891))]
+    assert {column: cell(own, found, "N=5", column)[1:] for column in blank} == {
+        "fd_efflite0": ("21.3", "-", "FD-EffLite0.json"), "kid_incmixed5": ("12.3", "-", "KID-IncMixed5.json"),
+        "rmse_converged": ("7.89", "-", "RMSE to converged.json")}

@@ -35,7 +35,7 @@ def add_sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-fewer", action="store_true",
                         help="judge fewer images, or an unfinished folder: not comparable with published numbers")
     parser.add_argument("--groups", type=int, default=GROUPS,
-                        help="of the jackknife for the error of FID (default: %(default)s; 0: no error)")
+                        help="of the jackknife for the errors of FID, sFID, recall (default: %(default)s; 0: none)")
     parser.add_argument("--out", type=Path, help="JSON to write (runs/results.py)")
 
 

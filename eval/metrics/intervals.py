@@ -1,21 +1,27 @@
 """Error bars: of means over images, and of estimates that are not means."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import norm, t
 
 from runs.results import Metric
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error over draws of as many generated images; nan where it is not known."""
+    """A number and its standard error over draws of as many generated images; nan where it is not known.
+
+    freedom: degrees of freedom of the error; of one from few groups or blocks, their number less one.
+    """
     value: float
     stderr: float
+    freedom: float = math.inf
 
     def json(self) -> dict:
-        """With a 95% interval."""
-        return {"value": self.value, "stderr": self.stderr,
-                "interval": [self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr]}
+        """With a 95% interval: normal, or Student's where the error itself is from few values."""
+        half = self.stderr * (1.96 if math.isinf(self.freedom) else float(t.ppf(0.975, self.freedom)))
+        return {"value": self.value, "stderr": self.stderr, "interval": [self.value - half, self.value + half]}
 
     @property
     def metric(self) -> Metric:
@@ -24,7 +30,7 @@ class Estimate(NamedTuple):
 
 
 class Share(NamedTuple):
-    """A share of `of` images."""
+    """A share of `of` images that are drawn independently of what they are looked for in."""
     value: float
     of: int
 
@@ -60,12 +66,16 @@ def mean_interval(values: np.ndarray, seed: int = 0, repeats: int = 1000, groups
     """The mean of values [n] and its 95% interval by the percentile bootstrap; (None, None) of nothing.
 
     groups: [n], what belongs together, such as the images of one prompt; whole groups are drawn. Of paired
-    differences it is the interval of their mean.
+    differences it is the interval of their mean. Of few values the quantiles are as far out as makes the interval that
+    of Student where the values are normal (Hesterberg, The American Statistician 69(4), 2015): those of 2.5 % would
+    cover 81 % of 5 normal values' means.
     """
     if not len(values):
         return None, None
     means = _resampled_means(values, seed, repeats, groups)
-    return float(values.mean()), [float(q) for q in np.quantile(means, (0.025, 0.975))]
+    n = len(values) if groups is None else len(np.unique(groups))
+    tail = norm.cdf(math.sqrt(n / (n - 1)) * t.ppf(0.025, n - 1)) if n > 1 else 0.025
+    return float(values.mean()), [float(q) for q in np.quantile(means, (tail, 1 - tail))]
 
 
 def mean_estimate(values: np.ndarray, seed: int = 0, repeats: int = 1000, groups: np.ndarray | None = None) -> dict:

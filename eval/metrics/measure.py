@@ -115,5 +115,5 @@ class SetMeasure:
 
 def shown(found: Metric, digits: int = 4, scale: float = 1) -> str:
     """'3.3712 +- 0.0312': the value and half its 95% interval."""
-    error = "" if found.stderr is None else f" +- {1.96 * scale * found.stderr:.{digits}f}"
+    error = "" if found.interval is None else f" +- {scale * (found.interval[1] - found.interval[0]) / 2:.{digits}f}"
     return f"{scale * found.value:.{digits}f}{error}"

@@ -1,18 +1,22 @@
 """All metrics. One that is listed here is computed by its commands, kept in results, and known to tables and plots."""
 
+from eval.metrics.features import EffLite0, SmallExtractor
 from eval.metrics.inception_scores import FID, IS, KID, PRECISION_RECALL, SFID
+from eval.metrics.incmixed5 import IncMixed5
 from eval.metrics.lpips import LPIPS, OTHER_BACKBONE
 from eval.metrics.measure import Measure, PairMeasure, PixelMeasure, SetMeasure
-from eval.metrics.pixel_pairs import PSNR, SSIM
+from eval.metrics.pixel_pairs import PADDED_SSIM, PSNR, RMSE_TO_CONVERGED, SSIM
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, SmallSetDistance
 
 CLIP_SCORE = Measure("CLIP score", "clip", "CLIP score", higher=True)                       # eval.clip_score
 FEATURE_DISTANCE = PairMeasure("1 - cos, EffLite0", key="feature_distance", label="1 - cos, EffLite0")
 
 PIXELS: tuple[PixelMeasure, ...] = (PSNR, SSIM)                                             # eval.fidelity
-PAIRS: tuple[PairMeasure, ...] = (*PIXELS, FEATURE_DISTANCE, LPIPS, OTHER_BACKBONE)
+PAIRS: tuple[PairMeasure, ...] = (*PIXELS, FEATURE_DISTANCE, LPIPS, OTHER_BACKBONE, RMSE_TO_CONVERGED, PADDED_SSIM)
 SETS: tuple[SetMeasure, ...] = (FID, SFID, IS, PRECISION_RECALL, KID)                       # eval.adm, eval.fid
 SMALL_SETS: tuple[type[SmallSetDistance], ...] = (FrechetInBasis, KernelDistance)           # eval.quality
+EXTRACTORS: dict[str, type[SmallExtractor]] = {"efflite0": EffLite0, "incmixed5": IncMixed5}  # what these are made on
+SMALL_MEASURES: tuple[Measure, ...] = tuple(one.named(of.name) for of in EXTRACTORS.values() for one in SMALL_SETS)
 MEASURES: dict[str, Measure] = {measure.name: measure for measure in (
-    *(measure for found in SETS for measure in found.measures), CLIP_SCORE, *(one.measure for one in SMALL_SETS),
+    *(measure for found in SETS for measure in found.measures), CLIP_SCORE, *SMALL_MEASURES,
     *PAIRS)}

@@ -5,7 +5,7 @@ Each is bound to a reference. What it must bring is `of_subsets`; errors, paired
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,15 +21,19 @@ from runs.errors import UserError
 class SmallSetDistance(ABC):
     """A distance of sets of features [n, D] to reference features [m, D].
 
-    dims: how many directions it may look at. measure: its name in results, on EfficientNet-Lite0 features.
-    about: what else the JSON says of it.
+    dims: how many directions it may look at. extractor: the name of the network that the features are of.
+    measure: its name in results. about: what else the JSON says of it.
     """
-    measure: ClassVar[Measure]
     about: dict[str, Any]
 
-    def __init__(self, reference: np.ndarray, dims: int):
-        self.reference = reference
+    def __init__(self, reference: np.ndarray, dims: int, extractor: str = "EffLite0"):
+        self.reference, self.measure = reference, self.named(extractor)
         self.about = {"dims": reference.shape[1]}
+
+    @staticmethod
+    @abstractmethod
+    def named(extractor: str) -> Measure:
+        """What it is called on the features of a network."""
 
     @abstractmethod
     def of_subsets(self, x: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> np.ndarray:
@@ -69,12 +73,15 @@ class FrechetInBasis(SmallSetDistance):
     It falls as n grows, for equal distributions too: compare only numbers of equal n and m. Raises UserError unless
     dims < m and <= D.
     """
-    measure = Measure("FD-EffLite0", "fd_efflite0", "FD-EffLite0", 1)
 
-    def __init__(self, reference: np.ndarray, dims: int):
-        super().__init__(reference, dims)
+    def __init__(self, reference: np.ndarray, dims: int, extractor: str = "EffLite0"):
+        super().__init__(reference, dims, extractor)
         self.basis = pca_basis(reference, dims)
         self.about = {"dims": dims, "explained": self.basis.explained}
+
+    @staticmethod
+    def named(extractor: str) -> Measure:
+        return Measure(f"FD-{extractor}", f"fd_{extractor.lower()}", f"FD-{extractor}", 1)
 
     def of_subsets(self, x: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> np.ndarray:
         low, reference = self.basis(x), self.basis(self.reference)
@@ -92,7 +99,10 @@ class KernelDistance(SmallSetDistance):
 
     No random subsets of 100 or 1000 images as in other implementations: they estimate the same number with more noise.
     """
-    measure = Measure("KID-EffLite0", "kid_efflite0", "KID-EffLite0 x 1000", 1, scale=1000)
+
+    @staticmethod
+    def named(extractor: str) -> Measure:
+        return Measure(f"KID-{extractor}", f"kid_{extractor.lower()}", f"KID-{extractor} x 1000", 1, scale=1000)
 
     def of_subsets(self, x: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> np.ndarray:
         return kernel_distances(x, wx, self.reference, wy)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import center_crop, resize
 
-from eval.metrics.images import ImageSet, batched, open_images
+from eval.metrics.images import ImageSet, Stamp, batched, open_images, stamp_of
 from runs.errors import UserError, one_line
 from runs.images import UNREADABLE
 
@@ -51,7 +51,7 @@ def _check_count(what: str, there: int, count: int | None) -> None:
 def _first(images: ImageSet, count: int) -> ImageSet:
     return ImageSet(f"{images.description} (the first {count})", images.names[:count],
                     images.seeds and images.seeds[:count], images.size, images.fingerprint, images.root,
-                    lambda n, ranges: images.read(n, ranges), images.stamp)
+                    lambda n, ranges: images.read(n, ranges), images.stamp, images.reopen)
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -92,10 +92,11 @@ def cifar10(path: Path) -> ImageSet:
         for some in batched(ranges, n):
             yield everything[some.start:some.stop]
 
-    def stamp(some: range) -> str:
-        return hashlib.sha256(everything[some.start:some.stop].tobytes()).hexdigest()
+    def stamp(some: range) -> Stamp:
+        return Stamp(hashlib.sha256(everything[some.start:some.stop].tobytes()).hexdigest())
 
-    return ImageSet(f"{path} (CIFAR-10, training)", names, None, (32, 32), stamp(range(len(names))), path, read, stamp)
+    return ImageSet(f"{path} (CIFAR-10, training)", names, None, (32, 32), stamp(range(len(names))).text, path, read,
+                    stamp)
 
 
 def lsun(path: Path, size: int = 256, count: int | None = None) -> ImageSet:
@@ -135,8 +136,9 @@ def lsun(path: Path, size: int = 256, count: int | None = None) -> ImageSet:
                 items = [(keys[i], transaction.get(keys[i])) for i in some]
                 yield np.stack(list(pool.map(prepare, items)))
 
-    status = (path / "data.mdb").stat()
-    fingerprint = f"{status.st_size} {status.st_mtime_ns} {size}"
+    def stamp(some: range) -> Stamp:
+        return stamp_of([path / "data.mdb"], [f"{size} {some.start}-{some.stop}"])
+
     return ImageSet(f"{path} (LSUN at {size}, {len(keys)} of {there})", [key.decode(errors="replace") for key in keys],
-                    None, (size, size), fingerprint, path, read,
-                    lambda some: f"{fingerprint} {some.start}-{some.stop}")
+                    None, (size, size), stamp(range(len(keys))).text, path, read, stamp,
+                    lambda: lsun(path, size, count))

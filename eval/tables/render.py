@@ -12,6 +12,7 @@ from eval.cost import bk_sdm
 from eval.cost.macs import giga
 from eval.cost.run_timing import in_full_steps
 from eval.cost.runs import macs_per_step, pruned, told_by_steps
+from eval.metrics.registry import RMSE_TO_CONVERGED, SMALL_MEASURES
 from eval.tables.paper import COLUMNS, Note, Section, Table, tables
 from eval.tables.rows import Row, Runs, of_table
 from eval.tables.text import align
@@ -35,7 +36,7 @@ _THEIR_GPU = "2080"
 
 def kind_of_result(run: Run, columns: Sequence[str]) -> str:
     """The kind of result that has a row's metrics: whose convention the paper's column follows."""
-    if "fd_efflite0" in columns:
+    if any(measure.column in columns for measure in SMALL_MEASURES):
         return "quality"
     return "fid" if run.family.judge == "clip_score" and "clip" not in columns else run.family.judge
 
@@ -161,12 +162,14 @@ def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base
     values = {"macs_G": giga(macs_per_step(row.run, table.macs_steps).hook)}
     values |= {key: row.run.caching.settings[key] for key in _SETTINGS if key in columns}
     files: dict[str, Path] = {}
-    measured = newest(found, row, section, kind_of_result(row.run, columns))
-    if measured:
+    for column in columns:
+        name = COLUMNS[column].metric
+        kind = "fidelity" if name == RMSE_TO_CONVERGED.name else kind_of_result(row.run, columns)
+        measured = newest([pair for pair in found if name in pair[1].metrics], row, section, kind) if name else None
+        if measured is None or name is None:
+            continue
         path, result = measured
-        for column in columns:
-            if (name := COLUMNS[column].metric) in result.metrics:
-                values[column], files[column] = COLUMNS[column].scale * result.metrics[name].value, path
+        values[column], files[column] = COLUMNS[column].scale * result.metrics[name].value, path
         digest = result.hashes.get("checkpoint", "not recorded")[:12]
         sources[f"{row.run.config.name} was measured by eval.{result.kind} on {section.images:,} images of each row; "
                 f"checkpoint sha256 {digest}. The CSV names the files."] = None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from eval.cost.macs import average, step_macs
+from eval.cost.macs import average, branch_macs, mean, step_macs
 from eval.metrics.images import ImageSet
 from runs.families import build, example_inputs, load_config
 from runs.files import ROOT
@@ -39,7 +39,8 @@ def of_samples(kind: str, images: ImageSet, metrics: Mapping[str, Metric], devic
 
 
 def cost(settings: Mapping[str, Any]) -> Cost | None:
-    """MACs of a run from its settings; None where they are not those of a model in configs/ with DeepCache or none."""
+    """MACs of a run from its settings; None where they are not those of a model in configs/ with DeepCache, a plan or
+    without caching."""
     path = _CONFIGS / f"{settings.get('model')}.yaml"
     cache = settings.get("cache") or {}
     known = not cache or cache.get("interval") == 1 or {"branch", "full_steps"} <= cache.keys()
@@ -47,5 +48,9 @@ def cost(settings: Mapping[str, Any]) -> Cost | None:
     if not path.is_file() or "steps" not in settings or not known or other:
         return None
     config, steps = load_config(path), settings["steps"]
+    if "plan" in cache:
+        branches = cache["plan"]["branches"][:steps]
+        full, by_branch = branch_macs(build(config), example_inputs(config), {b for b in branches if b is not None})
+        return Cost(*mean([full if branch is None else by_branch[branch] for branch in branches]))
     full, cached = step_macs(build(config), example_inputs(config), cache.get("branch") or 0)
     return Cost(*average(full, cached, cache.get("full_steps") or range(steps), steps))
