@@ -29,13 +29,10 @@ class Cond(NamedTuple):
     context: [batch, tokens, channels], what cross-attention attends to, or None.
     cache: `cache(key, compute) -> Tensor`. Keys are the skip index k for the inner level that the decoder block of
         skip k concatenates, and the module's name for a residual.
-    control: what a ControlNet (arXiv 2302.05543) adds to each skip where the decoder takes it, in the order of the
-        skips, and then to the middle's output; or None.
     """
     emb: Tensor
     context: Tensor | None = None
     cache: Cache = no_cache
-    control: Sequence[Tensor] | None = None
 
 
 class Residual(nn.Module):
@@ -102,22 +99,41 @@ def name_residuals(unet: nn.Module) -> None:
             module.key = name
 
 
+def nest(x: Tensor, down: Sequence[Callable[[Tensor], Tensor]], middle: Callable[[Tensor], Tensor],
+         up: Sequence[Callable[[Tensor, Tensor, torch.Size], Tensor]], cache: Cache,
+         control: Sequence[Tensor] | None = None) -> Tensor:
+    """Run a U-Net, before its head, whose encoder part k makes skip k and whose decoder part k takes it.
+
+    up: each is given the inner level, the skip, and the height and width of the level above, which it returns.
+    control: what a ControlNet (arXiv 2302.05543) adds to each skip where the decoder takes it, in the order of the
+    skips, and then to the middle's output; or None.
+    Source: DeepCache (arXiv 2312.00858), Section 3.2: a reused level leaves only the parts around it to run.
+    """
+    def level(k: int, x: Tensor) -> Tensor:
+        if k == len(down):
+            return controlled(middle(x), k)
+        skip = down[k](x)
+        inner = cache(k, lambda: level(k + 1, skip))            # what decoder part k concatenates
+        return up[k](inner, controlled(skip, k), x.shape[-2:])
+
+    def controlled(x: Tensor, k: int) -> Tensor:
+        return x if control is None else x + control[k]
+
+    return level(0, x)
+
+
 def nested_forward(x: Tensor, input_blocks: nn.ModuleList, middle_block: Block, output_blocks: nn.ModuleList,
                    cond: Cond) -> Tensor:
     """Run a U-Net whose output block -1-k concatenates the output of input block k (its skip k). Both are `Block`s.
 
     x: [batch, in_channels, height, width] -> [batch, channels, height, width], before the head. Any height and width:
     each level returns the size that it was given.
-    Source: DeepCache (arXiv 2312.00858), Section 3.2: a reused level leaves only the blocks around it to run.
     """
-    def level(k: int, x: Tensor) -> Tensor:
-        if k == len(input_blocks):
-            return controlled(middle_block(x, cond), k)
-        skip = input_blocks[k](x, cond)
-        inner = cond.cache(k, lambda: level(k + 1, skip))       # what the decoder block of skip k concatenates
-        return output_blocks[-1 - k](torch.cat([inner, controlled(skip, k)], dim=1), cond, x.shape[-2:])
+    def down(block: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: block(x, cond)
 
-    def controlled(x: Tensor, k: int) -> Tensor:
-        return x if cond.control is None else x + cond.control[k]
+    def up(block: nn.Module) -> Callable[[Tensor, Tensor, torch.Size], Tensor]:
+        return lambda inner, skip, size: block(torch.cat([inner, skip], dim=1), cond, size)
 
-    return level(0, x)
+    return nest(x, [down(block) for block in input_blocks], down(middle_block),
+                [up(block) for block in reversed(output_blocks)], cond.cache)

@@ -1,11 +1,13 @@
 """Loading and saving DDPM weights under their published names.
 
 The public checkpoints (pytorch DDIM code, used by DeepCache's release) name levels from the outermost:
-`down.1.block.0`, `mid.attn_1`, `up.1.block.2`. Our U-Net is a nest of blocks, so names are rewritten by rule; every
-tensor is kept.
+`down.1.block.0`, `mid.attn_1`, `up.1.block.2`. The same weights are published for diffusers' UNet2DModel
+(google/ddpm-cifar10-32, google/ddpm-ema-bedroom-256, google/ddpm-ema-church-256), with names of its own. Our U-Net is a
+nest of blocks, so names are rewritten by rule; every tensor is kept.
 """
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -47,16 +49,56 @@ def published_state_dict(unet: UNet) -> dict[str, Tensor]:
             for name, value in unet.state_dict().items()}
 
 
+def diffusers_name(published: str, num_levels: int) -> str:
+    """The name in diffusers' UNet2DModel of a tensor: 'down.1.attn.0.q.bias' -> 'down_blocks.1.attentions.0.to_q.bias'.
+
+    Its decoder's levels count from the innermost.
+    """
+    def level(match: re.Match[str]) -> str:
+        return f"{match[1]}_blocks.{match[2] if match[1] == 'down' else num_levels - 1 - int(match[2])}"
+
+    rules: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+        (r"temb\.dense\.0", "time_embedding.linear_1"), (r"temb\.dense\.1", "time_embedding.linear_2"),
+        (r"norm_out", "conv_norm_out"), (r"mid\.block_1", "mid_block.resnets.0"),
+        (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1", "mid_block.attentions.0"),
+        (r"(down|up)\.(\d+)", level),
+        (r"\.block\.(\d+)", r".resnets.\1"), (r"\.attn\.(\d+)", r".attentions.\1"),
+        (r"\.(down|up)sample\.", r".\1samplers.0."), (r"temb_proj", "time_emb_proj"),
+        (r"nin_shortcut", "conv_shortcut"), (r"(attentions\.\d+)\.norm", r"\1.group_norm"),
+        (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."), (r"(attentions\.\d+)\.proj_out", r"\1.to_out.0")]
+    for pattern, theirs in rules:
+        published = re.sub(pattern, theirs, published)
+    return published
+
+
+_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}     # before diffusers 0.18
+
+
+def _as_convolutions(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a UNet2DModel under today's names, its attention's linear layers as the 1x1 convolutions of ours."""
+    def today(name: str) -> str:
+        return re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLDER[m[2]]}.", name)
+
+    return {today(name): value[:, :, None, None] if ".attentions." in name and value.ndim == 2 else value
+            for name, value in state_dict.items()}
+
+
 def load_state_dict(unet: UNet, state_dict: dict[str, Tensor]) -> None:
-    """Load tensors given under their published names.
+    """Load tensors given under their published names, or under those of diffusers' UNet2DModel.
 
     Raises UserError that names every missing, extra or misshapen tensor; the U-Net is left untouched then.
     """
-    load_strict(unet, state_dict, lambda name: published_name(name, unet.num_levels, unet.num_res_blocks))
+    def published(name: str) -> str:
+        return published_name(name, unet.num_levels, unet.num_res_blocks)
+
+    if any(name.startswith("down_blocks.") for name in state_dict):
+        load_strict(unet, _as_convolutions(state_dict), lambda name: diffusers_name(published(name), unet.num_levels))
+    else:
+        load_strict(unet, state_dict, published)
 
 
 def load_checkpoint(unet: UNet, path: Path) -> None:
-    """Load a whole checkpoint file: .safetensors, or .ckpt / .pt / .pth holding the EMA weights.
+    """Load a whole checkpoint file: .safetensors, or .ckpt / .pt / .pth / .bin holding the EMA weights.
 
     The public EMA files hold the tensors alone. The DDIM training code writes a list [weights, optimizer, epoch, step,
     EMA weights]; its last entry is taken. A `module.` prefix of data-parallel training is dropped.

@@ -160,8 +160,8 @@ class UNet(NestedUNet):
     num_heads: of every attention; with num_head_channels, heads of that width instead, more of them in wider levels.
     linear_projections: whether linear layers, not 1x1 convolutions, lead into and out of a SpatialTransformer.
 
-    `unet(x, t, context, cache, control)`: x [batch, in_channels, height, width], t [batch], context
-    [batch, tokens, context_dim] -> [batch, out_channels, height, width]; control: see `caching.nested.Cond`.
+    `unet(x, t, context, cache)`: x [batch, in_channels, height, width], t [batch], context
+    [batch, tokens, context_dim] -> [batch, out_channels, height, width].
     Module names are the published ones. `num_branches`: how many skips there are: branch is 0..num_branches - 1.
     Raises ValueError for channels that 32 groups, or the heads, do not divide.
     """
@@ -226,8 +226,7 @@ class UNet(NestedUNet):
         sinusoid = timestep_embedding(t, self.model_channels)                            # [batch, model_channels]
         return self.time_embed(sinusoid.to(next(self.time_embed.parameters()).dtype))
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, cache: Cache = no_cache,
-                control: Sequence[Tensor] | None = None) -> Tensor:
-        cond = Cond(self.embedding(t), context, cache, control)
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, cache: Cache = no_cache) -> Tensor:
+        cond = Cond(self.embedding(t), context, cache)
         h = nested_forward(x, self.input_blocks, self.middle_block, self.output_blocks, cond)
         return self.out(h)

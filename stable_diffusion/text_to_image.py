@@ -46,7 +46,7 @@ def check_text_to_image(config: Config) -> None:
     if config.unet.in_channels != config.unet.out_channels:
         raise UserError(f"{config.name} takes {config.unet.in_channels} channels and predicts "
                         f"{config.unet.out_channels}: it needs an image besides the prompt; use it from Python, in a "
-                        "diffusers pipeline (stable_diffusion/pipeline.py)")
+                        "diffusers pipeline (pipelines/enable.py)")
 
 
 class TextToImage:

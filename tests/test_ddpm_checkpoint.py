@@ -4,17 +4,22 @@ import gzip
 import hashlib
 import json
 import pickle
+import re
 
 import pytest
 import torch
-from conftest import HERE
+from conftest import HERE, relative_error
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from safetensors.torch import save_file
 
 from ddpm.checkpoint import load_checkpoint, load_state_dict, published_state_dict
 from ddpm.config import load_config
+from ddpm.diffusers_layout import diffusers_unet
 from ddpm.unet import UNet
 from runs.errors import UserError
 from runs.weights import check_md5
+from sampling.diffusion import Diffusion
+from sampling.samplers import Sampler, noise_predictor
 
 CONFIGS = HERE.parent / "configs"
 
@@ -205,3 +210,45 @@ def test_md5(tmp_path):
         check_md5(tmp_path / "model.ckpt", "0" * 32)
     with pytest.raises(UserError, match="no checkpoint"):
         check_md5(tmp_path / "none.ckpt", digest)
+
+
+# Diffusers' layout
+
+@pytest.mark.parametrize(("name", "parameters"), [("cifar10", 35_746_307), ("bedroom", 113_673_219)])
+def test_the_public_sizes_load_strictly_from_diffusers(name, parameters):
+    config = load_config(CONFIGS / f"ddpm_{name}.yaml")
+    with torch.device("meta"):
+        unet = UNet(**vars(config.unet))
+        theirs = diffusers_unet(config, unet).state_dict()
+        load_state_dict(unet, theirs)
+    assert sum(value.numel() for value in theirs.values()) == parameters
+    missing = "up_blocks.0.resnets.2.conv2.bias"
+    with pytest.raises(UserError, match=f"missing {missing}"):
+        load_state_dict(unet, {name: value for name, value in theirs.items() if name != missing})
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_samples_are_those_of_diffusers_own_pipeline(tmp_path, older):
+    torch.manual_seed(0)
+    theirs = UNet2DModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, freq_shift=1,
+                         down_block_types=("DownBlock2D", "AttnDownBlock2D"), flip_sin_to_cos=False,
+                         up_block_types=("AttnUpBlock2D", "UpBlock2D"), downsample_padding=0, norm_eps=1e-6,
+                         attention_head_dim=None).eval()
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"} if older else {}
+    tensors = {re.sub(r"\b(to_q|to_k|to_v|to_out\.0)\b", lambda m: names.get(m[1], m[1]), name): value.contiguous()
+               for name, value in theirs.state_dict().items()}
+    file = tmp_path / ("model.bin" if older else "model.safetensors")
+    torch.save(tensors, file) if older else save_file(tensors, file)
+    unet = make(1).eval()
+    load_checkpoint(unet, file)
+
+    pipe = DDIMPipeline(theirs, DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
+    diffusion = Diffusion()
+    predict = noise_predictor(unet, diffusion, torch.float32, None)
+    with torch.no_grad():
+        x = Sampler("ddim", 10, "uniform", 0.0, diffusion).run(
+            predict, torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    ours = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    assert ours.std() > 0.1 and relative_error(ours, torch.from_numpy(images)) < 2e-5

@@ -22,11 +22,8 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import AttnAddedKVProcessor
-from peft import LoraConfig
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -35,7 +32,6 @@ from caching.schedules import centered
 from runs.errors import UserError
 from stable_diffusion.config import Config, Diffusion, Unet
 from stable_diffusion.pipeline import disable_deepcache, enable_deepcache, load_pipeline
-from stable_diffusion.unet import UNet
 
 TOLERANCE = 2e-5
 LEVELS = {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "cross_attention_dim": 16,
@@ -115,7 +111,7 @@ def run(pipe: DiffusionPipeline, prompt: str | list[str] = "a cat", seed: int = 
 
 
 class Calls(list):
-    """For each network call of ours, in order, whether the middle block ran in it."""
+    """For each call of a U-Net, in order, whether the middle block ran in it."""
 
     def __str__(self) -> str:
         return "".join("01"[ran] for ran in self)
@@ -130,13 +126,16 @@ class Calls(list):
 @pytest.fixture
 def calls():
     seen = Calls()
+    middle = None               # of the U-Net that was called last; a ControlNet has one too
 
     def called(module, *_):
-        if isinstance(module, UNet):
+        nonlocal middle
+        if isinstance(module, UNet2DConditionModel):
+            middle = module.mid_block
             seen.append(False)
 
     def ran(module, *_):
-        if getattr(module, "key", None) == "middle_block.0":
+        if module is middle:
             seen[-1] = True
 
     handles = [register_module_forward_pre_hook(called), register_module_forward_hook(ran)]
@@ -150,7 +149,7 @@ def test_without_caching_all_pipelines_are_as_they_were(parts, calls, cls, in_ch
     pipe = build(parts, cls, in_channels=in_channels)
     before = run(pipe, PROMPTS)
     enable_deepcache(pipe, interval=1)
-    assert relative_error(run(pipe, PROMPTS), before) < TOLERANCE
+    assert torch.equal(run(pipe, PROMPTS), before)
     assert set(calls.take()) == {"1"}
 
 
@@ -158,7 +157,7 @@ def test_heads_of_one_width_and_linear_projections_as_in_2x(parts):
     pipe = build(parts, attention_head_dim=(2, 4, 4), use_linear_projection=True)
     before = run(pipe)
     enable_deepcache(pipe, interval=1)
-    assert relative_error(run(pipe), before) < TOLERANCE
+    assert torch.equal(run(pipe), before)
 
 
 @pytest.mark.parametrize(("cls", "branch", "interval"), [
@@ -175,7 +174,7 @@ def test_caching_agrees_with_the_helper_of_the_authors(parts, cls, branch, inter
     helper.disable()
     enable_deepcache(pipe, interval=interval, branch=branch)
     ours = run(pipe, PROMPTS)
-    assert relative_error(ours, theirs) < TOLERANCE
+    assert torch.equal(ours, theirs)
     assert relative_error(ours, dense) > 50 * TOLERANCE
 
 
@@ -303,42 +302,24 @@ def test_the_unet_may_be_called_directly_and_computes_everything(parts, calls):
     run(pipe)
     calls.take()
     for timestep in (500, 500.0, torch.tensor(500), torch.tensor([500]), torch.tensor([500, 500])):
-        assert relative_error(direct(pipe, timestep), before) < TOLERANCE
+        assert torch.equal(direct(pipe, timestep), before)
     assert calls.take() == "11111"
-    ones = torch.ones(2, 5)
-    assert relative_error(direct(pipe, 500, attention_mask=None, encoder_attention_mask=ones,
-                                 cross_attention_kwargs={"scale": 0.5}), before) < TOLERANCE
     output = pipe.unet(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 5, 16), return_dict=False)
     assert isinstance(output, tuple) and output[0].shape == (1, 4, 8, 8)
 
 
-def test_inputs_that_would_be_ignored_are_refused(parts):
-    pipe = build(parts)
-    enable_deepcache(pipe, interval=2)
-    for inputs, message in (
-            ({"class_labels": torch.zeros(2)}, "class_labels"), ({"timestep_cond": torch.zeros(2, 8)}, "timestep_cond"),
-            ({"encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0]] * 2)}, "encoder_attention_mask"),
-            ({"cross_attention_kwargs": {"gligen": {}}}, "gligen"),
-            ({"added_cond_kwargs": {"image_embeds": torch.zeros(2, 8)}}, "IP-Adapter"),
-            ({"down_intrablock_additional_residuals": [torch.zeros(2, 32, 8, 8)]}, "T2I-Adapter"),
-            ({"down_block_additional_residuals": [torch.zeros(2, 32, 8, 8)]}, "T2I-Adapter"),
-            ({"down_block_additional_residuals": [torch.zeros(2, 32, 8, 8)] * 3,
-              "mid_block_additional_residual": torch.zeros(2, 64, 2, 2)}, "3 residuals for 6 skips")):
-        with pytest.raises(UserError, match=message):
-            direct(pipe, 500, **inputs)
-
-
 def test_sizes_that_do_not_halve(parts):
     pipe = build(parts)
-    inputs = torch.randn(1, 4, 19, 22), 5, torch.randn(1, 5, 16)
-    expected = pipe.unet(*inputs).sample
-    enable_deepcache(pipe, interval=2)
-    assert relative_error(pipe.unet(*inputs).sample, expected) < 2e-5
+    latents = torch.randn(1, 4, 15, 13, generator=torch.Generator().manual_seed(0))
+    expected = run(pipe, latents=latents)
+    enable_deepcache(pipe, interval=1)
+    assert torch.equal(run(pipe, latents=latents), expected)
 
 
 def test_on_and_off_leaves_the_pipeline_as_it_was(parts, calls):
     pipe = build(parts)
     before, unet, state = run(pipe), pipe.unet, dict(vars(pipe))
+    calls.take()
     inside = dict(vars(unet))
     pointers = [parameter.data_ptr() for parameter in unet.parameters()]
     enable_deepcache(pipe, interval=3)
@@ -353,7 +334,7 @@ def test_on_and_off_leaves_the_pipeline_as_it_was(parts, calls):
         disable_deepcache(pipe)
         assert vars(pipe).keys() == state.keys() and vars(unet).keys() == inside.keys()
         assert pipe.unet is unet and torch.equal(run(pipe), before)
-    assert calls.take() == ""
+    assert set(calls.take()) == {"1"}
     enable_deepcache(pipe, interval=2, branch=2)
     assert torch.equal(run(pipe), cached)
 
@@ -394,7 +375,7 @@ def test_pipelines_that_share_a_unet_keep_their_own_settings(parts, calls):
     assert calls.take() == "111111" + "101010"
     disable_deepcache(other)
     run(pipe)
-    assert calls.take() == ""
+    assert calls.take() == "111111"
     assert "forward" not in vars(pipe.unet)
 
 
@@ -453,46 +434,6 @@ def test_the_hook_of_a_cpu_offload_still_runs(parts):
         assert torch.equal(run(pipe), dense)
 
 
-def with_lora(pipe: DiffusionPipeline) -> None:
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False), "style")
-
-
-@pytest.mark.parametrize("fused_first", [True, False])
-def test_fused_lora_is_respected(parts, fused_first):
-    pipe = build(parts)
-    plain = run(pipe)
-    if not fused_first:
-        enable_deepcache(pipe, interval=1)
-    torch.manual_seed(2)
-    with_lora(pipe)
-    pipe.fuse_lora()
-    if fused_first:
-        enable_deepcache(pipe, interval=1)
-    ours = run(pipe)
-    disable_deepcache(pipe)
-    assert relative_error(ours, run(pipe)) < TOLERANCE
-    assert relative_error(ours, plain) > 50 * TOLERANCE
-    enable_deepcache(pipe, interval=1)
-    pipe.unfuse_lora()
-    with pytest.raises(UserError, match=r"fuse_lora\(\)"):
-        run(pipe)
-    pipe.unet.delete_adapters("style")
-    assert relative_error(run(pipe), plain) < TOLERANCE
-
-
-def test_lora_that_is_not_fused_is_refused_and_one_switched_off_is_not_there(parts):
-    pipe = build(parts)
-    plain = run(pipe)
-    torch.manual_seed(2)
-    with_lora(pipe)
-    with pytest.raises(UserError, match=r"fuse_lora\(\)"):
-        enable_deepcache(pipe, interval=2)
-    assert "forward" not in vars(pipe.unet) and "progress_bar" not in vars(pipe)
-    pipe.disable_lora()
-    enable_deepcache(pipe, interval=1)
-    assert relative_error(run(pipe), plain) < TOLERANCE
-
-
 REFUSED = [
     ({"branch": BRANCHES}, "branch must be from 0 to 5"), ({"branch": -1}, "branch"), ({"branch": 1.0}, "branch"),
     ({"interval": 0}, "interval"), ({"interval": 2.5}, "interval"), ({"center": 3}, "center"),
@@ -513,50 +454,6 @@ def test_settings_that_cannot_be_are_refused_before_anything_changes(parts):
         with pytest.raises(UserError, match=message):
             enable_deepcache(pipe, **{"interval": 2} | settings)
     assert pipe.progress_bar is start
-
-
-def test_pipelines_that_are_not_supported_are_refused(parts):
-    other = StableDiffusionXLPipeline(parts["vae"], None, None, None, None, tiny_unet(), DDIMScheduler())
-    with pytest.raises(UserError, match="StableDiffusionXLPipeline is not supported"):
-        enable_deepcache(other, interval=2)
-    pipe = build(parts)
-    pipe.unet = None
-    with pytest.raises(UserError, match="NoneType"):
-        enable_deepcache(pipe, interval=2)
-    pipe.unet = tiny_unet(class_embed_type="timestep")
-    with pytest.raises(UserError, match="class_embed_type"):
-        enable_deepcache(pipe, interval=2)
-    pipe.unet = tiny_unet()
-    enable_deepcache(pipe, interval=2)
-    pipe.unet = tiny_unet()
-    with pytest.raises(UserError, match="enable_deepcache again"):
-        run(pipe)
-
-
-def test_additions_that_would_not_run_are_refused_before_and_after(parts):
-    def freeu(pipe):
-        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
-
-    def processor(pipe):
-        pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor = AttnAddedKVProcessor()
-
-    def hook(pipe):
-        add_hook_to_module(pipe.unet.conv_in, ModelHook())
-
-    for add, message in ((freeu, "FreeU"), (processor, "AttnAddedKVProcessor"), (hook, "conv_in")):
-        pipe = build(parts)
-        enable_deepcache(pipe, interval=2)
-        add(pipe)
-        with pytest.raises(UserError, match=message):
-            run(pipe)
-        disable_deepcache(pipe)
-        with pytest.raises(UserError, match=message):
-            enable_deepcache(pipe, interval=2)
-    pipe = build(parts)
-    dense = run(pipe)
-    pipe.enable_attention_slicing()                     # the same function by other means
-    enable_deepcache(pipe, interval=1)
-    assert relative_error(run(pipe), dense) < TOLERANCE
 
 
 @pytest.mark.slow

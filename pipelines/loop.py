@@ -1,0 +1,70 @@
+"""Which calls of a U-Net are a denoising loop's own, and which of those belong to one step.
+
+A loop is the invocation of a function that opened the pipeline's progress bar: one frame on the stack of one thread. It
+makes a network call if it calls the network itself, or through methods of its pipeline. A callback's calls, another
+pipeline's inside a callback, and those after the loop was broken off are not made so, whatever they are given.
+
+Two calls are of one step if the loop gives them the same timestep: the same element of the tensor that it walks along,
+by its place in memory, which no GPU need be waited for. Elements of equal value are different steps (PLMS, Heun). Where
+a loop makes a tensor of its own for each call, values are compared.
+"""
+
+import inspect
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+from torch import Tensor
+
+_FOLDER = str(Path(torch.__file__).parent)
+_DECORATOR = f"{_FOLDER}/utils/_contextlib.py"                      # @torch.no_grad()
+_MODULE = (f"{_FOLDER}/nn/modules/module.py", f"{_FOLDER}/_dynamo/eval_frame.py", f"{Path(__file__).parent}/install.py")
+
+
+class Loop:
+    """One invocation of a function that runs a denoising loop of a pipeline.
+
+    It is known by its number and code: to hold the frame itself would keep all its tensors.
+    """
+
+    def __init__(self, frame: FrameType, pipe: object):
+        self.id, self.code, self.kind = id(frame), frame.f_code, type(pipe)
+
+    def makes(self, frame: FrameType | None) -> bool:
+        """Whether it makes the network call that is running in `frame`."""
+        between: list[CodeType] = []
+        while frame is not None and not (id(frame) == self.id and frame.f_code is self.code):
+            if frame.f_code.co_filename != _DECORATOR:
+                between.append(frame.f_code)
+            frame = frame.f_back
+        if frame is None:                   # it has ended, or runs in another thread
+            return False
+        while between and self._is_method(between[-1]):
+            between.pop()
+        return not between or between[-1].co_filename in _MODULE
+
+    def _is_method(self, code: CodeType) -> bool:
+        method = inspect.getattr_static(self.kind, code.co_name, None)
+        method = getattr(method, "__func__", method)
+        return getattr(inspect.unwrap(method) if callable(method) else None, "__code__", None) is code
+
+
+class Timestep:
+    """What a network call was given as its timestep. It holds the tensor, whose place in memory nothing else takes."""
+
+    def __init__(self, value: Tensor | float | int):
+        self.value = value
+        if torch.is_tensor(value):
+            self.place = value.data_ptr()
+            self.version = 0 if value.is_inference() else value._version        # those cannot tell what was written
+
+    def same(self, other: "Timestep") -> bool:
+        """Whether both are of one step."""
+        a, b = self.value, other.value
+        if not (torch.is_tensor(a) and torch.is_tensor(b)):
+            return not torch.is_tensor(a) and not torch.is_tensor(b) and a == b
+        if self.place == other.place:
+            return self.version == other.version        # written to in place it is another
+        if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr():
+            return False                    # another element
+        return a.flatten()[0].item() == b.flatten()[0].item()

@@ -1,0 +1,435 @@
+"""What is a step of a run in a pipeline, and what is not: threads, callbacks, loops of one's own, shared U-Nets."""
+
+import copy
+import json
+import logging
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+from diffusers.hooks import apply_group_offloading
+from test_sd_pipeline import BETAS, SIZE, build, calls, direct, parts, run, tiny_unet  # noqa: F401  two are fixtures
+from torch import Tensor, nn
+
+from caching.block_cache import BlockCache, residual_names
+from caching.block_schedule import BlockSchedule
+from caching.deepcache import DeepCache
+from caching.policy import Together
+from caching.schedules import uniform
+from ldm.diffusers_layout import diffusers_state_dict, unet_arguments
+from pipelines.enable import disable_deepcache, enable_deepcache
+from pipelines.loop import Timestep
+from pipelines.parts import num_skips
+from pipelines.parts import residual_names as of_diffusers
+from runs.errors import UserError
+from sampling.diffusion import Diffusion
+from sampling.samplers import Sampler, noise_predictor
+from stable_diffusion.unet import UNet
+
+TOLERANCE = 2e-5
+
+
+def shared(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Another pipeline on the same U-Net, with a scheduler of its own."""
+    other = StableDiffusionPipeline(**pipe.components | {"scheduler": DDIMScheduler(**BETAS, clip_sample=False)},
+                                    requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def test_threads_with_and_without_caching_on_one_unet(parts):  # noqa: F811
+    pipe = build(parts)
+    plain = [run(pipe, seed=seed, steps=12) for seed in range(3)]
+    pipes = [pipe, shared(pipe), shared(pipe)]
+    enable_deepcache(pipes[0], interval=3)
+    enable_deepcache(pipes[1], interval=2, branch=2)
+    alone = [run(one, seed=seed, steps=12) for seed, one in enumerate(pipes)]
+    assert torch.equal(alone[2], plain[2]) and not torch.equal(alone[0], plain[0])
+    together = threading.Barrier(3, timeout=60)
+
+    def at_once(seed: int) -> Tensor:
+        def wait(pipe, step, t, tensors):
+            together.wait()                 # all threads are in the midst of their runs at every step
+            return tensors
+        return run(pipes[seed], seed=seed, steps=12, callback_on_step_end=wait)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(map(torch.equal, pool.map(at_once, range(3)), alone))
+
+
+@pytest.mark.parametrize("inner", ["cached", "plain", "unet", "other unet"])
+def test_calls_in_a_callback_are_no_steps(parts, calls, inner):  # noqa: F811
+    pipe = build(parts)
+    other = shared(pipe)
+    if inner == "other unet":
+        other.unet = tiny_unet()
+    expected = run(other, steps=4), direct(pipe, 500)
+    enable_deepcache(pipe, interval=3)
+    alone = run(pipe)
+    if inner == "cached":
+        enable_deepcache(other, interval=2)
+        expected = run(other, steps=4), expected[1]
+    calls.clear()
+    masks = []
+
+    def callback(pipe, step, t, tensors):
+        masks.append(calls.take())
+        if inner == "unet":                 # what it is given makes no difference
+            assert torch.equal(direct(pipe, 500), expected[1])
+            direct(pipe, t), direct(pipe, t)
+        else:
+            assert torch.equal(run(other, steps=4), expected[0])
+        masks.append(calls.take())
+        return tensors
+
+    assert torch.equal(run(pipe, callback_on_step_end=callback), alone)
+    assert masks[::2] == ["1", "0", "0", "1", "0", "0"]
+    assert set(masks[1::2]) == {{"cached": "1010", "unet": "111"}.get(inner, "1111")}
+
+
+class TwoCalls(StableDiffusionPipeline):
+    """Guidance by two calls of the network in each step, by a method of its own."""
+
+    together = False
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, text: Tensor, steps: int) -> Tensor:
+        self.scheduler.set_timesteps(steps)
+        with self.progress_bar(total=steps, leave=False) as bar:
+            for t in self.scheduler.timesteps:
+                latents = self.scheduler.step(self.predict(latents, t, text), t, latents).prev_sample
+                bar.update()
+        return latents
+
+    def progress_bar(self, iterable=None, total=None, leave=True):
+        return super().progress_bar(iterable, total)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        if self.together:
+            without, with_text = self.unet(torch.cat([x, x]), t, text).sample.chunk(2)
+        else:
+            without = self.unet(x, t.repeat(1), text[:1]).sample        # a tensor of its own for each call
+            with_text = self.unet(x, t.repeat(1), text[1:]).sample
+        return without + 5 * (with_text - without)
+
+
+def test_two_calls_of_a_step_have_a_feature_each(parts, calls):  # noqa: F811
+    pipe = TwoCalls(**build(parts).components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator), 6
+    enable_deepcache(pipe, interval=3)
+    separate = pipe(*inputs)
+    assert calls.take() == "110000" * 2
+    pipe.together = True
+    assert relative_error(separate, pipe(*inputs)) < TOLERANCE
+    assert calls.take() == "100100"
+
+
+def test_timesteps_that_are_the_same():
+    steps = torch.tensor([900, 800, 800, 700])
+    first = Timestep(steps[1])
+    assert first.same(Timestep(steps[1])) and first.same(Timestep(steps[1].expand(2)))
+    assert not first.same(Timestep(steps[2])) and not first.same(Timestep(800))
+    assert first.same(Timestep(torch.tensor(800))) and not first.same(Timestep(torch.tensor(700)))
+    assert Timestep(800).same(Timestep(800.0)) and not Timestep(800).same(Timestep(700))
+    buffer = torch.tensor([900])
+    first = Timestep(buffer)
+    assert first.same(Timestep(buffer))
+    buffer.fill_(800)
+    assert not Timestep(torch.tensor([900])).same(Timestep(buffer)) and not first.same(Timestep(buffer))
+
+
+def own_loop(pipe: DiffusionPipeline, timesteps, x: Tensor, text: Tensor) -> Tensor:
+    with torch.no_grad():
+        for t in timesteps:
+            x = pipe.scheduler.step(pipe.unet(x, t, text).sample, t, x).prev_sample
+    return x
+
+
+def test_loops_of_ones_own(parts, calls, caplog):  # noqa: F811
+    pipe = build(parts)
+    enable_deepcache(pipe, interval=5)
+    run(pipe, steps=4)
+    calls.clear()
+    pipe.scheduler.set_timesteps(12)
+    text, x = torch.zeros(1, 5, 16), torch.ones(1, 4, 8, 8)
+
+    def bar(steps: int) -> None:
+        with pipe.progress_bar(total=12), torch.no_grad():
+            for t in pipe.scheduler.timesteps[:steps]:
+                pipe.unet(x, t, text)
+
+    bar(12)
+    assert calls.take() == "100001000010"
+    pipe.scheduler.set_timesteps(14)
+    with torch.no_grad():
+        for t in pipe.progress_bar(pipe.scheduler.timesteps):
+            pipe.unet(x, t, text)
+    assert calls.take() == "10000100001000"
+    with pipe.progress_bar(total=14):
+        own_loop(pipe, pipe.scheduler.timesteps, x, text)       # by a function that opened no bar
+    assert calls.take() == "1" * 14 and "nothing was cached" in caplog.text
+    pipe.scheduler.set_timesteps(3)
+    with pipe.progress_bar(total=3), torch.no_grad():           # more calls than were planned compute everything
+        for t in range(6):
+            pipe.unet(x, t, text)
+    assert calls.take() == "100111"
+
+
+def test_a_loop_over_a_bar_that_was_broken_off(parts, calls):  # noqa: F811
+    pipe = build(parts)
+    enable_deepcache(pipe, interval=5)
+    pipe.scheduler.set_timesteps(12)
+    steps = pipe.scheduler.timesteps
+    text, x = torch.zeros(1, 5, 16), torch.ones(1, 4, 8, 8)
+
+    def broken() -> None:
+        for i, t in enumerate(pipe.progress_bar(steps)):
+            pipe.unet(x, t, text)
+            if i == 2:
+                raise KeyboardInterrupt
+
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt) as kept:          # and with it the loop's frame
+            broken()
+        assert calls.take() == "100"
+        pipe.unet(x, steps[2], text), pipe.unet(x, steps[3], text)
+        assert calls.take() == "11"
+        run(pipe)
+        assert calls.take() == "100001"
+        del kept
+        run(pipe)
+        assert calls.take() == "100001"
+
+
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, DDIMScheduler])
+def test_runs_of_one_step(parts, calls, scheduler):  # noqa: F811
+    pipe = build(parts, StableDiffusionImg2ImgPipeline, scheduler)
+    enable_deepcache(pipe, interval=2)
+    run(pipe, steps=1, strength=1.0)
+    assert calls.take() == "1"
+    run(pipe, steps=10, strength=0.1)
+    assert set(calls.take()) == {"1"}
+
+
+def test_few_steps_are_worth_a_warning(parts, caplog):  # noqa: F811
+    pipe = LatentConsistencyModelPipeline(**build(parts, time_cond_proj_dim=8).components | {
+        "scheduler": LCMScheduler(**{key: value for key, value in BETAS.items() if key != "steps_offset"})},
+        requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+
+    def latents() -> Tensor:
+        return pipe("a cat", height=SIZE, width=SIZE, num_inference_steps=4, output_type="latent",
+                    generator=torch.Generator().manual_seed(0)).images
+    plain = latents()
+    with enable_deepcache(pipe, interval=1):
+        assert torch.equal(latents(), plain)
+    assert not caplog.records
+    with enable_deepcache(pipe, interval=2):
+        assert not torch.equal(latents(), plain)
+    assert "4 network calls: there is next to nothing to reuse" in caplog.text
+
+
+def test_the_log_says_what_a_run_does_and_saves(parts, caplog):  # noqa: F811
+    pipe = build(parts)
+    enable_deepcache(pipe, interval=3, branch=2)
+    plain = run(pipe, steps=12)
+    with caplog.at_level(logging.INFO, "unet_caching"):
+        assert torch.equal(run(pipe, steps=12), plain)
+    assert "12 network calls, 4 of them full: branch 2" in caplog.text and "times as fast" in caplog.text
+
+
+def test_settings_end_with_their_context_and_others_come_back(parts, calls):  # noqa: F811
+    pipe = build(parts)
+    enable_deepcache(pipe, np.int64(2), branch=np.int64(1))
+    with enable_deepcache(pipe) as within:
+        run(within)
+    run(pipe)
+    assert calls.take() == "100100" + "101010"
+    with pytest.raises(KeyError), enable_deepcache(pipe, interval=5):
+        raise KeyError
+    run(pipe)
+    assert calls.take() == "101010"
+    disable_deepcache(pipe)
+    with enable_deepcache(pipe):
+        pass
+    assert "forward" not in vars(pipe.unet) and "progress_bar" not in vars(pipe)
+
+
+def test_copies_and_pickles_while_caching_is_on(parts, tmp_path):  # noqa: F811
+    pipe = build(parts)
+    plain = run(pipe)
+    enable_deepcache(pipe)
+    cached = run(pipe)
+    unet = copy.deepcopy(pipe.unet)
+    assert not any(isinstance(value, DiffusionPipeline) for value in vars(vars(unet)["forward"].__self__).values())
+    torch.save(pipe.unet, tmp_path / "unet.pt")
+    loaded = torch.load(tmp_path / "unet.pt", weights_only=False)
+    for one in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
+        assert one.unet is not pipe.unet and torch.equal(run(one), cached)
+        disable_deepcache(one)
+        assert torch.equal(run(one), plain) and "forward" not in vars(one.unet)
+    for one in (unet, loaded):
+        pipe.unet = one                     # another U-Net than when caching was switched on
+        assert torch.equal(run(pipe), cached)
+    disable_deepcache(pipe)
+    assert "forward" not in vars(pipe.unet) and torch.equal(run(pipe), plain)
+
+
+def test_offloading_by_groups_of_blocks(parts, tmp_path):  # noqa: F811
+    pipe = build(parts)
+    plain = run(pipe)
+    with enable_deepcache(pipe):
+        cached = run(pipe)
+    enable_deepcache(pipe)
+    apply_group_offloading(pipe.unet, onload_device=torch.device("cpu"), offload_type="block_level",
+                           num_blocks_per_group=1, offload_to_disk_path=str(tmp_path))
+    assert torch.equal(run(pipe), cached)
+    disable_deepcache(pipe)
+    assert torch.equal(run(pipe), plain)
+    enable_deepcache(pipe)
+    assert torch.equal(run(pipe), cached)
+
+
+def test_what_cannot_be_is_refused_with_the_reason(parts):  # noqa: F811
+    pipe = build(parts)
+    unet = pipe.unet
+
+    class Own(type(unet)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    def own_class():
+        pipe.unet = Own(**{key: value for key, value in unet.config.items() if not key.startswith("_")})
+
+    def own_forward():
+        pipe.unet.forward = lambda *args: args
+
+    def block_forward():
+        pipe.unet.down_blocks[1].forward = lambda *args: args
+
+    def hook():
+        pipe.unet.up_blocks[0].register_forward_hook(lambda *args: None)
+
+    def unknown_block():
+        pipe.unet.down_blocks[1] = nn.Identity()
+
+    pipe.unet = None
+    with pytest.raises(UserError, match="NoneType"):
+        enable_deepcache(pipe)
+    for change, message in ((own_class, "Own, which has a forward of its own"),
+                            (own_forward, r"torch.compile\(pipe.unet\)"),
+                            (block_forward, "down_blocks.1 has a forward"),
+                            (hook, "up_blocks.0 has a forward hook"), (unknown_block, "has a Identity")):
+        pipe.unet = copy.deepcopy(unet)
+        enable_deepcache(pipe)
+        disable_deepcache(pipe)
+        change()
+        with pytest.raises(UserError, match=message):
+            enable_deepcache(pipe)
+        assert "progress_bar" not in vars(pipe)
+        pipe.unet = copy.deepcopy(unet)
+        enable_deepcache(pipe)
+        change()
+        with pytest.raises(UserError, match=message):
+            run(pipe)
+        disable_deepcache(pipe)
+    with pytest.raises(UserError, match="Linear has no U-Net"):
+        enable_deepcache(nn.Linear(1, 1))
+
+
+# Our own samplers and block schedules
+
+def our_unet(pipe: DiffusionPipeline) -> UNet:
+    """Our U-Net on a pipeline's weights; the pipeline's DDIM is ours from now on."""
+    pipe.scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
+    ours = UNet(**unet_arguments(pipe.unet.config)).eval()
+    theirs = pipe.unet.state_dict()
+    with torch.no_grad():
+        for name, value in diffusers_state_dict(ours).items():
+            value.copy_(theirs[name])
+    return ours
+
+
+def test_a_forecast_in_a_pipeline_is_that_of_our_own_sampler(parts):  # noqa: F811
+    pipe = build(parts)
+    x, text = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 12, 16)
+    ours = our_unet(pipe)
+    enable_deepcache(pipe, interval=3, forecast=1)
+    theirs = run(pipe, None, steps=12, prompt_embeds=text, guidance_scale=1.0, latents=x)
+    diffusion = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
+    sampler = Sampler("ddim", 12, "leading", 0.0, diffusion)
+    cache = DeepCache(1, uniform(12, 3), forecast=1)
+    predict = noise_predictor(ours, diffusion, torch.float32, cache, (text,))
+    assert relative_error(theirs, sampler.run(predict, x)) < TOLERANCE
+    enable_deepcache(pipe, interval=3)
+    assert relative_error(theirs, run(pipe, None, steps=12, prompt_embeds=text, guidance_scale=1.0,
+                                      latents=x)) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_block_schedule_reuses_the_residuals_that_our_own_unet_does(parts, tmp_path, interval):  # noqa: F811
+    pipe = build(parts)
+    ours = our_unet(pipe)
+    names = residual_names(ours, "all")
+    assert set(names) == set(of_diffusers(pipe.unet))
+    blocks = {name: [0, 2, 4] if i % 2 else [0, 3] for i, name in enumerate(names)}
+    made_for = {"model": "sd_tiny", "unet": {}, "checkpoint_sha256": None, "sampler": "ddim", "steps": 6,
+                "timesteps": "leading"}
+    schedule = BlockSchedule(made_for, 6, "all", None, blocks, {}, {}, {})
+    (tmp_path / "blocks.json").write_text(json.dumps(schedule.to_json()))
+    x, text = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 12, 16)
+    plain = run(pipe, None, prompt_embeds=text, guidance_scale=1.0, latents=x)
+    enable_deepcache(pipe, interval, block_schedule=str(tmp_path / "blocks.json"))
+    theirs = run(pipe, None, prompt_embeds=text, guidance_scale=1.0, latents=x)
+    policy = BlockCache(blocks if interval == 1 else schedule.outside(1, num_skips(pipe.unet)))
+    diffusion = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
+    cache = policy if interval == 1 else Together(DeepCache(1, [0, 3]), policy)
+    predict = noise_predictor(ours, diffusion, torch.float32, cache, (text,))
+    assert relative_error(theirs, Sampler("ddim", 6, "leading", 0.0, diffusion).run(predict, x)) < TOLERANCE
+    assert relative_error(theirs, plain) > 50 * TOLERANCE
+    with pytest.raises(UserError, match="steps"):
+        run(pipe, steps=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["before", "after", "in place"])
+def test_compiled_whole_a_unet_has_one_graph_for_full_steps_and_one_for_cached_ones(parts, kind):  # noqa: F811
+    pipe = build(parts)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with enable_deepcache(pipe, forecast=1):
+        cached = run(pipe, steps=8)
+    torch.compiler.reset()
+    unet = pipe.unet
+    if kind == "in place":
+        pipe.unet.compile(backend=backend, fullgraph=True)
+    elif kind == "before":
+        pipe.unet = torch.compile(unet, backend=backend, fullgraph=True)
+    enable_deepcache(pipe, forecast=1)
+    if kind == "after":
+        pipe.unet = torch.compile(unet, backend=backend, fullgraph=True)
+    assert relative_error(run(pipe, steps=8), cached) < TOLERANCE
+    run(pipe, steps=8)
+    assert len(graphs) == 2
+    disable_deepcache(pipe)
+    assert "forward" not in vars(unet)

@@ -1,0 +1,288 @@
+"""Caching in diffusers' pipelines of all kinds, on tiny random models: their own results, and what can fool a count."""
+
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+from DeepCache import DeepCacheSDHelper
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    PNDMScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from peft import LoraConfig
+from test_sd_pipeline import BETAS, SIZE, build, calls, parts, picture, run  # noqa: F401  two are fixtures
+from torch import Tensor, nn
+
+from pipelines.enable import disable_deepcache, enable_deepcache
+from pipelines.parts import num_skips
+from runs.errors import UserError
+
+TOLERANCE = 2e-5
+XL = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+      "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (32, 64),
+      "layers_per_block": 2, "attention_head_dim": (2, 4), "cross_attention_dim": 16,
+      "transformer_layers_per_block": (1, 2), "use_linear_projection": True, "addition_embed_type": "text_time",
+      "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def build_xl(parts: dict, cls: type = StableDiffusionXLPipeline):  # noqa: F811
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel(**{"sample_size": SIZE // 2, "in_channels": 4} | XL).eval()
+    pipe = cls(parts["vae"], None, None, None, None, unet, DDIMScheduler(**BETAS, clip_sample=False),
+               add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_xl(pipe, **inputs) -> Tensor:
+    settings = {"prompt_embeds": drawn(1, 7, 16), "negative_prompt_embeds": drawn(1, 7, 16, seed=1),
+                "pooled_prompt_embeds": drawn(1, 16), "negative_pooled_prompt_embeds": drawn(1, 16, seed=1),
+                "num_inference_steps": 6, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    own = ({"image": torch.from_numpy(picture(1)).permute(2, 0, 1)[None], "strength": 0.6}
+           if "Img2Img" in type(pipe).__name__ else {"height": SIZE, "width": SIZE})
+    return pipe(**settings | own | inputs).images
+
+
+def by_helper(pipe, branch: int, interval: int, call) -> Tensor:
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=interval, cache_branch_id=branch)
+    helper.enable()
+    found = call(pipe)
+    helper.disable()
+    return found
+
+
+@pytest.mark.parametrize("cls", [StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline])
+def test_sdxl_is_its_own_without_caching_and_the_helpers_with_it(parts, cls):  # noqa: F811
+    pipe = build_xl(parts, cls)
+    plain = run_xl(pipe)
+    with enable_deepcache(pipe, interval=1):
+        assert torch.equal(run_xl(pipe), plain)
+    for branch in (0, 1, 4):
+        theirs = by_helper(pipe, branch, 3, run_xl)
+        with enable_deepcache(pipe, branch=branch):
+            assert torch.equal(run_xl(pipe), theirs)
+        assert relative_error(theirs, plain) > 1e-3
+    assert num_skips(pipe.unet) == 6 and torch.equal(run_xl(pipe), plain)
+
+
+@pytest.mark.parametrize(("cls", "scheduler"), [(DDPMPipeline, DDPMScheduler), (DDIMPipeline, DDIMScheduler)])
+def test_unconditional_pipelines(cls, scheduler):
+    torch.manual_seed(0)
+    unet = UNet2DModel(sample_size=8, block_out_channels=(8, 16, 16), norm_num_groups=4, layers_per_block=1,
+                       down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+                       up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8).eval()
+    pipe = cls(unet, scheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def images() -> np.ndarray:
+        return pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=7, output_type="np").images
+
+    ran: list[int] = []
+    plain = images()
+    handle = unet.mid_block.register_forward_hook(lambda *_: ran.append(1))
+    enable_deepcache(pipe, interval=1)
+    assert np.array_equal(images(), plain) and len(ran) == 7
+    enable_deepcache(pipe, interval=3)
+    cached = images()
+    assert len(ran) == 7 + 3 and not np.array_equal(cached, plain)
+    disable_deepcache(pipe)
+    assert np.array_equal(images(), plain)
+    handle.remove()
+
+
+SCHEDULERS = {                      # how often they call the network in 5 steps
+    "DDIM": 5, "DDPM": 5, "PNDM": 6, "LMSDiscrete": 5, "EulerDiscrete": 5, "EulerAncestralDiscrete": 5,
+    "HeunDiscrete": 9, "KDPM2Discrete": 9, "KDPM2AncestralDiscrete": 9, "DPMSolverMultistep": 5,
+    "DPMSolverSinglestep": 5, "UniPCMultistep": 5, "DEISMultistep": 5, "LCM": 5, "TCD": 5}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_made_from_that_of_the_pipeline(parts, calls, name):  # noqa: F811
+    pipe = build(parts, scheduler=PNDMScheduler)
+    pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config)
+    plain = run(pipe, steps=5)
+    enable_deepcache(pipe, interval=1)
+    assert torch.equal(run(pipe, steps=5), plain)
+    calls.clear()
+    enable_deepcache(pipe, interval=2)
+    cached = run(pipe, steps=5)
+    mask = "".join("10"[call % 2] for call in range(SCHEDULERS[name]))
+    assert calls.take() == mask and not torch.equal(cached, plain)
+    run(pipe, steps=1)
+    assert calls.take().startswith("1")
+
+
+def test_plms_with_its_first_steps_by_runge_kutta(parts, calls):  # noqa: F811
+    pipe = build(parts, scheduler=PNDMScheduler)
+    pipe.scheduler = PNDMScheduler(**BETAS, skip_prk_steps=False)
+    plain = run(pipe, steps=5)
+    enable_deepcache(pipe, interval=1)
+    calls.clear()
+    assert torch.equal(run(pipe, steps=5), plain)
+    enable_deepcache(pipe, interval=7)
+    ran = len(calls.take())
+    run(pipe, steps=5)
+    assert calls.take() == "".join("01"[call % 7 == 0] for call in range(ran))
+
+
+# What is added to a U-Net acts
+
+def lora(pipe) -> None:
+    torch.manual_seed(2)
+    for name in ("style", "person"):
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False), name)
+    pipe.unet.set_adapters(["style", "person"], [1.0, 0.5])
+
+
+def ip_adapter(pipe) -> None:
+    torch.manual_seed(2)
+    keys = {}
+    for i, name in enumerate(pipe.unet.attn_processors):
+        attention = pipe.unet.get_submodule(name.removesuffix(".processor"))
+        if attention.is_cross_attention:
+            width = attention.to_q.out_features
+            keys |= {f"{i}.to_k_ip.weight": torch.randn(width, 16), f"{i}.to_v_ip.weight": torch.randn(width, 16)}
+    projection = {"proj.weight": torch.randn(64, 8), "proj.bias": torch.randn(64), "norm.weight": torch.ones(16),
+                  "norm.bias": torch.zeros(16)}
+    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys}])
+    pipe.set_ip_adapter_scale(0.7)
+
+
+def freeu(pipe) -> None:
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+
+
+def tiles(pipe) -> None:
+    for module in pipe.unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = "circular"
+
+
+class Halved:
+    """An attention processor of a user's own."""
+
+    def __init__(self, own):
+        self.own = own
+
+    def __call__(self, *args, **kwargs):
+        return 0.5 * self.own(*args, **kwargs)
+
+
+def processors(pipe) -> None:
+    pipe.unet.set_attn_processor({name: Halved(own) for name, own in pipe.unet.attn_processors.items()})
+
+
+IP = {"ip_adapter_image_embeds": [torch.cat([torch.zeros(1, 1, 8), drawn(1, 1, 8)])]}
+ADDITIONS = {lora: {}, ip_adapter: IP, freeu: {}, tiles: {}, processors: {}}
+
+
+@pytest.mark.parametrize("add", ADDITIONS)
+def test_what_is_added_to_a_unet_acts(parts, add):  # noqa: F811
+    pipe = build(parts)
+    bare = run(pipe)
+    with enable_deepcache(pipe):
+        bare_cached = run(pipe)
+        add(pipe)
+        cached = run(pipe, **ADDITIONS[add])
+    plain = run(pipe, **ADDITIONS[add])
+    with enable_deepcache(pipe, interval=1):
+        assert torch.equal(run(pipe, **ADDITIONS[add]), plain)
+    for one, other in ((plain, bare), (cached, bare_cached), (cached, plain)):
+        assert relative_error(one, other) > 1e-3
+
+
+def test_lora_weights_change_between_calls_and_scale_within_them(parts):  # noqa: F811
+    pipe = build(parts)
+    lora(pipe)
+
+    def settings():
+        yield run(pipe)
+        yield run(pipe, cross_attention_kwargs={"scale": 0.3})
+        pipe.unet.set_adapters(["person"], [1.0])
+        yield run(pipe)
+        pipe.unet.disable_lora()
+        yield run(pipe)
+        pipe.unet.enable_lora()
+        pipe.unet.set_adapters(["style", "person"], [1.0, 0.5])
+
+    plain = list(settings())
+    with enable_deepcache(pipe, interval=1):
+        assert all(map(torch.equal, settings(), plain))
+    with enable_deepcache(pipe):
+        cached = list(settings())
+    assert min(relative_error(a, b) for i, a in enumerate(cached) for b in cached[:i]) > 1e-4
+    pipe.fuse_lora()
+    fused = run(pipe)
+    with enable_deepcache(pipe, interval=1):
+        assert torch.equal(run(pipe), fused)
+
+
+@pytest.mark.parametrize("layers", [["mid"], ["down"]])
+def test_perturbed_attention_guidance(parts, layers):  # noqa: F811
+    pipe = build(parts, diffusers.StableDiffusionPAGPipeline)
+    pipe.set_pag_applied_layers(layers)
+
+    def latents() -> Tensor:
+        return pipe("a cat", height=SIZE, width=SIZE, num_inference_steps=6, output_type="latent", pag_scale=3.0,
+                    generator=torch.Generator().manual_seed(0)).images
+    plain = latents()
+    with enable_deepcache(pipe, interval=1):
+        assert torch.equal(latents(), plain)
+    with enable_deepcache(pipe, branch=3):
+        assert relative_error(latents(), plain) > 1e-3
+
+
+def skip_shapes(unet, inputs: dict) -> list[list[torch.Size]]:
+    """The shapes of all skips: that of conv_in, then of each down block."""
+    found = []
+    handles = [unet.conv_in.register_forward_hook(lambda module, _, out: found.append([out.shape])),
+               *(block.register_forward_hook(lambda module, _, out: found.append([skip.shape for skip in out[1]]))
+                 for block in unet.down_blocks)]
+    unet(**inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("kind", [build, build_xl])
+@torch.no_grad()
+def test_residuals_of_adapters_and_controlnets(parts, kind):  # noqa: F811
+    pipe = kind(parts)
+    unet = pipe.unet
+    inputs = {"sample": drawn(2, 4, 8, 8), "timestep": 500, "encoder_hidden_states": drawn(2, 5, 16),
+              "added_cond_kwargs": {"text_embeds": drawn(2, 16), "time_ids": torch.ones(2, 6)}}
+    skips = skip_shapes(unet, inputs)
+    # A T2I-Adapter adds before the downsampling where a block has attention, else after it.
+    blocks = [drawn(*shapes[-2 if hasattr(block, "attentions") and block.downsamplers else -1])
+              for block, shapes in zip(unet.down_blocks, skips[1:], strict=True)]
+    middle = drawn(*skips[-1][-1], seed=9)
+    control = {"down_block_additional_residuals": [drawn(*shape, seed=5) for shapes in skips for shape in shapes],
+               "mid_block_additional_residual": middle}
+    bare = unet(**inputs).sample
+    for case in ({"down_intrablock_additional_residuals": blocks}, control,
+                 {"down_intrablock_additional_residuals": [*blocks, middle]},
+                 {"down_intrablock_additional_residuals": blocks, **control}):
+        def fresh(case=case):               # diffusers takes them off the list
+            return {key: list(value) if isinstance(value, list) else value for key, value in case.items()}
+        plain = unet(**inputs, **fresh()).sample
+        with enable_deepcache(pipe, interval=1), pipe.progress_bar(total=1):
+            assert torch.equal(unet(**inputs, **fresh()).sample, plain)
+        assert relative_error(plain, bare) > 1e-3
+    control["down_block_additional_residuals"] = control["down_block_additional_residuals"][:3]
+    with enable_deepcache(pipe, interval=1), pipe.progress_bar(total=1), \
+            pytest.raises(UserError, match=f"3 residuals for {num_skips(unet)} skips"):
+        unet(**inputs, **control)
