@@ -365,3 +365,28 @@ def test_it_is_the_policy_of_the_plan(config, file):
     policy = RunSpec.of(config, plan=file).open().caching.policy()
     assert torch.equal(network(x, t, cache=policy.at(0)), network(x, t, cache=no_cache))
     assert not torch.equal(network(x + 1, t, cache=policy.at(1)), network(x + 1, t, cache=no_cache))
+
+
+def test_diffusers_pipelines_take_a_plan(tmp_path):
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    from pipelines.enable import enable_deepcache
+    torch.manual_seed(0)
+    unet = UNet2DModel(16, layers_per_block=1, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
+                       up_block_types=("UpBlock2D",) * 2).eval()
+    pipe = DDIMPipeline(unet, DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(steps=6, **options):
+        enable_deepcache(pipe, **options)
+        generator = torch.Generator().manual_seed(0)
+        return pipe(num_inference_steps=steps, generator=generator, output_type="np").images
+
+    bound = {"model": "other", "unet": {}, "checkpoint_sha256": None, "sampler": "ddim", "steps": 6,
+             "timesteps": "leading"}
+    path, macs = tmp_path / "x.json", {"hook": 1, "fc": 1}
+    path.write_text(json.dumps(Plan(bound, None, deepcache_calls(1, [0, 3], 6, 1), macs, macs).to_json()))
+    assert (run(plan=path) == run(interval=3, branch=1, forecast=1)).all()
+    assert (run(plan=path) != run(interval=1)).any()
+    with pytest.raises(UserError, match="this run has 7 steps: the plan was made for another run: steps 6 there, 7"):
+        run(7, plan=path)
