@@ -282,10 +282,10 @@ def test_least_squares_is_the_best_line():
 def test_scale_shift_brings_held_out_seeds_nearer(made, tmp_path, method):
     out = tmp_path / "x.safetensors"
     assert program("train", "--config", made / "ddpm.yaml", "--device", "cpu", "--schedule", made / "half.json",
-                   "--seeds", "30-77", "--batch-size", 4, "--lr", 1e-2, "--held-out-seeds", "20-23", "--method", method,
+                   "--seeds", "30-77", "--batch-size", 4, "--lr", 1e-2, "--held-out-seeds", "20-27", "--method", method,
                    "--out", out) == 0
     found = results.read(tmp_path / "x.scale_shift.json")
-    assert found.details["method"] == method and found.details["held_out_seeds"] == "20-23" and found.images == 4
+    assert found.details["method"] == method and found.details["held_out_seeds"] == "20-27" and found.images == 8
     assert found.metrics["residuals, adjusted minus plain"].interval[1] < 0
     assert len(load_scale_shift(out, BlockSchedule.load(made / "half.json"))) == STEPS
 

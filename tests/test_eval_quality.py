@@ -277,7 +277,7 @@ def test_paired_differences_cover_zero_and_find_what_separate_intervals_miss(kin
     distance = kind(rng.normal(size=(400, 6)), 4)
 
     def paired(x, y):
-        return distance.difference(x, y, 24)
+        return distance.difference(x, y, 24)[:2]
 
     def separate_error(x, y):
         """Of the difference, if the two runs were independent."""

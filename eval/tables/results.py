@@ -8,11 +8,14 @@
 """
 
 from collections.abc import Mapping
+from functools import cache as once
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from eval.cost.macs import average, branch_macs, mean, step_macs
+from caching.deepcache import DeepCache
+from eval.cost.macs import Costs, Macs, average, costs, mean
 from eval.metrics.images import ImageSet
 from runs.families import build, example_inputs, load_config
 from runs.files import ROOT
@@ -47,10 +50,22 @@ def cost(settings: Mapping[str, Any]) -> Cost | None:
     other = "block_caching" in cache or "diffusers" in settings.get("unet", {})
     if not path.is_file() or "steps" not in settings or not known or other:
         return None
-    config, steps = load_config(path), settings["steps"]
+    steps, stamp = settings["steps"], path.stat().st_mtime_ns
     if "plan" in cache:
-        branches = cache["plan"]["branches"][:steps]
-        full, by_branch = branch_macs(build(config), example_inputs(config), {b for b in branches if b is not None})
-        return Cost(*mean([full if branch is None else by_branch[branch] for branch in branches]))
-    full, cached = step_macs(build(config), example_inputs(config), cache.get("branch") or 0)
+        return Cost(*mean([_step(path, stamp, branch) for branch in cache["plan"]["branches"][:steps]]))
+    full, cached = (_step(path, stamp, branch) for branch in (None, cache.get("branch") or 0))
     return Cost(*average(full, cached, cache.get("full_steps") or range(steps), steps))
+
+
+@once
+def _counted(path: Path, stamp: int) -> Costs:
+    """What the network of a config costs, counted once as long as the file is the same."""
+    config = load_config(path)
+    return costs(build(config), example_inputs(config))
+
+
+@once
+def _step(path: Path, stamp: int, branch: int | None) -> Macs:
+    """The MACs of a step that reuses the level at a branch; None: of a full one."""
+    found = _counted(path, stamp)
+    return found.full if branch is None else found.calls(DeepCache(branch, [0]), 2)[1]
