@@ -175,11 +175,15 @@ def there(run: Run, path: Path, converged_told: dict[str, Any], seeds: list[int]
     return found if same else None
 
 
+def converged_of(study: Study) -> RunSpec:
+    """The run that all others are compared with. Raises UserError."""
+    return RunSpec.of(config_of(study.model), **study.common | study.converged)
+
+
 def run_all(study: Study, place: Place, machine: Machine, runs: list[tuple[RunSpec, bool]]) -> None:
     """Measure what is not there yet."""
     seeds = parse_seeds(study.seeds)
-    converged = Converged(RunSpec.of(config_of(study.model), **study.common | study.converged), seeds, machine,
-                          place.work / "converged.safetensors")
+    converged = Converged(converged_of(study), seeds, machine, place.work / "converged.safetensors")
     for spec, _ in runs:
         converged.check(spec.open())
     measure_twice(study, place, converged)
@@ -206,8 +210,7 @@ def measure_twice(study: Study, place: Place, converged: Converged) -> None:
 
 def points(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> list[Point]:
     """What is measured of the study."""
-    told, seeds, found = (RunSpec.of(config_of(study.model), **study.common | study.converged).open().told,
-                          parse_seeds(study.seeds), [])
+    told, seeds, found = converged_of(study).open().told, parse_seeds(study.seeds), []
     times = place.folder / "times.json"
     timed = results.read(times).times if times.is_file() else None
     for spec, to_fit in runs:

@@ -77,7 +77,7 @@ def rival(point: Point, plain: Sequence[Point], cost: Callable[[Point], float | 
     known, wanted = [(value, other) for other in plain if (value := cost(other)) is not None], cost(point)
     dear = [value for value, _ in known if wanted is not None and value >= EQUAL * wanted]
     cheap = [other for value, other in known if dear and value <= min(dear)]
-    return max(cheap, key=lambda one: one.on(choose).value, default=None)
+    return max(cheap, key=lambda one: one.psnr[choose].mean(), default=None)
 
 
 def difference(point: Point, other: Point | None, report: slice) -> str:
@@ -111,7 +111,7 @@ def fronts(points: Sequence[Point], cost: Callable[[Point], float | None], choos
     found = {}
     for kind in dict.fromkeys(point.kind for point in points):
         own = [(value, point) for point in points if point.kind == kind and (value := cost(point)) is not None]
-        chosen = front([(value, point.on(choose).value) for value, point in own], higher=True)
+        chosen = front([(value, point.psnr[choose].mean()) for value, point in own], higher=True)
         found[kind] = sorted((own[i][0], *own[i][1].on(report).bounds) for i in chosen)
     return {kind: line for kind, line in found.items() if line}
 

@@ -47,10 +47,8 @@ class Converged:
 
     def check(self, run: Run) -> None:
         """Refuse a run that does not come to the same images with ever more steps. Raises UserError."""
-        other = {"model": run.config.name, "checkpoint": run.checkpoint, "guidance": run.guidance,
-                 "timesteps": run.timesteps, "condition": run.spec.condition}
-        own = {"model": self.run.config.name, "checkpoint": self.run.checkpoint, "guidance": self.run.guidance,
-               "timesteps": self.run.timesteps, "condition": self.run.spec.condition}
+        own, other = ({"model": one.config.name, "checkpoint": one.checkpoint, "guidance": one.guidance,
+                       "timesteps": one.timesteps, "condition": one.spec.condition} for one in (self.run, run))
         differing = [name for name in own if own[name] != other[name]]
         if differing:
             raise UserError(f"{run.name} cannot be compared with {self.run.name}: they differ in "

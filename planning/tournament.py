@@ -82,7 +82,7 @@ class Tournament:
         return run.calls
 
     def best(self, trials: Sequence[Trial], seeds: Sequence[int], kept: int) -> list[Trial]:
-        """The best plans, and of each other kind half as many, at least one: the best first."""
+        """The best plans, and of each other kind a quarter as many, at least one: the best first."""
         scores = {trial: self.distances.of(trial.run, seeds).mean()
                   for trial in tqdm(trials, desc=f"{len(trials)} candidates, {len(seeds)} seeds", unit="run")}
         ranked = sorted(scores, key=lambda trial: -scores[trial])

@@ -113,7 +113,7 @@ def _in_full_steps(times: Mapping, run: Run) -> tuple[float, float] | None:
     k = run.full_calls
     if level is None:
         return k * full, k
-    own = [step for step in times.get("branches", ()) if step["branch"] == level.branch and not step.get("forecast")]
+    own = [step for step in times.get("branches", ()) if step["branch"] == level.branch]
     if not own:
         return None
     return k * full + (run.calls - k) * own[0]["median"], k + (run.calls - k) * own[0]["ratio"]

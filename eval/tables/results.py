@@ -8,19 +8,18 @@
 """
 
 from collections.abc import Mapping
-from functools import cache as once
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from caching.deepcache import DeepCache
-from eval.cost.macs import Costs, Macs, average, costs, mean
+from eval.cost.macs import Macs, average, mean
+from eval.cost.runs import costs_of
 from eval.metrics.images import ImageSet
-from runs.families import build, example_inputs, load_config
 from runs.files import ROOT
 from runs.provenance import provenance
 from runs.results import Cost, Metric, Result
+from runs.spec import RunSpec
 
 _CONFIGS = ROOT / "configs"
 
@@ -50,22 +49,12 @@ def cost(settings: Mapping[str, Any]) -> Cost | None:
     other = "block_caching" in cache or "diffusers" in settings.get("unet", {})
     if not path.is_file() or "steps" not in settings or not known or other:
         return None
-    steps, stamp = settings["steps"], path.stat().st_mtime_ns
+    steps, counted = settings["steps"], costs_of(RunSpec.of(path).open())
+
+    def step(branch: int | None) -> Macs:
+        """One that reuses the level at a branch; None: a full one."""
+        return counted.full if branch is None else counted.calls(DeepCache(branch, [0]), 2)[1]
+
     if "plan" in cache:
-        return Cost(*mean([_step(path, stamp, branch) for branch in cache["plan"]["branches"][:steps]]))
-    full, cached = (_step(path, stamp, branch) for branch in (None, cache.get("branch") or 0))
-    return Cost(*average(full, cached, cache.get("full_steps") or range(steps), steps))
-
-
-@once
-def _counted(path: Path, stamp: int) -> Costs:
-    """What the network of a config costs, counted once as long as the file is the same."""
-    config = load_config(path)
-    return costs(build(config), example_inputs(config))
-
-
-@once
-def _step(path: Path, stamp: int, branch: int | None) -> Macs:
-    """The MACs of a step that reuses the level at a branch; None: of a full one."""
-    found = _counted(path, stamp)
-    return found.full if branch is None else found.calls(DeepCache(branch, [0]), 2)[1]
+        return Cost(*mean([step(branch) for branch in cache["plan"]["branches"][:steps]]))
+    return Cost(*average(step(None), step(cache.get("branch") or 0), cache.get("full_steps") or range(steps), steps))
