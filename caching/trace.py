@@ -5,13 +5,15 @@ All that follows from a policy's choices (multiply-accumulates, kinds of calls, 
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from caching.nested import Cache
 from caching.policy import Policy
+
+Count = TypeVar("Count")
 
 
 class Asked(NamedTuple):
@@ -35,6 +37,26 @@ def trace(forward: Callable[[Cache], object]) -> list[Asked]:
 
     forward(cache)
     return found
+
+
+def metered(forward: Callable[[Cache], object], so_far: Callable[[], Count]
+            ) -> tuple[list[Asked], dict[Hashable, tuple[Count, Count]]]:
+    """`trace`, and what a meter said before and after each value was computed, by its key.
+
+    so_far: reads the meter.
+    """
+    counts: dict[Hashable, tuple[Count, Count]] = {}
+
+    def with_meter(cache: Cache) -> object:
+        def one(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+            def measured() -> Tensor:
+                before, value = so_far(), compute()
+                counts[key] = before, so_far()
+                return value
+            return cache(key, measured)
+        return forward(one)
+
+    return trace(with_meter), counts
 
 
 def reused(asked: list[Asked], policy: Policy, calls: int) -> Iterator[frozenset[Hashable]]:

@@ -40,7 +40,7 @@ from runs.families import (
     load_unet,
     rows_per_image,
 )
-from runs.image_model import add_run, kinds_of_calls, spec_of
+from runs.image_model import add_run, config_among, kinds_of_calls, spec_of
 from runs.machine import Machine, check_counts, prepare_device
 from runs.provenance import provenance
 from runs.results import Result
@@ -99,9 +99,7 @@ def random_inputs(config: Config, rows: int, device: torch.device, dtype: torch.
 @command
 def time_a_run() -> None:
     """`eval.throughput run`: the kinds of network calls that a run has, whatever its caching."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    config = first.parse_known_args()[0].config
+    config = config_among(sys.argv[1:])
     if config is None:
         raise UserError("eval.throughput run needs --config, which brings the options of a run")
     family, started = family_named_by(config), time.time()

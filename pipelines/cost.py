@@ -5,7 +5,6 @@ by which eval.cost.macs counts are of all modules of the process; here other thr
 """
 
 import copy
-from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from caching.policy import Policy
-from caching.trace import reused, trace
+from caching.trace import metered, reused
 from pipelines.forward import cached_forward
 from pipelines.parts import Caching
 
@@ -45,21 +44,13 @@ def run_macs(unet: nn.Module, args: tuple, kwargs: dict, policy: Policy | None, 
     numbers = {id(value): _empty(value) for value in (*unet.parameters(), *unet.buffers())}
     on_meta = copy.deepcopy(unet, numbers)
     args, kwargs = tree_map_only(Tensor, lambda value: value.to("meta"), (args, kwargs))
-    values: dict[Hashable, int] = {}
     with torch.no_grad(), _Counter() as counter:
-        def forward(cache: Callable) -> None:
-            def metered(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-                def measured() -> Tensor:
-                    before, value = counter.macs, compute()
-                    values[key] = counter.macs - before
-                    return value
-                return cache(key, measured)
-            cached_forward(on_meta, Caching(metered, asked), *args, **kwargs)
-
-        asked_for = trace(forward)
+        asked_for, counts = metered(lambda cache: cached_forward(on_meta, Caching(cache, asked), *args, **kwargs),
+                                    lambda: counter.macs)
         full = counter.macs
     if policy is None:
         return full, [full] * calls
+    values = {key: after - before for key, (before, after) in counts.items()}
     return full, [full - sum(values[key] for key in keys) for keys in reused(asked_for, policy, calls)]
 
 

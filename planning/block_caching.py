@@ -36,7 +36,7 @@ from runs.cli import command
 from runs.errors import UserError, as_user_error
 from runs.families import example_inputs, family_named_by
 from runs.files import write_json
-from runs.image_model import add_run
+from runs.image_model import add_run, config_among
 from runs.machine import Machine
 from runs.provenance import provenance
 from runs.seeds import format_seeds, parse_seeds
@@ -48,9 +48,7 @@ PAPERS_DELTA = 0.5          # of its LDM-512
 
 def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """words: of the command line; the config among them decides which options there are."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    config = first.parse_known_args(words)[0].config
+    config = config_among(words)
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True, metavar="measure | schedule | rhythm | train | show")

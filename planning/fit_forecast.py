@@ -31,7 +31,7 @@ from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError
 from runs.families import family_named_by
-from runs.image_model import ImageModel, add_run, spec_of
+from runs.image_model import ImageModel, add_run, config_among, spec_of
 from runs.machine import Machine
 from runs.provenance import provenance
 from runs.results import Metric, Result
@@ -41,9 +41,7 @@ from runs.weights import save_tensors
 
 def build_parser(words: list[str]) -> argparse.ArgumentParser:
     """The command line of the model that the config among the words names."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    config = first.parse_known_args(words)[0].config
+    config = config_among(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     if config is None:
         parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml; brings more options")

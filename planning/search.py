@@ -38,7 +38,7 @@ from runs.cli import command
 from runs.errors import UserError
 from runs.families import family_named_by
 from runs.files import write_json
-from runs.image_model import spec_of
+from runs.image_model import config_among, spec_of
 from runs.machine import Machine
 from runs.provenance import provenance
 from runs.results import Metric, Result
@@ -53,9 +53,7 @@ MEASURED = "PSNR of the latents to the converged ones, dB"
 
 def build_parser(words: list[str]) -> argparse.ArgumentParser:
     """The command line of the model that the config among the words names."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    config = first.parse_known_args(words)[0].config
+    config = config_among(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True,

@@ -123,6 +123,13 @@ def summary(run: Run, out: Path, asked: int, made: int) -> str:
     return line + (", ".join(method.summary for method in run.caching.methods) or "no caching")
 
 
+def config_among(words: Sequence[str]) -> Path | None:
+    """The config that a command line names, before its other options, which that decides, are known."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    return first.parse_known_args(words)[0].config
+
+
 def add_run(parser: argparse.ArgumentParser, family: Family, caching: bool = True) -> None:
     """Add --config and the options of a run to a command line; those of its caching on request."""
     parser.add_argument("--config", type=Path, required=True, help=f"configs/{family.name}_*.yaml")

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from caching.deepcache import DeepCache
 from caching.nested import Cache
 from caching.policy import Policy
-from caching.trace import Asked, reused, trace
+from caching.trace import Asked, metered, reused
 
 
 class Macs(NamedTuple):
@@ -106,18 +106,10 @@ def costs(unet: nn.Module, inputs: Sequence[Tensor]) -> Costs:
     inputs: what the U-Net takes before `cache`: (x, t) or (x, t, context); their values do not matter. Divide by their
     batch size.
     """
-    forward, values = on_meta(unet, inputs), {}
     with counting() as so_far:
-        def metered(cache: Cache) -> Tensor:
-            def one(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-                def measured() -> Tensor:
-                    before, value = so_far(), compute()
-                    values[key] = Macs(*(b - a for a, b in zip(before, so_far(), strict=True)))
-                    return value
-                return cache(key, measured)
-            return forward(one)
-
-        asked = trace(metered)
+        asked, counts = metered(on_meta(unet, inputs), so_far)
+        values = {key: Macs(*(b - a for a, b in zip(before, after, strict=True)))
+                  for key, (before, after) in counts.items()}
         return Costs(so_far(), values, asked)
 
 
