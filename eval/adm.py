@@ -15,7 +15,6 @@ Features are kept beside the images (0.02 MB an image), so that a second call ta
 """
 
 import argparse
-import sys
 import time
 import zipfile
 import zlib
@@ -32,7 +31,7 @@ from eval.metrics.inception import DIMS, Inception
 from eval.metrics.measure import Sets
 from eval.tables.results import of_samples
 from runs import results
-from runs.cli import command
+from runs.cli import command, warn
 from runs.errors import UserError, one_line
 from runs.machine import check_counts, prepare_device
 from runs.seeds import rank_and_world
@@ -108,7 +107,7 @@ def main() -> None:
     notes += evaluator.few(len(samples), DIMS["pool"], "images") + inception.notes
     rank, _ = rank_and_world()
     if not rank:
-        print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
+        warn(notes)
     x, y = (extract(images, inception, args.batch_size, args.features, share=True)
             for images in (samples, reference.images))
     if x is None or y is None:          # the work of rank 0

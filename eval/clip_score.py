@@ -14,7 +14,6 @@ prompt to prompt than from run to run: the interval of the difference leaves tha
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from eval.metrics.intervals import mean_estimate
 from eval.metrics.registry import CLIP_SCORE
 from eval.tables.results import of_samples
 from runs import results
-from runs.cli import command
+from runs.cli import command, warn
 from runs.errors import UserError, one_line
 from runs.machine import check_counts, prepare_device
 from runs.prompts import prompts_sha256, read_prompts
@@ -241,7 +240,7 @@ def main() -> None:
     name, preparation = check_model(args.model, args.weights, args.tag, args.model_config)
     digest = sha256(args.weights)
     notes = check_weights(name, args.tag, args.weights, digest)
-    print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
+    warn(notes)
     expected = len(prompts) * per
     result = of_samples(
         "clip_score", images, {}, device,

@@ -37,7 +37,7 @@ from eval.metrics.measure import Sets
 from eval.metrics.sources import open_source
 from eval.tables.results import of_samples
 from runs import results
-from runs.cli import command
+from runs.cli import command, warn
 from runs.errors import UserError, one_line
 from runs.files import write_atomically
 from runs.machine import check_counts, prepare_device
@@ -177,7 +177,7 @@ def _judge(args: argparse.Namespace) -> None:
                 raise
     rank, _ = rank_and_world()
     if not rank:
-        print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
+        warn(notes)
     metrics: dict[str, results.Metric] = {}
     details: dict[str, Any] = {}
     lines, digest = [], ""
@@ -229,7 +229,7 @@ def _make_reference(args: argparse.Namespace) -> None:
     rank, _ = rank_and_world()
     if not rank:
         notes = evaluator.few(len(images), DIMS["pool"], "images") + inception.notes
-        print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
+        warn(notes)
     features = extract(images, inception, args.batch_size, args.features, share=True)
     if features is None:
         return

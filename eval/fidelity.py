@@ -16,7 +16,6 @@ is no such number.
 
 import argparse
 import heapq
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from eval.metrics.registry import FEATURE_DISTANCE, PAIRS, PIXELS, RMSE_TO_CONVE
 from eval.tables.plots import distributions, worst_pairs
 from eval.tables.results import of_samples
 from runs import results
-from runs.cli import command
+from runs.cli import command, warn
 from runs.errors import UserError
 from runs.machine import check_counts, prepare_device
 from runs.results import Metric
@@ -213,7 +212,7 @@ def main() -> None:
     (samples, against, *twice), notes = [one for one, _ in opened], [note for _, some in opened for note in some]
     for images in twice:
         check_twice(against, images)
-    print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
+    warn(notes)
     extractor = EffLite0(device)
     lpips = Lpips(args.lpips_backbone, device) if args.lpips_backbone else None
     worst = WorstPairs(args.worst)

@@ -13,7 +13,6 @@ interval that knows of the pairs. Two runs may differ for certain although their
 """
 
 import argparse
-import sys
 import time
 import warnings
 from collections.abc import Iterable
@@ -30,7 +29,7 @@ from eval.metrics.registry import EXTRACTORS, SMALL_MEASURES, SMALL_SETS
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_neighbours, real_floor
 from eval.tables.results import of_samples
 from runs import results
-from runs.cli import command
+from runs.cli import command, warn
 from runs.errors import UserError
 from runs.machine import check_counts, prepare_device
 from runs.results import Metric
@@ -196,7 +195,7 @@ def main() -> None:
         raise UserError(f"{args.samples} has {len(samples)} images: distances with errors need at least 3")
     extractor, notes = EXTRACTORS[args.extractor](device), [*notes, *of_against]
     if rank_and_world()[0] == 0:
-        print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
+        warn(notes)
     if rank_and_world() != (0, 1):
         for images in filter(None, (samples, against, reference)):
             if images.root is not None:

@@ -23,7 +23,6 @@ network calls per image: by multiply-accumulates, and by time where results/conv
 """
 
 import argparse
-import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ from eval.metrics.intervals import mean_estimate
 from eval.tables.text import align
 from experiments import convergence_report
 from experiments.convergence_report import PSNR, Point
-from experiments.sweep import check_axis, config_of
+from experiments.sweep import check_axis, config_of, every, lists_of
 from planning.convergence import Converged
 from planning.fit_forecast import fit
 from runs import arguments, results
@@ -91,8 +90,7 @@ def read_study(path: Path) -> Study:
     """Raises UserError that names the file, the grid and the axis that is wrong."""
     study = read_yaml(path, Study)
     for number, grid in enumerate(study.grids, 1):
-        for axis, given in grid.items():
-            values = given if isinstance(given, list) else [given]
+        for axis, values in lists_of(grid).items():
             if axis == "model":
                 raise UserError(f"{path}, grid {number}: a study is of one model, which it names once")
             if values == [FITTED] and axis == "forecast_weights":
@@ -111,9 +109,8 @@ def read_study(path: Path) -> Study:
 def specs(study: Study) -> Iterator[tuple[RunSpec, bool]]:
     """Every run of the study, and whether its forecast is still to be fitted. Raises UserError."""
     for grid in study.grids:
-        lists = {axis: values if isinstance(values, list) else [values] for axis, values in grid.items()}
-        for values in itertools.product(*lists.values()):
-            options = study.common | dict(zip(lists, values, strict=True))
+        for values in every(lists_of(grid)):
+            options = study.common | values
             fitted = options.get("forecast_weights") == FITTED
             if fitted:
                 del options["forecast_weights"]
@@ -142,6 +139,14 @@ def fitted(spec: RunSpec, study: Study, place: Place, machine: Machine) -> RunSp
         weights = fit(model, level, parse_seeds(str(study.fit_seeds)), machine.batch_size)
         save_tensors(weights.tensors(), path, weights.metadata())
     return spec.having(forecast_weights=path)
+
+
+def as_fitted(spec: RunSpec, to_fit: bool, place: Place) -> Run | None:
+    """The run, with its fitted weights where it takes some; None where those are not there yet."""
+    if not to_fit:
+        return spec.open()
+    path = place.fitted(spec.open())
+    return spec.having(forecast_weights=path).open() if path.is_file() else None
 
 
 def full_calls(run: Run) -> float:
@@ -214,10 +219,9 @@ def points(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> list
     times = place.folder / "times.json"
     timed = results.read(times).times if times.is_file() else None
     for spec, to_fit in runs:
-        path = place.fitted(spec.open())
-        if to_fit and not path.is_file():
+        run = as_fitted(spec, to_fit, place)
+        if run is None:
             continue
-        run = (spec.having(forecast_weights=path) if to_fit else spec).open()
         result = there(run, place.result(run), told, seeds)
         if result is not None:
             found.append(Point.of(run, full_calls(run), timed, np.array(result.details["psnr"])))
@@ -228,13 +232,10 @@ def listing(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> str
     """A line per run."""
     lines = [["run", "full / calls", "cost, full calls", "measured"]]
     for spec, to_fit in runs:
-        run = spec.open()
-        known = place.fitted(run).is_file()
-        if to_fit and known:
-            run = spec.having(forecast_weights=place.fitted(run)).open()
-        measured = (known or not to_fit) and place.result(run).is_file()
-        lines.append([run.name + (", to be fitted" if to_fit and not known else ""),
-                      f"{run.full_calls} / {run.calls}", f"{full_calls(run):.2f}", "yes" if measured else "no"])
+        found = as_fitted(spec, to_fit, place)
+        run = found or spec.open()
+        lines.append([run.name + ("" if found else ", to be fitted"), f"{run.full_calls} / {run.calls}",
+                      f"{full_calls(run):.2f}", "yes" if found and place.result(found).is_file() else "no"])
     return align(lines)
 
 

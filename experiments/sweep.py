@@ -95,8 +95,8 @@ def read_sweep(path: Path) -> Sweep:
     if not sweep.grids:
         raise UserError(f"{path}: grids is empty: a sweep needs at least one, like {{model: ddpm_emoji, interval: 5}}")
     for number, grid in enumerate(sweep.grids, 1):
-        for axis, given in grid.items():
-            check_axis(f"{path}, grid {number}", str(axis), given if isinstance(given, list) else [given])
+        for axis, values in lists_of(grid).items():
+            check_axis(f"{path}, grid {number}", str(axis), values)
         if "model" not in grid:
             raise UserError(f"{path}, grid {number} names no model")
     return sweep
@@ -120,12 +120,22 @@ def check_axis(where: str, axis: str, given: list) -> None:
             raise UserError(f"{where}: {axis} has no {value!r}: choose from {', '.join(known.choices)}")
 
 
+def lists_of(grid: dict[str, Any]) -> dict[str, list]:
+    """The values of each axis; one that stands alone is a list of one."""
+    return {axis: values if isinstance(values, list) else [values] for axis, values in grid.items()}
+
+
+def every(lists: dict[str, list]) -> Iterator[dict[str, Any]]:
+    """All combinations of one value of each axis; that of the last axis changes first."""
+    return (dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values()))
+
+
 def combinations(grid: dict[str, Any], seen: set[Path]) -> Iterator[dict[str, Any]]:
     """The points of a grid: one value of each axis, `branch: all` spelt out.
 
     Those of a model that is not among the `seen` ones begin with its uncached run.
     """
-    lists = {axis: values if isinstance(values, list) else [values] for axis, values in grid.items()}
+    lists = lists_of(grid)
     for model in lists.pop("model"):
         path = config_of(model)
         if path not in seen:
@@ -134,8 +144,8 @@ def combinations(grid: dict[str, Any], seen: set[Path]) -> Iterator[dict[str, An
             seen.add(path)
         skips = RunSpec.of(path).open().unet.num_branches
         of_model = lists | ({"branch": list(range(skips))} if "all" in lists.get("branch", []) else {})
-        for values in itertools.product(*of_model.values()):
-            yield {"model": path, **dict(zip(of_model, values, strict=True))}
+        for values in every(of_model):
+            yield {"model": path, **values}
 
 
 def config_of(model: str) -> Path:

@@ -4,7 +4,7 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from runs.errors import UserError, one_line
 from runs.stopping import Stopped
@@ -32,6 +32,11 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             _exit(INTERRUPTED, "interrupted; the same command goes on from here")
     return run
+
+
+def warn(notes: Iterable[str]) -> None:
+    """Tell the user what must be said of a result, a line each."""
+    print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
 
 
 def _exit(code: int, line: str) -> None:

@@ -1,13 +1,18 @@
 """Shared by all tests: CPU threads, and the released code's numerical outputs (tests/goldens/README.md)."""
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 
 import sampling  # noqa: F401  before diffusers, see sampling/libraries.py
+from ddpm.checkpoint import published_state_dict
+from ddpm.unet import UNet
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)       # the networks here are tiny: a second thread costs more than it brings
@@ -25,6 +30,27 @@ class Golden:
         self.manifest = json.loads((HERE / "goldens" / f"{name}.json").read_text())[name]
         self.io = load_file(HERE / "goldens" / f"{name}.io.safetensors")
         self.weights = {k: v.float() for k, v in load_file(HERE / "goldens" / f"{name}.weights.safetensors").items()}
+
+
+def run_command(main: Callable[[], None], *words: object) -> int:
+    """Run a command in this process; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *map(str, words)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+def tiny_ddpm(folder: Path, unet: dict, steps: int) -> Path:
+    """The config of a random DDPM, written into a folder with its weights. unet: arguments of `ddpm.unet.UNet`."""
+    torch.manual_seed(0)
+    save_file(published_state_dict(UNet(**unet)), folder / "tiny.safetensors")
+    (folder / "ddpm.yaml").write_text(yaml.safe_dump({
+        "name": "ddpm_tiny", "unet": unet, "diffusion": {"beta_schedule": "linear"},
+        "checkpoint": str(folder / "tiny.safetensors"), "sampler": {"steps": steps, "branch": 1, "images": 4}}))
+    return folder / "ddpm.yaml"
 
 
 def pytest_addoption(parser):

@@ -1,14 +1,13 @@
 """Block Caching through the commands: measure, schedule, train, show, and samples made with what they write."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import HERE
+from conftest import HERE, run_command
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -58,19 +57,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def call(command, *words) -> int:
-    """Run a command in this process; its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["command", *map(str, words)])
-        try:
-            command()
-        except SystemExit as stop:
-            return stop.code
-    return 0
-
-
 def program(verb, *words) -> int:
-    return call(block_caching.main, verb, *words)
+    return run_command(block_caching.main, verb, *words)
 
 
 @pytest.fixture
@@ -96,8 +84,8 @@ def made(folder) -> Path:
 
 
 def sample(folder, out, *words, module=ddpm_sample, name="ddpm") -> int:
-    return call(module.main, "--config", folder / f"{name}.yaml", "--seeds", "0-3", "--device", "cpu", "--out", out,
-                *words)
+    return run_command(module.main, "--config", folder / f"{name}.yaml", "--seeds", "0-3", "--device", "cpu",
+                       "--out", out, *words)
 
 
 def pixels(path) -> np.ndarray:
@@ -163,11 +151,11 @@ def test_samples_are_those_of_the_schedule_and_leak_nothing(made, tmp_path):
 def test_macs_of_the_run(made, capsys):
     half = BlockSchedule.load(made / "half.json")
     words = ["--config", made / "ddpm.yaml", "--block-schedule", made / "half.json", "--json"]
-    assert call(macs.main, *words) == 0
+    assert run_command(macs.main, *words) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["macs"] == pytest.approx(half.macs["hook"]) and found["macs_fc"] == pytest.approx(half.macs["fc"])
     assert found["macs_full"] == half.macs_full["hook"]
-    assert call(macs.main, *words, "--steps", STEPS + 1) == 2
+    assert run_command(macs.main, *words, "--steps", STEPS + 1) == 2
 
 
 def test_together_with_deepcache(made, tmp_path, capsys):
@@ -177,7 +165,7 @@ def test_together_with_deepcache(made, tmp_path, capsys):
     assert 0 < len(outer.blocks) < len(changes.residuals)
     capsys.readouterr()
     words = ["--block-schedule", tmp_path / "outer.json", "--interval", 2, "--branch", 1]
-    assert call(macs.main, "--config", made / "ddpm.yaml", *words, "--json") == 0
+    assert run_command(macs.main, "--config", made / "ddpm.yaml", *words, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["macs"] <= 0.7 * found["macs_full"]
     maker = ScheduleMaker(changes, "all", DeepCacheOptions(2, 1).planned(RunShape(STEPS, STEPS, 6, 1), ()))

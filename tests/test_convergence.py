@@ -153,8 +153,8 @@ def test_shipped_results_belong_to_their_studies():
     for path in sorted(Path("studies").glob("*.yaml")):
         read, folder = convergence.read_study(path), Path("results/convergence") / path.stem
         place = convergence.Place(path.stem, Path("results"), Path("samples"))
-        names = {(spec.having(forecast_weights=place.fitted(spec.open())) if to_fit else spec).open().name
-                 for spec, to_fit in convergence.specs(read) if not to_fit or place.fitted(spec.open()).is_file()}
+        names = {run.name for spec, to_fit in convergence.specs(read)
+                 if (run := convergence.as_fitted(spec, to_fit, place))}
         there = {one.stem for one in folder.glob("*.json")} - {"twice", "times"}
         assert there <= names
         for one in there:

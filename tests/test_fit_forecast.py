@@ -1,15 +1,10 @@
 """planning.fit_forecast through the command line: a tiny random model, from the fit to samples that use it."""
 
-import sys
 
 import pytest
-import torch
-import yaml
-from safetensors.torch import save_file
+from conftest import run_command, tiny_ddpm
 
 from ddpm import sample
-from ddpm.checkpoint import published_state_dict
-from ddpm.unet import UNet
 from planning import fit_forecast
 from runs import results
 from runs.folder import read_run
@@ -21,25 +16,12 @@ UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    save_file(published_state_dict(UNet(**UNET)), folder / "tiny.safetensors")
-    (folder / "ddpm.yaml").write_text(yaml.safe_dump({
-        "name": "ddpm_tiny", "unet": UNET, "diffusion": {"beta_schedule": "linear"},
-        "checkpoint": str(folder / "tiny.safetensors"), "sampler": {"steps": 9, "branch": 1, "images": 4}}))
-    return folder / "ddpm.yaml"
+    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), UNET, steps=9)
 
 
 @pytest.fixture
-def run(monkeypatch, config):
-    def call(main, *words) -> int:
-        monkeypatch.setattr(sys, "argv", ["x", "--config", str(config), "--device", "cpu", *map(str, words)])
-        try:
-            main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
-    return call
+def run(config):
+    return lambda main, *words: run_command(main, "--config", config, "--device", "cpu", *words)
 
 
 RUN = ("--interval", 3, "--forecast", 1)

@@ -2,12 +2,10 @@
 
 import itertools
 import json
-import sys
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import save_file
+from conftest import run_command, tiny_ddpm
 from test_forecast import graphs, polynomial, sample
 from test_graphs import record
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,7 +19,6 @@ from caching.options import RunShape
 from caching.plan import Call, PlanCache, deepcache_calls
 from caching.plan_file import Plan, PlanOptions
 from ddpm import sample as sample_command
-from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet as PixelUNet
 from eval import macs, throughput
 from eval.cost.runs import call_macs, costs_of, macs_per_image, macs_per_step
@@ -186,13 +183,7 @@ UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    save_file(published_state_dict(PixelUNet(**UNET)), folder / "tiny.safetensors")
-    (folder / "ddpm.yaml").write_text(yaml.safe_dump({
-        "name": "ddpm_tiny", "unet": UNET, "diffusion": {"beta_schedule": "linear"},
-        "checkpoint": str(folder / "tiny.safetensors"), "sampler": {"steps": 9, "branch": 1, "images": 4}}))
-    return folder / "ddpm.yaml"
+    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), UNET, steps=9)
 
 
 def made(config, calls=MIXED, **run) -> Plan:
@@ -328,15 +319,8 @@ def test_a_plan_of_a_bigger_network_is_refused(config, tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, config):
-    def call(main, *words) -> int:
-        monkeypatch.setattr(sys, "argv", ["x", "--config", str(config), *map(str, words)])
-        try:
-            main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
-    return call
+def command(config):
+    return lambda main, *words: run_command(main, "--config", config, *words)
 
 
 def test_commands_take_a_plan(command, config, file, tmp_path, capsys):

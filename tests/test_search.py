@@ -2,20 +2,16 @@
 
 import itertools
 import random
-import sys
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from safetensors.torch import save_file
+from conftest import run_command, tiny_ddpm
 
 from caching.deepcache import DeepCache
 from caching.plan import Call, PlanCache, deepcache_calls
 from caching.plan_file import Plan
 from ddpm import sample
-from ddpm.checkpoint import published_state_dict
-from ddpm.unet import UNet
 from eval.cost.runs import call_macs, costs_of, macs_per_image
 from planning import candidates, search
 from planning.candidates import Prices, deepened, lengths, neighbours, plans_of
@@ -35,13 +31,7 @@ CPU = Machine(batch_size=4, device="cpu", threads=1)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    save_file(published_state_dict(UNet(**UNET)), folder / "tiny.safetensors")
-    (folder / "ddpm.yaml").write_text(yaml.safe_dump({
-        "name": "ddpm_tiny", "unet": UNET, "diffusion": {"beta_schedule": "linear"},
-        "checkpoint": str(folder / "tiny.safetensors"), "sampler": {"steps": 20, "branch": 1, "images": 4}}))
-    return folder / "ddpm.yaml"
+    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), UNET, steps=20)
 
 
 # Gaps
@@ -198,15 +188,8 @@ def test_gaps_of_a_network(distances):
 # The command
 
 @pytest.fixture
-def command(monkeypatch, config):
-    def call(main, *words) -> int:
-        monkeypatch.setattr(sys, "argv", ["x", "--config", str(config), "--device", "cpu", *map(str, words)])
-        try:
-            main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
-    return call
+def command(config):
+    return lambda main, *words: run_command(main, "--config", config, "--device", "cpu", *words)
 
 
 SEEDS = ("--seeds", "10-13", "--held-out-seeds", "20-23")
