@@ -38,6 +38,7 @@ class Train:
     group: str | None = None        # one group of data/emoji/index.csv, or all
     dropout: float = 0.0
     bf16: bool = True
+    start: str | None = None        # weights to go on from, in the layout of `checkpoint`; None: random ones
     loop: TrainConfig = field(default_factory=TrainConfig)
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddpm.checkpoint import published_state_dict
+from ddpm.checkpoint import load_checkpoint, published_state_dict
 from ddpm.config import load_config
 from ddpm.unet import UNet
 from runs.cli import command
@@ -70,6 +70,8 @@ def main() -> None:
     torch.manual_seed(settings.loop.seed)
     with as_user_error(f"{args.config}: "):
         unet = UNet(**vars(config.unet), dropout=settings.dropout)
+        if settings.start is not None:
+            load_checkpoint(unet, Path(settings.start))
         tiles, rows = emoji.load(config.unet.resolution, "train", settings.group)
     images = torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous().to(args.device)
     alphas = config.alphas_cumprod().to(args.device)

@@ -1,13 +1,17 @@
 """A command as a process of its own without the seconds of its imports: a fork of this one, which has made them."""
 
+import faulthandler
 import importlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from tqdm import tqdm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -37,7 +41,10 @@ class Forked:
             file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, 1)
             os.dup2(file, 2)
+            # tqdm's own lock is shared with every other fork: one killed as it draws would stop them all for ever.
+            tqdm.set_lock(threading.RLock())
             sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            faulthandler.enable(2)
             os.environ.update(env)
             sys.argv = argv
             before()
@@ -63,12 +70,12 @@ class Forked:
         if self.running():
             os.kill(self.pid, number)
 
-    def wait(self, timeout: float = 600) -> int:
-        """The exit code, negative for a signal. A process that takes longer is killed, and its output shown."""
+    def wait(self, timeout: float = 180) -> int:
+        """The exit code, negative for a signal. A process that takes longer is ended; the error says where it stood."""
         deadline = time.monotonic() + timeout
         while self.running():
             if time.monotonic() > deadline:
-                self.send(signal.SIGKILL)
+                self.send(signal.SIGABRT)
                 self.wait()
                 raise TimeoutError(f"no end after {timeout} s: {self.output}")
             time.sleep(0.003)
