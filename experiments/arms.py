@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.metrics.registry import EXTRACTORS
+from eval.metrics.small_sets import KernelDistance
 from eval.tables.paper import Table
 from eval.tables.render import kind_of_result
 from eval.tables.rows import Row
@@ -45,6 +47,7 @@ class Arm:
     kind: of its result; one of COMMANDS, or else the experiment's: it is judged beside the uncached run then
     (experiments/runner.py). machine: options of runs.machine.Machine. inputs: of the evaluator's command, by option.
     complete: whether images are as many as the paper's. section: of a paper's table. style: of eval.tables.plots.
+    others: extractors beside EffLite0 (eval.metrics.registry), for what is judged beside the uncached run.
     """
     label: str
     run: Run
@@ -57,6 +60,7 @@ class Arm:
     complete: bool = True
     section: str = ""
     style: str = ""
+    others: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -129,7 +133,9 @@ class Arm:
         found = results.read(self.result)
         same = found.images == self.images and all(found.settings.get(key) == value
                                                    for key, value in self.run.told.items())
-        return found if same else None
+        by_all = self.kind in COMMANDS or all(KernelDistance.named(EXTRACTORS[name].name).name in found.metrics
+                                              for name in self.others)
+        return found if same and by_all else None
 
     def inputs_of_sampling(self) -> dict[str, Path]:
         """What the sampler reads: checkpoint and prompts."""

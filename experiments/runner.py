@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -18,9 +18,10 @@ from tqdm import tqdm
 from caching.block_schedule import PlannedBlocks
 from eval import fidelity, quality
 from eval.cost.runs import macs_per_image, macs_per_step, told_by_steps
-from eval.metrics.features import EffLite0
+from eval.metrics.features import EffLite0, SmallExtractor
 from eval.metrics.images import ImageSet, open_images
-from eval.quality import FD
+from eval.metrics.registry import EXTRACTORS
+from eval.metrics.small_sets import FrechetInBasis
 from eval.tables.results import of_samples
 from experiments.arms import COMMANDS, Arm, trained_on
 from runs import results
@@ -28,8 +29,9 @@ from runs.errors import UserError
 from runs.files import ROOT
 from runs.folder import missing_seeds
 from runs.image_model import fill, summary
-from runs.results import Cost, Result
+from runs.results import Cost, Metric, Result
 
+Extractor = TypeVar("Extractor", bound=SmallExtractor)
 FEWEST = 80             # images, for a Frechet distance in 64 dimensions; the kernel distance is unbiased with fewer
 
 
@@ -99,8 +101,8 @@ def minus_uncached(name: str) -> str:
 
 
 @cache
-def _extractor(device: str | None) -> EffLite0:
-    return EffLite0(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def _extractor(kind: type[Extractor], device: str | None) -> Extractor:
+    return kind(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @cache
@@ -108,11 +110,28 @@ def _reference(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet | N
     return quality.open_reference(text, size)
 
 
+def _distances(samples: ImageSet, against: ImageSet | None, reference: ImageSet, extractor: SmallExtractor,
+               held_out: ImageSet | None = None, with_floors: bool = False
+               ) -> tuple[dict[str, Any], dict[str, Metric]]:
+    """What eval.quality finds, and its metrics with how much they differ from those of `against`; FD only of enough."""
+    warnings.filterwarnings("ignore", r"\d+ images for \d+ dimensions")     # of FD, which is left out with few images
+    found = quality.quality(samples, reference, extractor, held_out, with_floors=with_floors)
+    metrics = quality.metrics(found)
+    if against is not None:
+        by = quality.metrics(quality.difference(samples, against, reference, extractor))
+        metrics |= {minus_uncached(name): metric for name, metric in by.items()}
+    if len(samples) < FEWEST:
+        name = FrechetInBasis.named(extractor.name).name
+        metrics = {key: metric for key, metric in metrics.items() if key not in (name, minus_uncached(name))}
+    return found, metrics
+
+
 def judge(arm: Arm, uncached: Arm, report: Mapping[str, Any] | None = None) -> Result | None:
     """Judge a sampled arm and write its result, where all that it takes is there; None where it is not, or by commands.
 
-    That of a model which was trained here has FD and KID, how much larger they are than those of the uncached run (the
-    interval is that of pairs of images of one seed), and the mean PSNR, SSIM and feature distance to its images.
+    That of a model which was trained here has FD and KID by EffLite0 and the arm's other extractors, how much larger
+    they are than those of the uncached run (the interval is that of pairs of images of one seed), and the mean PSNR,
+    SSIM and feature distance to its images.
     report: what is kept in details besides, with all that eval.quality and eval.fidelity tell; None: next to nothing.
     """
     if arm.kind in COMMANDS:
@@ -121,28 +140,27 @@ def judge(arm: Arm, uncached: Arm, report: Mapping[str, Any] | None = None) -> R
         return None
     if missing_seeds(uncached.folder, range(arm.images)):       # another process is at it; the last one judges this
         return None
-    started, extractor = time.time(), _extractor(arm.machine.get("device"))
-    warnings.filterwarnings("ignore", r"\d+ images for \d+ dimensions")     # of FD, which is left out with few images
+    started, device = time.time(), arm.machine.get("device")
+    extractor, others = _extractor(EffLite0, device), [_extractor(EXTRACTORS[name], device) for name in arm.others]
     samples, against = (open_images(one.folder, range(arm.images)) for one in (arm, uncached))
     named = str(trained_on(arm.run.config))
     reference, held_out = _reference(named, samples.size)
     first = arm.folder == uncached.folder
-    found = quality.quality(samples, reference, extractor, held_out, with_floors=first and report is not None)
-    metrics, near = quality.metrics(found), None
+    base, near = None if first else against, None
+    found, metrics = _distances(samples, base, reference, extractor, held_out, first and report is not None)
+    for other in others:
+        metrics |= _distances(samples, base, reference, other)[1]
     if not first:
-        near, by = fidelity.fidelity(samples, against, extractor), quality.difference(samples, against, reference,
-                                                                                      extractor)
-        metrics |= {minus_uncached(name): metric for name, metric in quality.metrics(by).items()}
+        near = fidelity.fidelity(samples, against, extractor)
         metrics |= fidelity.metrics(near)
-    if arm.images < FEWEST:
-        metrics = {name: metric for name, metric in metrics.items() if name not in (FD, minus_uncached(FD))}
     details: dict[str, Any] = {"nearest_reference": found["nearest_reference"]}
     if report is not None:
         details = {**report, "label": arm.label, "quality": found, "fidelity": near,
                    "macs_per_image": dataclasses.asdict(Cost(*macs_per_image(arm.run))),
                    "sampled": (samples.run() or {}).get("provenance")}
+    hashes = {**quality.hashes(found), **{f"extractor {one.name}": one.id for one in others}}
     result = of_samples(arm.kind, samples, metrics, extractor.device, started=started, details=details,
-                        inputs={"reference": named, "against": str(uncached.folder)}, hashes=quality.hashes(found),
+                        inputs={"reference": named, "against": str(uncached.folder)}, hashes=hashes,
                         macs=Cost(*macs_per_step(arm.run)))
     results.write(arm.result, result)
     return result

@@ -10,6 +10,7 @@ A sweep is a YAML file:
     images: 256                 of each point: seeds 0 to 255
     prompts: FILE               for Stable Diffusion; also images_per_prompt (1 unless given)
     dtype: fp16                 of the network (fp32 unless given)
+    extractors: [incmixed5]     that judge models which were trained here, beside EffLite0
     grids:                      each is all combinations of its axes
     - {model: ddpm_emoji, interval: [2, 3, 5, 10], branch: all}
     - {model: ddpm_emoji, interval: 10, schedule: centered, center: [30, 50], power: [1.2, 1.4]}
@@ -30,7 +31,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,8 @@ from typing import Any, NamedTuple
 from caching.methods import METHODS
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_image
+from eval.metrics.features import EffLite0
+from eval.metrics.registry import EXTRACTORS
 from eval.tables.text import align
 from experiments import sweep_report
 from experiments.arms import Arm, Given, of_run, trained_on
@@ -52,6 +55,7 @@ from runs.prompts import read_prompts
 from runs.settings import read_yaml
 from runs.spec import DTYPES, RunSpec, SamplerOptions
 
+OTHERS = tuple(name for name, kind in EXTRACTORS.items() if kind is not EffLite0)
 KIND = "sweep"          # of the results of the models that are trained here
 _WORDS = {int: "whole numbers", float: "numbers", str: "names", Path: "files", bool: "true or false"}
 
@@ -83,6 +87,7 @@ class Sweep:
     prompts: str | None = None
     images_per_prompt: int = 1
     dtype: str = "fp32"
+    extractors: list[str] = field(default_factory=list)
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -92,6 +97,8 @@ def read_sweep(path: Path) -> Sweep:
         raise UserError(f"{path}: images must be 3 or more and images_per_prompt 1 or more")
     if sweep.dtype not in DTYPES:
         raise UserError(f"{path}: dtype must be one of {', '.join(DTYPES)}, got {sweep.dtype!r}")
+    if unknown := [name for name in sweep.extractors if name not in OTHERS]:
+        raise UserError(f"{path}: extractors has no {unknown[0]!r}: beside EffLite0 there is {', '.join(OTHERS)}")
     if not sweep.grids:
         raise UserError(f"{path}: grids is empty: a sweep needs at least one, like {{model: ddpm_emoji, interval: 5}}")
     for number, grid in enumerate(sweep.grids, 1):
@@ -172,6 +179,7 @@ def make_points(sweep: Sweep, path: Path, said: Given) -> list[Arm]:
             try:
                 run = RunSpec.of(values["model"], **options).open()
                 arm = of_run(run, label, sweep.images, KIND if trained_on(run.config) else run.family.judge, said)
+                arm = replace(arm, others=tuple(sweep.extractors))
                 check_point(arm)
             except UserError as error:
                 raise UserError(f"{path}, grid {number}, {values['model']}, {label}: {error}") from None
@@ -265,6 +273,8 @@ def main() -> None:
         if args.list:
             print("".join(f"missing: {thing}\n" for thing in lacking), end="")
             return
+        for name in sweep.extractors:
+            EXTRACTORS[name]()                          # refuses, if its file is not there
         if lacking and any(arm.measured() is None for arm in chosen):
             raise UserError(f"missing: {'; '.join(lacking)}")
         run(chosen, points)

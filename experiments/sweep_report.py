@@ -14,6 +14,7 @@ import numpy as np
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_image
 from eval.metrics.registry import MEASURES
+from eval.metrics.small_sets import KernelDistance
 from eval.quality import KID
 from eval.tables.paper import Table
 from eval.tables.plots import heat_maps, quality_fronts
@@ -28,7 +29,8 @@ from runs.results import Result
 from runs.spec import Run
 
 HIGHER = tuple(name for name, measure in MEASURES.items() if measure.higher)       # is better
-SHOWN = (KID, "PSNR", "FID", "CLIP score")    # in the pictures; KID is unbiased, however few the images are
+OTHER_KID = KernelDistance.named("IncMixed5").name
+SHOWN = (KID, OTHER_KID, "PSNR", "FID", "CLIP score")    # in the pictures; KID is unbiased, however few the images are
 AXES = ("sampler", "steps", "interval", "branch", "schedule", "center", "power", "block schedule")    # others: after
 PAIRS = (("interval", "branch"), ("center", "power"))                     # of the heat maps: rows, columns
 
@@ -151,7 +153,7 @@ def table(points: Sequence[Point]) -> list[str]:
     """One model's table: those points on a front, or all where they are few."""
     names, axes = shown_metrics(points), varying(points)
     fronts = {cost: on_front(points, cost, names[0]) if names else set() for cost in ("macs", "time")}
-    extra = [name for name in (minus_uncached(KID),) if any(p.metric(name) for p in points)]
+    extra = [name for name in map(minus_uncached, (KID, OTHER_KID)) if any(p.metric(name) for p in points)]
     lines = [("point", "full / calls", "speed-up by MACs", "measured", *names, *extra, "front by MACs", "by time")]
     for i, p in enumerate(points):
         cells = []
@@ -267,6 +269,8 @@ def about(points: Sequence[Point]) -> str:
                      f"\"{minus_uncached(KID)}\" is over pairs of images of one seed, so it tells smaller shifts than "
                      "the two distances alone do; where it leaves out 0, the map has a star. PSNR: to the uncached "
                      "image of the same seed, dB.")
+    if OTHER_KID in names:
+        lines.append(f"{OTHER_KID} is the same on features of InceptionV3 up to its block mixed5.")
     if names:
         lines.append(f"Front: no other point has a lower cost and a better {names[0]}; among points whose intervals "
                      "overlap, which one is on it is chance.")

@@ -9,17 +9,20 @@ import tarfile
 
 import numpy as np
 import pytest
+from conftest import run_command
+from test_sweep import tiny  # noqa: F401
 
 from eval import quality
 from eval.metrics import incmixed5
 from eval.metrics.incmixed5 import IncMixed5
 from eval.metrics.registry import MEASURES
+from experiments import sweep
 from runs import results
 from runs.errors import UserError
 from runs.weights import sha256
 
 RNG = np.random.default_rng(0)
-NAMED = {"kernel": (3, 3, 3, 6), "beta": (6,), "moving_mean": (6,), "moving_variance": (6,)}
+NAMED = {"kernel": (3, 3, 3, 32), "beta": (32,), "moving_mean": (32,), "moving_variance": (32,)}
 
 
 def layer(name, kind, *inputs, **config):
@@ -70,13 +73,13 @@ def archive(tmp_path, monkeypatch):
     monkeypatch.setattr(incmixed5, "SHA256", sha256(path))
     monkeypatch.setattr(incmixed5, "ARCHIVE", path)
     monkeypatch.setattr(incmixed5, "SIZE", 15)
-    monkeypatch.setattr(IncMixed5, "layers", {"pooled": 12})
+    monkeypatch.setattr(IncMixed5, "layers", {"pooled": 64})
     return path, values
 
 
 def by_hand(image, w):
-    """uint8 [15, 15, 3] -> [12]: the same network, position by position."""
-    x, out = image / 255, np.zeros((7, 7, 6))
+    """uint8 [15, 15, 3] -> [64]: the same network, position by position."""
+    x, out = image / 255, np.zeros((7, 7, 32))
     for i, j in np.ndindex(7, 7):
         out[i, j] = np.einsum("abc,abcd->d", x[2 * i:2 * i + 3, 2 * j:2 * j + 3], w["kernel"])
     out = ((out - w["moving_mean"]) / np.sqrt(w["moving_variance"] + 0.001) + w["beta"]).clip(0)
@@ -119,3 +122,21 @@ def test_quality_by_the_second_extractor(tmp_path, archive, monkeypatch, capsys)
     assert found.details["difference"]["KID-IncMixed5"]["value"] > 0
     assert found.hashes["extractor"].startswith("IncMixed5:sha256=")
     assert "KID-IncMixed5 x 1000" in capsys.readouterr().out
+
+
+def test_a_sweep_is_judged_by_both_extractors(tmp_path, archive, tiny, monkeypatch, capsys):  # noqa: F811
+    (tmp_path / "both.yaml").write_text(f"images: 4\nextractors: [incmixed5]\n"
+                                        f"grids: [{{model: {tiny}, interval: 2}}]\n")
+    words = ["--config", tmp_path / "both.yaml", "--samples", tmp_path / "samples", "--results", tmp_path / "results",
+             "--threads", 1, "--device", "cpu"]
+    path, _ = archive
+    path.rename(tmp_path / "elsewhere.tgz")
+    assert run_command(sweep.main, *words) == 2 and not (tmp_path / "samples").exists()
+    assert "download.sh incmixed5 fetches it" in capsys.readouterr().err
+    (tmp_path / "elsewhere.tgz").rename(path)
+    monkeypatch.setattr(sweep, "measure_times", lambda *_: None)
+    assert run_command(sweep.main, *words) == 0
+    one = results.read(tmp_path / "results" / "runs" / "ddpm_tiny" / "uniform_n2_4_sweep.json")
+    names = {f"KID-{name}{end}" for name in ("EffLite0", "IncMixed5") for end in ("", " minus uncached")}
+    assert names <= set(one.metrics) and one.hashes["extractor IncMixed5"].startswith("IncMixed5:sha256=")
+    assert "KID-IncMixed5 minus uncached" in (tmp_path / "results" / "sweeps" / "both" / "table.md").read_text()

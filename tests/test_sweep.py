@@ -118,6 +118,7 @@ GRID = {"model": "ddpm_emoji", "interval": 5}
     ({"grids": [GRID], "imgaes": 3}, "imgaes"),
     ({"grids": [GRID], "dtype": "fp8"}, "dtype must be one of fp32"),
     ({"grids": [GRID], "images": 2}, "images must be 3 or more"),
+    ({"grids": [GRID], "extractors": ["inception"]}, "no 'inception': beside EffLite0 there is incmixed5"),
     ({"grids": []}, "grids is empty"),
     ({}, "missing key grids"),
 ])
