@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval.metrics.frechet import frechet_distance, mean_and_covariance
+from eval.metrics.inception_scores import precision_recall
 from eval.metrics.pixel_pairs import SSIM
 
 
@@ -23,3 +25,23 @@ def test_ssim_is_that_of_scikit_image():
     assert found == pytest.approx([0.9892277324449652, 0.8806781562557128, 0.5341371547101672], abs=1e-12)
     least = x[:, :11, :11]      # one window
     assert SSIM.of(least, least) == pytest.approx([1, 1, 1], abs=1e-12)
+
+
+def features():
+    """Of 300 samples and 400 references, float32 [n, 16]."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 16)) @ rng.normal(size=(16, 16))
+    y = rng.normal(size=(400, 16)) @ rng.normal(size=(16, 16)) + 0.5
+    return x.astype(np.float32), y.astype(np.float32)
+
+
+def test_frechet_distance_is_that_of_pytorch_fid():
+    """pytorch-fid 0.3.0: calculate_frechet_distance of means and covariances in float64."""
+    found = frechet_distance(*(part for one in features() for part in mean_and_covariance(one)))
+    assert found == pytest.approx(134.17218276820302, rel=1e-7)
+
+
+def test_precision_and_recall_are_those_of_prdc():
+    """prdc 0.2: compute_prdc(reference, samples, nearest_k=3)."""
+    precision, recall = precision_recall(*features())
+    assert (precision.value, recall.value) == (pytest.approx(0.19), pytest.approx(0.3025))
