@@ -16,6 +16,7 @@ before the seconds. What to expect is the ratio of the MACs.
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,9 @@ def random_inputs(config: Config, rows: int, device: torch.device, dtype: torch.
             for value in example_inputs(config, rows, device, dtype)]
 
 
-@command
-def time_a_run() -> None:
+def time_a_run(words: Sequence[str]) -> None:
     """`eval.throughput run`: the kinds of network calls that a run has, whatever its caching."""
-    config = config_among(sys.argv[1:])
+    config = config_among(words)
     if config is None:
         raise UserError("eval.throughput run needs --config, which brings the options of a run")
     family, started = family_named_by(config), time.time()
@@ -107,7 +107,7 @@ def time_a_run() -> None:
     add_run(parser, family)
     arguments.add(parser, Machine)
     add_timing_options(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     run, machine = spec_of(args, family).open(), arguments.chosen(Machine, args)
     run.refuse_foreign(run.told | {"unet": asdict(run.config.unet)})
     device = machine.prepare()
@@ -130,8 +130,8 @@ def time_a_run() -> None:
         print(f"wrote {args.out}")
 
 
-@command
-def main() -> None:
+def time_steps(words: Sequence[str]) -> None:
+    """Without a verb: full and cached steps, and whole runs made of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
     parser.add_argument("--checkpoint", type=Path, help="weights (default: random; they do not change the time)")
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     add_timing_options(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
 
     started = time.time()
     check_counts(batch_size=args.batch_size)
@@ -193,14 +193,16 @@ def main() -> None:
         print(f"wrote {args.out}")
 
 
-def compare() -> None:
-    """`eval.throughput compare`, which imports diffusers."""
-    from eval.cost import compare_speed
-    compare_speed.main()
+@command
+def main() -> None:
+    if sys.argv[1:2] == ["compare"]:
+        from eval.cost import compare_speed  # which imports diffusers
+        compare_speed.run(sys.argv[2:])
+    elif sys.argv[1:2] == ["run"]:
+        time_a_run(sys.argv[2:])
+    else:
+        time_steps(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    verb = {"compare": compare, "run": time_a_run}.get(sys.argv[1] if len(sys.argv) > 1 else "", main)
-    if verb is not main:
-        del sys.argv[1]
-    verb()
+    main()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import HERE
 
-from eval.cost import compare_speed
+from eval import throughput
 from eval.cost.compare_speed import compare, peak_memory, report, whole_run
 from runs import results
 from runs.families import load_config
@@ -79,9 +79,9 @@ def test_report_and_settings_that_are_there(monkeypatch, capsys, tmp_path):
     without = {**found, "memory": {}, "sides": {side: SIDES[side] for side in ("ours", "diffusers")}}
     without["runs"] = [whole_run(without["sides"], EXPECTED, 3, 50, interval) for interval in (1, 2, 3, 5, 10)]
     results.write(path, Result("compare_speed", "ddpm_emoji", settings, throughput=without))
-    monkeypatch.setattr("sys.argv", ["compare", "--model", "ddpm_emoji", "--batch-size", "3", "--dtype", "fp32",
+    monkeypatch.setattr("sys.argv", ["x", "compare", "--model", "ddpm_emoji", "--batch-size", "3", "--dtype", "fp32",
                                      "--device", "cpu", "--out", str(tmp_path)])
-    compare_speed.main()                                                # measures nothing again
+    throughput.main()                                                # measures nothing again
     assert capsys.readouterr().out.splitlines()[3].endswith("| 2.00 | - | - |")
     assert {file.name for file in tmp_path.iterdir()} == {path.name, "table.md", "chart.png"}
 
@@ -89,8 +89,8 @@ def test_report_and_settings_that_are_there(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("args", ["--repeats 0", "--batch-size 0", "--model nowhere", "--device meta", "--threads 0",
                                   "--mode graphs --device cpu"])
 def test_bad_input(monkeypatch, capsys, tmp_path, args):
-    monkeypatch.setattr("sys.argv", ["compare", *args.split(), "--out", str(tmp_path / "x")])
+    monkeypatch.setattr("sys.argv", ["eval.throughput", "compare", *args.split(), "--out", str(tmp_path / "x")])
     with pytest.raises(SystemExit) as stop:
-        compare_speed.main()
+        throughput.main()
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "x").exists()

@@ -336,10 +336,11 @@ def test_commands_take_a_plan(command, config, file, tmp_path, capsys):
 
     assert command(macs.main, "--plan", file, "--json") == 0
     assert json.loads(capsys.readouterr().out)["macs"] * 16 == pytest.approx(made(config).macs["hook"])
-    words = ("--plan", file, "--device", "cpu", "--batch-size", 1, "--repeats", 1, "--warmup", 1)
-    assert command(throughput.time_a_run, *words) == 0
+    words = ("run", "--config", config, "--plan", file, "--device", "cpu", "--batch-size", 1, "--repeats", 1,
+             "--warmup", 1)
+    assert run_command(throughput.main, *words) == 0
     assert "the run: 16 calls" in capsys.readouterr().out
-    assert command(throughput.time_a_run, *words, "--sampler", "ddim") == 2
+    assert run_command(throughput.main, *words, "--sampler", "ddim") == 2
     assert "sampler dpmpp there, ddim here" in capsys.readouterr().err
 
 

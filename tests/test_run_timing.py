@@ -29,10 +29,10 @@ def test_calls_of_one_kind_cost_the_same(name):
 
 def test_the_command_times_each_kind_once(monkeypatch, tmp_path, capsys):
     out = tmp_path / "run.json"
-    monkeypatch.setattr(sys, "argv", ["run", "--config", str(CONFIG), "--steps", "6", "--interval", "3", "--forecast",
-                                      "1", "--batch-size", "1", "--device", "cpu", "--repeats", "1", "--warmup", "1",
-                                      "--out", str(out)])
-    throughput.time_a_run()
+    monkeypatch.setattr(sys, "argv", ["x", "run", "--config", str(CONFIG), "--steps", "6", "--interval", "3",
+                                      "--forecast", "1", "--batch-size", "1", "--device", "cpu", "--repeats", "1",
+                                      "--warmup", "1", "--out", str(out)])
+    throughput.main()
     found = results.read(out)
     assert [(one["reused"], one["calls"]) for one in found.throughput["kinds"]] == [([], 2), (["2"], 4)]
     assert found.settings["cache"]["forecast"]["order"] == 1
@@ -41,9 +41,9 @@ def test_the_command_times_each_kind_once(monkeypatch, tmp_path, capsys):
 
 def test_a_run_without_caching_has_one_kind(monkeypatch, tmp_path):
     out = tmp_path / "run.json"
-    monkeypatch.setattr(sys, "argv", ["run", "--config", str(CONFIG), "--steps", "2", "--batch-size", "1", "--device",
-                                      "cpu", "--repeats", "1", "--warmup", "1", "--out", str(out)])
-    throughput.time_a_run()
+    monkeypatch.setattr(sys, "argv", ["x", "run", "--config", str(CONFIG), "--steps", "2", "--batch-size", "1",
+                                      "--device", "cpu", "--repeats", "1", "--warmup", "1", "--out", str(out)])
+    throughput.main()
     assert [(one["reused"], one["calls"]) for one in results.read(out).times["kinds"]] == [([], 2)]
 
 

@@ -35,7 +35,6 @@ from caching.schedules import uniform
 from eval.cost.macs import branch_macs
 from eval.cost.timing import interleave
 from runs import results
-from runs.cli import command
 from runs.errors import UserError
 from runs.families import Config, build, example_inputs, family, load_config, rows_per_image
 from runs.files import ROOT, write_atomically
@@ -255,9 +254,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
-def main() -> None:
-    args = _parser().parse_args()
+def run(words: Sequence[str]) -> None:
+    """`eval.throughput compare` with these options. Raises UserError."""
+    args = _parser().parse_args(words)
     configs = [load_config(ROOT / "configs" / f"{name}.yaml") for name in args.model]
     if args.repeats < 1 or args.warmup < 1:
         raise UserError(f"--repeats and --warmup must be 1 or more, got {args.repeats} and {args.warmup}")
@@ -288,7 +287,3 @@ def main() -> None:
             results.write(path, Result("compare_speed", config.name, settings, throughput=found, provenance=where
                                        ).stamped(started))
     print(report(args.out))
-
-
-if __name__ == "__main__":
-    main()

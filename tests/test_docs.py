@@ -1,0 +1,94 @@
+"""README and docs: every command parses, every link leads to something, and what README says in short is measured."""
+
+import argparse
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import HERE
+
+ROOT = HERE.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"),
+                *ROOT.glob("scripts/slurm/*.md")])
+PROGRAMS = ("python", ".venv/bin/python")
+
+
+class Parsed(BaseException):
+    """The command line has been read, and the command's work would begin."""
+
+
+def lines_of(page: Path) -> Iterator[str]:
+    """The lines of a page's blocks of shell commands, those that go on put together."""
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S):
+        if language == "bash":
+            yield from (line for line in re.sub(r"\\\n\s*", "", block).splitlines() if "..." not in line)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The programs of the project that a page calls, and their words."""
+    found = []
+    for line in lines_of(page):
+        words: list[str] = []
+        for word in [*shlex.split(line, comments=True), "&&"]:
+            if word not in ("&&", "|"):
+                words.append(word)
+                continue
+            if words[:1] == ["bash"] or (words[:1] and words[0] in PROGRAMS and words[1:2] == ["-m"]):
+                found.append(words)
+            words = []
+    return found
+
+
+CALLS = [(page.relative_to(ROOT), words) for page in PAGES for words in commands(page)]
+MODULES = [(page, words) for page, words in CALLS if words[0] != "bash" and words[2] != "venv"]
+
+
+def test_pages_have_commands():
+    assert len(MODULES) > 25 and {words[2] for _, words in MODULES} >= {"ddpm.sample", "eval.fid", "planning.search"}
+
+
+@pytest.mark.parametrize(("page", "words"), MODULES, ids=lambda one: " ".join(one) if isinstance(one, list) else None)
+def test_every_command_parses(page, words, monkeypatch, capsys):
+    def parsed(self, *args, **kwargs):
+        read(self, *args, **kwargs)
+        raise Parsed
+
+    read = argparse.ArgumentParser.parse_args
+    module = importlib.import_module(words[2])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    monkeypatch.setattr("sys.argv", words[2:])
+    try:
+        module.main()
+    except Parsed:
+        return
+    except SystemExit:
+        pytest.fail(f"{page}: {capsys.readouterr().err}")
+    pytest.fail(f"{page}: {words[2]} has no command line")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_and_script_is_there(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("http"):
+            path, _, place = target.partition("#")
+            file = (page.parent / path) if path else page
+            assert file.exists(), f"{page}: {target}"
+            if place:
+                headings = [re.sub(r"[^\w -]", "", one).strip().lower().replace(" ", "-")
+                            for one in re.findall(r"^#+ (.+)$", file.read_text(), re.M)]
+                assert place in headings, f"{page}: {target}"
+    for script in re.findall(r"\bscripts/[\w/]+\.(?:sh|py|sbatch)\b", text):
+        assert (ROOT / script).is_file(), f"{page}: {script}"
+    for module in re.findall(r"python -m ((?:\w+\.)+\w+)", text):
+        name = module.removeprefix("unet_caching.")
+        assert (ROOT / name.replace(".", "/")).with_suffix(".py").is_file(), f"{page}: {module}"
+
+
+def test_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150 and len(text) <= 10_000
