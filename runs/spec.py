@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -16,7 +17,7 @@ from caching.deepcache import PlannedDeepCache
 from caching.methods import METHODS, CachePlan, plan
 from caching.nested import NestedUNet
 from caching.options import MethodOptions, RunShape, option
-from caching.trace import reused, trace
+from caching.trace import Asked, reused, trace
 from runs import arguments
 from runs.errors import UserError, as_user_error
 from runs.families import (
@@ -112,6 +113,9 @@ class RunSpec:
         return Run(self)
 
 
+_asked: WeakKeyDictionary[NestedUNet, list[Asked]] = WeakKeyDictionary()     # what a U-Net asks its cache for
+
+
 class Run:
     """A RunSpec together with the config of its model, and what follows from both.
 
@@ -191,8 +195,10 @@ class Run:
         policy = self.caching.policy("meta", self.dtype)
         if policy is None:
             return [frozenset()] * self.calls
-        inputs = example_inputs(self.config)
-        return list(reused(trace(lambda cache: self.unet(*inputs, cache=cache)), policy, self.calls))
+        if self.unet not in _asked:
+            inputs = example_inputs(self.config)
+            _asked[self.unet] = trace(lambda cache: self.unet(*inputs, cache=cache))
+        return list(reused(_asked[self.unet], policy, self.calls))
 
     @property
     def full_calls(self) -> int:

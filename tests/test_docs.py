@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import HERE
 
+from eval.metrics.intervals import mean_estimate
+from experiments import convergence
+from experiments.convergence_report import Point, rival
+from runs import results
+
 ROOT = HERE.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"),
                 *ROOT.glob("scripts/slurm/*.md")])
@@ -92,3 +97,68 @@ def test_every_link_and_script_is_there(page):
 def test_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150 and len(text) <= 10_000
+
+
+def numbers(cell: str) -> list[float]:
+    """The decimals of a cell, in order; whole numbers such as a number of calls are none."""
+    return [float(text) for text in re.findall(r"[+-]?\d+\.\d", cell)]
+
+
+@pytest.fixture(scope="module")
+def studied() -> dict[str, list[Point]]:
+    """What the studies of forecasts measured, by what the pages call their models."""
+    found = {}
+    for model, name in (("text", "forecast_sd"), ("latent", "forecast_ldm"), ("pixel", "forecast_ddpm")):
+        study = convergence.read_study(ROOT / "studies" / f"{name}.yaml")
+        place = convergence.Place(name, ROOT / "results", Path("samples"))
+        found[model] = convergence.points(study, place, list(convergence.specs(study)))
+    return found
+
+
+def chosen(points: list[Point], steps: int, interval: int) -> dict[str, Point]:
+    """The runs of one row of a page, by kind: UniPC on the cheapest branch and the best of fewer steps."""
+    own = {one.kind: one for one in sorted(points, key=lambda one: -one.cost)
+           if (one.sampler, one.steps, one.interval) == ("unipc", steps, interval) and "centered" not in one.name}
+    plain = [one for one in points if one.interval is None]
+    best = rival(own["forecast, order 1"], plain, lambda one: one.cost, slice(64))
+    return own | ({"fewer steps": best} if best else {})
+
+
+def held_out(point: Point) -> float:
+    return point.psnr[64:].mean()
+
+
+def test_the_table_of_forecasts_is_that_of_the_studies(studied):
+    rows = re.findall(r"^\| (\w+), (\d+) steps, N = (\d+) \| ([\d.]+) \| (.+) \|$",
+                      (ROOT / "docs" / "forecasting.md").read_text(), re.M)
+    assert len(rows) > 12
+    for model, steps, interval, calls, cells in rows:
+        runs, row = chosen(studied[model], int(steps), int(interval)), cells.split(" | ")
+        assert runs["forecast, order 1"].cost == pytest.approx(float(calls), abs=0.051)
+        for kind, cell in zip(("fewer steps", "reuse", "forecast, order 1", "forecast, order 2"), row, strict=True):
+            if cell == "-":
+                continue
+            value, *difference = numbers(cell)
+            assert value == pytest.approx(held_out(runs[kind]), abs=0.051), (model, steps, interval, kind)
+            if difference:
+                by = mean_estimate(runs[kind].psnr[64:] - runs["fewer steps"].psnr[64:])
+                assert difference == pytest.approx([by["mean"], *by["interval"]], abs=0.051), (model, steps, interval)
+
+
+def test_what_readme_says_of_forecasts_is_measured(studied):
+    rows = re.findall(r"^\| (\w+) model, .*\((\d+) UniPC steps, N = (\d+)\) \| (.+) \|$",
+                      (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) == 5
+    for model, steps, interval, cells in rows:
+        runs = chosen(studied[model], int(steps), int(interval))
+        told = [value for cell in cells.split(" | ") for value in numbers(cell)]
+        measured = [held_out(runs[kind]) for kind in ("fewer steps", "reuse", "forecast, order 1")]
+        assert told == pytest.approx(measured, abs=0.051), (model, steps, interval)
+
+
+def test_what_readme_says_of_time_is_measured():
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| the same: speed"))
+    runs = results.read(ROOT / "results" / "throughput" / "ldm_cin256_cpu.json").times["runs"]
+    measured = {one["interval"]: one["speedup"] for one in runs if one["branch"] == 0}
+    told = [float(text) for text in re.findall(r"\d+\.\d\d", line.split("|")[3])]
+    assert told == pytest.approx([measured[interval] for interval in (2, 3, 5, 10, 20)], abs=0.0051)
