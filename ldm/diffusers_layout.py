@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from caching.nested import Upsample
 from ldm.unet import Downsample, ResBlock, SpatialTransformer, UNet
 from runs.errors import UserError
-from runs.families import Config
 
 _RES_BLOCK = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
               "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
@@ -24,6 +23,7 @@ def diffusers_names(unet: UNet) -> dict[str, str]:
     within a level.
     """
     modules = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+               "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
                "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
     for side, theirs in (("input_blocks", "down_blocks.{}"), ("middle_block", "mid_block"),
                          ("output_blocks", "up_blocks.{}")):
@@ -58,25 +58,28 @@ _DOWN = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}        # with cross
 _UP = {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
 _READ = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
          "attention_head_dim", "use_linear_projection", "down_block_types", "up_block_types")
+_READ_XL = ("transformer_layers_per_block", "projection_class_embeddings_input_dim")
+_XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
 _NO_DIFFERENCE = ("sample_size", "dropout", "upcast_attention", "addition_embed_type_num_heads")     # to the function
 
 
 def unet_arguments(config: Mapping) -> dict:
-    """The arguments of our UNet for a config of diffusers' UNet2DConditionModel.
+    """The arguments of our UNet for a config of diffusers' UNet2DConditionModel; SDXL's own only where it is one.
 
     attention_head_dim is the number of heads there, whatever its name says: 8 in 1.x, (5, 10, 20, 20) in 2.x.
-    Raises UserError, naming key and value, for a config of another architecture (SDXL, ...): each key that changes
-    the function must have diffusers' default, which is Stable Diffusion's.
+    Raises UserError, naming key and value, for a config of another architecture: each key that changes the function
+    must have diffusers' default, which is Stable Diffusion's.
     """
     known = {name: parameter.default for name, parameter in inspect.signature(UNet2DConditionModel).parameters.items()}
     given = known | {key: _one(value) for key, value in config.items() if not key.startswith("_")}
     if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         raise UserError(f"{config['_class_name']} is not the U-Net of Stable Diffusion, which is UNet2DConditionModel")
-    other = [f"{key} is {value!r} and should be {known.get(key)!r}" for key, value in given.items()
-             if key not in (*_READ, *_NO_DIFFERENCE) and (value or None) != (known.get(key) or None)]
+    xl = given["addition_embed_type"] == "text_time"
+    expected, read = known | (_XL if xl else {}), (*_READ, *(_READ_XL if xl else ()), *_NO_DIFFERENCE)
+    other = [f"{key} is {value!r} and should be {expected.get(key)!r}" for key, value in given.items()
+             if key not in read and (value or None) != (expected.get(key) or None)]
     if other:
-        sdxl = " (SDXL's)" if given["addition_embed_type"] == "text_time" else ""
-        raise UserError(f"not the U-Net of Stable Diffusion 1.x or 2.x{sdxl}: {'; '.join(other)}")
+        raise UserError(f"not the U-Net of {'SDXL' if xl else 'Stable Diffusion 1.x or 2.x'}: {'; '.join(other)}")
 
     channels = config.get("block_out_channels", known["block_out_channels"])
     if not isinstance(channels, list | tuple) or any(width % channels[0] for width in channels):
@@ -92,7 +95,7 @@ def unet_arguments(config: Mapping) -> dict:
     if len(set(heads)) > 1 and heads != [channel // width for channel in channels]:
         raise UserError(f"attention_head_dim is {heads}: neither the number of heads nor their width is the same "
                         "everywhere")
-    for key in ("layers_per_block", "cross_attention_dim"):
+    for key in ("layers_per_block", "cross_attention_dim", *(("projection_class_embeddings_input_dim",) * xl)):
         if not isinstance(given[key], int):
             raise UserError(f"{key} is {given[key]!r} and should be one number")
     return {"in_channels": given["in_channels"], "out_channels": given["out_channels"], "model_channels": channels[0],
@@ -100,7 +103,9 @@ def unet_arguments(config: Mapping) -> dict:
             "attention_resolutions": [2 ** level for level in reversed(range(levels)) if attends[level]],
             "num_heads": heads[0], "context_dim": given["cross_attention_dim"],
             "num_head_channels": width if len(set(heads)) > 1 else None,
-            "linear_projections": given["use_linear_projection"]}
+            "linear_projections": given["use_linear_projection"],
+            **({"transformer_depth": _per_level(given["transformer_layers_per_block"], levels),
+                "adm_in_channels": given["projection_class_embeddings_input_dim"]} if xl else {})}
 
 
 def diffusers_arguments(arguments: Mapping) -> dict:
@@ -114,7 +119,10 @@ def diffusers_arguments(arguments: Mapping) -> dict:
             "up_block_types": [_UP[level] for level in reversed(attends)],
             "cross_attention_dim": arguments["context_dim"],
             "attention_head_dim": [c // width for c in channels] if width else arguments["num_heads"],
-            "use_linear_projection": arguments.get("linear_projections", False)}
+            "use_linear_projection": arguments.get("linear_projections", False),
+            **({} if arguments.get("adm_in_channels") is None else _XL | {
+                "transformer_layers_per_block": list(arguments["transformer_depth"]),
+                "projection_class_embeddings_input_dim": arguments["adm_in_channels"]})}
 
 
 def _one(value: object) -> object:
@@ -127,9 +135,9 @@ def _per_level(value: object, levels: int) -> list:
     return list(value) if isinstance(value, list | tuple) else [value] * levels
 
 
-def diffusers_unet(config: Config, unet: UNet) -> nn.Module:
-    """diffusers' U-Net on the very weights of ours."""
+def diffusers_unet(arguments: Mapping, unet: UNet) -> nn.Module:
+    """diffusers' U-Net on the very weights of ours, which was made with these arguments."""
     with torch.device("meta"):
-        theirs = UNet2DConditionModel(**diffusers_arguments(vars(config.unet)))
+        theirs = UNet2DConditionModel(**diffusers_arguments(arguments))
     theirs.load_state_dict(diffusers_state_dict(unet), assign=True)
     return theirs.eval().requires_grad_(False)

@@ -30,7 +30,7 @@ def open_model(run: Run, machine: Machine) -> ImageModel:
 
 def theirs(config: Config, unet: UNet) -> nn.Module:
     from ldm.diffusers_layout import diffusers_unet
-    return diffusers_unet(config, unet)
+    return diffusers_unet(vars(config.unet), unet)
 
 
 FAMILY = Family(

@@ -114,14 +114,15 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(Residual):
-    """A transformer block over the pixels of a feature map, between two 1x1 convolutions or two linear layers."""
+    """Transformer blocks over the pixels of a feature map, between two 1x1 convolutions or two linear layers."""
     kind = "transformer"
 
-    def __init__(self, channels: int, num_heads: int, context_dim: int, linear: bool = False):
+    def __init__(self, channels: int, num_heads: int, context_dim: int, linear: bool = False, depth: int = 1):
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, num_heads, context_dim)])
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, num_heads, context_dim)
+                                                for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.linear = linear
 
@@ -159,17 +160,19 @@ class UNet(NestedUNet):
     ResNet block; the middle always has one. context_dim: channels of each context token.
     num_heads: of every attention; with num_head_channels, heads of that width instead, more of them in wider levels.
     linear_projections: whether linear layers, not 1x1 convolutions, lead into and out of a SpatialTransformer.
+    transformer_depth: blocks of the SpatialTransformers of each level, the middle's those of the last (None: 1).
 
     `unet(x, t, context, cache)`: x [batch, in_channels, height, width], t [batch], context
     [batch, tokens, context_dim] -> [batch, out_channels, height, width].
     Module names are the published ones. `num_branches`: how many skips there are: branch is 0..num_branches - 1.
-    Raises ValueError for channels that 32 groups, or the heads, do not divide.
+    Raises ValueError for channels that 32 groups, or the heads, do not divide, and for depths of other levels.
     """
     norm: Callable[[int], nn.Module] = GroupNorm32      # of ResNet blocks and of the head
 
     def __init__(self, in_channels: int, out_channels: int, model_channels: int, channel_mult: Sequence[int],
                  num_res_blocks: int, attention_resolutions: Sequence[int], num_heads: int, context_dim: int,
-                 num_head_channels: int | None = None, linear_projections: bool = False, dropout: float = 0.0):
+                 num_head_channels: int | None = None, linear_projections: bool = False, dropout: float = 0.0,
+                 transformer_depth: Sequence[int] | None = None):
         super().__init__()
         if model_channels % 32:
             raise ValueError(f"model_channels must be a multiple of 32 (GroupNorm has 32 groups), got {model_channels}")
@@ -177,17 +180,20 @@ class UNet(NestedUNet):
                          (num_head_channels, f"heads of {num_head_channels} channels do"))
         if any(model_channels * mult % divisor for mult in channel_mult):
             raise ValueError(f"{what} not divide model_channels {model_channels} times {channel_mult}")
+        depths = [1] * len(channel_mult) if transformer_depth is None else list(transformer_depth)
+        if len(depths) != len(channel_mult):
+            raise ValueError(f"transformer_depth {depths} and channel_mult {list(channel_mult)} must be as long")
         self.model_channels, emb = model_channels, 4 * model_channels
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
 
-        def transformer(channels: int) -> SpatialTransformer:
+        def transformer(channels: int, level: int) -> SpatialTransformer:
             heads = num_heads if num_head_channels is None else channels // num_head_channels
-            return SpatialTransformer(channels, heads, context_dim, linear_projections)
+            return SpatialTransformer(channels, heads, context_dim, linear_projections, depths[level])
 
-        def res_block(in_channels: int, out_channels: int, factor: int) -> Block:
+        def res_block(in_channels: int, out_channels: int, level: int) -> Block:
             block = Block(ResBlock(in_channels, out_channels, emb, dropout, self.norm))
-            if factor in attention_resolutions:
-                block.append(transformer(out_channels))
+            if 2 ** level in attention_resolutions:
+                block.append(transformer(out_channels, level))
             return block
 
         # Encoder: a convolution, then for each level its ResNet blocks and a downsampling; each output is a skip.
@@ -195,7 +201,7 @@ class UNet(NestedUNet):
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, channels, 3, padding=1))])
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                self.input_blocks.append(res_block(channels, model_channels * mult, 2 ** level))
+                self.input_blocks.append(res_block(channels, model_channels * mult, level))
                 channels = model_channels * mult
                 skips.append(channels)
             if level < len(channel_mult) - 1:
@@ -204,14 +210,14 @@ class UNet(NestedUNet):
         self.num_branches = len(skips)
 
         self.middle_block = Block(ResBlock(channels, channels, emb, dropout, self.norm),
-                                  transformer(channels),
+                                  transformer(channels, -1),
                                   ResBlock(channels, channels, emb, dropout, self.norm))
 
         # Decoder: one block for each skip, the innermost first; the last block of a level upsamples.
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                block = res_block(channels + skips.pop(), model_channels * mult, 2 ** level)
+                block = res_block(channels + skips.pop(), model_channels * mult, level)
                 channels = model_channels * mult
                 if level > 0 and i == num_res_blocks:
                     block.append(Upsample(channels))

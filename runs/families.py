@@ -1,7 +1,7 @@
 """The registry of models: each package of PACKAGES exports one FAMILY, and nothing else names the packages."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -63,9 +63,9 @@ class Condition:
 class Family(Generic[Schema, Net]):
     """All that other programs need of a model package.
 
-    name: the first word of its configs' names. command: the module of its sample command. schema: the dataclass of its
-    configs. condition: its own options. flags: the flags of options that have not the option's name. batch_size: how
-    many images at a time, unless the user says more.
+    name: the first word of its configs' names; aliases: others. command: the module of its sample command. schema: the
+    dataclass of its configs. condition: its own options. flags: the flags of options that have not the option's name.
+    batch_size: how many images at a time, unless the user says more.
     unet(config): the U-Net with random weights, on the device that is in force; raises ValueError.
     shapes(config): the shapes of x and, where there is one, of the context, for one image.
     resolution(config): the pixels of a side. load_unet(config, path): the U-Net with the weights of a checkpoint, on
@@ -88,6 +88,7 @@ class Family(Generic[Schema, Net]):
     flags: Mapping[str, str] = field(default_factory=dict)
     references: Mapping[str, Path] = field(default_factory=dict)
     packed: bool = False
+    aliases: Sequence[str] = ()
 
 
 @cache
@@ -114,9 +115,10 @@ def family_named_by(path: Path | str) -> Family:
     except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         raise UserError(f"{path}: {one_line(error)}") from None
     name = content.get("name") if isinstance(content, DictConfig) else None
-    known = families().get(str(name).split("_")[0])
+    words = {word: family for family in families().values() for word in (family.name, *family.aliases)}
+    known = words.get(str(name).split("_")[0])
     if known is None:
-        prefixes = " or ".join(f"{prefix}_" for prefix in families())
+        prefixes = " or ".join(f"{word}_" for word in words)
         raise UserError(f"{path}: the name must start with {prefixes} to say whose config this is, got {name!r}")
     return known
 

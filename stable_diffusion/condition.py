@@ -7,6 +7,8 @@ from caching.options import option
 from runs.errors import UserError
 from runs.families import Condition
 
+SIZED = ("original_size", "crop", "target_size")
+
 
 @dataclass(frozen=True)
 class TextCondition(Condition):
@@ -17,6 +19,12 @@ class TextCondition(Condition):
     negative_prompt: str = option("", "what guidance leads away from (default: the empty one)")
     height: int | None = option(None, "of the images, in pixels (default: the config's resolution)")
     width: int | None = option(None, "likewise")
+    original_size: str | None = option(None, "SDXL: the size that a training image would have had before it was cut, "
+                                             "in pixels (default: that of the images)", metavar="HEIGHT,WIDTH")
+    crop: str | None = option(None, "SDXL: where that would have been cut; 0,0 = nothing of what is shown is cut off "
+                                    "(default)", metavar="TOP,LEFT")
+    target_size: str | None = option(None, "SDXL: the size after that (default: that of the images)",
+                                     metavar="HEIGHT,WIDTH")
     guidance: float | None = option(None, "classifier-free guidance; 1 = none, anything else doubles the batch")
     released_noise: bool = option(False, "the released evaluation's noise, the same in every batch: seed 42 is set "
                                   "again for each; an image depends on its place in the batch then, and on "
@@ -32,7 +40,25 @@ class TextCondition(Condition):
         if self.prompt is not None and self.images_per_prompt != 1:
             raise UserError("--images-per-prompt is for --prompts; with --prompt every seed of --seeds has the same")
 
+        for name in SIZED:
+            _pair(name, getattr(self, name))
+
+    def sizes(self, height: int, width: int) -> list[int]:
+        """What SDXL is told of the sizes of images, its micro-conditioning: pixels, as `unet.XLUNet` takes them."""
+        defaults = {"original_size": [height, width], "crop": [0, 0], "target_size": [height, width]}
+        return [number for name in SIZED for number in _pair(name, getattr(self, name)) or defaults[name]]
+
     def name(self) -> tuple[list[str], list[str]]:
         each = f"_x{self.images_per_prompt}" if self.images_per_prompt != 1 else ""
         return ([self.prompts.stem.removeprefix("captions_") + each] if self.prompts else [],
                 [] if self.guidance is None else [f"guidance{self.guidance:g}"])
+
+
+def _pair(name: str, text: str | None) -> list[int] | None:
+    """'1024,768' -> [1024, 768]. Raises UserError."""
+    if text is None:
+        return None
+    found = text.split(",")
+    if len(found) != 2 or not all(part.strip().isdecimal() for part in found):
+        raise UserError(f"--{name.replace('_', '-')} must be two numbers of pixels like 1024,1024, got {text!r}")
+    return [int(part) for part in found]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,13 @@ class Unet(ldm.config.Unet):
     """Arguments of `stable_diffusion.unet.UNet`."""
     num_head_channels: int | None = None
     linear_projections: bool = False
+
+
+@dataclass
+class XL:
+    """What SDXL has beside: arguments of `stable_diffusion.unet.XLUNet`. Its text encoders are two, side by side."""
+    transformer_depth: list[int]
+    adm_in_channels: int
 
 
 @dataclass
@@ -59,6 +67,12 @@ class Config:
     diffusion: Diffusion = field(default_factory=Diffusion)
     sampler: Sampler = field(default_factory=Sampler)
     train: Train | None = None
+    xl: XL | None = None                # SDXL's, and what makes it one
+
+    @property
+    def unet_arguments(self) -> dict[str, Any]:
+        """All arguments of the U-Net."""
+        return vars(self.unet) | ({} if self.xl is None else vars(self.xl))
 
     @property
     def latent_size(self) -> int:

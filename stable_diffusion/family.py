@@ -10,7 +10,7 @@ from runs.machine import Machine
 from runs.spec import Run
 from stable_diffusion.condition import TextCondition
 from stable_diffusion.config import Config
-from stable_diffusion.unet import UNet
+from stable_diffusion.unet import SIZE_CHANNELS, SIZES, UNet, make
 
 
 def load_unet(config: Config, path: Path) -> UNet:
@@ -25,15 +25,19 @@ def open_model(run: Run, machine: Machine) -> ImageModel:
 
 def theirs(config: Config, unet: UNet) -> nn.Module:
     from ldm.diffusers_layout import diffusers_unet
-    return diffusers_unet(config, unet)
+    return diffusers_unet(config.unet_arguments, unet)
+
+
+def shapes(config: Config) -> list[tuple[int, ...]]:
+    found = [(config.unet.in_channels, config.latent_size, config.latent_size),
+             (config.tokens, config.unet.context_dim)]
+    return found if config.xl is None else [*found, (config.xl.adm_in_channels - SIZES * SIZE_CHANNELS,), (SIZES,)]
 
 
 FAMILY = Family(
-    name="sd", command="stable_diffusion.sample", schema=Config, condition=TextCondition, batch_size=8,
-    flags={"checkpoint": "model"},
-    unet=lambda config: UNet(**vars(config.unet)),
-    shapes=lambda config: [(config.unet.in_channels, config.latent_size, config.latent_size),
-                           (config.tokens, config.unet.context_dim)],
+    name="sd", aliases=("sdxl",), command="stable_diffusion.sample", schema=Config, condition=TextCondition,
+    batch_size=8, flags={"checkpoint": "model"},
+    unet=lambda config: make(config.unet_arguments), shapes=shapes,
     resolution=lambda config: config.resolution,
     load_unet=load_unet, open=open_model, theirs=theirs, judge="clip_score",
     references={"sd_v15": Path("data/references/coco_val2017.npz")})

@@ -17,7 +17,7 @@ from runs.prompts import prompts_sha256, read_prompts
 from runs.spec import Run
 from sampling.noise import SeededNoise
 from stable_diffusion.checkpoint import checkpoint_sha256, load_checkpoint
-from stable_diffusion.condition import TextCondition
+from stable_diffusion.condition import SIZED, TextCondition
 from stable_diffusion.config import Config
 from stable_diffusion.text_to_image import TextToImage, check_text_to_image, latent_size
 from stable_diffusion.unet import UNet
@@ -123,6 +123,9 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
         check_text_to_image(config)
         height, width = latent_size(config, asked.height, asked.width)
         self.shape = (config.unet.in_channels, height, width)
+        self.sizes = asked.sizes(height * config.downsampling, width * config.downsampling)
+        if config.xl is None and any(getattr(asked, name) is not None for name in SIZED):
+            raise UserError(f"--original-size, --crop and --target-size are for SDXL: {config.name} knows of no sizes")
         self.released = None
         if asked.released_noise:
             self.released = ReleasedNoise(machine.batch_size, None if self.prompts.per is None else self.images,
@@ -131,14 +134,15 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
                          "height": height * config.downsampling, "width": width * config.downsampling,
                          **self.prompts.settings, "negative_prompt": asked.negative_prompt, **self.sampler.settings,
                          "guidance": run.guidance, "noise": self.released.settings if self.released else "per seed",
-                         "dtype": run.spec.network.dtype, "first_stage_dtype": "fp32", "text_encoder_dtype": "fp32"}
+                         "dtype": run.spec.network.dtype, "first_stage_dtype": "fp32", "text_encoder_dtype": "fp32",
+                         **({} if config.xl is None else {"xl": asdict(config.xl), "sizes": self.sizes})}
 
     def load(self) -> None:
         loaded = load_checkpoint(self.config, self.run.checkpoint, self.condition.diffusers_unet)
         self.settings["checkpoint_sha256"] = checkpoint_sha256(self.run.checkpoint)
         if not isinstance(loaded.unet, UNet):
             self.settings["unet"] = {"diffusers": layout(loaded.unet.config)}
-        self.model = TextToImage(loaded, self.config, self.device, self.dtype)
+        self.model = TextToImage(loaded, self.config, self.device, self.dtype, self.sizes)
         self.unet = self.model.unet
 
     def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None,

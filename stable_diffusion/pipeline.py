@@ -3,7 +3,13 @@
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 
 from ldm.diffusers_layout import diffusers_arguments, diffusers_state_dict
 from pipelines.enable import disable_deepcache, enable_deepcache
@@ -13,7 +19,7 @@ from stable_diffusion.config import Config, Diffusion
 __all__ = ["disable_deepcache", "enable_deepcache", "load_pipeline", "scheduler"]
 
 
-def load_pipeline(config: Config, path: Path) -> StableDiffusionPipeline:
+def load_pipeline(config: Config, path: Path) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """A text-to-image pipeline of a checkpoint in any layout, without caching until `enable_deepcache` sets it.
 
     path: as `stable_diffusion.checkpoint.load_checkpoint` takes it, whose UserErrors it raises. In float32, on the CPU.
@@ -22,12 +28,15 @@ def load_pipeline(config: Config, path: Path) -> StableDiffusionPipeline:
     """
     model = load_checkpoint(config, path)
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=config.latent_size, **diffusers_arguments(vars(config.unet)))
+        unet = UNet2DConditionModel(sample_size=config.latent_size, **diffusers_arguments(config.unet_arguments))
     unet.load_state_dict(diffusers_state_dict(model.unet), assign=True)
-    return StableDiffusionPipeline(
-        vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer,
-        unet=unet.eval().requires_grad_(False), scheduler=scheduler(config.diffusion),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    parts = {"vae": model.vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer,
+             "unet": unet.eval().requires_grad_(False), "scheduler": scheduler(config.diffusion)}
+    if model.second is not None:
+        return StableDiffusionXLPipeline(
+            **parts, text_encoder_2=model.second.text_encoder, tokenizer_2=model.second.tokenizer,
+            force_zeros_for_empty_prompt=model.second.zeros, add_watermarker=False)
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def scheduler(diffusion: Diffusion) -> PNDMScheduler | DDIMScheduler:

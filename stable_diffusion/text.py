@@ -3,35 +3,48 @@
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    BertModel,
+    BertTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 from transformers.utils import logging
 
 from runs.errors import UserError, one_line
 from runs.weights import load_strict
+
+Encoder = TypeVar("Encoder", CLIPTextModel, CLIPTextModelWithProjection)
 
 # CLIP ViT-L/14's text model, which is that of Stable Diffusion 1.x
 VIT_L_14 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
             "projection_dim": 768}
 
 
-def clip(config: Mapping, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
+def clip(config: Mapping, tensors: Mapping[str, Tensor], cls: type[Encoder] = CLIPTextModel) -> Encoder:
     """CLIP's text model from transformers' config and tensors, named with or without `text_model.`.
 
-    Raises UserError for a config that is none, and for missing, extra or misshapen tensors.
+    cls: CLIPTextModelWithProjection for one that also sums the text up. Raises UserError for a config that is none,
+    and for missing, extra or misshapen tensors.
     """
     try:
         with torch.device("meta"):
-            model = CLIPTextModel(CLIPTextConfig.from_dict(config))
+            model = cls(CLIPTextConfig.from_dict(config))
     except (StrictDataclassError, KeyError) as error:
         raise UserError(f"the text encoder's config is not one of CLIP: {one_line(error)}") from None
     prefix = "text_model." if any(name.startswith("text_model.") for name in tensors) else ""
     constant = f"{prefix}embeddings.position_ids"       # 0, 1, 2, ...; older files hold it
-    load_strict(model, {name: value for name, value in tensors.items() if name != constant},
-                lambda name: prefix + name.removeprefix("text_model."))     # versions of transformers differ in it
+
+    def published(name: str) -> str:        # versions of transformers differ in the prefix
+        return name if name.startswith("text_projection.") else prefix + name.removeprefix("text_model.")
+    load_strict(model, {name: value for name, value in tensors.items() if name != constant}, published)
     for module in model.modules():
         if hasattr(module, "position_ids"):
             module.position_ids = torch.arange(model.config.max_position_embeddings)[None]

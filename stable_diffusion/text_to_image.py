@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import Tensor, nn
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from caching.nested import Cache, Network, no_cache
 from caching.policy import Policy
@@ -27,8 +28,9 @@ class DiffusersUNet(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, cache: Cache = no_cache) -> Tensor:
-        return self.unet(x, t, context, return_dict=False)[0]
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, *added: Tensor, cache: Cache = no_cache) -> Tensor:
+        of_sdxl = dict(zip(("text_embeds", "time_ids"), added, strict=True)) if added else None
+        return self.unet(x, t, context, added_cond_kwargs=of_sdxl, return_dict=False)[0]
 
 
 def latent_size(config: Config, height: int | None, width: int | None) -> tuple[int, int]:
@@ -50,18 +52,22 @@ def check_text_to_image(config: Config) -> None:
 
 
 class TextToImage:
-    """A model on its device: the U-Net in `dtype`; text encoder and autoencoder in float32, whatever the dtype is.
+    """A model on its device: the U-Net in `dtype`; text encoders and autoencoder in float32, whatever the dtype is.
 
-    They run once for all the steps, and the autoencoder of 1.x overflows in float16.
+    They run once for all the steps, and the autoencoders of 1.x and SDXL overflow in float16.
+    sizes: what an SDXL is told of them (`stable_diffusion.unet`).
     """
 
-    def __init__(self, model: Model, config: Config, device: torch.device, dtype: torch.dtype):
-        self.config, self.device, self.dtype = config, device, dtype
+    def __init__(self, model: Model, config: Config, device: torch.device, dtype: torch.dtype,
+                 sizes: Sequence[int] = ()):
+        self.config, self.device, self.dtype, self.sizes = config, device, dtype, sizes
         unet = model.unet if not isinstance(model.unet, UNet2DConditionModel) else DiffusersUNet(model.unet)
         self.unet = place(unet, device, dtype)
         self.vae: AutoencoderKL | VQModel = place(model.vae, device)
         self.text_encoder = model.text_encoder.to(device)
-        self.tokenizer = model.tokenizer
+        self.tokenizer, self.second = model.tokenizer, model.second
+        if self.second is not None:
+            self.second.text_encoder.to(device)
 
     def dropped_tokens(self, prompts: Sequence[str]) -> dict[int, int]:
         """The prompts that are longer than the text encoder takes: index -> how many of its tokens are not read."""
@@ -70,15 +76,42 @@ class TextToImage:
         return {i: length - limit for i, length in enumerate(lengths) if length > limit}
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """What the U-Net attends to: [prompts, tokens, context_dim], in its dtype. Equal prompts are encoded once."""
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """What the U-Net is given of texts, in its dtype: the context [prompts, tokens, context_dim]; SDXL's also the
+        second encoder's summary [prompts, channels]. Equal prompts are encoded once.
+        """
         distinct = sorted(set(prompts))
-        batch = self.tokenizer(distinct, padding="max_length", max_length=self.tokenizer.model_max_length,
-                               truncation=True, return_tensors="pt").to(self.device)
-        # As diffusers' pipelines: CLIP attends to the padding too.
-        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-        found = self.text_encoder(batch.input_ids, attention_mask=batch.attention_mask if masked else None)[0]
-        return found[[distinct.index(prompt) for prompt in prompts]].to(self.dtype)
+        batch = self._tokens(self.tokenizer, distinct)
+        if self.second is None:
+            # As diffusers' pipelines: CLIP attends to the padding too.
+            masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+            found = [self.text_encoder(batch.input_ids, attention_mask=batch.attention_mask if masked else None)[0]]
+        else:                               # both attended to before their last layers, side by side
+            first = self.text_encoder(batch.input_ids, output_hidden_states=True)
+            second = self.second.text_encoder(self._tokens(self.second.tokenizer, distinct).input_ids,
+                                              output_hidden_states=True)
+            found = [torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds]
+        places = [distinct.index(prompt) for prompt in prompts]
+        return [value[places].to(self.dtype) for value in found]
+
+    def _tokens(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:
+        return tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                         return_tensors="pt").to(self.device)
+
+    def conditions(self, prompts: Sequence[str], negative_prompt: str, guidance: float) -> list[Tensor]:
+        """What the U-Net is given beside x and t: `encode` of the prompts, and what SDXL is told of sizes.
+
+        With guidance of the doubled batch [uncond, cond].
+        """
+        found = self.encode(prompts)
+        if guidance != 1:
+            nothing = self.encode([negative_prompt])
+            if self.second is not None and self.second.zeros and not negative_prompt:
+                nothing = [torch.zeros_like(value) for value in nothing]
+            found = [torch.cat([none.expand_as(own), own]) for none, own in zip(nothing, found, strict=True)]
+        if self.second is not None:
+            found.append(torch.tensor([self.sizes], device=self.device).float().repeat(len(found[0]), 1))
+        return found
 
     @torch.no_grad()
     def latents(self, sampler: Sampler, x: Tensor, prompts: Sequence[str], negative_prompt: str, guidance: float,
@@ -89,11 +122,9 @@ class TextToImage:
         network: what takes the place of the U-Net (see `runs.image_model.ImageModel.latents`).
         Raises UserError where they are not finite.
         """
-        context = self.encode(prompts)
-        if guidance != 1:
-            context = torch.cat([self.encode([negative_prompt]).expand_as(context), context])
+        context = self.conditions(prompts, negative_prompt, guidance)
         predict = noise_predictor(self.unet if network is None else network, self.config.diffusion, self.dtype, cache,
-                                  [context], guidance)
+                                  context, guidance)
         return check_finite(sampler.run(predict, x, noise, progress))
 
     @torch.no_grad()

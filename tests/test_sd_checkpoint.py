@@ -128,7 +128,8 @@ def test_diffusers_computes_the_same_with_our_weights(arguments):
 
 
 @pytest.mark.parametrize(("change", "names"), [
-    ({"addition_embed_type": "text_time"}, ["SDXL", "addition_embed_type is 'text_time' and should be None"]),
+    ({"addition_embed_type": "text_time"}, ["SDXL", "addition_time_embed_dim is None and should be 256"]),
+    ({"addition_embed_type": "text"}, ["2.x", "addition_embed_type is 'text' and should be None"]),
     ({"transformer_layers_per_block": [1, 2, 10]}, ["transformer_layers_per_block is [1, 2, 10] and should be 1"]),
     ({"class_embed_type": "timestep"}, ["class_embed_type"]),
     ({"resnet_time_scale_shift": "scale_shift"}, ["scale_shift"]),

@@ -99,6 +99,8 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
     rows = batch_size * rows_per_image(config)
     x, *context = (torch.randn(value.shape).to(device, dtype) for value in example_inputs(config, rows)
                    if value.is_floating_point())
+    added = dict(zip(("text_embeds", "time_ids"), context[1:], strict=True)) if context[1:] else None
+    of_sdxl = {} if added is None else {"added_cond_kwargs": added}
 
     def times(step: int) -> Tensor:
         return torch.full((rows,), TIMES[step], device=device)
@@ -107,7 +109,7 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
         return ours(x, times(step), *context, cache=cache.at(step))
 
     def their_step(unet: Network, step: int) -> Tensor:
-        return unet(x, torch.tensor(TIMES[step], device=device), *context, return_dict=False)[0]
+        return unet(x, torch.tensor(TIMES[step], device=device), *context[:1], **of_sdxl, return_dict=False)[0]
 
     variants: dict[tuple[str, str], Callable[[], Tensor]] = {
         ("ours", "full"): lambda: our_step(0), ("ours", "cached"): lambda: our_step(1),

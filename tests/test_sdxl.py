@@ -1,0 +1,306 @@
+"""SDXL as a model of the project: names and MACs at real size; what the commands give, against diffusers' pipeline."""
+
+import gzip
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import HERE, relative_error
+from DeepCache import DeepCacheSDHelper
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from PIL import Image
+from test_ldm_sample import pixels, same
+from test_sd_sample import BETAS, SCHEDULERS, ended, fails, settings_of  # noqa: F401  one is a fixture
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+import stable_diffusion.compare
+from eval.cost.macs import branch_macs, count
+from ldm.diffusers_layout import diffusers_names, diffusers_state_dict, unet_arguments
+from pipelines.enable import enable_deepcache
+from runs.errors import UserError
+from runs.families import build, example_inputs, load_config
+from runs.folder import image_path
+from stable_diffusion.checkpoint import load_state_dict
+from stable_diffusion.pipeline import load_pipeline
+from stable_diffusion.sample import main
+from stable_diffusion.unet import XLUNet
+
+SDXL = load_config(HERE.parent / "configs" / "sdxl.yaml")
+FORMAT = json.loads(gzip.decompress((HERE / "formats" / "keys_sdxl_unet_diffusers.json.gz").read_bytes()))
+PUBLISHED = {name: torch.empty(shape, device="meta") for name, (shape, _) in FORMAT["keys"].items()}
+TOLERANCE = 2e-5
+TOKENS, SIZE, POOLED = 12, 16, 20
+UNET = {"in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2, 2], "num_res_blocks": 2,
+        "attention_resolutions": [4, 2], "num_heads": 2, "context_dim": 40, "num_head_channels": 16,
+        "linear_projections": True}
+XL = {"transformer_depth": [1, 2, 3], "adm_in_channels": POOLED + 6 * 256}
+CONFIG = {"name": "sdxl_tiny", "unet": UNET, "xl": XL, "resolution": SIZE, "downsampling": 2, "tokens": TOKENS,
+          "sampler": {"sampler": "ddim", "steps": 6, "guidance": 3.0, "branch": 1}}
+LEVELS = {"block_out_channels": (32, 64, 64), "layers_per_block": 2, "cross_attention_dim": 40,
+          "attention_head_dim": (2, 4, 4), "sample_size": SIZE // 2, "use_linear_projection": True,
+          "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+          "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+          "transformer_layers_per_block": (1, 2, 3), "addition_embed_type": "text_time",
+          "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": POOLED + 6 * 256}
+PROMPTS = ["red fox", "a dog, asleep", "moon"]
+
+
+def text(tokens: list[str], width: int, **changes) -> CLIPTextConfig:
+    return CLIPTextConfig(vocab_size=len(tokens), hidden_size=width, intermediate_size=32, num_hidden_layers=2,
+                          num_attention_heads=2, max_position_embeddings=TOKENS, bos_token_id=len(tokens) - 2,
+                          eos_token_id=len(tokens) - 1, **changes)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """The config of a tiny SDXL with random weights; its diffusers folder and its prompts beside it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    letters = "!abcdefghijklmnopqrstuvwxyz,"
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    encoders = (CLIPTextModel(text(tokens, 16)),
+                CLIPTextModelWithProjection(text(tokens, 24, projection_dim=POOLED, hidden_act="gelu")))
+    for encoder in encoders:
+        torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=3)     # so that prompts show in the images
+    vocabulary = {"vocab": {token: i for i, token in enumerate(tokens)}, "merges": [], "model_max_length": TOKENS}
+    pipe = StableDiffusionXLPipeline(
+        AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.13025,
+                      down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2),
+        *encoders, CLIPTokenizer(**vocabulary), CLIPTokenizer(**vocabulary, pad_token="!"),
+        UNet2DConditionModel(**LEVELS), EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+        add_watermarker=False)
+    pipe.save_pretrained(folder / "model")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG | {"checkpoint": str(folder / "model")}))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture
+def sample(tiny, monkeypatch):
+    """The command within this process; returns its exit code."""
+    def run(*args, command=main, config=tiny) -> int:
+        prompts = [] if "--prompt" in args else ["--prompts", tiny.with_name("prompts.txt")]
+        words = ["sample", "--config", config, "--threads", 1, "--device", "cpu", *prompts, *args]
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        try:
+            command()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny):
+    """diffusers' pipeline on the same folder, as a function of its scheduler and arguments."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny.with_name("model"), local_files_only=True,
+                                                     add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(scheduler: str = "ddim", caching: dict | None = None, height: int = SIZE, width: int = SIZE, **others):
+        pipe.scheduler = SCHEDULERS[scheduler]()
+        x = torch.stack([torch.randn(4, height // 2, width // 2, generator=torch.Generator().manual_seed(seed))
+                         for seed in range(len(PROMPTS))])
+        given = {"latents": x, "num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "latent",
+                 "height": height, "width": width} | others
+        with enable_deepcache(pipe, **caching or {"interval": 1}):
+            return pipe(PROMPTS, **given).images
+    return run
+
+
+# Names and MACs at real size
+
+def test_the_public_names_load_strictly():
+    unet = build(SDXL)
+    assert unet_arguments(FORMAT["config"]) == SDXL.unet_arguments
+    load_state_dict(unet, PUBLISHED)
+    assert {name: list(value.shape) for name, value in diffusers_state_dict(unet).items()} \
+        == {name: list(value.shape) for name, value in PUBLISHED.items()}
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 2_567_463_684 and unet.num_branches == 9
+    name = "down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k.weight"
+    with pytest.raises(UserError, match=f"missing {name}$"):
+        load_state_dict(unet, {key: value for key, value in PUBLISHED.items() if key != name})
+
+
+def test_our_names_are_those_of_the_file_in_the_authors_layout():
+    """diffusers' converter reads them as its own."""
+    unet = build(SDXL)
+    own = unet.state_dict()
+    file = {f"model.diffusion_model.{name}": value for name, value in own.items()}
+    converted = convert_ldm_unet_checkpoint(dict(file), FORMAT["config"] | {
+        "class_embed_type": None, "addition_embed_type": "text_time"})
+    assert converted.keys() == PUBLISHED.keys()
+    names = diffusers_names(unet)
+    assert all(converted[names[name]] is value for name, value in own.items())
+    load_state_dict(unet, file)
+
+
+@torch.no_grad()
+def macs_by_helper(unet: UNet2DConditionModel, inputs: tuple, branch: int) -> list:
+    """The MACs of a full and a cached step of diffusers' own modules, which the authors' helper leaves out."""
+    x, _, context, pooled, sizes = inputs
+    helper = DeepCacheSDHelper(SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=[2, 1])))
+    helper.set_params(cache_interval=2, cache_branch_id=branch)
+    helper.enable()
+    found = [count(lambda t=t: unet(x, torch.tensor(t), context, return_dict=False, added_cond_kwargs={
+        "text_embeds": pooled, "time_ids": sizes})) for t in (2, 1)]
+    helper.disable()
+    return found
+
+
+@pytest.mark.parametrize("branches", [[1], pytest.param(range(9), marks=pytest.mark.slow)], ids=["branch 1", "all"])
+def test_macs_are_those_of_diffusers_network(branches):
+    full, cached = branch_macs(build(SDXL), example_inputs(SDXL), range(9))
+    assert [round(macs / 1e9, 3) for macs in full] == [2989.751, 3380.618]
+    assert [round(cached[branch].hook / 1e9, 2) for branch in (0, 1, 2)] == [49.10, 128.03, 223.75]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**FORMAT["config"]).eval()
+    for branch in branches:
+        assert macs_by_helper(unet, example_inputs(SDXL), branch) == [full, cached[branch]]
+
+
+def test_macs_at_every_branch_of_a_tiny_one(tiny):
+    config = load_config(tiny)
+    full, cached = branch_macs(build(config), example_inputs(config), range(9))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**LEVELS).eval()
+    for branch in range(9):
+        assert macs_by_helper(unet, example_inputs(config), branch) == [full, cached[branch]]
+
+
+# The commands
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_command_gives_what_diffusers_pipeline_gives(sample, theirs, tmp_path, ended, name):  # noqa: F811
+    assert sample("--sampler", name, "--negative-prompt", "green", "--out", tmp_path / "x") == 0
+    assert relative_error(ended[0], theirs(name, negative_prompt=["green"] * 3)) < TOLERANCE
+
+
+@pytest.mark.parametrize("caching", [{"interval": 3}, {"interval": 2, "branch": 3, "forecast": 1}],
+                         ids=["reuse", "forecast"])
+def test_with_caching_it_gives_what_a_pipeline_gives_with_caching(sample, theirs, tmp_path, ended, caching):  # noqa: F811
+    words = [word for name, value in caching.items() for word in (f"--{name}", value)]
+    assert sample(*words, "--out", tmp_path / "x") == 0
+    expected = theirs(caching=caching)
+    assert relative_error(ended[0], expected) < TOLERANCE
+    assert relative_error(theirs(), expected) > 50 * TOLERANCE
+
+
+SIZED = ["--height", 24, "--width", 8, "--original-size", "64,48", "--crop", "3,5", "--target-size", "32,30"]
+
+
+def test_sizes_and_what_it_is_told_of_them(sample, theirs, tmp_path, ended, capsys):  # noqa: F811
+    assert sample(*SIZED, "--out", tmp_path / "x") == 0
+    expected = theirs(height=24, width=8, original_size=(64, 48), crops_coords_top_left=(3, 5), target_size=(32, 30))
+    assert relative_error(ended[-1], expected) < TOLERANCE
+    assert Image.open(image_path(tmp_path / "x", 0)).size == (8, 24)
+    assert settings_of(tmp_path / "x")["sizes"] == [64, 48, 3, 5, 32, 30]
+    assert sample(*SIZED[:4], "--out", tmp_path / "y") == 0
+    expected = theirs(height=24, width=8)
+    assert relative_error(ended[-1], expected) < TOLERANCE < 1e-3 < relative_error(ended[0], expected)
+    assert settings_of(tmp_path / "y")["sizes"] == [24, 8, 0, 0, 24, 8]
+    assert fails(capsys, sample("--crop", "1", "--out", tmp_path / "z"), "--crop", "1024,1024")
+
+
+def test_images_guidance_and_number_formats(sample, theirs, tmp_path):
+    assert sample("--guidance", 1, "--out", tmp_path / "fp32") == 0
+    expected = (255 * theirs(guidance_scale=1.0, output_type="np")).round().astype(int)
+    ours = pixels(tmp_path / "fp32")
+    assert all(np.abs(ours[seed] - expected[seed]).max() <= 1 for seed in range(3))
+    for dtype in ("bf16", "fp16"):
+        assert sample("--guidance", 1, "--dtype", dtype, "--batch-size", 2, "--out", tmp_path / dtype) == 0
+        found = pixels(tmp_path / dtype)
+        assert all(np.abs(found[seed] - ours[seed]).mean() < 2 for seed in ours)
+        assert settings_of(tmp_path / dtype)["first_stage_dtype"] == "fp32"
+
+
+def test_without_a_negative_prompt_the_folder_says_what_guidance_leads_away_from(sample, tiny, theirs, tmp_path,
+                                                                                ended):  # noqa: F811
+    folder = Path(shutil.copytree(tiny.with_name("model"), tmp_path / "model"))
+    rewrite(folder / "model_index.json", force_zeros_for_empty_prompt=False)
+    assert sample("--model", folder, "--out", tmp_path / "x") == 0
+    assert relative_error(ended[0], theirs(negative_prompt=[""] * 3)) < TOLERANCE
+    assert relative_error(ended[0], theirs()) > 1e-2            # zeros
+
+
+def test_diffusers_unet_gives_the_same_images(sample, tmp_path):
+    for name, flags in (("ours", []), ("theirs", ["--diffusers-unet"])):
+        assert sample("--steps", 3, *flags, "--out", tmp_path / name) == 0
+    assert same(tmp_path / "ours", tmp_path / "theirs", tolerance=1)
+
+
+def test_compare(sample, tmp_path, capsys):
+    out = tmp_path / "both.png"
+    assert sample("--prompt", "moon", "--interval", 3, "--out", out, command=stable_diffusion.compare.main) == 0
+    result = json.loads(out.with_suffix(".json").read_text())
+    unet = XLUNet(**UNET, **XL)
+    inputs = (torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, TOKENS, 40), torch.zeros(1, POOLED),
+              torch.zeros(1, 6))
+    full, cached = branch_macs(unet, inputs, [1])
+    assert result["uncached"]["macs"] == 2 * 6 * full.hook
+    assert result["cached"]["macs_fc"] == pytest.approx(2 * (2 * full.fc + 4 * cached[1].fc))
+    assert result["psnr_db"] > 0 and "2 / 6" in capsys.readouterr().out
+
+
+def test_a_plan_of_another_depth_is_refused(sample, tiny, tmp_path, capsys):
+    """The folder's sizes are those of the config, in every number."""
+    for key, value in (("transformer_depth", [1, 2, 2]), ("adm_in_channels", 8 + 6 * 256)):
+        config = tmp_path / f"{key}.yaml"
+        config.write_text(yaml.safe_dump(yaml.safe_load(tiny.read_text()) | {"xl": XL | {key: value}}))
+        assert fails(capsys, sample("--out", tmp_path / "x", config=config), f"and should be {value}")
+
+
+def test_a_pipeline_of_the_folder(tiny, theirs):
+    pipe = load_pipeline(load_config(tiny), tiny.with_name("model"))
+    pipe.set_progress_bar_config(disable=True)
+    x = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
+    found = pipe(PROMPTS, latents=x, num_inference_steps=6, guidance_scale=3.0, output_type="latent").images
+    assert relative_error(found, theirs("plms")) < TOLERANCE
+
+
+def rewrite(path: Path, **change) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+@pytest.mark.parametrize(("file", "change", "words"), [
+    ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]},
+     ["StableDiffusionXLImg2ImgPipeline", "[None, None]"]),                         # the refiner
+    ("model_index.json", {"text_encoder_2": ["transformers", "T5EncoderModel"]}, ["T5EncoderModel"]),
+    ("model_index.json", {"_class_name": "FluxPipeline"}, ["FluxPipeline"]),
+    ("tokenizer_2/tokenizer_config.json", {"model_max_length": 64}, ["64", "12"]),
+    ("vae/config.json", {"latents_mean": [0.1] * 4, "latents_std": [1.0] * 4}, ["latents_mean"]),
+    ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, ["prediction_type"])])
+def test_a_folder_of_another_model_is_refused(sample, tiny, tmp_path, capsys, file, change, words):
+    folder = Path(shutil.copytree(tiny.with_name("model"), tmp_path / "model"))
+    rewrite(folder / file, **change)
+    assert fails(capsys, sample("--model", folder, "--out", tmp_path / "x"), *words)
+    assert not (tmp_path / "x").exists()
+
+
+def test_sdxl_and_its_elders_are_told_apart(sample, tiny, tmp_path, capsys):
+    config = {key: value for key, value in yaml.safe_load(tiny.read_text()).items() if key != "xl"}
+    (tmp_path / "elder.yaml").write_text(yaml.safe_dump(config))
+    assert fails(capsys, sample("--out", tmp_path / "x", config=tmp_path / "elder.yaml"),
+                 "StableDiffusionXLPipeline is no pipeline of Stable Diffusion 1.x or 2.x")
+    assert fails(capsys, sample("--crop", "0,0", "--out", tmp_path / "x", config=tmp_path / "elder.yaml"), "SDXL")
+    folder = Path(shutil.copytree(tiny.with_name("model"), tmp_path / "model"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index.pop("text_encoder_2")
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
+    assert fails(capsys, sample("--model", folder, "--out", tmp_path / "x"), "no pipeline of SDXL")
+    (folder / "text_encoder_2" / "model.safetensors").unlink()
+    rewrite(folder / "model_index.json", _class_name="StableDiffusionXLPipeline",
+            text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
+    assert fails(capsys, sample("--model", folder, "--out", tmp_path / "x"), "no ", "text_encoder_2/model.safetensors")
