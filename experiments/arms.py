@@ -11,6 +11,7 @@ from eval.tables.rows import Row
 from runs import arguments, results
 from runs.families import Config
 from runs.files import ROOT
+from runs.folder import seeds_there
 from runs.machine import Machine
 from runs.results import Result
 from runs.spec import Run
@@ -95,15 +96,15 @@ class Arm:
         given = [word for option, path in self.inputs.items() for word in (option, str(path))]
         expected = [] if self.complete else ["--allow-fewer"]
         if self.kind != "clip_score":
-            expected = ["--seeds", self.seeds] if self.kind == "quality" else ["--count", str(self.images)]
+            expected = [] if self.kind == "quality" else ["--count", str(self.images)]
         device = self.machine.get("device")
-        return ["-m", f"eval.{self.kind}", "--samples", str(self.folder), *given, *expected,
+        return ["-m", f"eval.{self.kind}", "--samples", str(self.folder), *given, "--seeds", self.seeds, *expected,
                 *(["--device", device] if device else []), "--out", str(self.result)]
 
     @property
     def present(self) -> int:
         """How many of the images are in the folder, by their number alone."""
-        return min(self.images, sum(1 for _ in self.folder.glob("*/*.png")))
+        return sum(seed < self.images for seed in seeds_there(self.folder))
 
     @property
     def bytes_needed(self) -> int:
