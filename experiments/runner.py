@@ -21,8 +21,9 @@ from eval.cost.runs import macs_per_image, macs_per_step, told_by_steps
 from eval.metrics.features import EffLite0
 from eval.metrics.images import ImageSet, open_images
 from eval.quality import FD
+from eval.tables.current import COMMANDS, trained_on
 from eval.tables.results import of_samples
-from experiments.arms import COMMANDS, Arm, trained_on
+from experiments.arms import Arm
 from runs import results
 from runs.errors import UserError
 from runs.files import ROOT
@@ -84,7 +85,7 @@ def evaluate(arm: Arm) -> None:
     """Pack the images where that is asked for, and judge them by the evaluator's command, where its files are there."""
     if not arm.packed():
         python(arm.npz_command(), f"row {arm.label!r}")
-    if not arm.missing_for_judging() and not arm.judged():
+    if not arm.missing_for_judging() and arm.measured() is None:
         python(arm.judge_command(), f"row {arm.label!r}")
 
 
@@ -142,7 +143,8 @@ def judge(arm: Arm, uncached: Arm, report: Mapping[str, Any] | None = None) -> R
                    "macs_per_image": dataclasses.asdict(Cost(*macs_per_image(arm.run))),
                    "sampled": (samples.run() or {}).get("provenance")}
     result = of_samples(arm.kind, samples, metrics, extractor.device, started=started, details=details,
-                        inputs={"reference": named, "against": str(uncached.folder)}, hashes=quality.hashes(found),
+                        inputs={"reference": named, "against": str(uncached.folder)},
+                        hashes=quality.hashes(found) | ({"against": near["images_sha256"]["against"]} if near else {}),
                         macs=Cost(*macs_per_step(arm.run)))
     results.write(arm.result, result)
     return result

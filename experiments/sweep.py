@@ -38,9 +38,10 @@ from typing import Any, NamedTuple
 from caching.methods import METHODS
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_image
+from eval.tables.current import trained_on
 from eval.tables.text import align
 from experiments import sweep_report
-from experiments.arms import Arm, Given, of_run, trained_on
+from experiments.arms import Arm, Given, of_run
 from experiments.plan import add_options, check, check_one_model, disk, given_by
 from experiments.runner import FEWEST, judge, sample, time_steps, uncached_of
 from runs import arguments

@@ -15,12 +15,13 @@ from eval.cost.macs import giga
 from eval.cost.runs import macs_per_image
 from eval.metrics.registry import MEASURES
 from eval.quality import KID
+from eval.tables.current import trained_on
 from eval.tables.paper import Table
 from eval.tables.plots import heat_maps, quality_fronts
 from eval.tables.render import Speed, speed_of
 from eval.tables.rows import printed_values
 from eval.tables.text import markdown
-from experiments.arms import Arm, trained_on
+from experiments.arms import Arm
 from experiments.runner import minus_uncached, times_paths
 from runs import arguments, results
 from runs.files import write_atomically

@@ -115,9 +115,9 @@ class RunFolder:
                 raise UserError(f"{self.path} has images but no run.json, so their settings are unknown: "
                                 "use another folder")
             self._create({"format": FORMAT, "settings": settings, "provenance": provenance})
-        differences = _differences(read_run(self.path)["settings"], settings)
-        if differences:
-            raise UserError(f"{self.path} holds images of other settings ({'; '.join(differences)}): "
+        unlike = differences(read_run(self.path)["settings"], settings)
+        if unlike:
+            raise UserError(f"{self.path} holds images of other settings ({'; '.join(unlike)}): "
                             "use another folder, or the same settings")
         self.provenance = provenance
 
@@ -215,13 +215,13 @@ class RunFolder:
         return made
 
 
-def _differences(theirs: dict, ours: dict, prefix: str = "") -> list[str]:
+def differences(theirs: dict, ours: dict, prefix: str = "") -> list[str]:
     """'steps 100 there, 50 here' for every setting that differs."""
     found = []
     for key in sorted(theirs.keys() | ours.keys()):
         a, b = theirs.get(key), ours.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
+            found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             a, b = (json.dumps(value) for value in (a, b))
             shown = f"{a} there, {b} here" if len(a) + len(b) < 120 else "differs"

@@ -1,6 +1,7 @@
 """Stable Diffusion as other programs know it (runs/families.py). Slow imports wait until they are needed."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +29,16 @@ def theirs(config: Config, unet: UNet) -> nn.Module:
     return diffusers_unet(config, unet)
 
 
+def settings(run: Run) -> dict[str, Any]:
+    from stable_diffusion import model
+    return model.settings(run)
+
+
+def checkpoint_sha256(path: Path) -> str:
+    from stable_diffusion import checkpoint
+    return checkpoint.checkpoint_sha256(path)
+
+
 FAMILY = Family(
     name="sd", command="stable_diffusion.sample", schema=Config, condition=TextCondition, batch_size=8,
     flags={"checkpoint": "model"},
@@ -35,5 +46,6 @@ FAMILY = Family(
     shapes=lambda config: [(config.unet.in_channels, config.latent_size, config.latent_size),
                            (config.tokens, config.unet.context_dim)],
     resolution=lambda config: config.resolution,
-    load_unet=load_unet, open=open_model, theirs=theirs, judge="clip_score",
+    load_unet=load_unet, open=open_model, settings=settings, checkpoint_sha256=checkpoint_sha256,
+    theirs=theirs, judge="clip_score",
     references={"sd_v15": Path("data/references/coco_val2017.npz")})

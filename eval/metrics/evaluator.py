@@ -15,6 +15,7 @@ from runs.errors import UserError
 from runs.results import Metric
 from runs.seeds import parse_seeds
 
+VERSION = 1         # of all evaluators: another one where a number of the same images would be another
 COUNT = 50_000      # images behind the published numbers
 
 
