@@ -1,6 +1,8 @@
 """DDPM as other programs know it (runs/families.py). What takes seconds to import is imported when it is called."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -10,6 +12,7 @@ from runs.families import Family
 from runs.image_model import ImageModel
 from runs.machine import Machine
 from runs.spec import Run
+from runs.weights import sha256
 
 
 def load_unet(config: Config, path: Path) -> UNet:
@@ -27,12 +30,16 @@ def theirs(config: Config, unet: UNet) -> nn.Module:
     return diffusers_unet(config, unet)
 
 
+def settings(run: Run) -> dict[str, Any]:
+    return {"unet": asdict(run.config.unet)}
+
+
 FAMILY = Family(
     name="ddpm", command="ddpm.sample", schema=Config, batch_size=64,
     unet=lambda config: UNet(**vars(config.unet)),
     shapes=lambda config: [(config.unet.in_channels, config.unet.resolution, config.unet.resolution)],
     resolution=lambda config: config.unet.resolution,
-    load_unet=load_unet, open=open_model, theirs=theirs, judge="fid",
+    load_unet=load_unet, open=open_model, settings=settings, checkpoint_sha256=sha256, theirs=theirs, judge="fid",
     references={"ddpm_cifar10": Path("data/references/cifar10.npz"),
                 "ddpm_bedroom": Path("data/references/lsun_bedroom.npz"),
                 "ddpm_church": Path("data/references/lsun_church.npz")})

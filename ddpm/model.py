@@ -1,7 +1,6 @@
 """A DDPM from seeds to images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 
 import numpy as np
 from torch import Tensor
@@ -27,8 +26,7 @@ class DDPM(ImageModel[Config, Condition]):
     def __init__(self, run: Run, machine: Machine):
         super().__init__(run, machine)
         self.images = self.config.sampler.images
-        self.settings = {"model": self.config.name, "unet": asdict(self.config.unet), **self.sampler.settings,
-                         "dtype": run.spec.network.dtype}
+        self.settings = dict(run.settings)
 
     def load(self) -> None:
         path = self.run.checkpoint

@@ -36,7 +36,7 @@ from runs.errors import UserError, one_line
 from runs.machine import check_counts, prepare_device
 from runs.prompts import prompts_sha256, read_prompts
 from runs.results import Metric, Result
-from runs.seeds import format_some
+from runs.seeds import format_some, parse_seeds
 from runs.weights import read_tensors, sha256
 
 MODEL, PAPER_TAG = "ViT-g-14", "laion2b_s34b_b88k"      # of DeepCache's released evaluation
@@ -224,6 +224,7 @@ def main() -> None:
                                                       "weights need the one that ends in -quickgelu")
     which.add_argument("--model-config", type=Path, help="JSON of another architecture, like open_clip's model_configs")
     parser.add_argument("--tag", help="open_clip's name of the weights, where it asks for it")
+    parser.add_argument("--seeds", help="exactly these, like 0-1631, whatever else is there (default: all)")
     parser.add_argument("--images-per-prompt", type=int, help="seed s has prompt s // this (default: run.json's, or 1)")
     parser.add_argument("--allow-fewer", action="store_true", help="score what is there; the result says so")
     parser.add_argument("--against", type=Path, help="JSON of another run with the same seeds: print the difference")
@@ -235,7 +236,7 @@ def main() -> None:
     check_counts(batch_size=args.batch_size)
     started, device = time.time(), prepare_device(args.device, args.threads)
     prompts = read_prompts(args.prompts)
-    images = open_images(args.samples)
+    images = open_images(args.samples, parse_seeds(args.seeds) if args.seeds else None)
     index, per = prompts_of_seeds(images, prompts, args.images_per_prompt, args.allow_fewer)
     name, preparation = check_model(args.model, args.weights, args.tag, args.model_config)
     digest = sha256(args.weights)

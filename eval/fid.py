@@ -218,12 +218,10 @@ def _judge(args: argparse.Namespace) -> None:
 def _make_reference(args: argparse.Namespace) -> None:
     check_counts(batch_size=args.batch_size)
     device = prepare_device(args.device, args.threads)
-    if not args.out.parent.is_dir():
-        raise UserError(f"no folder {args.out.parent} for {args.out.name}")
-    if args.size < 1:
-        raise UserError(f"--size must be 1 or more, got {args.size}")
-    inception = Inception(args.inception, args.mode, device=device)
+    check_counts(size=args.size, count=args.count)
     images = open_source(getattr(args, "from"), args.size, args.count)
+    inception = Inception(args.inception, args.mode, device=device)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     if len(images) < 2:
         raise UserError(f"{images.description} has {len(images)} image: statistics need at least 2")
     rank, _ = rank_and_world()
@@ -258,8 +256,9 @@ def build_reference_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="the npz to write")
     parser.add_argument("--mode", choices=NAMES, default="pytorch-fid", help="(default: %(default)s)")
     parser.add_argument("--count", type=int, help="the first so many images (default: all)")
-    parser.add_argument("--size", type=int, default=256,
-                        help="of LSUN: the shorter side is brought to it, then the centre cut (default: %(default)s)")
+    parser.add_argument("--size", type=int,
+                        help="the shorter side of each image is brought to it, then the centre cut; needed for a "
+                             "folder of mixed sizes (default: 256 of LSUN, else as they are)")
     evaluator.add_options(parser)
     return parser
 

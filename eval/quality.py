@@ -23,10 +23,11 @@ import torch
 
 from eval.metrics.extract import extract
 from eval.metrics.features import SmallExtractor, features_of
-from eval.metrics.images import ImageSet, check_paired, from_array, open_images, open_to_judge
+from eval.metrics.images import ImageSet, check_paired, open_to_judge
 from eval.metrics.measure import Measure, shown
 from eval.metrics.registry import EXTRACTORS, SMALL_MEASURES, SMALL_SETS
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_neighbours, real_floor
+from eval.metrics.sources import open_reference
 from eval.tables.results import of_samples
 from runs import results
 from runs.cli import command, warn
@@ -34,35 +35,8 @@ from runs.errors import UserError
 from runs.machine import check_counts, prepare_device
 from runs.results import Metric
 from runs.seeds import parse_seeds, rank_and_world
-from training import emoji
 
 FD, KID = FrechetInBasis.named("EffLite0").name, KernelDistance.named("EffLite0").name
-
-
-def open_reference(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet | None]:
-    """(reference, held-out or None) of 'emoji:GROUP' (training images), a folder or an npz.
-
-    GROUP: one group of the emoji, several with commas between, or 'all'.
-    size: (height, width) of the samples; a reference of another size is a UserError, since sharpness would differ.
-    """
-    if not text.startswith("emoji:"):
-        reference = open_images(text)
-        if reference.size != size:
-            raise UserError(f"the samples are {size[1]}x{size[0]} pixels and {text} is "
-                            f"{reference.size[1]}x{reference.size[0]}: take a reference of the same size")
-        return reference, None
-    groups = None if text == "emoji:all" else text.removeprefix("emoji:").split(",")
-
-    def load(split: str) -> ImageSet:
-        pixels, rows = emoji.load(size[0], split, groups)
-        return from_array(pixels, f"{text} ({split}, {size[0]} px)", [f"{row.style}/{row.name}" for row in rows])
-
-    if size[0] != size[1]:
-        raise UserError(f"the samples are {size[1]}x{size[0]} pixels: the emoji are square")
-    try:
-        return load("train"), load("held-out")
-    except ValueError as error:
-        raise UserError(f"--reference {text}: {error}") from None
 
 
 def quality(samples: ImageSet, reference: ImageSet, extractor: SmallExtractor, held_out: ImageSet | None = None,

@@ -5,8 +5,8 @@
     python -m eval.table --all                            writes results/README.md and results/tables/*.csv, *.tex
 
 MACs are counted here and now; they need no weights. All else comes from the JSON files under results/, and only where
-the run is the row's: model, sampler, steps, full steps, branch, dtype, number of images, evaluator,
-prompts.
+the run is the row's: all its settings, the weights, the number of images, the evaluator and its files, prompts
+(eval/tables/current.py). Why a number is missing is said below the table, as text.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from operator import methodcaller
 from pathlib import Path
 
 from eval.tables.paper import find
-from eval.tables.render import FORMATS, RESULTS, everything, shown
+from eval.tables.render import FORMATS, RESULTS, Asked, everything, shown
 from runs import results
 from runs.cli import command
 from runs.errors import UserError
@@ -28,6 +28,7 @@ def main() -> None:
                         help="table1 to table14 (or 1 to 14), block_caching_table1 and 2")
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: results)")
+    parser.add_argument("--trials", action="store_true", help="show numbers of fewer images, too, labelled")
     parser.add_argument("--all", action="store_true", help="write all tables into the folder of the results")
     args = parser.parse_args()
     if bool(args.names) == args.all:
@@ -37,7 +38,8 @@ def main() -> None:
     chosen = [find(name) for name in args.names]
     found = list(results.read_all(args.results))
     for table in chosen:
-        print(shown(table, found, args.format), end="\n" if args.format == "csv" else "\n\n")
+        text = shown(table, found, args.format, asked=Asked(trials=args.trials))
+        print(text, end="\n" if args.format == "csv" else "\n\n")
     if args.all:
         (args.results / "tables").mkdir(exist_ok=True)
         files = everything(found)

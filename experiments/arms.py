@@ -7,20 +7,16 @@ from typing import Any
 
 from eval.metrics.registry import EXTRACTORS
 from eval.metrics.small_sets import KernelDistance
+from eval.tables.current import CLIP, COMMANDS, INCEPTION, Wanted, inputs_of, trained_on
 from eval.tables.paper import Table
 from eval.tables.render import kind_of_result
 from eval.tables.rows import Row
 from runs import arguments, results
-from runs.families import Config
 from runs.files import ROOT
+from runs.folder import seeds_there
 from runs.machine import Machine
 from runs.results import Result
 from runs.spec import Run
-
-# Where scripts/download.sh puts what the evaluators need.
-INCEPTION = Path("checkpoints/inception/weights-inception-2015-12-05-6726825d.pth")
-CLIP = Path("checkpoints/clip_vit_g_14/open_clip_pytorch_model.bin")
-COMMANDS = ("adm", "fid", "clip_score", "quality")      # of eval/, which judge as the papers' tables want it
 
 
 @dataclass(frozen=True)
@@ -99,15 +95,15 @@ class Arm:
         given = [word for option, path in self.inputs.items() for word in (option, str(path))]
         expected = [] if self.complete else ["--allow-fewer"]
         if self.kind != "clip_score":
-            expected = ["--seeds", self.seeds] if self.kind == "quality" else ["--count", str(self.images)]
+            expected = [] if self.kind == "quality" else ["--count", str(self.images)]
         device = self.machine.get("device")
-        return ["-m", f"eval.{self.kind}", "--samples", str(self.folder), *given, *expected,
+        return ["-m", f"eval.{self.kind}", "--samples", str(self.folder), *given, "--seeds", self.seeds, *expected,
                 *(["--device", device] if device else []), "--out", str(self.result)]
 
     @property
     def present(self) -> int:
         """How many of the images are in the folder, by their number alone."""
-        return min(self.images, sum(1 for _ in self.folder.glob("*/*.png")))
+        return sum(seed < self.images for seed in seeds_there(self.folder))
 
     @property
     def bytes_needed(self) -> int:
@@ -115,27 +111,30 @@ class Arm:
         return self.pixels * (self.images - self.present + (0 if self.packed() else self.images))
 
     def packed(self) -> bool:
-        """Whether the npz is there, and no older than the sample folder; an arm without one is done."""
-        run = self.folder / "run.json"
-        return self.npz is None or (self.npz.exists()
-                                    and not (run.exists() and run.stat().st_mtime > self.npz.stat().st_mtime))
+        """Whether the npz is there, and no older than the last sampling; an arm without one is done."""
+        notes = (self.folder / name for name in ("run.json", "sessions.jsonl"))
+        made = [path.stat().st_mtime for path in notes if path.exists()]
+        return self.npz is None or (self.npz.exists() and self.npz.stat().st_mtime >= max(made, default=0))
 
-    def judged(self) -> bool:
-        """Whether the result is there, and no older than the last sampling."""
-        sessions = self.folder / "sessions.jsonl"
-        return self.result.exists() and not (sessions.exists()
-                                             and sessions.stat().st_mtime > self.result.stat().st_mtime)
+    @property
+    def wanted(self) -> Wanted:
+        """What its number is to be of."""
+        trained = trained_on(self.run.config)
+        beside = {"--reference": Path(trained)} if self.kind not in COMMANDS and trained else {}
+        return Wanted(self.run, self.kind, self.images, {**self.inputs, **beside}, self.folder)
+
+    def why_not(self) -> str | None:
+        """Why it has no number that is current, in words; None where it has."""
+        if not self.result.is_file():
+            return self.wanted.progress()
+        found = results.read(self.result)
+        lacking = [f"not judged by {name}" for name in self.others
+                   if KernelDistance.named(EXTRACTORS[name].name).name not in found.metrics]
+        return self.wanted.fault(found) or next(iter(lacking), None)
 
     def measured(self) -> Result | None:
-        """The result, where it is there and of these settings and images."""
-        if not self.judged():
-            return None
-        found = results.read(self.result)
-        same = found.images == self.images and all(found.settings.get(key) == value
-                                                   for key, value in self.run.told.items())
-        by_all = self.kind in COMMANDS or all(KernelDistance.named(EXTRACTORS[name].name).name in found.metrics
-                                              for name in self.others)
-        return found if same and by_all else None
+        """The result, where it is there and current."""
+        return results.read(self.result) if self.result.is_file() and self.why_not() is None else None
 
     def inputs_of_sampling(self) -> dict[str, Path]:
         """What the sampler reads: checkpoint and prompts."""
@@ -174,32 +173,8 @@ def of_run(run: Run, label: str, whole: int, kind: str, given: Given | None = No
     images = min(given.images or whole, whole) if prompts else given.images or whole
     folder = given.samples / run.config.name / run.name         # the user's options are in no name
     result = given.results / "runs" / run.config.name / f"{folder.name}_{images}_{kind}.json"
-    inputs: dict[str, Path] = {}
-    if kind == "clip_score" and prompts:
-        inputs = {"--prompts": prompts, "--weights": given.clip_weights}
-    elif kind in COMMANDS:
-        inputs = {"--reference": reference_of(run, given.reference)}
-        inputs |= {"--inception": given.inception} if kind != "quality" else {}
+    inputs = inputs_of(run, kind, given.inception, given.clip_weights, given.reference)
     known = {name for part in run.spec.parts for name in arguments.names(part)}
     chosen = {name: value for name, value in given.pixels.items() if name in known}
     return Arm(label, run.spec.having(**chosen).open(), images, folder, kind, result, given.machine, inputs,
                images >= whole, section)
-
-
-def trained_on(config: Config) -> str | None:
-    """The images that a model was trained on here, as eval.quality calls them; None for a published one."""
-    train = getattr(config, "train", None)
-    if train is None:
-        return None
-    groups = getattr(train, "groups", None) or [train.group or "all"]
-    return f"emoji:{','.join(groups)}"
-
-
-def reference_of(run: Run, named: tuple[str, ...]) -> Path:
-    """MODEL=PATH or PATH of the user's, else what the model was trained on, or where its reference is looked for."""
-    name = run.config.name
-    for text in named:
-        model, _, path = text.rpartition("=")
-        if model in ("", name):
-            return Path(path)
-    return Path(trained_on(run.config) or run.family.references.get(name) or f"data/references/{name}.npz")

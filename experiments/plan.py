@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,16 +18,17 @@ import torch
 
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_image, macs_per_step
-from eval.tables.paper import Table, find
-from eval.tables.render import shown
-from eval.tables.rows import Runs, of_table
+from eval.tables.current import CLIP, INCEPTION, Wanted
+from eval.tables.paper import Section, Table, find
+from eval.tables.render import Asked, shown, wanted
+from eval.tables.rows import Row, Runs, of_table
 from eval.tables.text import align
-from experiments.arms import CLIP, INCEPTION, Arm, Given, of_row
+from experiments.arms import Arm, Given, of_row
 from experiments.runner import by_commands
 from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError
-from runs.families import family_named_by
+from runs.families import family_named_by, load_config
 from runs.files import write_atomically
 from runs.machine import Machine, check_counts
 from runs.spec import DTYPES
@@ -46,8 +48,7 @@ def describe(arms: Sequence[Arm], macs_steps: int | None) -> str:
     lines = [["row", "full / calls", "MACs/step G", "MACs/image T", "images there", "calls left", "PNG up to", "npz"]]
     for arm in arms:
         run, there = arm.run, arm.present
-        section = f"{arm.section}: " if arm.section else ""
-        lines.append([section + arm.label, f"{run.full_calls} / {run.calls}",
+        lines.append([title_of(arm), f"{run.full_calls} / {run.calls}",
                       f"{giga(macs_per_step(run, macs_steps).hook):.4f}",
                       f"{macs_per_image(run).hook / 1e12:.4f}", f"{there:,} of {arm.images:,}",
                       f"{(arm.images - there) * run.calls:,}", gigabytes(arm.pixels * arm.images),
@@ -76,9 +77,13 @@ def user_parser(prog: str) -> argparse.ArgumentParser:
         "Sample the rows of one table of the paper, and judge them where the evaluator's files are given or in their "
         "places. A second run goes on where the first one stopped. Paths are relative to the repository."))
     parser.add_argument("--dry-run", action="store_true", help="print the plan and what is missing; do nothing")
-    parser.add_argument("--only", action="append", metavar="ROW", help="this row (label or sample folder); repeatable")
+    parser.add_argument("--trials", action="store_true", help="show numbers of fewer images in the table, labelled")
+    parser.add_argument("--only", action="append", metavar="ROW",
+                        help="this row, as the plan prints it, or by its sample folder; a section, like cifar10, is "
+                             "all of its rows; repeatable")
     parser.add_argument("--config", type=Path, action="append", default=[],
-                        help="another model for the rows of its package, to try the script out; repeatable")
+                        help="one of the table's own models: its rows alone; another model: in the place of those of "
+                             "its package, to try the script out; repeatable")
     add_options(parser)
     return parser
 
@@ -141,37 +146,66 @@ def check_one_model(said: Given, models: Collection[str]) -> None:
 
 def chosen(arms: list[Arm], only: Sequence[str] | None) -> list[Arm]:
     """The arms that --only names. Raises UserError for a name of none."""
-    unknown = set(only or ()) - {key for arm in arms for key in (arm.label, arm.name)}
+    unknown = set(only or ()) - {key for arm in arms for key in names_of(arm)}
     if unknown:
         raise UserError(f"--only {unknown.pop()!r} is no row of this table: "
-                        f"{'; '.join(f'{arm.label} ({arm.name})' for arm in arms)}")
-    return [arm for arm in arms if not only or {arm.label, arm.name} & set(only)]
+                        f"{'; '.join(f'{title_of(arm)} ({arm.name})' for arm in arms)}")
+    return [arm for arm in arms if not only or names_of(arm) & set(only)]
+
+
+def title_of(arm: Arm) -> str:
+    """A row as the plan prints it: 'cifar10: N=2'."""
+    return f"{arm.section}: {arm.label}" if arm.section else arm.label
+
+
+def names_of(arm: Arm) -> set[str]:
+    """What --only may call a row: its section, itself in it, its label in every section, or its folder."""
+    return {title_of(arm), arm.label, arm.name, *([arm.section] if arm.section else [])}
 
 
 class Plan(NamedTuple):
-    """What a table script asks for, with the user's options. arms: none for a table that only lists settings."""
+    """What a table script asks for, with the user's options. arms: none for a table that only lists settings.
+
+    others: models that stand in the places of the table's.
+    """
     table: Table
     runs: Runs
     arms: list[Arm]
+    others: Collection[str] = ()
 
-    def shown(self, folder: Path) -> str:
-        """The table, with the results in a folder."""
+    def shown(self, folder: Path, trials: bool = False) -> str:
+        """The table, with the results in a folder, of what the user asked for."""
         found = list(results.read_all(folder)) if folder.is_dir() else []
-        return shown(self.table, found, runs=self.runs)
+        arms = {(arm.section, arm.label): arm for arm in self.arms}
+
+        def asked(row: Row, section: Section, kind: str) -> Wanted:
+            arm = arms.get((row.section, row.label))
+            if arm is None or arm.kind != kind:
+                return wanted(row, section, kind)
+            return replace(arm.wanted, images=section.images or arm.images)
+
+        text = shown(self.table, found, runs=self.runs, asked=Asked(asked, trials))
+        if not self.others:
+            return text
+        return f"{text}\n\n{', '.join(sorted(self.others))} in the place of the table's models: no reproduction"
 
 
 def make_plan(table: Table, args: argparse.Namespace) -> Plan:
     """A table's runs by the user's options, those of `user_parser`. Raises UserError."""
     check(args)
-    said, runs = given_by(args), of_table(table, {family_named_by(path).name: path for path in args.config})
+    said, own = given_by(args), {row.run.config.name for row in of_table(table).rows}
+    named = {path: load_config(path).name for path in args.config}
+    runs = of_table(table, {family_named_by(path).name: path for path, name in named.items() if name not in own})
+    alone = own & set(named.values())
     if not table.paper and said.images:         # no paper says how many images its rows are judged on
         table = table._replace(sections={name: section._replace(images=said.images)
                                          for name, section in table.sections.items()})
     if table.schedules:
         return Plan(table, runs, [])
-    arms = chosen([of_row(row, table, said) for row in runs.rows], args.only)
+    arms = [of_row(row, table, said) for row in runs.rows if not alone or row.run.config.name in alone]
+    arms = chosen(arms, args.only)
     check_one_model(said, {arm.run.config.name for arm in arms})
-    return Plan(table, runs, arms)
+    return Plan(table, runs, arms, {arm.run.config.name for arm in arms} - own)
 
 
 @command
@@ -185,7 +219,7 @@ def main() -> None:
     args = parser.parse_args(sys.argv[2:])
     plan = make_plan(table, args)
     if args.write_table or plan.table.schedules:
-        text = plan.shown(args.results)
+        text = plan.shown(args.results, args.trials)
         print(text)
         if args.write_table:
             args.write_table.parent.mkdir(parents=True, exist_ok=True)
@@ -204,8 +238,8 @@ def main() -> None:
             raise UserError(f"missing: {'; '.join(lacking)}")
         print(flush=True)
         by_commands(arms)
-    print(f"\n{plan.shown(args.results)}\n\nA dash: not printed in the paper, or not measured here (results in "
-          f"{args.results}/).")
+    print(f"\n{plan.shown(args.results, args.trials)}\n\nA dash: not printed in the paper, or not measured here "
+          f"(results in {args.results}/).")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from eval.metrics.features import EffLite0, SmallExtractor
 from eval.metrics.images import ImageSet, open_images
 from eval.metrics.registry import EXTRACTORS
 from eval.metrics.small_sets import FrechetInBasis
+from eval.tables.current import COMMANDS, trained_on
 from eval.tables.results import of_samples
-from experiments.arms import COMMANDS, Arm, trained_on
+from experiments.arms import Arm
 from runs import results
 from runs.errors import UserError
 from runs.files import ROOT
@@ -86,7 +87,7 @@ def evaluate(arm: Arm) -> None:
     """Pack the images where that is asked for, and judge them by the evaluator's command, where its files are there."""
     if not arm.packed():
         python(arm.npz_command(), f"row {arm.label!r}")
-    if not arm.missing_for_judging() and not arm.judged():
+    if not arm.missing_for_judging() and arm.measured() is None:
         python(arm.judge_command(), f"row {arm.label!r}")
 
 
@@ -158,7 +159,8 @@ def judge(arm: Arm, uncached: Arm, report: Mapping[str, Any] | None = None) -> R
         details = {**report, "label": arm.label, "quality": found, "fidelity": near,
                    "macs_per_image": dataclasses.asdict(Cost(*macs_per_image(arm.run))),
                    "sampled": (samples.run() or {}).get("provenance")}
-    hashes = {**quality.hashes(found), **{f"extractor {one.name}": one.id for one in others}}
+    hashes = {**quality.hashes(found), **({"against": near["images_sha256"]["against"]} if near else {}),
+              **{f"extractor {one.name}": one.id for one in others}}
     result = of_samples(arm.kind, samples, metrics, extractor.device, started=started, details=details,
                         inputs={"reference": named, "against": str(uncached.folder)}, hashes=hashes,
                         macs=Cost(*macs_per_step(arm.run)))

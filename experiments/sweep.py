@@ -41,9 +41,10 @@ from eval.cost.macs import giga
 from eval.cost.runs import macs_per_image
 from eval.metrics.features import EffLite0
 from eval.metrics.registry import EXTRACTORS
+from eval.tables.current import trained_on
 from eval.tables.text import align
 from experiments import sweep_report
-from experiments.arms import Arm, Given, of_run, trained_on
+from experiments.arms import Arm, Given, of_run
 from experiments.plan import add_options, check, check_one_model, disk, given_by
 from experiments.runner import FEWEST, judge, sample, time_steps, uncached_of
 from runs import arguments

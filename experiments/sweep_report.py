@@ -13,24 +13,28 @@ import numpy as np
 
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_image
+from eval.metrics.images import open_images
 from eval.metrics.registry import MEASURES
 from eval.metrics.small_sets import KernelDistance
 from eval.quality import KID
+from eval.tables.current import trained_on
 from eval.tables.paper import Table
-from eval.tables.plots import heat_maps, quality_fronts
+from eval.tables.plots import heat_maps, quality_fronts, sample_rows
 from eval.tables.render import Speed, speed_of
 from eval.tables.rows import printed_values
 from eval.tables.text import markdown
-from experiments.arms import Arm, trained_on
+from experiments.arms import Arm
 from experiments.runner import minus_uncached, times_paths
 from runs import arguments, results
 from runs.files import write_atomically
+from runs.folder import missing_seeds
 from runs.results import Result
 from runs.spec import Run
 
 HIGHER = tuple(name for name, measure in MEASURES.items() if measure.higher)       # is better
 OTHER_KID = KernelDistance.named("IncMixed5").name
 SHOWN = (KID, OTHER_KID, "PSNR", "FID", "CLIP score")    # in the pictures; KID is unbiased, however few the images are
+MOST, SEEN, AMPLIFIED = 8, range(12), 8     # points in a picture of samples, seeds, and how their differences are shown
 AXES = ("sampler", "steps", "interval", "branch", "schedule", "center", "power", "block schedule")    # others: after
 PAIRS = (("interval", "branch"), ("center", "power"))                     # of the heat maps: rows, columns
 
@@ -133,13 +137,14 @@ def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def label(p: Point, varying: Sequence[str]) -> str:
-    """A point in the fewest words: N=5 b2."""
+def label(p: Point, points: Sequence[Point], varying: Sequence[str]) -> str:
+    """A point of a model in the fewest words: N=5 b2."""
     if not p.run.caching:
-        return "uncached" if not {"steps", "sampler"} & set(varying) else f"{p.run.sampler_name} {p.run.steps}"
+        one_way = len({(q.run.sampler_name, q.run.steps) for q in points}) == 1
+        return "uncached" if one_way else f"{p.run.sampler_name} {p.run.steps}"
     short = dict.fromkeys(AXES, "") | {"interval": "N=", "branch": "b", "center": "c", "power": "p"}
-    return " ".join(f"{short.get(axis, f'{axis} ')}{value}" for axis, value in p.axes.items() if axis in varying
-                    and value is not None)
+    return " ".join(f"{short.get(axis, f'{axis} ')}{value}" for axis, value in p.axes.items()
+                    if value is not None and (axis in varying or (axis == "interval" and value > 1)))
 
 
 def varying(points: Sequence[Point]) -> list[str]:
@@ -161,7 +166,7 @@ def table(points: Sequence[Point]) -> list[str]:
             metric = p.metric(name)
             cells.append("-" if metric is None else "{:.4g} [{:.4g}, {:.4g}]".format(*metric)
                          if metric[1] != metric[2] else f"{metric[0]:.4g}")
-        lines.append((label(p, axes) or "cached", f"{p.run.full_calls} / {p.run.calls}",
+        lines.append((label(p, points, axes) or "cached", f"{p.run.full_calls} / {p.run.calls}",
                       f"{points[0].macs / p.macs:.2f}x", f"{p.speed.speedup:.2f}x" if p.speed else "-", *cells,
                       *("yes" if i in fronts[cost] else "" for cost in fronts)))
     return markdown(lines)
@@ -180,7 +185,7 @@ def draw(points: Sequence[Point], folder: Path) -> list[Path]:
         printed = {name: [float(numbers[column]) / MEASURES[name].scale for _, _, numbers in p.printed
                           if (column := MEASURES[name].column or "") in numbers] for name in names}
         color, marker = (p.axes.get(axes[i]) if cached and len(axes) > i else None for i in (0, 1))
-        marks.append({"macs": giga(p.macs), "time": p.time, "printed": printed, "label": label(p, axes),
+        marks.append({"macs": giga(p.macs), "time": p.time, "printed": printed, "label": label(p, points, axes),
                       "color": color, "marker": marker, "cached": bool(cached), **{n: p.metric(n) for n in names}})
     panels = [(cost, (name, name, name in HIGHER), on_front(points, cost[0], name)) for name in names for cost in costs]
     drawn = [folder / f"fronts_{model}.png"]
@@ -232,6 +237,22 @@ def _maps(points: Sequence[Point], rows: str, columns: str, others: Sequence[str
     return [one for one in found if not np.isnan(one[3]).all()]
 
 
+def draw_samples(arms: Sequence[Arm], points: Sequence[Point], path: Path) -> bool:
+    """The first images of the points of one model, each above its difference to the first one's; False where they are
+    too many to look at, or some are not there."""
+    if not 2 <= len(arms) <= MOST or any(missing_seeds(arm.folder, SEEN) for arm in arms):
+        return False
+    rows: list[tuple[str, np.ndarray]] = []
+    for arm, p in zip(arms, points, strict=True):
+        images = next(open_images(arm.folder, SEEN).batches(len(SEEN)))
+        rows.append((label(p, points, varying(points)) or "cached", images))
+        if len(rows) > 1:
+            difference = AMPLIFIED * abs(images.astype(int) - rows[0][1])
+            rows.append((f"difference x {AMPLIFIED}", (255 - difference.clip(0, 255)).astype(np.uint8)))
+    sample_rows(rows, path, scale=64 / rows[0][1].shape[1])
+    return True
+
+
 def render(found: Sequence[tuple[Arm, Result | None]], folder: Path) -> str:
     """Write table and pictures of what there is into `folder`; returns what to tell the user."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,6 +269,9 @@ def render(found: Sequence[tuple[Arm, Result | None]], folder: Path) -> str:
     written, sections = [folder / "points.csv", folder / "table.md"], [f"# Sweep {folder.name}", ""]
     for model, points in by_model.items():
         pictures = draw(points, folder)
+        samples = folder / f"samples_{model}.png"
+        if draw_samples([arm for arm, _ in found if arm.run.config.name == model], points, samples):
+            pictures.append(samples)
         written += pictures
         done = [p.result for p in points if p.result]
         images = ", ".join(sorted({f"{result.images:,}" for result in done}))

@@ -1,6 +1,8 @@
 """LDM as other programs know it (runs/families.py). What takes seconds to import is imported when it is called."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 from torch import nn
 
@@ -9,6 +11,7 @@ from ldm.config import Config
 from ldm.unet import UNet
 from runs.families import Family
 from runs.image_model import ImageModel
+from runs.labels import Labels
 from runs.machine import Machine
 from runs.spec import Run
 
@@ -33,9 +36,22 @@ def theirs(config: Config, unet: UNet) -> nn.Module:
     return diffusers_unet(vars(config.unet), unet)
 
 
+def settings(run: Run) -> dict[str, Any]:
+    config = cast(Config, run.config)
+    labels = Labels.parse(cast(ClassCondition, run.spec.condition).labels, config.num_classes)
+    return {"unet": asdict(config.unet), "first_stage": asdict(config.first_stage), "num_classes": labels.num_classes,
+            "guidance": run.guidance, "labels": labels.rule, "first_stage_dtype": "fp32"}
+
+
+def checkpoint_sha256(path: Path) -> str:
+    from ldm import checkpoint
+    return checkpoint.checkpoint_sha256(path)
+
+
 FAMILY = Family(
     name="ldm", command="ldm.sample", schema=Config, condition=ClassCondition, batch_size=32,
     unet=lambda config: UNet(**vars(config.unet)), shapes=shapes,
     resolution=lambda config: config.first_stage.resolution,
-    load_unet=load_unet, open=open_model, theirs=theirs, judge="adm", packed=True,
+    load_unet=load_unet, open=open_model, settings=settings, checkpoint_sha256=checkpoint_sha256,
+    theirs=theirs, judge="adm", packed=True,
     references={"ldm_cin256": Path("data/references/VIRTUAL_imagenet256_labeled.npz")})

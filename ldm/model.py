@@ -1,7 +1,6 @@
 """A latent diffusion model from seeds and classes to images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -68,9 +67,7 @@ class LDM(ImageModel[Config, ClassCondition]):
         self.labels = Labels.parse(self.condition.labels, config.num_classes)
         self.names = names_of_classes(config)
         self.size = check_sizes(config)
-        self.settings = {"model": config.name, "unet": asdict(config.unet), "first_stage": asdict(config.first_stage),
-                         "num_classes": config.num_classes, **self.sampler.settings, "guidance": run.guidance,
-                         "labels": self.labels.rule, "dtype": run.spec.network.dtype, "first_stage_dtype": "fp32"}
+        self.settings = dict(run.settings)
 
     def load(self) -> None:
         model = load_checkpoint(self.config, self.run.checkpoint)

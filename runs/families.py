@@ -70,6 +70,8 @@ class Family(Generic[Schema, Net]):
     shapes(config): the shapes of x and, where there is one, of the context, for one image.
     resolution(config): the pixels of a side. load_unet(config, path): the U-Net with the weights of a checkpoint, on
     the CPU. open(run, machine): the whole model. theirs(config, unet): diffusers' U-Net on the very weights of ours.
+    settings(run): what run.json says of a run, sampler and dtype aside, as far as it is known without weights.
+    checkpoint_sha256(path): what it says of the weights.
     judge: the evaluator of the papers' tables, a command of eval/. packed: whether it reads an npz. references: what it
     compares with, by the model's name.
     """
@@ -81,6 +83,8 @@ class Family(Generic[Schema, Net]):
     resolution: Callable[[Schema], int]
     load_unet: Callable[[Schema, Path], Net]
     open: Callable[["Run", "Machine"], "ImageModel"]
+    settings: Callable[["Run"], dict[str, Any]]
+    checkpoint_sha256: Callable[[Path], str]
     theirs: Callable[[Schema, Net], nn.Module]
     batch_size: int
     judge: str

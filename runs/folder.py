@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from caching.schema import check, read_json
 from runs.claims import Claims
 from runs.errors import UserError
 from runs.files import remove_leftovers, write_and_move, write_atomically
@@ -37,14 +39,33 @@ def read_run(folder: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{folder} is no sample folder: it has no run.json")
     try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path} is damaged, so the settings of its images are unknown: use another folder") from None
+        content = read_json(path)
+        check(content, _Record, path)
+    except ValueError as error:
+        raise UserError(f"{error}, so the settings of its images are unknown: use another folder") from None
+    if content.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{path} has format {content['format']}, this program reads {FORMAT}: use another folder")
+    return content
+
+
+@dataclass
+class _Record:
+    """What run.json holds."""
+    settings: dict
+    provenance: dict = field(default_factory=dict)
+    format: int = FORMAT
 
 
 def image_path(folder: Path, seed: int) -> Path:
     """The path of a seed's image in a sample folder, which has sub-folders of 1000 seeds."""
     return folder / f"{seed // 1000:03d}" / f"{seed:06d}.png"
+
+
+def seeds_there(folder: Path) -> list[int]:
+    """The seeds whose images are in a sample folder, sorted, by their names alone; other files are left alone."""
+    found = {int(path.stem): path for path in folder.glob("[0-9][0-9][0-9]*/[0-9]*.png")
+             if path.stem.isascii() and path.stem.isdigit()}
+    return sorted(seed for seed, path in found.items() if path == image_path(folder, seed))
 
 
 def missing_seeds(folder: Path, seeds: Iterable[int]) -> list[int]:
@@ -94,9 +115,9 @@ class RunFolder:
                 raise UserError(f"{self.path} has images but no run.json, so their settings are unknown: "
                                 "use another folder")
             self._create({"format": FORMAT, "settings": settings, "provenance": provenance})
-        differences = _differences(read_run(self.path)["settings"], settings)
-        if differences:
-            raise UserError(f"{self.path} holds images of other settings ({'; '.join(differences)}): "
+        unlike = differences(read_run(self.path)["settings"], settings)
+        if unlike:
+            raise UserError(f"{self.path} holds images of other settings ({'; '.join(unlike)}): "
                             "use another folder, or the same settings")
         self.provenance = provenance
 
@@ -113,7 +134,7 @@ class RunFolder:
 
     def seeds(self) -> list[int]:
         """The seeds whose images are there now, sorted."""
-        return sorted(int(path.stem) for path in self.path.glob("[0-9][0-9][0-9]*/[0-9]*.png"))
+        return seeds_there(self.path)
 
     def write_listing(self, name: str, header: str, line: Callable[[int], str]) -> None:
         """Write a CSV file about the images that are there: header, and the line of each seed.
@@ -194,13 +215,13 @@ class RunFolder:
         return made
 
 
-def _differences(theirs: dict, ours: dict, prefix: str = "") -> list[str]:
+def differences(theirs: dict, ours: dict, prefix: str = "") -> list[str]:
     """'steps 100 there, 50 here' for every setting that differs."""
     found = []
     for key in sorted(theirs.keys() | ours.keys()):
         a, b = theirs.get(key), ours.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
+            found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             a, b = (json.dumps(value) for value in (a, b))
             shown = f"{a} there, {b} here" if len(a) + len(b) < 120 else "differs"
@@ -210,6 +231,8 @@ def _differences(theirs: dict, ours: dict, prefix: str = "") -> list[str]:
 
 def _is_whole_png(path: Path) -> bool:
     try:
+        if path.exists() and not path.is_file():        # a pipe would be waited for
+            raise UserError(f"{path} is no regular file: move it elsewhere")
         with open(path, "rb") as file:
             file.seek(-len(_PNG_END), os.SEEK_END)
             return file.read() == _PNG_END

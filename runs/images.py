@@ -8,7 +8,8 @@ from PIL import Image
 from runs.errors import UserError, one_line
 
 # What Pillow raises for a PNG that is cut off or not one: SyntaxError too, for a damaged chunk.
-UNREADABLE = (OSError, ValueError, SyntaxError)
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+_LARGEST = 1 << 26      # pixels that an image may claim to have: 8192 x 8192
 
 
 def read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | None = None) -> np.ndarray:
@@ -16,8 +17,13 @@ def read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | N
 
     Raises UserError for a file that is no image, not 8-bit RGB, or of another shape.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file: move it elsewhere")
     try:
         with Image.open(path) as image:
+            if image.width * image.height > _LARGEST:
+                raise UserError(f"{path} claims to have {image.width}x{image.height} pixels: delete it and sample it "
+                                "again")
             if image.mode != "RGB":
                 raise UserError(f"{path} is of mode {image.mode}: expected 8-bit RGB")
             if any(";16" in str(tile[3]) for tile in image.tile):       # Pillow would drop the lower 8 bits

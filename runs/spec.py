@@ -184,6 +184,15 @@ class Run:
                 "dtype": self.spec.network.dtype, "timesteps": self.timesteps, "eta": self.eta, **guided,
                 "cache": self.caching.settings}
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """All that run.json of its images says, as far as it is known without weights; the caching aside.
+
+        Raises UserError where sampler, size or prompts cannot be.
+        """
+        return {"model": self.config.name, **self.family.settings(self), **self.sampler.settings,
+                "dtype": self.spec.network.dtype}
+
     @property
     def deepcache(self) -> PlannedDeepCache | None:
         """DeepCache in this run, or None."""

@@ -1,6 +1,7 @@
 """Stable Diffusion as other programs know it (runs/families.py). Slow imports wait until they are needed."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -34,10 +35,21 @@ def shapes(config: Config) -> list[tuple[int, ...]]:
     return found if config.xl is None else [*found, (config.xl.adm_in_channels - SIZES * SIZE_CHANNELS,), (SIZES,)]
 
 
+def settings(run: Run) -> dict[str, Any]:
+    from stable_diffusion import model
+    return model.settings(run)
+
+
+def checkpoint_sha256(path: Path) -> str:
+    from stable_diffusion import checkpoint
+    return checkpoint.checkpoint_sha256(path)
+
+
 FAMILY = Family(
     name="sd", aliases=("sdxl",), command="stable_diffusion.sample", schema=Config, condition=TextCondition,
     batch_size=8, flags={"checkpoint": "model"},
     unet=lambda config: make(config.unet_arguments), shapes=shapes,
     resolution=lambda config: config.resolution,
-    load_unet=load_unet, open=open_model, theirs=theirs, judge="clip_score",
+    load_unet=load_unet, open=open_model, settings=settings, checkpoint_sha256=checkpoint_sha256,
+    theirs=theirs, judge="clip_score",
     references={"sd_v15": Path("data/references/coco_val2017.npz")})

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -106,6 +107,21 @@ def describe_dropped(dropped: dict[int, int], limit: int) -> str:
             f"last {some} tokens{', ...' if len(dropped) > 5 else ''}")
 
 
+def settings(run: Run) -> dict[str, Any]:
+    """What run.json says of a run: prompts that are not there yet, and what hangs on the machine, are left out."""
+    config, asked = cast(Config, run.config), cast(TextCondition, run.spec.condition)
+    height, width = latent_size(config, asked.height, asked.width)
+    absent = asked.prompts is not None and not asked.prompts.exists()
+    prompts = Prompts([], asked.images_per_prompt) if absent else Prompts.chosen(asked)
+    height, width = height * config.downsampling, width * config.downsampling
+    of_sizes = {} if config.xl is None else {"xl": asdict(config.xl), "sizes": asked.sizes(height, width)}
+    return {"unet": asdict(config.unet), "height": height, "width": width, **of_sizes,
+            **{key: value for key, value in prompts.settings.items() if not (absent and key == "prompts_sha256")},
+            "negative_prompt": asked.negative_prompt, "guidance": run.guidance,
+            **({} if asked.released_noise else {"noise": "per seed"}), "first_stage_dtype": "fp32",
+            "text_encoder_dtype": "fp32"}
+
+
 class StableDiffusion(ImageModel[Config, TextCondition]):
     """A model conditional on a prompt, in the latents of an autoencoder."""
 
@@ -130,12 +146,7 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
         if asked.released_noise:
             self.released = ReleasedNoise(machine.batch_size, None if self.prompts.per is None else self.images,
                                           self.device, self.dtype)
-        self.settings = {"model": config.name, "unet": asdict(config.unet),
-                         "height": height * config.downsampling, "width": width * config.downsampling,
-                         **self.prompts.settings, "negative_prompt": asked.negative_prompt, **self.sampler.settings,
-                         "guidance": run.guidance, "noise": self.released.settings if self.released else "per seed",
-                         "dtype": run.spec.network.dtype, "first_stage_dtype": "fp32", "text_encoder_dtype": "fp32",
-                         **({} if config.xl is None else {"xl": asdict(config.xl), "sizes": self.sizes})}
+        self.settings = run.settings | ({"noise": self.released.settings} if self.released else {})
 
     def load(self) -> None:
         loaded = load_checkpoint(self.config, self.run.checkpoint, self.condition.diffusers_unet)

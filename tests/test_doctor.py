@@ -4,13 +4,18 @@ import hashlib
 import http.server
 import io
 import re
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import safetensors.torch
+import torch
 import yaml
 
 from eval.tables.paper import find, tables
@@ -28,7 +33,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     """Serves `files` by path, byte ranges included; each answer stops after `limit` bytes; `log`: the ranges asked."""
     files: ClassVar[dict] = {}
     log: ClassVar[list] = []
-    limit, ranges = None, True
+    limit, ranges, slow = None, True, False
 
     def do_GET(self):
         data, wanted = self.files.get(self.path), self.headers.get("Range")
@@ -47,7 +52,10 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(data) - first))
         self.end_headers()
-        self.wfile.write(data[first:][:self.limit])
+        data = data[first:][:self.limit]
+        for at in range(0, len(data), 1 << 16):
+            self.wfile.write(data[at:at + (1 << 16)])
+            time.sleep(0.2 * self.slow)
 
     def log_message(self, *args):
         pass
@@ -107,7 +115,9 @@ def test_what_is_there_is_kept_and_never_overwritten(server, tmp_path):
     (tmp_path / "a/b.bin").write_bytes(b"mine")
     with pytest.raises(UserError, match="is there and its md5 is not the published"):
         fetch(one(server), tmp_path)
-    assert fetch(one(server, digest=None), tmp_path).endswith("there already, no digest to check it by")
+    (tmp_path / "a/b.dat").write_bytes(b"mine")
+    kept = one(server, digest=None, path=Path("a/b.dat"))
+    assert fetch(kept, tmp_path).endswith("there already, no digest to check it by")
     assert (tmp_path / "a/b.bin").read_bytes() == b"mine" and server.log == []
 
 
@@ -148,6 +158,103 @@ def test_archives_are_unpacked(server, tmp_path):
     with pytest.raises(UserError, match=r"does not unpack: .*no item named 'x'"):
         fetch(single._replace(unpack={"x": "p/x"}), tmp_path)
     assert not (tmp_path / "p/x").exists()
+
+
+def test_two_commands_at_once_fetch_one_file_once(server, tmp_path):
+    """Each with its own process; the second begins at several places of the first's transfer."""
+    server.slow = True
+    listed = tmp_path / "list.yaml"
+    listed.write_text(yaml.safe_dump({"x": {"about": "a", "base": f"{server.url}/", "to": "d/",
+                                            "files": [{"url": "x", "md5": MD5}]}}))
+    words = [sys.executable, "-m", "scripts.download", "x", "--catalogue", str(listed), "--into", str(tmp_path)]
+    first = subprocess.Popen(words, cwd=download.ROOT, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "d/x.part").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    others = [subprocess.Popen(words, cwd=download.ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in (first, *others)]
+    assert [process.returncode for process in (first, *others)] == [0, 0, 0]
+    assert (tmp_path / "d/x").read_bytes() == CONTENT and len(server.log) == 1
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["x"]
+    assert said[0].endswith("fetched, md5 right\n") and all("there already, md5 right" in text for text in said[1:])
+
+
+def packed(**files: bytes) -> bytes:
+    with io.BytesIO() as buffer:
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        return buffer.getvalue()
+
+
+TENSORS = safetensors.torch.save({"a": torch.zeros(99)})
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("model.ckpt", b"<!DOCTYPE html><title>Log in</title>", "a web page"),
+    ("model.ckpt", b"\n  <html><body>Not here", "a web page"), ("model.ckpt", b"", "is empty"),
+    ("model.ckpt", packed(data=b"1" * 999)[:-30], "damaged .ckpt"),
+    ("model.ckpt", b"version https://git-lfs.github.com/spec/v1", "is no .ckpt file: it begins with b'version '"),
+    ("x.safetensors", TENSORS[:-1], r"has \d+ bytes and says that it has"), ("x.safetensors", b"abc", "cut short"),
+    ("x.json", b'{"a": 1', "damaged .json"), ("x.json", b"[" * 99_999, "damaged .json"),
+    ("x.npz", b"\x93NUMPY", "is no .npz file"), ("prompts.tsv", b"Prompt\n\xff\xfe", "damaged .tsv")])
+def test_without_a_digest_what_is_no_such_file_is_refused(server, tmp_path, name, content, message):
+    server.files["/y"] = content
+    file = File(f"{server.url}/y", Path("d") / name, instead="the other one")
+    with pytest.raises(UserError, match=f"{message}.*try the other one instead, or fetch it by hand and put it at d/"):
+        fetch(file, tmp_path, pause=0)
+    assert not any((tmp_path / "d").iterdir())
+    (tmp_path / "d" / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"is there and .*{message}.*move it away"):
+        fetch(file, tmp_path)
+
+
+def test_what_is_whole_is_taken_without_a_digest(server, tmp_path):
+    for name, content in (("a.safetensors", TENSORS), ("b.ckpt", packed(x=b"1")), ("c.bin", b"\x80\x02}"),
+                          ("d.json", b"{}"), ("e.tsv", "Prompt\ncaf\u00e9".encode())):
+        server.files["/y"] = content
+        assert "fetched" in fetch(File(f"{server.url}/y", Path(name)), tmp_path)
+    server.files["/y"] = b"abc"
+    with pytest.raises(UserError, match="has 3 bytes and should have 4"):
+        fetch(File(f"{server.url}/y", Path("f"), size=4), tmp_path, tries=1)
+
+
+def changed(content: bytes, at: int, value: int) -> bytes:
+    return content[:at] + bytes([value]) + content[at + 1:]
+
+
+_ZIP = packed(**{"set/a": b"abc" * 999})
+_DIRECTORY = _ZIP.index(b"PK\x01\x02")
+
+
+@pytest.mark.parametrize("content", [
+    changed(_ZIP, 45, 0xff), changed(changed(_ZIP, 6, 1), _DIRECTORY + 8, 1),               # damaged; encrypted
+    changed(changed(_ZIP, 8, 99), _DIRECTORY + 10, 99), packed(other=b"1"),                 # packed in some other way
+], ids=["damaged", "encrypted", "unknown", "another"])
+def test_archives_that_do_not_unpack_are_removed(server, tmp_path, content):
+    server.files["/z"] = content
+    for unpack in ("set", {"set/a": "a"}):
+        file = File(f"{server.url}/z", Path("z.zip"), unpack=unpack)
+        with pytest.raises(UserError, match=r"does not unpack: .*; removed; fetch it by hand"):
+            fetch(file, tmp_path)
+        assert not any(tmp_path.iterdir())
+        (tmp_path / "z.zip").write_bytes(content)           # the user's own is left to the user
+        with pytest.raises(UserError, match=r"does not unpack: .*move it away"):
+            fetch(file, tmp_path)
+        (tmp_path / "z.zip").unlink()
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("- a\n- b", "list, and should hold keys"), ("a: 5", "list.yaml, a: 5 should be keys with values: about, files"),
+    ("a: {about: x}", "missing key files"),
+    ("a: {about: x, files: [{url: ftp://x, path: y}]}", "should begin with http"),
+    ("a: {about: x, files: [{url: http://x, path: ../y}]}", "no path below the repository"),
+    ("a: {about: x, files: [{url: http://x, path: y, md6: z}]}", "md6"),
+    ("a: {about: x, files: [{url: http://x, path: y, unpack: [1]}]}", "unpack is"), ("a: {" * 2000, "list.yaml: ")])
+def test_lists_that_are_none(tmp_path, content, message):
+    (tmp_path / "list.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        catalogue(tmp_path / "list.yaml")
 
 
 def test_npm_fetches_its_packages_where_it_is_installed(server, monkeypatch, tmp_path):

@@ -1,7 +1,9 @@
 """Image sets, EffLite0 features, distances and fidelity, through their public interfaces."""
 
+import io
 import json
 import math
+import os
 import struct
 import sys
 import zlib
@@ -21,6 +23,7 @@ from eval.metrics.images import from_array, open_images
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_neighbours, pca_basis, real_floor
 from runs import results
 from runs.errors import UserError
+from runs.folder import seeds_there
 from training import emoji
 
 GROUP = "Smileys & Emotion"
@@ -109,7 +112,7 @@ def test_a_plain_folder_is_read_by_name_and_an_npz_as_it_lies(tmp_path, smileys)
     (lambda d, p: None, {}, "no PNG images"),
     (lambda d, p: save(d, p[:3]), {"expected": 4}, "3 of the 4"),
     (lambda d, p: save(d, p[:3]), {"seeds": range(5)}, r"3 of the 5 .* missing seeds 3-4"),
-    (lambda d, p: save(d, p[:3]), {"seeds": [0, 1]}, "1 images more .* seeds 2"),
+    (lambda d, p: save(d, p[:3]), {"seeds": [7]}, r"0 of the 1 .* missing seeds 7"),
     (lambda d, p: (save(d, p[:2]), save(d, p[:1, :16], first=2)), {}, r"mixed sizes: .*000002.png is 32x16"),
     (lambda d, p: (d / save(d, p[:2]) / "000/000001.png").write_bytes(
         (d / "000/000001.png").read_bytes()[:300]), {}, "000001.png is truncated"),
@@ -120,18 +123,48 @@ def test_a_plain_folder_is_read_by_name_and_an_npz_as_it_lies(tmp_path, smileys)
     (lambda d, p: [Image.fromarray(p[0]).save(d / f"{name}.png") for name in ("1", "01")], {}, "two images of seed 1"),
     (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2]) / "000/000002.jpg"), {}, "000002.jpg and 0 more lie among"),
     (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2]) / "000/000002.PNG"), {}, "000002.PNG and 0 more lie among"),
-    (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2]) / "000/000001 copy.png"), {"seeds": [0, 1]},
+    (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2]) / "000/000001 copy.png"), {},
      "000001 copy.png and 0 more lie among the images of seeds, like 000000.png"),
-    (lambda d, p: [Image.fromarray(p[0]).save(d / f"{name}.png") for name in ("1", "2 copy")], {"seeds": [1]},
-     "file name '2 copy.png' is not a number"),
+    (lambda d, p: os.mkfifo(save(d, p[:2]) / "000/000002.png"), {}, "000002.png is no regular file"),
+    (lambda d, p: (d / save(d, p[:2]) / "000/000001.png").write_bytes(claiming(60_000)), {}, "truncated or not an"),
+    (lambda d, p: (d / save(d, p[:2]) / "000/000001.png").write_bytes(claiming(9_000)), {}, "claims to have 9000x9000"),
+    (lambda d, p: (d / save(d, p[:2]) / "run.json").write_text('{"settings": null}'), {"run": True},
+     r"run.json is damaged: settings is None and should be keys with values"),
     (lambda d, p: Image.fromarray(p[2]).save(save(d, p[:2], run=False) / "cat.png"), {},
      "holds images itself and in 000/"),
 ])
 def test_bad_folders_are_named_in_one_line(tmp_path, smileys, make, call, message):
     make(tmp_path, smileys)
+    run = call.pop("run", False)
     with pytest.raises(UserError, match=message) as caught:
-        list(open_images(tmp_path, **call).batches(4))
+        images = open_images(tmp_path, **call)
+        list(images.batches(4))
+        if run:
+            images.run()
     assert "\n" not in str(caught.value)
+
+
+def claiming(size: int) -> bytes:
+    """A PNG whose header claims so many pixels a side."""
+    with io.BytesIO() as buffer:
+        Image.new("RGB", (1, 1)).save(buffer, format="PNG")
+        content = buffer.getvalue()
+    header = b"IHDR" + struct.pack(">II", size, size) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+@pytest.mark.parametrize("seeds", [range(3), [1, 2], [4, 0, 2]])
+def test_exactly_the_seeds_that_were_asked_for(tmp_path, smileys, seeds):
+    """Whatever else is there, of a folder and of an npz alike."""
+    folder = save(tmp_path / "x", smileys[:6])
+    (folder / "000/000001 copy.png").write_bytes(b"anything")
+    np.savez_compressed(tmp_path / "x.npz", smileys[:6])
+    for path in (folder, tmp_path / "x.npz"):
+        images = open_images(path, seeds)
+        assert images.seeds == sorted(seeds) and len(images) == len(seeds)
+        assert np.array_equal(np.concatenate(list(images.batches(2))), smileys[sorted(seeds)])
+        assert images.reopen().fingerprint == images.fingerprint != open_images(path, [0, 5]).fingerprint
+    assert seeds_there(folder) == list(range(6))
 
 
 def test_bad_npz_are_named_in_one_line(tmp_path, smileys):

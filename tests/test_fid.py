@@ -134,7 +134,7 @@ def test_bad_arguments_end_in_one_line(tmp_path, monkeypatch, capsys, made, ince
             (("--samples", made[0], "--reference", tmp_path / "no.npz", "--allow-fewer"), "make-reference"),
             (("make-reference", "--from", tmp_path / "no", "--out", tmp_path / "r.npz"), "no images at"),
             (("make-reference", "--from", made[0], "--count", 6, "--out", tmp_path / "r.npz"), "from 2 to 5, got 6"),
-            (("make-reference", "--from", made[0], "--out", tmp_path / "no" / "r.npz"), "no folder")):
+            (("make-reference", "--from", made[1], "--size", 64, "--out", tmp_path / "no" / "r.npz"), "no arr_0")):
         with pytest.raises(SystemExit) as caught:
             run(monkeypatch, *args, *common)
         error = capsys.readouterr().err
@@ -284,6 +284,25 @@ def test_lsun_is_cropped_as_for_ddim(tmp_path, monkeypatch):
     content[b"1"] = content[b"1"][:60]
     with pytest.raises(UserError, match="the picture 1 is damaged"):
         list(open_source(tmp_path, size=16).batches(2))
+
+
+def test_photographs_of_any_size_become_a_reference(tmp_path, monkeypatch, capsys, inception_file):
+    """COCO's are of mixed sizes, some of them grey; the folder of the reference is made."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for name, shape in (("a.jpg", (60, 90, 3)), ("b.jpg", (80, 50)), ("c.png", (48, 48, 3))):
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(tmp_path / "photos" / name)
+    images = open_source(tmp_path / "photos", 48)
+    pixels = np.concatenate(list(images.batches(2)))
+    assert pixels.shape == (3, 48, 48, 3) and (pixels[1, ..., 0] == pixels[1, ..., 2]).all()
+    assert np.array_equal(pixels[2], np.asarray(Image.open(tmp_path / "photos/c.png")))
+    run(monkeypatch, "make-reference", "--from", tmp_path / "photos", "--size", 48, "--out", tmp_path / "new/r.npz",
+        "--inception", inception_file)
+    assert "3 images of 48x48" in capsys.readouterr().out
+    assert fid.read_reference(tmp_path / "new/r.npz").size == (48, 48)
+    with pytest.raises(UserError, match=r"images of 48x48 pixels, which --size does not change"):
+        np.savez(tmp_path / "x.npz", pixels)
+        open_source(tmp_path / "x.npz", 32)
 
 
 def test_an_lmdb_without_the_package_says_what_to_install(tmp_path, monkeypatch):

@@ -16,8 +16,11 @@ from eval import table as table_command
 from eval.cost import bk_sdm
 from eval.cost.macs import run_macs
 from eval.cost.runs import macs_per_step, pruned
+from eval.metrics.extract import pixels_sha256
+from eval.metrics.sources import open_reference
 from eval.tables import render as table
 from eval.tables import rows
+from eval.tables.current import reference_of, weights_sha256
 from eval.tables.paper import COLUMNS, FOLDER, Table, find, tables
 from eval.tables.results import cost
 from runs import results
@@ -138,7 +141,7 @@ def test_the_written_tables_are_current(rendered):
 
 def measured(row: rows.Row, **other) -> Result:
     """As an evaluator writes it for the images of a row."""
-    settings = row.run.told
+    settings = row.run.settings | {"cache": row.run.caching.settings, "checkpoint_sha256": "ab" * 32}
     if pruned(row.run):
         settings["unet"] = {"diffusers": dict(bk_sdm.build(pruned(row.run)).config)}
     kind = {"ldm": "adm", "ddpm": "fid", "sd": "clip_score"}[row.run.family.name]
@@ -146,7 +149,7 @@ def measured(row: rows.Row, **other) -> Result:
     if kind == "clip_score":
         metrics = {"CLIP score": Metric(29.53)}
     prompts = getattr(row.run.spec.condition, "prompts", None)
-    inputs = {"prompts": f"/elsewhere/{prompts.name}"} if prompts else {}
+    inputs = {"prompts": f"/elsewhere/{prompts.name}"} if prompts else {"reference": str(reference_of(row.run))}
     images = {"sd": 1632}.get(row.run.family.name, 50_000)
     return Result(**{"kind": kind, "model": row.run.config.name, "settings": settings, "images": images,
                      "metrics": metrics, "inputs": inputs,
@@ -278,7 +281,7 @@ def test_a_result_of_block_caching_goes_to_its_row_alone():
     rhythm, plain = (run_of("block_caching_table1", label)
                      for label in ("DPM 20 steps, caching / the example's rhythm", "DPM 20 steps"))
     section = find("block_caching_table1").sections[""]
-    result = measured(rhythm, images=5000, kind="fid", inputs={"prompts": str(rhythm.run.spec.condition.prompts)})
+    result = measured(rhythm, images=5000, kind="fid", inputs={"reference": str(reference_of(rhythm.run))})
     result.settings["cache"] = rhythm.run.caching.settings
     assert table.is_of(result, rhythm, section, "fid") and not table.is_of(result, plain, section, "fid")
     result.settings["cache"] = plain.run.caching.settings
@@ -397,7 +400,10 @@ def test_columns_of_a_row_may_come_from_several_evaluators():
     blank = dict.fromkeys(("fd_efflite0", "kid_incmixed5", "rmse_converged"))
     own = own._replace(sections={"": section._replace(rows=dict.fromkeys(section.rows, blank))})
     row = next(row for row in rows.of_table(own).rows if row.label == "N=5")
-    found = [(Path(f"{name}.json"), measured(row, kind=kind, images=section.images, metrics={name: Metric(value)}))
+    reference = pixels_sha256(open_reference(str(reference_of(row.run)), (32, 32))[0])
+    settings = measured(row).settings | {"checkpoint_sha256": weights_sha256(row.run)}
+    found = [(Path(f"{name}.json"), measured(row, kind=kind, images=section.images, metrics={name: Metric(value)},
+                                             settings=settings, hashes={"reference": reference}))
              for name, kind, value in (("FD-EffLite0", "quality", 21.3), ("KID-IncMixed5", "quality", 0.0123),
                                        ("RMSE to converged", "fidelity", 7.891))]
     assert {column: cell(own, found, "N=5", column)[1:] for column in blank} == {

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 
 from eval.metrics.frechet import GROUPS
-from eval.metrics.images import ImageSet, check_finished, open_images
+from eval.metrics.images import ImageSet, open_to_judge
 from eval.metrics.measure import Sets, Unavailable
 from eval.metrics.registry import SETS
 from runs.errors import UserError
 from runs.results import Metric
+from runs.seeds import parse_seeds
 
+VERSION = 1         # of all evaluators: another one where a number of the same images would be another
 COUNT = 50_000      # images behind the published numbers
 
 
@@ -29,8 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sample_options(parser: argparse.ArgumentParser) -> None:
-    """--samples, --count, --allow-fewer, --groups, --out: of what is judged."""
+    """--samples, --seeds, --count, --allow-fewer, --groups, --out: of what is judged."""
     parser.add_argument("--samples", type=Path, required=True, help="sample folder, folder of images, or npz (arr_0)")
+    parser.add_argument("--seeds", help="exactly these, like 0-49999, whatever else is there (default: all)")
     parser.add_argument("--count", type=int, default=COUNT, help="images that must be there (default: %(default)s)")
     parser.add_argument("--allow-fewer", action="store_true",
                         help="judge fewer images, or an unfinished folder: not comparable with published numbers")
@@ -48,8 +51,8 @@ def open_samples(args: argparse.Namespace) -> tuple[ImageSet, list[str]]:
         raise UserError(f"--groups must be 2 or more, or 0 for no error, got {args.groups}")
     if args.count < 2:
         raise UserError(f"--count must be 2 or more, got {args.count}")
-    images = open_images(args.samples)
-    notes = [note] if (note := check_finished(images, args.allow_fewer)) else []
+    images, notes = open_to_judge(args.samples, parse_seeds(args.seeds) if args.seeds else None,
+                                  allow_fewer=args.allow_fewer)
     n = len(images)
     if n < 2:
         raise UserError(f"{images.description} has {n} image: a distance of sets needs at least 2")

@@ -17,15 +17,17 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 from tqdm import tqdm
 
+from caching.schema import fault, read_json
 from eval.metrics.images import ImageSet, check_unchanged
 from runs.errors import UserError
-from runs.files import remove_leftovers, write_atomically
+from runs.files import remove_leftovers, write_atomically, write_json
 from runs.seeds import deal, rank_and_world
 
 PART = 1000             # images; a change of it would change the batches, and with them the last bits
@@ -157,6 +159,39 @@ def _folder(images: ImageSet, extractor: Extractor, store: Path | None, world: i
     tqdm.write(f"note: {folder} cannot be written ({reason}): the features stay in memory, and are computed again next "
                "time")
     return None
+
+
+def pixels_sha256(images: ImageSet) -> str:
+    """`Features.images_sha256` of a set of images, without features. Raises UserError for images that cannot be used.
+
+    Those of a folder are noted in it, for files that are not touched: reading 50,000 images takes minutes.
+    """
+    note = images.root / ".features" / "pixels.json" if images.root and images.root.is_dir() else None
+    known = _noted(note)
+    if images.fingerprint in known:
+        return known[images.fingerprint]
+    every = range(len(images))
+    parts = [every[first:first + PART] for first in range(0, len(images), PART)]
+    seen, digests = images.stamp(every), [digest for _, digest in _digests(images, parts, 32)]
+    check_unchanged(images)
+    found = hashlib.sha256("\n".join([*images.names, *digests]).encode()).hexdigest()
+    if note is not None and time.time() - seen.changed > _DOUBT:
+        with suppress(OSError):         # a folder that cannot be written to: they are read again the next time
+            note.parent.mkdir(exist_ok=True)
+            latest = dict(list(known.items())[-9:])
+            write_json(note, latest | {images.fingerprint: found})
+    return found
+
+
+def _noted(path: Path | None) -> dict[str, str]:
+    """What `pixels_sha256` has noted: fingerprint -> digest; nothing where that is damaged."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        content = read_json(path)
+    except ValueError:
+        return {}
+    return content if fault(content, dict[str, str]) is None else {}
 
 
 class _Kept:

@@ -16,8 +16,9 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from runs.errors import UserError, one_line
+from runs.folder import read_run
 from runs.images import read_png
-from runs.seeds import format_some, parse_seeds
+from runs.seeds import format_seeds, format_some, parse_seeds
 
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
 _NUMBER = re.compile("[0-9]+")
@@ -74,28 +75,23 @@ class ImageSet:
         path = self.root / "run.json" if self.root else None
         if path is None or not path.is_file():
             return None
-        try:
-            return json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path} is damaged: where these images come from is unknown; sample them again") from None
+        return read_run(path.parent)
 
 
 def open_images(path: Path | str, seeds: Sequence[int] | None = None, expected: int | None = None) -> ImageSet:
     """The images of a sample folder (000/000123.png), a plain folder (PNG, JPEG), or an npz (`arr_0`, uint8 NHWC).
 
     Order: by seed where the names are numbers, else by name; an npz as it lies, its positions counting as seeds.
-    seeds: exactly these must be there. expected: at least so many must be there.
-    Raises UserError for no images, too few, missing or leftover seeds, and files that are no 8-bit RGB images.
+    seeds: exactly these, which must all be there; whatever else lies there is left alone. expected: at least so many.
+    Raises UserError for no images, too few, missing seeds, and files that are no 8-bit RGB images.
     """
     path = Path(path)
     if path.is_dir():
-        images = _folder(path)
+        images = _folder(path, seeds)
     elif path.is_file():
-        images = _npz(path)
+        images = _npz(path, seeds)
     else:
         raise UserError(f"no images at {path}: give a folder of PNGs or an npz")
-    if seeds is not None:
-        _check_seeds(images, seeds)
     if expected is not None and len(images) < expected:
         raise UserError(f"{path} has {len(images)} of the {expected} images expected: sample the rest first")
     return images
@@ -125,7 +121,7 @@ def check_finished(images: ImageSet, allow_fewer: bool = False) -> str | None:
     for line in log.read_text().splitlines():
         try:
             asked.update(parse_seeds(json.loads(line)["seeds"]))
-        except (ValueError, KeyError, UserError):
+        except (ValueError, KeyError, TypeError, RecursionError, UserError):
             continue        # a line that was being written; the images are what counts
     missing = asked - set(images.seeds or ())
     if not missing:
@@ -179,15 +175,18 @@ def check_paired(samples: ImageSet, against: ImageSet) -> list[int]:
     return seeds
 
 
-def _folder(path: Path) -> ImageSet:
+def _folder(path: Path, wanted: Sequence[int] | None = None) -> ImageSet:
+    """wanted: the seeds that are meant, among whatever else lies there."""
     # A plain folder may hold sub-folders of something else, and a sample folder a picture of all samples.
-    dealt, sampled = _dealt(path), (path / "run.json").exists()
+    dealt, sampled = _dealt(path, wanted is None), (path / "run.json").exists()
     files = dealt if dealt or sampled else _plain(path)
     if dealt and not sampled and _plain(path):
         raise UserError(f"{path} holds images itself and in {dealt[0].parent.name}/, and no run.json says that it is "
                         "a sample folder: name the sub-folder, or move what is not meant elsewhere")
     if not files:
         raise UserError(f"no PNG images in {path}")
+    if wanted is not None:
+        files = [file for file in files if _NUMBER.fullmatch(file.stem)]
     seeds = None
     if all(_NUMBER.fullmatch(file.stem) for file in files):
         files.sort(key=lambda file: int(file.stem))
@@ -195,6 +194,12 @@ def _folder(path: Path) -> ImageSet:
         if len(set(seeds)) < len(seeds):
             twice = next(a for a, b in itertools.pairwise(seeds) if a == b)
             raise UserError(f"{path} has two images of seed {twice}")
+    if wanted is not None and seeds is not None:
+        files = [files[i] for i in _positions(path, seeds, wanted)]
+        seeds = [int(file.stem) for file in files]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is no regular file: move it elsewhere")
     names = [str(file.relative_to(path)) for file in files]
     first = read_png(files[0])
 
@@ -207,18 +212,28 @@ def _folder(path: Path) -> ImageSet:
         return stamp_of(files[some.start:some.stop], names[some.start:some.stop])
 
     return ImageSet(str(path), names, seeds, first.shape[:2], stamp(range(len(files))).text, path, read, stamp,
-                    lambda: _folder(path))
+                    lambda: _folder(path, wanted))
 
 
-def _dealt(path: Path) -> list[Path]:
-    """The images of a sample folder, 000/000123.png. Raises UserError for others among them."""
+def _positions(path: Path, there: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """Where the wanted seeds, ascending, are among those that are there. Raises UserError for missing ones."""
+    at = {seed: place for place, seed in enumerate(there)}
+    missing = [seed for seed in wanted if seed not in at]
+    if missing or not len(wanted):
+        raise UserError(f"{path} has {len(wanted) - len(missing)} of the {len(wanted)} images asked for; "
+                        f"missing seeds {format_some(missing)}: sample them first")
+    return sorted(at[seed] for seed in wanted)
+
+
+def _dealt(path: Path, alone: bool) -> list[Path]:
+    """The images of a sample folder, 000/000123.png. alone: raise UserError for others among them."""
     found = [file for folder in path.iterdir() if re.fullmatch("[0-9]{3,}", folder.name) and folder.is_dir()
              for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
     files = [file for file in found if file.suffix == ".png" and _NUMBER.fullmatch(file.stem)]
     other = sorted({file for file in found if file.suffix.lower() in _SUFFIXES | _OTHER_SUFFIXES} - set(files))
-    if files and other:
+    if files and other and alone:
         raise UserError(f"{other[0]} and {len(other) - 1} more lie among the images of seeds, like {files[0].name}, "
-                        "and leaving them out would judge another set: move them elsewhere")
+                        "and leaving them out would judge another set: move them elsewhere, or say --seeds")
     return files
 
 
@@ -232,9 +247,11 @@ def _plain(path: Path) -> list[Path]:
     return [file for file in files if file.suffix.lower() in _SUFFIXES]
 
 
-def _npz(path: Path) -> ImageSet:
+def _npz(path: Path, wanted: Sequence[int] | None = None) -> ImageSet:
+    """wanted: positions that are meant."""
     with _open_array(path) as (_, shape):
         pass
+    places = list(range(shape[0])) if wanted is None else _positions(path, range(shape[0]), wanted)
 
     def take(file: IO[bytes], some: range) -> bytes:
         size = len(some) * int(np.prod(shape[1:]))
@@ -252,15 +269,31 @@ def _npz(path: Path) -> ImageSet:
         at = 0
         with _open_array(path) as (file, _):
             for some in batched(ranges, n):
-                for skipped in batched([range(at, some.start)], n):
-                    take(file, skipped)
-                yield np.frombuffer(take(file, some), np.uint8).reshape(len(some), *shape[1:])
-                at = some.stop
+                batch = []
+                for piece in _runs(places[some.start:some.stop]):
+                    for skipped in batched([range(at, piece.start)], n):
+                        take(file, skipped)
+                    batch.append(np.frombuffer(take(file, piece), np.uint8).reshape(len(piece), *shape[1:]))
+                    at = piece.stop
+                yield batch[0] if len(batch) == 1 else np.concatenate(batch)
 
-    names = [str(i) for i in range(shape[0])]
-    return ImageSet(str(path), names, list(range(shape[0])), (shape[1], shape[2]), stamp_of([path], [path.name]).text,
-                    path, read, lambda some: stamp_of([path], [f"{path.name} {some.start}-{some.stop}"]),
-                    lambda: _npz(path))
+    def stamp(some: range) -> Stamp:
+        chosen = format_seeds(places[some.start:some.stop]) if wanted is not None else f"{some.start}-{some.stop}"
+        return stamp_of([path], [f"{path.name} {chosen}"])
+
+    return ImageSet(str(path), [str(i) for i in places], places, (shape[1], shape[2]), stamp(range(len(places))).text,
+                    path, read, stamp, lambda: _npz(path, wanted))
+
+
+def _runs(places: Sequence[int]) -> Iterator[range]:
+    """Ascending positions as ranges of neighbours."""
+    first = last = places[0]
+    for place in places[1:]:
+        if place != last + 1:
+            yield range(first, last + 1)
+            first = place
+        last = place
+    yield range(first, last + 1)
 
 
 class _open_array:
@@ -304,13 +337,3 @@ def stamp_of(files: Iterable[Path], names: Iterable[str]) -> Stamp:
                       .encode())
         last = max(last, status.st_ctime_ns)
     return Stamp(digest.hexdigest(), last / 1e9)
-
-
-def _check_seeds(images: ImageSet, seeds: Sequence[int]) -> None:
-    wanted, there = set(seeds), set(images.numbers("seeds cannot be told"))
-    if wanted - there:
-        raise UserError(f"{images.description} has {len(wanted & there)} of the {len(wanted)} images asked for; "
-                        f"missing seeds {format_some(wanted - there)}: sample them first")
-    if there - wanted:
-        raise UserError(f"{images.description} has {len(there - wanted)} images more than asked for, seeds "
-                        f"{format_some(there - wanted)}: ask for them too, or use another folder")

@@ -1,7 +1,8 @@
 """Real images as data sets come: CIFAR-10's python batches and LSUN's lmdb folders, as sets of images to read.
 
 LSUN at 256 pixels as ermongroup/ddim prepares it: the shorter side to 256 (Pillow's bilinear), then the centre. For
-pictures whose shorter side is 256 already, as in the published lmdb files, that is a crop.
+pictures whose shorter side is 256 already, as in the published lmdb files, that is a crop. Photographs in a folder,
+such as COCO's, are brought to a size in the same way, grey ones among them as RGB.
 """
 
 import hashlib
@@ -17,28 +18,35 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import center_crop, resize
 
-from eval.metrics.images import ImageSet, Stamp, batched, open_images, stamp_of
+from eval.metrics.images import ImageSet, Stamp, batched, from_array, open_images, stamp_of
 from runs.errors import UserError, one_line
 from runs.images import UNREADABLE
+from training import emoji
 
 _CIFAR10 = [f"data_batch_{i}" for i in range(1, 6)]
 
 
-def open_source(path: Path, size: int = 256, count: int | None = None) -> ImageSet:
+def open_source(path: Path, size: int | None = None, count: int | None = None) -> ImageSet:
     """The images at a path: an LSUN lmdb folder, CIFAR-10's folder, a folder of images, or an npz.
 
-    size: pixels that LSUN's are brought to. count: the first so many only (default: all).
+    size: pixels that they are brought to; None: 256 of LSUN, all others as they are. count: the first so many only
+    (default: all).
     Raises UserError for what is none of these, or has fewer.
     """
     path = Path(path)
     if (path / "data.mdb").is_file():
-        return lsun(path, size, count)
+        return lsun(path, size or 256, count)
     if (path / _CIFAR10[0]).is_file():
         images = cifar10(path)
     elif (path / "cifar-10-batches-py" / _CIFAR10[0]).is_file():
         images = cifar10(path / "cifar-10-batches-py")
+    elif path.is_dir() and size is not None:
+        images = photographs(path, size)
     else:
         images = open_images(path)
+    if size is not None and images.size != (size, size):
+        raise UserError(f"{images.description} has images of {images.size[1]}x{images.size[0]} pixels, which --size "
+                        "does not change: leave it out")
     _check_count(images.description, len(images), count)
     return images if count in (None, len(images)) else _first(images, count)
 
@@ -99,6 +107,40 @@ def cifar10(path: Path) -> ImageSet:
                     stamp)
 
 
+def prepared(image: Image.Image, size: int) -> np.ndarray:
+    """uint8 [size, size, 3]: the shorter side brought to `size`, then the centre."""
+    return np.asarray(center_crop(resize(image.convert("RGB"), size), [size, size]))
+
+
+def photographs(path: Path, size: int) -> ImageSet:
+    """The images that lie in a folder, of any size, in the order of their names. Raises UserError where one is none."""
+    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in (".png", ".jpg", ".jpeg")
+             and not file.name.startswith(".")]
+    if not files:
+        raise UserError(f"no images in {path}")
+    names = [file.name for file in files]
+
+    def read_one(i: int) -> np.ndarray:
+        if not files[i].is_file():
+            raise UserError(f"{files[i]} is no regular file: move it elsewhere")
+        try:
+            with Image.open(files[i]) as image:
+                return prepared(image, size)
+        except UNREADABLE as error:
+            raise UserError(f"{files[i]} is damaged or not an image ({one_line(error)})") from None
+
+    def read(n: int, ranges: Sequence[range]) -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor() as pool:
+            for some in batched(ranges, n):
+                yield np.stack(list(pool.map(read_one, some)))
+
+    def stamp(some: range) -> Stamp:
+        return stamp_of(files[some.start:some.stop], [f"{size} {name}" for name in names[some.start:some.stop]])
+
+    return ImageSet(f"{path} (at {size})", names, None, (size, size), stamp(range(len(files))).text, path, read, stamp,
+                    lambda: photographs(path, size))
+
+
 def lsun(path: Path, size: int = 256, count: int | None = None) -> ImageSet:
     """The pictures of an LSUN lmdb folder, in the order of their keys: shorter side to `size`, centre crop.
 
@@ -125,7 +167,7 @@ def lsun(path: Path, size: int = 256, count: int | None = None) -> ImageSet:
         key, data = item
         try:
             with Image.open(io.BytesIO(data)) as image:
-                return np.asarray(center_crop(resize(image.convert("RGB"), size), [size, size]))
+                return prepared(image, size)
         except UNREADABLE as error:
             raise UserError(f"{path}: the picture {key.decode(errors='replace')} is damaged or of a format that is not "
                             f"read here ({one_line(error)})") from None
@@ -142,3 +184,29 @@ def lsun(path: Path, size: int = 256, count: int | None = None) -> ImageSet:
     return ImageSet(f"{path} (LSUN at {size}, {len(keys)} of {there})", [key.decode(errors="replace") for key in keys],
                     None, (size, size), stamp(range(len(keys))).text, path, read, stamp,
                     lambda: lsun(path, size, count))
+
+
+def open_reference(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet | None]:
+    """(reference, held-out or None) of 'emoji:GROUP' (training images), a folder or an npz.
+
+    GROUP: one group of the emoji, several with commas between, or 'all'.
+    size: (height, width) of the samples; a reference of another size is a UserError, since sharpness would differ.
+    """
+    if not text.startswith("emoji:"):
+        reference = open_images(text)
+        if reference.size != size:
+            raise UserError(f"the samples are {size[1]}x{size[0]} pixels and {text} is "
+                            f"{reference.size[1]}x{reference.size[0]}: take a reference of the same size")
+        return reference, None
+    groups = None if text == "emoji:all" else text.removeprefix("emoji:").split(",")
+
+    def load(split: str) -> ImageSet:
+        pixels, rows = emoji.load(size[0], split, groups)
+        return from_array(pixels, f"{text} ({split}, {size[0]} px)", [f"{row.style}/{row.name}" for row in rows])
+
+    if size[0] != size[1]:
+        raise UserError(f"the samples are {size[1]}x{size[0]} pixels: the emoji are square")
+    try:
+        return load("train"), load("held-out")
+    except ValueError as error:
+        raise UserError(f"--reference {text}: {error}") from None

@@ -3,21 +3,20 @@
 import csv
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from caching.block_schedule import PlannedBlocks
-from eval.cost import bk_sdm
 from eval.cost.macs import giga
 from eval.cost.run_timing import in_full_steps
 from eval.cost.runs import macs_per_step, pruned, told_by_steps
 from eval.metrics.registry import RMSE_TO_CONVERGED, SMALL_MEASURES
+from eval.tables.current import Wanted, inputs_of
 from eval.tables.paper import COLUMNS, Note, Section, Table, tables
 from eval.tables.rows import Row, Runs, of_table
 from eval.tables.text import align
 from runs.files import ROOT
-from runs.labels import RULES
 from runs.results import Result
 from runs.spec import Run
 
@@ -30,7 +29,6 @@ Found = Sequence[tuple[Path, Result]]
 _SETTINGS = ("center", "power")
 
 
-_RULE = ("interval", "schedule", "center", "power")         # of what says which steps are full
 _THEIR_GPU = "2080"
 
 
@@ -41,32 +39,54 @@ def kind_of_result(run: Run, columns: Sequence[str]) -> str:
     return "fid" if run.family.judge == "clip_score" and "clip" not in columns else run.family.judge
 
 
+def wanted(row: Row, section: Section, kind: str) -> Wanted:
+    """What the number of a row is to be of, with the evaluator's files in their places."""
+    return Wanted(row.run, kind, section.images, inputs_of(row.run, kind))
+
+
 def is_of(result: Result, row: Row, section: Section, kind: str) -> bool:
-    """Whether a result was measured on a run with a row's settings, and on as many images as the paper's."""
-    settings, cache = result.settings, result.settings.get("cache") or {}
-    if (result.kind, result.images) != (kind, section.images):
-        return False
-    run = row.run
-    if any(settings.get(key) != value for key, value in run.told.items() if key != "cache"):
-        return False
-    # Noise as the released code has it, one class only, other prompts and other networks are other experiments.
-    if settings.get("noise", "per seed") != "per seed" or settings.get("labels", "balanced") not in RULES:
-        return False
-    prompts = getattr(run.spec.condition, "prompts", None)
-    if prompts and Path(result.inputs.get("prompts", "")).name != prompts.name:
-        return False
-    layout = settings.get("unet", {}).get("diffusers")
-    if (pruned(run) is not None) != (layout is not None) or (layout and bk_sdm.size_of(layout) != pruned(run)):
-        return False
-    # What is kept and reused must be the row's, by whatever method; the rule that gave the full steps may be another.
-    wanted = run.caching.settings
-    return all(cache.get(key) == wanted.get(key) for key in (cache.keys() | wanted.keys()) - {*_RULE})
+    """Whether a result is the current one of a row: of just its settings, inputs and number of images."""
+    return wanted(row, section, kind).fault(result) is None
 
 
-def newest(found: Found, row: Row, section: Section, kind: str) -> tuple[Path, Result] | None:
+Candidates = Sequence[tuple[Path, Result]]
+
+
+def newest(found: Candidates, row: Row, section: Section, kind: str) -> tuple[Path, Result] | None:
     """The last of the results that are of a row."""
-    own = [(path, result) for path, result in found if is_of(result, row, section, kind)]
-    return max(own, key=lambda pair: (pair[1].finished or "", str(pair[0])), default=None)
+    return _last([pair for pair in found if is_of(pair[1], row, section, kind)])
+
+
+def _last(found: Candidates) -> tuple[Path, Result] | None:
+    return max(found, key=lambda pair: (pair[1].finished or "", str(pair[0])), default=None)
+
+
+class Measured(NamedTuple):
+    """What there is for a cell. path, result: None without a number. why: none is shown, or whose number this is."""
+    path: Path | None
+    result: Result | None
+    why: str | None
+
+
+class Asked(NamedTuple):
+    """What a table is filled with. wanted: of a row, its section and a kind of result. trials: also with numbers of
+    fewer images, labelled."""
+    wanted: Callable[[Row, Section, str], Wanted] = wanted
+    trials: bool = False
+
+
+def measured(found: Candidates, asked: Wanted, trials: bool) -> Measured:
+    """The number of a row, or why there is none; with `trials`, else that of another number of images."""
+    own = [(path, result) for path, result in found if asked.of_another_run(result) is None]
+    faults = {path: asked.fault(result) for path, result in own}
+    current = _last([pair for pair in own if faults[pair[0]] is None])
+    if current:
+        return Measured(*current, None)
+    trial = _last([(path, result) for path, result in own if faults[path] == asked.trial(result)])
+    if trial and trials:
+        return Measured(*trial, faults[trial[0]])
+    last = trial or _last(own)
+    return Measured(None, None, faults[last[0]] if last else None)
 
 
 class Speed(NamedTuple):
@@ -127,11 +147,13 @@ class Line(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """A section with its numbers. values: what the lines show: (row, run, column, paper, ours, difference, from)."""
+    """A section with its numbers. values: what the lines show: (row, run, column, paper, ours, difference, from).
+    missing: (row, why it has no number of ours)."""
     section: Section
     columns: list[str]
     lines: list[Line]
     values: list[tuple[str, ...]]
+    missing: list[tuple[str, str]]
 
 
 class Rendered(NamedTuple):
@@ -153,25 +175,39 @@ def _shown(value: float, decimals: int) -> str:
     return f"{value:.2g}" if 0 < abs(value) < 10 ** -decimals else f"{value:.{decimals}f}"
 
 
-def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base: int, found: Found,
-          sources: dict[str, None]) -> tuple[dict[str, float], dict[str, Path]]:
-    """What we have for a row, by column, and the files that it is from; they are added to `sources` in words.
+class Ours(NamedTuple):
+    """What we have for a row, by column. files: that it is from. missing: why a number is not there. trial: how many
+    images the numbers are of, where not as many as asked for."""
+    values: dict[str, float]
+    files: dict[str, Path]
+    missing: list[str]
+    trial: int | None
 
-    base: see `speed_of`.
-    """
+
+def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base: int, found: Found,
+          sources: dict[str, None], asked: Asked) -> Ours:
+    """The numbers of a row; where they are from is added to `sources` in words. base: see `speed_of`."""
     values = {"macs_G": giga(macs_per_step(row.run, table.macs_steps).hook)}
     values |= {key: row.run.caching.settings[key] for key in _SETTINGS if key in columns}
     files: dict[str, Path] = {}
+    missing: dict[str, None] = {}
+    trial = None
     for column in columns:
         name = COLUMNS[column].metric
-        kind = "fidelity" if name == RMSE_TO_CONVERGED.name else kind_of_result(row.run, columns)
-        measured = newest([pair for pair in found if name in pair[1].metrics], row, section, kind) if name else None
-        if measured is None or name is None:
+        if not name:
             continue
-        path, result = measured
+        kind = "fidelity" if name == RMSE_TO_CONVERGED.name else kind_of_result(row.run, columns)
+        of_row = asked.wanted(row, section, kind)
+        path, result, why = measured([pair for pair in found if name in pair[1].metrics], of_row, asked.trials)
+        if path is None or result is None:
+            missing[why or of_row.progress()] = None
+            continue
+        if why:
+            trial = result.images
+            missing[f"{why}, shown"] = None
         values[column], files[column] = COLUMNS[column].scale * result.metrics[name].value, path
         digest = result.hashes.get("checkpoint", "not recorded")[:12]
-        sources[f"{row.run.config.name} was measured by eval.{result.kind} on {section.images:,} images of each row; "
+        sources[f"{row.run.config.name} was measured by eval.{result.kind} on {result.images:,} images of each row; "
                 f"checkpoint sha256 {digest}. The CSV names the files."] = None
     speed = speed_of(found, row.run, base) if {"throughput", "speedup"} & set(columns) else None
     if speed:
@@ -182,7 +218,7 @@ def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base
         sources[f"images/s and speed-up of ours ({row.run.config.name}): the network alone, {settings['weights']} "
                 f"weights, {settings['dtype']}, batch {settings['batch_size']}, {where['device_name']}{threads} "
                 f"({speed.path.name}). Images/s of other devices are not compared."] = None
-    return values, files
+    return Ours(values, files, list(missing), trial)
 
 
 def _difference(section: Section, column: str, printed: float | str | None, ours: float | None,
@@ -195,10 +231,11 @@ def _difference(section: Section, column: str, printed: float | str | None, ours
 
 
 def _fill(table: Table, section: Section, runs: Runs, found: Found, numbers: Mapping[Note, int],
-          sources: dict[str, None]) -> Filled:
+          sources: dict[str, None], asked: Asked) -> Filled:
     columns = [key for key in COLUMNS if key in section.columns() or (key == "macs_G" and runs.rows)]
     lines: list[Line] = []
     values: list[tuple[str, ...]] = []
+    missing: list[tuple[str, str]] = []
 
     def marks(test: str, *args: str) -> str:
         found = [number for note, number in numbers.items() if getattr(note, test)(section.name, *args)]
@@ -213,32 +250,39 @@ def _fill(table: Table, section: Section, runs: Runs, found: Found, numbers: Map
         if beside and printed.get("speedup") in (1.0, "1.0", "1.00"):
             base = beside[0].run.calls
         for row in beside:
-            ours, files = _ours(table, section, columns, row,
-                                base or row.run.config.sampler.steps + row.run.calls - row.run.steps, found, sources)
+            ours, files, why, trial = _ours(
+                table, section, columns, row, base or row.run.config.sampler.steps + row.run.calls - row.run.steps,
+                found, sources, asked)
+            named = f"{section.title}, {row.label}" if section.title else row.label
+            missing += [(named, reason) for reason in why]
             device = next((result.provenance.get("device_name") for path, result in found
                            if path == files.get("throughput")), None)
             shown = {key: _shown(ours[key], _decimals(section, key, printed.get(key))) if key in ours else "-"
                      for key in columns}
-            difference = {key: _difference(section, key, printed.get(key), ours.get(key), device) for key in columns}
+            difference = {key: _difference(section, key, printed.get(key), ours.get(key), device)
+                          if not trial or COLUMNS[key].metric is None else "-" for key in columns}
             ours_label = (row.variant and f"... {row.variant}") if table.paper else row.label
-            lines.append(Line(ours_label, "ours", list(shown.values())))
+            of_trial = f"trial, {trial} images" if trial else ""
+            lines.append(Line(ours_label, of_trial or "ours", list(shown.values())))
             if table.paper:
                 lines.append(Line("", "difference", list(difference.values())))
-            values += [(label, row.label, key, section.shown(key, printed.get(key)), shown[key], difference[key],
+            run_label = f"{row.label} ({of_trial})" if trial else row.label
+            values += [(label, run_label, key, section.shown(key, printed.get(key)), shown[key], difference[key],
                         files[key].name if key in files else "counted" if key == "macs_G" else "") for key in columns]
         if not beside:
             values += [(label, "", key, section.shown(key, printed.get(key)), "-", "-", "") for key in columns]
         if (section.name, label) in runs.pending:
             lines.append(Line("", "ours", ["-"] * len(columns)))
-    return Filled(section, columns, lines, values)
+    return Filled(section, columns, lines, values, missing)
 
 
-def render(table: Table, runs: Runs, found: Found) -> Rendered:
+def render(table: Table, runs: Runs, found: Found, asked: Asked | None = None) -> Rendered:
     """Fill a table with what was counted and measured."""
     marked = [note for note in table.notes if note.rows]
     numbers = {note: i + 1 for i, note in enumerate(marked)}
     sources: dict[str, None] = {}
-    filled = [_fill(table, section, runs, found, numbers, sources) for section in table.sections.values()]
+    filled = [_fill(table, section, runs, found, numbers, sources, asked or Asked())
+              for section in table.sections.values()]
     notes = [note.text for note in table.notes if not note.rows]
     for reason in dict.fromkeys(runs.pending.values()):
         rows = [label for (_, label), other in runs.pending.items() if other == reason]
@@ -259,12 +303,25 @@ def _grid(part: Filled) -> list[list[str]]:
             *([line.label, line.what, *line.cells] for line in part.lines)]
 
 
+def why_missing(rendered: Rendered) -> list[str]:
+    """Why rows have no number of ours, a line for each reason."""
+    found: dict[str, list[str]] = {}
+    for part in rendered.filled:
+        for row, reason in part.missing:
+            found.setdefault(reason, []).append(row)
+    every = sum(line.what not in ("paper", "difference") for part in rendered.filled for line in part.lines)
+    lines = [f"{reason}: {'all rows' if len(rows) == every > 1 else '; '.join(rows)}" for reason, rows in found.items()]
+    hidden = any(reason.startswith("trial") and not reason.endswith("shown") for reason in found)
+    return [*lines, *(["trials are shown with --trials"] if hidden else [])]
+
+
 def as_text(rendered: Rendered, extra: Sequence[str] = ()) -> str:
     """For a terminal."""
     parts = [rendered.table.heading]
     for part in rendered.filled:
         parts += [*([part.section.title] if part.section.title else []), align(_grid(part))]
-    notes = [*(f"[{i}] {text}" for i, text in enumerate(rendered.marked, 1)), *(f"* {text}" for text in rendered.notes)]
+    notes = [*(f"[{i}] {text}" for i, text in enumerate(rendered.marked, 1)), *(f"* {text}" for text in rendered.notes),
+             *(f"- {text}" for text in why_missing(rendered))]
     parts += ["\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
               for lines in (extra, notes) if lines]
     return "\n\n".join(parts)
@@ -320,10 +377,10 @@ def as_latex(rendered: Rendered, extra: Sequence[str] = ()) -> str:
 FORMATS = {"text": as_text, "markdown": as_markdown, "csv": as_csv, "latex": as_latex}
 
 
-def shown(table: Table, found: Found, form: str = "text", runs: Runs | None = None) -> str:
+def shown(table: Table, found: Found, form: str = "text", runs: Runs | None = None, asked: Asked | None = None) -> str:
     """A table in one of FORMATS, with the full steps where it is one of settings."""
     runs = of_table(table) if runs is None else runs
-    return FORMATS[form](render(table, runs, found), schedules(table, runs) if table.schedules else ())
+    return FORMATS[form](render(table, runs, found, asked), schedules(table, runs) if table.schedules else ())
 
 
 _ABOUT = """# The papers' tables

@@ -15,10 +15,12 @@ import torch
 from caching.deepcache import DeepCache
 from eval.cost.macs import Macs, average, mean
 from eval.cost.runs import costs_of
+from eval.metrics.evaluator import VERSION
 from eval.metrics.images import ImageSet
 from runs.files import ROOT
 from runs.provenance import provenance
 from runs.results import Cost, Metric, Result
+from runs.seeds import format_seeds
 from runs.spec import RunSpec
 
 _CONFIGS = ROOT / "configs"
@@ -37,7 +39,9 @@ def of_samples(kind: str, images: ImageSet, metrics: Mapping[str, Metric], devic
     checkpoint = {"checkpoint": settings["checkpoint_sha256"]} if settings.get("checkpoint_sha256") else {}
     return Result(kind, settings.get("model"), settings, len(images), dict(metrics),
                   {"samples": images.description, **(inputs or {})}, {**checkpoint, **(hashes or {})},
-                  macs or cost(settings), None, provenance(device), details=dict(details or {})).stamped(started)
+                  macs or cost(settings), None, provenance(device) | {"evaluator": VERSION},
+                  details={**(details or {}), **({"seeds": format_seeds(images.seeds)} if images.seeds else {})}
+                  ).stamped(started)
 
 
 def cost(settings: Mapping[str, Any]) -> Cost | None:

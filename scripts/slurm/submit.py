@@ -20,7 +20,7 @@ from experiments.arms import Arm
 from experiments.plan import Plan, make_plan, user_parser
 from runs.cli import command
 from runs.errors import UserError
-from runs.folder import missing_seeds
+from runs.folder import missing_seeds, seeds_there
 from runs.seeds import format_seeds
 from scripts.slurm import cluster
 from scripts.slurm.cluster import Live, Settings, Step
@@ -74,9 +74,9 @@ def arrays(folder: str, images: int, size: int, todo: Sequence[int], taken: set[
 
 def missing_images(arm: Arm) -> list[int]:
     """Seeds without an image. Those of a row that was judged are looked for by name alone, which is quicker."""
-    if not arm.judged():
+    if arm.why_not():
         return missing_seeds(arm.folder, range(arm.images))
-    there = {int(path.stem) for path in arm.folder.glob("*/[0-9]*.png")}
+    there = set(seeds_there(arm.folder))
     return [seed for seed in range(arm.images) if seed not in there]
 
 
@@ -109,7 +109,7 @@ class Graph:
                    for slices, tasks in arrays(str(arm.folder), arm.images, size, sorted(missing - taken), taken)]
 
         lines = [] if arm.packed() else [arm.npz_command()]
-        if not arm.missing_for_judging() and (missing or not arm.judged()):
+        if not arm.missing_for_judging() and (missing or arm.why_not()):
             lines.append(arm.judge_command())
         if not lines:
             return [*sampled, *sorted(arriving)]

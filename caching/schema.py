@@ -1,0 +1,120 @@
+"""Files that a person may edit, checked against types before anything is made of them.
+
+Errors name the key and what would be right; they are ValueErrors here.
+"""
+
+import json
+import math
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false",
+                          dict: "keys with values", list: "a list", types.NoneType: "null"}
+
+
+class AtLeast(NamedTuple):
+    """The least that a number may be: Annotated[int, AtLeast(1)]."""
+    value: float
+
+
+def read_json(path: Path | str) -> Any:
+    """What a JSON file holds. Raises ValueError, naming it, for one that is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def fault(value: object, wanted: Any, where: str = "") -> str | None:
+    """What is wrong with a value from a JSON file, with the place of it; None where it is of a type.
+
+    wanted: a type of JSON's values, list[...], dict[str, ...], a union, Annotated[..., AtLeast(n)], or a dataclass,
+    whose keys must be its fields. Numbers must be finite. where: what the value is, for the message.
+    """
+    return next(_faults(value, wanted, where), None)
+
+
+def check(value: object, wanted: Any, path: Path | str) -> None:
+    """Raises ValueError, naming the file, for a value that is not of a type (`fault`)."""
+    if found := fault(value, wanted):
+        raise ValueError(f"{path} is damaged: {found}")
+
+
+def _faults(value: object, wanted: Any, where: str) -> Iterator[str]:
+    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is Any:
+        return
+    if origin in (types.UnionType, typing.Union):
+        inner = [one for one in args if one is not types.NoneType]
+        if value is None and len(inner) < len(args):
+            return
+        if len(inner) == 1:
+            yield from _faults(value, inner[0], where)
+        elif all(fault(value, one) for one in inner):
+            yield _said(value, wanted, where)
+    elif origin is typing.Annotated:
+        yield from _faults(value, args[0], where)
+        if isinstance(value, int | float) and value < args[1].value:
+            yield f"{_named(where)} is {value} and should be {args[1].value} or more"
+    elif is_dataclass(wanted):
+        yield from _of_dataclass(value, wanted, where)
+    elif not _is(value, origin or wanted):
+        yield _said(value, wanted, where)
+    elif origin is list:
+        for i, one in enumerate(typing.cast(list, value)):
+            yield from _faults(one, args[0], f"{where}[{i}]")
+    elif origin is dict:
+        for key, one in typing.cast(dict, value).items():
+            yield from _faults(one, args[1], f"{where}.{key}" if where else str(key))
+
+
+def _of_dataclass(value: object, wanted: Any, where: str) -> Iterator[str]:
+    if not isinstance(value, dict):
+        yield _said(value, dict, where)
+        return
+    hints, known = typing.get_type_hints(wanted, include_extras=True), {one.name: one for one in fields(wanted)}
+    inside = f"{where} " if where else "it "
+    for name, one in known.items():
+        if name in value:
+            yield from _faults(value[name], hints[name], f"{where}.{name}" if where else name)
+        elif one.default is MISSING and one.default_factory is MISSING:
+            yield f"{inside}has no {name}"
+    yield from (f"{inside}has an unknown key {key}" for key in value if key not in known)
+
+
+def _is(value: object, kind: Any) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _said(value: object, wanted: Any, where: str) -> str:
+    return f"{_named(where)} is {_short(value)} and should be {_words(wanted)}"
+
+
+def _named(where: str) -> str:
+    return where or "what it holds"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, dict | list):
+        return _WORDS[type(value)]
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _words(wanted: Any) -> str:
+    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_words, args))
+    if origin is typing.Annotated:
+        return _words(args[0])
+    return "keys with values" if is_dataclass(wanted) else _WORDS[origin or wanted]

@@ -1,0 +1,238 @@
+"""Whether a number is current: everything that it depends on is unchanged, by content.
+
+Tables, sweeps and demos ask `Wanted.fault` and nothing else: a result that is not current is judged again, and a table
+says why it has no number.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from eval.cost import bk_sdm
+from eval.cost.runs import pruned
+from eval.metrics.evaluator import VERSION
+from eval.metrics.extract import pixels_sha256
+from eval.metrics.features import EffLite0
+from eval.metrics.images import open_images
+from eval.metrics.inception import DIMS
+from eval.metrics.registry import FID
+from eval.metrics.sources import open_reference
+from runs.errors import UserError
+from runs.families import Config, families
+from runs.files import ROOT
+from runs.folder import differences, read_run, seeds_there
+from runs.labels import RULES
+from runs.prompts import prompts_sha256, read_prompts
+from runs.results import Result
+from runs.seeds import parse_seeds
+from runs.spec import Run
+from runs.weights import sha256
+
+# Where scripts/download.sh puts what the evaluators need.
+INCEPTION = Path("checkpoints/inception/weights-inception-2015-12-05-6726825d.pth")
+CLIP = Path("checkpoints/clip_vit_g_14/open_clip_pytorch_model.bin")
+COMMANDS = ("adm", "fid", "clip_score", "quality")      # of eval/, which judge as the papers' tables want it
+_RULE = ("interval", "schedule", "center", "power")     # of what says which steps are full
+_OPTIONS = {"--reference": "reference", "--inception": "Inception", "--weights": "CLIP weights", "--prompts": "prompts"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a number is to be of. kind: of its result. images: how many, None for any. inputs: of the evaluator, by
+    option. samples: their folder, None for that which a result names."""
+    run: Run
+    kind: str
+    images: int | None
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+    samples: Path | None = None
+
+    def fault(self, result: Result) -> str | None:
+        """Why a result is not current, in words; None where it is. What is not on this machine is not compared."""
+        return (self.of_another_run(result) or self.of_other_settings(result) or self.of_other_inputs(result)
+                or self.of_other_samples(result) or self.trial(result))
+
+    def progress(self) -> str:
+        """Why there is no result at all, in words."""
+        folder = self.samples or Path("samples") / self.run.config.name / self.run.name
+        seeds, asked = seeds_there(folder), self.images or 0
+        there = sum(seed < asked for seed in seeds)
+        return "not judged" if there == asked else f"{there} of {asked} images sampled" if there else "not sampled"
+
+    def of_another_run(self, result: Result) -> str | None:
+        """Whether it is of another row altogether: another evaluator, model, sampler, or way to cache."""
+        if result.kind != self.kind:
+            return f"judged by eval.{result.kind}"
+        ours, theirs = self.run.told, result.settings
+        keys = ("model", "sampler", "steps", "timesteps", "eta", "guidance")
+        if any(theirs.get(key) != ours.get(key) for key in keys if key in ours or key in theirs):
+            return "another run"
+        # What is kept and reused must be the same, by whatever method; the rule that gave the full steps may be
+        # another.
+        cached, wanted = theirs.get("cache") or {}, self.run.caching.settings
+        layout = (theirs.get("unet") or {}).get("diffusers")
+        if (pruned(self.run) is not None) != (layout is not None) or (
+                layout is not None and bk_sdm.size_of(layout) != pruned(self.run)):
+            return "another U-Net"
+        unlike = any(cached.get(key) != wanted.get(key) for key in (cached.keys() | wanted.keys()) - {*_RULE})
+        return "another way to cache" if unlike else None
+
+    def of_other_settings(self, result: Result) -> str | None:
+        """What of the run itself is not as asked for."""
+        ours = json.loads(json.dumps(self.run.settings))
+        theirs = {key: value for key, value in result.settings.items() if key not in ("cache", "checkpoint_sha256")}
+        if pruned(self.run) is not None:
+            ours.pop("unet", None)
+            theirs.pop("unet", None)
+        if ours.get("labels") in RULES and theirs.get("labels") in RULES:    # as many images of each class by either
+            ours["labels"] = theirs["labels"]
+        if "prompts_sha256" not in ours:            # the file is not on this machine
+            theirs.pop("prompts_sha256", None)
+        if getattr(self.run.spec.condition, "released_noise", False) and theirs.get("noise") != "per seed":
+            theirs.pop("noise", None)
+        if ours.get("prompts_sha256", "") != theirs.get("prompts_sha256", ""):
+            return "sampled from other prompts"
+        unlike = differences(theirs, ours)
+        if unlike:
+            return f"sampled with other settings ({'; '.join(unlike[:3])})"
+        digest, path = result.settings.get("checkpoint_sha256"), self.run.checkpoint
+        if digest is not None and (ROOT / path).exists() and weights_sha256(self.run) != digest:
+            return f"sampled with other weights than {path}"
+        return None
+
+    def of_other_inputs(self, result: Result) -> str | None:
+        """What of the evaluator and its files is not as asked for."""
+        if result.provenance.get("evaluator", 1) != VERSION:
+            return "judged by an older evaluator"
+        for option, path in self.inputs.items():
+            wanted, found = _digest(self.kind, option, path, self.run), _found(result, option)
+            if wanted is not None and wanted != found:
+                return f"judged with another {_OPTIONS[option]} than {path}"
+            if wanted is None and option in ("--reference", "--prompts"):
+                named = result.inputs.get(option.removeprefix("--"), "")
+                if Path(named).name != path.name:
+                    return f"judged with another {_OPTIONS[option]} ({named or 'unknown'}) than {path}"
+        if self.kind not in COMMANDS and result.hashes.get("extractor", "") not in ("", extractor_id()):
+            return "judged with other features"
+        few = (result.details.get(FID.measures[0].name) or {}).get("reference_images")
+        if self.kind == "fid" and isinstance(few, int) and few <= DIMS["pool"]:
+            return f"judged against {few} images"
+        return None
+
+    def trial(self, result: Result) -> str | None:
+        """Whether it is of another number of images."""
+        if self.images is None or result.images == self.images:
+            return None
+        return f"trial with {result.images} images"
+
+    def of_other_samples(self, result: Result) -> str | None:
+        """Whether the images are no longer those that were judged, where they are still there."""
+        folder = Path(result.inputs.get("samples", "nowhere")) if self.samples is None else self.samples
+        if not (folder / "run.json").is_file():
+            return None
+        if differences(read_run(folder)["settings"], result.settings):
+            return "the images were made anew with other settings"
+        if _changed(folder, result, "images"):
+            return "the images are not those that were judged"
+        against = Path(result.inputs.get("against", "nowhere"))
+        if "against" in result.hashes and against.is_dir() and _changed(against, result, "against"):
+            return "the images that it is compared with are not those that were judged"
+        return None
+
+
+def _changed(folder: Path, result: Result, key: str) -> bool:
+    """Whether the images in a folder are others than a result's hash of that name says."""
+    seeds = result.details.get("seeds")
+    try:
+        wanted = parse_seeds(seeds) if isinstance(seeds, str) else range(result.images or 0)
+        return key in result.hashes and pixels_sha256(open_images(folder, wanted)) != result.hashes[key]
+    except UserError:                   # some are gone: what is left says nothing of the number
+        return False
+
+
+def _found(result: Result, option: str) -> str | None:
+    """The digest of what a result was judged with."""
+    if option == "--reference" and "reference" not in result.hashes:        # one of several
+        named = (result.details.get(FID.measures[0].name) or {}).get("reference", "")
+        return result.hashes.get(f"reference {Path(named).name}")
+    return result.hashes.get({"--reference": "reference", "--inception": "extractor", "--weights": "weights",
+                              "--prompts": "prompts"}[option])
+
+
+def _digest(kind: str, option: str, path: Path, run: Run) -> str | None:
+    """The digest of what is to be judged with; None where it is not on this machine."""
+    if option == "--prompts":
+        return prompts_sha256(read_prompts(ROOT / path)) if (ROOT / path).is_file() else None
+    if kind in ("adm", "fid", "clip_score"):
+        return _file_sha256(ROOT / path, *_stamp(ROOT / path)) if (ROOT / path).is_file() else None
+    emoji = str(path).startswith("emoji:")
+    if not emoji and not (ROOT / path).exists():
+        return None
+    return _reference_sha256(str(path) if emoji else str(ROOT / path), run.family.resolution(run.config),
+                             *(() if emoji else _stamp(ROOT / path)))
+
+
+def weights_sha256(run: Run) -> str:
+    """Of the weights of a run, as run.json says it."""
+    path = ROOT / run.checkpoint
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return _weights_sha256(run.family.name, path, *(_stamp(file) for file in files if file.is_file()))
+
+
+def extractor_id() -> str:
+    """Of the network of the small models' distances."""
+    return EffLite0().id
+
+
+@cache
+def _weights_sha256(family: str, path: Path, *stamps: object) -> str:
+    return families()[family].checkpoint_sha256(path)
+
+
+@cache
+def _file_sha256(path: Path, *stamp: object) -> str:
+    return sha256(path)
+
+
+@cache
+def _reference_sha256(text: str, size: int, *stamp: object) -> str:
+    return pixels_sha256(open_reference(text, (size, size))[0])
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def trained_on(config: Config) -> str | None:
+    """The images that a model was trained on here, as eval.quality calls them; None for a published one."""
+    train = getattr(config, "train", None)
+    if train is None:
+        return None
+    groups = getattr(train, "groups", None) or [train.group or "all"]
+    return f"emoji:{','.join(groups)}"
+
+
+def reference_of(run: Run, named: Sequence[str] = ()) -> Path:
+    """MODEL=PATH or PATH of the user's, else what the model was trained on, or where its reference is looked for."""
+    name = run.config.name
+    for text in named:
+        model, _, path = text.rpartition("=")
+        if model in ("", name):
+            return Path(path)
+    return Path(trained_on(run.config) or run.family.references.get(name) or f"data/references/{name}.npz")
+
+
+def inputs_of(run: Run, kind: str, inception: Path = INCEPTION, clip_weights: Path = CLIP,
+              references: Sequence[str] = ()) -> dict[str, Path]:
+    """What the evaluator of a run reads, by option. references: of the user's, see `reference_of`."""
+    prompts: Path | None = getattr(run.spec.condition, "prompts", None)
+    if kind == "clip_score" and prompts:
+        return {"--prompts": prompts, "--weights": clip_weights}
+    if kind not in COMMANDS:
+        return {}
+    found: dict[str, Any] = {"--reference": reference_of(run, references)}
+    return found | ({"--inception": inception} if kind != "quality" else {})
