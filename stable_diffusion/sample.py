@@ -2,6 +2,7 @@
 
     python -m stable_diffusion.sample --config configs/sd_v15.yaml --prompts parti.tsv --interval 5 --out samples/n5
     python -m stable_diffusion.sample --config configs/sd_emoji.yaml --prompt "cat face" --seeds 0-7 --out samples/cat
+    python -m stable_diffusion.sample --config configs/sdxl.yaml --model DIR --prompt "a corgi" --out samples/corgi
 
 Defaults are the paper's settings. Prompts come from .txt (one per line), .csv, .tsv or .json, COCO's captions included
 (runs/prompts.py). Image i has prompt i and seed i, the same for any batch size or number of processes; stop it
