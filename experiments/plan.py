@@ -182,7 +182,7 @@ class Plan(NamedTuple):
             arm = arms.get((row.section, row.label))
             if arm is None or arm.kind != kind:
                 return wanted(row, section, kind)
-            return replace(arm.wanted, images=section.images or arm.images)
+            return replace(arm.wanted, images=section.images or arm.images, published=bool(self.table.paper))
 
         text = shown(self.table, found, runs=self.runs, asked=Asked(asked, trials))
         if not self.others:

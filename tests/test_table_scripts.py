@@ -20,7 +20,9 @@ from experiments import arms, plan, runner
 from runs import results
 from runs.errors import UserError
 from runs.families import example_inputs, families
+from runs.folder import read_run
 from runs.image_model import sample_parser, spec_of
+from runs.weights import sha256
 
 ROOT = HERE.parent
 SCRIPTS = {table.name: table for table in tables().values() if table.script}
@@ -272,17 +274,19 @@ def test_a_row_for_real(monkeypatch, capsys, tmp_path):
              "--inception", str(tmp_path / "inception.pth"), "--reference", str(tmp_path / "reference.npz")]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["plan", "table4", *flags])
-    really = runner.python
+    really, folder = runner.python, samples / "ldm_small" / "uniform_n5"
 
     def run(line: list[str], what: str) -> None:            # all but the evaluator, whose weights cannot be had
         if line[1] != "eval.adm":
             return really(line, what)
-        results.write(Path(line[-1]), results.Result("adm", "ldm_small", metrics={"FID": results.Metric(1.5)}))
+        settings = read_run(folder)["settings"]
+        hashes = {"reference": sha256(tmp_path / "reference.npz"), "extractor": sha256(tmp_path / "inception.pth")}
+        results.write(Path(line[-1]), results.Result("adm", "ldm_small", settings, 2, {"FID": results.Metric(1.5)},
+                                                     hashes=hashes))
 
     monkeypatch.setattr(runner, "python", run)
     plan.main()
     assert "0 of 2" in capsys.readouterr().out
-    folder = samples / "ldm_small" / "uniform_n5"
     assert [path.name for path in sorted(folder.glob("*/*.png"))] == ["000000.png", "000001.png"]
     with np.load(folder.with_name("uniform_n5_2.npz")) as arrays:
         assert arrays["arr_0"].shape == (2, 64, 64, 3) and arrays["arr_0"].dtype == np.uint8

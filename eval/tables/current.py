@@ -43,12 +43,13 @@ _OPTIONS = {"--reference": "reference", "--inception": "Inception", "--weights":
 @dataclass(frozen=True)
 class Wanted:
     """What a number is to be of. kind: of its result. images: how many, None for any. inputs: of the evaluator, by
-    option. samples: their folder, None for that which a result names."""
+    option. samples: their folder, None for that which a result names. published: it is to stand beside a paper's."""
     run: Run
     kind: str
     images: int | None
     inputs: Mapping[str, Path] = field(default_factory=dict)
     samples: Path | None = None
+    published: bool = False
 
     def fault(self, result: Result) -> str | None:
         """Why a result is not current, in words; None where it is. What is not on this machine is not compared."""
@@ -117,16 +118,16 @@ class Wanted:
                     return f"judged with another {_OPTIONS[option]} ({named or 'unknown'}) than {path}"
         if self.kind not in COMMANDS and result.hashes.get("extractor", "") not in ("", extractor_id()):
             return "judged with other features"
-        few = (result.details.get(FID.measures[0].name) or {}).get("reference_images")
-        if self.kind == "fid" and isinstance(few, int) and few <= DIMS["pool"]:
-            return f"judged against {few} images"
         return None
 
     def trial(self, result: Result) -> str | None:
-        """Whether it is of another number of images."""
-        if self.images is None or result.images == self.images:
-            return None
-        return f"trial with {result.images} images"
+        """Whether it is of another number of images, or against so few that a paper's number is another thing."""
+        if self.images is not None and result.images != self.images:
+            return f"trial with {result.images} images"
+        few = (result.details.get(FID.measures[0].name) or {}).get("reference_images")
+        if self.published and isinstance(few, int) and few <= DIMS["pool"]:
+            return f"trial against {few} images"
+        return None
 
     def of_other_samples(self, result: Result) -> str | None:
         """Whether the images are no longer those that were judged, where they are still there."""

@@ -41,7 +41,7 @@ def kind_of_result(run: Run, columns: Sequence[str]) -> str:
 
 def wanted(row: Row, section: Section, kind: str) -> Wanted:
     """What the number of a row is to be of, with the evaluator's files in their places."""
-    return Wanted(row.run, kind, section.images, inputs_of(row.run, kind))
+    return Wanted(row.run, kind, section.images, inputs_of(row.run, kind), published=True)
 
 
 def is_of(result: Result, row: Row, section: Section, kind: str) -> bool:
