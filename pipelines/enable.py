@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_map_only
 
 from caching.block_schedule import PlannedBlocks
 from caching.deepcache import DeepCacheOptions
+from caching.fitted import fingerprint
 from caching.methods import CachePlan, options_by_name, plan
 from caching.options import MethodOptions, RunShape
 from caching.policy import Policy
@@ -185,7 +186,8 @@ class ProgressBar:
         usual = min(2 if isinstance(unet, UNet2DModel) else 1, branches - 1)
         with as_user_error(f"this run has {steps} steps: "):
             found = plan(fitting, RunShape(steps, calls, branches, usual))
-            found.check({"steps": steps})
+            found.check({"steps": steps, "fingerprint": fingerprint(
+                unet, unet.config.in_channels, getattr(unet.config, "cross_attention_dim", None))})
         blocks = found.of(PlannedBlocks)
         unknown = sorted(blocks.blocks.keys() - set(residual_names(unet))) if blocks else []
         if unknown:

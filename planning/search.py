@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from caching.deepcache import DeepCache
-from caching.fitted import BOUND
+from caching.fitted import BOUND, fingerprint
 from caching.plan import PlanCache
 from caching.plan_file import Plan
 from eval.cost.runs import costs_of
@@ -180,7 +180,9 @@ def plan_of(trial: Trial, distances: Distances, run: Run, distance: dict[str, An
     guidance = None
     if "guidance" in settings:
         guidance = [run.guidance / GUIDANCE_RANGE, run.guidance * GUIDANCE_RANGE]
-    return Plan({key: settings[key] for key in BOUND}, guidance, calls,
+    x, _, *context = example_inputs(run.config)
+    known = fingerprint(run.unet, x.shape[1], context[0].shape[-1] if context else None)
+    return Plan({**{key: settings[key] for key in BOUND}, "fingerprint": known}, guidance, calls,
                 {name: sum(getattr(one, name) for one in of_calls) for name in ("hook", "fc")},
                 costs.full._asdict(), distance, notes)
 
