@@ -218,7 +218,7 @@ def check(args: argparse.Namespace) -> None:
 def announce(tournament: Tournament, seeds: Seeds, times: StepTimes, jobs: int) -> None:
     """Say how much there is to compute, before it begins."""
     prices, distances = tournament.prices, tournament.judge.distances
-    others = (5 * len(seeds.choose) + 4 * len(seeds.report)) * prices.budget
+    others = (6 * len(seeds.choose) + 4 * len(seeds.report)) * prices.budget
     calls = (len(distances.missing(seeds.all)) * distances.run.calls + tournament.network_calls() + others
              + tournament.measured.network_calls(tournament.lengths()))
     print(f"{prices.budget:.4g} full network calls per image, {distances.run.calls} for a converged one: at most "
@@ -256,14 +256,16 @@ def main() -> None:
 
     notes = {"budget": prices.budget, "learnt_on": format_seeds(seeds.learn), "chosen_on": format_seeds(seeds.choose),
              "kind": chosen.kind, "order": chosen.order}
-    mean = metrics["plan"]
+    found_mean = metrics["plan"]
     distance = {"what": MEASURED, "converged": f"{CONVERGED}, {args.converged_steps} {SPACING} steps",
-                "seeds": format_seeds(seeds.report), "mean": mean.value, "interval": mean.interval}
+                "seeds": format_seeds(seeds.report), "mean": found_mean.value, "interval": found_mean.interval}
     run = judge.run(chosen.run.sampler, chosen.run.steps)
     plan = plan_of(chosen, distances, run, distance, notes)
     details = {**notes, "reported_on": format_seeds(seeds.report), "chosen": about(chosen, prices),
                "arms": [about(trial, prices) for trial in arms],
-               "on_few_seeds": [about(trial, prices) | {"mean": mean} for trial, mean in tournament.first]}
+               "on_few_seeds": [{"kind": trial.kind, "sampler": trial.run.sampler, "steps": trial.run.steps,
+                                 "order": trial.order, "full": trial.depths.count(None), "mean": round(mean, 2)}
+                                for trial, mean in tournament.first]}
     results.write(args.out.with_suffix(".search.json"), Result(
         "plan search", run.config.name, run.told, len(seeds.report), metrics,
         hashes={"checkpoint": plan.run["checkpoint_sha256"], "plan": plan.sha256},

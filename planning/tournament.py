@@ -46,7 +46,7 @@ class Tournament:
     seeds: Sequence[int]
     attempts: int = 48
     at_once: int = 8
-    rungs: Sequence[int] = (16, 6, 3, 1)
+    rungs: Sequence[int] = (16, 6, 3, 2)
     first: list[tuple[Trial, float]] = field(default_factory=list)      # everything, with its mean on the first rung
 
     def lengths(self) -> list[int]:
@@ -88,9 +88,9 @@ class Tournament:
             if number == 1:
                 trials = list(dict.fromkeys([*trials, *self.relatives(trials)]))
             trials = self.best(trials, self.seeds[:seeds], kept, number == 0)
-        best = next(trial for trial in trials if trial.kind == PLAN)
+        plans = [trial for trial in trials if trial.kind == PLAN]
         arms = {trial.group: trial for trial in reversed(trials) if trial.kind != PLAN}
-        return [*arms.values(), *dict.fromkeys([best, self.improved(best)])]
+        return [*arms.values(), *dict.fromkeys([*plans, self.improved(plans[0])])]
 
     def without_caching(self) -> Iterator[Trial]:
         """Fewer steps, for each sampler as many as the budget pays for, and a few less."""
