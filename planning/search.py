@@ -20,7 +20,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +129,22 @@ class StepTimes:
     cached: dict[int, float]
 
     @classmethod
-    def of(cls, distances: Distances, branches: list[int]) -> "StepTimes":
-        """As measured; kept, so that a search that goes on has the same budget."""
+    def measured(cls, distances: Distances, branches: list[int]) -> "StepTimes":
         size = distances.machine.batch_size
-        file = distances.made("times") / f"branches{'_'.join(map(str, branches))}_batch{size}.json"
+        inputs = example_inputs(distances.run.config, size * distances.run.rows_per_image, distances.model.device,
+                                distances.run.dtype)
+        policies = {str(branch): DeepCache(branch, [0, 2], 1) for branch in branches}
+        timings = time_steps(own_unet(distances.model), inputs, policies, repeats=5, warmup=1)
+        full = timings["full"]
+        return cls(full.median / size, {branch: timings[str(branch)].ratio(full) for branch in branches})
+
+    @classmethod
+    def kept(cls, distances: Distances, branches: list[int]) -> "StepTimes":
+        """As first measured, so that a search that goes on has the same budget."""
+        about = f"branches{'_'.join(map(str, branches))}_batch{distances.machine.batch_size}"
+        file = distances.made("times") / f"{about}.json"
         if not file.is_file():
-            run, rows = distances.run, size * distances.run.rows_per_image
-            inputs = example_inputs(run.config, rows, distances.model.device, run.dtype)
-            policies = {str(branch): DeepCache(branch, [0, 2], 1) for branch in branches}
-            timings = time_steps(own_unet(distances.model), inputs, policies, repeats=5, warmup=1)
-            write_json(file, {"full": timings["full"].median / size, "cached": {
-                name: timings[name].ratio(timings["full"]) for name in policies}})
+            write_json(file, asdict(cls.measured(distances, branches)))
         content = json.loads(file.read_text())
         return cls(content["full"], {int(branch): ratio for branch, ratio in content["cached"].items()})
 
@@ -239,7 +244,7 @@ def main() -> None:
     own.family.open(own, machine).check_seeds(seeds.all)
     distances = Distances(run_of(spec, CONVERGED, args.converged_steps), machine,
                           args.work or args.out.with_suffix(".work"))
-    times = StepTimes.of(distances, branches_of(own))
+    times = (StepTimes.measured if args.seconds is None else StepTimes.kept)(distances, branches_of(own))
     prices = prices_of(own, args, times)
     judge = Judge(spec, distances)
     with judge.processes(args.jobs, machine):
@@ -247,11 +252,13 @@ def main() -> None:
         samplers = tuple(dict.fromkeys([*SAMPLERS, own.default_sampler]))
         tournament = Tournament(judge, measured, prices, samplers, seeds.learn, args.attempts)
         announce(tournament, seeds, times, args.jobs)
-        judge.converge(seeds.all)
+        judge.converge(seeds.learn)
         found = tournament.run()
+        judge.converge(seeds.choose)
         scores = judge.measure([trial.run for trial in found], seeds.choose, "choosing")
         chosen = max(zip(found, scores, strict=True), key=lambda pair: pair[1].mean())[0]
         arms = [trial for trial in found if trial.kind != PLAN]
+        judge.converge(seeds.report)
         metrics = report(chosen, arms, judge, seeds.report)
 
     notes = {"budget": prices.budget, "learnt_on": format_seeds(seeds.learn), "chosen_on": format_seeds(seeds.choose),

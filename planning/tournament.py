@@ -55,7 +55,7 @@ class Tournament:
 
     def sizes(self) -> list[int]:
         """The seeds of each rung."""
-        return [max(2, len(self.seeds) >> back) for back in reversed(range(len(self.rungs)))]
+        return [max(min(4, len(self.seeds)), len(self.seeds) >> back) for back in reversed(range(len(self.rungs)))]
 
     def network_calls(self) -> int:
         """How many full network calls `run` makes at most, but for measuring gaps."""

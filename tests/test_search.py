@@ -320,6 +320,6 @@ def test_budgets(config):
 
 
 def test_step_times_are_measured_once(judge):
-    times = search.StepTimes.of(judge.distances, [0, 2])
+    times = search.StepTimes.kept(judge.distances, [0, 2])
     assert times.full > 0 and times.cached.keys() == {0, 2} and times.cached[0] < 1
-    assert search.StepTimes.of(judge.distances, [0, 2]) == times
+    assert search.StepTimes.kept(judge.distances, [0, 2]) == times
