@@ -1,9 +1,13 @@
 """Files of what was fitted to the runs of one model: they say which runs, and are refused by any other."""
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 # What of a run's settings a fitted file is made for. Guidance, prompts and number format may differ: it is measured
 # over many images, and small changes of the trajectory move it little.
@@ -22,6 +26,18 @@ def refuse_other_run(what: str, made_for: Mapping[str, Any], settings: Mapping[s
         shown = ("unet differs" if key == "unet" else f"{key} {made_for[key]} there, {settings[key]} here"
                  for key in differing)
         raise ValueError(f"{what} for another run: {'; '.join(shown)}")
+
+
+def fingerprint(unet: nn.Module, in_channels: int, context: int | None) -> str:
+    """A digest of a U-Net's shape: equal in our layout and in diffusers', with or without adapters, and when quantised.
+
+    It is of the widths of all normalisations, which nothing of that touches. in_channels: of the image or latents.
+    context: channels of what cross-attention attends to; None without.
+    """
+    groups = Counter(module.num_channels for module in unet.modules() if isinstance(module, nn.GroupNorm))
+    layers = Counter(module.normalized_shape[0] for module in unet.modules() if isinstance(module, nn.LayerNorm))
+    content = [in_channels, context, sorted(groups.items()), sorted(layers.items())]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def file_sha256(path: Path) -> str:

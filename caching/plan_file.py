@@ -31,7 +31,8 @@ SAMPLING = ("sampler", "steps", "timesteps")
 class Plan:
     """What each network call does, and which runs that was made for.
 
-    run: the settings under `caching.fitted.BOUND`; a checkpoint_sha256 of None stands for any weights. guidance: the
+    run: the settings under `caching.fitted.BOUND`, a checkpoint_sha256 of None stands for any weights, and where it is
+    known the fingerprint of the U-Net, by which pipelines know it (`caching.fitted.fingerprint`). guidance: the
     least and the most that it is taken to hold for; None where the model has none. macs: {"hook", "fc"} of all network
     calls of an image, one row of the batch; macs_full: of one call that computes everything. distance: how near images
     come to a converged run, {"mean", "interval", ...}; None where that was not measured. notes: how it came about.
@@ -93,6 +94,10 @@ class Plan:
         Raises ValueError that says what differs.
         """
         refuse_other_run("the plan was made", {key: self.run[key] for key in BOUND}, settings)
+        own, other = self.run.get("fingerprint"), settings.get("fingerprint")
+        if own is not None and other is not None and own != other:
+            raise ValueError(f"the plan was made for another U-Net, {self.run['model']}: the widths of its layers are "
+                             "others than this one's")
         guidance = settings.get("guidance")
         if self.guidance is not None and guidance is not None:
             least, most = self.guidance

@@ -37,7 +37,7 @@ from eval.tables.text import align
 from experiments import convergence_report
 from experiments.convergence_report import PSNR, Point
 from experiments.sweep import check_axis, config_of, every, lists_of
-from planning.convergence import Converged
+from planning.distances import Distances
 from planning.fit_forecast import fit
 from runs import arguments, results
 from runs.cli import command
@@ -154,19 +154,20 @@ def full_calls(run: Run) -> float:
     return macs_per_image(run).hook / (costs_of(run).full.hook * run.rows_per_image)
 
 
-def measured(run: Run, converged: Converged) -> Result:
+def measured(run: Run, distances: Distances, seeds: list[int]) -> Result:
     """Sample a run, and see how near each seed comes."""
     started = time.time()
-    psnr = converged.psnr(converged.sample(run))
+    psnr = distances.of(run, seeds, title=run.name)
     return Result(KIND, run.config.name, run.told, len(psnr), {PSNR: Metric.of(mean_estimate(psnr))},
-                  hashes={"checkpoint": converged.checkpoint_sha256}, macs=Cost(*macs_per_step(run)),
-                  provenance=provenance(converged.model.device),
-                  details=of(run, converged) | {"psnr": [round(float(value), 4) for value in psnr]}).stamped(started)
+                  hashes={"checkpoint": distances.checkpoint_sha256}, macs=Cost(*macs_per_step(run)),
+                  provenance=provenance(distances.model.device),
+                  details=of(run, distances, seeds) | {"psnr": [round(float(value), 4) for value in psnr]}
+                  ).stamped(started)
 
 
-def of(run: Run, converged: Converged) -> dict[str, Any]:
+def of(run: Run, distances: Distances, seeds: list[int]) -> dict[str, Any]:
     """What a result says of the comparison; it is made anew where that changes."""
-    return {"name": run.name, "seeds": converged.seeds, "converged": converged.run.told, "full_calls": full_calls(run),
+    return {"name": run.name, "seeds": seeds, "converged": distances.run.told, "full_calls": full_calls(run),
             "condition": {name: str(value) for name, value in arguments.given(run.spec.condition).items()}}
 
 
@@ -188,29 +189,31 @@ def converged_of(study: Study) -> RunSpec:
 def run_all(study: Study, place: Place, machine: Machine, runs: list[tuple[RunSpec, bool]]) -> None:
     """Measure what is not there yet."""
     seeds = parse_seeds(study.seeds)
-    converged = Converged(converged_of(study), seeds, machine, place.work / "converged.safetensors")
+    distances = Distances(converged_of(study), machine, place.work)
+    distances.model.check_seeds(seeds)
     for spec, _ in runs:
-        converged.check(spec.open())
-    measure_twice(study, place, converged)
+        distances.check(spec.open())
+    distances.converged(seeds)
+    measure_twice(study, place, distances, seeds[:study.twice])
     for number, (spec, to_fit) in enumerate(runs, 1):
         run = (fitted(spec, study, place, machine) if to_fit else spec).open()
         path = place.result(run)
-        if there(run, path, converged.run.told, seeds) is None:
+        if there(run, path, distances.run.told, seeds) is None:
             print(f"[{number}/{len(runs)}] {run.name}: {full_calls(run):.2f} full calls", flush=True)
-            results.write(path, measured(run, converged))
+            results.write(path, measured(run, distances, seeds))
 
 
-def measure_twice(study: Study, place: Place, converged: Converged) -> None:
+def measure_twice(study: Study, place: Place, distances: Distances, seeds: list[int]) -> None:
     """How near the converged images come to those of twice as many steps."""
-    path, seeds = place.folder / "twice.json", converged.seeds[:study.twice]
+    path = place.folder / "twice.json"
     if path.is_file() or not seeds:
         return
-    started, run = time.time(), converged.run.spec.having(steps=2 * converged.run.steps).open()
-    psnr = converged.psnr(converged.sample(run, seeds), seeds)
+    started, run = time.time(), distances.run.spec.having(steps=2 * distances.run.steps).open()
+    psnr = distances.of(run, seeds, title=run.name)
     results.write(path, Result("converged", run.config.name, run.told, len(seeds),
-                               {PSNR: Metric.of(mean_estimate(psnr))}, provenance=provenance(converged.model.device),
-                               hashes={"checkpoint": converged.checkpoint_sha256},
-                               details={"converged": converged.run.told, "seeds": seeds}).stamped(started))
+                               {PSNR: Metric.of(mean_estimate(psnr))}, provenance=provenance(distances.model.device),
+                               hashes={"checkpoint": distances.checkpoint_sha256},
+                               details={"converged": distances.run.told, "seeds": seeds}).stamped(started))
 
 
 def points(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> list[Point]:

@@ -39,8 +39,10 @@ from torch.utils._pytree import tree_map_only
 
 from caching.block_schedule import PlannedBlocks
 from caching.deepcache import DeepCacheOptions
+from caching.fitted import fingerprint
 from caching.methods import CachePlan, options_by_name, plan
 from caching.options import MethodOptions, RunShape
+from caching.plan_file import PlannedPlan
 from caching.policy import Policy
 from caching.schedules import check_settings
 from pipelines.containers import check_containers
@@ -52,6 +54,10 @@ from pipelines.run import Plan, Run, argument, log, residuals_of
 from runs.errors import UserError, as_user_error
 
 FEW = 10        # network calls: in less there is next to nothing to reuse
+
+
+def _fingerprint(unet: Any) -> str:
+    return fingerprint(unet, unet.config.in_channels, getattr(unet.config, "cross_attention_dim", None))
 
 
 class Enabled:
@@ -185,7 +191,7 @@ class ProgressBar:
         usual = min(2 if isinstance(unet, UNet2DModel) else 1, branches - 1)
         with as_user_error(f"this run has {steps} steps: "):
             found = plan(fitting, RunShape(steps, calls, branches, usual))
-            found.check({"steps": steps})
+            found.check({"steps": steps, **({"fingerprint": _fingerprint(unet)} if found.of(PlannedPlan) else {})})
         blocks = found.of(PlannedBlocks)
         unknown = sorted(blocks.blocks.keys() - set(residual_names(unet))) if blocks else []
         if unknown:

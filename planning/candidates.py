@@ -8,13 +8,15 @@ from itertools import pairwise
 
 from caching.plan import Call, deepcache_calls
 from caching.schedules import uniform
-from planning.distances import Candidate
 from planning.gaps import Gaps, best_full_calls
+from planning.judge import Candidate
 
 Depths = tuple[int | None, ...]         # the branch of each call; None computes everything
-# How many times as many calls as the budget a plan makes, at most.
-STRETCH = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
-MOST_CALLS = 60
+PLAN, UNIFORM, FORECAST, FEWER = "plan", "DeepCache, uniform", "forecast, uniform", "fewer steps"
+INTERVALS = (2, 3, 4, 5)    # of the uniform schedules, each with as many calls as the budget pays for
+STRETCH = (1.25, 1.6)       # plans have as many calls as those, or so many times as many full ones as the budget
+MOST_CALLS = 100
+POWERS = (1.0, 0.5, 0.0)    # how much dynamic programming believes of what errors do to the image
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Trial:
     order: int = 1
 
     @property
+    def group(self) -> str:
+        """What it is compared among at first: fewer steps of all samplers are one group."""
+        return FEWER if self.kind.startswith(FEWER) else self.kind
+
+    @property
     def depths(self) -> Depths:
         return tuple(call.branch for call in self.run.calls)
 
@@ -54,18 +61,22 @@ class Trial:
         return replace(self, run=self.run._replace(sampler=sampler))
 
 
+def uniform_calls(prices: Prices, interval: int, branch: int) -> int:
+    """The most calls of a uniform schedule that the budget pays for."""
+    calls = interval
+    while calls < MOST_CALLS and prices.full_calls(calls + 1, branch) >= len(uniform(calls + 1, interval)):
+        calls += 1
+    return calls
+
+
 def lengths(prices: Prices) -> list[int]:
     """The numbers of calls that plans of this budget may have."""
-    cheapest = min(prices.cached.values())
-    found = {min(MOST_CALLS, math.floor(prices.budget / ((1 - cheapest) / stretch + cheapest))) for stretch in STRETCH}
-    return sorted(calls for calls in found if calls > prices.budget and prices.full_calls(calls, min(
-        prices.cached, key=prices.cached.__getitem__)) >= 2)
-
-
-def uniform_full_calls(prices: Prices, calls: int, branch: int) -> list[int] | None:
-    """The paper's uniform schedule with the shortest interval that the budget pays for; None where none is."""
-    most = prices.full_calls(calls, branch)
-    return next((full for interval in range(2, calls) if len(full := uniform(calls, interval)) <= most), None)
+    branch = min(prices.cached, key=prices.cached.__getitem__)
+    cheapest = prices.cached[branch]
+    found = {math.floor(prices.budget / ((1 - cheapest) / stretch + cheapest)) for stretch in STRETCH}
+    found |= {uniform_calls(prices, interval, branch) for interval in INTERVALS}
+    return sorted(calls for calls in found if prices.budget < calls <= MOST_CALLS
+                  and prices.full_calls(calls, branch) >= 2)
 
 
 def with_full_calls(full: Sequence[int], calls: int, branch: int) -> Depths:
@@ -73,27 +84,36 @@ def with_full_calls(full: Sequence[int], calls: int, branch: int) -> Depths:
     return tuple(None if step in set(full) else branch for step in range(calls))
 
 
-def plans_of(gaps: Gaps, prices: Prices, sampler: str) -> Iterator[Trial]:
-    """The plans of one number of calls: the papers' uniform schedule at each branch, reused and forecast, and those
-    that dynamic programming finds, what is left of the budget spent on deeper calls."""
-    calls = gaps.calls
-    for branch in prices.cached:
-        full = uniform_full_calls(prices, calls, branch)
-        if full is not None:
-            for kind, order in (("DeepCache, uniform", 0), ("forecast, uniform", 1)):
-                yield Trial(kind, Candidate(sampler, calls, tuple(deepcache_calls(branch, full, calls, order))), order)
-        most = prices.full_calls(calls, branch)
-        if most < 2:
+def uniform_trials(prices: Prices, sampler: str) -> Iterator[Trial]:
+    """The papers' uniform schedules at the cheapest branch, reused and forecast, as long as the budget allows."""
+    branch = min(prices.cached, key=prices.cached.__getitem__)
+    for interval in INTERVALS:
+        calls = uniform_calls(prices, interval, branch)
+        full = uniform(calls, interval)
+        if len(full) > prices.full_calls(calls, branch) or calls <= interval:
             continue
-        for coherent in (True, False):
-            depths = with_full_calls(best_full_calls(gaps.of_gaps(branch, coherent), most)[-1], calls, branch)
-            depths = deepened(depths, gaps, prices, 1)
-            yield Trial("plan", Candidate(sampler, calls, gaps.fitted(depths, 1)))
+        for kind, order in ((UNIFORM, 0), (FORECAST, 1), (FORECAST, 2)):
+            yield Trial(kind, Candidate(sampler, calls, tuple(deepcache_calls(branch, full, calls, order))), order)
+
+
+def plans_of(gaps: Gaps, prices: Prices, sampler: str) -> Iterator[Trial]:
+    """The plans of one number of calls: those that dynamic programming finds, and full calls evenly spread, both with
+    the damping that fits best, and what is left of the budget spent on deeper calls."""
+    calls, branch = gaps.calls, min(prices.cached, key=prices.cached.__getitem__)
+    most = prices.full_calls(calls, branch)
+    if most < 2:
+        return
+    found = [best_full_calls(gaps.flattened(power).of_gaps(branch, coherent), most)[-1]
+             for power in POWERS for coherent in (True, False)]
+    found.append([step * calls // most for step in range(most)])
+    for depths in dict.fromkeys(with_full_calls(full, calls, branch) for full in found):
+        depths = deepened(depths, gaps, prices, 1)
+        yield Trial(PLAN, Candidate(sampler, calls, gaps.fitted(depths, 1)))
 
 
 def fewer_steps(sampler: str, steps: int, calls: int) -> Trial:
     """So many steps without caching. calls: of the network."""
-    return Trial(f"fewer steps, {sampler}", Candidate(sampler, steps, (Call(),) * calls), 0)
+    return Trial(f"{FEWER}, {sampler}", Candidate(sampler, steps, (Call(),) * calls), 0)
 
 
 def deepened(depths: Depths, gaps: Gaps, prices: Prices, order: int) -> Depths:
@@ -123,11 +143,12 @@ def _before(depths: Depths, step: int, level: int) -> list[int]:
 def neighbours(depths: Depths, gaps: Gaps, prices: Prices, order: int, dice: random.Random) -> Iterator[Depths]:
     """Plans of the same length near this one and within the budget, without end: a full call moved, some call deeper or
     shallower, a full call given up for deeper others."""
+    cheapest = min(prices.cached, key=prices.cached.__getitem__)
     full = [step for step, branch in enumerate(depths) if branch is None and step]
     cached = [step for step, branch in enumerate(depths) if branch is not None]
     while full and cached:
         found = list(depths)
-        move = dice.choice(("by one", "by one", "anywhere", "depth", "traded"))
+        move = dice.choice(("by one", "by one", "by one", "anywhere", "depth", "traded"))
         if move == "by one":
             step = dice.choice(full)
             other = step + dice.choice((-2, -1, 1, 2))
@@ -139,11 +160,9 @@ def neighbours(depths: Depths, gaps: Gaps, prices: Prices, order: int, dice: ran
         elif move == "depth":
             found[dice.choice(cached)] = dice.choice(sorted(prices.cached))
         else:
-            found[dice.choice(full)] = min(prices.cached, key=prices.cached.__getitem__)
-        changed = tuple(found)
+            found[dice.choice(full)] = cheapest
         if move != "depth":
-            changed = deepened(changed, gaps, prices, order)
-        if changed != depths and prices.allow(changed):
-            yield changed
-        else:
-            yield depths                # the caller counts attempts
+            # What deeper calls cost may be needed elsewhere now: it is given out anew.
+            found = [branch if branch is None else cheapest for branch in found]
+        changed = tuple(found) if move == "depth" else deepened(tuple(found), gaps, prices, order)
+        yield changed if prices.allow(changed) else depths      # the caller counts attempts

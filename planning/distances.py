@@ -1,5 +1,8 @@
-"""How near the runs of one model come to its converged images: measured once for each run and seed, and kept in a
-folder of small files, so that a search goes on where it was killed and another budget finds what it needs.
+"""How near runs of one model come to its converged images: those of the same seeds with so many steps that more of them
+change nothing. It is the measure for solvers and caching alike, which all start from the same noise.
+
+Converged latents are made once, and a run is measured once for each seed; both are kept batch by batch in a folder, so
+that what was killed goes on where it was, and another study or search finds what it needs.
 """
 
 import hashlib
@@ -7,7 +10,6 @@ import json
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,97 +19,135 @@ from torch import Tensor
 from caching.nested import Network
 from caching.plan import Call, PlanCache
 from caching.policy import Policy
-from planning.convergence import psnr_to
 from planning.fitting import batches
 from runs.errors import UserError
 from runs.files import write_json
+from runs.image_model import ImageModel
 from runs.machine import Machine
+from runs.psnr import psnr
 from runs.spec import Run, RunSpec
 from runs.weights import save_tensors
 
-SPACING = "trailing"        # runs of all lengths start at the same noise level and end on a clean image
-CONVERGED = "unipc"
 EXACT = 200.0               # dB, instead of infinity
 
 
-class Candidate(NamedTuple):
-    """A run that a search may choose, over trailing timesteps. calls: what each of its network calls does."""
-    sampler: str
-    steps: int
-    calls: tuple[Call, ...]
-
-    @property
-    def key(self) -> str:
-        """A name for its file."""
-        content = json.dumps([self.sampler, self.steps, [[call.branch, *call.damping] for call in self.calls]])
-        return hashlib.sha256(content.encode()).hexdigest()[:20]
-
-
 class Distances:
-    """Measures candidates of a model, whose condition and weights are a run's.
+    """Measures runs of a model by their distance to the run of many steps, on weights that are read once.
 
-    folder: what was measured; that of another model is refused. steps: of the converged run. Raises UserError.
+    converged: the run of many steps. folder: where everything is kept, in a folder of its own for each converged run.
+    Raises UserError for a converged run that is random or cached.
     """
 
-    def __init__(self, spec: RunSpec, machine: Machine, folder: Path, steps: int = 200):
-        self.spec, self.batch_size, self.folder = spec, machine.batch_size, folder
-        run = self.run(CONVERGED, steps)
-        self.model = run.family.open(run, machine)
+    def __init__(self, converged: RunSpec, machine: Machine, folder: Path):
+        self.run, self.machine = converged.open(), machine
+        if self.run.caching or self.run.eta:
+            raise UserError("what others are compared with must be a run without caching and with eta 0")
+        self.model = self.run.family.open(self.run, machine)
         self.model.load()
-        self._check_folder()
+        self._models: dict[torch.dtype, ImageModel] = {self.run.dtype: self.model}
         self._converged: dict[int, Tensor] = {}
-        for file in sorted((folder / "converged").glob("*.safetensors")):
-            content = load_file(file)
-            self._converged |= dict(zip(content["seeds"].tolist(), content["latents"], strict=True))
+        self.folder = folder / f"{self.run.config.name}_{_digest(self.model.settings)[:12]}"
 
-    def run(self, sampler: str, steps: int) -> Run:
-        """The run without caching that has so many steps. Raises UserError for a number that the sampler cannot do."""
-        found = self.spec.having(sampler=sampler, steps=steps, timesteps=SPACING, eta=None).open()
-        if found.sampler.eta:
-            raise UserError("what is compared with a converged run must not be random: the config has an eta")
-        return found
+    @property
+    def checkpoint_sha256(self) -> str:
+        return self.model.settings["checkpoint_sha256"]
 
-    def _check_folder(self) -> None:
-        """Refuse a folder of another model."""
-        own, file = json.loads(json.dumps(self.model.settings, default=str)), self.folder / "model.json"
-        if not file.is_file():
-            for part in ("converged", "runs"):
-                (self.folder / part).mkdir(parents=True, exist_ok=True)
-            write_json(file, own)
-        found = json.loads(file.read_text())
-        differing = sorted(key for key in own.keys() | found.keys() if own.get(key) != found.get(key))
+    def check(self, run: Run) -> None:
+        """Refuse a run that does not come to the same images with ever more steps. Raises UserError."""
+        own, other = ({"model": one.config.name, "checkpoint": one.checkpoint, "guidance": one.guidance,
+                       "timesteps": one.timesteps, "condition": one.spec.condition} for one in (self.run, run))
+        differing = [name for name in own if own[name] != other[name]]
         if differing:
-            raise UserError(f"{self.folder} holds what was measured for another run: {', '.join(differing)} differs; "
-                            "give another --work")
+            raise UserError(f"{run.name} cannot be compared with {self.run.name}: they differ in "
+                            f"{', '.join(differing)} (with leading timesteps each number of steps even starts at a "
+                            "noise level of its own)")
+        if run.eta:
+            raise UserError(f"{run.name} cannot be compared with converged images: its eta makes it random")
 
-    def latents(self, sampler: str, steps: int, seeds: Sequence[int], policy: Policy | None = None,
-                network: Network | None = None) -> Tensor:
+    def on(self, run: Run) -> ImageModel:
+        """The model with a run's settings; its weights are read once for each dtype."""
+        if run.dtype not in self._models:
+            self._models[run.dtype] = run.family.open(run, self.machine)
+            self._models[run.dtype].load()
+        model = copy(self._models[run.dtype])
+        model.run, model.sampler = run, run.sampler
+        model.settings = model.settings | run.sampler.settings
+        run.refuse_foreign(model.settings)
+        return model
+
+    def latents(self, run: Run, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None
+                ) -> Tensor:
         """What a run ends on: float32 [seeds, channels, height, width], on the CPU. For one batch."""
-        model = copy(self.model)                # another sampler on the same weights
-        model.sampler = self.run(sampler, steps).sampler
-        return model.latents(seeds, policy, network).float().cpu()
+        return self.on(run).latents(seeds, policy, network).float().cpu()
 
-    def converged(self, seeds: Sequence[int]) -> Tensor:
+    def converged(self, seeds: Sequence[int], title: str | None = "converged images") -> Tensor:
         """The converged latents, which are made where they are missing."""
-        missing = [seed for seed in seeds if seed not in self._converged]
-        for batch, report in batches(missing, self.batch_size, "converged images", self.model) if missing else ():
+        missing = self.missing(seeds)
+        for batch, report in batches(missing, self.machine.batch_size, title, self.model):
             made = self.model.latents(batch, report=report).float().cpu()
             save_tensors({"seeds": torch.tensor(batch), "latents": made},
-                         self.folder / "converged" / f"{batch[0]}.safetensors")
+                         self.made("converged") / f"{batch[0]}.safetensors")
             self._converged |= dict(zip(batch, made, strict=True))
         return torch.stack([self._converged[seed] for seed in seeds])
 
-    def of(self, candidate: Candidate, seeds: Sequence[int]) -> np.ndarray:
-        """PSNR of a run's latents to the converged ones, dB: float64 [seeds]."""
-        file = self.folder / "runs" / f"{candidate.key}.json"
-        psnr = json.loads(file.read_text())["psnr"] if file.is_file() else {}
-        known = {int(seed): db for seed, db in psnr.items()}
+    def missing(self, seeds: Sequence[int]) -> list[int]:
+        """The seeds without converged latents."""
+        if not self._converged.keys() >= set(seeds):        # another process may have made some
+            for file in sorted((self.folder / "converged").glob("*.safetensors")):
+                content = load_file(file)
+                self._converged |= dict(zip(content["seeds"].tolist(), content["latents"], strict=True))
+        return [seed for seed in seeds if seed not in self._converged]
+
+    def of(self, run: Run, seeds: Sequence[int], calls: Sequence[Call] | None = None, title: str | None = None
+           ) -> np.ndarray:
+        """PSNR of a run's latents to the converged ones, dB: float64 [seeds].
+
+        calls: a plan for the calls of a run without caching; None: the run's own caching. title: of a progress bar.
+        """
+        known = self.known(run, calls)
+        model = self.on(run) if any(seed not in known for seed in seeds) else self.model
         missing = [seed for seed in seeds if seed not in known]
-        for first in range(0, len(missing), self.batch_size):
-            batch = missing[first:first + self.batch_size]
-            wanted = self.converged(batch)
-            found = psnr_to(wanted, self.latents(candidate.sampler, candidate.steps, batch, PlanCache(candidate.calls)))
+        for batch, report in batches(missing, self.machine.batch_size, title, model):
+            policy = model.policy() if calls is None else PlanCache(calls)
+            found = psnr_to(self.converged(batch), model.latents(batch, policy, report=report).float().cpu())
             known |= {seed: min(float(db), EXACT) for seed, db in zip(batch, found, strict=True)}
-            write_json(file, {"sampler": candidate.sampler, "steps": candidate.steps,
-                              "branches": [call.branch for call in candidate.calls], "psnr": known})
+            self.made("runs")
+            write_json(self._file(run, calls), _about(run, calls) | {"psnr": known})
         return np.array([known[seed] for seed in seeds])
+
+    def made(self, part: str) -> Path:
+        """A folder of what is measured, made where it is not there, with a note of what it was measured on."""
+        if not (self.folder / "model.json").is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "model.json", json.loads(json.dumps(self.model.settings, default=str)))
+        (self.folder / part).mkdir(exist_ok=True)
+        return self.folder / part
+
+    def known(self, run: Run, calls: Sequence[Call] | None = None) -> dict[int, float]:
+        """What has been measured of a run, by seed."""
+        file = self._file(run, calls)
+        psnr = json.loads(file.read_text())["psnr"] if file.is_file() else {}
+        return {int(seed): db for seed, db in psnr.items()}
+
+    def _file(self, run: Run, calls: Sequence[Call] | None) -> Path:
+        return self.folder / "runs" / f"{_digest(_about(run, calls))[:20]}.json"
+
+
+def psnr_to(converged: Tensor, latents: Tensor) -> np.ndarray:
+    """PSNR of latents to the converged ones, dB: [seeds, ...] both -> float64 [seeds].
+
+    The span is the converged latents' own, from their smallest to their largest value.
+    """
+    wanted = converged.double().flatten(1)
+    errors = (latents.double().flatten(1) - wanted).square().mean(1)
+    spans = wanted.amax(1) - wanted.amin(1)
+    return psnr((errors / spans.square()).numpy(), span=1.0)
+
+
+def _about(run: Run, calls: Sequence[Call] | None) -> dict[str, object]:
+    """What decides the latents of a run, beside what all runs share."""
+    return {"run": run.told, "calls": None if calls is None else [[call.branch, *call.damping] for call in calls]}
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

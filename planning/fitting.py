@@ -35,10 +35,14 @@ def own_unet(model: ImageModel) -> NestedUNet:
     return model.unet
 
 
-def batches(seeds: Sequence[int], size: int, title: str, model: ImageModel, work: int = 1
+def batches(seeds: Sequence[int], size: int, title: str | None, model: ImageModel, work: int = 1
             ) -> Iterator[tuple[list[int], Callable[[float], None]]]:
-    """Go through batches under a progress bar: (seeds, what is told the progress of each of the `work` runs)."""
-    with tqdm(total=len(seeds) * work * model.sampler.calls, desc=title, unit="call") as bar:
+    """Go through batches under a progress bar: (seeds, what is told the progress of each of the `work` runs).
+
+    title: of the bar; None: there is none.
+    """
+    with tqdm(total=len(seeds) * work * model.sampler.calls, desc=title, unit="call",
+              disable=title is None or not seeds) as bar:
         for first in range(0, len(seeds), size):
             batch = list(seeds[first:first + size])
 

@@ -8,7 +8,7 @@ the image on a few runs with a single cached call.
 
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ from torch import Tensor
 from caching.forecast import newton_terms
 from caching.nested import Network
 from caching.plan import Call, PlanCache
-from planning.distances import CONVERGED, Distances
+from planning.fitting import own_unet
+from planning.judge import CONVERGED, Judge
 from runs.files import write_json
 from runs.seeds import format_seeds
 
@@ -79,6 +80,12 @@ class Gaps:
     gram: Mapping[int, np.ndarray]
     weights: Mapping[int, np.ndarray]
     ridge: float = 1e-2
+
+    def flattened(self, power: float) -> "Gaps":
+        """The same with weights to a power: 0 takes what an error of the feature does to the image to be the same on
+        all calls, 1 as it was measured."""
+        return replace(self, weights={branch: np.where(weight > 0, weight ** power, 0.0)
+                                      for branch, weight in self.weights.items()})
 
     @property
     def calls(self) -> int:
@@ -190,12 +197,14 @@ class GapMeasurements:
     cached alone, to see what arrives in the image.
     """
 
-    def __init__(self, distances: Distances, branches: Sequence[int], seeds: Sequence[int], probe: int = 20,
+    def __init__(self, judge: Judge, branches: Sequence[int], seeds: Sequence[int], probe: int = 20,
                  nodes: int = 8):
-        self.distances, self.branches, self.seeds = distances, list(branches), list(seeds)
+        self.judge, self.branches, self.seeds = judge, list(branches), list(seeds)
         self.probe, self.nodes = probe, nodes
-        self.folder = distances.folder / "gaps"
-        self.folder.mkdir(exist_ok=True)
+
+    def network_calls(self, lengths: Sequence[int]) -> float:
+        """How many full network calls it takes to measure runs of so many calls; what is cached is left out."""
+        return len(self.seeds) * (sum({*lengths, self.probe}) + self.probe * (self.nodes + 1))
 
     def of(self, steps: int) -> Gaps:
         """What gaps cost in runs of so many calls."""
@@ -212,9 +221,9 @@ class GapMeasurements:
         """(Gram matrices, squared output errors of gaps of one call), by branch."""
         file = self._file(f"steps{steps}")
         if not file.is_file():
-            meter = GapMeter(self.distances.model.unet, self.branches)
+            meter = GapMeter(own_unet(self.judge.distances.model), self.branches)
             for batch in self._batches():
-                self.distances.latents(CONVERGED, steps, batch, network=meter)
+                self.judge.distances.latents(self.judge.run(CONVERGED, steps), batch, network=meter)
                 meter.finish()
             write_json(file, {"gram": {b: np.asarray(meter.gram[b]).tolist() for b in self.branches},
                               "output": {b: np.asarray(meter.output[b]).tolist() for b in self.branches}})
@@ -229,11 +238,12 @@ class GapMeasurements:
         if not file.is_file():
             calls = sorted({int(call) for call in np.linspace(1, self.probe - 1, self.nodes).round()})
             found = dict.fromkeys(calls, 0.0)
+            run, latents = self.judge.run(CONVERGED, self.probe), self.judge.distances.latents
             for batch in self._batches():
-                exact = self.distances.latents(CONVERGED, self.probe, batch)
+                exact = latents(run, batch)
                 for call in calls:
                     alone = PlanCache([Call(branch if step == call else None) for step in range(self.probe)])
-                    cached = self.distances.latents(CONVERGED, self.probe, batch, alone)
+                    cached = latents(run, batch, alone)
                     found[call] += (cached - exact).double().square().sum().item()
             write_json(file, {"image": found})
         image = {int(call): value for call, value in json.loads(file.read_text())["image"].items()}
@@ -243,8 +253,9 @@ class GapMeasurements:
         return np.exp(np.interp(at, calls, ratios)) * self.probe / steps    # a step as long as it is here
 
     def _batches(self) -> list[list[int]]:
-        size = self.distances.batch_size
+        size = self.judge.distances.machine.batch_size
         return [self.seeds[first:first + size] for first in range(0, len(self.seeds), size)]
 
     def _file(self, name: str) -> Path:
-        return self.folder / f"{name}_branches{'_'.join(map(str, self.branches))}_seeds{format_seeds(self.seeds)}.json"
+        about = f"branches{'_'.join(map(str, self.branches))}_seeds{format_seeds(self.seeds)}"
+        return self.judge.distances.made("gaps") / f"{name}_{about}.json"

@@ -5,50 +5,55 @@ network call computes, and what of the rest is reused or forecast.
         --out plan.json
     python -m ldm.sample --config configs/ldm_emoji.yaml --plan plan.json --seeds 0-63 --out samples/plan
 
-Best is what comes nearest to the converged images of the same seeds (UniPC, 200 trailing steps), in dB of the latents.
-First it is measured what a gap in computing a level costs; dynamic programming makes schedules of that for every number
-of steps; real runs of ever fewer of them on ever more seeds, then small changes of the best, decide. Fewer steps
-without caching, by every sampler, and the papers' uniform schedules always take part. The plan is chosen on the
-held-out seeds; the report, OUT.search.json, is of other seeds again.
+Best is what comes nearest to the converged images of the same seeds (UniPC, 100 trailing steps), in dB of the latents.
+First it is measured what a gap in computing a level costs; dynamic programming makes schedules of that for several
+numbers of steps; real runs of ever fewer of them on ever more seeds, then small changes of the best, decide. Fewer
+steps without caching, by every sampler, and uniform schedules, reused and forecast, always take part. The plan is
+chosen on the held-out seeds; the report, OUT.search.json, is of other seeds again.
 
-What is measured is kept in a folder beside the plan: after a kill the same command goes on, and comes to the same plan.
+It says first how many network calls it will make at most and how long they take. What is measured is kept in a folder
+beside the plan: after a kill the same command goes on, and comes to the same plan, with any number of processes.
 Searches for other budgets of the same model may share it (--work).
 """
 
 import argparse
+import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from caching.deepcache import DeepCache
-from caching.fitted import BOUND
+from caching.fitted import BOUND, fingerprint
 from caching.plan import PlanCache
 from caching.plan_file import Plan
 from eval.cost.runs import costs_of
+from eval.cost.timing import time_steps
 from eval.metrics.intervals import mean_estimate
-from planning.candidates import Prices, Trial
-from planning.distances import CONVERGED, SPACING, Distances
-from planning.fitting import check_out
+from planning.candidates import PLAN, Prices, Trial
+from planning.distances import Distances
+from planning.fitting import check_out, own_unet
 from planning.gaps import GapMeasurements
+from planning.judge import CONVERGED, SPACING, Judge, run_of
 from planning.tournament import Tournament
 from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError
-from runs.families import family_named_by
+from runs.families import example_inputs, family_named_by
 from runs.files import write_json
 from runs.image_model import config_among, spec_of
-from runs.machine import Machine
+from runs.machine import Machine, check_counts
 from runs.provenance import provenance
 from runs.results import Metric, Result
 from runs.seeds import format_seeds, parse_seeds
 from runs.spec import Run, RunSpec
 
-SAMPLERS = ("unipc", "dpmpp", "ddim")
+SAMPLERS = ("unipc", "dpmpp", "dpmpp3", "deis", "ddim")
 LEVELS = 3                  # the cheapest ones, among which plans choose
 GUIDANCE_RANGE = 1.5        # a plan is taken to hold for guidance up to so many times as much, or as little
 MEASURED = "PSNR of the latents to the converged ones, dB"
+GAP_SEEDS = 8
 
 
 def build_parser(words: list[str]) -> argparse.ArgumentParser:
@@ -72,16 +77,21 @@ def build_parser(words: list[str]) -> argparse.ArgumentParser:
                              "guidance included)")
     budget.add_argument("--speedup", type=float, metavar="X",
                         help="the budget: 1/X of the multiply-accumulates of the config's own uncached run")
+    budget.add_argument("--seconds", type=float, metavar="S",
+                        help="the budget: seconds of network time per image on this machine, where cached steps take "
+                             "more than their share of multiply-accumulates")
     search.add_argument("--seeds", required=True, help="runs to learn from")
     search.add_argument("--held-out-seeds", required=True, help="runs to choose on")
     search.add_argument("--report-seeds", help="runs to report on (default: as many as the held-out ones, after them)")
-    search.add_argument("--attempts", type=int, default=80, help="changes of the best plans to try (default: 80)")
-    search.add_argument("--converged-steps", type=int, default=200, help="of the run to come near to (default: 200)")
+    search.add_argument("--attempts", type=int, default=48, help="changes of the best plan to try (default: 48)")
+    search.add_argument("--converged-steps", type=int, default=100, help="of the run to come near to (default: 100)")
+    search.add_argument("--jobs", type=int, default=1,
+                        help="processes that measure side by side, --threads each (default: 1)")
     search.add_argument("--out", type=Path, required=True, help="plan to write, .json")
     search.add_argument("--work", type=Path, help="folder of what is measured (default: OUT.work)")
     arguments.add(parser, Machine)
     if config is not None:
-        parser.set_defaults(batch_size=family_named_by(config).batch_size)
+        parser.set_defaults(batch_size=min(16, family_named_by(config).batch_size), threads=1)
     return parser
 
 
@@ -106,45 +116,89 @@ class Seeds:
                                 "others")
         return cls(learn, choose, report)
 
+    @property
+    def all(self) -> list[int]:
+        return [*self.learn, *self.choose, *self.report]
 
-def prices_of(run: Run, args: argparse.Namespace) -> Prices:
-    """The budget in full calls, and what cached ones cost. run: the config's own. Raises UserError."""
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Network time on this machine. full: seconds of a full call for one image. cached: branch -> the time of a cached
+    call that forecasts, in full ones."""
+    full: float
+    cached: dict[int, float]
+
+    @classmethod
+    def measured(cls, distances: Distances, branches: list[int]) -> "StepTimes":
+        size = distances.machine.batch_size
+        inputs = example_inputs(distances.run.config, size * distances.run.rows_per_image, distances.model.device,
+                                distances.run.dtype)
+        policies = {str(branch): DeepCache(branch, [0, 2], 1) for branch in branches}
+        timings = time_steps(own_unet(distances.model), inputs, policies, repeats=5, warmup=1)
+        full = timings["full"]
+        return cls(full.median / size, {branch: timings[str(branch)].ratio(full) for branch in branches})
+
+    @classmethod
+    def kept(cls, distances: Distances, branches: list[int]) -> "StepTimes":
+        """As first measured, so that a search that goes on has the same budget."""
+        about = f"branches{'_'.join(map(str, branches))}_batch{distances.machine.batch_size}"
+        file = distances.made("times") / f"{about}.json"
+        if not file.is_file():
+            write_json(file, asdict(cls.measured(distances, branches)))
+        content = json.loads(file.read_text())
+        return cls(content["full"], {int(branch): ratio for branch, ratio in content["cached"].items()})
+
+
+def branches_of(run: Run) -> list[int]:
+    """The levels among which plans choose."""
+    return list(range(min(LEVELS, run.unet.num_branches)))
+
+
+def prices_of(run: Run, args: argparse.Namespace, times: StepTimes | None = None) -> Prices:
+    """The budget in full calls, and what cached ones cost. run: the config's own. times: where the budget is seconds.
+
+    Raises UserError.
+    """
     costs = costs_of(run)
+    cached = {branch: costs.calls(DeepCache(branch, [0]), 2)[1].hook / costs.full.hook for branch in branches_of(run)}
     if args.calls is not None:
         budget = args.calls
     elif args.macs is not None:
         budget = args.macs * 1e9 / (costs.full.hook * run.rows_per_image)
-    else:
+    elif args.speedup is not None:
         budget = run.calls / args.speedup if args.speedup > 0 else 0.0
+    else:
+        assert times is not None
+        budget, cached = args.seconds / times.full, times.cached
     if not 2 <= budget <= run.config.diffusion.num_timesteps:
         raise UserError(f"the budget must be 2 full network calls per image or more, and no more than there are "
-                        f"timesteps; this is {budget:.3g}")
-    branches = range(min(LEVELS, run.unet.num_branches))
-    return Prices(budget, {branch: costs.calls(DeepCache(branch, [0]), 2)[1].hook / costs.full.hook
-                           for branch in branches})
+                        f"timesteps; this is {budget:.3g}"
+                        + ("" if times is None else f" at {1e3 * times.full:.3g} ms each"))
+    return Prices(budget, cached)
 
 
 def plan_of(trial: Trial, distances: Distances, run: Run, distance: dict[str, Any], notes: dict[str, Any]) -> Plan:
     """The file of what was found. run: the trial's, without its caching."""
     costs, calls = costs_of(run), list(trial.run.calls)
     of_calls = costs.calls(PlanCache(calls), len(calls))
-    settings = distances.model.settings | run.sampler.settings
+    settings = distances.on(run).settings
     guidance = None
     if "guidance" in settings:
         guidance = [run.guidance / GUIDANCE_RANGE, run.guidance * GUIDANCE_RANGE]
-    return Plan({key: settings[key] for key in BOUND}, guidance, calls,
+    x, _, *context = example_inputs(run.config)
+    known = fingerprint(run.unet, x.shape[1], context[0].shape[-1] if context else None)
+    return Plan({**{key: settings[key] for key in BOUND}, "fingerprint": known}, guidance, calls,
                 {name: sum(getattr(one, name) for one in of_calls) for name in ("hook", "fc")},
                 costs.full._asdict(), distance, notes)
 
 
-def report(chosen: Trial, arms: list[Trial], distances: Distances, seeds: list[int]) -> dict[str, Metric]:
+def report(chosen: Trial, arms: list[Trial], judge: Judge, seeds: list[int]) -> dict[str, Metric]:
     """The distances of the plan and of all other arms on the same seeds, and the paired differences."""
-    ours = distances.of(chosen.run, seeds)
+    ours, *theirs = judge.measure([chosen.run, *(arm.run for arm in arms)], seeds, "the report")
     found = {"plan": Metric.of(mean_estimate(ours))}
-    for arm in arms:
-        theirs = distances.of(arm.run, seeds)
-        found[arm.kind] = Metric.of(mean_estimate(theirs))
-        found[f"plan less {arm.kind}"] = Metric.of(mean_estimate(ours - theirs))
+    for arm, psnr in zip(arms, theirs, strict=True):
+        found[arm.kind] = Metric.of(mean_estimate(psnr))
+        found[f"plan less {arm.kind}"] = Metric.of(mean_estimate(ours - psnr))
     return found
 
 
@@ -157,10 +211,25 @@ def about(trial: Trial, prices: Prices) -> dict[str, Any]:
 def check(args: argparse.Namespace) -> None:
     """Refuse options that cannot be. Raises UserError."""
     check_out(args.out, ".json")
+    check_counts(jobs=args.jobs)
     if args.compile or args.cuda_graphs:
         raise UserError("--compile and --cuda-graphs are for sampling: runs here are short and all different")
     if args.attempts < 0 or args.converged_steps < 2:
         raise UserError("--attempts must be 0 or more, --converged-steps 2 or more")
+    if args.seconds is not None and not args.seconds > 0:
+        raise UserError(f"--seconds must be more than 0, got {args.seconds:g}")
+
+
+def announce(tournament: Tournament, seeds: Seeds, times: StepTimes, jobs: int) -> None:
+    """Say how much there is to compute, before it begins."""
+    prices, distances = tournament.prices, tournament.judge.distances
+    others = (6 * len(seeds.choose) + 4 * len(seeds.report)) * prices.budget
+    calls = (len(distances.missing(seeds.all)) * distances.run.calls + tournament.network_calls() + others
+             + tournament.measured.network_calls(tournament.lengths()))
+    print(f"{prices.budget:.4g} full network calls per image, {distances.run.calls} for a converged one: at most "
+          f"{calls:,.0f} of them, of one image each, take about {calls * times.full / jobs / 60:.2g} minutes at "
+          f"{1e3 * times.full:.3g} ms in {jobs} process{'es' if jobs > 1 else ''}; what was measured before is not "
+          "measured again", flush=True)
 
 
 @command
@@ -169,29 +238,41 @@ def main() -> None:
     check(args)
     family, seeds = family_named_by(args.config), Seeds.chosen(args)
     spec = spec_of(args, family)
-    own = spec.open()
-    prices, machine = prices_of(own, args), arguments.chosen(Machine, args)
-    own.family.open(own, machine).check_seeds([*seeds.learn, *seeds.choose, *seeds.report])
-    print(f"{own.config.name}: {prices.budget:.4g} full network calls per image; the config's own run has {own.calls}",
-          flush=True)
-    distances = Distances(spec, machine, args.work or args.out.with_suffix(".work"), args.converged_steps)
-    measured = GapMeasurements(distances, sorted(prices.cached), seeds.learn[:8])
-    samplers = tuple(dict.fromkeys([*SAMPLERS, own.default_sampler]))
-    found = Tournament(distances, measured, prices, samplers, seeds.learn, args.attempts).run()
-    scores = {trial: distances.of(trial.run, seeds.choose).mean() for trial in found}
-    chosen = max(found, key=scores.__getitem__)
-    arms = [trial for trial in found if trial.kind != "plan"]
+    own, machine = spec.open(), arguments.chosen(Machine, args)
+    if args.seconds is None:
+        prices_of(own, args)                    # which may be refused, before the weights are read
+    own.family.open(own, machine).check_seeds(seeds.all)
+    distances = Distances(run_of(spec, CONVERGED, args.converged_steps), machine,
+                          args.work or args.out.with_suffix(".work"))
+    times = (StepTimes.measured if args.seconds is None else StepTimes.kept)(distances, branches_of(own))
+    prices = prices_of(own, args, times)
+    judge = Judge(spec, distances)
+    with judge.processes(args.jobs, machine):
+        measured = GapMeasurements(judge, sorted(prices.cached), seeds.learn[:GAP_SEEDS])
+        samplers = tuple(dict.fromkeys([*SAMPLERS, own.default_sampler]))
+        tournament = Tournament(judge, measured, prices, samplers, seeds.learn, args.attempts)
+        announce(tournament, seeds, times, args.jobs)
+        judge.converge(seeds.learn)
+        found = tournament.run()
+        judge.converge(seeds.choose)
+        scores = judge.measure([trial.run for trial in found], seeds.choose, "choosing")
+        chosen = max(zip(found, scores, strict=True), key=lambda pair: pair[1].mean())[0]
+        arms = [trial for trial in found if trial.kind != PLAN]
+        judge.converge(seeds.report)
+        metrics = report(chosen, arms, judge, seeds.report)
 
-    metrics = report(chosen, arms, distances, seeds.report)
     notes = {"budget": prices.budget, "learnt_on": format_seeds(seeds.learn), "chosen_on": format_seeds(seeds.choose),
              "kind": chosen.kind, "order": chosen.order}
-    mean = metrics["plan"]
+    found_mean = metrics["plan"]
     distance = {"what": MEASURED, "converged": f"{CONVERGED}, {args.converged_steps} {SPACING} steps",
-                "seeds": format_seeds(seeds.report), "mean": mean.value, "interval": mean.interval}
-    run = distances.run(chosen.run.sampler, chosen.run.steps)
+                "seeds": format_seeds(seeds.report), "mean": found_mean.value, "interval": found_mean.interval}
+    run = judge.run(chosen.run.sampler, chosen.run.steps)
     plan = plan_of(chosen, distances, run, distance, notes)
     details = {**notes, "reported_on": format_seeds(seeds.report), "chosen": about(chosen, prices),
-               "arms": [about(trial, prices) for trial in arms]}
+               "arms": [about(trial, prices) for trial in arms],
+               "on_few_seeds": [{"kind": trial.kind, "sampler": trial.run.sampler, "steps": trial.run.steps,
+                                 "order": trial.order, "full": trial.depths.count(None), "mean": round(mean, 2)}
+                                for trial, mean in tournament.first]}
     results.write(args.out.with_suffix(".search.json"), Result(
         "plan search", run.config.name, run.told, len(seeds.report), metrics,
         hashes={"checkpoint": plan.run["checkpoint_sha256"], "plan": plan.sha256},
@@ -200,7 +281,7 @@ def main() -> None:
     print(f"{len(seeds.report)} seeds that nothing was chosen on; {MEASURED}, 95% intervals:")
     for name, one in metrics.items():
         print("{:40} {:7.2f} [{:.2f}, {:.2f}]".format(name, *one.bounds))
-    print(f"{args.out}: {chosen.run.sampler}, {chosen.run.steps} steps, {plan.cost:.2f} full calls "
+    print(f"{args.out}: {chosen.kind}, {chosen.run.sampler}, {chosen.run.steps} steps, {plan.cost:.2f} full calls "
           f"({chosen.depths.count(None)} calls compute everything)")
 
 

@@ -1,23 +1,34 @@
 """Finds the best plan for a budget: by real runs of ever fewer candidates on ever more seeds (successive halving,
 Jamieson and Talwalkar, arXiv 1502.07943), then by small changes of the best. What it returns follows from its arguments
-and from what is measured alone, so that a search that was killed comes to the same end.
+and from what is measured alone, so that a search that was killed, or that runs in other processes, comes to the same
+end.
 """
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
 
-from planning.candidates import Prices, Trial, fewer_steps, lengths, neighbours, plans_of
-from planning.distances import CONVERGED, Distances
+from planning.candidates import (
+    INTERVALS,
+    PLAN,
+    POWERS,
+    Prices,
+    Trial,
+    fewer_steps,
+    lengths,
+    neighbours,
+    plans_of,
+    uniform_trials,
+)
 from planning.gaps import GapMeasurements, Gaps
-from runs.errors import UserError
+from planning.judge import CONVERGED, Judge
 
-PLAN = "plan"
-OFFERS = 8          # changes that are weighed by what is measured of gaps, before one of them is run
+BELOW = 3           # fewer steps than the budget pays for are tried too: more of them are not always better
+OFFERS = 6          # changes that are weighed by what is measured of gaps, for each that is run
 
 
 @dataclass
@@ -25,95 +36,131 @@ class Tournament:
     """Compares candidates for a budget on some seeds.
 
     samplers: which are tried; plans are first compared with one of them. seeds: to learn from. attempts: changes of the
-    best plans that are run. rungs: (seeds, how many plans are kept); the other samplers take part from the last but one
-    on.
+    best plan that are run, `at_once` from each plan that was found. rungs: how many plans are kept after each; a rung
+    has twice as many seeds as the one before it, the last one all.
     """
-    distances: Distances
+    judge: Judge
     measured: GapMeasurements
     prices: Prices
     samplers: Sequence[str]
     seeds: Sequence[int]
-    attempts: int = 80
-    rungs: Sequence[tuple[int, int]] = ((2, 24), (4, 6), (8, 6), (16, 2))
+    attempts: int = 48
+    at_once: int = 8
+    rungs: Sequence[int] = (16, 6, 3, 2)
+    first: list[tuple[Trial, float]] = field(default_factory=list)      # everything, with its mean on the first rung
+
+    def lengths(self) -> list[int]:
+        """The numbers of calls of the plans that are tried."""
+        return lengths(self.prices)
+
+    def sizes(self) -> list[int]:
+        """The seeds of each rung."""
+        return [max(min(4, len(self.seeds)), len(self.seeds) >> back) for back in reversed(range(len(self.rungs)))]
+
+    def network_calls(self) -> int:
+        """How many full network calls `run` makes at most, but for measuring gaps."""
+        kinds = 3
+        started = (BELOW * len(self.samplers) + 3 * len(INTERVALS)
+                   + len(self.lengths()) * (2 * len(POWERS) + 1))
+        relatives = self.rungs[0] // 4 + len(self.samplers)
+        images, before, trials = 0, 0, started
+        for number, (seeds, kept) in enumerate(zip(self.sizes(), self.rungs, strict=True)):
+            if number == 1:
+                images, trials = images + relatives * before, trials + relatives
+            images += trials * (seeds - before)
+            trials, before = kept + kinds * max(1, kept // 4), seeds
+        rounds = -(-self.attempts // self.at_once)
+        few = self.few()
+        images += rounds * (self.at_once * few + 2 * (len(self.seeds) - few))
+        return round(images * self.prices.budget)
+
+    def few(self) -> int:
+        """On how many seeds a change is first tried."""
+        return self.sizes()[-2] if len(self.rungs) > 1 else len(self.seeds)
 
     def run(self) -> list[Trial]:
-        """The best of each kind without a search, and the best plans, in that order."""
+        """The best of each group without a search, then the best plans: found, and improved."""
         self.gaps: dict[int, Gaps] = {calls: self.measured.of(calls)
-                                      for calls in tqdm(lengths(self.prices), desc="measuring gaps", unit="length")}
-        trials = [*self.without_caching(), *(trial for gaps in self.gaps.values()
-                                             for trial in plans_of(gaps, self.prices, CONVERGED))]
-        for number, (seeds, kept) in enumerate(self.rungs):
-            if number == len(self.rungs) - 2:
+                                      for calls in tqdm(self.lengths(), desc="measuring gaps", unit="length")}
+        trials = [*self.without_caching(), *uniform_trials(self.prices, CONVERGED),
+                  *(trial for gaps in self.gaps.values() for trial in plans_of(gaps, self.prices, CONVERGED))]
+        for number, (seeds, kept) in enumerate(zip(self.sizes(), self.rungs, strict=True)):
+            if number == 1:
                 trials = list(dict.fromkeys([*trials, *self.relatives(trials)]))
-            trials = self.best(trials, self.seeds[:seeds], kept)
+            trials = self.best(trials, self.seeds[:seeds], kept, number == 0)
         plans = [trial for trial in trials if trial.kind == PLAN]
-        others = [trial for trial in self.best(trials, self.seeds[:self.rungs[-1][0]], 1) if trial.kind != PLAN]
-        climbed = [self.climbed(plan, self.attempts // len(plans)) for plan in plans]
-        return [*others, *dict.fromkeys([*plans, *climbed])]
+        arms = {trial.group: trial for trial in reversed(trials) if trial.kind != PLAN}
+        return [*arms.values(), *dict.fromkeys([*plans, self.improved(plans[0])])]
 
     def without_caching(self) -> Iterator[Trial]:
-        """Fewer steps, for each sampler as many as the budget pays for."""
+        """Fewer steps, for each sampler as many as the budget pays for, and a few less."""
         for sampler in self.samplers:
+            found = 0
             for steps in range(int(self.prices.budget + 1e-9), 0, -1):
-                run = self._valid(sampler, steps)
-                if run is not None and run <= self.prices.budget + 1e-9:
-                    yield fewer_steps(sampler, steps, run)
-                    break
+                calls = self.judge.calls(sampler, steps)
+                if calls is not None and calls <= self.prices.budget + 1e-9 and found < BELOW:
+                    found += 1
+                    yield fewer_steps(sampler, steps, calls)
 
     def relatives(self, trials: Sequence[Trial]) -> Iterator[Trial]:
-        """The same plans with the other samplers, and with forecasts of order 2."""
-        for trial in trials:
-            if len(set(trial.depths)) == 1:
-                continue
+        """The best plans with forecasts of order 2, and the best one with the other samplers."""
+        plans = [trial for trial in trials if trial.kind == PLAN]
+        for trial in plans[:max(1, self.rungs[0] // 4)]:
+            calls = self.gaps[trial.run.steps].fitted(trial.depths, 2)
+            yield replace(trial, run=trial.run._replace(calls=calls), order=2)
+        for trial in plans[:1]:
             for sampler in self.samplers:
-                if self._valid(sampler, trial.run.steps) == len(trial.run.calls):
+                if self.judge.calls(sampler, trial.run.steps) == len(trial.run.calls):
                     yield trial.on(sampler)
-            if trial.kind == PLAN:
-                calls = self.gaps[trial.run.steps].fitted(trial.depths, 2)
-                yield replace(trial, run=trial.run._replace(calls=calls), order=2)
 
-    def _valid(self, sampler: str, steps: int) -> int | None:
-        """The network calls of so many steps; None where the sampler does not take them."""
-        try:
-            run = self.distances.run(sampler, steps)
-            _ = run.sampler
-        except UserError:
-            return None
-        return run.calls
+    def best(self, trials: Sequence[Trial], seeds: Sequence[int], kept: int, first: bool = False) -> list[Trial]:
+        """The best plans, and of each other group a quarter as many, at least one: the best first."""
+        title = f"{len(trials)} candidates, {len(seeds)} seeds"
+        found = self.judge.measure([trial.run for trial in trials], seeds, title)
+        ranked = sorted(((trial, float(psnr.mean())) for trial, psnr in zip(trials, found, strict=True)),
+                        key=lambda pair: -pair[1])
+        if first:
+            self.first = ranked
+        return [trial for group in dict.fromkeys(trial.group for trial, _ in ranked)
+                for trial in [one for one, _ in ranked if one.group == group][:kept if group == PLAN
+                                                                              else max(1, kept // 4)]]
 
-    def best(self, trials: Sequence[Trial], seeds: Sequence[int], kept: int) -> list[Trial]:
-        """The best plans, and of each other kind a quarter as many, at least one: the best first."""
-        scores = {trial: self.distances.of(trial.run, seeds).mean()
-                  for trial in tqdm(trials, desc=f"{len(trials)} candidates, {len(seeds)} seeds", unit="run")}
-        ranked = sorted(scores, key=lambda trial: -scores[trial])
-        found: list[Trial] = []
-        for kind in dict.fromkeys(trial.kind for trial in ranked):
-            found += [trial for trial in ranked if trial.kind == kind][:kept if kind == PLAN else max(1, kept // 4)]
-        return found
+    def improved(self, trial: Trial) -> Trial:
+        """A plan after so many attempts at changing it to a better one.
 
-    def climbed(self, trial: Trial, attempts: int) -> Trial:
-        """A plan after so many attempts at changing it to a better one."""
-        gaps, dice, tried = self.gaps[trial.run.steps], random.Random(trial.run.key), {trial.depths}
-        for _ in tqdm(range(attempts), desc="improving a plan", unit="attempt"):
-            offers = dict.fromkeys(islice(neighbours(trial.depths, gaps, self.prices, trial.order, dice), OFFERS))
-            new = [depths for depths in offers if depths not in tried]
-            if not new:
+        Some changes at a time are tried on few seeds, the best two of them on all, and the better one is taken if it is
+        better than the plan by more than half a standard error.
+        """
+        gaps, dice, tried = self.gaps[trial.run.steps], random.Random(0), {trial.depths}
+        few = self.seeds[:self.few()]
+        left = self.attempts
+        while left > 0:
+            number = min(left, self.at_once)
+            left -= number
+            changes = self.changes(trial, gaps, dice, tried, number)
+            tried |= {change.depths for change in changes}
+            if not changes:
                 continue
-            depths = min(new, key=lambda depths: gaps.error(depths, trial.order))
-            tried.add(depths)
-            other = replace(trial, run=trial.run._replace(calls=gaps.fitted(depths, trial.order)))
-            if self.is_better(other, trial):
-                trial = other
+            title = f"improving a plan, {left} more"
+            gains = self.gains(changes, trial, few, title)
+            order = sorted(range(len(changes)), key=lambda one: -gains[one].mean())
+            promising = [changes[one] for one in order[:2] if gains[one].mean() > 0]
+            gains = self.gains(promising, trial, self.seeds, title)
+            for change, gain in sorted(zip(promising, gains, strict=True), key=lambda pair: -pair[1].mean()):
+                if gain.mean() > 0.5 * gain.std() / np.sqrt(len(gain)):
+                    trial = change
+                    break
         return trial
 
-    def is_better(self, other: Trial, trial: Trial) -> bool:
-        """Whether a plan is better than another on all seeds; a few of them suffice to give it up."""
-        few = self.seeds[:max(4, len(self.seeds) // 4)]
-        if self.gain(other, trial, few).mean() <= 0:
-            return False
-        gain = self.gain(other, trial, self.seeds)
-        return bool(gain.mean() > 0.5 * gain.std() / np.sqrt(len(gain)))
+    def changes(self, trial: Trial, gaps: Gaps, dice: random.Random, tried: set, number: int) -> list[Trial]:
+        """So many neighbours that were not tried: half of them what gaps say is best, half whatever comes."""
+        walk = neighbours(trial.depths, gaps, self.prices, trial.order, dice)
+        offers = [depths for depths in dict.fromkeys(islice(walk, OFFERS * number)) if depths not in tried]
+        weighed = sorted(offers, key=lambda depths: gaps.error(depths, trial.order))
+        chosen = list(dict.fromkeys([*weighed[:number - number // 2], *offers]))[:number]
+        return [replace(trial, run=trial.run._replace(calls=gaps.fitted(depths, trial.order))) for depths in chosen]
 
-    def gain(self, other: Trial, trial: Trial, seeds: Sequence[int]) -> np.ndarray:
-        """How much nearer a plan comes, for each seed, dB."""
-        return self.distances.of(other.run, seeds) - self.distances.of(trial.run, seeds)
+    def gains(self, others: Sequence[Trial], trial: Trial, seeds: Sequence[int], title: str) -> list[np.ndarray]:
+        """How much nearer other plans come than one, for each seed, dB."""
+        own, *found = self.judge.measure([trial.run, *(other.run for other in others)], seeds, title)
+        return [one - own for one in found]

@@ -10,12 +10,13 @@ import torch
 
 from experiments import convergence
 from experiments.convergence_report import PSNR, Point, orders, rival, rows
-from planning.convergence import Converged
+from planning.distances import Distances, psnr_to
 from runs import results
 from runs.errors import UserError
 from runs.machine import Machine
 from runs.spec import RunSpec
 
+MACHINE = Machine(batch_size=2, device="cpu", threads=1)
 STUDY = """
 model: ddpm_emoji
 seeds: 10-15
@@ -97,18 +98,54 @@ def test_what_cannot_be_compared_is_refused(study, change, word, tmp_path, capsy
     assert word in capsys.readouterr().err and not list(tmp_path.rglob("*.json"))
 
 
-def test_converged_latents_are_kept_for_their_seeds_alone(tmp_path):
-    machine, file = Machine(batch_size=4, device="cpu", threads=1), tmp_path / "converged.safetensors"
-    spec = RunSpec.of("ddpm_emoji", sampler="ddim", steps=2)
-    first = Converged(spec, [3, 4], machine, file)
-    stamp = file.stat().st_mtime_ns
-    assert torch.equal(Converged(spec, [3, 4], machine, file).latents, first.latents)
-    assert file.stat().st_mtime_ns == stamp
-    other = Converged(spec, [4, 5], machine, file)
-    assert torch.allclose(other.latents[0], first.latents[1], atol=1e-5) and file.stat().st_mtime_ns != stamp
-    assert np.isinf(other.psnr(other.latents)).all()
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> Distances:
+    return Distances(RunSpec.of("ddpm_emoji", sampler="ddim", steps=2), MACHINE, tmp_path_factory.mktemp("two"))
+
+
+def test_converged_latents_are_made_once_and_batch_by_batch(two_steps):
+    first, files = two_steps.converged([3, 4, 5]), two_steps.folder / "converged"
+    stamps = {file: file.stat().st_mtime_ns for file in files.iterdir()}
+    assert sorted(file.name for file in files.iterdir()) == ["3.safetensors", "5.safetensors"]
+    again = Distances(two_steps.run.spec, MACHINE, two_steps.folder.parent)
+    assert again.missing([3, 5, 6]) == [6] and torch.equal(again.converged([5, 3]), first[[2, 0]])
+    assert stamps == {file: file.stat().st_mtime_ns for file in files.iterdir()}
+    assert two_steps.missing([6]) == [6] and (again.converged([6]) == two_steps.converged([6])).all()
     with pytest.raises(UserError, match="eta 0"):
-        Converged(spec.having(eta=1.0), [3], machine)
+        Distances(two_steps.run.spec.having(eta=1.0), MACHINE, two_steps.folder)
+
+
+def test_other_converged_runs_are_kept_apart(two_steps):
+    other = Distances(two_steps.run.spec.having(steps=3), MACHINE, two_steps.folder.parent)
+    assert other.folder != two_steps.folder and other.missing([3, 4]) == [3, 4]
+
+
+def test_a_run_that_is_stopped_goes_on_with_its_next_batch(two_steps, monkeypatch):
+    """Its distances are those of its latents, and the weights are read once for each dtype."""
+    run = RunSpec.of("ddpm_emoji", sampler="ddim", steps=4, interval=2, forecast=1, branch=0).open()
+    model, real, made = type(two_steps.model), type(two_steps.model).latents, []
+
+    def stopped(self, seeds, *args, **options):
+        if len(made) == 1 and made[0] != "again":
+            raise KeyboardInterrupt
+        made.append(seeds)
+        return real(self, seeds, *args, **options)
+
+    two_steps.converged(range(3, 9))
+    monkeypatch.setattr(model, "latents", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        two_steps.of(run, range(3, 9))
+    assert two_steps.known(run).keys() == {3, 4}
+    made[:] = ["again"]
+    found = two_steps.of(run, range(3, 9))
+    assert made == ["again", [5, 6], [7, 8]]
+    monkeypatch.undo()
+    opened = two_steps.on(run)
+    assert opened.unet is two_steps.model.unet
+    wanted = psnr_to(two_steps.converged([7]), opened.latents([7], opened.policy()))
+    assert found[4] == pytest.approx(wanted[0], abs=1e-3)
+    half, other = (two_steps.on(run.spec.having(dtype="bf16", steps=steps).open()) for steps in (4, 8))
+    assert half.unet is not opened.unet and half.unet is other.unet
 
 
 def points() -> list[Point]:

@@ -6,13 +6,14 @@ import json
 import pytest
 import torch
 from conftest import run_command, tiny_ddpm
+from peft import LoraConfig
 from test_forecast import graphs, polynomial, sample
 from test_graphs import record
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from caching.deepcache import DeepCache
-from caching.fitted import BOUND
+from caching.fitted import BOUND, fingerprint
 from caching.methods import options_by_name, plan
 from caching.nested import no_cache
 from caching.options import RunShape
@@ -25,6 +26,7 @@ from eval.cost.runs import call_macs, costs_of, macs_per_image, macs_per_step
 from eval.tables.results import cost
 from ldm.unet import UNet
 from runs.errors import UserError
+from runs.families import build, example_inputs
 from runs.folder import read_run
 from runs.spec import RunSpec
 from speed.graphs import RecordedNetwork
@@ -375,3 +377,29 @@ def test_diffusers_pipelines_take_a_plan(tmp_path):
     assert (run(plan=path) != run(interval=1)).any()
     with pytest.raises(UserError, match="this run has 7 steps: the plan was made for another run: steps 6 there, 7"):
         run(7, plan=path)
+
+    # of a network with as many calls and branches
+    bound["fingerprint"] = fingerprint(unet, 3, None)
+    path.write_text(json.dumps(Plan(bound, None, deepcache_calls(1, [0, 3], 6, 1), macs, macs).to_json()))
+    assert (run(plan=path) == run(interval=3, branch=1, forecast=1)).all()
+    pipe.unet = UNet2DModel(16, layers_per_block=1, block_out_channels=(32, 64), down_block_types=("DownBlock2D",) * 2,
+                            up_block_types=("UpBlock2D",) * 2).eval()
+    with pytest.raises(UserError, match="the plan was made for another U-Net, other"):
+        run(plan=path)
+
+
+@pytest.mark.parametrize("model", ["ddpm_emoji", "ldm_emoji", "sd_emoji"])
+def test_a_network_has_one_fingerprint_in_every_layout(model):
+    """In ours, on the meta device, and in diffusers', where adapters come on top."""
+    run = RunSpec.of(model).open()
+    x, _, *context = example_inputs(run.config)
+    own = fingerprint(run.unet, x.shape[1], context[0].shape[-1] if context else None)
+    theirs = run.family.theirs(run.config, build(run.config, "cpu"))
+
+    def of(unet):
+        return fingerprint(unet, unet.config.in_channels, getattr(unet.config, "cross_attention_dim", None))
+
+    assert of(theirs) == own != fingerprint(run.unet, x.shape[1], 77)
+    if context:
+        theirs.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"]))
+        assert of(theirs) == own

@@ -1,7 +1,9 @@
 """planning.search: gaps measured, schedules by dynamic programming, and the command on a tiny random model."""
 
 import itertools
+import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -12,12 +14,13 @@ from caching.deepcache import DeepCache
 from caching.plan import Call, PlanCache, deepcache_calls
 from caching.plan_file import Plan
 from ddpm import sample
+from ddpm.model import DDPM
 from eval.cost.runs import call_macs, costs_of, macs_per_image
-from planning import candidates, search
-from planning.candidates import Prices, deepened, lengths, neighbours, plans_of
-from planning.convergence import psnr_to
-from planning.distances import Candidate, Distances
+from planning import candidates, search, tournament
+from planning.candidates import Prices, deepened, lengths, neighbours, plans_of, uniform_trials
+from planning.distances import Distances, psnr_to
 from planning.gaps import GapMeasurements, Gaps, best_full_calls
+from planning.judge import Candidate, Judge, run_of
 from planning.tournament import Tournament
 from runs import results
 from runs.errors import UserError
@@ -106,15 +109,18 @@ PRICES = Prices(5.0, {0: 0.1, 1: 0.3})
 
 
 def test_candidates_stay_within_the_budget(gaps):
-    found = list(plans_of(gaps, PRICES, "unipc"))
-    assert {trial.kind for trial in found} == {"DeepCache, uniform", "forecast, uniform", "plan"}
-    for trial in found:
-        assert PRICES.of(trial.depths) <= 5 and trial.run.steps == 12 and trial.depths[0] is None
-    papers = next(trial for trial in found if trial.kind == "DeepCache, uniform")
-    assert papers.run.calls == tuple(deepcache_calls(0, [0, 3, 6, 9], 12))
-    planned = [PRICES.of(trial.depths) for trial in found if trial.kind == "plan"]
-    assert max(planned) > 4.8                                           # what is left is spent
-    assert lengths(PRICES) == [6, 7, 9, 10, 12, 15, 17]
+    plans, simple = list(plans_of(gaps, PRICES, "unipc")), list(uniform_trials(PRICES, "unipc"))
+    assert {trial.kind for trial in plans} == {"plan"}
+    assert {(trial.kind, trial.order) for trial in simple} == {
+        ("DeepCache, uniform", 0), ("forecast, uniform", 1), ("forecast, uniform", 2)}
+    for trial in [*plans, *simple]:
+        assert PRICES.of(trial.depths) <= 5 + 1e-9 and trial.depths[0] is None
+    assert all(PRICES.of(trial.depths) > 4.8 for trial in plans)        # what is left is spent
+    # as many calls as the budget pays for: 4 full and 4 cached, 4 and 8, 4 and 10, 3 and 12
+    assert [trial.run for trial in simple if trial.order == 1] == [
+        Candidate("unipc", calls, tuple(deepcache_calls(0, range(0, calls, interval), calls, 1)))
+        for interval, calls in ((2, 8), (3, 12), (4, 14), (5, 15))]
+    assert lengths(PRICES) == [6, 7, 8, 12, 14, 15]
 
 
 def test_what_is_left_goes_where_it_saves_most(gaps):
@@ -128,43 +134,41 @@ def test_what_is_left_goes_where_it_saves_most(gaps):
 
 def test_neighbours_are_other_plans_of_the_budget(gaps):
     depths = (None, 0, 0, None, 0, 0, None, 0, 0, 0, 0, 0)
-    walk = neighbours(depths, gaps, PRICES, 1, random.Random(0))
-    found = set(itertools.islice(walk, 200)) - {depths}
-    assert len(found) > 20
+
+    def walk():
+        return list(itertools.islice(neighbours(depths, gaps, PRICES, 1, random.Random(0)), 200))
+
+    found = set(walk()) - {depths}
+    assert len(found) > 20 and walk() == walk()
     assert all(PRICES.allow(one) and one[0] is None and len(one) == 12 for one in found)
     assert {one.count(None) for one in found} == {2, 3}
-    again = neighbours(depths, gaps, PRICES, 1, random.Random(0))
-    assert list(itertools.islice(again, 20)) == list(itertools.islice(neighbours(depths, gaps, PRICES, 1,
-                                                                                 random.Random(0)), 20))
 
 
 # Measured on a network
 
 @pytest.fixture(scope="module")
-def distances(config, tmp_path_factory):
-    return Distances(RunSpec.of(config), CPU, tmp_path_factory.mktemp("work") / "w", steps=30)
+def judge(config, tmp_path_factory):
+    spec = RunSpec.of(config)
+    return Judge(spec, Distances(run_of(spec, "unipc", 30), CPU, tmp_path_factory.mktemp("work")))
 
 
-def test_distances_are_those_of_the_runs_and_are_kept(config, distances):
-    candidate = Candidate("dpmpp", 9, tuple(deepcache_calls(1, [0, 3, 6], 9, 1)))
-    found = distances.of(candidate, [5, 6, 7])
+def test_distances_are_those_of_the_runs_and_are_kept(config, judge):
+    candidate, distances = Candidate("dpmpp", 9, tuple(deepcache_calls(1, [0, 3, 6], 9, 1))), judge.distances
+    found = judge.of(candidate, [5, 6, 7])
     run = RunSpec.of(config, sampler="dpmpp", steps=9, timesteps="trailing", interval=3, branch=1, forecast=1).open()
     assert isinstance(run.caching.policy(), DeepCache)
-    model = run.family.open(run, CPU)
-    model.load()
-    expected = psnr_to(distances.converged([5, 6, 7]), model.latents([5, 6, 7], model.policy()))
-    assert found == pytest.approx(expected, abs=1e-3)
-    other = Distances(RunSpec.of(config), CPU, distances.folder, steps=30)
-    other.latents = None                                                # nothing is run again
+    assert distances.of(run, [5, 6, 7]) == pytest.approx(found, abs=1e-3)
+    model = distances.on(run)
+    assert found == pytest.approx(psnr_to(distances.converged([5, 6, 7]), model.latents([5, 6, 7], model.policy())),
+                                  abs=1e-3)
+    other = Judge(RunSpec.of(config), Distances(distances.run.spec, CPU, distances.folder.parent))
+    other.distances.on = None                                           # nothing is run again
     assert (other.of(candidate, [7, 5]) == found[[2, 0]]).all()
-    assert torch.equal(other.converged([6]), distances.converged([6]))
-    with pytest.raises(UserError, match="measured for another run: steps differs"):
-        Distances(RunSpec.of(config), CPU, distances.folder, steps=31)
 
 
-def test_gaps_of_a_network(distances):
+def test_gaps_of_a_network(judge):
     """The error of the feature that a run would see, against features taken from the network itself."""
-    measured = GapMeasurements(distances, [0, 2], [1, 2], probe=6, nodes=3)
+    measured = GapMeasurements(judge, [0, 2], [1, 2], probe=6, nodes=3)
     gaps = measured.of(8)
     features = []
 
@@ -175,13 +179,14 @@ def test_gaps_of_a_network(distances):
                 features.append(value.clone())
             return value
 
-    distances.latents("unipc", 8, [1, 2], Keep([Call()] * 8))
+    judge.distances.latents(judge.run("unipc", 8), [1, 2], Keep([Call()] * 8))
     f = [value.double().flatten() for value in features]
     damping, error = gaps.fit(2, 5, [3, 1], 1)
     left = f[5] - f[3] - damping[0] * (f[3] - f[1])
     assert error == pytest.approx(gaps.weights[2][5] * left.norm().item(), rel=1e-3)
     assert all((gaps.weights[branch][1:] > 0).all() for branch in (0, 2))
-    again = GapMeasurements(distances, [0, 2], [1, 2], probe=6, nodes=3).of(8)
+    assert (gaps.flattened(0.5).weights[2] ** 2)[1:] == pytest.approx(gaps.weights[2][1:])
+    again = GapMeasurements(judge, [0, 2], [1, 2], probe=6, nodes=3).of(8)
     assert (again.weights[2] == gaps.weights[2]).all()
 
 
@@ -203,41 +208,50 @@ class Killed(Exception):
 @pytest.fixture
 def few(monkeypatch):
     """Fewer candidates."""
-    monkeypatch.setattr(candidates, "STRETCH", (1.5, 2.5))
+    monkeypatch.setattr(candidates, "STRETCH", (1.5,))
+    for part in (candidates, tournament):
+        monkeypatch.setattr(part, "INTERVALS", (2, 3))
     monkeypatch.setattr(search, "LEVELS", 2)
+    monkeypatch.setattr(search, "SAMPLERS", ("unipc", "dpmpp3"))
 
 
 def test_a_killed_search_comes_to_the_same_plan(few, command, config, tmp_path, capsys, monkeypatch):
+    """To the last digit what one finds that is not killed, and measures in two processes."""
     out = tmp_path / "plan.json"
-    real, left = Distances.latents, [25]
+    real, left = DDPM.latents, [25]
 
-    def until_killed(self, *args, **options):
+    def until_killed(self, seeds, *args, **options):
         left[0] -= 1
         if not left[0]:
             raise Killed
-        return real(self, *args, **options)
+        return real(self, seeds, *args, **options)
 
-    monkeypatch.setattr(Distances, "latents", until_killed)
+    monkeypatch.setattr(DDPM, "latents", until_killed)
     words = ("--calls", 4, *SEEDS, *QUICK)
     with pytest.raises(Killed):
         command(search.main, *words, "--out", out)
-    assert not out.exists() and len(list((tmp_path / "plan.work" / "runs").iterdir())) > 3
+    assert not out.exists() and len(list((tmp_path / "plan.work").glob("*/runs/*.json"))) > 3
     left[0] = 10 ** 9
+    capsys.readouterr()
+    assert command(search.main, *words, "--out", tmp_path / "again.json", "--jobs", 2) == 0
+    most = int(re.search(r"at most ([\d,]+) of them", capsys.readouterr().out)[1].replace(",", ""))
     assert command(search.main, *words, "--out", out) == 0
-    runs = 10 ** 9 - left[0]
-    left[0] = 10 ** 9
-    assert command(search.main, *words, "--out", tmp_path / "again.json") == 0
-    assert 10 ** 9 - left[0] == runs + 24
+    assert out.read_text() == (tmp_path / "again.json").read_text()
+    one, two = ({file.name: json.loads(file.read_text()) for file in (tmp_path / f"{name}.work").glob("*/runs/*")}
+                for name in ("plan", "again"))
+    assert one == two and len(one) > 20
+    full = sum(len(run["psnr"]) * sum(branch is None for branch, *_ in run["calls"]) for run in one.values())
+    assert full + 12 * 12 < most < 2000                                 # as was announced
     plan = Plan.load(out)
-    assert plan == Plan.load(tmp_path / "again.json")
 
     found = results.read(tmp_path / "plan.search.json")
     assert found.images == 4 and found.details["reported_on"] == "24-27" and found.hashes["plan"] == plan.sha256
     value = {name: metric.value for name, metric in found.metrics.items()}
     kinds = {arm["kind"]: arm for arm in found.details["arms"]}
-    assert {"fewer steps, unipc", "fewer steps, dpmpp", "fewer steps, ddim", "DeepCache, uniform",
-            "forecast, uniform"} == kinds.keys()
-    assert kinds["fewer steps, ddim"]["steps"] == 4 and all(arm["full_calls"] <= 4 for arm in kinds.values())
+    assert {kind.split(",")[0] for kind in kinds} == {"fewer steps", "DeepCache", "forecast"}
+    assert all(arm["full_calls"] <= 4 for arm in kinds.values())
+    tried = {(one["kind"], one["steps"]) for one in found.details["on_few_seeds"]}
+    assert {(f"fewer steps, {name}", 4) for name in ("unipc", "dpmpp3", "ddim")} <= tried
     for kind in kinds:
         assert value[f"plan less {kind}"] == pytest.approx(value["plan"] - value[kind])
     assert plan.distance["mean"] == value["plan"] and plan.guidance is None
@@ -254,17 +268,25 @@ def test_a_killed_search_comes_to_the_same_plan(few, command, config, tmp_path, 
     assert "of 4 network calls, a plan of" in capsys.readouterr().out or len(plan.calls) > 4
 
 
-def test_the_best_of_each_kind_takes_part(few, distances):
-    measured = GapMeasurements(distances, [0, 1], range(4), probe=6, nodes=2)
+def test_the_best_of_each_group_takes_part(few, judge):
+    measured = GapMeasurements(judge, [0, 1], range(4), probe=6, nodes=2)
     prices = Prices(4.0, {0: 0.2, 1: 0.35})
-    found = Tournament(distances, measured, prices, ("unipc", "plms"), [0, 1, 2, 3], 0, ((4, 2), (4, 2))).run()
+    searched = Tournament(judge, measured, prices, ("unipc", "plms"), range(8), 8, 4, (4, 1))
+    assert searched.sizes() == [4, 8]
+    found = searched.run()
     kinds = [trial.kind for trial in found]
-    assert sorted(kind for kind in kinds if kind != "plan") == [
-        "DeepCache, uniform", "fewer steps, plms", "fewer steps, unipc", "forecast, uniform"]
+    assert sorted(trial.group for trial in found if trial.kind != "plan") == [
+        "DeepCache, uniform", "fewer steps", "forecast, uniform"]
     assert 1 <= kinds.count("plan") <= 2
-    plms = next(trial for trial in found if trial.kind == "fewer steps, plms")
-    assert plms.run.steps == 2 and len(plms.depths) == 3    # 3 steps do not divide the timesteps; a step more is called
+    plms = [trial for trial, _ in searched.first if trial.kind == "fewer steps, plms"]
+    # 3 steps do not divide the timesteps; a step more is called
+    assert [(trial.run.steps, len(trial.depths)) for trial in plms] == [(2, 3), (1, 1)]
     assert all(prices.of(trial.depths) <= 4 + 1e-9 for trial in found)
+
+    # what is kept is the best of its group, and the improved plan is no worse than the one that was found
+    mean = {trial: judge.of(trial.run, range(8)).mean() for trial in found}
+    plans = [trial for trial in found if trial.kind == "plan"]
+    assert mean[plans[-1]] >= mean[plans[0]]
 
 
 @pytest.mark.parametrize(("words", "why"), [
@@ -272,6 +294,7 @@ def test_the_best_of_each_kind_takes_part(few, distances):
     (("--macs", 1e-9), "must be 2 full"), (("--calls", 4, "--held-out-seeds", "13-20"), "seed 13 is in two of"),
     (("--calls", 4, "--report-seeds", "30-31"), "--report-seeds must be 4 or more"),
     (("--calls", 4, "--compile"), "are for sampling"), (("--calls", 4, "--attempts", -1), "--attempts must be 0"),
+    (("--calls", 4, "--jobs", 0), "--jobs must be 1"), (("--seconds", 0), "--seconds must be more than 0"),
     (("--calls", 4, "--out", "nowhere/plan.json"), "in a folder that is there"),
     (("--calls", 4, "--speedup", 2), "not allowed with")])
 def test_refusals(command, tmp_path, capsys, words, why):
@@ -283,9 +306,20 @@ def test_budgets(config):
     run, parser = RunSpec.of(config).open(), ("--config", config, *SEEDS, "--out", "x.json")
     full = costs_of(run).full.hook
 
-    def calls(*words):
+    def prices(*words, times=None):
         words = list(map(str, (*parser, *words)))
-        return search.prices_of(run, search.build_parser(words).parse_args(words)).budget
+        return search.prices_of(run, search.build_parser(words).parse_args(words), times)
 
-    assert calls("--calls", 4.5) == 4.5 and calls("--speedup", 4) == 5.0
-    assert calls("--macs", 6 * full / 1e9) == pytest.approx(6)
+    assert prices("--calls", 4.5).budget == 4.5 and prices("--speedup", 4).budget == 5.0
+    assert prices("--macs", 6 * full / 1e9).budget == pytest.approx(6)
+    # in seconds, a cached call costs its time
+    times = search.StepTimes(0.02, {0: 0.25, 1: 0.5})
+    assert prices("--seconds", 0.1, times=times) == Prices(5.0, {0: 0.25, 1: 0.5})
+    with pytest.raises(UserError, match=r"this is 0\.5 at 20 ms each"):
+        prices("--seconds", 0.01, times=times)
+
+
+def test_step_times_are_measured_once(judge):
+    times = search.StepTimes.kept(judge.distances, [0, 2])
+    assert times.full > 0 and times.cached.keys() == {0, 2} and times.cached[0] < 1
+    assert search.StepTimes.kept(judge.distances, [0, 2]) == times

@@ -1,0 +1,126 @@
+"""Measures the candidates of a search, paired by seed, in one process or several: the results are the same."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from caching.plan import Call
+from planning.distances import Distances
+from runs.errors import UserError
+from runs.machine import Machine
+from runs.spec import Run, RunSpec
+
+SPACING = "trailing"        # runs of all lengths start at the same noise level and end on a clean image
+CONVERGED = "unipc"
+
+
+class Candidate(NamedTuple):
+    """A run that a search may choose, over trailing timesteps. calls: what each of its network calls does."""
+    sampler: str
+    steps: int
+    calls: tuple[Call, ...]
+
+
+class Judge:
+    """Measures candidates of a model, whose condition and weights are a run's. steps: of the converged run."""
+
+    def __init__(self, spec: RunSpec, distances: Distances):
+        self.spec, self.distances = spec, distances
+        self.pool: ProcessPoolExecutor | None = None
+        self._runs: dict[tuple[str, int], Run] = {}
+
+    @contextmanager
+    def processes(self, jobs: int, machine: Machine) -> Iterator["Judge"]:
+        """Measure in so many processes from here on, in a `with` statement."""
+        if jobs == 1:
+            yield self
+            return
+        converged, folder = self.distances.run.spec, self.distances.folder.parent
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin,
+                                 (self.spec, converged, machine, folder)) as self.pool:
+            try:
+                yield self
+            finally:
+                self.pool.shutdown(cancel_futures=True)
+                self.pool = None
+
+    def run(self, sampler: str, steps: int) -> Run:
+        """The run without caching that has so many steps. Raises UserError for a number that the sampler cannot do."""
+        if (sampler, steps) not in self._runs:
+            found = run_of(self.spec, sampler, steps).open()
+            self.distances.check(found)
+            _ = found.sampler
+            self._runs[sampler, steps] = found
+        return self._runs[sampler, steps]
+
+    def calls(self, sampler: str, steps: int) -> int | None:
+        """The network calls of so many steps; None where the sampler does not take them."""
+        try:
+            return self.run(sampler, steps).calls
+        except UserError:
+            return None
+
+    def converge(self, seeds: Sequence[int]) -> None:
+        """Make the converged latents that are missing."""
+        missing, size = self.distances.missing(seeds), self.distances.machine.batch_size
+        if self.pool is None:
+            self.distances.converged(seeds)
+            return
+        made = [self.pool.submit(_converge, missing[first:first + size]) for first in range(0, len(missing), size)]
+        for one in tqdm(made, desc="converged images", unit="batch"):
+            one.result()
+
+    def of(self, candidate: Candidate, seeds: Sequence[int]) -> np.ndarray:
+        """PSNR to the converged latents, dB: float64 [seeds]."""
+        run = self.run(candidate.sampler, candidate.steps)
+        return self.distances.of(run, seeds, candidate.calls)
+
+    def measure(self, candidates: Sequence[Candidate], seeds: Sequence[int], title: str) -> list[np.ndarray]:
+        """`of` for many."""
+        waiting: list[Future[np.ndarray]] = []
+        if self.pool is not None:
+            waiting = [self.pool.submit(_measure, candidate, list(seeds)) for candidate in candidates]
+        with tqdm(total=len(candidates), desc=title, unit="run") as bar:
+            found = []
+            for number, candidate in enumerate(candidates):
+                found.append(waiting[number].result() if waiting else self.of(candidate, seeds))
+                bar.update()
+        return found
+
+
+def run_of(spec: RunSpec, sampler: str, steps: int) -> RunSpec:
+    """A run of the model without caching, over the timesteps that candidates have."""
+    return spec.having(sampler=sampler, steps=steps, timesteps=SPACING, eta=None)
+
+
+# In the other processes.
+
+_judges: list[Judge] = []
+
+
+def _begin(spec: RunSpec, converged: RunSpec, machine: Machine, folder: Path) -> None:
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])             # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _judges.append(Judge(spec, Distances(converged, machine, folder)))
+
+
+def _converge(seeds: list[int]) -> None:
+    _judges[0].distances.converged(seeds, title=None)
+
+
+def _measure(candidate: Candidate, seeds: list[int]) -> np.ndarray:
+    return _judges[0].of(candidate, seeds)
