@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -37,7 +37,8 @@ def theirs(config: Config, unet: UNet) -> nn.Module:
 
 
 def settings(run: Run) -> dict[str, Any]:
-    config, labels = run.config, Labels.parse(run.spec.condition.labels, run.config.num_classes)   # type: ignore
+    config, asked = cast(Config, run.config), cast(ClassCondition, run.spec.condition)
+    labels = Labels.parse(asked.labels, config.num_classes)
     return {"unet": asdict(config.unet), "first_stage": asdict(config.first_stage), "num_classes": labels.num_classes,
             "guidance": run.guidance, "labels": labels.rule, "first_stage_dtype": "fp32"}
 

@@ -45,8 +45,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 def _defect(error: Exception) -> str:
     """What is said of an error that nobody foresaw: what, where, and what to do."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if Path(frame.filename).is_relative_to(ROOT) and ".venv" not in frame.filename] or [None]
-    place = f" at {Path(frames[-1].filename).relative_to(ROOT)}, line {frames[-1].lineno}" if frames[-1] else ""
+              if Path(frame.filename).is_relative_to(ROOT) and ".venv" not in frame.filename]
+    place = f" at {Path(frames[-1].filename).relative_to(ROOT)}, line {frames[-1].lineno}" if frames else ""
     what = f"{type(error).__name__}: {one_line(error)[:300]}".rstrip(": ")
     return (f"error: {what}{place}: this is a defect of the program; please report it, with what the same command says "
             "when the environment variable TRACEBACK is 1")

@@ -48,7 +48,7 @@ class Labels:
         """
         if "labels" not in settings:
             return None
-        rule, classes = settings["labels"], settings.get("num_classes")
+        rule, classes = settings["labels"], settings.get("num_classes", 0)
         if fault(rule, str | list[int]) or fault(classes, int) or rule == []:
             raise UserError(f"the settings of the images have labels {rule!r:.60} of {classes!r:.20} classes: no such "
                             "rule is known")
