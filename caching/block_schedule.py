@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ from caching.deepcache import PlannedDeepCache
 from caching.fitted import BOUND, file_sha256, refuse_other_run
 from caching.forecast import Damping, check_order, usable
 from caching.options import MethodOptions, Planned, RunShape, option
+from caching.schema import AtLeast, check, read_json
 
 FORMAT = 1
 
@@ -34,13 +35,13 @@ class BlockSchedule:
     with this schedule and of one without caching.
     """
     run: dict
-    calls: int
+    calls: Annotated[int, AtLeast(1)]
     kinds: str
     delta: float | None
     blocks: dict[str, list[int]]
     measured: dict
-    macs: dict
-    macs_full: dict
+    macs: dict[str, float]
+    macs_full: dict[str, float]
 
     @property
     def sha256(self) -> str:
@@ -57,22 +58,18 @@ class BlockSchedule:
         """Read a file. Raises ValueError where it is missing, damaged or changed by hand."""
         if not Path(path).is_file():
             raise ValueError(f"no block schedule {path}: python -m scripts.block_caching makes one")
-        try:
-            content = json.loads(Path(path).read_text())
-            right = (content.get("kind"), content.get("format")) == ("block schedule", FORMAT)
-            schedule = cls(**{field.name: content[field.name] for field in fields(cls)}) if right else None
-            sha256 = schedule.sha256 if schedule else None
-            missing = [key for key in BOUND if key not in schedule.run] if schedule else []
-        except KeyError as error:
-            raise ValueError(f"{path} is damaged: it has no {error}") from None
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-        if schedule is None:
+        content = read_json(path)
+        if not isinstance(content, dict) or (content.get("kind"), content.get("format")) != ("block schedule", FORMAT):
             raise ValueError(f"{path} is no block schedule of format {FORMAT}")
-        if content.get("sha256") != sha256:
+        check({key: value for key, value in content.items() if key not in ("kind", "format", "sha256")}, cls, path)
+        schedule = cls(**{field.name: content[field.name] for field in fields(cls)})
+        if content.get("sha256") != schedule.sha256:
             raise ValueError(f"{path} has been changed since it was made: its sha256 does not fit")
+        missing = [key for key in BOUND if key not in schedule.run]
         if missing:
             raise ValueError(f"{path} does not say for which {', '.join(missing)} it was made")
+        if not schedule.blocks:
+            raise ValueError(f"{path} has no blocks")
         for name, steps in schedule.blocks.items():
             if steps != sorted(set(steps)) or steps[:1] != [0] or steps[-1] >= schedule.calls:
                 raise ValueError(f"{path}: the steps of {name} must ascend from 0 and stay below {schedule.calls}, "
@@ -121,6 +118,10 @@ def load_scale_shift(path: Path, schedule: BlockSchedule) -> Sequence[Adjustment
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
     if made_for != schedule.sha256:
         raise ValueError(f"{path} was trained for another block schedule")
+    for name, values in tensors.items():
+        if values.ndim != 3 or values.shape[1] != 2 or not values.isfinite().all():
+            raise ValueError(f"{path}: {name} is {list(values.shape)} and should be [reusing steps, 2, channels], all "
+                             "finite")
     reusing = {name: [step for step in range(schedule.calls) if step not in steps]
                for name, steps in schedule.blocks.items()}
     if {name: len(values) for name, values in tensors.items()} != {k: len(v) for k, v in reusing.items() if v}:
@@ -159,6 +160,20 @@ class PlannedBlocks(Planned):
     def check(self, settings: Mapping[str, Any]) -> None:
         self.schedule.check(settings)
 
+    def check_network(self, channels: Mapping[str, int]) -> None:
+        """Refuse a U-Net that lacks a block, or has another number of channels there. Raises ValueError.
+
+        channels: of its residuals, by name.
+        """
+        unknown = [name for name in self.blocks if name not in channels]
+        if unknown:
+            raise ValueError(f"the block schedule names {unknown[0]}, and this U-Net has no such block")
+        for step in self.table or ():
+            for name, (scale, _) in step.items():
+                if len(scale) != channels.get(name, len(scale)):
+                    raise ValueError(f"the scale-shift file has {len(scale)} channels for {name}, and this U-Net has "
+                                     f"{channels[name]}")
+
 
 @dataclass(frozen=True)
 class BlockCachingOptions(MethodOptions):
@@ -178,6 +193,9 @@ class BlockCachingOptions(MethodOptions):
         if level is not None and level.settings["zero_cache"]:
             raise ValueError("--zero-cache is an ablation of DeepCache alone: leave out --block-schedule")
         schedule = BlockSchedule.load(self.block_schedule)
+        if schedule.run["steps"] == shape.steps and schedule.calls != shape.calls:
+            raise ValueError(f"{self.block_schedule} is of {schedule.calls} network calls, and this run makes "
+                             f"{shape.calls}")
         table = None if self.scale_shift is None else load_scale_shift(self.scale_shift, schedule)
         blocks = schedule.outside(level.branch, shape.num_branches) if level else schedule.blocks
         return PlannedBlocks(self, schedule, blocks, table, shape.calls)

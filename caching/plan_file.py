@@ -21,6 +21,7 @@ from caching.fitted import BOUND, refuse_other_run
 from caching.forecast import Damping
 from caching.options import MethodOptions, Planned, RunShape, option
 from caching.plan import Call, PlanCache, check_calls
+from caching.schema import read_json
 
 KIND, FORMAT = "plan", 1
 HIGHEST_ORDER = 3           # a forecast beyond it only amplifies what is not smooth
@@ -68,10 +69,7 @@ class Plan:
         """Read a file. Raises ValueError where it is missing, damaged, changed by hand, or holds what cannot be."""
         if not Path(path).is_file():
             raise ValueError(f"no plan {path}: python -m planning.search makes one")
-        try:
-            content = json.loads(Path(path).read_text())
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+        content = read_json(path)
         if not isinstance(content, dict) or (content.get("kind"), content.get("format")) != (KIND, FORMAT):
             raise ValueError(f"{path} is no plan of format {FORMAT}")
         fault = _fault(content)

@@ -24,8 +24,14 @@ def check_settings(rule: str, interval: int, center: int | None = None, power: f
     for name, value, least in (("interval", interval, 1), ("center", center, 0)):
         if value is not None and not (isinstance(value, Integral) and value >= least):
             raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
-    if power is not None and not (math.isfinite(power) and power > 0):
-        raise ValueError(f"power must be a positive number, got {power}")
+    if power is not None:
+        _check_power(power)
+
+
+def _check_power(power: float) -> None:
+    # Below, and far above, nothing but the ends of a run is left; the search below takes a step for every 0.02.
+    if not 0.1 <= power <= 100:
+        raise ValueError(f"power must be a number from 0.1 to 100, got {power}")
 
 
 def full_steps(rule: str, num_steps: int, interval: int, center: int | None = None,
@@ -44,8 +50,7 @@ def _check(num_steps: int, interval: int, power: float = 2.0) -> int:
         raise ValueError(f"the number of steps must be 1 or more, got {num_steps}")
     if not 1 <= interval <= num_steps:
         raise ValueError(f"interval must be from 1 (no caching) to the number of steps ({num_steps}), got {interval}")
-    if not (math.isfinite(power) and power > 0):
-        raise ValueError(f"power must be a positive number, got {power}")
+    _check_power(power)
     return math.ceil(num_steps / interval)
 
 

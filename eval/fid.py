@@ -36,7 +36,7 @@ from eval.metrics.inception import DIMS, Inception, NoLibrary
 from eval.metrics.measure import Sets
 from eval.metrics.sources import open_source
 from eval.tables.results import of_samples
-from runs import results
+from runs import arguments, results
 from runs.cli import command, warn
 from runs.errors import UserError, one_line
 from runs.files import write_atomically
@@ -253,10 +253,10 @@ def build_reference_parser() -> argparse.ArgumentParser:
                                      description="Statistics of real images, for eval.fid (and for pytorch-fid).")
     parser.add_argument("--from", type=Path, required=True,
                         help="folder of images, npz (arr_0), LSUN lmdb folder, or CIFAR-10's cifar-10-batches-py")
-    parser.add_argument("--out", type=Path, required=True, help="the npz to write")
+    parser.add_argument("--out", type=arguments.out_file, required=True, help="the npz to write")
     parser.add_argument("--mode", choices=NAMES, default="pytorch-fid", help="(default: %(default)s)")
-    parser.add_argument("--count", type=int, help="the first so many images (default: all)")
-    parser.add_argument("--size", type=int,
+    parser.add_argument("--count", type=arguments.whole, help="the first so many images (default: all)")
+    parser.add_argument("--size", type=arguments.whole,
                         help="the shorter side of each image is brought to it, then the centre cut; needed for a "
                              "folder of mixed sizes (default: 256 of LSUN, else as they are)")
     evaluator.add_options(parser)

@@ -31,6 +31,7 @@ from runs.errors import UserError
 from runs.families import family_named_by, load_config
 from runs.files import write_atomically
 from runs.machine import Machine, check_counts
+from runs.seeds import MOST
 from runs.spec import DTYPES
 
 PIXELS = ("checkpoint", "labels", "dtype", "released_noise")       # of the user's options, those that decide them
@@ -90,8 +91,8 @@ def user_parser(prog: str) -> argparse.ArgumentParser:
 
 def add_options(parser: argparse.ArgumentParser, images: str = "as many as the paper") -> None:
     """What `given_by` reads: --images, the folders, the evaluators' files, what is passed on."""
-    parser.add_argument("--images", type=int, help="per row, seeds 0 to IMAGES - 1; a later run with more keeps them "
-                                                   f"(default: {images})")
+    parser.add_argument("--images", type=arguments.whole,
+                        help=f"per row, seeds 0 to IMAGES - 1; a later run with more keeps them (default: {images})")
     parser.add_argument("--samples", type=Path, default=Path("samples"),
                         help="where the sample folders are (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=Path("results"),
@@ -106,10 +107,10 @@ def add_options(parser: argparse.ArgumentParser, images: str = "as many as the p
     passed.add_argument("--labels", help="balanced, random or a list; LDM only")
     passed.add_argument("--released-noise", action="store_true",
                         help="the same noise in every batch, as the released evaluation; Stable Diffusion only")
-    passed.add_argument("--batch-size", type=int)
+    passed.add_argument("--batch-size", type=arguments.whole)
     passed.add_argument("--device")
     passed.add_argument("--dtype", choices=DTYPES)
-    passed.add_argument("--threads", type=int)
+    passed.add_argument("--threads", type=arguments.whole)
     passed.add_argument("--compile", action="store_true")
     passed.add_argument("--cuda-graphs", action="store_true")
 
@@ -117,6 +118,8 @@ def add_options(parser: argparse.ArgumentParser, images: str = "as many as the p
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for values of `add_options` that no arm could use."""
     check_counts(**{name: getattr(args, name) for name in ("images", "batch_size", "threads")})
+    if args.images is not None and args.images > MOST:
+        raise UserError(f"--images must be at most {MOST:,}, got {args.images:,}")
     if args.device is not None:
         try:
             torch.device(args.device)

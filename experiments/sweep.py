@@ -239,7 +239,7 @@ def listing(points: Sequence[Arm]) -> str:
         macs = macs_per_image(run).hook
         lines.append([f"{number}  {run.config.name}", arm.label, f"{run.full_calls} / {run.calls}",
                       f"{giga(macs):.4f}", f"{macs / whole:.3f}", f"{arm.present:,} of {arm.images:,}",
-                      "yes" if arm.measured() else "no"])
+                      arm.why_not() or "yes"])
     return align(lines)
 
 

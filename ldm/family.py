@@ -37,8 +37,8 @@ def theirs(config: Config, unet: UNet) -> nn.Module:
 
 
 def settings(run: Run) -> dict[str, Any]:
-    config = cast(Config, run.config)
-    labels = Labels.parse(cast(ClassCondition, run.spec.condition).labels, config.num_classes)
+    config, asked = cast(Config, run.config), cast(ClassCondition, run.spec.condition)
+    labels = Labels.parse(asked.labels, config.num_classes)
     return {"unet": asdict(config.unet), "first_stage": asdict(config.first_stage), "num_classes": labels.num_classes,
             "guidance": run.guidance, "labels": labels.rule, "first_stage_dtype": "fp32"}
 

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from caching.block_cache import KINDS, residual_names
 from caching.block_schedule import (
     BOUND,
@@ -73,7 +75,7 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     measured = verb("measure", measure, "how much each residual changes from step to step: OUT.json and pictures")
     of_model(measured).add_argument("--seeds", default=PAPERS_RUNS,
                                     help="runs to average over (default: %(default)s, as many as the paper)")
-    measured.add_argument("--similar", type=int, default=4,
+    measured.add_argument("--similar", type=arguments.whole, default=4,
                           help="runs for the similarity of DeepCache's features (default: %(default)s)")
     measured.add_argument("--out", type=Path, required=True, help="JSON to write")
 
@@ -82,9 +84,10 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     made.add_argument("--kinds", choices=KINDS, default="transformer",
                       help="of blocks that are cached (default: %(default)s, as in the paper)")
     aim = made.add_mutually_exclusive_group()
-    aim.add_argument("--delta", type=float, help=f"the threshold (default: {PAPERS_DELTA}, the paper's)")
-    aim.add_argument("--macs", type=float, help="the smallest threshold that leaves at most this fraction of the MACs")
-    aim.add_argument("--speedup", type=float, help="the same as --macs 1/SPEEDUP")
+    aim.add_argument("--delta", type=arguments.finite, help=f"the threshold (default: {PAPERS_DELTA}, the paper's)")
+    aim.add_argument("--macs", type=arguments.finite,
+                     help="the smallest threshold that leaves at most this fraction of the MACs")
+    aim.add_argument("--speedup", type=arguments.finite, help="the same as --macs 1/SPEEDUP")
     made.add_argument("--out", type=Path, required=True, help="JSON to write")
     arguments.add(made, DeepCacheOptions)
 
@@ -106,9 +109,9 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
                          help="least-squares (default): solved step by step while all --seeds run as one batch; "
                               "adam: the paper's linear layers on the timestep embedding, a step per network call, in "
                               "batches of --batch-size")
-    trained.add_argument("--lr", type=float, default=1e-3,
+    trained.add_argument("--lr", type=arguments.finite, default=1e-3,
                          help="adam: at the start; it falls to 0 (default: %(default)s)")
-    trained.add_argument("--ridge", type=float, default=1e-2,
+    trained.add_argument("--ridge", type=arguments.finite, default=1e-2,
                          help="least-squares: pull towards the identity (default: %(default)s)")
     trained.add_argument("--out", type=Path, required=True, help="scale-shift file to write, .safetensors")
 
@@ -140,6 +143,10 @@ def measure(args: argparse.Namespace) -> None:
     macs_full, macs = residual_macs(plain, inputs)
     _, cached = branch_macs(plain, inputs, range(model.run.unet.num_branches))
     changes = meter.changes()
+    unknown = next((name for name, values in changes.items() if not np.isfinite(values).all()), None)
+    if unknown is not None:
+        raise UserError(f"the changes of {unknown} are not finite: an overflow of the number format (use --dtype fp32 "
+                        "or bf16), or damaged weights")
     where = {"seeds": format_seeds(seeds), "settings": model.settings, "provenance": provenance(model.device)}
     found = BlockChanges({key: model.settings[key] for key in BOUND}, model.sampler.calls, where,
                          {name: {"kind": kind, "changes": changes[name], "macs": list(macs[name])}

@@ -3,7 +3,6 @@
 `python -m scripts.block_caching measure` writes it as JSON; schedules need nothing else, no weights either.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,8 +10,9 @@ from pathlib import Path
 from caching.block_cache import KINDS, outside, threshold_schedule
 from caching.block_schedule import BlockSchedule
 from caching.deepcache import PlannedDeepCache
+from caching.schema import check, read_json
 from eval.cost.macs import Macs, average, schedule_macs
-from runs.errors import UserError, one_line
+from runs.errors import UserError
 from runs.files import write_json
 
 FORMAT = 1
@@ -43,15 +43,17 @@ class BlockChanges:
         if not Path(path).is_file():
             raise UserError(f"no measured changes {path}: python -m scripts.block_caching measure makes them")
         try:
-            content = json.loads(Path(path).read_text())
-            if content.get("kind") != "block changes" or content.get("format") != FORMAT:
+            content = read_json(path)
+            known = content if isinstance(content, dict) else {}
+            if (known.get("kind"), known.get("format")) != ("block changes", FORMAT):
                 raise UserError(f"{path} holds no block changes of format {FORMAT}")
-            changes = cls(**{field.name: content[field.name] for field in fields(cls)})
-            wrong = [name for name, one in changes.residuals.items() if len(one["changes"]) != changes.calls]
-        except KeyError as error:
-            raise UserError(f"{path} is damaged: it has no {error}") from None
-        except (ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"{path} is damaged: {one_line(error)}") from None
+            check({key: value for key, value in content.items() if key not in ("kind", "format")}, cls, path)
+            for name, one in content["residuals"].items():
+                check(one, _Residual, f"{path}, {name},")
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        changes = cls(**{field.name: content[field.name] for field in fields(cls)})
+        wrong = [name for name, one in changes.residuals.items() if len(one["changes"]) != changes.calls]
         if wrong:
             raise UserError(f"{path} is damaged: {wrong[0]} does not have a change for each of {changes.calls} calls")
         return changes
@@ -65,6 +67,14 @@ class BlockChanges:
         if not found:
             raise UserError(f"{self.run['model']} has no {kinds} blocks that could be cached")
         return found
+
+
+@dataclass
+class _Residual:
+    """What is known of one residual."""
+    kind: str
+    changes: list[float]
+    macs: list[float]
 
 
 class ScheduleMaker:

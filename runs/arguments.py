@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -15,6 +16,39 @@ class Options(Protocol):
     """A dataclass of options. title: what --help calls their group."""
     title: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+def whole(text: str) -> int:
+    """A whole number of a command line, within 64 bits."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number") from None
+    if abs(value) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is too large")
+    return value
+
+
+def finite(text: str) -> float:
+    """A finite number of a command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a finite number")
+    return value
+
+
+def out_file(text: str) -> Path:
+    """A file to write: no folder and no device."""
+    path = Path(text)
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{path} is no regular file: nothing is written there; name another")
+    return path
+
+
+_CHECKED: dict[type, Callable[[str], Any]] = {int: whole, float: finite}
 
 
 def names(options: Any) -> list[str]:
@@ -43,7 +77,8 @@ def add(parser: argparse.ArgumentParser, cls: type[Options], flags: Flags | None
         if kind(cls, one.name) is bool:
             group.add_argument(flag(one.name, flags), dest=one.name, action="store_true", help=about["help"])
         else:
-            group.add_argument(flag(one.name, flags), dest=one.name, type=kind(cls, one.name), default=one.default,
+            of = kind(cls, one.name)
+            group.add_argument(flag(one.name, flags), dest=one.name, type=_CHECKED.get(of, of), default=one.default,
                                choices=about.get("choices") or None, metavar=about.get("metavar"), help=about["help"])
 
 

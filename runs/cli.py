@@ -4,9 +4,12 @@ import errno
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from runs.errors import UserError, one_line
+from runs.files import ROOT
 from runs.stopping import Stopped
 
 INTERRUPTED = 130       # as a shell reports Ctrl-C
@@ -16,7 +19,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     """Run `main`; a UserError exits with 2, a failing disk or file with 1, Ctrl-C with 130, a stop in good order with
     75 (runs/stopping.py), each with one line.
 
-    Anything else is a defect of this program and keeps its traceback.
+    Anything else is a defect of this program: it ends in one line with its place and with 1, and in a traceback where
+    the environment variable TRACEBACK is set.
     """
     @functools.wraps(main)
     def run() -> None:
@@ -31,7 +35,21 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             _exit(os.EX_TEMPFAIL, f"stopped: {stop}; the same command goes on")
         except KeyboardInterrupt:
             _exit(INTERRUPTED, "interrupted; the same command goes on from here")
+        except Exception as error:
+            if os.environ.get("TRACEBACK"):
+                raise
+            _exit(1, _defect(error))
     return run
+
+
+def _defect(error: Exception) -> str:
+    """What is said of an error that nobody foresaw: what, where, and what to do."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if Path(frame.filename).is_relative_to(ROOT) and ".venv" not in frame.filename]
+    place = f" at {Path(frames[-1].filename).relative_to(ROOT)}, line {frames[-1].lineno}" if frames else ""
+    what = f"{type(error).__name__}: {one_line(error)[:300]}".rstrip(": ")
+    return (f"error: {what}{place}: this is a defect of the program; please report it, with what the same command says "
+            "when the environment variable TRACEBACK is 1")
 
 
 def warn(notes: Iterable[str]) -> None:

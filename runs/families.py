@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
-from yaml import YAMLError
 
 from caching.nested import NestedUNet
 from runs.errors import UserError, one_line
 from runs.files import ROOT
-from runs.settings import read_yaml
+from runs.settings import load_yaml, read_yaml
 from sampling.diffusion import Diffusion
 
 if TYPE_CHECKING:
@@ -114,11 +111,7 @@ def find_config(path: Path | str) -> Path:
 def family_named_by(path: Path | str) -> Family:
     """The family whose config a file is, by the first word of its name. Raises UserError."""
     path = find_config(path)
-    try:
-        content = OmegaConf.load(path)
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
-        raise UserError(f"{path}: {one_line(error)}") from None
-    name = content.get("name") if isinstance(content, DictConfig) else None
+    name = load_yaml(path).get("name")
     words = {word: family for family in families().values() for word in (family.name, *family.aliases)}
     known = words.get(str(name).split("_")[0])
     if known is None:
@@ -142,8 +135,8 @@ def build(config: Config, device: torch.device | str = "meta") -> NestedUNet:
     try:
         with torch.device(device):
             return family(config).unet(config).eval().requires_grad_(False)
-    except ValueError as error:
-        raise UserError(f"{config.name}: {error}") from None
+    except (ValueError, RuntimeError, TypeError, IndexError, ArithmeticError) as error:
+        raise UserError(f"{config.name}: no such U-Net can be built: {one_line(error)[:200]}") from None
 
 
 def load_unet(config: Config, path: Path) -> NestedUNet:

@@ -8,7 +8,15 @@ import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from runs.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent       # of the repository
+
+
+def check_writable(path: Path | None) -> None:
+    """Refuse a path that is there and no regular file, like a device: it would be replaced. Raises UserError."""
+    if path is not None and path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file: nothing is written there; name another")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -21,7 +29,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_and_move(path: Path, write: Callable[[Path], object]) -> None:
-    """Do as `write_atomically`, and leave what other writers have left where it is."""
+    """Do as `write_atomically`, and leave what other writers have left where it is. Raises UserError for a path that is
+    there and no regular file."""
+    check_writable(path)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         write(temporary)

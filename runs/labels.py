@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from caching.schema import fault
 from runs.errors import UserError
 from runs.folder import RunFolder, quoted
 from runs.seeds import parse_seeds
@@ -34,15 +35,24 @@ class Labels:
             return cls(text, num_classes)
         if not text[:1].isdigit():
             raise UserError(f"--labels must be balanced, random or a list like 207,360 or 0-9, got {text!r}")
-        listed = parse_seeds(text, "labels")
+        listed = parse_seeds(text, "labels", num_classes)
         if max(listed) >= num_classes:
             raise UserError(f"label {max(listed)} is out of range: this model's labels are 0 to {num_classes - 1}")
         return cls(listed, num_classes)
 
     @classmethod
     def from_settings(cls, settings: dict) -> "Labels | None":
-        """The labels that a run.json's settings tell of; None where its model has no classes."""
-        return cls(settings["labels"], settings["num_classes"]) if "labels" in settings else None
+        """The labels that a run.json's settings tell of; None where its model has no classes.
+
+        Raises UserError for labels that cannot be.
+        """
+        if "labels" not in settings:
+            return None
+        rule, classes = settings["labels"], settings.get("num_classes", 0)
+        if fault(rule, str | list[int]) or fault(classes, int) or rule == []:
+            raise UserError(f"the settings of the images have labels {rule!r:.60} of {classes!r:.20} classes: no such "
+                            "rule is known")
+        return cls(rule, classes)
 
     def of(self, seed: int) -> int:
         """The label of a seed."""

@@ -8,6 +8,7 @@ import torch
 
 from caching.options import option
 from runs.errors import UserError
+from runs.seeds import environment_number
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def prepare_device(name: str, threads: int | None = None) -> torch.device:
     if threads is not None:
         torch.set_num_threads(threads)
     if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
+        name = f"cuda:{environment_number('LOCAL_RANK', 0) % max(1, torch.cuda.device_count())}"
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()

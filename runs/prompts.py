@@ -39,8 +39,9 @@ def read_prompts(path: Path | str) -> list[str]:
         for place, prompt in readers[path.suffix.lower()](path, text):
             if not isinstance(prompt, str) or not prompt.strip():
                 raise UserError(f"{path}, {place}: no prompt there; an image would belong to nothing")
+            prompt.encode()                                 # half a surrogate pair has no place in UTF-8
             prompts.append(" ".join(prompt.split()))
-    except (OSError, ValueError, csv.Error) as error:       # ValueError: of JSON and of UTF-8
+    except (OSError, ValueError, csv.Error, RecursionError) as error:       # ValueError: of JSON and of UTF-8
         raise UserError(f"{path} cannot be read: {one_line(error)}") from None
     if not prompts:
         raise UserError(f"{path} has no prompts")

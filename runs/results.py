@@ -10,7 +10,6 @@ demo. eval.table takes a number for a cell of a paper when kind, settings and im
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from caching import schema as _schema
+from caching.schema import read_json
 from runs.errors import UserError
 from runs.files import write_json
 
@@ -106,11 +107,9 @@ def write(path: Path, result: Result) -> None:
 def read(path: Path) -> Result:
     """Read a result. Raises UserError for a file that is missing, no JSON, no result, or of another format."""
     try:
-        content = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"no result {path} ({error.strerror})") from None
-    except ValueError:
-        raise UserError(f"{path} is no JSON, or damaged") from None
+        content = read_json(path)
+    except ValueError as error:
+        raise UserError(f"no result: {error}") from None
     faults = check(content)
     if faults:
         raise UserError(f"{path} is no result of this program: {'; '.join(faults[:3])}")
@@ -141,6 +140,13 @@ def check(content: object) -> list[str]:
                if key in content and not isinstance(content[key], kind)]
     if faults:
         return faults
+    cache = content["settings"].get("cache")
+    if cache is not None and not isinstance(cache, dict):
+        faults.append(f"settings.cache is {cache!r:.60} and should be keys with values")
+    faults += [fault for key in ("inputs", "hashes")
+               if (fault := _schema.fault(content[key], dict[str, str], key)) is not None]
+    if content["kind"] == "throughput":
+        faults += _check_times(content["throughput"] or {}, content["settings"])
     if content["images"] is not None and content["images"] < 1:
         faults.append(f"images is {content['images']}")
     for name, metric in content["metrics"].items():
@@ -148,6 +154,24 @@ def check(content: object) -> list[str]:
     if content["macs"] is not None and content["macs"].keys() != {"macs", "macs_fc"}:
         faults.append("macs needs macs and macs_fc")
     return faults
+
+
+# What tables read of the times that eval.throughput writes: the numbers of each entry of a list.
+_TIMED = {"branches": ("median", "ratio"), "schedules": ("calls", "seconds", "speedup"), "kinds": ("median", "ratio")}
+
+
+def _check_times(times: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    numbers = {"settings.batch_size": settings.get("batch_size", 1)}
+    if "full" in times:
+        numbers["throughput.full.median"] = times["full"].get("median") if isinstance(times["full"], dict) else None
+    for key, wanted in _TIMED.items():
+        entries = times.get(key, [])
+        if _schema.fault(entries, list[dict]):
+            return [f"throughput.{key} is no list of keys with values"]
+        numbers |= {f"throughput.{key}[{i}].{name}": entry.get(name)
+                    for i, entry in enumerate(entries) for name in wanted}
+    return [f"{name} is {value!r:.40} and should be a positive number" for name, value in numbers.items()
+            if _schema.fault(value, float) or not value > 0]
 
 
 def _check_metric(metric: object) -> list[str]:

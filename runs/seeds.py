@@ -8,25 +8,33 @@ from typing import TypeVar
 from runs.errors import UserError
 
 T = TypeVar("T")
+MOST = 10_000_000       # images of a command
 
 
-def parse_seeds(text: str, what: str = "seeds") -> list[int]:
-    """Read seeds: '0-3,7' -> [0, 1, 2, 3, 7]. `what` the numbers are, for messages.
+def parse_seeds(text: str, what: str = "seeds", most: int = MOST) -> list[int]:
+    """Read seeds: '0-3,7' -> [0, 1, 2, 3, 7]. `what` the numbers are, for messages. most: how many there may be.
 
-    Raises UserError for anything else than numbers and ascending ranges, and for repeats.
+    Raises UserError for anything else than numbers below 2^63 and ascending ranges, for repeats, and for too many.
     """
-    seeds: list[int] = []
+    shown = text if len(text) <= 100 else f"{text[:97]}..."
+    ranges = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,30})\s*(?:-\s*(\d{1,30})\s*)?", part, re.ASCII)
         if not match:
-            raise UserError(f"{what} {text!r} do not parse at {part!r}: write numbers and ranges, like 0-49999 or "
-                            "0-9,20")
+            raise UserError(f"{what} {shown!r} do not parse at {part[:40]!r}: write numbers and ranges, like 0-49999 "
+                            "or 0-9,20")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise UserError(f"{what} {text!r}: the range {part.strip()} runs backwards")
-        seeds.extend(range(first, last + 1))
+            raise UserError(f"{what} {shown!r}: the range {part.strip()} runs backwards")
+        if last >= 2 ** 63:
+            raise UserError(f"{what} {shown!r}: {last} is too large: they end at 2^63 - 1")
+        ranges.append(range(first, last + 1))
+    count = sum(map(len, ranges))
+    if count > most:
+        raise UserError(f"{what} {shown!r} are {count:,}: more than {most:,} at a time is too many")
+    seeds = [seed for one in ranges for seed in one]
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"{what} {text!r} name some number twice")
+        raise UserError(f"{what} {shown!r} name some number twice")
     return seeds
 
 
@@ -42,8 +50,19 @@ def format_seeds(seeds: Iterable[int]) -> str:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Which of how many processes this is: torchrun's RANK and WORLD_SIZE, else (0, 1)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Which of how many processes this is: torchrun's RANK and WORLD_SIZE, else (0, 1). Raises UserError for others."""
+    rank, world = (environment_number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if not 0 <= rank < world:
+        raise UserError(f"the environment says RANK={rank} of WORLD_SIZE={world}: RANK counts from 0 to WORLD_SIZE - 1")
+    return rank, world
+
+
+def environment_number(name: str, default: int) -> int:
+    """A whole number from the environment; the default where it is not set. Raises UserError for anything else."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+        raise UserError(f"the environment variable {name} is {text[:40]!r} and should be a whole number, or not be set")
+    return int(text)
 
 
 def format_some(seeds: Iterable[int]) -> str:

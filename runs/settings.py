@@ -24,7 +24,8 @@ def read_yaml(path: Path, schema: type[T]) -> T:
 
 def read_yaml_dict(path: Path, schema: type[T]) -> dict[str, T]:
     """Read a YAML file whose every entry is a dataclass `schema`. Raises UserError as `read_yaml`."""
-    return {str(name): _fitted(entry, schema, f"{path}, {name!s}") for name, entry in load_yaml(path).items()}
+    return {name: _fitted(entry, schema, f"{path}, {name}")
+            for name, entry in ((str(key), entry) for key, entry in load_yaml(path).items())}
 
 
 def load_yaml(path: Path) -> DictConfig:

@@ -4,7 +4,7 @@ said here and in the dataclasses that it is made of, and nowhere else.
     RunSpec.of("configs/ddpm_cifar10.yaml", interval=5, branch=2).open().settings
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
+from caching.block_schedule import PlannedBlocks
 from caching.deepcache import PlannedDeepCache
 from caching.methods import METHODS, CachePlan, plan
 from caching.nested import NestedUNet
@@ -41,6 +43,7 @@ from sampling.samplers import (
     timesteps_for,
 )
 
+MOST_STEPS = 10_000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -139,8 +142,9 @@ class Run:
             raise UserError(f"--guidance must be 0 or more, got {self.guidance}")
         if spec.network.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {spec.network.dtype!r}")
-        if self.steps < 1:
+        if not 1 <= self.steps <= MOST_STEPS:
             _ = self.sampler        # which says how many it takes
+            raise UserError(f"--steps must be from 1 to {MOST_STEPS}, got {self.steps}")
         with as_user_error():
             self.caching: CachePlan = plan(spec.caching, RunShape(self.steps, self.calls, self.unet.num_branches,
                                                                   defaults.branch))
@@ -218,6 +222,21 @@ class Run:
         """Refuse settings, as far as they are known, that the caching was not fitted to. Raises UserError."""
         with as_user_error():
             self.caching.check(settings)
+            if blocks := self.caching.of(PlannedBlocks):
+                blocks.check_network(self._channels())
+
+    def _channels(self) -> dict[str, int]:
+        """How many channels each residual of the U-Net has, by the name under which a cache knows it."""
+        found: dict[str, int] = {}
+
+        def read(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+            value = compute()
+            if isinstance(key, str):
+                found[key] = value.shape[1 if value.ndim == 4 else -1]
+            return value
+
+        self.unet(*example_inputs(self.config), cache=read)
+        return found
 
     @property
     def name(self) -> str:

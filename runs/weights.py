@@ -79,7 +79,7 @@ def read_tensors(path: Path) -> object:
             return load_file(path)
         # The warnings are of a pickle protocol; refused below. Files from before torch 1.6 cannot be mapped.
         with (warnings.catch_warnings(category=UserWarning, action="ignore"), torch.serialization.safe_globals(_INERT)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted:
@@ -90,6 +90,17 @@ def read_tensors(path: Path) -> object:
         raise UserError(f"{path} is damaged or not a checkpoint of tensors alone: {one_line(reason)[:160]}") from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
         raise UserError(f"{path} is damaged or not a checkpoint: {one_line(error)[:160]}") from None
+    _check_plain(content, path)
+    return content
+
+
+def _check_plain(content: object, path: Path) -> None:
+    """Raises UserError for tensors that have no values, are sparse or quantised: the networks here take none."""
+    for part in (content, content.get("state_dict")) if isinstance(content, dict) else ():
+        for name, value in part.items() if isinstance(part, dict) else ():
+            if isinstance(value, Tensor) and (value.is_meta or value.is_quantized or value.layout != torch.strided):
+                raise UserError(f"{path}: {name} is a tensor without values, sparse or quantised, and should be a "
+                                "plain one")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -124,7 +135,8 @@ def tensors_of(content: object, path: Path, model: str) -> dict[str, Tensor]:
     """
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not content or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         raise UserError(f"{path} does not hold named tensors, as {model} checkpoints do")
     return content
 
@@ -157,7 +169,8 @@ def split(tensors: dict[str, Tensor], path: Path, prefixes: Sequence[str], model
 def load_strict(module: nn.Module, state_dict: dict[str, Tensor], published_name: Callable[[str], str]) -> None:
     """Copy tensors given under published names into a module; one on the meta device takes them over uncopied.
 
-    Raises UserError that names, in full, every missing, extra or misshapen tensor; nothing is loaded then.
+    Raises UserError that names, in full, every missing, extra or misshapen tensor, and whole numbers where others are
+    wanted; nothing is loaded then.
     """
     ours = module.state_dict()
     names = {published_name(name): name for name in ours}
@@ -165,6 +178,9 @@ def load_strict(module: nn.Module, state_dict: dict[str, Tensor], published_name
     faults += [f"extra {name}" for name in state_dict if name not in names]
     faults += [f"{name} is {list(state_dict[name].shape)} and should be {list(ours[own].shape)}"
                for name, own in names.items() if name in state_dict and state_dict[name].shape != ours[own].shape]
+    faults += [f"{name} is {state_dict[name].dtype} and should be {ours[own].dtype}".replace("torch.", "")
+               for name, own in names.items() if name in state_dict
+               and state_dict[name].is_floating_point() != ours[own].is_floating_point()]
     if faults:
         raise UserError(f"the checkpoint does not fit {type(module).__module__}.{type(module).__name__}: "
                         f"{'; '.join(faults)}")

@@ -40,6 +40,11 @@ class TextCondition(Condition):
         if self.prompt is not None and self.images_per_prompt != 1:
             raise UserError("--images-per-prompt is for --prompts; with --prompt every seed of --seeds has the same")
 
+        for text in (self.prompt or "", self.negative_prompt):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"a prompt is no UTF-8 text: {text!r:.60}") from None
         for name in SIZED:
             _pair(name, getattr(self, name))
 

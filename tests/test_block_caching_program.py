@@ -1,5 +1,6 @@
 """Block Caching through the commands: measure, schedule, train, show, and samples made with what they write."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 import yaml
 from conftest import HERE, run_command
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from caching.block_cache import threshold_schedule
 from caching.block_schedule import BlockSchedule, load_scale_shift
 from caching.deepcache import DeepCacheOptions
+from caching.meters import ChangeMeter
 from caching.options import RunShape
 from caching.scale_shift import best_line
 from ddpm import sample as ddpm_sample
@@ -236,8 +239,9 @@ def test_damaged_files(made, tmp_path, fails):
     content, bad = json.loads((made / "half.json").read_text()), tmp_path / "bad.json"
     edited = json.loads(json.dumps(content))
     edited["blocks"][next(iter(edited["blocks"]))] = [0]
-    for text, why in (("{", "damaged"), ("[]", "damaged"), ("{}", "no block schedule"), (json.dumps(edited), "changed"),
-                      (json.dumps({k: v for k, v in content.items() if k != "calls"}), "'calls'")):
+    for text, why in (("{", "damaged"), ("[]", "no block schedule"), ("{}", "no block schedule"),
+                      (json.dumps(edited), "changed"),
+                      (json.dumps({k: v for k, v in content.items() if k != "calls"}), "has no calls")):
         bad.write_text(text)
         assert fails(sample(made, tmp_path / "no", "--block-schedule", bad), why)
     assert fails(sample(made, tmp_path / "no", "--block-schedule", tmp_path / "none.json"), "no block schedule")
@@ -252,6 +256,50 @@ def test_damaged_files(made, tmp_path, fails):
         load_scale_shift(tmp_path / "cut.safetensors", schedule)
     bad.write_text("{")
     assert fails(program("schedule", "--changes", bad, "--out", tmp_path / "no.json"), "damaged")
+
+
+@pytest.mark.parametrize(("change", "why"), [
+    (lambda c, name: c["blocks"].update({name: ["0"]}), "is '0' and should be a whole number"),
+    (lambda c, name: c["blocks"].update({name: 5}), "is 5 and should be a list"),
+    (lambda c, name: c.update(blocks={}), "has no blocks"),
+    (lambda c, name: c.update(blocks={"nobody's": [0]}), "names nobody's, and this U-Net has no such block"),
+    (lambda c, name: c.update(calls=STEPS + 1), "is of 6 network calls, and this run makes 5"),
+    (lambda c, name: c.update(calls=0), "calls is 0 and should be 1 or more"),
+    (lambda c, name: c.update(run=None), "run is None and should be keys with values"),
+    (lambda c, name: c.update(surprise=1), "unknown key surprise")])
+def test_schedules_that_were_signed_anew_are_still_checked(made, tmp_path, fails, change, why):
+    content = json.loads((made / "half.json").read_text())
+    change(content, next(iter(content["blocks"])))
+    signed = {key: content[key] for key in ("run", "calls", "blocks")}
+    content["sha256"] = hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    assert fails(sample(made, tmp_path / "no", "--block-schedule", tmp_path / "bad.json"), why)
+
+
+@pytest.mark.parametrize(("change", "why"), [
+    (lambda value: value[:, :, :1], "has 1 channels for"), (lambda value: value[:, 0], "should be [reusing steps, 2"),
+    (lambda value: value * float("nan"), "all finite"), (lambda value: value[0], "should be [reusing steps, 2")])
+def test_a_scale_shift_file_of_other_shapes_is_refused(made, tmp_path, fails, change, why):
+    with safe_open(made / "half.safetensors", "pt") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()     # noqa: SIM118
+    name = next(iter(tensors))
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, tmp_path / "bad.safetensors", about)
+    assert fails(sample(made, tmp_path / "no", "--block-schedule", made / "half.json", "--scale-shift",
+                        tmp_path / "bad.safetensors"), why)
+
+
+def test_changes_that_are_not_finite_are_neither_written_nor_read(made, tmp_path, fails, monkeypatch):
+    content = json.loads((made / "changes.json").read_text())
+    name = next(iter(content["residuals"]))
+    content["residuals"][name]["changes"][1] = float("nan")
+    (tmp_path / "nan.json").write_text(json.dumps(content))
+    schedule = ["schedule", "--changes", tmp_path / "nan.json", "--kinds", "all", "--out", tmp_path / "no.json"]
+    assert fails(program(*schedule), "changes[1] is nan and should be a finite number")
+    real = ChangeMeter.changes
+    monkeypatch.setattr(ChangeMeter, "changes", lambda meter: real(meter) | {name: [0.0, float("nan")]})
+    assert fails(program("measure", "--config", made / "ddpm.yaml", "--device", "cpu", "--seeds", "0-1", "--similar", 0,
+                         "--out", tmp_path / "no.json"), "are not finite")
+    assert not (tmp_path / "no.json").exists()
 
 
 def test_least_squares_is_the_best_line():

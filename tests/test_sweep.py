@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
@@ -184,6 +184,13 @@ def metrics_of(folder: Path) -> dict[str, dict]:
     return {path.name: json.loads(path.read_text())["metrics"] for path in folder.glob("runs/ddpm_tiny/*_sweep.json")}
 
 
+def other_weights(folder: Path, tiny: Path) -> Path:
+    """Other weights of the tiny model."""
+    path = folder / "other.safetensors"
+    save_file({name: 2 * value for name, value in load_file(tiny.with_suffix(".safetensors")).items()}, path)
+    return path
+
+
 def test_sweep_end_to_end(tmp_path, monkeypatch, capsys, tiny):
     path = written(tmp_path, {"images": 6, "grids": [{"model": str(tiny), "interval": [2, 4], "branch": [0, 1]}]})
 
@@ -215,6 +222,13 @@ def test_sweep_end_to_end(tmp_path, monkeypatch, capsys, tiny):
     assert "uniform_n2: 6 images asked for, 0 made now" in again and "5 of 5" in again
     assert sum(file.stat().st_mtime_ns != at for file, at in before.items() if file.exists()) == 0
     assert sum(file.stat().st_mtime_ns != at for file, at in judged.items()) == 1
+
+    # Other weights: nothing that was judged is of them, and the images in the folder are not either.
+    other, _ = run("whole", "--list", "--checkpoint", str(other_weights(tmp_path, tiny)))
+    assert other.count("sampled with other weights than") == 5
+    with pytest.raises(SystemExit) as stop:
+        run("whole", "--checkpoint", str(tmp_path / "other.safetensors"))
+    assert stop.value.code == 2 and "holds images of other settings (checkpoint_sha256" in capsys.readouterr().err
 
     listed, _ = run("shared", "--list")
     assert "0 of 6" in listed and not (tmp_path / "shared").exists()

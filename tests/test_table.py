@@ -344,7 +344,11 @@ def test_results_come_back_as_they_were_written(tmp_path):
     ({"metrics": {"FID": {"value": 1.0, "interval": [2.0, 1.0], "stderr": None}}}, "runs backwards"),
     ({"metrics": {"FID": 1.0}}, "FID needs value"), ({"images": 0}, "images is 0"), ({"images": "5"}, "images is '5'"),
     ({"format": 2}, "format 2, this program reads 1"), ({"surprise": 1}, "unknown key surprise"),
-    ({"macs": {"macs": 1.0}}, "macs needs macs and macs_fc")])
+    ({"macs": {"macs": 1.0}}, "macs needs macs and macs_fc"), ({"settings": {"cache": 5}}, "settings.cache is 5"),
+    ({"hashes": {"images": 5}}, "hashes.images is 5 and should be text"),
+    *(({"kind": "throughput", "throughput": times}, said) for times, said in (
+        ({"full": 5}, "throughput.full.median is None"), ({"full": {"median": "x"}}, "median is 'x' and should be"),
+        ({"branches": 5}, "throughput.branches is no list"), ({"kinds": [{"median": 0}]}, "kinds[0].median is 0")))])
 def test_what_is_no_result_is_refused(tmp_path, change, said):
     results.write(tmp_path / "r.json", Result("adm"))
     content = json.loads((tmp_path / "r.json").read_text())

@@ -11,6 +11,7 @@ from eval.metrics.frechet import GROUPS
 from eval.metrics.images import ImageSet, open_to_judge
 from eval.metrics.measure import Sets, Unavailable
 from eval.metrics.registry import SETS
+from runs import arguments
 from runs.errors import UserError
 from runs.results import Metric
 from runs.seeds import parse_seeds
@@ -24,22 +25,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inception", type=Path, required=True,
                         help="weights of the Inception network, a local file (eval/metrics/inception.py names two)")
     parser.add_argument("--features", type=Path, help="folder to keep features in (default: beside the images)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
+    parser.add_argument("--batch-size", type=arguments.whole, default=64,
+                        help="images at a time (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, cuda:1 (default: %(default)s; under torchrun cuda is each process's own)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
 
 
 def add_sample_options(parser: argparse.ArgumentParser) -> None:
     """--samples, --seeds, --count, --allow-fewer, --groups, --out: of what is judged."""
     parser.add_argument("--samples", type=Path, required=True, help="sample folder, folder of images, or npz (arr_0)")
     parser.add_argument("--seeds", help="exactly these, like 0-49999, whatever else is there (default: all)")
-    parser.add_argument("--count", type=int, default=COUNT, help="images that must be there (default: %(default)s)")
+    parser.add_argument("--count", type=arguments.whole, default=COUNT,
+                        help="images that must be there (default: %(default)s)")
     parser.add_argument("--allow-fewer", action="store_true",
                         help="judge fewer images, or an unfinished folder: not comparable with published numbers")
-    parser.add_argument("--groups", type=int, default=GROUPS,
+    parser.add_argument("--groups", type=arguments.whole, default=GROUPS,
                         help="of the jackknife for the errors of FID, sFID, recall (default: %(default)s; 0: none)")
-    parser.add_argument("--out", type=Path, help="JSON to write (runs/results.py)")
+    parser.add_argument("--out", type=arguments.out_file, help="JSON to write (runs/results.py)")
 
 
 def open_samples(args: argparse.Namespace) -> tuple[ImageSet, list[str]]:

@@ -21,7 +21,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from runs.errors import UserError, one_line
-from runs.weights import read_tensors, sha256
+from runs.weights import read_tensors, sha256, tensors_of
 
 WHERE = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth "
          "or https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -157,11 +157,10 @@ class Inception:
 
 def load(path: Path) -> FeatureExtractorInceptionV3:
     """The network with the weights of a file, checked before they are used. Raises UserError that says what differs."""
-    state = read_tensors(path)
-    state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
+    state = tensors_of(read_tensors(path), path, "Inception")
     fc = state.get("fc.weight")
     if fc is None or tuple(fc.shape) != (DIMS["logits"], DIMS["pool"]):
-        classes = "no fc.weight" if fc is None else f"{fc.shape[0]} classes"
+        classes = "no fc.weight" if fc is None or not fc.ndim else f"{fc.shape[0]} classes"
         raise UserError(f"{path} is not the Inception network of FID, which has {DIMS['logits']} classes (this file: "
                         f"{classes}; torchvision's, of 1000, is another network): get {WHERE}")
     # Counters that batch normalisation does not use; some files have them.

@@ -183,6 +183,7 @@ def weights_sha256(run: Run) -> str:
     return _weights_sha256(run.family.name, path, *(_stamp(file) for file in files if file.is_file()))
 
 
+@cache
 def extractor_id() -> str:
     """Of the network of the small models' distances."""
     return EffLite0().id
