@@ -49,11 +49,14 @@ def kind_of(run: Run) -> str:
     """The name of what a run does to be cheaper."""
     if not run.caching:
         return f"fewer steps, {run.sampler_name}"
-    if "forecast" not in run.caching.settings:
-        return "reuse"
-    forecast = run.caching.settings["forecast"]
-    how = "" if forecast["damping"] == 1 else ", fitted" if forecast["weights_sha256"] else ", damped"
-    return f"forecast, order {forecast['order']}{how}"
+    cache = run.caching.settings
+    blocks, forecast = cache.get("block_caching"), cache.get("forecast")
+    parts = [] if blocks is None else ["blocks, scale-shift" if blocks["scale_shift_sha256"] else "blocks"]
+    parts += [cache["schedule"]] if cache.get("schedule", "uniform") != "uniform" else []
+    if forecast is None:
+        return ", ".join([*parts, "reuse"])
+    how = [] if forecast["damping"] == 1 else ["fitted" if forecast["weights_sha256"] else "damped"]
+    return ", ".join([*parts, f"forecast, order {forecast['order']}", *how])
 
 
 def time_of(run: Run, times: Mapping[str, Any] | None) -> float | None:

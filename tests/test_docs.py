@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import HERE
 
@@ -143,6 +144,22 @@ def test_the_table_of_forecasts_is_that_of_the_studies(studied):
             if difference:
                 by = mean_estimate(runs[kind].psnr[64:] - runs["fewer steps"].psnr[64:])
                 assert difference == pytest.approx([by["mean"], *by["interval"]], abs=0.051), (model, steps, interval)
+
+
+def test_the_table_of_forecast_blocks_is_that_of_the_study():
+    def psnr(name: str) -> float:
+        return np.mean(results.read(ROOT / "results" / "convergence" / "blocks_ldm" / f"{name}.json")
+                       .details["psnr"][64:])
+
+    runs = {"fewer DDIM steps": ("steps26", "steps15"), "DeepCache": ("uniform_n2_steps50", "uniform_n4_steps50"),
+            "DeepCache, forecast": ("uniform_n2_forecast1_steps50", "uniform_n4_forecast1_steps50"), **{
+                label: tuple(f"blocks_ldm_all_{share}{words}_steps50" for share in (50, 30)) for label, words in (
+                    ("blocks, reused", ""), ("blocks, scale-shift", "_scale_shift"), ("blocks, forecast", "_forecast1"),
+                    ("blocks, scale-shift and forecast", "_scale_shift_forecast1"))}}
+    text = (ROOT / "docs" / "forecasting.md").read_text()
+    for label, names in runs.items():
+        row = re.search(rf"^\| {label} \| (.+) \|$", text, re.M)
+        assert row and numbers(row[1]) == pytest.approx([psnr(name) for name in names], abs=0.051), label
 
 
 def test_what_readme_says_of_forecasts_is_measured(studied):
