@@ -125,6 +125,7 @@ def ema_weights(content: object, path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path} is a list of {len(content)} parts without EMA weights at its end: the DDIM "
                             "training code writes [weights, optimizer, epoch, step, EMA weights]")
         content = content[-1]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         raise UserError(f"{path} does not hold named tensors, as a DDPM checkpoint does")
     return {name.removeprefix("module."): value for name, value in content.items()}

@@ -29,6 +29,7 @@ import argparse
 import dataclasses
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -57,6 +58,7 @@ from runs.settings import read_yaml
 from runs.spec import DTYPES, RunSpec, SamplerOptions
 
 OTHERS = tuple(name for name, kind in EXTRACTORS.items() if kind is not EffLite0)
+MOST_POINTS = 3000
 KIND = "sweep"          # of the results of the models that are trained here
 _WORDS = {int: "whole numbers", float: "numbers", str: "names", Path: "files", bool: "true or false"}
 
@@ -169,6 +171,9 @@ def make_points(sweep: Sweep, path: Path, said: Given) -> list[Arm]:
     """The points of a sweep, none twice, checked as far as that goes without weights. Raises UserError."""
     found: dict[tuple[str, str], Arm] = {}
     seen: set[Path] = set()
+    asked = sum(math.prod(map(len, lists_of(grid).values())) for grid in sweep.grids)
+    if asked > MOST_POINTS:
+        raise UserError(f"{path}: its grids have {asked:,} points: at most {MOST_POINTS:,} can be planned")
     for number, grid in enumerate(sweep.grids, 1):
         for values in combinations(grid, seen):
             options = {axis: value for axis, value in values.items() if axis != "model"} | {"dtype": sweep.dtype}
@@ -234,9 +239,10 @@ def share_of(points: list[Arm], text: str | None) -> list[Arm]:
 def listing(points: Sequence[Arm]) -> str:
     """A line per point."""
     lines = [["point", "", "full / calls", "MACs/image G", "of uncached", "images there", "judged"]]
+    wholes: dict[str, float] = {}
     for number, arm in enumerate(points, 1):
-        run, whole = arm.run, macs_per_image(uncached_of(arm, points).run).hook
-        macs = macs_per_image(run).hook
+        run, macs = arm.run, macs_per_image(arm.run).hook
+        whole = wholes.setdefault(run.config.name, macs)        # a model's first point is its uncached run
         lines.append([f"{number}  {run.config.name}", arm.label, f"{run.full_calls} / {run.calls}",
                       f"{giga(macs):.4f}", f"{macs / whole:.3f}", f"{arm.present:,} of {arm.images:,}",
                       arm.why_not() or "yes"])

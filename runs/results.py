@@ -19,7 +19,7 @@ from typing import Any
 
 from caching import schema as _schema
 from caching.schema import read_json
-from runs.errors import UserError
+from runs.errors import UserError, as_user_error
 from runs.files import write_json
 
 FORMAT = 1
@@ -106,10 +106,10 @@ def write(path: Path, result: Result) -> None:
 
 def read(path: Path) -> Result:
     """Read a result. Raises UserError for a file that is missing, no JSON, no result, or of another format."""
-    try:
+    if not Path(path).is_file():
+        raise UserError(f"no result {path}")
+    with as_user_error():
         content = read_json(path)
-    except ValueError as error:
-        raise UserError(f"no result: {error}") from None
     faults = check(content)
     if faults:
         raise UserError(f"{path} is no result of this program: {'; '.join(faults[:3])}")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from caching.block_schedule import PlannedBlocks
 from caching.deepcache import PlannedDeepCache
@@ -44,6 +44,7 @@ from sampling.samplers import (
 )
 
 MOST_STEPS = 10_000
+_TRACED: WeakKeyDictionary[nn.Module, list[Asked]] = WeakKeyDictionary()      # what a call asks its cache for
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -116,7 +117,6 @@ class RunSpec:
         return Run(self)
 
 
-_asked: WeakKeyDictionary[NestedUNet, list[Asked]] = WeakKeyDictionary()     # what a U-Net asks its cache for
 
 
 class Run:
@@ -208,10 +208,10 @@ class Run:
         policy = self.caching.policy("meta", self.dtype)
         if policy is None:
             return [frozenset()] * self.calls
-        if self.unet not in _asked:
+        if self.unet not in _TRACED:
             inputs = example_inputs(self.config)
-            _asked[self.unet] = trace(lambda cache: self.unet(*inputs, cache=cache))
-        return list(reused(_asked[self.unet], policy, self.calls))
+            _TRACED[self.unet] = trace(lambda cache: self.unet(*inputs, cache=cache))
+        return list(reused(_TRACED[self.unet], policy, self.calls))
 
     @property
     def full_calls(self) -> int:

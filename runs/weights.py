@@ -96,7 +96,9 @@ def read_tensors(path: Path) -> object:
 
 def _check_plain(content: object, path: Path) -> None:
     """Raises UserError for tensors that have no values, are sparse or quantised: the networks here take none."""
-    for part in (content, content.get("state_dict")) if isinstance(content, dict) else ():
+    parts = content if isinstance(content, list) else [content]
+    parts = [*parts, *(part.get("state_dict") for part in parts if isinstance(part, dict))]
+    for part in parts:
         for name, value in part.items() if isinstance(part, dict) else ():
             if isinstance(value, Tensor) and (value.is_meta or value.is_quantized or value.layout != torch.strided):
                 raise UserError(f"{path}: {name} is a tensor without values, sparse or quantised, and should be a "
