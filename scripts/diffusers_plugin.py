@@ -28,6 +28,7 @@ from runs.errors import UserError
 
 RECORD = Path(os.environ["UNET_CACHING_RECORD"])
 STAND_INS = os.environ.get("UNET_CACHING_STAND_INS") == "1"
+Report = Generator[None, pytest.TestReport, pytest.TestReport]
 LETTERS = [chr(code) for code in range(33, 127)]
 
 
@@ -76,7 +77,7 @@ def watch(cls: type) -> None:
             seen.outputs.append(digest(found))
             return found
         watched.watched = True  # type: ignore[attr-defined]
-        owner.__call__ = watched  # type: ignore[operator]
+        owner.__call__ = watched  # type: ignore[method-assign]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -129,7 +130,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Report:
     report = yield
     if report.failed:
         seen.outcome = "failed"
