@@ -54,7 +54,7 @@ LEVELS = {"block_out_channels": (32, 64, 64), "layers_per_block": 2, "cross_atte
           "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
           "transformer_layers_per_block": (1, 2, 3), "addition_embed_type": "text_time",
           "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": POOLED + 6 * 256}
-PROMPTS = ["red fox", "a dog, asleep", "moon"]
+PROMPTS = ["red fox", "a dog, asleep"]
 
 
 def text(tokens: list[str], width: int, **changes) -> CLIPTextConfig:
@@ -160,23 +160,32 @@ def macs_by_helper(unet: UNet2DConditionModel, inputs: tuple, branch: int) -> li
     return found
 
 
-@pytest.mark.parametrize("branches", [[1], pytest.param(range(9), marks=pytest.mark.slow)], ids=["branch 1", "all"])
-def test_macs_are_those_of_diffusers_network(branches):
-    full, cached = branch_macs(build(SDXL), example_inputs(SDXL), range(9))
-    assert [round(macs / 1e9, 3) for macs in full] == [2989.751, 3380.618]
+@pytest.fixture(scope="module")
+def macs():
+    return branch_macs(build(SDXL), example_inputs(SDXL), range(9))
+
+
+def test_macs(macs):
+    full, cached = macs
+    assert [round(value / 1e9, 3) for value in full] == [2989.751, 3380.618]
     assert [round(cached[branch].hook / 1e9, 2) for branch in (0, 1, 2)] == [49.10, 128.03, 223.75]
+
+
+@pytest.mark.slow
+def test_macs_are_those_of_diffusers_network(macs):
+    full, cached = macs
     with torch.device("meta"):
         unet = UNet2DConditionModel(**FORMAT["config"]).eval()
-    for branch in branches:
+    for branch in range(9):
         assert macs_by_helper(unet, example_inputs(SDXL), branch) == [full, cached[branch]]
 
 
-def test_macs_at_every_branch_of_a_tiny_one(tiny):
+def test_macs_of_a_tiny_one_are_those_of_diffusers_network(tiny):
     config = load_config(tiny)
     full, cached = branch_macs(build(config), example_inputs(config), range(9))
     with torch.device("meta"):
         unet = UNet2DConditionModel(**LEVELS).eval()
-    for branch in range(9):
+    for branch in (0, 4):
         assert macs_by_helper(unet, example_inputs(config), branch) == [full, cached[branch]]
 
 
@@ -185,7 +194,7 @@ def test_macs_at_every_branch_of_a_tiny_one(tiny):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_command_gives_what_diffusers_pipeline_gives(sample, theirs, tmp_path, ended, name):  # noqa: F811
     assert sample("--sampler", name, "--negative-prompt", "green", "--out", tmp_path / "x") == 0
-    assert relative_error(ended[0], theirs(name, negative_prompt=["green"] * 3)) < TOLERANCE
+    assert relative_error(ended[0], theirs(name, negative_prompt=["green"] * 2)) < TOLERANCE
 
 
 @pytest.mark.parametrize("caching", [{"interval": 3}, {"interval": 2, "branch": 3, "forecast": 1}],
@@ -218,7 +227,7 @@ def test_images_guidance_and_number_formats(sample, theirs, tmp_path):
     assert sample("--guidance", 1, "--out", tmp_path / "fp32") == 0
     expected = (255 * theirs(guidance_scale=1.0, output_type="np")).round().astype(int)
     ours = pixels(tmp_path / "fp32")
-    assert all(np.abs(ours[seed] - expected[seed]).max() <= 1 for seed in range(3))
+    assert all(np.abs(ours[seed] - expected[seed]).max() <= 1 for seed in range(2))
     for dtype in ("bf16", "fp16"):
         assert sample("--guidance", 1, "--dtype", dtype, "--batch-size", 2, "--out", tmp_path / dtype) == 0
         found = pixels(tmp_path / dtype)
@@ -231,7 +240,7 @@ def test_without_a_negative_prompt_the_folder_says_what_guidance_leads_away_from
     folder = Path(shutil.copytree(tiny.with_name("model"), tmp_path / "model"))
     rewrite(folder / "model_index.json", force_zeros_for_empty_prompt=False)
     assert sample("--model", folder, "--out", tmp_path / "x") == 0
-    assert relative_error(ended[0], theirs(negative_prompt=[""] * 3)) < TOLERANCE
+    assert relative_error(ended[0], theirs(negative_prompt=[""] * 2)) < TOLERANCE
     assert relative_error(ended[0], theirs()) > 1e-2            # zeros
 
 
@@ -243,15 +252,16 @@ def test_diffusers_unet_gives_the_same_images(sample, tmp_path):
 
 def test_compare(sample, tmp_path, capsys):
     out = tmp_path / "both.png"
-    assert sample("--prompt", "moon", "--interval", 3, "--out", out, command=stable_diffusion.compare.main) == 0
+    words = ["--prompt", "moon", "--steps", 4, "--interval", 3, "--out", out]
+    assert sample(*words, command=stable_diffusion.compare.main) == 0
     result = json.loads(out.with_suffix(".json").read_text())
     unet = XLUNet(**UNET, **XL)
     inputs = (torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, TOKENS, 40), torch.zeros(1, POOLED),
               torch.zeros(1, 6))
     full, cached = branch_macs(unet, inputs, [1])
-    assert result["uncached"]["macs"] == 2 * 6 * full.hook
-    assert result["cached"]["macs_fc"] == pytest.approx(2 * (2 * full.fc + 4 * cached[1].fc))
-    assert result["psnr_db"] > 0 and "2 / 6" in capsys.readouterr().out
+    assert result["uncached"]["macs"] == 2 * 4 * full.hook
+    assert result["cached"]["macs_fc"] == pytest.approx(2 * (2 * full.fc + 2 * cached[1].fc))
+    assert result["psnr_db"] > 0 and "2 / 4" in capsys.readouterr().out
 
 
 def test_a_plan_of_another_depth_is_refused(sample, tiny, tmp_path, capsys):
@@ -265,7 +275,7 @@ def test_a_plan_of_another_depth_is_refused(sample, tiny, tmp_path, capsys):
 def test_a_pipeline_of_the_folder(tiny, theirs):
     pipe = load_pipeline(load_config(tiny), tiny.with_name("model"))
     pipe.set_progress_bar_config(disable=True)
-    x = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
+    x = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)])
     found = pipe(PROMPTS, latents=x, num_inference_steps=6, guidance_scale=3.0, output_type="latent").images
     assert relative_error(found, theirs("plms")) < TOLERANCE
 
