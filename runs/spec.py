@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from caching.block_schedule import PlannedBlocks
 from caching.deepcache import PlannedDeepCache
@@ -44,7 +44,7 @@ from sampling.samplers import (
 )
 
 MOST_STEPS = 10_000
-_TRACED: WeakKeyDictionary[nn.Module, list[Asked]] = WeakKeyDictionary()      # what a call asks its cache for
+_TRACED: WeakKeyDictionary[NestedUNet, list[Asked]] = WeakKeyDictionary()      # what a call asks its cache for
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -115,8 +115,6 @@ class RunSpec:
     def open(self) -> "Run":
         """Read the config, and check the run as far as that goes without weights. Raises UserError."""
         return Run(self)
-
-
 
 
 class Run:
