@@ -202,13 +202,19 @@ class GapMeasurements:
         self.judge, self.branches, self.seeds = judge, list(branches), list(seeds)
         self.probe, self.nodes = probe, nodes
 
+    def measure(self, lengths: Sequence[int]) -> None:
+        """Measure all that `of` needs for runs of so many calls."""
+        about = self.branches, self.seeds, self.probe, self.nodes
+        wanted = [self.probe, *sorted({*lengths} - {self.probe}, reverse=True)]         # the longest work first
+        self.judge.each(_measure, [(about, steps) for steps in wanted], "measuring gaps", "length")
+
     def network_calls(self, lengths: Sequence[int]) -> float:
         """How many full network calls it takes to measure runs of so many calls; what is cached is left out."""
         return len(self.seeds) * (sum({*lengths, self.probe}) + self.probe * (self.nodes + 1))
 
     def of(self, steps: int) -> Gaps:
         """What gaps cost in runs of so many calls."""
-        gram, output = self._measured(steps)
+        gram, output = self.measured(steps)
         weights = {}
         for branch in self.branches:
             change = np.array([gram[branch][s, s] - 2 * gram[branch][s, s - 1] + gram[branch][s - 1, s - 1]
@@ -217,7 +223,7 @@ class GapMeasurements:
             weights[branch] = np.concatenate([[0.0], arrives * self._image_per_output(steps)[1:]])
         return Gaps(gram, weights)
 
-    def _measured(self, steps: int) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    def measured(self, steps: int) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
         """(Gram matrices, squared output errors of gaps of one call), by branch."""
         file = self._file(f"steps{steps}")
         if not file.is_file():
@@ -234,7 +240,7 @@ class GapMeasurements:
     def _image_per_output(self, steps: int) -> np.ndarray:
         """The error of the image per error of the network's output at each call: [steps]."""
         branch, file = self.branches[0], self._file(f"image{self.probe}_{self.nodes}")
-        _, output = self._measured(self.probe)
+        _, output = self.measured(self.probe)
         if not file.is_file():
             calls = sorted({int(call) for call in np.linspace(1, self.probe - 1, self.nodes).round()})
             found = dict.fromkeys(calls, 0.0)
@@ -259,3 +265,12 @@ class GapMeasurements:
     def _file(self, name: str) -> Path:
         about = f"branches{'_'.join(map(str, self.branches))}_seeds{format_seeds(self.seeds)}"
         return self.judge.distances.made("gaps") / f"{name}_{about}.json"
+
+
+def _measure(judge: Judge, item: tuple[tuple[list[int], list[int], int, int], int]) -> None:
+    (branches, seeds, probe, nodes), steps = item
+    measurements = GapMeasurements(judge, branches, seeds, probe, nodes)
+    if steps == probe:
+        measurements.of(steps)
+    else:
+        measurements.measured(steps)

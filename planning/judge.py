@@ -3,12 +3,12 @@
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -19,6 +19,8 @@ from runs.errors import UserError
 from runs.machine import Machine
 from runs.spec import Run, RunSpec
 
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 SPACING = "trailing"        # runs of all lengths start at the same noise level and end on a clean image
 CONVERGED = "unipc"
 
@@ -69,15 +71,24 @@ class Judge:
         except UserError:
             return None
 
+    def each(self, work: Callable[["Judge", Item], Found], items: Sequence[Item], title: str, unit: str
+             ) -> list[Found]:
+        """work(judge, item) for every item, in all processes; a function of a module."""
+        waiting: list[Future[Found]] = []
+        if self.pool is not None:
+            waiting = [self.pool.submit(_in_process, work, item) for item in items]
+        with tqdm(total=len(items), desc=title, unit=unit, disable=not items) as bar:
+            found = []
+            for number, item in enumerate(items):
+                found.append(waiting[number].result() if waiting else work(self, item))
+                bar.update()
+        return found
+
     def converge(self, seeds: Sequence[int]) -> None:
         """Make the converged latents that are missing."""
         missing, size = self.distances.missing(seeds), self.distances.machine.batch_size
-        if self.pool is None:
-            self.distances.converged(seeds)
-            return
-        made = [self.pool.submit(_converge, missing[first:first + size]) for first in range(0, len(missing), size)]
-        for one in tqdm(made, desc="converged images", unit="batch"):
-            one.result()
+        self.each(_converge, [missing[first:first + size] for first in range(0, len(missing), size)],
+                  "converged images", "batch")
 
     def of(self, candidate: Candidate, seeds: Sequence[int]) -> np.ndarray:
         """PSNR to the converged latents, dB: float64 [seeds]."""
@@ -86,15 +97,15 @@ class Judge:
 
     def measure(self, candidates: Sequence[Candidate], seeds: Sequence[int], title: str) -> list[np.ndarray]:
         """`of` for many."""
-        waiting: list[Future[np.ndarray]] = []
-        if self.pool is not None:
-            waiting = [self.pool.submit(_measure, candidate, list(seeds)) for candidate in candidates]
-        with tqdm(total=len(candidates), desc=title, unit="run") as bar:
-            found = []
-            for number, candidate in enumerate(candidates):
-                found.append(waiting[number].result() if waiting else self.of(candidate, seeds))
-                bar.update()
-        return found
+        return self.each(_measure, [(candidate, list(seeds)) for candidate in candidates], title, "run")
+
+
+def _converge(judge: Judge, seeds: list[int]) -> None:
+    judge.distances.converged(seeds, title=None)
+
+
+def _measure(judge: Judge, item: tuple[Candidate, list[int]]) -> np.ndarray:
+    return judge.of(*item)
 
 
 def run_of(spec: RunSpec, sampler: str, steps: int) -> RunSpec:
@@ -118,9 +129,5 @@ def _begin(spec: RunSpec, converged: RunSpec, machine: Machine, folder: Path) ->
     _judges.append(Judge(spec, Distances(converged, machine, folder)))
 
 
-def _converge(seeds: list[int]) -> None:
-    _judges[0].distances.converged(seeds, title=None)
-
-
-def _measure(candidate: Candidate, seeds: list[int]) -> np.ndarray:
-    return _judges[0].of(candidate, seeds)
+def _in_process(work: Callable[[Judge, Item], Found], item: Item) -> Found:
+    return work(_judges[0], item)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
-from tqdm import tqdm
 
 from planning.candidates import (
     INTERVALS,
@@ -80,8 +79,8 @@ class Tournament:
 
     def run(self) -> list[Trial]:
         """The best of each group without a search, then the best plans: found, and improved."""
-        self.gaps: dict[int, Gaps] = {calls: self.measured.of(calls)
-                                      for calls in tqdm(self.lengths(), desc="measuring gaps", unit="length")}
+        self.measured.measure(self.lengths())
+        self.gaps: dict[int, Gaps] = {calls: self.measured.of(calls) for calls in self.lengths()}
         trials = [*self.without_caching(), *uniform_trials(self.prices, CONVERGED),
                   *(trial for gaps in self.gaps.values() for trial in plans_of(gaps, self.prices, CONVERGED))]
         for number, (seeds, kept) in enumerate(zip(self.sizes(), self.rungs, strict=True)):

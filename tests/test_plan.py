@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from caching.deepcache import DeepCache
-from caching.fitted import BOUND, fingerprint
+from caching.fitted import BOUND, file_sha256, fingerprint
 from caching.methods import options_by_name, plan
 from caching.nested import no_cache
 from caching.options import RunShape
@@ -28,6 +29,7 @@ from ldm.unet import UNet
 from runs.errors import UserError
 from runs.families import build, example_inputs
 from runs.folder import read_run
+from runs.seeds import parse_seeds
 from runs.spec import RunSpec
 from speed.graphs import RecordedNetwork
 
@@ -403,3 +405,16 @@ def test_a_network_has_one_fingerprint_in_every_layout(model):
     if context:
         theirs.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"]))
         assert of(theirs) == own
+
+
+@pytest.mark.parametrize("file", sorted(Path("checkpoints/plans").glob("*.json")), ids=lambda file: file.stem)
+def test_plans_that_are_shipped(file):
+    """They belong to the weights beside them, cost what they say, and are within their budget."""
+    found = Plan.load(file)
+    run = RunSpec.of(found.run["model"], plan=file).open()
+    assert found.run["checkpoint_sha256"] == file_sha256(run.checkpoint)
+    run.refuse_foreign(run.told)
+    assert macs_per_image(run).hook == pytest.approx(found.macs["hook"] * run.rows_per_image)
+    assert found.cost <= found.notes["budget"] + 1e-9 and found.distance["interval"]
+    assert not set(parse_seeds(found.distance["seeds"])) & {
+        *parse_seeds(found.notes["learnt_on"]), *parse_seeds(found.notes["chosen_on"])}
