@@ -162,6 +162,27 @@ def test_the_table_of_forecast_blocks_is_that_of_the_study():
         assert row and numbers(row[1]) == pytest.approx([psnr(name) for name in names], abs=0.051), label
 
 
+def test_what_is_said_of_quality_is_measured():
+    text, runs = (ROOT / "docs" / "forecasting.md").read_text(), ROOT / "results" / "runs"
+    arms = {"ldm_emoji": ("{}_unipc_steps50_256", "unipc_steps{}_256"), "sd_emoji": (
+        "prompts_x2_{}_unipc_trailing_192", "prompts_x2_unipc_steps{}_trailing_192"),
+        "ddpm_emoji": ("{}_unipc_steps50_256", "unipc_steps{}_256")}
+    branch = {"ldm_emoji": "", "sd_emoji": "_branch0", "ddpm_emoji": "_branch0"}
+    for label, model, steps in (("latent", "ldm_emoji", (18, 11)), ("text", "sd_emoji", (18, 12)),
+                                ("pixel", "ddpm_emoji", (19, 13))):
+        cached, plain = arms[model]
+        for interval, fewer in zip((3, 5), steps, strict=True):
+            names = [cached.format(f"uniform_n{interval}{branch[model]}{words}") for words in ("", "_forecast1")]
+            for network, digits in (("EffLite0", 0), ("IncMixed5", 1)):
+                cells = []
+                for name in (*names, plain.format(fewer)):
+                    found = results.read(runs / model / f"{name}_sweep.json")
+                    value = found.metrics[f"KID-{network} minus uncached"].bounds
+                    cells.append("{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*(1000 * one for one in value), d=digits))
+                line = f"| {label}, {fewer} calls, {network} | {' | '.join(cells)} |"
+                assert line in text, line
+
+
 def test_what_readme_says_of_forecasts_is_measured(studied):
     rows = re.findall(r"^\| (\w+) model, .*\((\d+) UniPC steps, N = (\d+)\) \| (.+) \|$",
                       (ROOT / "README.md").read_text(), re.M)
