@@ -35,7 +35,7 @@ class Labels:
             return cls(text, num_classes)
         if not text[:1].isdigit():
             raise UserError(f"--labels must be balanced, random or a list like 207,360 or 0-9, got {text!r}")
-        listed = parse_seeds(text, "labels", num_classes)
+        listed = parse_seeds(text, "labels", max(num_classes, 10_000))
         if max(listed) >= num_classes:
             raise UserError(f"label {max(listed)} is out of range: this model's labels are 0 to {num_classes - 1}")
         return cls(listed, num_classes)

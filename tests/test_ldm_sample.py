@@ -286,7 +286,7 @@ def fails(capsys, code: int, *words: str) -> bool:
 
 @pytest.mark.parametrize(("change", "word"), [
     (["--labels", "5"], "0 to 4"), (["--labels", "0-9"], "0 to 4"), (["--labels", "dogs"], "labels"),
-    (["--guidance", "-1"], "guidance"), (["--guidance", "inf"], "guidance"), (["--guidance", "nan"], "guidance"),
+    (["--guidance", "-1"], "guidance"),
     (["--eta", "1.5"], "eta"), (["--steps", "1000"], "999"), (["--branch", "4"], "0 to 3"), (["--interval", "7"], "1 "),
     (["--schedule", "released-ldm"], "power"), (["--schedule", "released-ldm", "--power", "-1", "--interval", "2"],
                                                  "power"),
@@ -294,6 +294,13 @@ def fails(capsys, code: int, *words: str) -> bool:
 ])
 def test_bad_options_are_one_line_and_leave_nothing(sample, tmp_path, capsys, change, word):
     assert fails(capsys, sample("--out", tmp_path / "out", *change), word)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", ["inf", "nan", "x"])
+def test_what_is_no_finite_number_is_refused_before_anything_else(sample, tmp_path, capsys, number):
+    assert sample("--out", tmp_path / "out", "--guidance", number) == 2
+    assert "error: argument --guidance: " in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
