@@ -50,6 +50,8 @@ def kind_of(run: Run) -> str:
     if not run.caching:
         return f"fewer steps, {run.sampler_name}"
     cache = run.caching.settings
+    if "plan" in cache:
+        return "plan"
     blocks, forecast = cache.get("block_caching"), cache.get("forecast")
     parts = [] if blocks is None else ["blocks, scale-shift" if blocks["scale_shift_sha256"] else "blocks"]
     parts += [cache["schedule"]] if cache.get("schedule", "uniform") != "uniform" else []

@@ -201,6 +201,17 @@ def test_what_readme_says_of_forecasts_is_measured(studied):
         assert told == pytest.approx(measured, abs=0.051), (model, steps, interval)
 
 
+def test_what_is_said_of_the_plan_is_measured():
+    folder = ROOT / "results" / "convergence" / "plans_ldm"
+    plan, fewer = (np.array(results.read(folder / f"{name}.json").details["psnr"][64:])
+                   for name in ("plan_ldm_emoji_12_unipc_steps44", "unipc_steps12"))
+    by = mean_estimate(plan - fewer)
+    gain = "{:.1f} [{:.1f}, {:.1f}]".format(by["mean"], *by["interval"])
+    planning, readme = (" ".join((ROOT / name).read_text().split()) for name in ("docs/planning.md", "README.md"))
+    assert f"came to {plan.mean():.1f} dB and 12 UniPC steps to {fewer.mean():.1f}: a gain of {gain}" in planning
+    assert f"is {by['mean']:.1f} dB nearer" in readme and f"{plan.mean():.1f} beside {fewer.mean():.1f}" in readme
+
+
 def test_what_readme_says_of_time_is_measured():
     line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| the same: speed"))
     runs = results.read(ROOT / "results" / "throughput" / "ldm_cin256_cpu.json").times["runs"]
