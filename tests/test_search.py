@@ -201,7 +201,7 @@ SEEDS = ("--seeds", "10-13", "--held-out-seeds", "20-23")
 QUICK = ("--converged-steps", 12, "--attempts", 4, "--threads", 1)
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a kill, at any moment."""
 
 
