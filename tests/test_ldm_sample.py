@@ -4,7 +4,6 @@ import collections
 import csv
 import json
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import HERE, Golden, relative_error
+from conftest import HERE, Golden, relative_error, run_command
 from PIL import Image
 from safetensors.torch import save_file
 from test_ldm import SMALL, TOLERANCE
@@ -60,22 +59,16 @@ def write_config(path: Path, checkpoint: Path, **changes) -> Path:
 
 
 @pytest.fixture
-def sample(tiny, monkeypatch):
+def sample(tiny):
     """The command within this process; returns its exit code."""
-    def run(*args, command=main, name="ldm.sample", config=tiny) -> int:
-        given = ["--config", config, "--threads", 1] if command is main else []
-        monkeypatch.setattr(sys, "argv", [name, *map(str, [*given, *args])])
-        try:
-            command()
-        except SystemExit as stop:
-            return stop.code
-        return 0
+    def run(*args, command=main, config=tiny) -> int:
+        return run_command(command, *(["--config", config, "--threads", 1] if command is main else []), *args)
     return run
 
 
 @pytest.fixture
 def pack(sample):
-    return lambda *args: sample(*args, command=npz.main, name="runs.npz")
+    return lambda *args: sample(*args, command=npz.main)
 
 
 def pixels(folder: Path) -> dict[int, np.ndarray]:

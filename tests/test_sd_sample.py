@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import run_command
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -85,17 +86,11 @@ def write_config(path: Path, model: Path, **changes) -> Path:
 
 
 @pytest.fixture
-def sample(tiny, monkeypatch):
+def sample(tiny):
     """The command within this process, on the file of prompts unless others are given; returns its exit code."""
     def run(*args, config=tiny) -> int:
         prompts = [] if "--prompts" in args or "--prompt" in args else ["--prompts", tiny.with_name("prompts.txt")]
-        words = ["stable_diffusion.sample", "--config", config, "--threads", 1, "--device", "cpu", *prompts, *args]
-        monkeypatch.setattr(sys, "argv", [*map(str, words)])
-        try:
-            main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
+        return run_command(main, "--config", config, "--threads", 1, "--device", "cpu", *prompts, *args)
     return run
 
 
@@ -363,16 +358,11 @@ def test_nan_is_reported_and_not_saved(sample, tiny, tmp_path, capsys, part):
 # compare
 
 @pytest.fixture
-def compare(tiny, monkeypatch):
+def compare(tiny):
     """The command within this process; returns its exit code."""
     def run(*args, config=tiny) -> int:
-        words = ["stable_diffusion.compare", "--config", config, "--threads", 1, "--device", "cpu", "--prompt", "moon"]
-        monkeypatch.setattr(sys, "argv", [*map(str, [*words, *args])])
-        try:
-            stable_diffusion.compare.main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
+        return run_command(stable_diffusion.compare.main, "--config", config, "--threads", 1, "--device", "cpu",
+                           "--prompt", "moon", *args)
     return run
 
 

@@ -3,7 +3,6 @@
 import gzip
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import HERE, relative_error
+from conftest import HERE, relative_error, run_command
 from DeepCache import DeepCacheSDHelper
 from diffusers import (
     AutoencoderKL,
@@ -88,17 +87,11 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def sample(tiny, monkeypatch):
+def sample(tiny):
     """The command within this process; returns its exit code."""
     def run(*args, command=main, config=tiny) -> int:
         prompts = [] if "--prompt" in args else ["--prompts", tiny.with_name("prompts.txt")]
-        words = ["sample", "--config", config, "--threads", 1, "--device", "cpu", *prompts, *args]
-        monkeypatch.setattr(sys, "argv", [*map(str, words)])
-        try:
-            command()
-        except SystemExit as stop:
-            return stop.code
-        return 0
+        return run_command(command, "--config", config, "--threads", 1, "--device", "cpu", *prompts, *args)
     return run
 
 
