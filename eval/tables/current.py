@@ -1,7 +1,7 @@
 """Whether a number is current: everything that it depends on is unchanged, by content.
 
-Tables, sweeps and demos ask `Wanted.fault` and nothing else: a result that is not current is judged again, and a table
-says why it has no number.
+Tables, plans, sweeps and Slurm ask `Wanted.fault` and nothing else: a result that is not current is judged again, and a
+table says why it has no number.
 """
 
 import json
