@@ -8,11 +8,14 @@ from itertools import pairwise
 
 from caching.plan import Call, deepcache_calls
 from caching.schedules import uniform
-from planning.gaps import Gaps, best_full_calls
-from planning.judge import Candidate
+from planning.dynamic_programming import best_marks
+from planning.gaps import Gaps
+from planning.judge import Candidate, Grid
+from sampling.ddim import is_listed
 
 Depths = tuple[int | None, ...]         # the branch of each call; None computes everything
-PLAN, UNIFORM, FORECAST, FEWER = "plan", "DeepCache, uniform", "forecast, uniform", "fewer steps"
+PLAN, UNIFORM, FORECAST = "plan", "DeepCache, uniform", "forecast, uniform"
+FEWER, FITTED = "fewer steps", "fewer steps, fitted"
 INTERVALS = (2, 3, 4, 5)    # of the uniform schedules, each with as many calls as the budget pays for
 STRETCH = (1.25, 1.6)       # plans have as many calls as those, or so many times as many full ones as the budget
 MOST_CALLS = 100
@@ -49,16 +52,17 @@ class Trial:
 
     @property
     def group(self) -> str:
-        """What it is compared among at first: fewer steps of all samplers are one group."""
-        return FEWER if self.kind.startswith(FEWER) else self.kind
+        """What it is compared among at first: fewer steps of all samplers are one group, and those fitted another."""
+        return next((group for group in (FITTED, FEWER) if self.kind.startswith(group)), self.kind)
 
     @property
     def depths(self) -> Depths:
         return tuple(call.branch for call in self.run.calls)
 
     def on(self, sampler: str) -> "Trial":
-        """The same plan with another sampler."""
-        return replace(self, run=self.run._replace(sampler=sampler))
+        """The same with another sampler."""
+        kind = self.kind.replace(self.run.sampler, sampler) if self.group in (FEWER, FITTED) else self.kind
+        return replace(self, kind=kind, run=self.run._replace(sampler=sampler))
 
 
 def uniform_calls(prices: Prices, interval: int, branch: int) -> int:
@@ -93,27 +97,29 @@ def uniform_trials(prices: Prices, sampler: str) -> Iterator[Trial]:
         if len(full) > prices.full_calls(calls, branch) or calls <= interval:
             continue
         for kind, order in ((UNIFORM, 0), (FORECAST, 1), (FORECAST, 2)):
-            yield Trial(kind, Candidate(sampler, calls, tuple(deepcache_calls(branch, full, calls, order))), order)
+            made = tuple(deepcache_calls(branch, full, calls, order))
+            yield Trial(kind, Candidate(sampler, Grid(calls), made), order)
 
 
-def plans_of(gaps: Gaps, prices: Prices, sampler: str) -> Iterator[Trial]:
-    """The plans of one number of calls: those that dynamic programming finds, and full calls evenly spread, both with
+def plans_of(gaps: Gaps, grid: Grid, prices: Prices, sampler: str) -> Iterator[Trial]:
+    """The plans over some steps: those that dynamic programming finds, and full calls evenly spread, both with
     the damping that fits best, and what is left of the budget spent on deeper calls."""
     calls, branch = gaps.calls, min(prices.cached, key=prices.cached.__getitem__)
     most = prices.full_calls(calls, branch)
     if most < 2:
         return
-    found = [best_full_calls(gaps.flattened(power).of_gaps(branch, coherent), most)[-1]
+    found = [best_marks(gaps.flattened(power).of_gaps(branch, coherent), most)[-1]
              for power in POWERS for coherent in (True, False)]
     found.append([step * calls // most for step in range(most)])
     for depths in dict.fromkeys(with_full_calls(full, calls, branch) for full in found):
         depths = deepened(depths, gaps, prices, 1)
-        yield Trial(PLAN, Candidate(sampler, calls, gaps.fitted(depths, 1)))
+        yield Trial(PLAN, Candidate(sampler, grid, gaps.fitted(depths, 1)))
 
 
-def fewer_steps(sampler: str, steps: int, calls: int) -> Trial:
-    """So many steps without caching. calls: of the network."""
-    return Trial(f"{FEWER}, {sampler}", Candidate(sampler, steps, (Call(),) * calls), 0)
+def fewer_steps(sampler: str, grid: Grid, calls: int) -> Trial:
+    """Such steps without caching. calls: of the network."""
+    kind = FITTED if is_listed(grid.timesteps) else FEWER
+    return Trial(f"{kind}, {sampler}", Candidate(sampler, grid, (Call(),) * calls), 0)
 
 
 def deepened(depths: Depths, gaps: Gaps, prices: Prices, order: int) -> Depths:

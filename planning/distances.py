@@ -27,6 +27,7 @@ from runs.machine import Machine
 from runs.psnr import psnr
 from runs.spec import Run, RunSpec
 from runs.weights import save_tensors
+from sampling.ddim import is_listed
 
 EXACT = 200.0               # dB, instead of infinity
 
@@ -56,11 +57,13 @@ class Distances:
         """Refuse a run that does not come to the same images with ever more steps. Raises UserError."""
         own, other = ({"model": one.config.name, "checkpoint": one.checkpoint, "guidance": one.guidance,
                        "timesteps": one.timesteps, "condition": one.spec.condition} for one in (self.run, run))
+        if is_listed(run.timesteps) and run.sampler.call_timesteps()[0] == self.run.sampler.call_timesteps()[0]:
+            del own["timesteps"], other["timesteps"]
         differing = [name for name in own if own[name] != other[name]]
         if differing:
             raise UserError(f"{run.name} cannot be compared with {self.run.name}: they differ in "
                             f"{', '.join(differing)} (with leading timesteps each number of steps even starts at a "
-                            "noise level of its own)")
+                            "noise level of its own; a list of timesteps must begin where the converged run does)")
         if run.eta:
             raise UserError(f"{run.name} cannot be compared with converged images: its eta makes it random")
 

@@ -6,6 +6,7 @@ How much of a feature's error arrives in the network's output is measured beside
 the image on a few runs with a single cached call.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from caching.forecast import newton_terms
 from caching.nested import Network
 from caching.plan import Call, PlanCache
 from planning.fitting import own_unet
-from planning.judge import CONVERGED, Judge
+from planning.judge import CONVERGED, SPACING, Grid, Judge
 from runs.files import write_json
 from runs.seeds import format_seeds
 
@@ -165,31 +166,6 @@ class Gaps:
         return found
 
 
-def best_full_calls(gaps: np.ndarray, most: int) -> list[list[int]]:
-    """The full calls that leave the least error, for each number of them from 1 to `most`, by dynamic programming.
-
-    gaps: see `Gaps.of_gaps`. The state is the pair of the last two full calls, since a line goes through both.
-    """
-    calls = gaps.shape[1]
-    cost = np.full((calls + 1, calls), np.inf)          # of the least error with full calls ..., i, j so far
-    cost[calls, 0] = 0.0
-    before: list[np.ndarray] = []
-    found = []
-    for _ in range(min(most, calls)):
-        ends = cost + gaps[:, :, calls]
-        i, j = np.unravel_index(int(ends.argmin()), ends.shape)
-        full = [int(j)]
-        for back in reversed(before):
-            full.append(int(i))
-            i, j = back[i, j], i
-        found.append(full[::-1])
-        reached = cost[:, :, None] + gaps[:, :, :calls]                     # [i, j, k]
-        before.append(reached.argmin(0))                                    # [j, k] -> i
-        cost = np.full_like(cost, np.inf)
-        cost[:calls] = reached.min(0)
-    return found
-
-
 class GapMeasurements:
     """Measures gaps of a model on some seeds, and keeps what it measured beside its distances.
 
@@ -200,36 +176,37 @@ class GapMeasurements:
     def __init__(self, judge: Judge, branches: Sequence[int], seeds: Sequence[int], probe: int = 20,
                  nodes: int = 8):
         self.judge, self.branches, self.seeds = judge, list(branches), list(seeds)
-        self.probe, self.nodes = probe, nodes
+        self.probe, self.nodes = Grid(probe), nodes
 
-    def measure(self, lengths: Sequence[int]) -> None:
-        """Measure all that `of` needs for runs of so many calls."""
-        about = self.branches, self.seeds, self.probe, self.nodes
-        wanted = [self.probe, *sorted({*lengths} - {self.probe}, reverse=True)]         # the longest work first
-        self.judge.each(_measure, [(about, steps) for steps in wanted], "measuring gaps", "length")
+    def measure(self, grids: Sequence[Grid]) -> None:
+        """Measure all that `of` needs for runs over such steps."""
+        about = self.branches, self.seeds, self.probe.steps, self.nodes
+        wanted = [self.probe, *sorted({*grids} - {self.probe}, reverse=True)]           # the longest work first
+        self.judge.each(_measure, [(about, grid) for grid in wanted], "measuring gaps", "run")
 
-    def network_calls(self, lengths: Sequence[int]) -> float:
+    def network_calls(self, lengths: Sequence[int]) -> int:
         """How many full network calls it takes to measure runs of so many calls; what is cached is left out."""
-        return len(self.seeds) * (sum({*lengths, self.probe}) + self.probe * (self.nodes + 1))
+        return len(self.seeds) * (sum(lengths) + self.probe.steps * (self.nodes + 2))
 
-    def of(self, steps: int) -> Gaps:
-        """What gaps cost in runs of so many calls."""
-        gram, output = self.measured(steps)
+    def of(self, grid: Grid) -> Gaps:
+        """What gaps cost in runs over such steps."""
+        steps = grid.steps
+        gram, output = self.measured(grid)
         weights = {}
         for branch in self.branches:
             change = np.array([gram[branch][s, s] - 2 * gram[branch][s, s - 1] + gram[branch][s - 1, s - 1]
                                for s in range(1, steps)])
             arrives = np.sqrt(output[branch][1:] / change.clip(min=1e-30))
-            weights[branch] = np.concatenate([[0.0], arrives * self._image_per_output(steps)[1:]])
+            weights[branch] = np.concatenate([[0.0], arrives * self._image_per_output(grid)[1:]])
         return Gaps(gram, weights)
 
-    def measured(self, steps: int) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    def measured(self, grid: Grid) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
         """(Gram matrices, squared output errors of gaps of one call), by branch."""
-        file = self._file(f"steps{steps}")
+        file = self._file(_named(grid))
         if not file.is_file():
             meter = GapMeter(own_unet(self.judge.distances.model), self.branches)
             for batch in self._batches():
-                self.judge.distances.latents(self.judge.run(CONVERGED, steps), batch, network=meter)
+                self.judge.distances.latents(self.judge.run(CONVERGED, grid), batch, network=meter)
                 meter.finish()
             write_json(file, {"gram": {b: np.asarray(meter.gram[b]).tolist() for b in self.branches},
                               "output": {b: np.asarray(meter.output[b]).tolist() for b in self.branches}})
@@ -237,26 +214,30 @@ class GapMeasurements:
         return tuple({int(b): np.array(value) for b, value in content[part].items()}    # type: ignore[return-value]
                      for part in ("gram", "output"))
 
-    def _image_per_output(self, steps: int) -> np.ndarray:
+    def _image_per_output(self, grid: Grid) -> np.ndarray:
         """The error of the image per error of the network's output at each call: [steps]."""
-        branch, file = self.branches[0], self._file(f"image{self.probe}_{self.nodes}")
+        probe = self.probe.steps
+        branch, file = self.branches[0], self._file(f"image{probe}_{self.nodes}")
         _, output = self.measured(self.probe)
         if not file.is_file():
-            calls = sorted({int(call) for call in np.linspace(1, self.probe - 1, self.nodes).round()})
+            calls = sorted({int(call) for call in np.linspace(1, probe - 1, self.nodes).round()})
             found = dict.fromkeys(calls, 0.0)
             run, latents = self.judge.run(CONVERGED, self.probe), self.judge.distances.latents
             for batch in self._batches():
                 exact = latents(run, batch)
                 for call in calls:
-                    alone = PlanCache([Call(branch if step == call else None) for step in range(self.probe)])
+                    alone = PlanCache([Call(branch if step == call else None) for step in range(probe)])
                     cached = latents(run, batch, alone)
                     found[call] += (cached - exact).double().square().sum().item()
             write_json(file, {"image": found})
         image = {int(call): value for call, value in json.loads(file.read_text())["image"].items()}
         calls = sorted(image)
         ratios = [np.log(max(image[call], 1e-30) / max(output[branch][call], 1e-30)) / 2 for call in calls]
-        at = np.arange(steps) / steps * self.probe
-        return np.exp(np.interp(at, calls, ratios)) * self.probe / steps    # a step as long as it is here
+        sampler = self.judge.run(CONVERGED, grid).sampler
+        whole = sampler.diffusion.num_timesteps
+        times = np.array([*sampler.call_timesteps(), -1])
+        at, long = (whole - 1 - times[:-1]) / whole * probe, (times[:-1] - times[1:]) / whole * probe
+        return np.exp(np.interp(at, calls, ratios)) * long      # with a step as long as it is here
 
     def _batches(self) -> list[list[int]]:
         size = self.judge.distances.machine.batch_size
@@ -267,10 +248,16 @@ class GapMeasurements:
         return self.judge.distances.made("gaps") / f"{name}_{about}.json"
 
 
-def _measure(judge: Judge, item: tuple[tuple[list[int], list[int], int, int], int]) -> None:
-    (branches, seeds, probe, nodes), steps = item
+def _named(grid: Grid) -> str:
+    """What a file of a grid is called; a list of timesteps may be longer than a name can be."""
+    digest = "" if grid.timesteps == SPACING else f"_{hashlib.sha256(grid.timesteps.encode()).hexdigest()[:16]}"
+    return f"steps{grid.steps}{digest}"
+
+
+def _measure(judge: Judge, item: tuple[tuple[list[int], list[int], int, int], Grid]) -> None:
+    (branches, seeds, probe, nodes), grid = item
     measurements = GapMeasurements(judge, branches, seeds, probe, nodes)
-    if steps == probe:
-        measurements.of(steps)
+    if grid == measurements.probe:
+        measurements.of(grid)
     else:
-        measurements.measured(steps)
+        measurements.measured(grid)

@@ -25,10 +25,16 @@ SPACING = "trailing"        # runs of all lengths start at the same noise level 
 CONVERGED = "unipc"
 
 
-class Candidate(NamedTuple):
-    """A run that a search may choose, over trailing timesteps. calls: what each of its network calls does."""
-    sampler: str
+class Grid(NamedTuple):
+    """How many steps a run has, and at which timesteps: trailing ones, or a list that begins where those do."""
     steps: int
+    timesteps: str = SPACING
+
+
+class Candidate(NamedTuple):
+    """A run that a search may choose. calls: what each of its network calls does."""
+    sampler: str
+    grid: Grid
     calls: tuple[Call, ...]
 
 
@@ -38,7 +44,7 @@ class Judge:
     def __init__(self, spec: RunSpec, distances: Distances):
         self.spec, self.distances = spec, distances
         self.pool: ProcessPoolExecutor | None = None
-        self._runs: dict[tuple[str, int], Run] = {}
+        self._runs: dict[tuple[str, Grid], Run] = {}
 
     @contextmanager
     def processes(self, jobs: int, machine: Machine) -> Iterator["Judge"]:
@@ -55,19 +61,19 @@ class Judge:
                 self.pool.shutdown(cancel_futures=True)
                 self.pool = None
 
-    def run(self, sampler: str, steps: int) -> Run:
-        """The run without caching that has so many steps. Raises UserError for a number that the sampler cannot do."""
-        if (sampler, steps) not in self._runs:
-            found = run_of(self.spec, sampler, steps).open()
+    def run(self, sampler: str, grid: Grid) -> Run:
+        """The run without caching over such steps. Raises UserError for some that the sampler cannot do."""
+        if (sampler, grid) not in self._runs:
+            found = run_of(self.spec, sampler, grid).open()
             self.distances.check(found)
             _ = found.sampler
-            self._runs[sampler, steps] = found
-        return self._runs[sampler, steps]
+            self._runs[sampler, grid] = found
+        return self._runs[sampler, grid]
 
-    def calls(self, sampler: str, steps: int) -> int | None:
-        """The network calls of so many steps; None where the sampler does not take them."""
+    def calls(self, sampler: str, grid: Grid) -> int | None:
+        """The network calls of such steps; None where the sampler does not take them."""
         try:
-            return self.run(sampler, steps).calls
+            return self.run(sampler, grid).calls
         except UserError:
             return None
 
@@ -92,7 +98,7 @@ class Judge:
 
     def of(self, candidate: Candidate, seeds: Sequence[int]) -> np.ndarray:
         """PSNR to the converged latents, dB: float64 [seeds]."""
-        run = self.run(candidate.sampler, candidate.steps)
+        run = self.run(candidate.sampler, candidate.grid)
         return self.distances.of(run, seeds, candidate.calls)
 
     def measure(self, candidates: Sequence[Candidate], seeds: Sequence[int], title: str) -> list[np.ndarray]:
@@ -108,9 +114,9 @@ def _measure(judge: Judge, item: tuple[Candidate, list[int]]) -> np.ndarray:
     return judge.of(*item)
 
 
-def run_of(spec: RunSpec, sampler: str, steps: int) -> RunSpec:
-    """A run of the model without caching, over the timesteps that candidates have."""
-    return spec.having(sampler=sampler, steps=steps, timesteps=SPACING, eta=None)
+def run_of(spec: RunSpec, sampler: str, grid: Grid) -> RunSpec:
+    """A run of the model without caching."""
+    return spec.having(sampler=sampler, steps=grid.steps, timesteps=grid.timesteps, eta=None)
 
 
 # In the other processes.

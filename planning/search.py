@@ -35,7 +35,7 @@ from planning.candidates import PLAN, Prices, Trial
 from planning.distances import Distances
 from planning.fitting import check_out, own_unet
 from planning.gaps import GapMeasurements
-from planning.judge import CONVERGED, SPACING, Judge, run_of
+from planning.judge import CONVERGED, SPACING, Grid, Judge, run_of
 from planning.tournament import Tournament
 from runs import arguments, results
 from runs.cli import command
@@ -204,7 +204,7 @@ def report(chosen: Trial, arms: list[Trial], judge: Judge, seeds: list[int]) -> 
 
 def about(trial: Trial, prices: Prices) -> dict[str, Any]:
     """What the report says of a candidate."""
-    return {"kind": trial.kind, "sampler": trial.run.sampler, "steps": trial.run.steps, "order": trial.order,
+    return {"kind": trial.kind, "sampler": trial.run.sampler, **trial.run.grid._asdict(), "order": trial.order,
             "full_calls": prices.of(trial.depths), "branches": list(trial.depths)}
 
 
@@ -224,8 +224,7 @@ def announce(tournament: Tournament, seeds: Seeds, times: StepTimes, jobs: int) 
     """Say how much there is to compute, before it begins."""
     prices, distances = tournament.prices, tournament.judge.distances
     others = (6 * len(seeds.choose) + 4 * len(seeds.report)) * prices.budget
-    calls = (len(distances.missing(seeds.all)) * distances.run.calls + tournament.network_calls() + others
-             + tournament.measured.network_calls(tournament.lengths()))
+    calls = (len(distances.missing(seeds.all)) * distances.run.calls + tournament.network_calls() + others)
     print(f"{prices.budget:.4g} full network calls per image, {distances.run.calls} for a converged one: at most "
           f"{calls:,.0f} of them, of one image each, take about {calls * times.full / jobs / 60:.2g} minutes at "
           f"{1e3 * times.full:.3g} ms in {jobs} process{'es' if jobs > 1 else ''}; what was measured before is not "
@@ -242,7 +241,7 @@ def main() -> None:
     if args.seconds is None:
         prices_of(own, args)                    # which may be refused, before the weights are read
     own.family.open(own, machine).check_seeds(seeds.all)
-    distances = Distances(run_of(spec, CONVERGED, args.converged_steps), machine,
+    distances = Distances(run_of(spec, CONVERGED, Grid(args.converged_steps)), machine,
                           args.work or args.out.with_suffix(".work"))
     times = (StepTimes.measured if args.seconds is None else StepTimes.kept)(distances, branches_of(own))
     prices = prices_of(own, args, times)
@@ -266,11 +265,11 @@ def main() -> None:
     found_mean = metrics["plan"]
     distance = {"what": MEASURED, "converged": f"{CONVERGED}, {args.converged_steps} {SPACING} steps",
                 "seeds": format_seeds(seeds.report), "mean": found_mean.value, "interval": found_mean.interval}
-    run = judge.run(chosen.run.sampler, chosen.run.steps)
+    run = judge.run(chosen.run.sampler, chosen.run.grid)
     plan = plan_of(chosen, distances, run, distance, notes)
     details = {**notes, "reported_on": format_seeds(seeds.report), "chosen": about(chosen, prices),
                "arms": [about(trial, prices) for trial in arms],
-               "on_few_seeds": [{"kind": trial.kind, "sampler": trial.run.sampler, "steps": trial.run.steps,
+               "on_few_seeds": [{"kind": trial.kind, "sampler": trial.run.sampler, **trial.run.grid._asdict(),
                                  "order": trial.order, "full": trial.depths.count(None), "mean": round(mean, 2)}
                                 for trial, mean in tournament.first]}
     results.write(args.out.with_suffix(".search.json"), Result(
@@ -281,7 +280,7 @@ def main() -> None:
     print(f"{len(seeds.report)} seeds that nothing was chosen on; {MEASURED}, 95% intervals:")
     for name, one in metrics.items():
         print("{:40} {:7.2f} [{:.2f}, {:.2f}]".format(name, *one.bounds))
-    print(f"{args.out}: {chosen.kind}, {chosen.run.sampler}, {chosen.run.steps} steps, {plan.cost:.2f} full calls "
+    print(f"{args.out}: {chosen.kind}, {chosen.run.sampler}, {chosen.run.grid.steps} steps, {plan.cost:.2f} full calls "
           f"({chosen.depths.count(None)} calls compute everything)")
 
 

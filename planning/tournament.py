@@ -5,13 +5,14 @@ end.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
 
 from planning.candidates import (
+    FITTED,
     INTERVALS,
     PLAN,
     POWERS,
@@ -24,9 +25,11 @@ from planning.candidates import (
     uniform_trials,
 )
 from planning.gaps import GapMeasurements, Gaps
-from planning.judge import CONVERGED, Judge
+from planning.judge import CONVERGED, Grid, Judge
+from planning.timesteps import RULES, Rule, trajectory
 
 BELOW = 3           # fewer steps than the budget pays for are tried too: more of them are not always better
+GRIDS = 2           # the timesteps of plans: trailing, and those that fit best
 OFFERS = 6          # changes that are weighed by what is measured of gaps, for each that is run
 
 
@@ -47,6 +50,7 @@ class Tournament:
     at_once: int = 8
     rungs: Sequence[int] = (16, 6, 3, 2)
     first: list[tuple[Trial, float]] = field(default_factory=list)      # everything, with its mean on the first rung
+    _fitted: dict[Rule, list[str]] = field(default_factory=dict)
 
     def lengths(self) -> list[int]:
         """The numbers of calls of the plans that are tried."""
@@ -58,11 +62,11 @@ class Tournament:
 
     def network_calls(self) -> int:
         """How many full network calls `run` makes at most, but for measuring gaps."""
-        kinds = 3
-        started = (BELOW * len(self.samplers) + 3 * len(INTERVALS)
-                   + len(self.lengths()) * (2 * len(POWERS) + 1))
-        relatives = self.rungs[0] // 4 + len(self.samplers)
-        images, before, trials = 0, 0, started
+        kinds = 4
+        started = (BELOW * len(self.samplers) + len(RULES) + 3 * len(INTERVALS)
+                   + len(GRIDS) * len(self.lengths()) * (2 * len(POWERS) + 1))
+        relatives = self.rungs[0] // 4 + 2 * len(self.samplers)
+        images, before, trials = len(RULES) * (self.few() - self.sizes()[0]), 0, started
         for number, (seeds, kept) in enumerate(zip(self.sizes(), self.rungs, strict=True)):
             if number == 1:
                 images, trials = images + relatives * before, trials + relatives
@@ -71,7 +75,8 @@ class Tournament:
         rounds = -(-self.attempts // self.at_once)
         few = self.few()
         images += rounds * (self.at_once * few + 2 * (len(self.seeds) - few))
-        return round(images * self.prices.budget)
+        measured = len(self.measured.seeds) * self.judge.distances.run.calls
+        return round(images * self.prices.budget) + measured + self.measured.network_calls(GRIDS * self.lengths())
 
     def few(self) -> int:
         """On how many seeds a change is first tried."""
@@ -79,10 +84,16 @@ class Tournament:
 
     def run(self) -> list[Trial]:
         """The best of each group without a search, then the best plans: found, and improved."""
-        self.measured.measure(self.lengths())
-        self.gaps: dict[int, Gaps] = {calls: self.measured.of(calls) for calls in self.lengths()}
-        trials = [*self.without_caching(), *uniform_trials(self.prices, CONVERGED),
-                  *(trial for gaps in self.gaps.values() for trial in plans_of(gaps, self.prices, CONVERGED))]
+        self.trajectory = trajectory(self.judge, self.measured.seeds)
+        fitted = {rule: self.fitted(rule, int(self.prices.budget)) for rule in RULES}
+        grids = [Grid(calls) for calls in self.lengths()]
+        for rule in self.best_rules(fitted)[:GRIDS - 1]:
+            grids += filter(None, (self.fitted(rule, calls) for calls in self.lengths()))
+        self.measured.measure(grids)
+        self.gaps: dict[Grid, Gaps] = {grid: self.measured.of(grid) for grid in grids}
+        trials = [*self.without_caching(), *self.fewer_fitted(fitted.values()),
+                  *uniform_trials(self.prices, CONVERGED),
+                  *(trial for grid in grids for trial in plans_of(self.gaps[grid], grid, self.prices, CONVERGED))]
         for number, (seeds, kept) in enumerate(zip(self.sizes(), self.rungs, strict=True)):
             if number == 1:
                 trials = list(dict.fromkeys([*trials, *self.relatives(trials)]))
@@ -96,20 +107,40 @@ class Tournament:
         for sampler in self.samplers:
             found = 0
             for steps in range(int(self.prices.budget + 1e-9), 0, -1):
-                calls = self.judge.calls(sampler, steps)
+                calls = self.judge.calls(sampler, Grid(steps))
                 if calls is not None and calls <= self.prices.budget + 1e-9 and found < BELOW:
                     found += 1
-                    yield fewer_steps(sampler, steps, calls)
+                    yield fewer_steps(sampler, Grid(steps), calls)
+
+    def fitted(self, rule: Rule, steps: int) -> Grid | None:
+        """So many fitted timesteps; None where the converged run has too few to choose among."""
+        if rule not in self._fitted:
+            self._fitted[rule] = self.trajectory.fitted(rule, max(int(self.prices.budget), *self.lengths(), 1))
+        return Grid(steps, self._fitted[rule][steps - 1]) if steps <= len(self._fitted[rule]) else None
+
+    def fewer_fitted(self, grids: Iterable[Grid | None]) -> Iterator[Trial]:
+        """Fewer steps without caching, at fitted timesteps."""
+        for grid in dict.fromkeys(filter(None, grids)):
+            yield fewer_steps(CONVERGED, grid, grid.steps)
+
+    def best_rules(self, fitted: Mapping[Rule, Grid | None]) -> list[Rule]:
+        """The rules by which timesteps were fitted, that whose runs without caching come nearest first."""
+        rules = [rule for rule, grid in fitted.items() if grid is not None]
+        runs = [next(self.fewer_fitted([fitted[rule]])).run for rule in rules]
+        found = self.judge.measure(runs, self.seeds[:self.few()], "fitted timesteps")
+        order = sorted(range(len(rules)), key=lambda one: -found[one].mean())
+        return [rules[one] for one in order]
 
     def relatives(self, trials: Sequence[Trial]) -> Iterator[Trial]:
-        """The best plans with forecasts of order 2, and the best one with the other samplers."""
+        """The best plans with forecasts of order 2, and the best one, and the best fitted timesteps, with the other
+        samplers."""
         plans = [trial for trial in trials if trial.kind == PLAN]
         for trial in plans[:max(1, self.rungs[0] // 4)]:
-            calls = self.gaps[trial.run.steps].fitted(trial.depths, 2)
+            calls = self.gaps[trial.run.grid].fitted(trial.depths, 2)
             yield replace(trial, run=trial.run._replace(calls=calls), order=2)
-        for trial in plans[:1]:
+        for trial in [*plans[:1], *[trial for trial in trials if trial.group == FITTED][:1]]:
             for sampler in self.samplers:
-                if self.judge.calls(sampler, trial.run.steps) == len(trial.run.calls):
+                if self.judge.calls(sampler, trial.run.grid) == len(trial.run.calls):
                     yield trial.on(sampler)
 
     def best(self, trials: Sequence[Trial], seeds: Sequence[int], kept: int, first: bool = False) -> list[Trial]:
@@ -130,7 +161,7 @@ class Tournament:
         Some changes at a time are tried on few seeds, the best two of them on all, and the better one is taken if it is
         better than the plan by more than half a standard error.
         """
-        gaps, dice, tried = self.gaps[trial.run.steps], random.Random(0), {trial.depths}
+        gaps, dice, tried = self.gaps[trial.run.grid], random.Random(0), {trial.depths}
         few = self.seeds[:self.few()]
         left = self.attempts
         while left > 0:

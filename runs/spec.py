@@ -4,6 +4,7 @@ said here and in the dataclasses that it is made of, and nowhere else.
     RunSpec.of("configs/ddpm_cifar10.yaml", interval=5, branch=2).open().settings
 """
 
+import hashlib
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -33,6 +34,7 @@ from runs.families import (
     find_config,
     load_config,
 )
+from sampling.ddim import is_listed
 from sampling.samplers import (
     SAMPLERS,
     SAMPLERS_HELP,
@@ -54,7 +56,7 @@ class SamplerOptions:
     title: ClassVar[str] = "the sampler (defaults: the config's, which are the paper's)"
     sampler: str | None = option(None, SAMPLERS_HELP, choices=SAMPLERS)
     steps: int | None = option(None, "network calls per image; plms makes one more")
-    timesteps: str | None = option(None, TIMESTEPS_HELP, choices=TIMESTEPS)
+    timesteps: str | None = option(None, TIMESTEPS_HELP, metavar="SPACING")
     eta: float | None = option(None, "ddim: 0 = deterministic, 1 = the variance of DDPM")
 
 
@@ -131,9 +133,13 @@ class Run:
         self.default_sampler: str = getattr(defaults, "sampler", "ddim")
         chosen = _chosen_sampling(spec)
         self.sampler_name: str = chosen.get("sampler", self.default_sampler)
-        self.steps: int = chosen.get("steps", defaults.steps)
         with as_user_error():
             self.timesteps: str = chosen.get("timesteps") or timesteps_for(self.sampler_name, defaults.timesteps)
+        own = is_listed(self.timesteps)
+        if not own and self.timesteps not in TIMESTEPS:
+            raise UserError(f"--timesteps must be one of {', '.join(TIMESTEPS)}, or a list like 999,750,400,120, got "
+                            f"{self.timesteps[:40]!r}")
+        self.steps: int = chosen.get("steps", self.timesteps.count(",") + 1 if own else defaults.steps)
         given = getattr(spec.condition, "guidance", None)
         self.guidance: float = getattr(defaults, "guidance", 1.0) if given is None else given
         if not 0 <= self.guidance < float("inf"):
@@ -246,7 +252,7 @@ class Run:
                  *(part for method in self.caching.methods for part in method.name),
                  *([self.sampler_name] if self.sampler_name != self.default_sampler else []),
                  *([f"steps{self.steps}"] if self.steps != defaults.steps else []),
-                 *([self.timesteps] if self.timesteps != usual else []), *last]
+                 *([_short(self.timesteps)] if self.timesteps != usual else []), *last]
         return "_".join([*first, *(parts or ["uncached"])])
 
 
@@ -258,6 +264,11 @@ def _chosen_sampling(spec: RunSpec) -> dict[str, Any]:
     with as_user_error():
         fitted = {name: value for method in spec.caching for name, value in method.sampling().items()}
     return fitted | arguments.given(spec.sampler)
+
+
+def _short(timesteps: str) -> str:
+    """A spacing's name; of a list of timesteps, a digest."""
+    return f"times{hashlib.sha256(timesteps.encode()).hexdigest()[:8]}" if is_listed(timesteps) else timesteps
 
 
 def _stamped(spec: RunSpec) -> tuple[str, Path, int, int]:

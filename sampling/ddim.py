@@ -64,10 +64,34 @@ SPACINGS = {"uniform": uniform_timesteps, "quad": quadratic_timesteps, "offset":
 
 
 def make_timesteps(spacing: str, num_steps: int, num_timesteps: int = 1000) -> list[int]:
-    """Timesteps of a named spacing (SPACINGS). Raises ValueError for any other name."""
+    """Timesteps of a named spacing (SPACINGS), or `listed` ones: ascending. Raises ValueError for anything else."""
+    if is_listed(spacing):
+        return listed(spacing, num_steps, num_timesteps)
     if spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing of timesteps {spacing!r}: choose from {', '.join(SPACINGS)}")
+        raise ValueError(f"unknown spacing of timesteps {spacing!r}: choose from {', '.join(SPACINGS)}, or list them")
     return SPACINGS[spacing](num_steps, num_timesteps)
+
+
+def is_listed(spacing: str) -> bool:
+    """Whether this lists timesteps, instead of naming a spacing of them."""
+    return spacing[:1].isdigit()
+
+
+def listed(text: str, num_steps: int, num_timesteps: int) -> list[int]:
+    """The timesteps of a list as runs go through them, '999,750,400,120': ascending.
+
+    Sampling ends on a clean image after the last one. Raises ValueError unless they fall, each below num_timesteps, and
+    there are num_steps of them.
+    """
+    words = text.split(",")
+    if not all(word.isascii() and word.isdigit() and len(word) < 8 for word in words):
+        raise ValueError(f"a list of timesteps is like 999,750,400,120, got {text[:40]!r}")
+    found = [int(word) for word in reversed(words)]
+    if found != sorted(set(found)) or found[-1] >= num_timesteps:
+        raise ValueError(f"timesteps must fall from step to step, from {num_timesteps - 1} at most, got {text[:40]}")
+    if len(found) != num_steps:
+        raise ValueError(f"{num_steps} steps, but {len(found)} timesteps are listed: leave --steps out")
+    return found
 
 
 def final_alpha(spacing: str, alphas_cumprod: Tensor) -> float:

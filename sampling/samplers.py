@@ -26,7 +26,7 @@ def _timesteps_help() -> str:
 
 
 TIMESTEPS_HELP = ("how the steps spread over the noise levels (the config's by default, or leading where the sampler "
-                  f"does not take that); {_timesteps_help()}")
+                  f"does not take that); {_timesteps_help()}; or a list of them, like 999,750,400,120 (not plms)")
 
 
 def num_calls(sampler: str, num_steps: int) -> int:

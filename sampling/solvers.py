@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sampling.ddim import SPACINGS, ddim, final_alpha, make_timesteps
+from sampling.ddim import SPACINGS, ddim, final_alpha, is_listed, listed, make_timesteps
 from sampling.diffusion import Diffusion
 
 Predict = Callable[[Tensor, int, int], Tensor]
@@ -34,7 +34,7 @@ class Solver:
 
     def spacing(self, of_config: str) -> str:
         """The spacing where only the config says one: its own if the sampler knows it, else Stable Diffusion's."""
-        return of_config if of_config in self.spacings else "leading"
+        return of_config if of_config in self.spacings or is_listed(of_config) else "leading"
 
     def calls(self, steps: int) -> int:
         """Network calls of a run."""
@@ -95,6 +95,7 @@ class OfDiffusers(Solver):
     scheduler: str
     arguments: Mapping[str, Any]
     by_spacing: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MULTISTEP)
+    takes_lists: ClassVar[bool] = True
 
     @property
     def spacings(self) -> Sequence[str]:
@@ -107,10 +108,17 @@ class OfDiffusers(Solver):
         """
         import diffusers
 
+        own = listed(spacing, steps, len(betas))[::-1] if self.takes_lists and is_listed(spacing) else None
+        spacing = spacing if own is None else "trailing"
         self.check_steps(steps, spacing, len(betas))
         made = getattr(diffusers, self.scheduler)(len(betas), trained_betas=betas.tolist(), **self.arguments,
                                                   **self.by_spacing[spacing])
         made.set_timesteps(steps)
+        if own is not None:
+            # As its set_timesteps does for those of a spacing; few of the schedulers take a list themselves.
+            levels = ((1 - made.alphas_cumprod) / made.alphas_cumprod) ** 0.5
+            made.timesteps, made.num_inference_steps = torch.tensor(own), steps
+            made.sigmas = torch.cat([levels[own], made.sigmas[-1:]]).float()
         if hasattr(made, "set_begin_index"):
             made.set_begin_index(0)
         timesteps = made.timesteps.tolist()
@@ -124,7 +132,8 @@ class OfDiffusers(Solver):
         """Check what can be known before the timesteps are. Raises ValueError."""
         if spacing not in self.by_spacing:
             known = (" or " if len(self.by_spacing) == 2 else ", ").join(self.by_spacing)
-            raise ValueError(f"{self.name} takes timesteps {known}, got {spacing!r}")
+            raise ValueError(f"{self.name} takes timesteps {known}{', or a list' if self.takes_lists else ''}, "
+                             f"got {spacing[:40]!r}")
         if not 1 <= steps < num_timesteps:
             raise ValueError(f"the number of steps must be from 1 to {num_timesteps - 1}, got {steps}")
 
@@ -143,7 +152,8 @@ class OfDiffusers(Solver):
 
 
 class Plms(OfDiffusers):
-    """PLMS takes two network calls for its first step: the second timestep comes twice."""
+    """PLMS takes two network calls for its first step: the second timestep comes twice. Its steps are equally long."""
+    takes_lists: ClassVar[bool] = False
 
     def calls(self, steps: int) -> int:
         return steps + (steps > 1)

@@ -84,6 +84,37 @@ def test_other_spacings_are_diffusers(name, spacing):
     assert apart(Sampler(name, 7, spacing, 0.0, DIFFUSION).run(curved, noise()), expected) < TOLERANCE[name]
 
 
+LIST = "999,940,850,700,500,280,110,30"
+
+
+@pytest.mark.parametrize("name", ["dpmpp", "dpmpp3"])
+def test_listed_timesteps_are_diffusers(name):
+    """Its DPM-Solver++ takes a list itself."""
+    scheduler = THEIRS[name]()
+    own, scheduler.set_timesteps = scheduler.set_timesteps, lambda steps: own(timesteps=list(map(int, LIST.split(","))))
+    expected = by_diffusers(scheduler, 8)
+    assert apart(Sampler(name, 8, LIST, 0.0, DIFFUSION).run(curved, noise()), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in THEIRS if name != "plms"])
+def test_listed_timesteps_are_those_that_a_spacing_has(name):
+    named = Sampler(name, 8, "trailing", 0.0, DIFFUSION)
+    as_list = Sampler(name, 8, ",".join(map(str, named.call_timesteps())), 0.0, DIFFUSION)
+    assert torch.equal(as_list.run(curved, noise()), named.run(curved, noise()))
+    assert Sampler(name, 8, LIST, 0.0, DIFFUSION).call_timesteps() == list(map(int, LIST.split(",")))
+
+
+@pytest.mark.parametrize(("listed", "steps", "message"), [
+    ("999,500", 3, "3 steps, but 2 timesteps are listed"), ("500,999", 2, "must fall"), ("500,500", 2, "must fall"),
+    ("1000,3", 2, "from 999 at most"), ("999,x", 2, "is like 999,750"), ("999,", 2, "is like 999,750")])
+def test_lists_that_cannot_be(listed, steps, message):
+    for name in ("ddim", "unipc"):
+        with pytest.raises(ValueError, match=message):
+            Sampler(name, steps, listed, 0.0, DIFFUSION)
+    with pytest.raises(ValueError, match="plms takes timesteps leading or trailing, got '999,500'"):
+        Sampler("plms", 2, "999,500", 0.0, DIFFUSION)
+
+
 @pytest.mark.parametrize("name", [name for name in THEIRS if name != "plms"])     # its rule is of noises here
 @pytest.mark.parametrize("steps", [5, 16])
 @torch.no_grad()
@@ -176,7 +207,7 @@ def test_leading_and_offset_timesteps_agree_where_the_steps_divide():
     (("plms", 0, "leading", 0.0), "1 to 999"), (("dpmpp", 1000, "leading", 0.0), "1 to 999"),
     (("plms", 7, "trailing", 0.0), "divides 1000"), (("plms", 5, "linspace", 0.0), "linspace"),
     (("ddim", 5, "linspace", 0.0), "linspace"), (("ddim", 5, "leading", 2.0), "eta"),
-    (("dpmpp", 5, "uniform", 0.0), "dpmpp takes timesteps leading, linspace, trailing, got 'uniform'"),
+    (("dpmpp", 5, "uniform", 0.0), "dpmpp takes timesteps leading, linspace, trailing, or a list, got 'uniform'"),
     (("unipc", 5, "quad", 0.0), "unipc takes"), (("deis", 5, "leading", 0.5), "deis is deterministic: eta is for ddim"),
     (("plms", 5, "uniform", 0.0), "plms takes timesteps leading or trailing, got 'uniform'")])
 def test_settings_that_do_not_go_together(settings, word):

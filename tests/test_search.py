@@ -19,8 +19,9 @@ from eval.cost.runs import call_macs, costs_of, macs_per_image
 from planning import candidates, search, tournament
 from planning.candidates import Prices, deepened, lengths, neighbours, plans_of, uniform_trials
 from planning.distances import Distances, psnr_to
-from planning.gaps import GapMeasurements, Gaps, best_full_calls
-from planning.judge import Candidate, Judge, run_of
+from planning.dynamic_programming import best_marks
+from planning.gaps import GapMeasurements, Gaps
+from planning.judge import Candidate, Grid, Judge, run_of
 from planning.tournament import Tournament
 from runs import results
 from runs.errors import UserError
@@ -93,7 +94,7 @@ def test_dynamic_programming_finds_the_best_of_all_schedules(gaps, coherent):
         ends, before = [*full, 12], [12, *full]
         return sum(costs[before[n], full[n], ends[n + 1]] for n in range(len(full)))
 
-    found = best_full_calls(costs, 5)
+    found = best_marks(costs, 5)
     assert [len(full) for full in found] == [1, 2, 3, 4, 5] and all(full[0] == 0 for full in found)
     for full in found:
         every = ([0, *rest] for rest in itertools.combinations(range(1, 12), len(full) - 1))
@@ -109,7 +110,7 @@ PRICES = Prices(5.0, {0: 0.1, 1: 0.3})
 
 
 def test_candidates_stay_within_the_budget(gaps):
-    plans, simple = list(plans_of(gaps, PRICES, "unipc")), list(uniform_trials(PRICES, "unipc"))
+    plans, simple = list(plans_of(gaps, Grid(12), PRICES, "unipc")), list(uniform_trials(PRICES, "unipc"))
     assert {trial.kind for trial in plans} == {"plan"}
     assert {(trial.kind, trial.order) for trial in simple} == {
         ("DeepCache, uniform", 0), ("forecast, uniform", 1), ("forecast, uniform", 2)}
@@ -118,7 +119,7 @@ def test_candidates_stay_within_the_budget(gaps):
     assert all(PRICES.of(trial.depths) > 4.8 for trial in plans)        # what is left is spent
     # as many calls as the budget pays for: 4 full and 4 cached, 4 and 8, 4 and 10, 3 and 12
     assert [trial.run for trial in simple if trial.order == 1] == [
-        Candidate("unipc", calls, tuple(deepcache_calls(0, range(0, calls, interval), calls, 1)))
+        Candidate("unipc", Grid(calls), tuple(deepcache_calls(0, range(0, calls, interval), calls, 1)))
         for interval, calls in ((2, 8), (3, 12), (4, 14), (5, 15))]
     assert lengths(PRICES) == [6, 7, 8, 12, 14, 15]
 
@@ -149,11 +150,11 @@ def test_neighbours_are_other_plans_of_the_budget(gaps):
 @pytest.fixture(scope="module")
 def judge(config, tmp_path_factory):
     spec = RunSpec.of(config)
-    return Judge(spec, Distances(run_of(spec, "unipc", 30), CPU, tmp_path_factory.mktemp("work")))
+    return Judge(spec, Distances(run_of(spec, "unipc", Grid(30)), CPU, tmp_path_factory.mktemp("work")))
 
 
 def test_distances_are_those_of_the_runs_and_are_kept(config, judge):
-    candidate, distances = Candidate("dpmpp", 9, tuple(deepcache_calls(1, [0, 3, 6], 9, 1))), judge.distances
+    candidate, distances = Candidate("dpmpp", Grid(9), tuple(deepcache_calls(1, [0, 3, 6], 9, 1))), judge.distances
     found = judge.of(candidate, [5, 6, 7])
     run = RunSpec.of(config, sampler="dpmpp", steps=9, timesteps="trailing", interval=3, branch=1, forecast=1).open()
     assert isinstance(run.caching.policy(), DeepCache)
@@ -169,7 +170,7 @@ def test_distances_are_those_of_the_runs_and_are_kept(config, judge):
 def test_gaps_of_a_network(judge):
     """The error of the feature that a run would see, against features taken from the network itself."""
     measured = GapMeasurements(judge, [0, 2], [1, 2], probe=6, nodes=3)
-    gaps = measured.of(8)
+    gaps = measured.of(Grid(8))
     features = []
 
     class Keep(PlanCache):
@@ -179,14 +180,14 @@ def test_gaps_of_a_network(judge):
                 features.append(value.clone())
             return value
 
-    judge.distances.latents(judge.run("unipc", 8), [1, 2], Keep([Call()] * 8))
+    judge.distances.latents(judge.run("unipc", Grid(8)), [1, 2], Keep([Call()] * 8))
     f = [value.double().flatten() for value in features]
     damping, error = gaps.fit(2, 5, [3, 1], 1)
     left = f[5] - f[3] - damping[0] * (f[3] - f[1])
     assert error == pytest.approx(gaps.weights[2][5] * left.norm().item(), rel=1e-3)
     assert all((gaps.weights[branch][1:] > 0).all() for branch in (0, 2))
     assert (gaps.flattened(0.5).weights[2] ** 2)[1:] == pytest.approx(gaps.weights[2][1:])
-    again = GapMeasurements(judge, [0, 2], [1, 2], probe=6, nodes=3).of(8)
+    again = GapMeasurements(judge, [0, 2], [1, 2], probe=6, nodes=3).of(Grid(8))
     assert (again.weights[2] == gaps.weights[2]).all()
 
 
@@ -276,11 +277,11 @@ def test_the_best_of_each_group_takes_part(few, judge):
     found = searched.run()
     kinds = [trial.kind for trial in found]
     assert sorted(trial.group for trial in found if trial.kind != "plan") == [
-        "DeepCache, uniform", "fewer steps", "forecast, uniform"]
+        "DeepCache, uniform", "fewer steps", "fewer steps, fitted", "forecast, uniform"]
     assert 1 <= kinds.count("plan") <= 2
     plms = [trial for trial, _ in searched.first if trial.kind == "fewer steps, plms"]
     # 3 steps do not divide the timesteps; a step more is called
-    assert [(trial.run.steps, len(trial.depths)) for trial in plms] == [(2, 3), (1, 1)]
+    assert [(trial.run.grid.steps, len(trial.depths)) for trial in plms] == [(2, 3), (1, 1)]
     assert all(prices.of(trial.depths) <= 4 + 1e-9 for trial in found)
 
     # what is kept is the best of its group, and the improved plan is no worse than the one that was found
