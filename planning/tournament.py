@@ -64,7 +64,7 @@ class Tournament:
         """How many full network calls `run` makes at most, but for measuring gaps."""
         kinds = 4
         started = (BELOW * len(self.samplers) + len(RULES) + 3 * len(INTERVALS)
-                   + len(GRIDS) * len(self.lengths()) * (2 * len(POWERS) + 1))
+                   + GRIDS * len(self.lengths()) * (2 * len(POWERS) + 1))
         relatives = self.rungs[0] // 4 + 2 * len(self.samplers)
         images, before, trials = len(RULES) * (self.few() - self.sizes()[0]), 0, started
         for number, (seeds, kept) in enumerate(zip(self.sizes(), self.rungs, strict=True)):

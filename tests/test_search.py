@@ -242,7 +242,7 @@ def test_a_killed_search_comes_to_the_same_plan(few, command, config, tmp_path, 
                 for name in ("plan", "again"))
     assert one == two and len(one) > 20
     full = sum(len(run["psnr"]) * sum(branch is None for branch, *_ in run["calls"]) for run in one.values())
-    assert full + 12 * 12 < most < 2000                                 # as was announced
+    assert full + 12 * 12 < most < 3000                                 # as was announced
     plan = Plan.load(out)
 
     found = results.read(tmp_path / "plan.search.json")
