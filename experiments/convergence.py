@@ -13,6 +13,9 @@ A study is a YAML file:
     twice: 16                   seeds on which twice as many steps show how far converged the images are
     common: {timesteps: trailing}       options of all runs; for text also prompts, images_per_prompt
     fit_seeds: 6000-6015        for forecast_weights: fitted
+    judged: emoji:all           also the distances of the images to these real ones (as eval.quality), less those that
+                                the converged images of the same seeds have
+    also: [forecast_ldm]        other studies, of the same model, seeds and converged run, whose runs are shown, too
     grids:                      each is all combinations of its axes, options of the sample command
     - {sampler: [ddim, dpmpp, unipc], steps: [8, 13, 18, 26]}
     - {sampler: unipc, steps: 50, interval: [2, 3, 5], forecast: [0, 1, 2]}
@@ -25,17 +28,22 @@ network calls per image: by multiply-accumulates, and by time where results/conv
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from eval.cost.runs import costs_of, macs_per_image, macs_per_step
+from eval.metrics.images import ImageSet, from_array
 from eval.metrics.intervals import mean_estimate
+from eval.metrics.registry import EXTRACTORS
+from eval.metrics.sources import open_reference
+from eval.quality import difference, metrics, quality
 from eval.tables.text import align
 from experiments import convergence_report
-from experiments.convergence_report import PSNR, Point
+from experiments.convergence_report import LESS, PSNR, Point
 from experiments.sweep import check_axis, config_of, every, lists_of
 from planning.distances import Distances
 from planning.fit_forecast import fit
@@ -65,6 +73,8 @@ class Study:
     twice: int = 16
     common: dict[str, Any] = field(default_factory=dict)
     fit_seeds: str | None = None
+    judged: str | None = None
+    also: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -154,11 +164,37 @@ def full_calls(run: Run) -> float:
     return macs_per_image(run).hook / (costs_of(run).full.hook * run.rows_per_image)
 
 
-def measured(run: Run, distances: Distances, seeds: list[int]) -> Result:
+class Judged:
+    """Compares the images of runs with real ones, less what the converged images of the same seeds come to."""
+
+    def __init__(self, text: str, distances: Distances, seeds: list[int]):
+        self.text, self.distances, self.seeds = text, distances, seeds
+        self.extractor = EXTRACTORS["efflite0"](distances.model.device)
+        self.converged = self.images([distances.converged(seeds)], "converged")
+        self.reference, _ = open_reference(text, self.converged.size)
+
+    def images(self, latents: list[Tensor], name: str) -> ImageSet:
+        """The images of latents, in the order of the seeds."""
+        pixels = np.concatenate([self.distances.model.decode(batch.to(self.distances.model.device)) for many in latents
+                                 for batch in many.split(self.distances.machine.batch_size)])
+        return replace(from_array(pixels, name, list(map(str, self.seeds))), seeds=self.seeds)
+
+    def of(self, latents: list[Tensor], name: str) -> dict[str, Metric]:
+        """The distances, and by how much they are above those of the converged images, paired by seed."""
+        images = self.images(latents, name)
+        args = self.reference, self.extractor
+        own = metrics(quality(images, *args, repeats=100, with_floors=False))
+        more = metrics(difference(images, self.converged, *args, repeats=100))
+        return own | {f"{measure}{LESS}": found for measure, found in more.items()}
+
+
+def measured(run: Run, distances: Distances, seeds: list[int], judged: Judged | None = None) -> Result:
     """Sample a run, and see how near each seed comes."""
-    started = time.time()
-    psnr = distances.of(run, seeds, title=run.name)
-    return Result(KIND, run.config.name, run.told, len(psnr), {PSNR: Metric.of(mean_estimate(psnr))},
+    started, latents = time.time(), list[Tensor]()
+    psnr = distances.of(run, seeds, title=run.name, keep=latents.append if judged else None)
+    found = {PSNR: Metric.of(mean_estimate(psnr))} | (judged.of(latents, run.name) if judged else {})
+    return Result(KIND, run.config.name, run.told, len(psnr), found,
+                  inputs={"reference": judged.text} if judged else {},
                   hashes={"checkpoint": distances.checkpoint_sha256}, macs=Cost(*macs_per_step(run)),
                   provenance=provenance(distances.model.device),
                   details=of(run, distances, seeds) | {"psnr": [round(float(value), 4) for value in psnr]}
@@ -171,13 +207,14 @@ def of(run: Run, distances: Distances, seeds: list[int]) -> dict[str, Any]:
             "condition": {name: str(value) for name, value in arguments.given(run.spec.condition).items()}}
 
 
-def there(run: Run, path: Path, converged_told: dict[str, Any], seeds: list[int]) -> Result | None:
-    """The result of a run, where it is of these settings, weights and seeds."""
+def there(run: Run, path: Path, converged_told: dict[str, Any], seeds: list[int], judged: str | None = None
+          ) -> Result | None:
+    """The result of a run, where it is of these settings, weights and seeds, and judged by the real images named."""
     if not path.is_file():
         return None
     found = results.read(path)
     same = (found.settings == run.told and found.details.get("converged") == converged_told
-            and found.details.get("seeds") == seeds)
+            and found.details.get("seeds") == seeds and found.inputs.get("reference") == judged)
     return found if same else None
 
 
@@ -195,12 +232,13 @@ def run_all(study: Study, place: Place, machine: Machine, runs: list[tuple[RunSp
         distances.check(spec.open())
     distances.converged(seeds)
     measure_twice(study, place, distances, seeds[:study.twice])
+    judged = None if study.judged is None else Judged(study.judged, distances, seeds)
     for number, (spec, to_fit) in enumerate(runs, 1):
         run = (fitted(spec, study, place, machine) if to_fit else spec).open()
         path = place.result(run)
-        if there(run, path, distances.run.told, seeds) is None:
+        if there(run, path, distances.run.told, seeds, study.judged) is None:
             print(f"[{number}/{len(runs)}] {run.name}: {full_calls(run):.2f} full calls", flush=True)
-            results.write(path, measured(run, distances, seeds))
+            results.write(path, measured(run, distances, seeds, judged))
 
 
 def measure_twice(study: Study, place: Place, distances: Distances, seeds: list[int]) -> None:
@@ -216,18 +254,28 @@ def measure_twice(study: Study, place: Place, distances: Distances, seeds: list[
                                details={"converged": distances.run.told, "seeds": seeds}).stamped(started))
 
 
-def points(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> list[Point]:
-    """What is measured of the study."""
+def also(study: Study, path: Path, place: Place) -> Iterator[tuple[Study, Place]]:
+    """The other studies whose runs are shown beside. Raises UserError for one that cannot be compared."""
+    for name in study.also:
+        other = read_study(path.with_name(f"{name}.yaml"))
+        differing = [key for key in ("model", "seeds", "converged") if getattr(other, key) != getattr(study, key)]
+        if differing:
+            raise UserError(f"{path}: {name} cannot be shown beside it: it has another {' and '.join(differing)}")
+        yield other, Place(name, place.results, place.work)
+
+
+def points(study: Study, place: Place, runs: list[tuple[RunSpec, bool]], times: Path | None = None) -> list[Point]:
+    """What is measured of the study. times: of its steps (default: its own)."""
     told, seeds, found = converged_of(study).open().told, parse_seeds(study.seeds), []
-    times = place.folder / "times.json"
+    times = times or place.folder / "times.json"
     timed = results.read(times).times if times.is_file() else None
     for spec, to_fit in runs:
         run = as_fitted(spec, to_fit, place)
         if run is None:
             continue
-        result = there(run, place.result(run), told, seeds)
+        result = there(run, place.result(run), told, seeds, study.judged)
         if result is not None:
-            found.append(Point.of(run, full_calls(run), timed, np.array(result.details["psnr"])))
+            found.append(Point.of(run, full_calls(run), timed, np.array(result.details["psnr"]), result.metrics))
     return found
 
 
@@ -259,12 +307,17 @@ def main() -> None:
     study, name = read_study(args.config), args.config.stem
     place, runs = Place(name, args.results, args.work / name), list(specs(study))
     check_names(runs, args.config)
+    others = list(also(study, args.config, place))
     if args.list:
         print(listing(study, place, runs))
         return
     if not args.render:
         run_all(study, place, arguments.chosen(Machine, args), runs)
-    print(convergence_report.render(points(study, place, runs), study.chosen_on, place.folder))
+    shown = points(study, place, runs)
+    for other, beside in others:
+        shown += [point for point in points(other, beside, list(specs(other)), place.folder / "times.json")
+                  if point.name not in {one.name for one in shown}]
+    print(convergence_report.render(shown, study.chosen_on, place.folder))
 
 
 if __name__ == "__main__":

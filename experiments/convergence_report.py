@@ -1,12 +1,13 @@
 """What a study of convergence shows: table.md, and distance to the converged images against cost."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from caching.plan_file import PlannedPlan
 from eval.metrics.intervals import mean_estimate
 from eval.tables.plots import lines_of_kinds
 from eval.tables.text import markdown
@@ -14,8 +15,10 @@ from experiments.sweep_report import front
 from runs.files import write_atomically
 from runs.results import Metric
 from runs.spec import Run
+from sampling.ddim import is_listed
 
 PSNR = "PSNR to converged"
+LESS = " less that of the converged images"
 EQUAL = 0.98                # what costs so much of a run's cost or more is no cheaper than it
 
 
@@ -24,7 +27,7 @@ class Point:
     """A run that is measured. kind: what makes it cheap. psnr: dB, [seeds].
 
     interval: None for a run of fewer steps. cost, time: of an image, in full network calls; time is None where the
-    steps were not timed.
+    steps were not timed. metrics: how far its images are from real ones, where they were judged.
     """
     name: str
     sampler: str
@@ -34,11 +37,14 @@ class Point:
     cost: float
     time: float | None
     psnr: np.ndarray
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, run: Run, cost: float, times: Mapping[str, Any] | None, psnr: np.ndarray) -> "Point":
-        interval = run.caching.settings["interval"] if run.caching else None
-        return cls(run.name, run.sampler_name, kind_of(run), run.steps, interval, cost, time_of(run, times), psnr)
+    def of(cls, run: Run, cost: float, times: Mapping[str, Any] | None, psnr: np.ndarray,
+           metrics: Mapping[str, Metric]) -> "Point":
+        interval = run.caching.settings.get("interval") if run.caching else None
+        return cls(run.name, run.sampler_name, kind_of(run), run.steps, interval, cost, time_of(run, times), psnr,
+                   metrics)
 
     def on(self, seeds: slice) -> Metric:
         """The mean over some of the seeds."""
@@ -48,7 +54,7 @@ class Point:
 def kind_of(run: Run) -> str:
     """The name of what a run does to be cheaper."""
     if not run.caching:
-        return f"fewer steps, {run.sampler_name}"
+        return f"fewer steps, {'fitted, ' if is_listed(run.timesteps) else ''}{run.sampler_name}"
     cache = run.caching.settings
     if "plan" in cache:
         return "plan"
@@ -65,13 +71,17 @@ def time_of(run: Run, times: Mapping[str, Any] | None) -> float | None:
     """Network time of an image in full calls, from `eval.throughput --forecast`; None where that has no such step."""
     if times is None:
         return None
+    known = {(one["branch"], one.get("forecast", 0)): one["ratio"] for one in times["branches"]}
     if not run.caching:
         return float(run.calls)
-    if run.deepcache is None:
+    if planned := run.caching.of(PlannedPlan):
+        calls = [(call.branch, len(call.damping)) for call in planned.plan.calls]
+    elif run.deepcache:
+        calls = [(run.deepcache.branch if keys else None, run.deepcache.forecast[0]) for keys in run.reused]
+    else:
         return None
-    wanted = run.deepcache.branch, run.deepcache.forecast[0]
-    ratio = next((one["ratio"] for one in times["branches"] if (one["branch"], one.get("forecast", 0)) == wanted), None)
-    return None if ratio is None else run.full_calls + (run.calls - run.full_calls) * ratio
+    ratios = [1.0 if branch is None else known.get((branch, order)) for branch, order in calls]
+    return None if None in ratios else sum(ratios)      # type: ignore[arg-type]
 
 
 def rival(point: Point, plain: Sequence[Point], cost: Callable[[Point], float | None], choose: slice) -> Point | None:
@@ -121,6 +131,33 @@ def fronts(points: Sequence[Point], cost: Callable[[Point], float | None], choos
     return {kind: line for kind, line in found.items() if line}
 
 
+def measures_of(points: Sequence[Point]) -> list[str]:
+    """The distances of images to real ones that some of the runs have."""
+    return list(dict.fromkeys(name for point in points for name in point.metrics if name.endswith(LESS)))
+
+
+def of_images(points: Sequence[Point], measure: str) -> dict[str, list[tuple[float, float, float, float]]]:
+    """(cost, value, low, high) of all runs that were judged, by kind."""
+    found: dict[str, list[tuple[float, float, float, float]]] = {}
+    for point in sorted(points, key=lambda one: one.cost):
+        if measure in point.metrics:
+            found.setdefault(point.kind, []).append((point.cost, *point.metrics[measure].bounds))
+    return found
+
+
+def judged_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """How much further from real images than the converged ones each run's are, the dearest first."""
+    measures = measures_of(points)
+    scales = {name: 1000 if name.startswith("KID") else 1 for name in measures}
+    found: list[tuple[str, ...]] = [("run", "cost by MACs", *(name.removesuffix(LESS) + (
+        " x 1000" if scales[name] > 1 else "") for name in measures))]
+    for point in sorted(points, key=lambda one: (-one.cost, one.name)):
+        if point.metrics.keys() >= set(measures):
+            found.append((point.name, f"{point.cost:.2f}", *("{:+.2f} [{:+.2f}, {:+.2f}]".format(
+                *(scales[name] * value for value in point.metrics[name].bounds)) for name in measures)))
+    return found
+
+
 def orders(points: Sequence[Point]) -> list[tuple[str, ...]]:
     """How fast the error falls as all steps shrink: a row for each kind, sampler and interval with three steps or more.
 
@@ -148,6 +185,9 @@ def render(points: Sequence[Point], chosen_on: int, folder: Path) -> str:
     if any(point.time is not None for point in points):
         panels.append(("network time per image (full calls)", fronts(points, lambda one: one.time, choose, report)))
     lines_of_kinds(panels, folder / "fronts.png", f"{PSNR}, dB")
+    if judged := measures_of(points):
+        lines_of_kinds([(f"cost per image by MACs (full calls): {name.removesuffix(LESS)}", of_images(points, name))
+                        for name in judged], folder / "judged.png", "further from real images than converged ones")
     text = "\n".join([
         f"# {folder.name}", "",
         f"{seeds} seeds: the first {chosen_on} choose (the sampler, and the settings on a line of the picture), the "
@@ -156,6 +196,10 @@ def render(points: Sequence[Point], chosen_on: int, folder: Path) -> str:
         "without caching named in brackets: the best of those that cost no more than the cheapest which costs at least "
         f"{EQUAL:g} of what the row does.", "",
         *markdown(rows(points, choose, report)), "", "![fronts](fronts.png)", "",
+        *(["How much further from real images than the converged images of the same seeds: distances of feature "
+           "distributions (`eval.quality`) on all seeds, less those of the converged images, with 95 % intervals of "
+           "the paired difference; below zero is nearer.", "", *markdown(judged_rows(points)), "",
+           "![judged](judged.png)", ""] if judged else []),
         "How fast the error falls as all steps shrink: the slope of log(error) over log(steps), between one number of "
         "steps and the next.", "", *markdown(orders(points)), ""])
     write_atomically(folder / "table.md", lambda path: path.write_text(text))

@@ -7,7 +7,7 @@ that what was killed goes on where it was, and another study or search finds wha
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
 
@@ -101,18 +101,22 @@ class Distances:
                 self._converged |= dict(zip(content["seeds"].tolist(), content["latents"], strict=True))
         return [seed for seed in seeds if seed not in self._converged]
 
-    def of(self, run: Run, seeds: Sequence[int], calls: Sequence[Call] | None = None, title: str | None = None
-           ) -> np.ndarray:
+    def of(self, run: Run, seeds: Sequence[int], calls: Sequence[Call] | None = None, title: str | None = None,
+           keep: Callable[[Tensor], object] | None = None) -> np.ndarray:
         """PSNR of a run's latents to the converged ones, dB: float64 [seeds].
 
         calls: a plan for the calls of a run without caching; None: the run's own caching. title: of a progress bar.
+        keep: is given the latents of each batch, in the order of the seeds; all are made then.
         """
-        known = self.known(run, calls)
+        known = {} if keep else self.known(run, calls)
         model = self.on(run) if any(seed not in known for seed in seeds) else self.model
         missing = [seed for seed in seeds if seed not in known]
         for batch, report in batches(missing, self.machine.batch_size, title, model):
             policy = model.policy() if calls is None else PlanCache(calls)
-            found = psnr_to(self.converged(batch), model.latents(batch, policy, report=report).float().cpu())
+            latents = model.latents(batch, policy, report=report).float().cpu()
+            if keep:
+                keep(latents)
+            found = psnr_to(self.converged(batch), latents)
             known |= {seed: min(float(db), EXACT) for seed, db in zip(batch, found, strict=True)}
             self.made("runs")
             write_json(self._file(run, calls), _about(run, calls) | {"psnr": known})

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from eval.metrics.images import from_array
+from eval.metrics.registry import EXTRACTORS
+from eval.metrics.sources import open_reference
+from eval.quality import quality
 from experiments import convergence
-from experiments.convergence_report import PSNR, Point, orders, rival, rows
+from experiments.convergence_report import LESS, PSNR, Point, orders, rival, rows
 from planning.distances import Distances, psnr_to
 from runs import results
 from runs.errors import UserError
@@ -76,6 +80,41 @@ def test_a_study_is_measured_once(study):
     assert study(STUDY, "--list")[0].count("yes") == 5
     study(STUDY.replace("10-15", "10-14"))
     assert len(results.read(names["unipc_steps4"]).details["psnr"]) == 5
+
+
+def test_images_are_judged_and_other_studies_shown(study, tmp_path):
+    """Distances to real images are those of eval.quality, less those of the converged images; the converged run's own
+    are nothing above itself."""
+    short = STUDY[:STUDY.index("- {sampler: unipc, steps: 6, interval: 2, forecast: 1")]
+    study(short)
+    (tmp_path / "one.yaml").rename(tmp_path / "other.yaml")
+    (tmp_path / "results" / "convergence" / "one").rename(tmp_path / "results" / "convergence" / "other")
+    text = STUDY[:STUDY.index("grids")] + """judged: "emoji:Smileys & Emotion"
+also: [other]
+grids:
+- {sampler: unipc, steps: [3, 8]}
+"""
+    printed, folder = study(text)
+    assert "6 runs are measured" in printed
+    run, itself = (results.read(folder / f"unipc_steps{steps}.json") for steps in (3, 8))
+    kid, more = (run.metrics[name] for name in ("KID-EffLite0", f"KID-EffLite0{LESS}"))
+    own = itself.metrics["KID-EffLite0"].value
+    assert more.value == pytest.approx(kid.value - own) and more.interval[0] < more.value < more.interval[1]
+    assert itself.metrics[f"FD-EffLite0{LESS}"].value == pytest.approx(0, abs=1e-6)
+    table = (folder / "table.md").read_text()
+    assert table.count("uniform_n2_branch0_forecast1_unipc_steps6") == 1 and table.count("| unipc_steps3 |") == 2
+    assert "judged.png" in table and (folder / "judged.png").is_file()
+
+    model = RunSpec.of("ddpm_emoji", sampler="unipc", steps=3, timesteps="trailing").open()
+    model = model.family.open(model, MACHINE)
+    model.load()
+    images = model.decode(torch.cat([model.latents(seeds) for seeds in ([10, 11], [12, 13], [14, 15])]))
+    images = from_array(images, "images", [f"{seed}.png" for seed in range(10, 16)])
+    reference, _ = open_reference("emoji:Smileys & Emotion", (32, 32))
+    wanted = quality(images, reference, EXTRACTORS["efflite0"]("cpu"), repeats=4, with_floors=False)
+    assert kid.value == pytest.approx(wanted["KID-EffLite0"]["value"], rel=1e-4)
+    with pytest.raises(SystemExit):
+        study(text.replace("10-15", "10-16"), "--list")
 
 
 @pytest.mark.parametrize(("change", "word"), [
