@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from caching.plan_file import PlannedPlan
+from eval.cost.runs import call_macs, costs_of
 from eval.metrics.intervals import mean_estimate
-from eval.tables.plots import lines_of_kinds
+from eval.tables.plots import calls_of_runs, lines_of_kinds
 from eval.tables.text import markdown
 from experiments.sweep_report import front
 from runs.files import write_atomically
@@ -18,6 +19,7 @@ from runs.spec import Run
 from sampling.ddim import is_listed
 
 PSNR = "PSNR to converged"
+Calls = tuple[tuple[int, float, int], ...]      # timestep, share of a full call, order of the forecast; of each call
 LESS = " less that of the converged images"
 EQUAL = 0.98                # what costs so much of a run's cost or more is no cheaper than it
 
@@ -27,7 +29,7 @@ class Point:
     """A run that is measured. kind: what makes it cheap. psnr: dB, [seeds].
 
     interval: None for a run of fewer steps. cost, time: of an image, in full network calls; time is None where the
-    steps were not timed. metrics: how far its images are from real ones, where they were judged.
+    steps were not timed. metrics: how far its images are from real ones, where they were judged. calls: of a plan.
     """
     name: str
     sampler: str
@@ -38,17 +40,28 @@ class Point:
     time: float | None
     psnr: np.ndarray
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    calls: Calls | None = None
 
     @classmethod
     def of(cls, run: Run, cost: float, times: Mapping[str, Any] | None, psnr: np.ndarray,
            metrics: Mapping[str, Metric]) -> "Point":
         interval = run.caching.settings.get("interval") if run.caching else None
         return cls(run.name, run.sampler_name, kind_of(run), run.steps, interval, cost, time_of(run, times), psnr,
-                   metrics)
+                   metrics, calls_of(run))
 
     def on(self, seeds: slice) -> Metric:
         """The mean over some of the seeds."""
         return Metric.of(mean_estimate(self.psnr[seeds]))
+
+
+def calls_of(run: Run) -> Calls | None:
+    """What the calls of a plan do; None for other runs."""
+    planned = run.caching.of(PlannedPlan)
+    if planned is None:
+        return None
+    shares = [macs.hook / costs_of(run).full.hook for macs in call_macs(run)]
+    return tuple((t, share, len(call.damping))
+                 for t, share, call in zip(run.sampler.call_timesteps(), shares, planned.plan.calls, strict=True))
 
 
 def kind_of(run: Run) -> str:
@@ -188,6 +201,9 @@ def render(points: Sequence[Point], chosen_on: int, folder: Path) -> str:
     if judged := measures_of(points):
         lines_of_kinds([(f"cost per image by MACs (full calls): {name.removesuffix(LESS)}", of_images(points, name))
                         for name in judged], folder / "judged.png", "further from real images than converged ones")
+    plans = [(f"{one.cost:.4g} calls", one.calls) for one in sorted(points, key=lambda one: one.cost) if one.calls]
+    if plans:
+        calls_of_runs(plans, folder / "plans.png")
     text = "\n".join([
         f"# {folder.name}", "",
         f"{seeds} seeds: the first {chosen_on} choose (the sampler, and the settings on a line of the picture), the "
@@ -196,6 +212,7 @@ def render(points: Sequence[Point], chosen_on: int, folder: Path) -> str:
         "without caching named in brackets: the best of those that cost no more than the cheapest which costs at least "
         f"{EQUAL:g} of what the row does.", "",
         *markdown(rows(points, choose, report)), "", "![fronts](fronts.png)", "",
+        *(["What the network calls of the plans do:", "", "![plans](plans.png)", ""] if plans else []),
         *(["How much further from real images than the converged images of the same seeds: distances of feature "
            "distributions (`eval.quality`) on all seeds, less those of the converged images, with 95 % intervals of "
            "the paired difference; below zero is nearer.", "", *markdown(judged_rows(points)), "",

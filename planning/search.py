@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from caching.deepcache import DeepCache
-from caching.fitted import BOUND, fingerprint
-from caching.plan import PlanCache
 from caching.plan_file import Plan
 from eval.cost.runs import costs_of
 from eval.cost.timing import time_steps
@@ -36,6 +34,7 @@ from planning.distances import Distances
 from planning.fitting import check_out, own_unet
 from planning.gaps import GapMeasurements
 from planning.judge import CONVERGED, SPACING, Grid, Judge, run_of
+from planning.plans import bound_plan
 from planning.tournament import Tournament
 from runs import arguments, results
 from runs.cli import command
@@ -179,17 +178,10 @@ def prices_of(run: Run, args: argparse.Namespace, times: StepTimes | None = None
 
 def plan_of(trial: Trial, distances: Distances, run: Run, distance: dict[str, Any], notes: dict[str, Any]) -> Plan:
     """The file of what was found. run: the trial's, without its caching."""
-    costs, calls = costs_of(run), list(trial.run.calls)
-    of_calls = costs.calls(PlanCache(calls), len(calls))
-    settings = distances.on(run).settings
-    guidance = None
+    settings, guidance = distances.on(run).settings, None
     if "guidance" in settings:
         guidance = [run.guidance / GUIDANCE_RANGE, run.guidance * GUIDANCE_RANGE]
-    x, _, *context = example_inputs(run.config)
-    known = fingerprint(run.unet, x.shape[1], context[0].shape[-1] if context else None)
-    return Plan({**{key: settings[key] for key in BOUND}, "fingerprint": known}, guidance, calls,
-                {name: sum(getattr(one, name) for one in of_calls) for name in ("hook", "fc")},
-                costs.full._asdict(), distance, notes)
+    return bound_plan(run, settings, trial.run.calls, guidance, distance, notes)
 
 
 def report(chosen: Trial, arms: list[Trial], judge: Judge, seeds: list[int]) -> dict[str, Metric]:

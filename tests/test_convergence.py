@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from caching.plan_file import Plan
 from eval.metrics.images import from_array
 from eval.metrics.registry import EXTRACTORS
 from eval.metrics.sources import open_reference
 from eval.quality import quality
 from experiments import convergence
-from experiments.convergence_report import LESS, PSNR, Point, orders, rival, rows
+from experiments.convergence_report import LESS, PSNR, Point, calls_of, orders, rival, rows
 from planning.distances import Distances, psnr_to
 from runs import results
 from runs.errors import UserError
@@ -236,3 +237,14 @@ def test_shipped_results_belong_to_their_studies():
         for one in there:
             content = json.loads((folder / f"{one}.json").read_text())
             assert content["details"]["name"] == one and len(content["details"]["psnr"]) == content["images"]
+
+
+def test_what_the_calls_of_a_plan_compute():
+    """Their shares are its cost, its marks lie at its timesteps."""
+    run = RunSpec.of("ldm_emoji", plan="checkpoints/plans/ldm_emoji_12.json").open()
+    calls = calls_of(run)
+    plan = Plan.load("checkpoints/plans/ldm_emoji_12.json")
+    assert sum(share for _, share, _ in calls) == pytest.approx(plan.cost)
+    assert [t for t, _, _ in calls] == run.sampler.call_timesteps()
+    assert [share == 1 for _, share, _ in calls] == [call.branch is None for call in plan.calls]
+    assert calls_of(RunSpec.of("ldm_emoji", interval=3).open()) is None

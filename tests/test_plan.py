@@ -26,6 +26,7 @@ from eval import macs, throughput
 from eval.cost.runs import call_macs, costs_of, macs_per_image, macs_per_step
 from eval.tables.results import cost
 from ldm.unet import UNet
+from planning import transfer
 from runs.errors import UserError
 from runs.families import build, example_inputs
 from runs.folder import read_run
@@ -418,3 +419,33 @@ def test_plans_that_are_shipped(file):
     assert found.cost <= found.notes["budget"] + 1e-9 and found.distance["interval"]
     assert not set(parse_seeds(found.distance["seeds"])) & {
         *parse_seeds(found.notes["learnt_on"]), *parse_seeds(found.notes["chosen_on"])}
+
+
+# Another model's
+
+PLAN_OF_LDM = "checkpoints/plans/ldm_emoji_12.json"
+
+
+def test_a_plan_is_written_for_another_model(tmp_path):
+    """It does the same there, at its own cost, and is for any weights and guidance of that model alone."""
+    out = tmp_path / "plan.json"
+    assert run_command(transfer.main, "--plan", PLAN_OF_LDM, "--config", "configs/sd_v15.yaml", "--out", out) == 0
+    own, made = Plan.load(PLAN_OF_LDM), Plan.load(out)
+    assert made.calls == own.calls and made.run["checkpoint_sha256"] is None and made.guidance is None
+    assert made.distance is None and made.notes["found_on"] == "ldm_emoji"
+    run = RunSpec.of("configs/sd_v15.yaml", plan=out, prompt="a dog", guidance=9.0).open()
+    assert (run.sampler_name, run.steps, run.timesteps) == ("unipc", 44, "trailing")
+    assert [one / 2 for one in macs_per_image(run)] == list(made.macs.values()) and made.cost > own.cost
+    run.refuse_foreign(run.settings | {"checkpoint_sha256": "any"})
+    other = RunSpec.of("ldm_emoji", plan=out).open()
+    with pytest.raises(UserError, match="model sd_v15 there, ldm_emoji here"):
+        other.refuse_foreign(other.settings)
+
+
+def test_a_plan_too_deep_for_a_model_is_not_written(tmp_path, capsys):
+    deep = Plan.load(PLAN_OF_LDM)
+    deep.calls[1] = Call(11)
+    (tmp_path / "deep.json").write_text(json.dumps(deep.to_json()))
+    words = ("--plan", tmp_path / "deep.json", "--config", "configs/sdxl.yaml", "--out", tmp_path / "plan.json")
+    assert run_command(transfer.main, *words) == 2
+    assert "branch 11, sdxl has branches 0 to 8" in capsys.readouterr().err and not (tmp_path / "plan.json").exists()

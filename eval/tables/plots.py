@@ -228,3 +228,29 @@ def lines_of_kinds(panels: Sequence[tuple[str, dict[str, list[tuple[float, float
     grid.flat[0].legend(fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     plt.close(figure)
+
+
+def calls_of_runs(runs: Sequence[tuple[str, Sequence[tuple[int, float, int]]]], path: Path) -> None:
+    """One row per run: a mark for each network call at its timestep, the higher the more it computes.
+
+    runs: (label, [(timestep, share of a full call's MACs, order of the forecast), ...]).
+    """
+    colours = ("C7", "C1", "C3", "C4")
+    figure, grid = plt.subplots(len(runs), 1, figsize=(9, 0.9 * len(runs) + 0.9), layout="constrained", squeeze=False,
+                                sharex=True)
+    used = dict[str, str]()
+    for axis, (label, calls) in zip(grid.flat, runs, strict=True):
+        for t, share, order in calls:
+            kind = "all is computed" if share == 1 else f"forecast, order {order}" if order else "reused"
+            used[kind] = "black" if share == 1 else colours[order]
+            axis.plot([t, t], [0, 0.15 + 0.85 * share], color=used[kind], linewidth=2.2, solid_capstyle="butt")
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_yticks([])
+        axis.set_ylim(0, 1.05)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    grid.flat[-1].set_xlabel("timestep of the call; the higher a mark, the more is computed")
+    grid.flat[-1].invert_xaxis()
+    handles = [plt.Line2D([], [], color=colour, linewidth=2.2, label=kind) for kind, colour in sorted(used.items())]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    plt.close(figure)
