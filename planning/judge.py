@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import wait
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -48,13 +49,14 @@ class Judge:
 
     @contextmanager
     def processes(self, jobs: int, machine: Machine) -> Iterator["Judge"]:
-        """Measure in so many processes from here on, in a `with` statement."""
+        """Measure in so many processes from here on, in a `with` statement: the GPUs are dealt out among them."""
         if jobs == 1:
             yield self
             return
         converged, folder = self.distances.run.spec, self.distances.folder.parent
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin,
-                                 (self.spec, converged, machine, folder)) as self.pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, _begin, (self.spec, converged, machine, folder, context.Value("i", -1))
+                                 ) as self.pool:
             try:
                 yield self
             finally:
@@ -124,7 +126,10 @@ def run_of(spec: RunSpec, sampler: str, grid: Grid) -> RunSpec:
 _judges: list[Judge] = []
 
 
-def _begin(spec: RunSpec, converged: RunSpec, machine: Machine, folder: Path) -> None:
+def _begin(spec: RunSpec, converged: RunSpec, machine: Machine, folder: Path, last: "Synchronized[int]") -> None:
+    with last.get_lock():
+        last.value += 1
+        os.environ["LOCAL_RANK"] = str(last.value)      # by which `runs.machine.prepare_device` takes a GPU
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:

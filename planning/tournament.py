@@ -100,7 +100,7 @@ class Tournament:
             trials = self.best(trials, self.seeds[:seeds], kept, number == 0)
         plans = [trial for trial in trials if trial.kind == PLAN]
         arms = {trial.group: trial for trial in reversed(trials) if trial.kind != PLAN}
-        return [*arms.values(), *dict.fromkeys([*plans, self.improved(plans[0])])]
+        return [*arms.values(), *dict.fromkeys([*plans, *(self.improved(plan) for plan in plans[:1])])]
 
     def without_caching(self) -> Iterator[Trial]:
         """Fewer steps, for each sampler as many as the budget pays for, and a few less."""

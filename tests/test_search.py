@@ -290,6 +290,12 @@ def test_the_best_of_each_group_takes_part(few, judge):
     assert mean[plans[-1]] >= mean[plans[0]]
 
 
+def test_a_budget_too_small_for_plans_is_spent_on_steps(few, judge):
+    measured = GapMeasurements(judge, [0, 1], range(4), probe=6, nodes=2)
+    found = Tournament(judge, measured, Prices(2.0, {0: 0.2, 1: 0.35}), ("unipc",), range(4), 8, 4, (4, 1)).run()
+    assert {trial.group for trial in found} == {"fewer steps", "fewer steps, fitted"}
+
+
 @pytest.mark.parametrize(("words", "why"), [
     (("--calls", 1.5), "must be 2 full network calls"), (("--speedup", 0), "must be 2 full"),
     (("--macs", 1e-9), "must be 2 full"), (("--calls", 4, "--held-out-seeds", "13-20"), "seed 13 is in two of"),

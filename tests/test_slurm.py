@@ -18,6 +18,7 @@ from conftest import HERE
 from PIL import Image
 from slurm_node import SlurmNode, until, why_not
 
+from caching.plan_file import Plan
 from ddpm import sample as ddpm_sample
 from eval.cost.macs import Macs
 from eval.tables.paper import own_tables, tables
@@ -343,6 +344,25 @@ def test_a_sweep_as_an_array(slurm, monkeypatch, tmp_path):
     assert "3 of 3 points are judged" in logs["last"]
     assert [job["JobState"] for job in slurm.ended() if job["JobId"] == last] == ["COMPLETED"]
     assert len((tmp_path / "results/sweeps/small/points.csv").read_text().splitlines()) == 4
+
+
+def test_a_program_goes_on_after_its_time_limit(slurm, monkeypatch, tmp_path):
+    """The lines that program.sbatch names: a search in two processes, told that its time is over, is queued again."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    out = tmp_path / "plan.json"
+    job = slurm.ask("sbatch", "--parsable", "--mem=1G", f"--chdir={ROOT}", f"--output={tmp_path}/log",
+                    "scripts/slurm/program.sbatch", "planning.search", "--config", "configs/ddpm_emoji.yaml",
+                    "--calls=3", "--seeds=0-3", "--held-out-seeds=4-7", "--converged-steps=6", "--attempts=0",
+                    "--jobs=2", "--device=cpu", f"--out={out}")
+    measured = tmp_path / "plan.work"
+    until(lambda: list(measured.glob("*/converged/*")), "the search to have measured something")
+    slurm.ask("scancel", "--signal=USR1", "--batch", job)
+    until(lambda: slurm.queue()[job] == "PENDING", "the job to be in the queue again")
+    assert not out.exists()
+    slurm.start_now(job)
+    slurm.wait()
+    log = (tmp_path / "log").read_text()
+    assert "restarts: 1" in log and "exit status 0" in log and Plan.load(out).cost <= 3 + 1e-9
 
 
 class Sampler:
