@@ -5,6 +5,7 @@
     python -m eval.throughput --config configs/ldm_cin256.yaml --branch 0 --batch-size 1 --threads 1
     python -m eval.throughput --config configs/sd_v15.yaml --forecast 0 1 2 --batch-size 1 --threads 1
     python -m eval.throughput compare --threads 1       beside diffusers and the PyPI package
+    python -m eval.throughput grid results/throughput/sdxl_bf16_cpu.json     its table: interval x branch x forecast
     python -m eval.throughput run --config configs/ldm_cin256.yaml --interval 5 --forecast 1      any run, any policy
     python -m eval.throughput --config configs/sd_v15.yaml --block-schedule configs/block_schedules/*.json
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from caching.block_schedule import BlockSchedule
 from caching.policy import Together
+from eval.cost import grid
 from eval.cost.run_timing import table as table_of_run
 from eval.cost.run_timing import time_run
 from eval.cost.timing import measure, measure_schedules
@@ -34,6 +36,7 @@ from runs.cli import command
 from runs.errors import UserError, as_user_error
 from runs.families import (
     Config,
+    at_resolution,
     build,
     example_inputs,
     family_named_by,
@@ -143,6 +146,7 @@ def time_steps(words: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, help="network calls per image of the whole runs (default: the config's)")
     parser.add_argument("--block-schedule", type=Path, nargs="+", metavar="FILE",
                         help="time Block Caching by these schedules instead, each without and with scale-shift")
+    parser.add_argument("--resolution", type=int, metavar="PIXELS", help="of the images (default: the config's)")
     parser.add_argument("--batch-size", type=int, default=8,
                         help="images at a time; with guidance each takes two rows of the batch (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -155,6 +159,9 @@ def time_steps(words: Sequence[str]) -> None:
     started = time.time()
     check_counts(batch_size=args.batch_size)
     config, device = load_config(args.config), prepare_device(args.device, args.threads)
+    sized = {} if args.resolution is None else {"resolution": args.resolution}
+    if sized:
+        config = at_resolution(config, args.resolution)
     dtype = DTYPES[args.dtype]
     if device.type == "meta":
         raise UserError("--device meta computes nothing that could be timed: use cpu or cuda")
@@ -173,7 +180,7 @@ def time_steps(words: Sequence[str]) -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)      # fails before the work, where it fails
     where = provenance(device)
     settings = {"batch_size": args.batch_size, "rows": rows, "dtype": args.dtype, "repeats": args.repeats,
-                "warmup": args.warmup, "weights": str(args.checkpoint) if args.checkpoint else "random"}
+                "warmup": args.warmup, "weights": str(args.checkpoint) if args.checkpoint else "random", **sized}
     guided = f" ({rows} rows with guidance)" if rows != args.batch_size else ""
     print(f"{config.name}: batch {args.batch_size}{guided}, {args.dtype}, {where['device']} ({where['device_name']}), "
           f"{where['threads']} CPU threads, {args.repeats} rounds", flush=True)
@@ -198,6 +205,8 @@ def main() -> None:
     if sys.argv[1:2] == ["compare"]:
         from eval.cost import compare_speed  # which imports diffusers
         compare_speed.run(sys.argv[2:])
+    elif sys.argv[1:2] == ["grid"]:
+        grid.run(sys.argv[2:])
     elif sys.argv[1:2] == ["run"]:
         time_a_run(sys.argv[2:])
     else:

@@ -2,10 +2,10 @@
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,17 @@ def family_named_by(path: Path | str) -> Family:
 def load_config(path: Path | str, family: Family | None = None) -> Config:
     """Read a config file of a family; None: that which its name says. Raises UserError for a key that is wrong."""
     return read_yaml(find_config(path), (family or family_named_by(path)).schema)
+
+
+def at_resolution(config: Config, pixels: int) -> Config:
+    """A config for square images of another size. Raises UserError for one that its networks cannot have."""
+    downsampling = getattr(config, "downsampling", None)
+    if downsampling is None:
+        raise UserError(f"{config.name} is made for images of {family(config).resolution(config)} pixels alone")
+    unit = downsampling * 2 ** (len(config.unet.channel_mult) - 1)
+    if pixels < unit or pixels % unit:
+        raise UserError(f"{config.name} makes images of a multiple of {unit} pixels, got {pixels}")
+    return cast(Config, replace(cast(Any, config), resolution=pixels))
 
 
 def family(config: Config) -> Family:

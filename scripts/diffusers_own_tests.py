@@ -2,7 +2,7 @@
 
     git clone --depth 1 https://github.com/huggingface/diffusers ../diffusers
     python -m scripts.diffusers_own_tests ../diffusers
-    python -m scripts.diffusers_own_tests ../diffusers tests/pipelines/stable_diffusion_xl -k FastTests --stand-ins
+    python -m scripts.diffusers_own_tests ../diffusers tests/pipelines/stable_diffusion_xl --stand-ins
 
 Each test of the checkout runs twice on the diffusers that is installed here: as it is, and with caching at interval 1
 switched on in every pipeline as it is made (scripts/diffusers_plugin.py). Nothing of theirs is copied. A test is
@@ -15,7 +15,9 @@ switched on in every pipeline as it is made (scripts/diffusers_plugin.py). Nothi
     skipped
 
 Tests that fail without us too (they want downloads, an accelerator or other versions) are `same` where they fail with
-us in the same way. Needs what diffusers' tests import, beside pytest. Ends with 1 where a test differs or is broken.
+us in the same way. Needs what diffusers' tests import, beside pytest: parameterized and requests_mock, which are no
+requirements here (`pip install --target FOLDER parameterized requests_mock`, and PYTHONPATH=FOLDER). Ends with 1
+where a test differs or is broken.
 """
 
 import argparse

@@ -122,7 +122,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         if hasattr(item, "_initrequest"):
             item._initrequest()             # fixtures afresh, as where a test is run again
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        runtestprotocol(item, nextitem=nextitem)
+        runtestprotocol(item, nextitem=None)        # what is shared by a class is made anew for each, too
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         with RECORD.open("a") as file:
             file.write(json.dumps({"test": item.nodeid, **vars(seen)}) + "\n")

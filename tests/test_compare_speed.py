@@ -65,7 +65,7 @@ def test_whole_run():
 
 
 def test_report_and_settings_that_are_there(monkeypatch, capsys, tmp_path):
-    settings = {"batch_size": 3, "dtype": "fp32", "mode": "eager"}
+    settings: dict = {"batch_size": 3, "dtype": "fp32", "mode": "eager"}
     found = {"sides": SIDES, "expected": EXPECTED,
              "memory": {"feature": 1e6, "ours": {"dense": 2e7, "run": 2.1e7}, "diffusers": {"dense": 2.2e7},
                         "helper": {"run": 3e7}},
@@ -87,7 +87,8 @@ def test_report_and_settings_that_are_there(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("args", ["--repeats 0", "--batch-size 0", "--model nowhere", "--device meta", "--threads 0",
-                                  "--mode graphs --device cpu"])
+                                  "--mode graphs --device cpu", "--model sdxl --resolution 500",
+                                  "--resolution 64"])
 def test_bad_input(monkeypatch, capsys, tmp_path, args):
     monkeypatch.setattr("sys.argv", ["eval.throughput", "compare", *args.split(), "--out", str(tmp_path / "x")])
     with pytest.raises(SystemExit) as stop:

@@ -11,6 +11,7 @@ TESTS = '''
 import os
 import unittest
 import numpy as np
+import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from transformers import CLIPTokenizer
@@ -53,6 +54,17 @@ class FastTests(unittest.TestCase):
     @unittest.skip("slow")
     def test_skipped(self):
         pass
+
+class TestShared:
+    @pytest.fixture(scope="class")
+    def images(self):
+        return FastTests().run_one()[1].images
+
+    def test_shared(self, images):
+        assert images.shape == (1, 8, 8, 3)
+
+    def test_shared_again(self, images):
+        assert images.shape == (1, 8, 8, 3)
 '''
 
 
@@ -64,10 +76,11 @@ def test_each_kind_of_test_is_told(tmp_path, capsys):
     assert run_command(main, tmp_path / "checkout", "--stand-ins", "--out", out) == 1
     found = json.loads(out.read_text())["tests"]
     names = {name: sorted(test.split("::test_")[1] for test in tests) for name, tests in found.items()}
-    assert names == {"same": ["fails_alike", "same"], "untouched": ["untouched"], "refused": ["refused"],
-                     "differs": ["differs"], "broken": ["broken"], "skipped": ["skipped"]}
-    (same,) = (seen for test, seen in found["same"].items() if test.endswith("test_same"))
-    assert same == {"outcome": "passed", "without us": "passed", "why": "", "calls": 2, "outputs": 1}
+    assert names == {"same": ["fails_alike", "same", "shared", "shared_again"], "untouched": ["untouched"],
+                     "refused": ["refused"], "differs": ["differs"], "broken": ["broken"], "skipped": ["skipped"]}
+    for name in ("same", "shared", "shared_again"):
+        (same,) = (seen for test, seen in found["same"].items() if test.endswith(f"test_{name}"))
+        assert same == {"outcome": "passed", "without us": "passed", "why": "", "calls": 2, "outputs": 1}
     printed = capsys.readouterr().out
     assert "Own, which has a forward of its own" in printed and "AssertionError" in printed
 

@@ -24,13 +24,20 @@ from test_ldm_sample import pixels, same
 from test_sd_sample import BETAS, SCHEDULERS, ended, fails, settings_of  # noqa: F401  one is a fixture
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import eval.macs
 import stable_diffusion.compare
+from caching.fitted import BOUND, fingerprint
+from caching.plan import Call, PlanCache
+from caching.plan_file import Plan
+from eval import throughput
 from eval.cost.macs import branch_macs, count
+from eval.cost.runs import costs_of
 from ldm.diffusers_layout import diffusers_names, diffusers_state_dict, unet_arguments
 from pipelines.enable import enable_deepcache
 from runs.errors import UserError
 from runs.families import build, example_inputs, load_config
 from runs.folder import image_path
+from runs.spec import RunSpec
 from stable_diffusion.checkpoint import load_state_dict
 from stable_diffusion.pipeline import load_pipeline
 from stable_diffusion.sample import main
@@ -198,6 +205,38 @@ def test_with_caching_it_gives_what_a_pipeline_gives_with_caching(sample, theirs
     expected = theirs(caching=caching)
     assert relative_error(ended[0], expected) < TOLERANCE
     assert relative_error(theirs(), expected) > 50 * TOLERANCE
+
+
+def test_a_plan_in_every_door(sample, theirs, tiny, tmp_path, ended, capsys):  # noqa: F811
+    """The commands and a pipeline compute the same by one file; both refuse what it was not made for."""
+    run = RunSpec.of(tiny, steps=6).open()
+    calls = [Call(), Call(3), Call(1, (1.0,)), Call(), Call(1, (1.0,)), Call(0)]
+    costs = costs_of(run)
+    macs = {name: sum(getattr(one, name) for one in costs.calls(PlanCache(calls), 6)) for name in ("hook", "fc")}
+    context = run.config.unet.context_dim
+    bound = {key: run.told.get(key) for key in BOUND} | {
+        "checkpoint_sha256": None, "unet": vars(run.config.unet), "fingerprint": fingerprint(run.unet, 4, context)}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(Plan(bound, [1.0, 5.0], calls, macs, costs.full._asdict()).to_json()))
+    assert sample("--plan", path, "--out", tmp_path / "x") == 0
+    expected = theirs(caching={"plan": str(path)})
+    assert relative_error(ended[0], expected) < TOLERANCE < 1e-3 < relative_error(theirs(), expected)
+    assert settings_of(tmp_path / "x")["cache"]["plan"]["branches"] == [None, 3, 1, None, 1, 0]
+
+    capsys.readouterr()
+    words = ["--config", tiny, "--plan", path]
+    assert run_command(eval.macs.main, *words, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["macs"] * 6 == pytest.approx(macs["hook"])
+    assert run_command(throughput.main, "run", *words, "--device", "cpu", "--batch-size", 1, "--repeats", 1,
+                       "--warmup", 1) == 0
+    assert "the run: 6 calls" in capsys.readouterr().out
+    assert fails(capsys, sample("--plan", path, "--steps", 5, "--out", tmp_path / "y"), "steps 6 there, 5 here")
+    assert fails(capsys, sample("--plan", path, "--guidance", 9, "--out", tmp_path / "y"), "guidance 1 to 5 there")
+    with pytest.raises(UserError, match="this run has 5 steps: the plan was made for another run"):
+        theirs(caching={"plan": str(path)}, num_inference_steps=5)
+    with torch.device("meta"):
+        other = UNet2DConditionModel(**LEVELS | {"transformer_layers_per_block": (1, 2, 2)})
+    assert fingerprint(other, 4, context) != bound["fingerprint"]
 
 
 SIZED = ["--height", 24, "--width", 8, "--original-size", "64,48", "--crop", "3,5", "--target-size", "32,30"]

@@ -11,10 +11,12 @@ from caching.block_schedule import BlockSchedule
 from caching.deepcache import DeepCache
 from ddpm.unet import UNet
 from eval import throughput
-from eval.cost.macs import run_macs
+from eval.cost.macs import branch_macs, run_macs
 from eval.cost.timing import Timing, interleave, measure, measure_schedules, reused_sets, time_steps
 from runs import results
 from runs.errors import UserError
+from runs.families import at_resolution, build, example_inputs, load_config
+from runs.files import ROOT
 
 CONFIGS = HERE.parent / "configs"
 RHYTHM = CONFIGS / "block_schedules" / "sd_v15_ddim_20_rhythm.json"      # of another model
@@ -159,3 +161,50 @@ def test_command_refuses_bad_input(monkeypatch, capsys, tmp_path, args):
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "x.json").exists()
+
+
+def test_sizes_are_those_asked_for(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "x.json"
+    monkeypatch.setattr("sys.argv", ["x", "--config", str(CONFIGS / "sd_emoji.yaml"), "--resolution", "64", "--repeats",
+                                     "1", "--batch-size", "1", "--device", "cpu", "--out", str(out)])
+    throughput.main()
+    config = at_resolution(load_config(CONFIGS / "sd_emoji.yaml"), 64)
+    found = results.read(out)
+    full = branch_macs(build(config), example_inputs(config), [0])[0]
+    assert found.settings["resolution"] == 64 and found.times["full"]["macs_fc"] == full.fc
+    with pytest.raises(UserError, match="multiple of 8 pixels, got 36"):
+        at_resolution(config, 36)
+    with pytest.raises(UserError, match="made for images of 32 pixels alone"):
+        at_resolution(load_config(CONFIGS / "ddpm_emoji.yaml"), 64)
+
+
+def test_a_grid_has_exact_macs_of_every_branch_and_the_times_that_were_measured(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "x.json"
+    monkeypatch.setattr("sys.argv", ["x", "--config", str(CONFIGS / "sd_emoji.yaml"), "--repeats", "1", "--steps", "6",
+                                     "--branch", "1", "--forecast", "0", "1", "--interval", "2", "3", "--batch-size",
+                                     "1", "--device", "cpu", "--out", str(path)])
+    throughput.main()
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["x", "grid", str(path)])
+    throughput.main()
+    head, _, *lines = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+    config, times = load_config(CONFIGS / "sd_emoji.yaml"), results.read(path).times
+    unet = build(config)
+    full, cached = branch_macs(unet, example_inputs(config), range(unet.num_branches))
+    assert [int(line[0]) for line in lines] == list(cached) and head[-1] == "N = 3: macs_fc, reuse, order 1"
+    for branch, line in enumerate(lines):
+        assert line[1:4] == [f"{cached[branch].hook / 1e9:.2f}", f"{cached[branch].hook / full.hook:.3f}",
+                             f"{cached[branch].fc / full.fc:.3f}"]
+        expected = f"{3 * full.fc / (full.fc + 2 * cached[branch].fc):.2f}"
+        if branch != 1:
+            assert line[4:6] == ["-", "-"] and line[-1] == f"{expected}, -, -"
+    assert lines[1][4:6] == [f"{row['ratio']:.3f}" for row in times["branches"]]
+    measured = [f"{run['speedup']:.2f}" for run in times["runs"] if run["interval"] == 3]
+    assert lines[1][-1].split(", ")[1:] == measured and len(measured) == 2
+
+
+def test_a_grid_of_what_are_no_step_times_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x", "grid", str(ROOT / "results/throughput/sd_v15_blocks_bf16_cpu.json")])
+    with pytest.raises(SystemExit):
+        throughput.main()
+    assert "times of full and cached steps" in capsys.readouterr().err

@@ -3,6 +3,7 @@
     python -m eval.throughput compare --threads 1                                       all settings, one after another
     python -m eval.throughput compare --model sd_v15 --batch-size 1 --dtype fp32 --threads 1 --repeats 3
     python -m eval.throughput compare --mode compiled --model ddpm_cifar10 --threads 1
+    python -m eval.throughput compare --model sdxl --dtype bf16 --resolution 512 --threads 1 --repeats 3    12 GB
 
 The models have their real sizes and random weights, the same on all sides, and take turns. `ours` is our U-Net as the
 sample commands run it (`speed.accelerate.place`), `diffusers` theirs as it comes, `helper` the PyPI package on it; the
@@ -36,7 +37,7 @@ from eval.cost.macs import branch_macs
 from eval.cost.timing import interleave
 from runs import results
 from runs.errors import UserError
-from runs.families import Config, build, example_inputs, family, load_config, rows_per_image
+from runs.families import Config, at_resolution, build, example_inputs, family, load_config, rows_per_image
 from runs.files import ROOT, write_atomically
 from runs.machine import prepare_device
 from runs.provenance import provenance
@@ -163,6 +164,11 @@ def whole_run(sides: Mapping[str, dict], expected: Mapping[str, float], batch_si
             "speedup": {name: steps / cost(ratio) for name, ratio in ratios.items()}}
 
 
+def _named(result: Result) -> str:
+    pixels = result.settings.get("resolution")
+    return str(result.model) if pixels is None else f"{result.model}, {pixels} px"
+
+
 def table(found: Sequence[Result]) -> str:
     """All settings, in Markdown."""
     lines = ["| model | batch | dtype | mode | full step, s | cached / full | by macs | by macs_fc | N = 5 speed-up "
@@ -173,7 +179,7 @@ def table(found: Sequence[Result]) -> str:
         run = next(run for run in result.times["runs"] if run["interval"] == 5)
         ours, helper = sides["ours"], sides.get("helper")
         rates = run["images_per_second"]
-        cells = [result.model, settings["batch_size"], settings["dtype"], settings["mode"],
+        cells = [_named(result), settings["batch_size"], settings["dtype"], settings["mode"],
                  f"{ours['full']['median']:.3g}", f"{ours['cached_over_full']:.3f}",
                  f"{expected['macs']:.3f}", f"{expected['macs_fc']:.3f}",
                  f"{run['speedup']['ours']:.2f}", f"{run['speedup']['macs_fc']:.2f}",
@@ -193,7 +199,7 @@ def memory_table(found: Sequence[Result]) -> str:
         if memory := result.times["memory"]:
             megabytes = [memory["ours"]["dense"], memory["ours"]["run"], memory["feature"],
                          memory["diffusers"]["dense"], memory["helper"]["run"]]
-            cells = [result.model, result.settings["batch_size"], result.settings["dtype"],
+            cells = [_named(result), result.settings["batch_size"], result.settings["dtype"],
                      *(f"{value / 1e6:.1f}" for value in megabytes)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -215,7 +221,7 @@ def chart(found: Sequence[Result], path: Path) -> None:
             rates = [run["images_per_second"].get(side) for run in runs]
             points = [(interval, rate) for interval, rate in zip(INTERVALS, rates, strict=True) if rate is not None]
             axis.plot(*zip(*points, strict=True), "o-", label=side)
-        axis.set_title(f"{result.model}, batch {settings['batch_size']}\n{settings['dtype']}, {settings['mode']}",
+        axis.set_title(f"{_named(result)}, batch {settings['batch_size']}\n{settings['dtype']}, {settings['mode']}",
                        fontsize=8)
         axis.set_xlabel("interval N")
         axis.set_ylabel(f"images/s, {STEPS[0]} steps")
@@ -244,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
                         help=f"configs/NAME.yaml (default: {' '.join(BATCH_SIZES)})")
     parser.add_argument("--batch-size", type=int, nargs="+", help="images at a time; with guidance each takes two rows "
                                                                   "(default: those of the model)")
+    parser.add_argument("--resolution", type=int, metavar="PIXELS", help="of the images (default: the models' own)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="(default: fp32 bf16)")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"], help="(default: eager)")
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds (default: %(default)s)")
@@ -260,6 +267,8 @@ def run(words: Sequence[str]) -> None:
     """`eval.throughput compare` with these options. Raises UserError."""
     args = _parser().parse_args(words)
     configs = [load_config(ROOT / "configs" / f"{name}.yaml") for name in args.model]
+    if args.resolution is not None:
+        configs = [at_resolution(config, args.resolution) for config in configs]
     if args.repeats < 1 or args.warmup < 1:
         raise UserError(f"--repeats and --warmup must be 1 or more, got {args.repeats} and {args.warmup}")
     if args.batch_size is not None and min(args.batch_size) < 1:
@@ -276,7 +285,8 @@ def run(words: Sequence[str]) -> None:
     for config in configs:
         for mode, dtype, size in itertools.product(args.mode, args.dtype,
                                                    args.batch_size or BATCH_SIZES.get(config.name, (1,))):
-            path = args.out / f"{config.name}_b{size}_{dtype}_{mode}_{device.type}.json"
+            pixels = "" if args.resolution is None else f"_{args.resolution}px"
+            path = args.out / f"{config.name}{pixels}_b{size}_{dtype}_{mode}_{device.type}.json"
             if path.exists():
                 print(f"{path.name}: there already", flush=True)
                 continue
@@ -285,7 +295,7 @@ def run(words: Sequence[str]) -> None:
             found = compare(config, size, config.sampler.branch, DTYPES[dtype], mode, device, args.repeats, args.warmup)
             settings = {"batch_size": size, "rows": size * rows_per_image(config), "dtype": dtype, "mode": mode,
                         "branch": config.sampler.branch, "repeats": args.repeats, "warmup": args.warmup,
-                        "weights": "random"}
+                        "weights": "random", **({} if args.resolution is None else {"resolution": args.resolution})}
             results.write(path, Result("compare_speed", config.name, settings, throughput=found, provenance=where
                                        ).stamped(started))
     print(report(args.out))
