@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from caching.block_schedule import PlannedBlocks
 from caching.deepcache import PlannedDeepCache
 from caching.methods import METHODS, CachePlan, plan
 from caching.nested import NestedUNet
@@ -220,17 +219,16 @@ class Run:
         """Refuse settings, as far as they are known, that the caching was not fitted to. Raises UserError."""
         with as_user_error():
             self.caching.check(settings)
-            if blocks := self.caching.of(PlannedBlocks):
-                blocks.check_network(self._channels())
+            if self.caching:
+                self.caching.check_network(self._channels())
 
-    def _channels(self) -> dict[str, int]:
-        """How many channels each residual of the U-Net has, by the name under which a cache knows it."""
-        found: dict[str, int] = {}
+    def _channels(self) -> dict[Hashable, int]:
+        """How many channels each value has that the U-Net asks a cache for, by its key."""
+        found: dict[Hashable, int] = {}
 
         def read(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
             value = compute()
-            if isinstance(key, str):
-                found[key] = value.shape[1 if value.ndim == 4 else -1]
+            found[key] = value.shape[1 if value.ndim == 4 else -1]
             return value
 
         self.unet(*example_inputs(self.config), cache=read)
