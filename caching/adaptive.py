@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from caching.block_cache import outside
-from caching.fitted import BOUND, refuse_other_run
+from caching.fitted import BOUND, bound, refuse_other_run
 from caching.meters import relative_change
 from caching.options import MethodOptions, Planned, RunShape, option
 from caching.policy import Policy
@@ -38,10 +38,10 @@ KIND, FORMAT = "adaptive rule", 1
 class AdaptiveRule:
     """When an image computes its deep feature, and where that comes from.
 
-    run: the settings under BOUND. branch: the skip whose inner level is cached. watched: the residual that is watched,
-    by name. factors: of each network call, how many times as much the feature changes as what is watched. threshold:
-    of the sum of changes. typical: the full steps of the calibration run that is nearest to their mean. measured: what
-    it comes from, and the budget as it came out.
+    run: the settings of `caching.fitted.bound`. branch: the skip whose inner level is cached. watched: the residual
+    that is watched, by name. factors: of each network call, how many times as much the feature changes as what is
+    watched. threshold: of the sum of changes. typical: the full steps of the calibration run that is nearest to their
+    mean. measured: what it comes from, and the budget as it came out.
     """
     run: dict
     branch: Annotated[int, AtLeast(0)]
@@ -88,7 +88,7 @@ class AdaptiveRule:
 
         Raises ValueError that says what differs.
         """
-        refuse_other_run("the adaptive rule was calibrated", {key: self.run[key] for key in BOUND}, settings)
+        refuse_other_run("the adaptive rule was calibrated", bound(self.run), settings)
 
 
 class AdaptiveCache(Policy):
@@ -174,6 +174,7 @@ class AdaptiveCache(Policy):
 class PlannedAdaptive(Planned):
     """An adaptive rule in a run."""
     system = "adaptive"
+    online = True
 
     def __init__(self, rule: AdaptiveRule, file: Path):
         self.rule = rule

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from caching.fitted import BOUND, refuse_other_run
+from caching.fitted import BOUND, bound, refuse_other_run
 
 KIND, FORMAT = "clockwork adaptor", "1"
 ROWS = 3                # scale, shift, gain
@@ -66,7 +66,7 @@ class TimeConditioning(nn.Module):
 class AdaptorFile:
     """A trained adaptor, and which run it was trained for.
 
-    run: the settings under `caching.fitted.BOUND`. full_steps: network calls. weights: of an `Adaptor`. table: float32
+    run: the settings of `caching.fitted.bound`. full_steps: network calls. weights: of an `Adaptor`. table: float32
     [network calls, 3, width]. notes: how it came about.
     """
     run: dict[str, Any]
@@ -93,7 +93,7 @@ class AdaptorFile:
 
     def metadata(self) -> dict[str, str]:
         """What the file says beside it."""
-        made_for = {"run": {key: self.run[key] for key in BOUND}, "branch": self.branch, "full_steps": self.full_steps}
+        made_for = {"run": bound(self.run), "branch": self.branch, "full_steps": self.full_steps}
         return {"kind": KIND, "format": FORMAT, "made_for": json.dumps(made_for), "notes": json.dumps(self.notes)}
 
     @classmethod
@@ -139,7 +139,7 @@ class AdaptorFile:
 
         Raises ValueError that says what differs.
         """
-        refuse_other_run("the adaptor was trained", {key: self.run[key] for key in BOUND}, settings)
+        refuse_other_run("the adaptor was trained", bound(self.run), settings)
 
     def check_cache(self, branch: int, full_steps: Sequence[int], calls: int) -> None:
         """Refuse a run that caches otherwise, likewise. calls: its network calls."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from caching.adaptive import AdaptiveCache, AdaptiveRule
 from caching.block_cache import outside, residual_names
 from caching.deepcache import DeepCache
-from caching.fitted import BOUND
+from caching.fitted import bound
 from caching.meters import relative_change
 from caching.policy import Policy
 from eval.cost.macs import step_macs
@@ -115,7 +115,7 @@ def fit(model: ImageModel, branch: int, calls: float, seeds: list[int], batch_si
     full = decided(inputs * factors, threshold)
     counts = full.sum(1)
     typical = full[np.abs(counts - counts.mean()).argmin()]
-    return AdaptiveRule({key: model.settings[key] for key in BOUND}, branch, watched,
+    return AdaptiveRule(bound(model.settings | {"fingerprint": model.run.fingerprint}), branch, watched,
                         [round(float(factor), 6) for factor in factors], round(threshold, 6),
                         np.flatnonzero(typical).tolist(),
                         {"seeds": format_seeds(seeds), "budget": calls, "cached call": ratio,

@@ -92,8 +92,9 @@ def fit(model: ImageModel, clockwork: PlannedClockwork, seeds: list[int], batch_
     weights = {name: value.detach().cpu() for name, value in training.adaptor.state_dict().items()}
     notes = {"seeds": format_seeds(seeds), "lr": lr, "batch_size": batch_size, "passes": passes,
              "iterations": len(training.losses)}
-    return AdaptorFile(model.settings, clockwork.branch, clockwork.full_steps, weights, training.table().cpu(),
-                       notes), training
+    made_for = model.settings | {"fingerprint": model.run.fingerprint}
+    made = AdaptorFile(made_for, clockwork.branch, clockwork.full_steps, weights, training.table().cpu(), notes)
+    return made, training
 
 
 @command

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from caching.deepcache import PlannedDeepCache
+from caching.fitted import fingerprint
 from caching.methods import METHODS, CachePlan, plan
 from caching.nested import NestedUNet
 from caching.options import MethodOptions, RunShape, option
@@ -193,6 +194,12 @@ class Run:
         """
         return {"model": self.config.name, **self.family.settings(self), **self.sampler.settings,
                 "dtype": self.spec.network.dtype}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """By which pipelines know the U-Net (`caching.fitted.fingerprint`)."""
+        x, _, *context = example_inputs(self.config)
+        return fingerprint(self.unet, x.shape[1], context[0].shape[-1] if context else None)
 
     @property
     def deepcache(self) -> PlannedDeepCache | None:

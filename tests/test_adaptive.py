@@ -150,3 +150,9 @@ def test_damaged_rules_are_refused(rule, tmp_path, change, why):
 def test_refusals(run, tmp_path, capsys, words, why):
     assert run(calibrate_adaptive.main, *SEEDS, "--out", tmp_path / "a.json", *words) == 2
     assert why in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_a_run_that_decides_while_it_goes_on_is_not_compiled(run, rule, tmp_path, capsys):
+    assert run(sample.main, "--adaptive", rule, "--compile", "--seeds", "0", "--out", tmp_path / "no") == 2
+    assert "--compile is for calls that are known beforehand" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
