@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import run_command, tiny_ddpm
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from caching.adaptor import Adaptor, AdaptorFile, TimeConditioning
@@ -13,9 +14,11 @@ from caching.deepcache import DeepCache
 from ddpm import sample
 from ddpm.unet import UNet
 from eval.cost.runs import call_macs
+from pipelines.enable import enable_deepcache
 from planning import train_adaptor
 from planning.fitting import frozen, weights_sha256
 from runs import results
+from runs.errors import UserError
 from runs.folder import read_run
 from runs.machine import Machine
 from runs.spec import RunSpec
@@ -131,6 +134,25 @@ def test_names_and_presets(config):
     run = RunSpec.of(config, clock_preset="stable-diffusion", clock_branch=2).open()
     assert run.name == "clock4_from0.5" and run.full_calls == 4 + 2
     assert RunSpec.of(config, clock=2, clock_branch=1).open().name == "clock2_branch1"
+
+
+def test_a_pipeline_takes_a_clock_and_refuses_the_adaptor_of_another_network(trained):
+    torch.manual_seed(0)
+    unet = UNet2DModel(sample_size=8, layers_per_block=1, block_out_channels=(32, 64),
+                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2).eval()
+    pipe = DDIMPipeline(unet, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def images():
+        return pipe(2, torch.Generator().manual_seed(1), num_inference_steps=9, output_type="np").images
+
+    with enable_deepcache(pipe, clock=3, clock_branch=1):
+        clocked = images()
+    with enable_deepcache(pipe, interval=3, branch=1):
+        assert (images() == clocked).all()
+    with (enable_deepcache(pipe, clock=3, clock_branch=1, adaptor=trained),
+          pytest.raises(UserError, match="unet differs")):
+        images()
 
 
 @pytest.mark.parametrize(("words", "why"), [
