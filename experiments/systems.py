@@ -28,6 +28,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,24 @@ def read_study(path: Path) -> Study:
         raise UserError(f"{path}: seeds must be from 0 on, two or more, like 0-127, got {study.seeds}")
     for number, entry in enumerate(study.systems, 1):
         where = f"{path}, system {number}"
-        if not isinstance(entry.get("system"), str) or "calls" not in entry:
-            raise UserError(f"{where} must say its system, a name, and its calls, the budget")
+        budgets = lists_of(entry).get("calls", [])
+        if not isinstance(entry.get("system"), str) or not budgets or not all(
+                isinstance(calls, int) and not isinstance(calls, bool) and calls > 0 for calls in budgets):
+            raise UserError(f"{where} must say its system, a name, and its calls, the budget: whole numbers from 1")
         for axis, values in lists_of(entry).items():
             if axis == "model":
                 raise UserError(f"{where}: a study is of one model, which it names once")
             if axis not in ("system", "calls"):
                 check_axis(where, axis, values)
+    for file, line in study.files.items():
+        try:
+            shlex.split(line)
+        except ValueError as error:
+            raise UserError(f"{path}, {file}: its command has a {error}") from None
+    try:
+        TopologicalSorter({file: set(shlex.split(line)) - {file} for file, line in study.files.items()}).prepare()
+    except CycleError as error:
+        raise UserError(f"{path}: each of {', '.join(error.args[1][1:])} is made of the others") from None
     return study
 
 

@@ -98,7 +98,9 @@ def test_images_are_those_of_the_sample_command_and_their_distance_is_noted(stud
 
 @pytest.mark.parametrize(("change", "word"), [
     (("seeds: 0-3", "seeds: 1-3"), "from 0 on"), (("steps: 4}", "step: 4}"), "is it steps?"),
-    (("calls: 4, plan", "plan"), "its calls, the budget"),
+    (("calls: 4, plan", "plan"), "its calls, the budget"), (("calls: 4, plan", "calls: 0.5, plan"), "whole numbers"),
+    (("--width 4", "--width '4"), "its command has a No closing quotation"),
+    (("files:", "files:\n  a: made --of b\n  b: made --of a"), "is made of the others"),
     (("sampler: unipc, steps: 4", "steps: 4, model: x"), "of one model"),
     (("timesteps: trailing", "timesteps: trailing, prompts: x"), "no option"),
     (("steps: 8}", "steps: 8, interval: 2}"), "without caching")])
