@@ -6,7 +6,7 @@ Errors are ValueErrors here, which say what was wrong with which file.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -144,6 +144,7 @@ class PlannedBlocks(Planned):
         self.settings = {"block_caching": {
             "schedule_sha256": schedule.sha256, "kinds": schedule.kinds, "delta": schedule.delta,
             "blocks": len(blocks), "scale_shift_sha256": digest}}
+        self.system = str(schedule.measured.get("system", ""))          # where a program of its own made it
         self.name = [f"blocks_{options.block_schedule.stem}", *(["scale_shift"] if options.scale_shift else [])]
         computed = sum(map(len, blocks.values()))
         self.summary = (f"blocks computed {computed} of {len(blocks) * calls} times"
@@ -160,11 +161,7 @@ class PlannedBlocks(Planned):
     def check(self, settings: Mapping[str, Any]) -> None:
         self.schedule.check(settings)
 
-    def check_network(self, channels: Mapping[str, int]) -> None:
-        """Refuse a U-Net that lacks a block, or has another number of channels there. Raises ValueError.
-
-        channels: of its residuals, by name.
-        """
+    def check_network(self, channels: Mapping[Hashable, int]) -> None:
         unknown = [name for name in self.blocks if name not in channels]
         if unknown:
             raise ValueError(f"the block schedule names {unknown[0]}, and this U-Net has no such block")

@@ -14,6 +14,12 @@ from torch import nn
 BOUND = ("model", "unet", "checkpoint_sha256", "sampler", "steps", "timesteps")
 
 
+def bound(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's settings a file is made for: those under BOUND, and the U-Net's `fingerprint` where it is known.
+    """
+    return {key: run[key] for key in (*BOUND, "fingerprint") if key in BOUND or key in run}
+
+
 def refuse_other_run(what: str, made_for: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse a run of other settings than a file was made for; those not known yet may be left out.
 
@@ -23,8 +29,8 @@ def refuse_other_run(what: str, made_for: Mapping[str, Any], settings: Mapping[s
     differing = [key for key in made_for if key in settings and made_for[key] != settings[key]
                  and not (key == "checkpoint_sha256" and made_for[key] is None)]
     if differing:
-        shown = ("unet differs" if key == "unet" else f"{key} {made_for[key]} there, {settings[key]} here"
-                 for key in differing)
+        shown = ("unet differs" if key in ("unet", "fingerprint") else
+                 f"{key} {made_for[key]} there, {settings[key]} here" for key in differing)
         raise ValueError(f"{what} for another run: {'; '.join(shown)}")
 
 

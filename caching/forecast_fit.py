@@ -15,7 +15,7 @@ from caching.nested import Network
 from caching.scale_shift import relative_distance
 
 
-class _OnRunsPath:
+class OnRunsPath:
     """Stands in for the U-Net while a run samples with a `DeepCache`: `network(x, t, *context, cache=cache.at(step))`,
     as `sampling.samplers.noise_predictor` calls it.
     """
@@ -43,7 +43,7 @@ class _OnRunsPath:
         raise NotImplementedError
 
 
-class ForecastFit(_OnRunsPath):
+class ForecastFit(OnRunsPath):
     """Fits the damping of every cached step, in closed form as the run comes to it.
 
     Runs of several batches add up: each takes the path of what is known by then. All of them must take `policy`.
@@ -75,7 +75,7 @@ class ForecastFit(_OnRunsPath):
         cache.at(cache.step)
 
 
-class ForecastErrors(_OnRunsPath):
+class ForecastErrors(OnRunsPath):
     """How far what cached steps see is from what the network would compute there.
 
     `errors`: for every cached step |forecast - computed|_2 / |computed|_2, float32 [batch].

@@ -4,20 +4,23 @@ A method that is listed here can be reached from the sample commands, MACs, thro
 diffusers pipelines: all of them go by the fields of its options and by its `Planned` (caching/options.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
 
+from caching.adaptive import AdaptiveOptions
 from caching.block_schedule import BlockCachingOptions
+from caching.clockwork import ClockworkOptions
 from caching.deepcache import DeepCacheOptions
 from caching.forecast_options import ForecastOptions
 from caching.options import MethodOptions, Planned, RunShape
 from caching.plan_file import PlanOptions
 from caching.policy import Policy, Together
 
-METHODS: tuple[type[MethodOptions], ...] = (DeepCacheOptions, BlockCachingOptions, PlanOptions, ForecastOptions)
+METHODS: tuple[type[MethodOptions], ...] = (DeepCacheOptions, BlockCachingOptions, PlanOptions, ClockworkOptions,
+                                            AdaptiveOptions, ForecastOptions)
 Kind = TypeVar("Kind", bound=Planned)
 
 
@@ -47,6 +50,11 @@ class CachePlan:
         """Let every method check the settings of the run (`Planned.check`). Raises ValueError."""
         for method in self.methods:
             method.check(settings)
+
+    def check_network(self, channels: Mapping[Hashable, int]) -> None:
+        """Let every method check what the U-Net has (`Planned.check_network`). Raises ValueError."""
+        for method in self.methods:
+            method.check_network(channels)
 
     def of(self, kind: type[Kind]) -> Kind | None:
         """The method of a class, where the run has it."""

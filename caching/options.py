@@ -1,6 +1,6 @@
 """A caching method as programs know it: its options, and what comes of them once a run is known."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -34,10 +34,14 @@ class Planned:
 
     settings: for run.json, under `cache`; those of the first method stand there bare, others under their name.
     name: what it adds to the name of a sample folder, in parts. summary: the same for the last line of a command.
+    system: what tables and legends call it, where its settings do not say. online: whether what a call computes is
+    only known when it runs.
     """
     settings: Mapping[str, Any]
     name: Sequence[str] = ()
     summary: str = ""
+    system: str = ""
+    online: bool = False
 
     def policy(self, device: torch.device | str, dtype: torch.dtype) -> Policy | None:
         """A fresh policy for one batch of a network on a device and in a dtype; None where the method has none."""
@@ -54,6 +58,12 @@ class Planned:
         """Refuse a run that what was fitted was not made for; settings that are not known yet may be left out.
 
         Raises ValueError that says what differs.
+        """
+
+    def check_network(self, channels: Mapping[Hashable, int]) -> None:
+        """Refuse a U-Net that lacks what is cached, or has another number of channels there. Raises ValueError.
+
+        channels: of all that its cache is asked for, by key.
         """
 
 

@@ -44,7 +44,7 @@ from runs.families import (
     load_unet,
     rows_per_image,
 )
-from runs.image_model import add_run, config_among, kinds_of_calls, spec_of
+from runs.image_model import add_run, check_compiled, config_among, kinds_of_calls, spec_of
 from runs.machine import Machine, check_counts, prepare_device
 from runs.provenance import provenance
 from runs.results import Result
@@ -113,6 +113,7 @@ def time_a_run(words: Sequence[str]) -> None:
     args = parser.parse_args(words)
     run, machine = spec_of(args, family).open(), arguments.chosen(Machine, args)
     run.refuse_foreign(run.told | {"unet": asdict(run.config.unet)})
+    check_compiled(run, machine)
     device = machine.prepare()
     torch.manual_seed(0)
     checkpoint = run.spec.network.checkpoint

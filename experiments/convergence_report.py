@@ -68,6 +68,8 @@ def kind_of(run: Run) -> str:
     """The name of what a run does to be cheaper."""
     if not run.caching:
         return f"fewer steps, {'fitted, ' if is_listed(run.timesteps) else ''}{run.sampler_name}"
+    if own := [method.system for method in run.caching.methods if method.system]:
+        return ", ".join(own)
     cache = run.caching.settings
     if "plan" in cache:
         return "plan"

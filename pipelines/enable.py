@@ -29,7 +29,7 @@ import logging
 import operator
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ from torch.utils._pytree import tree_map_only
 from caching.block_schedule import PlannedBlocks
 from caching.deepcache import DeepCacheOptions
 from caching.fitted import fingerprint
-from caching.methods import CachePlan, options_by_name, plan
+from caching.forecast_options import ForecastOptions
+from caching.methods import METHODS, CachePlan, options_by_name, plan
 from caching.options import MethodOptions, RunShape
-from caching.plan_file import PlannedPlan
 from caching.policy import Policy
 from caching.schedules import check_settings
 from pipelines.containers import check_containers
@@ -53,6 +53,8 @@ from pipelines.parts import num_skips, residual_names
 from pipelines.run import Plan, Run, argument, log, residuals_of
 from runs.errors import UserError, as_user_error
 
+# Options of methods that say themselves what each call computes, or leave that to DeepCache where it is asked for.
+ALONE = {one.name for method in METHODS if method not in (DeepCacheOptions, ForecastOptions) for one in fields(method)}
 FEW = 10        # network calls: in less there is next to nothing to reuse
 
 
@@ -81,7 +83,7 @@ def enable_deepcache(pipe: DiffusionPipeline, interval: int | None = None, branc
     """Switch caching on in a pipeline, or change its settings.
 
     interval: N of 1:N, one full step in every N; 2 and 3 are cautious, the papers go up to 10, 1 does not cache. By
-    default 3, or 1 beside a plan or block_schedule, which say themselves what each call computes.
+    default 3, or 1 beside a plan, block_schedule, clock or adaptive rule, which say themselves what each call computes.
     branch: 0-based skip that cached steps still compute; 0 saves most, 1 is the paper's for Stable Diffusion and the
     default, 2 for a UNet2DModel.
     schedule: "uniform", or "centered" with the paper's non-uniform center and power (caching/schedules.py).
@@ -90,7 +92,7 @@ def enable_deepcache(pipe: DiffusionPipeline, interval: int | None = None, branc
     Raises UserError for settings that cannot be and for a pipeline that cannot be cached; nothing has changed then.
     """
     if interval is None:
-        interval = 1 if options.keys() & {"plan", "block_schedule"} else 3
+        interval = 1 if options.keys() & ALONE else 3
     options = {name: Path(value) if isinstance(value, str) else value for name, value in options.items()}
     try:
         options |= {"interval": _whole(interval), "branch": None if branch is None else _whole(branch),
@@ -191,7 +193,7 @@ class ProgressBar:
         usual = min(2 if isinstance(unet, UNet2DModel) else 1, branches - 1)
         with as_user_error(f"this run has {steps} steps: "):
             found = plan(fitting, RunShape(steps, calls, branches, usual))
-            found.check({"steps": steps, **({"fingerprint": _fingerprint(unet)} if found.of(PlannedPlan) else {})})
+            found.check({"steps": steps, **({"fingerprint": _fingerprint(unet)} if found else {})})
         blocks = found.of(PlannedBlocks)
         unknown = sorted(blocks.blocks.keys() - set(residual_names(unet))) if blocks else []
         if unknown:

@@ -113,14 +113,20 @@ class Distances:
         missing = [seed for seed in seeds if seed not in known]
         for batch, report in batches(missing, self.machine.batch_size, title, model):
             policy = model.policy() if calls is None else PlanCache(calls)
-            latents = model.latents(batch, policy, report=report).float().cpu()
+            latents = model.latents(batch, policy, report=report)
             if keep:
-                keep(latents)
-            found = psnr_to(self.converged(batch), latents)
-            known |= {seed: min(float(db), EXACT) for seed, db in zip(batch, found, strict=True)}
-            self.made("runs")
-            write_json(self._file(run, calls), _about(run, calls) | {"psnr": known})
+                keep(latents.float().cpu())
+            known = self.note(run, batch, latents, calls)
         return np.array([known[seed] for seed in seeds])
+
+    def note(self, run: Run, seeds: Sequence[int], latents: Tensor, calls: Sequence[Call] | None = None
+             ) -> dict[int, float]:
+        """Keep how near the latents of a run are, which were made elsewhere; what is known of it then, by seed."""
+        found = psnr_to(self.converged(seeds), latents.float().cpu())
+        known = self.known(run, calls) | {seed: min(float(db), EXACT) for seed, db in zip(seeds, found, strict=True)}
+        self.made("runs")
+        write_json(self._file(run, calls), _about(run, calls) | {"psnr": known})
+        return known
 
     def made(self, part: str) -> Path:
         """A folder of what is measured, made where it is not there, with a note of what it was measured on."""

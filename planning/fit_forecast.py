@@ -15,47 +15,32 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from caching.deepcache import DeepCache, PlannedDeepCache
-from caching.forecast import Damping
-from caching.forecast_fit import ForecastErrors, ForecastFit
+from caching.forecast_fit import ForecastFit
 from caching.forecast_weights import ForecastWeights
-from caching.scale_shift import relative_distance
-from eval.metrics.intervals import mean_estimate
-from planning.fitting import batches, check_out
+from planning.fitting import apart, batches, check_out, distances_table, fit_parser, held_out_distances
 from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError
 from runs.families import family_named_by
-from runs.image_model import ImageModel, add_run, config_among, spec_of
+from runs.image_model import ImageModel, spec_of
 from runs.machine import Machine
 from runs.provenance import provenance
-from runs.results import Metric, Result
-from runs.seeds import format_seeds, parse_seeds
+from runs.results import Result
+from runs.seeds import format_seeds
 from runs.weights import save_tensors
 
 
 def build_parser(words: list[str]) -> argparse.ArgumentParser:
     """The command line of the model that the config among the words names."""
-    config = config_among(words)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if config is None:
-        parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml; brings more options")
-    else:
-        add_run(parser, family_named_by(config))
+    parser = fit_parser(__doc__, words)
     about = parser.add_argument_group("the fit")
-    about.add_argument("--seeds", required=True, help="runs to learn from; others than the held-out ones")
-    about.add_argument("--held-out-seeds", required=True, help="runs to judge on")
     about.add_argument("--ridge", type=float, default=1e-2,
                        help="pull towards the plain forecast (default: %(default)s)")
     about.add_argument("--out", type=Path, required=True, help="forecast weights to write, .safetensors")
-    arguments.add(parser, Machine)
-    if config is not None:
-        parser.set_defaults(batch_size=family_named_by(config).batch_size)
     return parser
 
 
@@ -83,40 +68,11 @@ def fit(model: ImageModel, level: PlannedDeepCache, seeds: Sequence[int], batch_
                            {"seeds": format_seeds(seeds), "ridge": ridge})
 
 
-def held_out_distances(model: ImageModel, level: PlannedDeepCache, damping: Damping, seeds: list[int],
-                       batch_size: int) -> dict[str, Metric]:
-    """The distances of reuse, the plain and the fitted forecast to the network without caching, on the same seeds.
-
-    feature: between what cached steps see and what the network would compute there, relative, mean over the steps.
-    latents: between what sampling ends on, relative. Each has a 95 % interval over the seeds, and there are the paired
-    differences.
-    """
-    arms = {"reuse": (0, 1.0), "plain": (level.forecast[0], 1.0), "fitted": (level.forecast[0], damping)}
-    found: dict[str, list[float]] = {f"{measure}, {arm}": [] for arm in arms for measure in ("feature", "latents")}
-    for batch, report in batches(seeds, batch_size, "judging", model, work=1 + len(arms)):
-        exact = model.latents(batch, report=report)
-        for arm, (order, weights) in arms.items():
-            errors = ForecastErrors(model.unet)
-            policy = DeepCache(level.branch, level.full_steps, order, weights)
-            latents = model.latents(batch, policy, errors, report)
-            of_rows = torch.stack(errors.errors).mean(0)                    # both halves of guidance
-            found[f"feature, {arm}"] += of_rows.view(-1, len(batch)).mean(0).tolist()
-            found[f"latents, {arm}"] += relative_distance(latents, exact).tolist()
-    metrics = {name: np.array(values) for name, values in found.items()}
-    for measure in ("feature", "latents"):
-        for before, after in (("reuse", "plain"), ("plain", "fitted")):
-            metrics[f"{measure}, {after} less {before}"] = metrics[f"{measure}, {after}"] - metrics[
-                f"{measure}, {before}"]
-    return {name: Metric.of(mean_estimate(values)) for name, values in metrics.items()}
-
-
 @command
 def main() -> None:
     args, started = build_parser(sys.argv[1:]).parse_args(), time.time()
     family = family_named_by(args.config)
-    seeds, held_out = parse_seeds(args.seeds), parse_seeds(args.held_out_seeds)
-    if both := set(seeds) & set(held_out):
-        raise UserError(f"seed {min(both)} is to be learnt from and held out: take other seeds")
+    seeds, held_out = apart(args)
     model = family.open(spec_of(args, family).open(), arguments.chosen(Machine, args))
     level = check(args, model)
     model.check_seeds([*seeds, *held_out])
@@ -124,8 +80,10 @@ def main() -> None:
 
     weights = fit(model, level, seeds, args.batch_size, args.ridge)
     save_tensors(weights.tensors(), args.out, weights.metadata())
-    damping = ForecastWeights.load(args.out).damping
-    found = held_out_distances(model, level, damping, held_out, args.batch_size)
+    damping, order = ForecastWeights.load(args.out).damping, level.forecast[0]
+    arms = {"reuse": (0, 1.0), "plain": (order, 1.0), "fitted": (order, damping)}
+    found = held_out_distances(model, {arm: partial(DeepCache, level.branch, level.full_steps, *forecast)
+                                       for arm, forecast in arms.items()}, held_out, args.batch_size)
     report_path = args.out.with_suffix(".forecast.json")
     results.write(report_path, Result(
         "forecast weights", model.settings["model"], model.settings | {"cache": model.run.caching.settings},
@@ -133,9 +91,7 @@ def main() -> None:
         provenance=provenance(model.device),
         details={**weights.notes, "held_out_seeds": format_seeds(held_out), "damping": asdict(weights)["damping"]}
     ).stamped(started))
-    print(f"{len(held_out)} held-out seeds; distance to the network without caching, 95% intervals:")
-    for name, one in found.items():
-        print("{:32} {:.4f} [{:.4f}, {:.4f}]".format(name, *one.bounds))
+    print(distances_table(found, held_out))
     print(f"{args.out} and {report_path}")
 
 

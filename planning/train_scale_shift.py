@@ -19,14 +19,14 @@ from caching.block_schedule import (
 from caching.scale_shift import Comparison, Distiller, LeastSquares, ScaleShift, relative_distance
 from eval.cost.macs import on_meta
 from eval.metrics.intervals import mean_estimate
-from planning.fitting import batches, check_out, open_model, own_unet
+from planning.fitting import apart, batches, check_out, open_model, own_unet
 from runs import results
 from runs.errors import UserError, as_user_error
 from runs.families import Config, example_inputs
 from runs.image_model import ImageModel
 from runs.provenance import provenance
 from runs.results import Metric, Result
-from runs.seeds import format_seeds, parse_seeds
+from runs.seeds import format_seeds
 from runs.weights import save_tensors
 
 MEASURES = ("residuals", "latents", "pixels")
@@ -119,9 +119,7 @@ def train(args: argparse.Namespace) -> None:
     check_out(args.out, ".safetensors")
     if not args.lr > 0 or not args.ridge >= 0:
         raise UserError(f"--lr must be above 0 and --ridge 0 or more, got {args.lr:g} and {args.ridge:g}")
-    seeds, held_out = parse_seeds(args.seeds), parse_seeds(args.held_out_seeds)
-    if both := set(seeds) & set(held_out):
-        raise UserError(f"seed {min(both)} is to be learnt from and held out: take other seeds")
+    seeds, held_out = apart(args)
     with as_user_error():
         schedule = BlockSchedule.load(args.block_schedule)
     if all(len(steps) == schedule.calls for steps in schedule.blocks.values()):

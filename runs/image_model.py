@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from caching.nested import Network
 from caching.policy import Policy
 from runs import arguments
+from runs.errors import UserError
 from runs.families import Condition, Config, Family
 from runs.folder import RunFolder, missing_seeds
 from runs.machine import Machine
@@ -84,12 +85,20 @@ def kinds_of_calls(run: Run) -> int:
     return len(set(run.reused))
 
 
+def check_compiled(run: Run, machine: Machine) -> None:
+    """Refuse to compile a run whose calls decide themselves what they compute. Raises UserError."""
+    if machine.compile and any(method.online for method in run.caching.methods):
+        raise UserError("--compile is for calls that are known beforehand, and this run decides while it goes on what "
+                        "each computes: leave it out")
+
+
 def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine) -> int:
     """Fill a sample folder with the images of the seeds that are not there yet; returns how many were made.
 
     Raises UserError, and Stopped where a batch system asked for it.
     """
     run = model.run
+    check_compiled(run, machine)
     run.refuse_foreign(model.settings)          # before the weights are read, as far as it can be known,
     model.check_seeds(seeds)
     with StopRequest() as stop:

@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from caching.block_schedule import PlannedBlocks
 from caching.deepcache import PlannedDeepCache
+from caching.fitted import fingerprint
 from caching.methods import METHODS, CachePlan, plan
 from caching.nested import NestedUNet
 from caching.options import MethodOptions, RunShape, option
@@ -201,6 +201,12 @@ class Run:
         return {"model": self.config.name, **self.family.settings(self), **self.sampler.settings,
                 "dtype": self.spec.network.dtype}
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """By which pipelines know the U-Net (`caching.fitted.fingerprint`)."""
+        x, _, *context = example_inputs(self.config)
+        return fingerprint(self.unet, x.shape[1], context[0].shape[-1] if context else None)
+
     @property
     def deepcache(self) -> PlannedDeepCache | None:
         """DeepCache in this run, or None."""
@@ -226,17 +232,16 @@ class Run:
         """Refuse settings, as far as they are known, that the caching was not fitted to. Raises UserError."""
         with as_user_error():
             self.caching.check(settings)
-            if blocks := self.caching.of(PlannedBlocks):
-                blocks.check_network(self._channels())
+            if self.caching:
+                self.caching.check_network(self._channels())
 
-    def _channels(self) -> dict[str, int]:
-        """How many channels each residual of the U-Net has, by the name under which a cache knows it."""
-        found: dict[str, int] = {}
+    def _channels(self) -> dict[Hashable, int]:
+        """How many channels each value has that the U-Net asks a cache for, by its key."""
+        found: dict[Hashable, int] = {}
 
         def read(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
             value = compute()
-            if isinstance(key, str):
-                found[key] = value.shape[1 if value.ndim == 4 else -1]
+            found[key] = value.shape[1 if value.ndim == 4 else -1]
             return value
 
         self.unet(*example_inputs(self.config), cache=read)

@@ -151,13 +151,14 @@ SEEDS = ("", "x", "-1", "3-1", "1,1", "0-", "18446744073709551616", "0-999999999
 def of_numbers() -> Iterator[Case]:
     """Numbers of the command line, in every sample option and in commands that have their own."""
     options = ("--steps", "--interval", "--branch", "--center", "--power", "--eta", "--batch-size", "--threads",
-               "--forecast", "--forecast-damping")
+               "--forecast", "--forecast-damping", "--clock", "--clock-from")
     fine = {("--batch-size", "1_0"), ("--batch-size", "٣"), ("--threads", "1_0"), ("--threads", "٣")}
     for option, value in itertools.product(options, NUMBERS):
         extra = {"--center": ("--interval", "2", "--schedule", "centered", "--power", "1.2"),
                  "--power": ("--interval", "2", "--schedule", "centered", "--center", "1"),
                  "--branch": ("--interval", "2"), "--forecast": ("--interval", "2"),
-                 "--forecast-damping": ("--interval", "2", "--forecast", "1")}.get(option, ())
+                 "--forecast-damping": ("--interval", "2", "--forecast", "1"),
+                 "--clock-from": ("--clock", "2")}.get(option, ())
         right = (0, 2) if (option, value) in fine or value in ("0", "0.5", "1_0", "٣", "-1", "") else (2,)
         yield Case(f"{option} {value!r}", "ddpm.sample", ("--config", "{world}/ddpm.yaml", *extra, f"{option}={value}",
                                                           "--seeds", "0", "--device", "cpu", "--out", "{}/o"),
@@ -203,6 +204,7 @@ def of_files() -> Iterator[Case]:
                               ("eval.throughput", ("--config", "{}/f.yaml")),
                               ("scripts.sweep", ("--config", "{}/f.yaml", "--list")),
                               ("scripts.convergence", ("--config", "{}/f.yaml", "--list")),
+                              ("scripts.systems", ("--config", "{}/f.yaml", "--list")),
                               ("scripts.plan", ("table6", "--config", "{}/f.yaml", "--dry-run")),
                               ("scripts.download", ("x", "--catalogue", "{}/f.yaml", "--into", "{}"))):
             yield Case(f"{module}, YAML {name}", module, words, make=written("f.yaml", content))
@@ -210,6 +212,7 @@ def of_files() -> Iterator[Case]:
     for name, content in JSONS.items():
         for what, module, words in (
                 ("plan", "ddpm.sample", (*sampling, "--plan", "{}/f.json")),
+                ("adaptive rule", "ddpm.sample", (*sampling, "--adaptive", "{}/f.json")),
                 ("block schedule", "ddpm.sample", (*sampling, "--block-schedule", "{}/f.json")),
                 ("changes", "scripts.block_caching", ("schedule", "--changes", "{}/f.json", "--out", "{}/o.json")),
                 ("schedule to show", "scripts.block_caching", ("show", "{}/f.json")),

@@ -217,8 +217,11 @@ def test_orders_are_the_slopes_of_the_errors():
     assert found == {"unipc": "2.00, 2.00", "ddim": "1.00, 1.00"}
 
 
+STUDIES = sorted(path for path in Path("studies").glob("*.yaml") if not path.name.startswith("systems_"))
+
+
 def test_the_studies_that_are_shipped_open():
-    for path in sorted(Path("studies").glob("*.yaml")):
+    for path in STUDIES:
         read = convergence.read_study(path)
         runs = list(convergence.specs(read))
         convergence.check_names(runs, path)
@@ -227,7 +230,7 @@ def test_the_studies_that_are_shipped_open():
 
 def test_shipped_results_belong_to_their_studies():
     """Every JSON of a study's folder is of a run that its file has today."""
-    for path in sorted(Path("studies").glob("*.yaml")):
+    for path in STUDIES:
         read, folder = convergence.read_study(path), Path("results/convergence") / path.stem
         place = convergence.Place(path.stem, Path("results"), Path("samples"))
         names = {run.name for spec, to_fit in convergence.specs(read)

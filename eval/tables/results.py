@@ -46,11 +46,12 @@ def of_samples(kind: str, images: ImageSet, metrics: Mapping[str, Metric], devic
 
 def cost(settings: Mapping[str, Any]) -> Cost | None:
     """MACs of a run from its settings; None where they are not those of a model in configs/ with DeepCache, a plan or
-    without caching."""
+    without caching: other methods say what they do in a section of their own."""
     path = _CONFIGS / f"{settings.get('model')}.yaml"
     cache = settings.get("cache") or {}
     known = not cache or cache.get("interval") == 1 or {"branch", "full_steps"} <= cache.keys()
-    other = "block_caching" in cache or "diffusers" in settings.get("unet", {})
+    sections = {name for name, value in cache.items() if isinstance(value, Mapping)}
+    other = sections - {"plan", "forecast"} or "diffusers" in settings.get("unet", {})
     if not path.is_file() or "steps" not in settings or not known or other:
         return None
     steps, counted = settings["steps"], costs_of(RunSpec.of(path).open())

@@ -1,0 +1,6 @@
+"""The command of experiments/systems.py."""
+
+from experiments.systems import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Adaptive caching: every image decides for itself, whatever it is batched with, by a rule that was calibrated."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_command, tiny_ddpm
+
+from caching.adaptive import AdaptiveCache, AdaptiveRule
+from caching.deepcache import DeepCache
+from caching.nested import no_cache
+from ddpm import sample
+from ddpm.unet import UNet
+from eval.cost.runs import call_macs, costs_of
+from planning import calibrate_adaptive
+from planning.calibrate_adaptive import decided, threshold_for
+from runs import results
+from runs.folder import read_run
+from runs.spec import RunSpec
+
+NET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
+       "attn_resolutions": [4]}
+SEEDS = ("--seeds", "10-15", "--held-out-seeds", "20-23")
+WATCHED = "input_blocks.1.0"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), NET, steps=9)
+
+
+@pytest.fixture(scope="module")
+def rule(config, tmp_path_factory):
+    """A rule that was calibrated by the command."""
+    out = tmp_path_factory.mktemp("rule") / "rule.json"
+    assert run_command(calibrate_adaptive.main, "--config", config, "--device", "cpu", *SEEDS, "--calls", 5,
+                       "--out", out) == 0
+    return out
+
+
+@pytest.fixture
+def run(config):
+    return lambda main, *words: run_command(main, "--config", config, "--device", "cpu", *words)
+
+
+@pytest.fixture
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(**NET).eval().requires_grad_(False)
+
+
+def inputs(calls, rows):
+    """Rows that change little, and ever more so, from call to call."""
+    noise = torch.Generator().manual_seed(1)
+    first, pace = (torch.randn(rows, 3, 8, 8, generator=noise) for _ in range(2))
+    speed = torch.linspace(0.01, 0.3, rows)[:, None, None, None]
+    return [(first + step * speed * pace, torch.full((rows,), 900 - 10 * step)) for step in range(calls)]
+
+
+@torch.no_grad()
+def run_on(unet, policy, given):
+    return [unet(*one, cache=policy.at(step)) for step, one in enumerate(given)]
+
+
+def made(threshold, calls=6):
+    return AdaptiveCache(1, WATCHED, [1.0] * calls, threshold, [0])
+
+
+def test_an_image_is_the_same_in_any_batch(unet):
+    given, policy = inputs(6, 4), made(0.4)
+    together = run_on(unet, policy, given)
+    full = torch.stack(policy.decided)                                      # [calls, rows]
+    assert full[0].all() and len(set(full.sum(0).tolist())) > 1             # the rows do not agree
+    for row in range(4):
+        alone = made(0.4)
+        outputs = run_on(unet, alone, [(x[row:row + 1], t[row:row + 1]) for x, t in given])
+        assert torch.equal(torch.stack(alone.decided)[:, 0], full[:, row])
+        for one, other in zip(outputs, together, strict=True):
+            assert torch.allclose(one[0], other[row], atol=1e-5)
+        deepcache = DeepCache(1, full[:, row].nonzero()[:, 0].tolist())
+        expected = run_on(unet, deepcache, [(x[row:row + 1], t[row:row + 1]) for x, t in given])
+        assert all(map(torch.equal, outputs, expected))
+
+
+def test_thresholds_from_all_to_nothing(unet):
+    given = inputs(6, 2)
+    with torch.no_grad():
+        exact = [unet(*one, cache=no_cache) for one in given]
+    assert all(map(torch.equal, run_on(unet, made(0.0), given), exact))
+    policy = made(1e9)
+    run_on(unet, policy, given)
+    assert torch.stack(policy.decided).sum(0).tolist() == [1, 1] and set(policy.kept) == {"feature", "seen", "sums"}
+    policy.reset()
+    assert not policy.kept and not policy.decided
+    with pytest.raises(RuntimeError, match="before output_blocks"):
+        run_on(unet, AdaptiveCache(1, "output_blocks.0.0", [1.0], 0.0, [0]), given[:1])
+
+
+def test_the_rule_adds_changes_up_until_they_exceed_the_threshold():
+    changes = np.array([[0, 1, 1, 1, 1, 1], [9, 3, 0, 0, 0, 3.0]])
+    assert decided(changes, 1.5).tolist() == [[True, False, True, False, True, False],
+                                              [True, True, False, False, False, True]]
+    assert decided(changes, threshold_for(changes, 3.0)).sum(1).mean() <= 3
+    assert decided(changes, threshold_for(changes, 3.0) - 1e-6).sum(1).mean() > 3
+
+
+def test_a_budget_comes_out_on_held_out_seeds(rule, config):
+    made, report = AdaptiveRule.load(rule), results.read(rule.with_suffix(".adaptive.json"))
+    assert made.watched == WATCHED and made.branch == 1 and made.typical[0] == 0
+    assert report.metrics["full calls, as it came out"].value == pytest.approx(made.measured["spent"]["mean"])
+    assert 0.7 * 5 < made.measured["spent"]["mean"] < 1.3 * 5
+    run = RunSpec.of(config, adaptive=rule).open()
+    assert run.full_calls == len(made.typical) and run.reused[0] == frozenset()
+    assert call_macs(run) == costs_of(run).calls(DeepCache(1, made.typical), 9)
+
+
+def test_samples_with_a_rule(run, rule, tmp_path, capsys):
+    assert run(sample.main, "--adaptive", rule, "--seeds", "0-3", "--batch-size", 4, "--out", tmp_path / "four") == 0
+    assert "adaptive at branch 1" in capsys.readouterr().out
+    assert run(sample.main, "--adaptive", rule, "--seeds", "0-3", "--batch-size", 1, "--out", tmp_path / "one") == 0
+    for image in sorted((tmp_path / "four").rglob("*.png")):
+        assert image.read_bytes() == (tmp_path / "one" / "000" / image.name).read_bytes()
+    assert read_run(tmp_path / "one")["settings"]["cache"]["adaptive"]["sha256"] == AdaptiveRule.load(rule).sha256
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    (("--steps", 8), "steps 9 there, 8 here"), (("--interval", 3), "leave out the other"),
+    (("--forecast", 1), "--forecast is not for"), (("--timesteps", "quad"), "timesteps uniform there, quad here")])
+def test_foreign_rules_are_refused(run, rule, tmp_path, capsys, words, why):
+    assert run(sample.main, "--adaptive", rule, *words, "--out", tmp_path / "no") == 2
+    assert why in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("change", "why"), [
+    ({"threshold": 0.5}, "changed since it was made"), ({"threshold": -1}, "0 or more"), ({"factors": []}, "changed"),
+    ({"kind": "plan"}, "no adaptive rule of format"), ({"typical": "0"}, "typical is '0'"), (None, "no adaptive rule")])
+def test_damaged_rules_are_refused(rule, tmp_path, change, why):
+    path = tmp_path / "rule.json"
+    if change is not None:
+        path.write_text(json.dumps(json.loads(rule.read_text()) | change))
+    with pytest.raises(ValueError, match=why):
+        AdaptiveRule.load(path)
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    (("--calls", 0.5), "--calls 0.5 is outside"), (("--calls", 5, "--adaptive-branch", 0), "--adaptive-branch must be"),
+    (("--calls", 5, "--held-out-seeds", "15-16"), "seed 15 is to be"),
+    (("--calls", 5, "--out", "nowhere/a.json"), "in a folder that is there")])
+def test_refusals(run, tmp_path, capsys, words, why):
+    assert run(calibrate_adaptive.main, *SEEDS, "--out", tmp_path / "a.json", *words) == 2
+    assert why in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_a_run_that_decides_while_it_goes_on_is_not_compiled(run, rule, tmp_path, capsys):
+    assert run(sample.main, "--adaptive", rule, "--compile", "--seeds", "0", "--out", tmp_path / "no") == 2
+    assert "--compile is for calls that are known beforehand" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

@@ -1,0 +1,206 @@
+"""Clockwork: the identity is DeepCache, an adaptor starts as the identity and learns, the network stays as it is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import run_command, tiny_ddpm
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from caching.adaptor import Adaptor, AdaptorFile, TimeConditioning
+from caching.clockwork import Clockwork, clocked
+from caching.deepcache import DeepCache
+from ddpm import sample
+from ddpm.unet import UNet
+from eval.cost.runs import call_macs
+from pipelines.enable import enable_deepcache
+from planning import train_adaptor
+from planning.fitting import frozen, weights_sha256
+from runs import results
+from runs.errors import UserError
+from runs.folder import read_run
+from runs.machine import Machine
+from runs.spec import RunSpec
+
+NET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
+       "attn_resolutions": [4]}
+RUN = ("--clock", 3, "--clock-branch", 1)
+SEEDS = ("--seeds", "10-17", "--held-out-seeds", "20-23")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), NET, steps=9)
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    """An adaptor that was trained by the command."""
+    out = tmp_path_factory.mktemp("trained") / "learned.safetensors"
+    words = ("--config", config, "--device", "cpu", *RUN, *SEEDS, "--batch-size", 2, "--passes", 4, "--width", 8)
+    assert run_command(train_adaptor.main, *words, "--out", out) == 0
+    return out
+
+
+@pytest.fixture
+def run(config):
+    return lambda main, *words: run_command(main, "--config", config, "--device", "cpu", *words)
+
+
+@pytest.fixture
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(**NET).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def outputs(unet, policy, calls=7):
+    noise = torch.Generator().manual_seed(1)
+    return [unet(torch.randn(2, 3, 8, 8, generator=noise), torch.full((2,), 900 - 100 * step), cache=policy.at(step))
+            for step in range(calls)]
+
+
+def test_the_identity_is_deepcache_to_the_last_bit(unet):
+    """Without an adaptor, and with one as it is before it learns, whatever it is told."""
+    torch.manual_seed(2)
+    table = torch.randn(7, 3, 8)
+    for branch in (0, 1, 2):
+        channels = {0: 32, 1: 64, 2: 64}[branch]
+        plain = outputs(unet, DeepCache(branch, [0, 3, 6]))
+        for policy in (Clockwork(branch, [0, 3, 6]), Clockwork(branch, [0, 3, 6], Adaptor(channels, 8), table)):
+            assert all(map(torch.equal, plain, outputs(unet, policy)))
+
+
+def test_an_adaptor_is_told_the_timestep_and_the_age():
+    torch.manual_seed(0)
+    conditioning, emb = TimeConditioning(4, 5), torch.randn(4)
+    scale, shift, gain = conditioning(emb, 3)
+    assert torch.equal(scale, torch.ones(5)) and torch.equal(shift, torch.zeros(5)) and (gain == 3).all()
+    adaptor, feature = Adaptor(6, 5), torch.randn(2, 6, 4, 4)
+    torch.nn.init.normal_(adaptor.outer.weight)
+    by_age = [adaptor(feature, conditioning(emb, age)) - feature for age in (1, 2)]
+    assert torch.allclose(2 * by_age[0], by_age[1], atol=1e-5)
+    assert Clockwork(0, [0, 3]).at(0).age == 0
+
+
+@pytest.mark.parametrize("calls, clock, share, steps", [(8, 3, 0, [0, 3, 6]), (8, 4, 0.5, [0, 1, 2, 3, 4]),
+                                                        (9, 2, 0.34, [0, 1, 2, 3, 5, 7])])
+def test_clocks(calls, clock, share, steps):
+    assert clocked(calls, clock, share) == steps
+
+
+def test_training_reduces_the_distance_on_held_out_seeds(trained, config):
+    """The network is frozen, and the file is small."""
+    report = results.read(trained.with_suffix(".adaptor.json"))
+    assert report.metrics["feature, learned less identity"].bounds[2] < 0
+    assert report.metrics["feature, learned"].value < report.metrics["feature, identity"].value
+    assert report.details["iterations"] == 4 * 4 * 6 and trained.stat().st_size < 2e6
+    assert report.details["held_out_seeds"] == "20-23" and report.images == 4
+    opened = RunSpec.of(config).open()
+    model = opened.family.open(opened, Machine(device="cpu"))
+    model.load()
+    assert report.hashes["weights"] == weights_sha256(model.unet)
+
+
+def test_what_is_not_frozen_is_noticed(unet):
+    with pytest.raises(RuntimeError, match="has changed"), frozen(unet):
+        next(unet.parameters()).add_(1)
+
+
+def test_samples_with_an_adaptor(run, trained, config, tmp_path, capsys):
+    assert run(sample.main, *RUN, "--adaptor", trained, "--seeds", "0-2", "--out", tmp_path / "a") == 0
+    assert "3 full of 9 network calls, clock 3 at branch 1, a learned adaptor" in capsys.readouterr().out
+    told = read_run(tmp_path / "a")["settings"]["cache"]
+    assert told["full_steps"] == [0, 3, 6] and told["clockwork"]["adaptor_sha256"]
+    assert run(sample.main, *RUN, "--seeds", "0-2", "--out", tmp_path / "a") == 2           # another run's folder
+    assert "adaptor_sha256" in capsys.readouterr().err
+    assert run(sample.main, *RUN, "--seeds", "0-2", "--out", tmp_path / "identity") == 0
+    assert run(sample.main, "--interval", 3, "--branch", 1, "--seeds", "0-2", "--out", tmp_path / "deepcache") == 0
+    images = {name: (tmp_path / name / "000" / "000001.png").read_bytes() for name in ("a", "identity", "deepcache")}
+    assert images["identity"] == images["deepcache"] != images["a"]
+
+
+def test_an_adaptor_costs_its_convolutions(config, trained):
+    spec = RunSpec.of(config, clock=3, clock_branch=1)
+    plain, learned = (call_macs(one.open()) for one in (spec, spec.having(adaptor=trained)))
+    assert plain[0] == learned[0]
+    pixels, channels, width = 64, 64, 8         # the level inside skip 1 comes back from 4 by 4 pixels
+    products = pixels * (9 * channels * width + width + width * channels + channels)
+    assert learned[1].hook - plain[1].hook == products + 2 * pixels * channels          # and its normalisation
+
+
+def test_names_and_presets(config):
+    run = RunSpec.of(config, clock_preset="stable-diffusion", clock_branch=2).open()
+    assert run.name == "clock4_from0.5" and run.full_calls == 4 + 2
+    assert RunSpec.of(config, clock=2, clock_branch=1).open().name == "clock2_branch1"
+
+
+def test_a_pipeline_takes_a_clock_and_refuses_the_adaptor_of_another_network(trained):
+    torch.manual_seed(0)
+    unet = UNet2DModel(sample_size=8, layers_per_block=1, block_out_channels=(32, 64),
+                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2).eval()
+    pipe = DDIMPipeline(unet, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def images():
+        return pipe(2, torch.Generator().manual_seed(1), num_inference_steps=9, output_type="np").images
+
+    with enable_deepcache(pipe, clock=3, clock_branch=1):
+        clocked = images()
+    with enable_deepcache(pipe, interval=3, branch=1):
+        assert (images() == clocked).all()
+    with (enable_deepcache(pipe, clock=3, clock_branch=1, adaptor=trained),
+          pytest.raises(UserError, match="unet differs")):
+        images()
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    (("--steps", 8), "9 there, 8 here"), (("--clock", 2), "full_steps"), (("--clock-branch", 0), "branch 1 there"),
+    (("--timesteps", "quad"), "timesteps uniform there, quad here"), (("--interval", 3), "leave out --interval"),
+    (("--forecast", 1), "--forecast is not for")])
+def test_foreign_adaptors_are_refused(run, trained, tmp_path, capsys, words, why):
+    assert run(sample.main, *RUN, "--adaptor", trained, *words, "--out", tmp_path / "no") == 2
+    assert why in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_damaged_adaptors_are_refused(trained, tmp_path):
+    found = AdaptorFile.load(trained)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(trained.read_bytes()[:-100])
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, other)
+    for name, change in (("outer.weight", lambda value: value[:, :1]), ("table", lambda value: value[0]),
+                         ("inner.bias", lambda value: value * float("nan")), ("table", None)):
+        content = load_file(trained)
+        if change is None:
+            del content[name]
+        else:
+            content[name] = change(content[name]).contiguous()
+        save_file(content, tmp_path / "bad.safetensors", found.metadata())
+        with pytest.raises(ValueError, match="is damaged"):
+            AdaptorFile.load(tmp_path / "bad.safetensors")
+    for path, why in ((cut, "damaged"), (other, "holds no clockwork adaptor"), (tmp_path / "none", "no adaptor")):
+        with pytest.raises(ValueError, match=why):
+            AdaptorFile.load(path)
+
+
+def test_an_adaptor_of_other_channels_is_refused(run, trained, tmp_path, capsys):
+    found = AdaptorFile.load(trained)
+    wide = replace(found, weights=Adaptor(32, 8).state_dict())
+    save_file(wide.tensors(), tmp_path / "wide.safetensors", wide.metadata())
+    assert run(sample.main, *RUN, "--adaptor", tmp_path / "wide.safetensors", "--out", tmp_path / "no") == 2
+    assert "of 32 channels, and the feature at branch 1 of this U-Net has 64" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    ((), "give --clock"), ((*RUN, "--width", 0), "--width and --passes"), ((*RUN, "--dtype", "bf16"), "in float32"),
+    ((*RUN, "--held-out-seeds", "17-18"), "seed 17 is to be"), ((*RUN, "--compile"), "are for sampling"),
+    ((*RUN, "--out", "nowhere/a.safetensors"), "in a folder that is there"), (("--clock", 0), "--clock must be"),
+    (("--clock-from", 0.5), "need a --clock"), (("--clock", 3, "--clock-from", 1), "--clock-from must be"),
+    (("--clock", 3, "--clock-preset", "stable-diffusion"), "says clock and share itself"),
+    (("--clock", 3, "--clock-branch", 9), "--clock-branch must be from 0 to")])
+def test_refusals(run, tmp_path, capsys, words, why):
+    assert run(train_adaptor.main, *SEEDS, "--out", tmp_path / "a.safetensors", *words) == 2
+    assert why in capsys.readouterr().err and not any(tmp_path.iterdir())

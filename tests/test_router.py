@@ -1,0 +1,123 @@
+"""Learning-to-Cache: routers at 1 are the run without caching, learn within a budget, and become a block schedule."""
+
+import pytest
+import torch
+from conftest import run_command, tiny_ddpm
+
+from caching.block_cache import BlockCache, residual_names
+from caching.block_schedule import BlockSchedule
+from caching.nested import no_cache
+from caching.router import Router, RouterTraining, rounded
+from ddpm import sample
+from ddpm.unet import UNet
+from eval.cost.runs import macs_per_image
+from planning import train_router
+from planning.fitting import weights_sha256
+from runs import results
+from runs.spec import RunSpec
+
+NET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
+       "attn_resolutions": [4]}
+SEEDS = ("--seeds", "10-25", "--held-out-seeds", "30-33")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), NET, steps=8)
+
+
+@pytest.fixture
+def run(config):
+    return lambda main, *words: run_command(main, "--config", config, "--device", "cpu", *words)
+
+
+@pytest.fixture
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(**NET).eval().requires_grad_(False)
+
+
+def inputs(calls):
+    noise = torch.Generator().manual_seed(1)
+    return [(torch.randn(2, 3, 8, 8, generator=noise), torch.full((2,), 900 - 100 * step)) for step in range(calls)]
+
+
+@torch.no_grad()
+def test_routers_at_1_are_no_cache_and_rounded_ones_a_block_schedule(unet):
+    """To the last bit."""
+    names = residual_names(unet, "all")
+    router = Router(names, [torch.ones(len(names))] * 4)
+    for step, one in enumerate(inputs(4)):
+        assert torch.equal(unet(*one, cache=router.at(step)), unet(*one, cache=no_cache))
+    torch.manual_seed(3)
+    betas = [torch.ones(len(names)), *torch.randint(0, 2, (3, len(names))).float()]
+    blocks = rounded(names, betas, dict.fromkeys(names, 1.0), 100.0)
+    assert all(blocks[name] == [step for step in range(4) if betas[step][i]] for i, name in enumerate(names))
+    router, schedule = Router(names, betas), BlockCache(blocks)
+    for step, one in enumerate(inputs(4)):
+        assert torch.equal(unet(*one, cache=router.at(step)), unet(*one, cache=schedule.at(step)))
+
+
+def test_rounding_keeps_the_largest_within_the_budget():
+    betas = [torch.ones(2), torch.tensor([0.9, 0.2]), torch.tensor([0.6, 0.4])]
+    costs = {"a": 10.0, "b": 30.0}
+    assert rounded(["a", "b"], betas, costs, 50.0) == {"a": [0, 1, 2], "b": [0]}
+    assert rounded(["a", "b"], betas, costs, 50.0, budget=50 + 20 + 30 + 10 + 10) == {"a": [0, 1, 2], "b": [0, 2]}
+    assert rounded(["a", "b"], betas, costs, 50.0, budget=80) == {"a": [0, 1], "b": [0]}
+    assert rounded(["a", "b"], betas, costs, 50.0, (0, 1), 50 + 50 + 10) == {"a": [0, 1], "b": [0, 1]}
+    with pytest.raises(ValueError, match=r"cost 1.40 full calls, more than 1.20"):
+        rounded(["a", "b"], betas, costs, 50.0, budget=60)
+
+
+def test_what_costs_nothing_to_reuse_is_reused_first(unet):
+    """On calls with the same input all values stay the same, so that lambda alone decides; the network is frozen."""
+    names = residual_names(unet, "all")
+    before = weights_sha256(unet)
+    training = RouterTraining(unet, dict.fromkeys(names, 1.0), 2.0 * len(names), {1, 2}, 3, 0.1, 1e-3)
+    policy, one = training.policy(), inputs(1)[0]
+    for step in range(3):
+        expected = unet(*one)
+        assert torch.allclose(training(*one, cache=policy.at(step)), expected, atol=1e-5)
+    assert all((beta < 1).all() for beta in training.betas[1:]) and (training.betas[0] == 1).all()
+    assert training.share == pytest.approx(3 - sum((1 - beta).sum().item() for beta in training.betas) / 2 / len(names))
+    assert weights_sha256(unet) == before and len(training.losses) == 2
+
+
+def test_lambda_is_moved_towards_the_budget(unet):
+    names = residual_names(unet, "all")
+    for budget, sign in ((1.0, 1), (5.0, -1)):
+        training = RouterTraining(unet, dict.fromkeys(names, 1.0), 2.0 * len(names), {1}, 2, 0.1, 1e-3,
+                                  budget * 2.0 * len(names))
+        policy = training.policy()
+        for step, one in enumerate(inputs(2)):
+            training(*one, cache=policy.at(step))
+        assert sign * (training.lam - 1e-3) > 0
+
+
+@pytest.mark.parametrize("words, calls", [((), 5), (("--every-second",), 6.5)])
+def test_from_training_to_samples(run, config, tmp_path, capsys, words, calls):
+    out = tmp_path / "routed.json"
+    assert run(train_router.main, *SEEDS, *words, "--calls", calls, "--batch-size", 2, "--out", out) == 0
+    report = results.read(tmp_path / "routed.router.json")
+    schedule = BlockSchedule.load(out)
+    assert 0.9 * calls < report.details["full_calls"] <= calls
+    if words:
+        assert all({0, 2, 4, 6} <= set(steps) for steps in schedule.blocks.values())
+    else:
+        assert report.metrics["latents, routed less evenly"].bounds[2] < 0
+    spec = RunSpec.of(config, block_schedule=out)
+    assert macs_per_image(spec.open()).hook == pytest.approx(8 * schedule.macs["hook"])
+    assert run(sample.main, "--block-schedule", out, "--seeds", "0-1", "--out", tmp_path / "s") == 0
+    assert "blocks computed" in capsys.readouterr().out
+    assert run(sample.main, "--block-schedule", out, "--steps", 7, "--out", tmp_path / "no") == 2
+    assert "steps 8 there, 7 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    (("--calls", 1), "take fewer steps, or a larger budget"), (("--lr", 0), "--lr must be above 0"),
+    (("--lam", -1), "--lam 0 or more"), (("--kinds", "attention"), "no attention blocks"),
+    (("--every-second", "--calls", 4), "a larger budget"), (("--dtype", "bf16"), "in float32"),
+    (("--held-out-seeds", "25-26"), "seed 25 is to be"), (("--out", "nowhere/a.json"), "in a folder that is there")])
+def test_refusals(run, tmp_path, capsys, words, why):
+    assert run(train_router.main, *SEEDS, "--out", tmp_path / "a.json", *words) == 2
+    assert why in capsys.readouterr().err and not any(tmp_path.iterdir())

@@ -1,0 +1,158 @@
+"""The comparison of systems: files that are made, runs that are left out, what is kept, what the table says."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_command, tiny_ddpm
+
+from caching.adaptor import AdaptorFile
+from ddpm import sample
+from experiments import systems
+from experiments.convergence import full_calls
+from experiments.systems_report import Row, difference, lines, rival, table
+from planning.distances import Distances
+from runs import results
+from runs.machine import Machine
+from runs.results import Metric
+from runs.spec import RunSpec
+
+NET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
+       "attn_resolutions": [4]}
+STUDY = """
+model: CONFIG
+seeds: 0-3
+converged: {sampler: unipc, steps: 8}
+common: {timesteps: trailing}
+files:
+  FOLDER/learned.safetensors: >-
+    planning.train_adaptor {common} --sampler unipc --steps 6 --clock 3 --clock-branch 1 --width 4 --seeds 10-11
+    --held-out-seeds 20-21 --device cpu
+systems:
+- {system: "Clockwork, learned", calls: 4, sampler: unipc, steps: 6, clock: 3, clock_branch: 1,
+   adaptor: FOLDER/learned.safetensors}
+- {system: "fewer steps, unipc", calls: [3, 4], sampler: unipc, steps: 4}
+- {system: plan, calls: 4, plan: "FOLDER/plan_{calls}.json"}
+"""
+
+
+@pytest.fixture
+def study(tmp_path, capsys):
+    """study(text, *options): run the command; its exit code, what it printed, and where its results are."""
+    config = tiny_ddpm(tmp_path, NET, steps=8)
+
+    def run(text: str = STUDY, *options: object) -> tuple[int, str, Path]:
+        path = tmp_path / "systems_one.yaml"
+        path.write_text(text.replace("CONFIG", str(config)).replace("FOLDER", str(tmp_path / "made")))
+        code = run_command(systems.main, "--config", path, "--results", tmp_path / "results", "--work",
+                           tmp_path / "work", "--samples", tmp_path / "samples", "--device", "cpu", "--threads", 1,
+                           *options)
+        told = capsys.readouterr()
+        return code, told.out + told.err, tmp_path / "results" / "systems" / "one"
+    return run
+
+
+def test_a_study_makes_what_it_can_and_leaves_out_the_rest(study, tmp_path):
+    code, listed, folder = study(STUDY, "--list")
+    assert code == 0 and not folder.exists() and listed.count("no /") == 2
+    code, told, folder = study(STUDY, "--quick")
+    assert code == 0 and "left out: Clockwork, learned at 4 calls, there is no " in told
+    assert "plan_4.json" in told and not (tmp_path / "made").exists()
+    assert [path.stem for path in (folder / "distance").iterdir()] == ["unipc_steps4_trailing"]
+
+    code, told, folder = study(STUDY, "--make", "--quick")
+    assert code == 0 and told.count("left out") == 1
+    note = results.read(folder / "made" / "learned.safetensors.json")
+    assert note.details["cpu_s"] > 0 and "--clock 3" in note.details["command"]
+    assert AdaptorFile.load(tmp_path / "made" / "learned.safetensors").run["steps"] == 6
+    text = (folder / "table.md").read_text()
+    assert "Clockwork, learned" in text and "## 3 calls" in text and "Left out: plan" in text
+    assert (folder / "systems.png").stat().st_size > 1000
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    assert study(STUDY, "--make", "--quick")[0] == 0
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+
+
+def test_images_are_those_of_the_sample_command_and_their_distance_is_noted(study, tmp_path):
+    config = tiny_ddpm(tmp_path, NET, steps=8)
+    machine = Machine(batch_size=2, device="cpu", threads=1)
+    converged = RunSpec.of(config, sampler="unipc", timesteps="trailing", steps=8)
+    distances = Distances(converged, machine, tmp_path / "work")
+    run = converged.having(steps=6, clock=3, clock_branch=1).open()
+    place = systems.Place("one", tmp_path / "results", tmp_path / "work", tmp_path / "samples")
+    arm = place.arm(run, 3, machine)
+    systems.sample(arm, distances, range(3))
+    assert distances.known(run).keys() == {0, 1, 2}
+    assert run_command(sample.main, "--config", config, "--sampler", "unipc", "--timesteps", "trailing", "--steps", 6,
+                       "--clock", 3, "--clock-branch", 1, "--seeds", "0-2", "--device", "cpu", "--out", arm.folder) == 0
+    assert run_command(sample.main, "--config", config, "--sampler", "unipc", "--timesteps", "trailing", "--steps", 6,
+                       "--clock", 3, "--clock-branch", 1, "--seeds", "0-2", "--device", "cpu", "--batch-size", 2,
+                       "--out", tmp_path / "again") == 0
+    for image in (arm.folder / "000").glob("*.png"):
+        assert image.read_bytes() == (tmp_path / "again" / "000" / image.name).read_bytes()
+    noted = distances.of(run, range(3))
+    fresh = Distances(converged, machine, tmp_path / "elsewhere")
+    assert np.allclose(noted, fresh.of(run, range(3)), atol=1e-3)
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    (("seeds: 0-3", "seeds: 1-3"), "from 0 on"), (("steps: 4}", "step: 4}"), "is it steps?"),
+    (("calls: 4, plan", "plan"), "its calls, the budget"), (("calls: 4, plan", "calls: 0.5, plan"), "whole numbers"),
+    (("--width 4", "--width '4"), "its command has a No closing quotation"),
+    (("files:", "files:\n  a: made --of b\n  b: made --of a"), "is made of the others"),
+    (("sampler: unipc, steps: 4", "steps: 4, model: x"), "of one model"),
+    (("timesteps: trailing", "timesteps: trailing, prompts: x"), "no option"),
+    (("steps: 8}", "steps: 8, interval: 2}"), "without caching")])
+def test_studies_that_cannot_be_are_refused(study, change, word):
+    code, told, folder = study(STUDY.replace(*change), "--quick")
+    assert code == 2 and word in told and not folder.exists()
+
+
+def made(system, cost, shift, calls=8, **more):
+    return Row(system, calls, system, cost, None, np.array([1.0, 2.0, 3.0]) + shift, {}, **{"made": 0.0, **more})
+
+
+def test_tables_compare_with_the_best_of_fewer_steps():
+    rows = [made("fewer steps, a", 8.0, 0.0), made("fewer steps, b", 8.0, 1.0), made("plan", 7.9, 3.5, made=None),
+            made("plan", 12.0, 5.0, 12), made("Clockwork", 8.0, -1.0, made=90.0)]
+    assert rival(rows[2], rows) is rows[1] and rival(rows[3], rows) is None
+    assert difference(rows[2], rows[1]) == "+2.5 [+2.5, +2.5]" and difference(rows[1], rows[1]) == "-"
+    assert [line.split(" | ")[0] for line in table(rows, 8)[2:]] == ["| plan", "| fewer steps, b", "| fewer steps, a",
+                                                                     "| Clockwork"]
+    assert table(rows, 8)[2].endswith("| ? |") and table(rows, 8)[5].endswith("| 1.5 |")
+    assert [point[0] for point in lines(rows)["plan"]] == [7.9, 12.0]
+    judged = made("plan", 8.0, 0.0)
+    assert "| 12.00 | 3.50 |" in table([Row(*[getattr(judged, name) for name in (
+        "system", "calls", "name", "cost", "time", "psnr")], {"FD-EffLite0": Metric(12.0),
+                                                             "KID-EffLite0": Metric(0.0035)}, 0.0)], 8)[2]
+
+
+def test_files_are_made_after_what_they_are_made_of():
+    files = {"c": "make --from b --also a", "b": "make --from a", "a": "make"}
+    assert systems.needed("c", files) == ["a", "b", "c"]
+
+
+STUDIES = sorted(Path("studies").glob("systems_*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_shipped_studies_compare_at_equal_cost(path):
+    """Their runs open, cost what the budget says (looked at where it is smallest, and whole steps the coarsest), and
+    all of their files can be made."""
+    study = systems.read_study(path)
+    found = list(systems.entries(study))
+    systems.check_names(found, study, path)
+    for entry in found:
+        assert all(str(file) in study.files or file.parent.name == "plans" for file in entry.files)
+        if not entry.missing and entry.calls == 8:
+            run = entry.open(study)
+            assert 0.89 * entry.calls < full_calls(run) <= 1.02 * entry.calls, run.name
+    for command in study.files.values():
+        module = command.split()[0].replace(".", "/")
+        assert Path(f"{module}.py").is_file()
+    assert {entry.calls for entry in found} == {8, 12, 18, 25}
+
+
+def test_there_is_a_study_for_each_shipped_model():
+    assert [systems.read_study(path).model for path in STUDIES] == ["ddpm_emoji", "ldm_emoji", "sd_emoji"]
