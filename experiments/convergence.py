@@ -34,7 +34,8 @@ import numpy as np
 from eval.cost.runs import costs_of, macs_per_image, macs_per_step
 from eval.metrics.intervals import mean_estimate
 from eval.tables.text import align
-from experiments import convergence_report
+from experiments import convergence_page, convergence_report
+from experiments.convergence_page import Shown
 from experiments.convergence_report import PSNR, Point
 from experiments.sweep import check_axis, config_of, every, lists_of
 from planning.distances import Distances
@@ -231,6 +232,13 @@ def points(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> list
     return found
 
 
+def shown(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> Shown:
+    """What a page needs beside the points."""
+    opened = filter(None, (as_fitted(spec, to_fit, place) for spec, to_fit in runs))
+    return Shown(converged_of(study).open(), {run.name: run for run in opened}, parse_seeds(study.seeds),
+                 study.chosen_on, place.work / "images")
+
+
 def listing(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> str:
     """A line per run."""
     lines = [["run", "full / calls", "cost, full calls", "measured"]]
@@ -262,9 +270,15 @@ def main() -> None:
     if args.list:
         print(listing(study, place, runs))
         return
+    machine = arguments.chosen(Machine, args)
     if not args.render:
-        run_all(study, place, arguments.chosen(Machine, args), runs)
-    print(convergence_report.render(points(study, place, runs), study.chosen_on, place.folder))
+        run_all(study, place, machine, runs)
+    found, to_show = points(study, place, runs), shown(study, place, runs)
+    print(convergence_report.render(found, study.chosen_on, place.folder))
+    if not args.render:
+        convergence_page.make_images(to_show, found, machine)
+    if page := convergence_page.write(found, to_show, place.folder):
+        print(f"to look at: {page}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def study(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_a_study_is_measured_once(study):
+def test_a_study_is_measured_once(study, tmp_path):
     """Each run's PSNR is that of its latents to the converged ones; what is there is not made again."""
     listed, folder = study(STUDY, "--list")
     assert not folder.exists() and listed.count(" no") == 5
@@ -70,9 +70,12 @@ def test_a_study_is_measured_once(study):
     assert found.metrics[PSNR].value == pytest.approx(np.mean(found.details["psnr"]), abs=1e-3)
     assert results.read(names["unipc_steps4"]).details["full_calls"] == 4
 
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    page = (folder / "index.html").read_text()
+    assert f"to look at: {folder / 'index.html'}" in printed and page.count("data:image/webp") == 15    # seeds 13-15
+    assert "reuse" in page and "python -m ddpm.sample" in page and "of 6 calls compute everything" in page
+    before = {path: path.stat().st_mtime_ns for path in [*folder.rglob("*.json"), *tmp_path.glob("work/**/*.png")]}
     assert "5 runs are measured" in study()[0]
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    assert before == {path: path.stat().st_mtime_ns for path in before}
     assert study(STUDY, "--list")[0].count("yes") == 5
     study(STUDY.replace("10-15", "10-14"))
     assert len(results.read(names["unipc_steps4"]).details["psnr"]) == 5
