@@ -246,3 +246,4 @@ def test_what_is_said_of_speed_by_processor_is_measured():
     for what, row in zip(("full ratio", "cached ratio"), table[len(shares):], strict=False):
         told = [float(value) for value in re.findall(r"[\d.]+(?=x)", row)]
         assert told == pytest.approx([found[model][what] for model in found], abs=0.0051)
+        assert f"{min(told):.2f}x to {max(told):.2f}x" in " ".join((ROOT / "README.md").read_text().split())
