@@ -83,6 +83,7 @@ class NoEditable(editable_wheel):
 setup(
     packages=[NAME, *(f"{NAME}.{package}" for package in (*PACKAGES, *DATA))],
     package_dir={NAME: "package", **{f"{NAME}.{folder}": folder for folder in (*ROOMS, *DATA)}},
-    package_data={NAME: ["py.typed"], **{f"{NAME}.{folder}": files for folder, files in DATA.items()}},
+    package_data={NAME: ["py.typed"], f"{NAME}.eval.tables": ["page.html"],
+                  **{f"{NAME}.{folder}": files for folder, files in DATA.items()}},
     cmdclass={"build_py": BuildBelowName, "editable_wheel": NoEditable},
 )

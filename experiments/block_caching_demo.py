@@ -15,9 +15,12 @@ from typing import Any
 
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_step
+from eval.metrics.pixel_pairs import SSIM
 from eval.quality import FD, KID
+from eval.tables.page import Page, Section
+from eval.tables.page import write as write_page
 from eval.tables.text import markdown
-from experiments import demo
+from experiments import demo, pages
 from experiments.arms import Arm, Given
 from experiments.demo_report import shown, ssim_of, with_error
 from experiments.runner import judge_all, python, sample_on_all_cores
@@ -166,6 +169,7 @@ def main() -> None:
     parser.set_defaults(images=128, models=["ddpm", "ldm"])         # sd takes the longest by far
     args = parser.parse_args()
     given, text = demo.given_by(args, "block_caching"), ""
+    sections: list[Section] = []
     for model in (model for model in demo.MODELS if model.name in args.models):
         arms = list(plan(model, given, Files(model, args.images, args.remake)))
         sample_on_all_cores(arms)
@@ -174,7 +178,15 @@ def main() -> None:
                       given.results / f"equal_cost_{model.name}.png", demo.PANELS)
         demo.show_samples(arms, given.results / f"samples_{model.name}.png")
         text = demo.write_table(demo.MODELS, given.results, section)
-    print(f"\n{text}\nwrote {given.results}/: table.md, pictures, one JSON per arm; charts and curves are in {FILES}/")
+        whole = found[arms[0].name].details["macs_per_image"]["macs"]
+        rows = [(*HEAD, SSIM.name), *(row(one, whole, SSIM.name) for one in found.values())]
+        shown = [demo.plot(arms, found, *panel) for panel in demo.PANELS]
+        sections.append(pages.section(model.title, [], rows, shown, arms))
+        write_page(Page("Block Caching and DeepCache at equal cost", [
+            "Every arm of a model starts from the same seeds."], sections, pages.made_by(
+                "python -m scripts.block_caching_demo")), given.results / "index.html")
+    print(f"\n{text}\nwrote {given.results}/: index.html, table.md, pictures, one JSON per arm; charts and curves are "
+          f"in {FILES}/")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ from eval.metrics.registry import EXTRACTORS
 from eval.metrics.sources import open_reference
 from eval.quality import difference, metrics, quality
 from eval.tables.text import align
-from experiments import convergence_report
+from experiments import convergence_page, convergence_report
+from experiments.convergence_page import Shown
 from experiments.convergence_report import LESS, PSNR, Point
 from experiments.sweep import check_axis, config_of, every, lists_of
 from planning.distances import Distances
@@ -279,6 +280,14 @@ def points(study: Study, place: Place, runs: list[tuple[RunSpec, bool]], times: 
     return found
 
 
+def shown(study: Study, place: Place, runs: list[tuple[RunSpec, bool]], others: list[tuple[Study, Place]]) -> Shown:
+    """What a page needs beside the points."""
+    every = [*((place, *one) for one in runs), *((beside, *one) for other, beside in others for one in specs(other))]
+    opened = filter(None, (as_fitted(spec, to_fit, where) for where, spec, to_fit in every))
+    return Shown(converged_of(study).open(), {run.name: run for run in opened}, parse_seeds(study.seeds),
+                 study.chosen_on, place.work / "images")
+
+
 def listing(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> str:
     """A line per run."""
     lines = [["run", "full / calls", "cost, full calls", "measured"]]
@@ -311,13 +320,18 @@ def main() -> None:
     if args.list:
         print(listing(study, place, runs))
         return
+    machine = arguments.chosen(Machine, args)
     if not args.render:
-        run_all(study, place, arguments.chosen(Machine, args), runs)
-    shown = points(study, place, runs)
+        run_all(study, place, machine, runs)
+    found, to_show = points(study, place, runs), shown(study, place, runs, others)
     for other, beside in others:
-        shown += [point for point in points(other, beside, list(specs(other)), place.folder / "times.json")
-                  if point.name not in {one.name for one in shown}]
-    print(convergence_report.render(shown, study.chosen_on, place.folder))
+        found += [point for point in points(other, beside, list(specs(other)), place.folder / "times.json")
+                  if point.name not in {one.name for one in found}]
+    print(convergence_report.render(found, study.chosen_on, place.folder))
+    if not args.render:
+        convergence_page.make_images(to_show, found, machine)
+    if page := convergence_page.write(found, to_show, place.folder):
+        print(f"to look at: {page}")
 
 
 if __name__ == "__main__":

@@ -47,14 +47,14 @@ class Point:
            metrics: Mapping[str, Metric]) -> "Point":
         interval = run.caching.settings.get("interval") if run.caching else None
         return cls(run.name, run.sampler_name, kind_of(run), run.steps, interval, cost, time_of(run, times), psnr,
-                   metrics, calls_of(run))
+                   metrics, plan_calls(run))
 
     def on(self, seeds: slice) -> Metric:
         """The mean over some of the seeds."""
         return Metric.of(mean_estimate(self.psnr[seeds]))
 
 
-def calls_of(run: Run) -> Calls | None:
+def plan_calls(run: Run) -> Calls | None:
     """What the calls of a plan do; None for other runs."""
     planned = run.caching.of(PlannedPlan)
     if planned is None:

@@ -1,16 +1,14 @@
-"""DeepCache on the models that are shipped here, end to end: sample every arm, judge it, time it, draw it.
+"""The whole demo of DeepCache on the models that are shipped here: `python -m scripts.demo --full`.
 
-    python -m scripts.demo              about half an hour on 2 cores
-    python -m scripts.demo --quick      about five minutes: fewer images, steps and arms
-
-All arms of a model start from the same seeds, so their images can be compared one by one. Images go to
-samples/demo/MODEL/ARM, results to results/demo/ (demo_quick with --quick). A second run reuses the images.
+Samples every arm, judges it, times it, draws it; results/demo/ holds what came of it. experiments/demo_short.py is the
+demo without `--full`, and has the command.
 """
 
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +17,16 @@ from eval.cost.runs import macs_per_step
 from eval.metrics.images import open_images
 from eval.metrics.registry import MEASURES
 from eval.quality import FD, KID
+from eval.tables.page import Page, Section
+from eval.tables.page import write as write_page
 from eval.tables.plots import cost_against_quality, sample_rows
 from eval.tables.render import speed_of
+from eval.tables.svg import Line, Mark, Plot
+from experiments import pages
 from experiments.arms import Arm, Given
-from experiments.demo_report import report
-from experiments.runner import judge_all, sample_on_all_cores, time_steps
+from experiments.demo_report import arm_rows, report
+from experiments.runner import FEWEST, judged, sampled, time_steps
 from runs import results
-from runs.cli import command
 from runs.errors import UserError
 from runs.files import ROOT, write_atomically
 from runs.prompts import read_prompts
@@ -72,7 +73,7 @@ MODELS = (Model("ddpm", Path("configs/ddpm_emoji.yaml"), "DDPM in pixels, branch
                 192, (2, 5), Path("data/emoji/prompts.txt")))
 
 
-def plan(model: Model, given: Given, quick: bool) -> list[Arm]:
+def plan(model: Model, given: Given) -> list[Arm]:
     """The arms of a model, the uncached one first."""
     def arm(name: str, label: str, style: str, **options: Any) -> Arm:
         return model.arm(given, "demo", name, label, style, **options)
@@ -80,16 +81,15 @@ def plan(model: Model, given: Given, quick: bool) -> list[Arm]:
     def fewer(name: str, style: str, steps: int) -> Arm:
         return arm(name, f"{whole.run.sampler_name.upper()} {steps}", style, steps=steps)
 
-    intervals, center = ((5, 10) if quick else model.intervals), round(CENTER * model.steps)
+    intervals, center = model.intervals, round(CENTER * model.steps)
     whole = arm("uncached", "no cache", "uncached")
     uniform = [arm(f"n{n}", f"N={n}", "uniform", interval=n) for n in intervals]
     arms = [whole, *uniform]
-    if not quick:
-        arms += [arm(f"n{n}_centered", f"N={n} non-uniform", "non-uniform", interval=n, schedule="centered",
-                     center=center, power=POWER) for n in intervals if n >= 5]
-        of_full = [macs_per_step(cached.run).hook / macs_per_step(whole.run).hook for cached in uniform]
-        arms += [fewer(f"equal{n}", "fewer steps", round(model.steps * fraction))
-                 for n, fraction in zip(intervals, of_full, strict=True)]
+    arms += [arm(f"n{n}_centered", f"N={n} non-uniform", "non-uniform", interval=n, schedule="centered", center=center,
+                 power=POWER) for n in intervals if n >= 5]
+    of_full = [macs_per_step(cached.run).hook / macs_per_step(whole.run).hook for cached in uniform]
+    arms += [fewer(f"equal{n}", "fewer steps", round(model.steps * fraction))
+             for n, fraction in zip(intervals, of_full, strict=True)]
     arms.append(fewer(f"{whole.run.sampler_name}10", "ablation", 10))
     arms.append(arm("n10_zeroed", "N=10, cache zeroed", "ablation", interval=10, zero_cache=True))
     return arms
@@ -147,35 +147,56 @@ def parser_of(doc: str | None, images: str) -> argparse.ArgumentParser:
     return parser
 
 
-def given_by(args: argparse.Namespace, name: str) -> Given:
+def given_by(args: argparse.Namespace, name: str, fewest: int = FEWEST) -> Given:
     """What the options of `parser_of` say. name: of the folders, by default. Raises UserError."""
-    if args.images is not None and args.images < 80:
-        raise UserError(f"--images must be 80 or more for the distances to mean something, got {args.images}")
+    if args.images is not None and args.images < fewest:
+        raise UserError(f"--images must be {fewest} or more for the distances to mean something, got {args.images}")
     return Given(args.images, args.samples or Path("samples") / name, args.results or Path("results") / name,
                  machine={"batch_size": args.batch_size, "device": "cpu", "threads": 1})
 
 
-@command
-def main() -> None:
-    parser = parser_of(__doc__, "256, of the slowest model 192; 80 with --quick")
-    parser.add_argument("--quick", action="store_true", help="fewer images, steps and arms: about five minutes")
-    args = parser.parse_args()
-    given = given_by(args, "demo_quick" if args.quick else "demo")
-    models = [model for model in MODELS if args.models is None or model.name in args.models]
-    if args.quick:
-        models = [model._replace(images=80, steps=min(50, model.steps)) for model in models]
-    plans = {model: plan(model, given, args.quick) for model in models}
-    sample_on_all_cores([arm for arms in plans.values() for arm in arms])
-    for model, arms in plans.items():
-        time_arms(arms, given.results / model.name / "timing.json", 5 if args.quick else 20)
-        found = judge_all(arms)
-        show_samples([arm for arm in arms if arm.style != "fewer steps" and arm.name != "n2"],
-                     given.results / f"samples_{model.name}.png")
-        cost_against_quality([point(arm, found[arm.name]) for arm in arms if arm.style != "ablation"],
-                             given.results / f"cost_quality_{model.name}.png", PANELS)
-    table = write_table(MODELS, given.results, section)
-    print(f"\n{table}\nwrote {given.results}/: table.md, pictures, one JSON per arm")
+def plot(arms: Sequence[Arm], found: Mapping[str, Result], name: str, label: str) -> Plot:
+    """A measure of the arms against their cost."""
+    lines: dict[str, list[Mark]] = {}
+    for arm in arms:
+        if name in found[arm.name].metrics and arm.style != "ablation":
+            value, low, high = (MEASURES[name].scale * value for value in found[arm.name].metrics[name].bounds)
+            cost = giga(found[arm.name].details["macs_per_image"]["macs"])
+            lines.setdefault(arm.style, []).append(pages.mark(arm, cost, (value, low, high)))
+    return Plot(label, "MACs per image, G", label, [Line(style, sorted(marks, key=lambda one: one.x))
+                                                    for style, marks in lines.items()])
 
 
-if __name__ == "__main__":
-    main()
+def section_of_page(model: Model, arms: Sequence[Arm], found: Mapping[str, Result], given: Given) -> Section:
+    """A model's part of the page. found: the results of its arms, by name."""
+    rows = arm_rows(dict(found), results.read(given.results / model.name / "timing.json"))
+    shown = sorted(arms, key=lambda arm: arm.style == "fewer steps")            # the first of them have pictures
+    return pages.section(model.title, [], rows, [plot(arms, found, *panel) for panel in PANELS], shown)
+
+
+def run_full(models: Sequence[Model], given: Given) -> None:
+    """Sample, judge, time and draw all arms of some models, and go on where that stopped. Raises UserError."""
+    plans = {model: plan(model, given) for model in models}
+    found: dict[Model, dict[str, Result]] = {model: {} for model in models}
+    sections: list[Section] = []
+    with closing(sampled([arm for arms in plans.values() for arm in arms])) as done:
+        for arm in done:
+            model, arms = next((model, arms) for model, arms in plans.items() if arm in arms)
+            found[model][arm.name] = judged(arm, arms)
+            if len(found[model]) == len(arms):
+                finish(model, arms, found[model], given)
+                sections.append(section_of_page(model, arms, found[model], given))
+                write_page(Page("DeepCache on small models", ["Every arm of a model starts from the same seeds."],
+                                sections, pages.made_by("python -m scripts.demo --full")), given.results / "index.html")
+    print(f"\n{(given.results / 'table.md').read_text()}\nwrote {given.results}/: index.html, table.md, pictures, one "
+          "JSON per arm")
+
+
+def finish(model: Model, arms: Sequence[Arm], found: Mapping[str, Result], given: Given) -> None:
+    """Time the arms of a model that is judged; write its pictures, and the table of all that are."""
+    time_arms(arms, given.results / model.name / "timing.json", 20)
+    show_samples([arm for arm in arms if arm.style != "fewer steps" and arm.name != "n2"],
+                 given.results / f"samples_{model.name}.png")
+    cost_against_quality([point(arm, found[arm.name]) for arm in arms if arm.style != "ablation"],
+                         given.results / f"cost_quality_{model.name}.png", PANELS)
+    write_table(MODELS, given.results, section)

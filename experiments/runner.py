@@ -1,13 +1,17 @@
 """Carries out arms of experiments: samples them, judges them and times their steps, what is there already aside."""
 
+import contextlib
 import dataclasses
+import importlib
+import io
+import json
 import os
 import shlex
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +37,7 @@ from runs.image_model import fill, summary
 from runs.results import Cost, Metric, Result
 
 Extractor = TypeVar("Extractor", bound=SmallExtractor)
+_SAMPLING = 0.8         # share of an arm's time, of small models, for the time that is left
 FEWEST = 80             # images, for a Frechet distance in 64 dimensions; the kernel distance is unbiased with fewer
 
 
@@ -48,28 +53,67 @@ def sample(arm: Arm) -> None:
     print(summary(arm.run, arm.folder, arm.images, made), flush=True)
 
 
-def sample_on_all_cores(arms: Sequence[Arm]) -> None:
-    """Fill the sample folders by the sample commands, one process with one thread per core.
+def sampled(arms: Sequence[Arm]) -> Iterator[Arm]:
+    """Fill the sample folders by the sample commands, and yield each arm once its images are there.
 
-    For a small network that is quicker than one process with all threads. Raises UserError for an arm that fails.
+    One process with one thread per core goes through all arms: for a small network that is quicker than one process
+    with all threads. A bar tells how long the rest takes, by multiply-accumulates. Raises UserError where one fails.
     """
+    costs = [macs_per_image(arm.run).hook for arm in arms]
+    ranks: list[subprocess.Popen] = []
+    try:
+        lacking = [arm.command()[1:] for arm in arms if missing_seeds(arm.folder, range(arm.images))]
+        if lacking:
+            ranks += _processes(lacking)
+        with tqdm(total=_work(arms, costs, len(arms)), initial=_work(arms, costs, 0), smoothing=0,
+                  bar_format="{desc}: {percentage:3.0f}% |{bar:20}| {elapsed} gone, about {remaining} left",
+                  mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+            for number, arm in enumerate(arms):
+                bar.set_description_str(f"{arm.run.config.name}: {arm.label}", refresh=False)
+                while missing := missing_seeds(arm.folder, range(arm.images)):
+                    if failed := [rank for rank in ranks if rank.poll()]:
+                        raise UserError(f"sampling failed with exit code {failed[0].returncode}; to see it alone: "
+                                        + shlex.join(["python", *arm.command()]))
+                    if all(rank.poll() == 0 for rank in ranks):
+                        raise UserError(f"{arm.folder} lacks {len(missing)} images: other processes are at them; run "
+                                        "the same command again")
+                    bar.update(_work(arms, costs, number) - bar.n)
+                    time.sleep(0.2)
+                bar.update(_work(arms, costs, number) - bar.n)
+                yield arm
+            bar.update(_work(arms, costs, len(arms)) - bar.n)
+    finally:
+        for rank in ranks:
+            rank.terminate()
+            rank.wait()
+
+
+def _processes(lines: list[list[str]]) -> Iterator[subprocess.Popen]:
+    """One process per core that carries out sample commands one after another, each its share of every one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     world = min(cores, 8)
-    for i, arm in enumerate(arms):
-        print(f"[{i + 1}/{len(arms)}] {arm.run.config.name}: {arm.label}, {arm.run.full_calls} full of "
-              f"{arm.run.calls} network calls", flush=True)
-        ranks: list[subprocess.Popen] = []
-        try:
-            for rank in range(world):
-                env = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-                ranks.append(subprocess.Popen([sys.executable, *arm.command()], cwd=ROOT, env=env,
-                                              stdout=subprocess.DEVNULL))
-            if any([process.wait() for process in ranks]):
-                raise UserError(f"arm {arm.name} failed; to see it alone: {shlex.join(['python', *arm.command()])}")
-        finally:
-            for process in ranks:
-                process.terminate()
-                process.wait()
+    for rank in range(world):
+        env = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        process = subprocess.Popen([sys.executable, "-m", "experiments.sampling_process"], cwd=ROOT, env=env,
+                                   stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        yield process
+        assert process.stdin is not None        # asked for
+        process.stdin.write(json.dumps(lines))
+        process.stdin.close()
+
+
+def _work(arms: Sequence[Arm], costs: Sequence[float], done: int) -> int:
+    """G MACs that are done: those of the first arms, and most of those of the images that the others have; the rest
+    stands for what is done with an arm once it is sampled."""
+    whole = sum(cost * arm.images for cost, arm in zip(costs[:done], arms[:done], strict=True))
+    part = sum(cost * arm.present for cost, arm in zip(costs[done:], arms[done:], strict=True))
+    return round((whole + _SAMPLING * part) / 1e9)
+
+
+def sample_on_all_cores(arms: Sequence[Arm]) -> None:
+    """Fill the sample folders as `sampled` does."""
+    for _ in sampled(arms):
+        pass
 
 
 def by_commands(arms: Sequence[Arm]) -> None:
@@ -127,13 +171,14 @@ def _distances(samples: ImageSet, against: ImageSet | None, reference: ImageSet,
     return found, metrics
 
 
-def judge(arm: Arm, uncached: Arm, report: Mapping[str, Any] | None = None) -> Result | None:
+def judge(arm: Arm, uncached: Arm, report: Mapping[str, Any] | None = None, floors: bool = True) -> Result | None:
     """Judge a sampled arm and write its result, where all that it takes is there; None where it is not, or by commands.
 
     That of a model which was trained here has FD and KID by EffLite0 and the arm's other extractors, how much larger
     they are than those of the uncached run (the interval is that of pairs of images of one seed), and the mean PSNR,
     SSIM and feature distance to its images.
     report: what is kept in details besides, with all that eval.quality and eval.fidelity tell; None: next to nothing.
+    floors: with it, whether the uncached run's says what real images score.
     """
     if arm.kind in COMMANDS:
         if not arm.missing_for_judging():
@@ -148,7 +193,7 @@ def judge(arm: Arm, uncached: Arm, report: Mapping[str, Any] | None = None) -> R
     reference, held_out = _reference(named, samples.size)
     first = arm.folder == uncached.folder
     base, near = None if first else against, None
-    found, metrics = _distances(samples, base, reference, extractor, held_out, first and report is not None)
+    found, metrics = _distances(samples, base, reference, extractor, held_out, first and floors and report is not None)
     for other in others:
         metrics |= _distances(samples, base, reference, other)[1]
     if not first:
@@ -168,15 +213,24 @@ def judge(arm: Arm, uncached: Arm, report: Mapping[str, Any] | None = None) -> R
     return result
 
 
+def judged(arm: Arm, arms: Sequence[Arm], floors: bool = True) -> Result:
+    """The result of a sampled arm with the whole report, judged now where there is none that is current.
+
+    arms: all of its model, the uncached one first. Raises UserError where that one lacks images.
+    """
+    report = {"arm": arm.name, "place": arms.index(arm)}
+    known = arm.measured()
+    if known is not None and {**report, "label": arm.label}.items() <= known.details.items():
+        return known
+    result = judge(arm, arms[0], report, floors)
+    if result is None:
+        raise UserError(f"{arms[0].folder} lacks images: other processes are at them; run the same command again")
+    return result
+
+
 def judge_all(arms: Sequence[Arm]) -> dict[str, Result]:
-    """The results of the arms of one model, which are all sampled, by name; written with the whole report."""
-    found = {}
-    for place, arm in enumerate(tqdm(arms, desc=f"judging {arms[0].run.config.name}", unit="arm")):
-        result = judge(arm, arms[0], {"arm": arm.name, "place": place})
-        if result is None:
-            raise UserError(f"{arms[0].folder} lacks images: other processes are at them; run the same command again")
-        found[arm.name] = result
-    return found
+    """The results of the arms of one model, which are all sampled, by name; with the whole report."""
+    return {arm.name: judged(arm, arms) for arm in tqdm(arms, desc=f"judging {arms[0].run.config.name}", unit="arm")}
 
 
 def times_paths(steps: Path, arms: Sequence[Arm]) -> list[Path]:
@@ -186,10 +240,24 @@ def times_paths(steps: Path, arms: Sequence[Arm]) -> list[Path]:
     return [steps, *(steps.with_name(f"{steps.stem}_{name}.json") for name in ("blocks", *alone))]
 
 
-def time_steps(arms: Sequence[Arm], steps: Path, words: Sequence[str]) -> None:
+def in_this_process(line: Sequence[str], what: str) -> None:
+    """Run a command of the project without starting Python anew, and without what it prints. Raises UserError."""
+    main, before = importlib.import_module(line[1]).main, sys.argv
+    sys.argv = [*line[1:]]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            main()
+    except SystemExit:
+        raise UserError(f"{what} failed; to see it alone: {shlex.join(['python', *line])}") from None
+    finally:
+        sys.argv = before
+
+
+def time_steps(arms: Sequence[Arm], steps: Path, words: Sequence[str],
+               call: Callable[[Sequence[str], str], None] = python) -> None:
     """Time the network calls of the arms of one model (eval.throughput), unless that is done.
 
-    steps: the first of `times_paths`. words: further options of the command.
+    steps: the first of `times_paths`. words: further options of the command. call: what runs it.
     """
     _, blocks, *others = times_paths(steps, arms)
     runs, config = [arm.run for arm in arms if told_by_steps(arm.run)], arms[0].run.config
@@ -198,13 +266,12 @@ def time_steps(arms: Sequence[Arm], steps: Path, words: Sequence[str]) -> None:
                  if (planned := run.caching.of(PlannedBlocks))}
     line = ["-m", "eval.throughput", "--config", str(arms[0].run.spec.config)]
     if not branches <= {one["branch"] for one in _timed(steps, "branches")}:
-        python([*line, "--branch", *map(str, sorted(branches)), "--interval", "1", *words, "--out", str(steps)],
-               "timing")
+        call([*line, "--branch", *map(str, sorted(branches)), "--interval", "1", *words, "--out", str(steps)], "timing")
     if not schedules.keys() <= {one["sha256"] for one in _timed(blocks, "schedules")}:
-        python([*line, "--block-schedule", *schedules.values(), *words, "--out", str(blocks)], "timing")
+        call([*line, "--block-schedule", *schedules.values(), *words, "--out", str(blocks)], "timing")
     for arm, path in zip((arm for arm in arms if not told_by_steps(arm.run)), others, strict=True):
         if not path.is_file():
-            python(["-m", "eval.throughput", "run", *arm.run.spec.words(), *words, "--out", str(path)], "timing")
+            call(["-m", "eval.throughput", "run", *arm.run.spec.words(), *words, "--out", str(path)], "timing")
 
 
 def _timed(path: Path, what: str) -> list[dict[str, Any]]:

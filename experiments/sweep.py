@@ -21,8 +21,8 @@ scripts.block_caching). The first point of a model, which its others are compare
 with, is always its uncached run, with the first sampler, steps and timesteps of its first grid. A point is sampled into
 samples/MODEL/ under the name that the table scripts give these settings, and judged into results/runs/: models that
 were trained here against their training images and the uncached run (eval.quality, eval.fidelity), others as in the
-papers' tables, where the evaluator's files are given. Full and cached steps are timed once for each model. Table and
-pictures go to results/sweeps/NAME/.
+papers' tables, where the evaluator's files are given. Full and cached steps are timed once for each model. Table,
+pictures and a page to look at (index.html) go to results/sweeps/NAME/.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from eval.metrics.features import EffLite0
 from eval.metrics.registry import EXTRACTORS
 from eval.tables.current import trained_on
 from eval.tables.text import align
-from experiments import sweep_report
+from experiments import sweep_page, sweep_report
 from experiments.arms import Arm, Given, of_run
 from experiments.plan import add_options, check, check_one_model, disk, given_by
 from experiments.runner import FEWEST, judge, sample, time_steps, uncached_of
@@ -288,7 +288,9 @@ def main() -> None:
         if args.share:
             return
         measure_times(points, folder, said, sweep.dtype)
-    print(sweep_report.render([(arm, arm.measured()) for arm in points], folder))
+    found = [(arm, arm.measured()) for arm in points]
+    print(sweep_report.render(found, folder))
+    print(f"to look at: {sweep_page.write(found, folder)}")
 
 
 if __name__ == "__main__":

@@ -154,8 +154,8 @@ def varying(points: Sequence[Point]) -> list[str]:
     return sorted((axis for axis in count if count[axis] > 1), key=lambda axis: -count[axis])
 
 
-def table(points: Sequence[Point]) -> list[str]:
-    """One model's table: those points on a front, or all where they are few."""
+def table(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """One model's table, a row per point."""
     names, axes = shown_metrics(points), varying(points)
     fronts = {cost: on_front(points, cost, names[0]) if names else set() for cost in ("macs", "time")}
     extra = [name for name in map(minus_uncached, (KID, OTHER_KID)) if any(p.metric(name) for p in points)]
@@ -169,7 +169,7 @@ def table(points: Sequence[Point]) -> list[str]:
         lines.append((label(p, points, axes) or "cached", f"{p.run.full_calls} / {p.run.calls}",
                       f"{points[0].macs / p.macs:.2f}x", f"{p.speed.speedup:.2f}x" if p.speed else "-", *cells,
                       *("yes" if i in fronts[cost] else "" for cost in fronts)))
-    return markdown(lines)
+    return lines
 
 
 def draw(points: Sequence[Point], folder: Path) -> list[Path]:
@@ -253,9 +253,8 @@ def draw_samples(arms: Sequence[Arm], points: Sequence[Point], path: Path) -> bo
     return True
 
 
-def render(found: Sequence[tuple[Arm, Result | None]], folder: Path) -> str:
-    """Write table and pictures of what there is into `folder`; returns what to tell the user."""
-    folder.mkdir(parents=True, exist_ok=True)
+def points_of(found: Sequence[tuple[Arm, Result | None]], folder: Path) -> dict[str, list[Point]]:
+    """What is known of the arms of a sweep, by model. folder: where its times are."""
     by_model: dict[str, list[Point]] = {}
     for arm, result in found:
         run, model = arm.run, arm.run.config.name
@@ -264,6 +263,13 @@ def render(found: Sequence[tuple[Arm, Result | None]], folder: Path) -> str:
         printed = {} if trained_on(run.config) else printed_values(model)
         points.append(Point(run, axes_of(run), result, speed_of(times, run, (points[0].run if points else run).calls),
                             printed.get(arm.name, [])))
+    return by_model
+
+
+def render(found: Sequence[tuple[Arm, Result | None]], folder: Path) -> str:
+    """Write table and pictures of what there is into `folder`; returns what to tell the user."""
+    folder.mkdir(parents=True, exist_ok=True)
+    by_model = points_of(found, folder)
     text = as_csv([record for points in by_model.values() for record in records(points)])
     write_atomically(folder / "points.csv", lambda path: path.write_text(text))
     written, sections = [folder / "points.csv", folder / "table.md"], [f"# Sweep {folder.name}", ""]
@@ -276,7 +282,7 @@ def render(found: Sequence[tuple[Arm, Result | None]], folder: Path) -> str:
         done = [p.result for p in points if p.result]
         images = ", ".join(sorted({f"{result.images:,}" for result in done}))
         sections += [f"## {model}", "", f"{len(done)} of {len(points)} points judged" + (f", {images} images each" if
-                     images else "") + ". " + about(points), "", *table(points), "",
+                     images else "") + ". " + about(points), "", *markdown(table(points)), "",
                      *(f"![{path.stem}]({path.name})" for path in pictures), ""]
     write_atomically(folder / "table.md", lambda path: path.write_text("\n".join(sections)))
     judged = sum(result is not None for _, result in found)

@@ -9,7 +9,7 @@ Best is what comes nearest to the converged images of the same seeds (UniPC, 100
 First it is measured what a gap in computing a level costs; dynamic programming makes schedules of that for several
 numbers of steps; real runs of ever fewer of them on ever more seeds, then small changes of the best, decide. Fewer
 steps without caching, by every sampler, and uniform schedules, reused and forecast, always take part. The plan is
-chosen on the held-out seeds; the report, OUT.search.json, is of other seeds again.
+chosen on the held-out seeds; the report, OUT.search.json and OUT.html to look at, is of other seeds again.
 
 It says first how many network calls it will make at most and how long they take. What is measured is kept in a folder
 beside the plan: after a kill the same command goes on, and comes to the same plan, with any number of processes.
@@ -29,6 +29,7 @@ from caching.plan_file import Plan
 from eval.cost.runs import costs_of
 from eval.cost.timing import time_steps
 from eval.metrics.intervals import mean_estimate
+from planning import search_page
 from planning.candidates import PLAN, Prices, Trial
 from planning.distances import Distances
 from planning.fitting import check_out, own_unet
@@ -215,7 +216,7 @@ def check(args: argparse.Namespace) -> None:
 def announce(tournament: Tournament, seeds: Seeds, times: StepTimes, jobs: int) -> None:
     """Say how much there is to compute, before it begins."""
     prices, distances = tournament.prices, tournament.judge.distances
-    others = (6 * len(seeds.choose) + 4 * len(seeds.report)) * prices.budget
+    others = (6 * len(seeds.choose) + 4 * (len(seeds.report) + search_page.SEEN)) * prices.budget
     calls = (len(distances.missing(seeds.all)) * distances.run.calls + tournament.network_calls() + others)
     print(f"{prices.budget:.4g} full network calls per image, {distances.run.calls} for a converged one: at most "
           f"{calls:,.0f} of them, of one image each, take about {calls * times.full / jobs / 60:.2g} minutes at "
@@ -269,11 +270,12 @@ def main() -> None:
         hashes={"checkpoint": plan.run["checkpoint_sha256"], "plan": plan.sha256},
         provenance=provenance(distances.model.device), details=details).stamped(started))
     write_json(args.out, plan.to_json())
+    search_page.report(metrics, chosen, arms, judge, prices, seeds.report, args.out, sys.argv[1:])
     print(f"{len(seeds.report)} seeds that nothing was chosen on; {MEASURED}, 95% intervals:")
     for name, one in metrics.items():
         print("{:40} {:7.2f} [{:.2f}, {:.2f}]".format(name, *one.bounds))
     print(f"{args.out}: {chosen.kind}, {chosen.run.sampler}, {chosen.run.grid.steps} steps, {plan.cost:.2f} full calls "
-          f"({chosen.depths.count(None)} calls compute everything)")
+          f"({chosen.depths.count(None)} calls compute everything); to look at: {args.out.with_suffix('.html')}")
 
 
 if __name__ == "__main__":

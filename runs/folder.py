@@ -185,7 +185,8 @@ class RunFolder:
         batches = [seeds[first:first + size] for first in range(0, len(seeds), size)]
         own = len(batches) * rank // world
         made, saving, counted = 0, None, time.monotonic()
-        bar = tqdm(total=len(seeds), initial=len(seeds) - len(todo), unit="img", smoothing=0.1, disable=rank > 0,
+        bar = tqdm(total=len(seeds), initial=len(seeds) - len(todo), unit="img", smoothing=0.1,
+                   disable=rank > 0 or "TQDM_DISABLE" in os.environ,
                    desc=self.path.name + (f", {world} processes" if world > 1 else ""))
         with Claims(self.path / ".claims") as claims, ThreadPoolExecutor(1) as background, bar:
             for batch in batches[own:] + batches[:own]:

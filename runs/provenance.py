@@ -11,6 +11,7 @@ import torch
 from runs.files import ROOT
 
 _PACKAGES = ("torch", "numpy", "diffusers", "transformers", "torchmetrics", "safetensors")
+_VECTORS = ("avx", "fma", "amx", "sve", "asimd", "i8mm", "bf16")        # how the names of extensions begin
 _OURS = __name__.removesuffix("runs.provenance").rstrip(".")        # the package of the rooms where they are installed
 
 
@@ -51,7 +52,23 @@ def device_name(device: torch.device | str) -> str:
         return platform.processor() or platform.machine()
 
 
+def processor() -> dict:
+    """What tells one processor from another of the same name: vendor, family and model number, and its extensions for
+    vectors and matrices; what the system does not say is left out. used: the widest that PyTorch's kernels take."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        first = ""
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    found: dict = {name: said[key] for name, key in (("vendor", "vendor_id"), ("name", "model name")) if key in said}
+    found |= {name: int(said[key]) for name, key in (("family", "cpu family"), ("model", "model"))
+              if said.get(key, "").isdigit()}
+    flags = said.get("flags", said.get("Features", "")).split()
+    return {"machine": platform.machine(), **found, "extensions": [flag for flag in flags if flag.startswith(_VECTORS)],
+            "used": torch.backends.cpu.get_cpu_capability()}
+
+
 def provenance(device: torch.device | str) -> dict:
     """Everything that run.json and results say of where they were made."""
     return {"commit": commit(), "versions": versions(), "device": str(device), "device_name": device_name(device),
-            "threads": torch.get_num_threads()}
+            "processor": processor(), "threads": torch.get_num_threads()}

@@ -1,6 +1,6 @@
-"""The command of experiments/demo.py."""
+"""The command of experiments/demo_short.py."""
 
-from experiments.demo import main
+from experiments.demo_short import main
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# DeepCache on the small models that are shipped here, end to end:    bash scripts/demo.sh [--quick]
-# Samples every arm, judges it, times it, and writes results/demo/ (table.md, pictures, one JSON per arm).
-# Needs Python 3.11 to 3.13 and nothing else; about half an hour on 2 cores after installation (--quick: five minutes).
-# A second run reuses the images.
+# Caching, forecasts and fewer steps at equal cost on the small models that are shipped here:    bash scripts/demo.sh
+# Samples every arm, judges it, times it, and writes results/demo_short/: a page to look at, table, pictures, JSONs. Under
+# five minutes on 2 cores after installation; what is there can be looked at all along, and a second run goes on.
+#     bash scripts/demo.sh --full     all that results/demo/ holds: about half an hour
+# Needs Python 3.11 or later and nothing else.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

@@ -1,4 +1,5 @@
 """What is on this machine and what is missing: packages, weights, references, prompts, and what each table still needs.
+The first line says what can be done right now, and the one next step.
 
     python -m scripts.doctor                  every table
     python -m scripts.doctor table3 table12   these
@@ -8,6 +9,7 @@
 import argparse
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +26,9 @@ from runs.families import families
 from runs.provenance import device_name
 from scripts.download import ROOT, Item, catalogue, digest_of, fits
 
+# The small models that come with a clone: what they are called, and their weights.
+SHIPPED = {"DDPM": "checkpoints/ddpm_emoji.safetensors", "LDM": "checkpoints/ldm_emoji.safetensors",
+           "Stable Diffusion": "checkpoints/sd_emoji/unet/diffusion_pytorch_model.safetensors"}
 # References that are made here, from images that are fetched: model -> (images by name of the download, their place).
 MADE_FROM = {"ddpm_cifar10": ("cifar10_images", "data/cifar10/cifar-10-batches-py"),
              "ddpm_bedroom": ("bedroom_images", "data/lsun/bedroom_train_lmdb --count 50000"),
@@ -44,7 +49,7 @@ def machine() -> Iterator[str]:
 
 
 def packages() -> Iterator[str]:
-    """The requirements of requirements.txt that are missing or of another version."""
+    """The requirements of requirements.txt that are missing or of another version, and how many are right."""
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     wanted, bad = [Requirement(line) for line in lines if line], 0
     for requirement in wanted:
@@ -114,10 +119,44 @@ def needs(table: Table, items: dict[str, Item]) -> Iterator[str]:
     yield from lines
 
 
+def can_run(table: Table) -> bool:
+    """Whether everything that the rows of a table need to be sampled and judged is here."""
+    arms = arms_of(table)
+    return bool(arms) and all((ROOT / path).exists() or str(path).startswith("emoji:") for arm in arms
+                              for path in (*arm.inputs_of_sampling().values(), *arm.inputs.values()))
+
+
+def now_and_next(chosen: Sequence[Table], items: dict[str, Item], wrong: Sequence[str]) -> str:
+    """What can be done right now, and the one next step, in a line. wrong: lines about packages that are not right."""
+    shipped = [name for name, checkpoint in SHIPPED.items() if (ROOT / checkpoint).exists()]
+    ready = [table for table in chosen if can_run(table)]
+    accelerated = torch.cuda.is_available()
+    where = "a GPU" if accelerated else f"{os.cpu_count()} CPU cores"
+    can = [f"sample, judge and time the small models ({', '.join(shipped)}) on {where}"] if shipped else []
+    can += ["cache in any diffusers pipeline of yours"]
+    can += [f"{len(ready)} of {len(chosen)} tables of the papers" + ("" if accelerated else ", in weeks without a GPU")
+            if ready else "no table of the papers yet, whose weights are not here"]
+    if wrong:
+        can, step = ["little before the packages are right"], f"{sys.executable} -m pip install -r requirements.txt"
+    elif not shipped:
+        step = "git checkout -- checkpoints, since the small models are missing"
+    elif not (ROOT / "results" / "demo_short" / "index.html").is_file():
+        step = "bash scripts/demo.sh, under five minutes"
+    elif not accelerated:
+        step = "two lines in a pipeline of yours, see docs/pipelines.md"
+    elif ready:
+        step = f"bash scripts/{ready[0].script}"
+    else:
+        lacking = [lines for table in chosen if table.script and (lines := list(needs(table, items)))]
+        step = min(lacking, key=len)[0].rpartition(": ")[2] if lacking else "bash scripts/all_tables.sh --dry-run"
+    return f"Right now: {'; '.join(can)}. Next: {step}."
+
+
 def report(chosen: Sequence[Table], hashing: bool) -> str:
     """All of it, as text."""
     items = catalogue()
-    parts = ["\n".join(machine()), "\n".join(packages()),
+    *wrong, counted = packages()
+    parts = [now_and_next(chosen, items, wrong), "\n".join(machine()), "\n".join([*wrong, counted]),
              align([["file or folder", "state"], *([item.name, state(item, hashing)] for item in items.values())])]
     for table in chosen:
         lines = list(needs(table, items))

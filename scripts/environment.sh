@@ -14,13 +14,13 @@ else
     constraints=(-c scripts/constraints.txt)
     if ! [ -x "$PYTHON" ]; then
         base=""
-        for candidate in python3.11 python3.12 python3.13 python3 python; do
+        for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do
             if fits "$candidate" python; then
                 base=$candidate
                 break
             fi
         done
-        [ -n "$base" ] || { echo "error: Python 3.11, 3.12 or 3.13 is needed and not on PATH" >&2; exit 2; }
+        [ -n "$base" ] || { echo "error: Python 3.11 or later is needed and not on PATH" >&2; exit 2; }
         echo "making a virtual environment in .venv with $base"
         if ! "$base" -m venv .venv; then
             rm -rf .venv
@@ -28,7 +28,7 @@ else
             exit 2
         fi
     fi
-    fits "$PYTHON" python || { echo "error: the Python of .venv is not 3.11 to 3.13: remove .venv" >&2; exit 2; }
+    fits "$PYTHON" python || { echo "error: the Python of .venv is older than 3.11: remove .venv" >&2; exit 2; }
 fi
 if ! fits "$PYTHON"; then
     echo "installing what requirements.txt lists into ${PYTHON%/bin/python} (PyTorch is large; minutes on a first run)"

@@ -9,11 +9,11 @@ Interpreters of any age run it, to find one that fits: what they may not have is
 import sys
 from pathlib import Path
 
-PYTHONS = (3, 11), (3, 13)      # the first and the last
+OLDEST = (3, 11)
 
 
 def python_fits(version: tuple) -> bool:
-    return PYTHONS[0] <= tuple(version[:2]) <= PYTHONS[1]
+    return tuple(version[:2]) >= OLDEST
 
 
 def packages_met(names: list) -> bool:

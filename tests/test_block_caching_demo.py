@@ -27,6 +27,7 @@ def test_demo_end_to_end(tmp_path, monkeypatch):
     assert macs["all_60"] <= 1.0001 * uniform < macs["uncached"]
     assert found["all_60_scale_shift"].settings["cache"]["block_caching"]["scale_shift_sha256"]
     assert (files / "ddpm_all_60.safetensors").is_file() and (out / "equal_cost_ddpm.png").is_file()
+    assert "data:image/webp" in (out / "index.html").read_text()
 
 
 def test_the_table_is_that_of_the_results_that_are_kept():

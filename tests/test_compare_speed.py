@@ -1,13 +1,16 @@
 """The comparison with diffusers and the PyPI package: same results, honest ratios. Never how long anything took."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import HERE
 
 from eval import throughput
 from eval.cost.compare_speed import compare, peak_memory, report, whole_run
+from eval.cost.macs import branch_macs
 from runs import results
-from runs.families import load_config
+from runs.families import build, example_inputs, load_config, rows_per_image
 from runs.results import Result
 
 CONFIGS = HERE.parent / "configs"
@@ -30,7 +33,13 @@ def test_all_sides_compute_the_same(one_thread, tmp_path, name):
     for side in sides.values():
         assert all(step["difference"] < 1e-5 for name, step in side.items() if name in ("full", "cached"))
     assert sides["ours"]["full"]["over_ours"] == sides["ours"]["cached"]["over_ours"] == 1
-    assert len(found["runs"]) == 15
+    assert len(found["runs"]) == 15 and found["peak"]["gflops"] > 0
+    for side in sides.values():
+        for step in (value for value in side.values() if isinstance(value, dict)):
+            assert step["of_peak"] == pytest.approx(step["gflops"] / found["peak"]["gflops"])
+    macs = branch_macs(build(config), example_inputs(config), [config.sampler.branch])[0].fc
+    full = sides["ours"]["full"]
+    assert full["gflops"] == pytest.approx(2e-9 * macs * rows_per_image(config) / full["median"])
     memory = found["memory"]
     assert memory["ours"]["run"] <= 1.02 * memory["ours"]["dense"] + memory["feature"]
     assert memory["ours"]["dense"] < memory["diffusers"]["dense"] and memory["ours"]["run"] < memory["helper"]["run"]
@@ -76,6 +85,15 @@ def test_report_and_settings_that_are_there(monkeypatch, capsys, tmp_path):
     rows = report(tmp_path).splitlines()
     assert rows[2] == "| ddpm_emoji | 3 | fp32 | eager | 2 | 0.250 | 0.250 | 0.200 | 2.50 | 2.78 | 2.00 | 4.00 | 3.00 |"
     assert rows[-1] == "| ddpm_emoji | 3 | fp32 | 20.0 | 21.0 | 1.0 | 22.0 | 30.0 |"
+    sides = {"ours": {"full": {**SIDES["ours"]["full"], "of_peak": 0.9}, "cached": {"over_ours": 1.0, "of_peak": 0.8},
+                      "cached_over_full": 0.25}, "diffusers": {"full": {"over_ours": 2.0, "of_peak": 0.45}}}
+    where = {"device": "cpu", "device_name": "AMD EPYC", "processor": {"family": 25, "model": 17, "used": "AVX512"}}
+    of_peak = Result("compare_speed", "ddpm_emoji", settings, throughput={
+        **found, "sides": {**SIDES, **sides}, "peak": {"gflops": 113.2}}, provenance=where)
+    results.write(tmp_path / "sub" / path.name, of_peak)
+    row = "| AMD EPYC, family 25 model 17, AVX512 | ddpm_emoji | 3 | fp32 | eager | 113 | 90 % | 80 % | 45 % | - |"
+    assert report(tmp_path / "sub").splitlines()[-1] == row
+    shutil.rmtree(tmp_path / "sub")
     without = {**found, "memory": {}, "sides": {side: SIDES[side] for side in ("ours", "diffusers")}}
     without["runs"] = [whole_run(without["sides"], EXPECTED, 3, 50, interval) for interval in (1, 2, 3, 5, 10)]
     results.write(path, Result("compare_speed", "ddpm_emoji", settings, throughput=without))

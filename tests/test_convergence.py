@@ -14,7 +14,7 @@ from eval.metrics.registry import EXTRACTORS
 from eval.metrics.sources import open_reference
 from eval.quality import quality
 from experiments import convergence
-from experiments.convergence_report import LESS, PSNR, Point, calls_of, orders, rival, rows
+from experiments.convergence_report import LESS, PSNR, Point, orders, plan_calls, rival, rows
 from planning.distances import Distances, psnr_to
 from runs import results
 from runs.errors import UserError
@@ -51,7 +51,7 @@ def study(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_a_study_is_measured_once(study):
+def test_a_study_is_measured_once(study, tmp_path):
     """Each run's PSNR is that of its latents to the converged ones; what is there is not made again."""
     listed, folder = study(STUDY, "--list")
     assert not folder.exists() and listed.count(" no") == 5
@@ -75,9 +75,12 @@ def test_a_study_is_measured_once(study):
     assert found.metrics[PSNR].value == pytest.approx(np.mean(found.details["psnr"]), abs=1e-3)
     assert results.read(names["unipc_steps4"]).details["full_calls"] == 4
 
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    page = (folder / "index.html").read_text()
+    assert f"to look at: {folder / 'index.html'}" in printed and page.count("data:image/webp") == 15    # seeds 13-15
+    assert "reuse" in page and "python -m ddpm.sample" in page and "of 6 calls compute everything" in page
+    before = {path: path.stat().st_mtime_ns for path in [*folder.rglob("*.json"), *tmp_path.glob("work/**/*.png")]}
     assert "5 runs are measured" in study()[0]
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    assert before == {path: path.stat().st_mtime_ns for path in before}
     assert study(STUDY, "--list")[0].count("yes") == 5
     study(STUDY.replace("10-15", "10-14"))
     assert len(results.read(names["unipc_steps4"]).details["psnr"]) == 5
@@ -245,9 +248,9 @@ def test_shipped_results_belong_to_their_studies():
 def test_what_the_calls_of_a_plan_compute():
     """Their shares are its cost, its marks lie at its timesteps."""
     run = RunSpec.of("ldm_emoji", plan="checkpoints/plans/ldm_emoji_12.json").open()
-    calls = calls_of(run)
+    calls = plan_calls(run)
     plan = Plan.load("checkpoints/plans/ldm_emoji_12.json")
     assert sum(share for _, share, _ in calls) == pytest.approx(plan.cost)
     assert [t for t, _, _ in calls] == run.sampler.call_timesteps()
     assert [share == 1 for _, share, _ in calls] == [call.branch is None for call in plan.calls]
-    assert calls_of(RunSpec.of("ldm_emoji", interval=3).open()) is None
+    assert plan_calls(RunSpec.of("ldm_emoji", interval=3).open()) is None

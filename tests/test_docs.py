@@ -218,3 +218,32 @@ def test_what_readme_says_of_time_is_measured():
     measured = {one["interval"]: one["speedup"] for one in runs if one["branch"] == 0}
     told = [float(text) for text in re.findall(r"\d+\.\d\d", line.split("|")[3])]
     assert told == pytest.approx([measured[interval] for interval in (2, 3, 5, 10, 20)], abs=0.0051)
+
+
+def test_what_is_said_of_speed_by_processor_is_measured():
+    """The column of the processor whose JSONs are here, with the packed product that the profile has."""
+    text, folder = (ROOT / "docs" / "speed.md").read_text(), ROOT / "results" / "throughput"
+    fastest = 228
+    assert f"oneDNN with packed weights at 130 to {fastest}" in (folder / "profile_sd_v15_cpu.md").read_text()
+    found: dict[str, dict[str, float]] = {}
+    for model in ("sd_v15", "ldm_cin256", "ddpm_cifar10"):
+        compared = results.read(folder / "compare" / f"{model}_b1_fp32_eager_cpu.json")
+        times, sides = results.read(folder / f"{model}_cpu.json").times, compared.times["sides"]
+        macs = times["full"]["macs_fc"] * compared.settings["rows"]
+        cost = {"full": macs, "cached": macs * compared.times["expected"]["macs_fc"]}
+        found[model] = {f"{side} {step}": 2e-9 * cost[step] / sides[side][step]["median"]
+                        for side in sides for step in cost if step in sides[side]}
+        found[model] |= {"full ratio": sides["diffusers"]["full"]["over_ours"],
+                         "cached ratio": sides["helper"]["cached"]["over_ours"]}
+    rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("| ") and line.count("|") == 4]
+    shares = [(model, what) for model, what in (
+        ("sd_v15", "ours full"), ("sd_v15", "diffusers full"), ("sd_v15", "ours cached"), ("sd_v15", "helper cached"),
+        ("ldm_cin256", "ours full"), ("ldm_cin256", "diffusers full"))]
+    table = rows[rows.index(next(row for row in rows if "130 to 228" in row)) + 1:]
+    for (model, what), row in zip(shares, table, strict=False):
+        speed, share = map(int, re.findall(r"\d+", row))
+        assert speed == round(found[model][what]) and share == round(100 * found[model][what] / fastest), (model, what)
+    for what, row in zip(("full ratio", "cached ratio"), table[len(shares):], strict=False):
+        told = [float(value) for value in re.findall(r"[\d.]+(?=x)", row)]
+        assert told == pytest.approx([found[model][what] for model in found], abs=0.0051)
+        assert f"{min(told):.2f}x to {max(told):.2f}x" in " ".join((ROOT / "README.md").read_text().split())

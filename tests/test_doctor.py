@@ -339,6 +339,41 @@ def test_the_doctor_says_what_a_table_needs(monkeypatch, capsys):
     assert out.count("bash scripts/download.sh") == 7 and "Table 9" in out and "nothing is missing" in out
 
 
+def first_line(monkeypatch, folder: Path, wrong: tuple[str, ...] = (), gpu: bool = False) -> str:
+    """What the doctor says first of Table 2 where a folder is the repository."""
+    monkeypatch.setattr(doctor, "ROOT", folder)
+    monkeypatch.setattr(doctor, "packages", lambda: iter([*wrong, "so many are right"]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    said = doctor.report([find("2")], False).splitlines()
+    assert said[1] == "" and said[0].startswith("Right now: ")
+    return said[0]
+
+
+def test_the_first_line_says_what_can_be_done_and_the_next_step(monkeypatch, tmp_path):
+    assert first_line(monkeypatch, tmp_path, ("numpy>=2: missing",)).endswith("-m pip install -r requirements.txt.")
+    assert "Next: git checkout -- checkpoints" in first_line(monkeypatch, tmp_path)
+
+    def put(path: Path | str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+
+    for path in doctor.SHIPPED.values():
+        assert (download.ROOT / path).is_file()
+        put(path)
+    line = first_line(monkeypatch, tmp_path)
+    assert "time the small models (DDPM, LDM, Stable Diffusion) on " in line
+    assert "no table of the papers yet" in line and line.endswith("Next: bash scripts/demo.sh, under five minutes.")
+    put("results/demo_short/index.html")
+    assert first_line(monkeypatch, tmp_path).endswith("see docs/pipelines.md.")
+    line = first_line(monkeypatch, tmp_path, gpu=True)
+    assert "on a GPU" in line and line.endswith("Next: bash scripts/download.sh ddpm_cifar10.")
+    for arm in doctor.arms_of(find("2")):
+        for path in (*arm.inputs_of_sampling().values(), *arm.inputs.values()):
+            put(path)
+    line = first_line(monkeypatch, tmp_path, gpu=True)
+    assert "1 of 1 tables of the papers." in line and line.endswith("Next: bash scripts/table2_ddpm.sh.")
+
+
 def test_states_of_what_is_here(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
     (tmp_path / "x").write_bytes(b"abc")

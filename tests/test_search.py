@@ -257,6 +257,10 @@ def test_a_killed_search_comes_to_the_same_plan(few, command, config, tmp_path, 
         assert value[f"plan less {kind}"] == pytest.approx(value["plan"] - value[kind])
     assert plan.distance["mean"] == value["plan"] and plan.guidance is None
 
+    page = out.with_suffix(".html").read_text()
+    assert page.count("data:image/webp") == 4 * (1 + len({"plan", *kinds})) and f"--plan {out}" in page
+    assert f"{value['plan']:.2f} [" in page and "calls compute everything" in page
+
     # it is a plan of the budget, and every program takes it
     run = RunSpec.of(config, plan=out).open()
     assert plan.cost <= 4 + 1e-9

@@ -212,6 +212,9 @@ def test_sweep_end_to_end(tmp_path, monkeypatch, capsys, tiny):
     assert any(row["front of KID-EffLite0 by MACs"] == "1" for row in points)
     for picture in ("fronts_ddpm_tiny.png", "interval_branch_ddpm_tiny.png"):
         assert (out / picture).stat().st_size > 5000
+    page = (out / "index.html").read_text()
+    assert said.endswith(f"to look at: {out / 'index.html'}\n") and "python -m ddpm.sample --config" in page
+    assert page.count("data:image/webp") == 5 * 6 and "N=2 b1" in page and page.count('class="mark"') > 10
 
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "whole").rglob("*.png") if "samples" in str(file)}
     judged = {file: file.stat().st_mtime_ns for file in results.glob("runs/**/*.json")}

@@ -34,7 +34,7 @@ from caching.deepcache import DeepCache
 from caching.nested import Network
 from caching.schedules import uniform
 from eval.cost.macs import branch_macs
-from eval.cost.timing import interleave
+from eval.cost.timing import PRODUCT, gflops, interleave, packed_product
 from runs import results
 from runs.errors import UserError
 from runs.families import Config, at_resolution, build, example_inputs, family, load_config, rows_per_image
@@ -50,6 +50,7 @@ from speed.graphs import recorded
 BATCH_SIZES = {"ddpm_cifar10": (1, 8, 64), "ldm_cin256": (1, 8), "sd_v15": (1, 4)}
 STEPS, INTERVALS = (50, 100, 250), (1, 2, 3, 5, 10)
 MODES = ("eager", "compiled", "graphs")
+PEAK = ("peak", "product")
 TIMES = (500, 499)      # the package finds out from the timestep whether a step is a full or a cached one
 
 
@@ -80,8 +81,10 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
 @torch.inference_mode()
 def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mode: str, device: torch.device,
             repeats: int, warmup: int) -> dict:
-    """Time all sides: JSON-compatible {sides: {ours, diffusers, helper: {full, cached}}, expected, memory, runs}.
+    """Time all sides: JSON-compatible {sides: {ours, diffusers, helper: {full, cached}}, expected, memory, peak, runs}.
 
+    peak: how fast a packed product of matrices is that takes turns with the steps; of_peak: the share of it that a step
+    reaches, by the multiply-accumulates with attention.
     difference: of a side's results from ours, as a fraction of their largest magnitude. Ratios are medians over rounds.
     memory (eager): peak bytes beside the weights, of a step without cache (dense) and of a full and a cached step
     (run), and of the feature that is kept between them.
@@ -133,19 +136,23 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
                 ("diffusers", "dense"): variants["diffusers", "full"]}
         for (side, what), run in runs.items():
             memory.setdefault(side, {})[what] = peak_memory(run, device)
-    timings = interleave(variants, device, repeats, warmup)
+    timings = interleave({**variants, PEAK: packed_product(device, dtype)}, device, repeats, warmup)
+    product = timings.pop(PEAK)
+    peak = gflops(math.prod(PRODUCT), product.median)
 
     macs, cached_macs = branch_macs(build(config), example_inputs(config), [branch])
     expected = {"macs": cached_macs[branch].hook / macs.hook, "macs_fc": cached_macs[branch].fc / macs.fc}
     sides: dict[str, dict] = {}
     for (side, step), timing in timings.items():
         found = sides.setdefault(side, {})
+        speed = gflops(rows * (macs if step == "full" else cached_macs[branch]).fc, timing.median)
         found[step] = timing.to_json() | {
-            "over_ours": timing.ratio(timings["ours", step]),
+            "over_ours": timing.ratio(timings["ours", step]), "gflops": speed, "of_peak": speed / peak,
             "difference": difference(results["ours", step], results[side, step])}
         if step == "cached":
             found["cached_over_full"] = timing.ratio(timings[side, "full"])
     return {"sides": sides, "expected": expected, "memory": memory,
+            "peak": product.to_json() | {"product": list(PRODUCT), "gflops": peak},
             "runs": [whole_run(sides, expected, batch_size, *run) for run in itertools.product(STEPS, INTERVALS)]}
 
 
@@ -188,6 +195,30 @@ def table(found: Sequence[Result]) -> str:
                  f"{rates['ours'] / rates['helper']:.2f}" if helper else "-"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def of_peak_table(found: Sequence[Result]) -> str:
+    """The table of what share of its processor's measured peak each side reaches, where that was measured."""
+    lines = ["| processor | model | batch | dtype | mode | packed product, GFLOP/s | ours, full | ours, cached "
+             "| diffusers, full | helper, cached |", "|---" * 10 + "|"]
+    for result in found:
+        if peak := result.times.get("peak"):
+            settings, sides = result.settings, result.times["sides"]
+            shares = [sides.get(side, {}).get(step, {}).get("of_peak") for side, step in (
+                ("ours", "full"), ("ours", "cached"), ("diffusers", "full"), ("helper", "cached"))]
+            cells = [processor_of(result), result.model, settings["batch_size"], settings["dtype"], settings["mode"],
+                     f"{peak['gflops']:.0f}", *("-" if share is None else f"{100 * share:.0f} %" for share in shares)]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def processor_of(result: Result) -> str:
+    """The processor or accelerator of a result, in words."""
+    where = result.provenance
+    known = where.get("processor", {})
+    if where.get("device") != "cpu" or "family" not in known:
+        return str(where.get("device_name", "unknown"))
+    return f"{where['device_name']}, family {known['family']} model {known['model']}, {known['used']}"
 
 
 def memory_table(found: Sequence[Result]) -> str:
@@ -239,6 +270,8 @@ def report(folder: Path) -> str:
                    key=lambda result: (order.get(str(result.model), len(order)), MODES.index(result.settings["mode"]),
                                        result.settings["dtype"], result.settings["batch_size"]))
     text = f"{table(found)}\n\nPeak memory beside the weights, MB of PyTorch's tensors:\n\n{memory_table(found)}"
+    if any(result.times.get("peak") for result in found):
+        text += f"\n\nShare of the speed of a packed product of matrices:\n\n{of_peak_table(found)}"
     write_atomically(folder / "table.md", lambda path: path.write_text(text + "\n"))
     write_atomically(folder / "chart.png", lambda path: chart(found, path))
     return text

@@ -18,8 +18,10 @@ from caching.policy import Policy
 from caching.schedules import uniform
 from eval.cost.macs import average, branch_macs, residual_macs, schedule_macs
 from runs.errors import UserError
+from speed.packed import pack, packable
 
 Name = TypeVar("Name", bound=Hashable)
+PRODUCT = 2048, 1280, 1280      # rows, inner, columns: sizes as in Stable Diffusion's inner levels
 
 
 class Timing(NamedTuple):
@@ -74,6 +76,22 @@ def interleave(variants: Mapping[Name, Callable[[], object]], device: torch.devi
         if collecting:
             gc.enable()
     return {name: Timing(seconds[name], peaks[name]) for name in variants}
+
+
+def packed_product(device: torch.device | str, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """One product of matrices of PRODUCT's sizes, as fast as is known here: with packed weights where the sample
+    commands pack them. Its speed is what a network's is measured by: the peak that a processor reaches."""
+    rows, inner, columns = PRODUCT
+    layer: nn.Module = nn.Linear(inner, columns, bias=False).to(device, dtype)
+    if packable(layer):
+        layer = pack(layer)
+    x = torch.randn(rows, inner).to(device, dtype)
+    return lambda: layer(x)
+
+
+def gflops(macs: float, seconds: float) -> float:
+    """10^9 floating-point operations per second, of which a multiply-accumulate is two."""
+    return 2e-9 * macs / seconds
 
 
 def time_steps(unet: nn.Module, inputs: Sequence[Tensor], policies: Mapping[str, Policy], repeats: int = 20,

@@ -16,8 +16,9 @@ from runs.files import write_atomically
 
 STYLE = {"uniform": ("C0", "o", "-"), "non-uniform": ("C2", "s", "-"), "fewer steps": ("C1", "^", "--"),
          "block caching": ("C4", "D", "-"), "block caching, scale-shift": ("C6", "P", "-"),
-         "together": ("C9", "v", "-"), "transformers only": ("C5", "<", "none"),
-         "uncached": ("black", "*", "none"), "ablation": ("C3", "x", "none")}
+         "forecast": ("C8", "P", "-"), "plan": ("C7", "D", "none"), "together": ("C9", "v", "-"),
+         "transformers only": ("C5", "<", "none"), "uncached": ("black", "*", "none"),
+         "ablation": ("C3", "x", "none")}
 
 
 def sample_rows(rows: Sequence[tuple[str, np.ndarray]], path: Path, scale: float = 2, titles: Sequence[str] = (),

@@ -1,0 +1,78 @@
+"""What each network call of a run computes, reuses and forecasts, for pictures of it."""
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from caching.block_cache import BlockCache
+from caching.deepcache import DeepCache
+from caching.nested import NestedUNet
+from caching.plan import Call, PlanCache
+from caching.policy import Policy, Together
+from caching.trace import Asked, reused, trace
+from runs.families import example_inputs
+from runs.spec import Run
+
+COMPUTED, REUSED, FORECAST = "computed", "reused", "forecast"
+_ASKED: WeakKeyDictionary[NestedUNet, list[Asked]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Calls:
+    """states: of every part of the U-Net in every network call, [parts][calls]; parts from the outermost in."""
+    parts: list[str]
+    states: list[list[str]]
+
+    @property
+    def full(self) -> list[int]:
+        """The calls that compute everything."""
+        return [step for step, column in enumerate(zip(*self.states, strict=True)) if set(column) == {COMPUTED}]
+
+
+def calls_of(run: Run, plan: Sequence[Call] | None = None) -> Calls:
+    """Of a run that reuses single residuals the parts are those; of any other the blocks of each skip.
+
+    The value that skip k concatenates holds all blocks further in: where it is reused, they are not computed.
+    plan: what the calls of a run without caching do instead.
+    """
+    if run.unet not in _ASKED:
+        inputs = example_inputs(run.config)
+        _ASKED[run.unet] = trace(lambda cache: run.unet(*inputs, cache=cache))
+    asked, policy = _ASKED[run.unet], run.caching.policy("meta", run.dtype) if plan is None else PlanCache(plan)
+    met = [frozenset[Hashable]()] * run.calls if policy is None else list(reused(asked, policy, run.calls))
+    around = dict(_around(asked))
+    ahead = list(_forecasts(met, around, policy))
+    levels = run.unet.num_branches
+    parts: dict[str, frozenset[Hashable]] = {f"blocks of skip {level}": frozenset(range(level))
+                                             for level in range(levels)} | {"middle": frozenset(range(levels))}
+    if any(isinstance(key, str) for keys in met for key in keys):
+        parts = {key: inside | {key} for key, inside in around.items() if isinstance(key, str)}
+    states = [[COMPUTED if not (known := inside & keys) else FORECAST if known & forecast else REUSED
+               for keys, forecast in zip(met, ahead, strict=True)] for inside in parts.values()]
+    return Calls(list(parts), states)
+
+
+def _around(asked: Sequence[Asked], outer: frozenset[Hashable] = frozenset()
+            ) -> Iterator[tuple[Hashable, frozenset[Hashable]]]:
+    """Every value that a call asks its cache for, and the keys of those that it lies in."""
+    for one in asked:
+        yield one.key, outer
+        yield from _around(one.inner, outer | {one.key})
+
+
+def _forecasts(met: Sequence[frozenset[Hashable]], around: Mapping[Hashable, frozenset[Hashable]],
+               policy: Policy | None) -> Iterator[set[Hashable]]:
+    """Of each call, the reused values that are extrapolated: those that were computed twice or more before."""
+    policies = policy.policies if isinstance(policy, Together) else () if policy is None else (policy,)
+    before = dict.fromkeys(around, 0)
+    for step, keys in enumerate(met):
+        yield {key for key in keys if before[key] > 1
+               and any(one.owns(key) and _extrapolates(one, step) for one in policies)}
+        for key, inside in around.items():
+            before[key] += not keys & (inside | {key})
+
+
+def _extrapolates(policy: Policy, step: int) -> bool:
+    if isinstance(policy, PlanCache):
+        return any(policy.calls[step].damping)
+    return isinstance(policy, DeepCache | BlockCache) and policy.forecast.order > 0
