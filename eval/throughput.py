@@ -27,10 +27,10 @@ from torch import Tensor
 
 from caching.block_schedule import BlockSchedule
 from caching.policy import Together
-from eval.cost import grid
 from eval.cost.run_timing import table as table_of_run
 from eval.cost.run_timing import time_run
 from eval.cost.timing import measure, measure_schedules
+from eval.tables import grid
 from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError, as_user_error
