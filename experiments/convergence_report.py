@@ -72,7 +72,8 @@ def kind_of(run: Run) -> str:
         return ", ".join(own)
     cache = run.caching.settings
     if "plan" in cache:
-        return "plan"
+        plan = run.caching.of(PlannedPlan)
+        return "plan of another model" if plan is not None and "found_on" in plan.plan.notes else "plan"
     blocks, forecast = cache.get("block_caching"), cache.get("forecast")
     parts = [] if blocks is None else ["blocks, scale-shift" if blocks["scale_shift_sha256"] else "blocks"]
     parts += [cache["schedule"]] if cache.get("schedule", "uniform") != "uniform" else []
