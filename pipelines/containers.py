@@ -5,6 +5,7 @@ hooks by which diffusers offloads groups of layers. What else would be around it
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -14,8 +15,8 @@ from runs.errors import UserError
 class Containers:
     """Enters a container before the first of its parts runs, and leaves it when a part of another one does."""
 
-    def __init__(self, unet: nn.Module):
-        self.hooked = {block for _, block in named_containers(unet) if _hooks(block)}
+    def __init__(self, unet: Any):
+        self.hooked = {block for block in (*unet.down_blocks, *unet.up_blocks) if "_diffusers_hook" in vars(block)}
         self.inside: nn.Module | None = None
 
     def enter(self, block: nn.Module) -> None:

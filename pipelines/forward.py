@@ -48,16 +48,18 @@ def _conditional(unet: UNet2DConditionModel, caching: Caching, sample: Tensor, t
                  encoder_attention_mask: Tensor | None = None,
                  return_dict: bool = True) -> UNet2DConditionOutput | tuple[Tensor]:
     # Embedding
-    sized = any(dim % 2 ** unet.num_upsamplers for dim in sample.shape[-2:])
-    if unet.config.center_input_sample:
+    config = unet.config
+    height, width = sample.shape[-2:]
+    sized = bool(height % 2 ** unet.num_upsamplers or width % 2 ** unet.num_upsamplers)
+    if config.center_input_sample:
         sample = 2 * sample - 1.0
     emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), timestep_cond)
     of_class = unet.get_class_embed(sample=sample, class_labels=class_labels)
     if of_class is not None:
-        emb = torch.cat([emb, of_class], dim=-1) if unet.config.class_embeddings_concat else emb + of_class
+        emb = torch.cat([emb, of_class], dim=-1) if config.class_embeddings_concat else emb + of_class
     added = unet.get_aug_embed(emb=emb, encoder_hidden_states=encoder_hidden_states,
                                added_cond_kwargs=added_cond_kwargs)
-    if unet.config.addition_embed_type == "image_hint":
+    if config.addition_embed_type == "image_hint":
         added, hint = added
         sample = torch.cat([sample, hint], dim=1)
     if added is not None:
@@ -82,9 +84,9 @@ def _conditional(unet: UNet2DConditionModel, caching: Caching, sample: Tensor, t
             adapter = down_block_additional_residuals
 
     # Encoder, middle, decoder
-    call = Call(caching, emb, Containers(unet), context,
-                (_bias(attention_mask, sample), _bias(encoder_attention_mask, sample)),
-                cross_attention_kwargs, adapter, sized)
+    masks = (None if attention_mask is None else _bias(attention_mask, sample),
+             None if encoder_attention_mask is None else _bias(encoder_attention_mask, sample))
+    call = Call(caching, emb, Containers(unet), context, masks, cross_attention_kwargs, adapter, sized)
     sample = _nest(unet, call, sample, control)
     if unet.conv_norm_out:
         sample = unet.conv_act(unet.conv_norm_out(sample))
@@ -127,6 +129,6 @@ def _nest(unet: UNet2DConditionModel | UNet2DModel, call: Call, sample: Tensor,
         call.containers.leave()
 
 
-def _bias(mask: Tensor | None, sample: Tensor) -> Tensor | None:
+def _bias(mask: Tensor, sample: Tensor) -> Tensor:
     """A mask [batch, tokens], 1 = keep, as what is added to attention: [batch, 1, tokens]."""
-    return None if mask is None else ((1 - mask.to(sample.dtype)) * -10000.0).unsqueeze(1)
+    return ((1 - mask.to(sample.dtype)) * -10000.0).unsqueeze(1)

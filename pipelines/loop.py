@@ -39,9 +39,10 @@ class Loop:
             frame = frame.f_back
         if frame is None:                   # it has ended, or runs in another thread
             return False
-        while between and self._is_method(between[-1]):
-            between.pop()
-        return not between or between[-1].co_filename in _MODULE
+        while between and between[-1].co_filename not in _MODULE:
+            if not self._is_method(between.pop()):
+                return False
+        return True
 
     def _is_method(self, code: CodeType) -> bool:
         method = inspect.getattr_static(self.kind, code.co_name, None)
@@ -54,15 +55,15 @@ class Timestep:
 
     def __init__(self, value: Tensor | float | int):
         self.value = value
-        if torch.is_tensor(value):
+        if isinstance(value, Tensor):
             self.place = value.data_ptr()
             self.version = 0 if value.is_inference() else value._version        # those cannot tell what was written
 
     def same(self, other: "Timestep") -> bool:
         """Whether both are of one step."""
         a, b = self.value, other.value
-        if not (torch.is_tensor(a) and torch.is_tensor(b)):
-            return not torch.is_tensor(a) and not torch.is_tensor(b) and a == b
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
         if self.place == other.place:
             return self.version == other.version        # written to in place it is another
         if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr():

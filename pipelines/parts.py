@@ -55,13 +55,12 @@ def down_parts(unet: Theirs, call: Call) -> list[Down]:
     for index, block in enumerate(unet.down_blocks):
         for resnet, attention in _layers(block):
             parts.append(partial(_layer, call, block, resnet, attention, f"input_blocks.{len(parts)}"))
-        ahead = _crossing(block)            # a T2I-Adapter adds before the downsampling there, else after it
-        if ahead:
-            parts[-1] = _adapted(parts[-1], call, index)
+        last = len(parts) - 1
         for downsampler in block.downsamplers or ():
             parts.append(partial(_resample, call, block, downsampler))
-        if not ahead:
-            parts[-1] = _adapted(parts[-1], call, index)
+        if call.adapter and index < len(call.adapter):      # it adds before the downsampling there, else after it
+            place = last if _crossing(block) else -1
+            parts[place] = _adapted(parts[place], call.adapter[index])
     return parts
 
 
@@ -95,7 +94,7 @@ def up_parts(unet: Theirs, call: Call) -> list[Up]:
     for block in unet.up_blocks:
         layers = list(_layers(block))
         for i, (resnet, attention) in enumerate(layers):
-            upsamplers = (block.upsamplers or ()) if i == len(layers) - 1 else ()
+            upsamplers = block.upsamplers if i == len(layers) - 1 else None
             parts.append(partial(_up, call, block, resnet, attention, upsamplers, f"output_blocks.{len(parts)}"))
     return parts[::-1]
 
@@ -148,14 +147,14 @@ def _layer(call: Call, block: Theirs, resnet: Theirs, attention: Theirs | None, 
     return x if attention is None else _attend(call, block, attention, f"{name}.1", x)
 
 
-def _up(call: Call, block: Theirs, resnet: Theirs, attention: Theirs | None, upsamplers: Sequence[Theirs],
+def _up(call: Call, block: Theirs, resnet: Theirs, attention: Theirs | None, upsamplers: Theirs | None,
         name: str, inner: Tensor, skip: Tensor, size: torch.Size) -> Tensor:
-    if all(getattr(block, key, None) for key in _FREEU) and block.resolution_idx in (0, 1):
+    own = vars(block)
+    if own.get("s1") and all(own.get(key) for key in _FREEU) and block.resolution_idx in (0, 1):
         # FreeU (arXiv 2309.11497) writes into its input, which may be a feature that is kept.
-        inner, skip = apply_freeu(block.resolution_idx, inner.clone(), skip, **{key: getattr(block, key)
-                                                                                 for key in _FREEU})
+        inner, skip = apply_freeu(block.resolution_idx, inner.clone(), skip, **{key: own[key] for key in _FREEU})
     x = _layer(call, block, resnet, attention, name, torch.cat([inner, skip], dim=1))
-    for upsampler in upsamplers:
+    for upsampler in upsamplers or ():
         x = _resample(call, block, upsampler, x, size if call.sized else None)
     return x
 
@@ -167,11 +166,8 @@ def _resample(call: Call, block: Theirs, module: Theirs, x: Tensor, size: torch.
     return module(x) if size is None else module(x, size)
 
 
-def _adapted(part: Down, call: Call, index: int) -> Down:
+def _adapted(part: Down, residual: Tensor) -> Down:
     """A part with what a T2I-Adapter (arXiv 2302.08453) adds to its output."""
-    if not call.adapter or index >= len(call.adapter):
-        return part
-    residual = call.adapter[index]
     return lambda x: part(x) + residual
 
 
@@ -183,7 +179,7 @@ def _resnet(call: Call, block: Theirs, resnet: Theirs, name: str, x: Tensor) -> 
 
     def shortcut() -> Tensor:
         return (x if resnet.conv_shortcut is None else resnet.conv_shortcut(x)) / resnet.output_scale_factor
-    return _kept(call, name, run, shortcut)
+    return _kept(call, name, run, shortcut) if name in call.caching.asked else run()
 
 
 def _attend(call: Call, block: Theirs, attention: Theirs, name: str, x: Tensor) -> Tensor:
@@ -196,13 +192,13 @@ def _attend(call: Call, block: Theirs, attention: Theirs, name: str, x: Tensor) 
             return attention(x, encoder_hidden_states=call.context, attention_mask=mask, **(call.attention or {}))
         return attention(x, encoder_hidden_states=call.context, cross_attention_kwargs=call.attention,
                          attention_mask=call.masks[0], encoder_attention_mask=call.masks[1], return_dict=False)[0]
+    if name not in call.caching.asked:
+        return run()
     return _kept(call, name, run, lambda: x / getattr(attention, "rescale_output_factor", 1.0))
 
 
 def _kept(call: Call, name: str, run: Callable[[], Tensor], shortcut: Callable[[], Tensor]) -> Tensor:
     """What a module returns, of which the cache may keep the part beside its shortcut."""
-    if name not in call.caching.asked:
-        return run()
     found: list[Tensor] = []
 
     def residual() -> Tensor:

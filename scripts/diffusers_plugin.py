@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Repor
     if report.failed:
         seen.outcome = "failed"
         error = call.excinfo
-        seen.reason = f"{error.typename}: {' '.join(str(error.value).split())[:300]}" if error else ""
+        said = re.sub(r"\b0x[0-9a-f]{6,}", "", " ".join(str(error.value).split())) if error else ""     # no addresses
+        seen.reason = f"{error.typename}: {said[:300]}" if error else ""
         if error and error.errisinstance(UserError):
             seen.refused.append(str(error.value))
     elif report.skipped:

@@ -4,13 +4,18 @@ import copy
 import json
 import logging
 import pickle
+import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import CodeType
 
 import numpy as np
 import pytest
 import torch
 from conftest import relative_error
+from DeepCache import DeepCacheSDHelper
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -19,8 +24,10 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from diffusers.hooks import apply_group_offloading
+from test_pipelines import XL, build_xl, drawn
 from test_sd_pipeline import BETAS, SIZE, build, calls, direct, parts, run, tiny_unet  # noqa: F401  two are fixtures
 from torch import Tensor, nn
 
@@ -353,6 +360,58 @@ def test_what_cannot_be_is_refused_with_the_reason(parts):  # noqa: F811
         disable_deepcache(pipe)
     with pytest.raises(UserError, match="Linear has no U-Net"):
         enable_deepcache(nn.Linear(1, 1))
+
+
+# What it costs
+
+@contextmanager
+def python_calls() -> Iterator[list[CodeType]]:
+    """The functions that run in Python meanwhile: other work on a machine does not change their number."""
+    found: list[CodeType] = []
+    sys.setprofile(lambda frame, event, argument: found.append(frame.f_code) if event == "call" else None)
+    try:
+        yield found
+    finally:
+        sys.setprofile(None)
+
+
+def test_the_start_of_a_run_and_a_cached_step_are_light(parts):  # noqa: F811
+    """On SDXL's levels: a cached step runs no more functions than with the package; a run begins with some hundred."""
+    pipe = build_xl(parts)
+    pipe.unet = UNet2DConditionModel(**XL | {
+        "block_out_channels": (32, 64, 64), "attention_head_dim": (2, 4, 4), "transformer_layers_per_block": (1, 2, 10),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}).eval()
+    pipe.scheduler.set_timesteps(12)
+    added = {"text_embeds": drawn(1, 16), "time_ids": torch.zeros(1, 6)}
+    inputs = {"encoder_hidden_states": drawn(1, 7, 16), "added_cond_kwargs": added}
+
+    def cached_step() -> int:
+        with torch.no_grad(), pipe.progress_bar(total=12):
+            first, second, third = pipe.scheduler.timesteps[:3]
+            pipe.unet(drawn(1, 4, 8, 8), first, **inputs)
+            pipe.unet(drawn(1, 4, 8, 8), second, **inputs)
+            with python_calls() as found:
+                pipe.unet(drawn(1, 4, 8, 8), third, **inputs)
+            return len(found)
+
+    with enable_deepcache(pipe, branch=1):
+        ours = cached_step()
+    helper = DeepCacheSDHelper(pipe)
+    helper.set_params(cache_interval=3, cache_branch_id=1)
+    helper.enable()
+    theirs = cached_step()
+    helper.disable()
+    assert ours <= theirs, (ours, theirs)
+
+    def start() -> int:
+        with python_calls() as found:
+            pipe.progress_bar(total=12).__enter__()
+        return len(found)
+
+    plain = start()
+    with enable_deepcache(pipe):
+        assert start() - plain < 500
 
 
 # Our own samplers and block schedules

@@ -22,6 +22,7 @@ from peft import LoraConfig
 from test_sd_pipeline import BETAS, SIZE, build, calls, parts, picture, run  # noqa: F401  two are fixtures
 from torch import Tensor, nn
 
+from pipelines import check_diffusers
 from pipelines.enable import disable_deepcache, enable_deepcache
 from pipelines.parts import num_skips
 from runs.errors import UserError
@@ -286,3 +287,11 @@ def test_residuals_of_adapters_and_controlnets(parts, kind):  # noqa: F811
     with enable_deepcache(pipe, interval=1), pipe.progress_bar(total=1), \
             pytest.raises(UserError, match=f"3 residuals for {num_skips(unet)} skips"):
         unet(**inputs, **control)
+
+
+def test_diffusers_that_is_too_old_is_refused_at_import():
+    check_diffusers("0.30.0")
+    check_diffusers("1.2.0.dev0")
+    check_diffusers(diffusers.__version__)
+    with pytest.raises(ImportError, match=r"needs diffusers 0\.30 or newer, and 0\.29\.2 is installed: pip install"):
+        check_diffusers("0.29.2")
