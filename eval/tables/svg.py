@@ -25,8 +25,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """Marks of one kind, in the order in which they are joined. joined: whether they are. dots: whether marks are shown,
-    or the line alone."""
+    """Marks of one kind, in the order in which they are joined. joined: whether they are. dots: whether the marks are
+    shown, or the line alone."""
     name: str
     marks: Sequence[Mark]
     joined: bool = True
