@@ -73,7 +73,8 @@ def pictures(shown: Shown, chosen: Sequence[Point]) -> list[Pictures]:
 
 def plot(points: Sequence[Point], shown: Shown, cost: Callable[[Point], float | None], label: str) -> Plot:
     """The settings of each kind that no other of it beats, as in the study's picture."""
-    choose, report, lines = slice(shown.chosen_on), slice(shown.chosen_on, None), []
+    choose, report = slice(shown.chosen_on), slice(shown.chosen_on, None)
+    lines: list[Line] = []
     for kind, line in fronts(points, cost, choose, report).items():
         marks = []
         for price, value, low, high in line:
