@@ -19,7 +19,8 @@ from runs.image_model import fill
 from runs.machine import Machine
 from runs.spec import Run
 
-MOST, FIRST, WORST = 6, 6, 2        # runs with images; seeds, and those where a run is furthest from converged
+FEWER = "fewer steps"
+MOST, FIRST, WORST = 8, 6, 2        # runs with images; seeds, and those where a run is furthest from converged
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ class Shown:
 
 
 def examples(points: Sequence[Point]) -> list[Point]:
-    """One run of each kind, all at about one cost: that of the middle one of the runs with caching."""
-    cached = sorted(point.cost for point in points if not point.kind.startswith("fewer steps"))
+    """One run of each kind, fewer steps being one, at about one cost: that of the middle one of the cached runs."""
+    cached = sorted(point.cost for point in points if not point.kind.startswith(FEWER))
     middle = cached[len(cached) // 2] if cached else sorted(point.cost for point in points)[len(points) // 2]
     found: dict[str, Point] = {}
     for point in sorted(points, key=lambda one: (round(abs(math.log(one.cost / middle)), 1), -one.psnr.mean())):
-        found.setdefault(point.kind, point)
+        found.setdefault(FEWER if point.kind.startswith(FEWER) else point.kind, point)
     return sorted(found.values(), key=lambda one: -one.psnr.mean())[:MOST]
 
 
@@ -72,7 +73,8 @@ def pictures(shown: Shown, chosen: Sequence[Point]) -> list[Pictures]:
 
 def plot(points: Sequence[Point], shown: Shown, cost: Callable[[Point], float | None], label: str) -> Plot:
     """The settings of each kind that no other of it beats, as in the study's picture."""
-    choose, report, lines = slice(shown.chosen_on), slice(shown.chosen_on, None), []
+    choose, report = slice(shown.chosen_on), slice(shown.chosen_on, None)
+    lines: list[Line] = []
     for kind, line in fronts(points, cost, choose, report).items():
         marks = []
         for price, value, low, high in line:

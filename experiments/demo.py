@@ -135,13 +135,13 @@ def write_table(models: Sequence[Model], folder: Path, section: Callable[[Model,
     return text
 
 
-def parser_of(doc: str | None, images: str) -> argparse.ArgumentParser:
+def parser_of(doc: str | None, images: str, batch_size: str = "32") -> argparse.ArgumentParser:
     """The options that the demos share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=[model.name for model in MODELS],
                         help="only these; the table keeps the results of the others")
     parser.add_argument("--images", type=int, help=f"images per arm (default: {images})")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help=f"images at a time (default: {batch_size})")
     parser.add_argument("--samples", type=Path, help="folder of the images (default: in samples)")
     parser.add_argument("--results", type=Path, help="folder of the numbers (default: in results)")
     return parser

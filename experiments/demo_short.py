@@ -219,9 +219,11 @@ def run(plans: Mapping[Model, list[Arm]], given: Given) -> None:
 
 @command
 def main() -> None:
-    parser = demo.parser_of(__doc__, "48, 32, 32; with --full 256, of the slowest model 192")
+    parser = demo.parser_of(__doc__, "48, 32, 32; with --full 256, of the slowest model 192", "8; with --full 32")
+    parser.set_defaults(batch_size=None)
     parser.add_argument("--full", action="store_true", help="all that results/demo/ holds: about half an hour")
     args = parser.parse_args()
+    args.batch_size = args.batch_size or (32 if args.full else 8)       # small ones, so that the bar moves
     chosen = [model for model in demo.MODELS if args.models is None or model.name in args.models]
     if args.full:
         demo.run_full(chosen, demo.given_by(args, "demo"))

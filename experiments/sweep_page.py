@@ -44,7 +44,7 @@ def plot(arms: Sequence[Arm], points: Sequence[Point], name: str, cost: str, axi
     better = f"{name} ({'higher' if name in HIGHER else 'lower'} is better)"
     marks = [Line(kind, found, joined=False) for kind, found in lines.items()]
     return Plot(better, "MACs per image, G" if cost == "macs" else "network time (uncached = 1)", better,
-                [*marks, Line("front", [replace(mark, low=None, high=None) for mark in front])])
+                [*marks, Line("front", front, dots=False)])
 
 
 def section(arms: Sequence[Arm], points: Sequence[Point]) -> Section:

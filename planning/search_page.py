@@ -43,7 +43,8 @@ def pictures(chosen: Trial, arms: Sequence[Trial], judge: Judge, seeds: Sequence
 
 def rows(metrics: Mapping[str, Metric], chosen: Trial, arms: Sequence[Trial], prices: Prices) -> list[tuple[str, ...]]:
     """A row per arm, what was found first."""
-    found = [("run", "full calls, by the budget", "calls", f"{UNIT}, mean", "the plan less that, dB")]
+    found: list[tuple[str, ...]] = [("run", "full calls, by the budget", "calls", f"{UNIT}, mean",
+                                     "the plan less that, dB")]
     for name, trial in (("plan", chosen), *((arm.kind, arm) for arm in arms)):
         less = metrics.get(f"plan less {name}")
         found.append((named(trial) if trial is not chosen else f"found: {named(trial)}",

@@ -95,6 +95,7 @@ def test_one_top_level_name_comes_along(installed):
     assert {path.name for path in installed.iterdir()} == {NAME, f"{NAME}-{PROJECT['version']}.dist-info"}
     folders = {path.name for path in (installed / NAME).iterdir() if path.is_dir()}
     assert folders == {*ROOMS, "configs", "data"} and (installed / NAME / "py.typed").is_file()
+    assert (installed / NAME / "eval" / "tables" / "page.html").is_file()
     assert {path.name for path in installed.glob("*.dist-info/licenses/*")} == {"LICENSE", "NOTICE"}
 
 

@@ -26,6 +26,7 @@ from runs.psnr import psnr
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_BYTES = 3_500_000              # of images, as they stand in the file
 SMALL, LARGE = 64, 224              # pixels: up to the first every one is kept; larger images are shrunk to the last
+LONG = 16                           # rows of a table that comes after the plots
 FIRST, WORST, SEEN = 8, 3, 256      # seeds: in order, of each arm the worst, and how many are looked at for those
 Rows = Sequence[Sequence[str]]
 
@@ -109,11 +110,11 @@ def write(page: Page, path: Path) -> None:
 
 def _section(section: Section, number: int, room: int) -> str:
     parts = [f'<section id="s{number}"><h2>{escape(section.title)}</h2>', *map(_paragraph, section.text)]
-    if section.rows:
-        parts.append(_table(section.rows))
+    shown = [_table(section.rows)] if section.rows else []
     if drawn := [svg.plot(one) for one in section.plots if any(line.marks for line in one.lines)]:
-        parts.append('<h3>Plots</h3><div class="plots">' + "".join(f"<figure>{one}</figure>" for one in drawn)
-                     + "</div>")
+        plots = "".join(f"<figure>{one}</figure>" for one in drawn)
+        shown.insert(len(section.rows) < LONG, f'<h3>Plots</h3><div class="plots">{plots}</div>')
+    parts += shown
     if section.pictures:
         parts.append(_viewer(section.pictures, room))
     if section.calls:

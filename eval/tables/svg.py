@@ -25,10 +25,12 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """Marks of one kind, in the order in which they are joined. joined: whether they are."""
+    """Marks of one kind, in the order in which they are joined. joined: whether they are. dots: whether the marks are
+    shown, or the line alone."""
     name: str
     marks: Sequence[Mark]
     joined: bool = True
+    dots: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def plot(shown: Plot) -> str:
              f'<text class="title" x="{LEFT}" y="14">{escape(shown.title)}</text>', *_axes(x, y, shown)]
     at: dict[float, int] = {}           # marks of one cost stand side by side
     for number, line in enumerate(shown.lines):
-        parts += _line(line, number, [_beside(x.at(mark.x), at) for mark in line.marks], y)
+        places = [_beside(x.at(mark.x), at) if line.dots else x.at(mark.x) for mark in line.marks]
+        parts += _line(line, number, places, y)
     return "".join([*parts, "</svg>", _key(shown.lines)])
 
 
@@ -117,7 +120,7 @@ def _line(line: Line, number: int, places: Sequence[float], y: Axis) -> Iterator
     if line.joined and len(line.marks) > 1:
         path = "L".join(f"{x},{y.at(mark.y)}" for x, mark in zip(places, line.marks, strict=True))
         yield f'<path class="link {kind}" d="M{path}"/>'
-    for x, mark in zip(places, line.marks, strict=True):
+    for x, mark in zip(places, line.marks if line.dots else [], strict=line.dots):
         bar = ""
         if mark.low is not None and mark.high is not None:
             bar = f'<path class="bar {kind}" d="M{x},{y.at(mark.low)}V{y.at(mark.high)}"/>'
