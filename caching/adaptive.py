@@ -134,7 +134,7 @@ class AdaptiveCache(Policy):
         return compute()
 
     def _watch(self, value: Tensor) -> Tensor:
-        if self.seen is None:
+        if self.seen is None or self.sums is None:
             self.sums = torch.zeros(len(value), device=value.device)
         elif self.watched_on != self.step:
             self.sums = self.sums + self.factors[self.step] * relative_change(value, self.seen)

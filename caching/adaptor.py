@@ -39,8 +39,8 @@ class Adaptor(nn.Module):
         self.norm = nn.GroupNorm(1, channels, affine=False)
         self.inner = nn.Conv2d(channels, width, 3, padding=1)
         self.outer = nn.Conv2d(width, channels, 1)
-        nn.init.zeros_(self.outer.weight)
-        nn.init.zeros_(self.outer.bias)
+        for value in self.outer.parameters():
+            nn.init.zeros_(value)
 
     def forward(self, feature: Tensor, row: Tensor) -> Tensor:
         scale, shift, gain = row[:, :, None, None]                              # [width, 1, 1] each

@@ -236,7 +236,8 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
     whole = place.arm(distances.run, len(seeds), machine)
     if not quick:
         sample(whole, distances, seeds)
-        judge(whole, whole)
+        if whole.measured() is None:
+            judge(whole, whole)
     for number, run in enumerate(runs, 1):
         print(f"[{number}/{len(runs)}] {run.name}: {convergence.full_calls(run):.2f} full calls", flush=True)
         arm = place.arm(run, len(seeds), machine)

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from caching.deepcache import DeepCache, PlannedDeepCache
+from caching.forecast import Damping
 from caching.forecast_fit import ForecastFit
 from caching.forecast_weights import ForecastWeights
 from planning.fitting import apart, batches, check_out, distances_table, fit_parser, held_out_distances
@@ -81,9 +82,9 @@ def main() -> None:
     weights = fit(model, level, seeds, args.batch_size, args.ridge)
     save_tensors(weights.tensors(), args.out, weights.metadata())
     damping, order = ForecastWeights.load(args.out).damping, level.forecast[0]
-    arms = {"reuse": (0, 1.0), "plain": (order, 1.0), "fitted": (order, damping)}
-    found = held_out_distances(model, {arm: partial(DeepCache, level.branch, level.full_steps, *forecast)
-                                       for arm, forecast in arms.items()}, held_out, args.batch_size)
+    arms: dict[str, tuple[int, Damping]] = {"reuse": (0, 1.0), "plain": (order, 1.0), "fitted": (order, damping)}
+    found = held_out_distances(model, {arm: partial(DeepCache, level.branch, level.full_steps, own, damped)
+                                       for arm, (own, damped) in arms.items()}, held_out, args.batch_size)
     report_path = args.out.with_suffix(".forecast.json")
     results.write(report_path, Result(
         "forecast weights", model.settings["model"], model.settings | {"cache": model.run.caching.settings},

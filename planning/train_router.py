@@ -124,11 +124,11 @@ def main() -> None:
     training = fit(model, names, costs, full.hook, seeds, args.batch_size, args.every_second, args.lam, args.lr, budget)
     betas = [beta.detach().cpu() for beta in training.betas]
     blocks = rounded(names, betas, costs, full.hook, always, budget)
-    notes = {"system": "Learning-to-Cache", "training": {
+    about = {
         "seeds": format_seeds(seeds), "every_second": args.every_second, "lambda": training.lam, "lr": args.lr,
         "batch_size": args.batch_size, "iterations": len(training.losses), "budget": args.calls,
-        "calls before rounding": round(training.share, 4)}}
-    schedule = schedule_of(model, args.kinds, blocks, full, macs, notes)
+        "calls before rounding": round(training.share, 4)}
+    schedule = schedule_of(model, args.kinds, blocks, full, macs, {"system": "Learning-to-Cache", "training": about})
     write_json(args.out, schedule.to_json())
     trained_s = round(time.time() - started, 3)
 
@@ -140,7 +140,7 @@ def main() -> None:
         "router", model.settings["model"], model.settings, len(held_out), found,
         hashes={"checkpoint": model.settings["checkpoint_sha256"], "schedule": schedule.sha256},
         provenance=provenance(model.device),
-        details={**notes["training"], "held_out_seeds": format_seeds(held_out), "trained_s": trained_s,
+        details={**about, "held_out_seeds": format_seeds(held_out), "trained_s": trained_s,
                  "full_calls": schedule.macs["hook"] * calls / full.hook, "even": even[names[0]],
                  "betas": {name: [round(beta[i].item(), 4) for beta in betas] for i, name in enumerate(names)}}
     ).stamped(started))

@@ -14,6 +14,7 @@ from caching.deepcache import DeepCache
 from ddpm import sample
 from ddpm.unet import UNet
 from eval.cost.runs import call_macs
+from eval.tables.results import cost
 from pipelines.enable import enable_deepcache
 from planning import train_adaptor
 from planning.fitting import frozen, weights_sha256
@@ -128,6 +129,12 @@ def test_an_adaptor_costs_its_convolutions(config, trained):
     pixels, channels, width = 64, 64, 8         # the level inside skip 1 comes back from 4 by 4 pixels
     products = pixels * (9 * channels * width + width + width * channels + channels)
     assert learned[1].hook - plain[1].hook == products + 2 * pixels * channels          # and its normalisation
+
+
+def test_no_cost_is_guessed_from_settings_alone():
+    """DeepCache's would be that of another branch."""
+    assert cost(RunSpec.of("ldm_emoji", clock=3).open().told) is None
+    assert cost(RunSpec.of("ldm_emoji", interval=3).open().told) is not None
 
 
 def test_names_and_presets(config):
