@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from caching.plan_file import SAMPLING
 from eval.cost.runs import costs_of, macs_per_image, macs_per_step
 from eval.metrics.images import ImageSet, from_array
 from eval.metrics.intervals import mean_estimate
@@ -121,7 +122,8 @@ def specs(study: Study) -> Iterator[tuple[RunSpec, bool]]:
     """Every run of the study, and whether its forecast is still to be fitted. Raises UserError."""
     for grid in study.grids:
         for values in every(lists_of(grid)):
-            options = study.common | values
+            brought = SAMPLING if "plan" in values else ()          # by the plan itself
+            options = {key: value for key, value in study.common.items() if key not in brought} | values
             fitted = options.get("forecast_weights") == FITTED
             if fitted:
                 del options["forecast_weights"]
