@@ -5,7 +5,7 @@
     python -m eval.throughput --config configs/ldm_cin256.yaml --branch 0 --batch-size 1 --threads 1
     python -m eval.throughput --config configs/sd_v15.yaml --forecast 0 1 2 --batch-size 1 --threads 1
     python -m eval.throughput compare --threads 1       beside diffusers and the PyPI package
-    python -m eval.throughput grid results/throughput/sdxl_bf16_cpu.json     its table: interval x branch x forecast
+    python -m eval.throughput grid FILE                 of such a file: interval x branch x forecast, in Markdown
     python -m eval.throughput run --config configs/ldm_cin256.yaml --interval 5 --forecast 1      any run, any policy
     python -m eval.throughput --config configs/sd_v15.yaml --block-schedule configs/block_schedules/*.json
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HERE
+from conftest import HERE, run_command
 
+from eval import throughput
 from eval.metrics.intervals import mean_estimate
 from experiments import convergence
 from experiments.convergence_report import Point, rival
@@ -210,6 +211,14 @@ def test_what_is_said_of_the_plan_is_measured():
     planning, readme = (" ".join((ROOT / name).read_text().split()) for name in ("docs/planning.md", "README.md"))
     assert f"came to {plan.mean():.1f} dB and 12 UniPC steps to {fewer.mean():.1f}: a gain of {gain}" in planning
     assert f"is {by['mean']:.1f} dB nearer" in readme and f"{plan.mean():.1f} beside {fewer.mean():.1f}" in readme
+
+
+def test_the_table_of_sdxl_is_what_its_command_prints(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "speed.md").read_text()
+    words = re.search(r"^python -m eval.throughput (grid .+)$", text, re.M)
+    assert words and run_command(throughput.main, *words[1].split()) == 0
+    assert capsys.readouterr().out in text
 
 
 def test_what_readme_says_of_time_is_measured():
