@@ -84,7 +84,8 @@ def sampled(arms: Sequence[Arm]) -> Iterator[Arm]:
             bar.update(_work(arms, costs, len(arms)) - bar.n)
     finally:
         for rank in ranks:
-            rank.terminate()
+            assert rank.stdin is not None       # asked for
+            rank.stdin.close()                  # which ends it
             rank.wait()
 
 
@@ -97,9 +98,9 @@ def _processes(lines: list[list[str]]) -> Iterator[subprocess.Popen]:
         process = subprocess.Popen([sys.executable, "-m", "experiments.sampling_process"], cwd=ROOT, env=env,
                                    stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         yield process
-        assert process.stdin is not None        # asked for
-        process.stdin.write(json.dumps(lines))
-        process.stdin.close()
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(lines) + "\n")
+        process.stdin.flush()
 
 
 def _work(arms: Sequence[Arm], costs: Sequence[float], done: int) -> int:
