@@ -58,7 +58,7 @@ from runs.settings import read_yaml
 from runs.spec import DTYPES, RunSpec, SamplerOptions
 
 OTHERS = tuple(name for name, kind in EXTRACTORS.items() if kind is not EffLite0)
-MOST_POINTS = 3000
+MOST_POINTS, MOST_CALLS = 3000, 1_000_000      # of a sweep: points, and network calls of an image of each
 KIND = "sweep"          # of the results of the models that are trained here
 _WORDS = {int: "whole numbers", float: "numbers", str: "names", Path: "files", bool: "true or false"}
 
@@ -171,7 +171,7 @@ def make_points(sweep: Sweep, path: Path, said: Given) -> list[Arm]:
     """The points of a sweep, none twice, checked as far as that goes without weights. Raises UserError."""
     found: dict[tuple[str, str], Arm] = {}
     seen: set[Path] = set()
-    asked = sum(math.prod(map(len, lists_of(grid).values())) for grid in sweep.grids)
+    calls, asked = 0, sum(math.prod(map(len, lists_of(grid).values())) for grid in sweep.grids)
     if asked > MOST_POINTS:
         raise UserError(f"{path}: its grids have {asked:,} points: at most {MOST_POINTS:,} can be planned")
     for number, grid in enumerate(sweep.grids, 1):
@@ -189,6 +189,10 @@ def make_points(sweep: Sweep, path: Path, said: Given) -> list[Arm]:
                 check_point(arm)
             except UserError as error:
                 raise UserError(f"{path}, grid {number}, {values['model']}, {label}: {error}") from None
+            calls += run.calls
+            if calls > MOST_CALLS:
+                raise UserError(f"{path}, grid {number}: its points have more than {MOST_CALLS:,} network calls per "
+                                "image together, too many to plan: take fewer points or steps")
             same = found.setdefault((run.config.name, run.name), arm).run
             if same.spec.config != run.spec.config or same.caching.settings != run.caching.settings:
                 raise UserError(f"{path}, grid {number}: two different points would share {arm.folder}; give the "

@@ -5,7 +5,6 @@ table says why it has no number.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,7 +22,7 @@ from eval.metrics.registry import FID
 from eval.metrics.sources import open_reference
 from runs.errors import UserError
 from runs.families import Config, families
-from runs.files import ROOT
+from runs.files import ROOT, stamp
 from runs.folder import differences, read_run, seeds_there
 from runs.labels import RULES
 from runs.prompts import prompts_sha256, read_prompts
@@ -168,19 +167,19 @@ def _digest(kind: str, option: str, path: Path, run: Run) -> str | None:
     if option == "--prompts":
         return prompts_sha256(read_prompts(ROOT / path)) if (ROOT / path).is_file() else None
     if kind in ("adm", "fid", "clip_score"):
-        return _file_sha256(ROOT / path, *_stamp(ROOT / path)) if (ROOT / path).is_file() else None
+        return _file_sha256(ROOT / path, *stamp(ROOT / path)) if (ROOT / path).is_file() else None
     emoji = str(path).startswith("emoji:")
     if not emoji and not (ROOT / path).exists():
         return None
     return _reference_sha256(str(path) if emoji else str(ROOT / path), run.family.resolution(run.config),
-                             *(() if emoji else _stamp(ROOT / path)))
+                             *(() if emoji else stamp(ROOT / path)))
 
 
 def weights_sha256(run: Run) -> str:
     """Of the weights of a run, as run.json says it."""
     path = ROOT / run.checkpoint
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return _weights_sha256(run.family.name, path, *(_stamp(file) for file in files if file.is_file()))
+    return _weights_sha256(run.family.name, path, *(stamp(file) for file in files if file.is_file()))
 
 
 @cache
@@ -190,23 +189,18 @@ def extractor_id() -> str:
 
 
 @cache
-def _weights_sha256(family: str, path: Path, *stamps: object) -> str:
+def _weights_sha256(family: str, path: Path, *seen: object) -> str:
     return families()[family].checkpoint_sha256(path)
 
 
 @cache
-def _file_sha256(path: Path, *stamp: object) -> str:
+def _file_sha256(path: Path, *seen: object) -> str:
     return sha256(path)
 
 
 @cache
-def _reference_sha256(text: str, size: int, *stamp: object) -> str:
+def _reference_sha256(text: str, size: int, *seen: object) -> str:
     return pixels_sha256(open_reference(text, (size, size))[0])
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def trained_on(config: Config) -> str | None:
