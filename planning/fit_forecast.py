@@ -50,7 +50,7 @@ def build_parser(words: list[str]) -> argparse.ArgumentParser:
     about = parser.add_argument_group("the fit")
     about.add_argument("--seeds", required=True, help="runs to learn from; others than the held-out ones")
     about.add_argument("--held-out-seeds", required=True, help="runs to judge on")
-    about.add_argument("--ridge", type=float, default=1e-2,
+    about.add_argument("--ridge", type=arguments.finite, default=1e-2,
                        help="pull towards the plain forecast (default: %(default)s)")
     about.add_argument("--out", type=Path, required=True, help="forecast weights to write, .safetensors")
     arguments.add(parser, Machine)

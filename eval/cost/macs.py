@@ -88,7 +88,8 @@ class Costs(NamedTuple):
         """
         if policy is None:
             return [self.full] * num_calls
-        found, known = [], {}
+        found: list[Macs] = []
+        known: dict[Hashable, Macs] = {}        # by what the policy does, which the kinds of calls of a run share
         with counting() as so_far:
             before = so_far()
             for keys in reused(self.asked, policy, num_calls):
