@@ -6,7 +6,6 @@ How much of a feature's error arrives in the network's output is measured beside
 the image on a few runs with a single cached call.
 """
 
-import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,10 @@ from torch import Tensor
 from caching.forecast import newton_terms
 from caching.nested import Network
 from caching.plan import Call, PlanCache
+from planning.distances import numbers, read_work
 from planning.fitting import own_unet
 from planning.judge import CONVERGED, Judge
+from runs.errors import UserError
 from runs.files import write_json
 from runs.seeds import format_seeds
 
@@ -190,6 +191,19 @@ def best_full_calls(gaps: np.ndarray, most: int) -> list[list[int]]:
     return found
 
 
+@dataclass
+class _Measured:
+    """A file of `GapMeasurements.measured`, by branch."""
+    gram: dict[str, list[list[float]]]
+    output: dict[str, list[float]]
+
+
+@dataclass
+class _Image:
+    """A file of errors of the image, by call."""
+    image: dict[str, float]
+
+
 class GapMeasurements:
     """Measures gaps of a model on some seeds, and keeps what it measured beside its distances.
 
@@ -233,9 +247,13 @@ class GapMeasurements:
                 meter.finish()
             write_json(file, {"gram": {b: np.asarray(meter.gram[b]).tolist() for b in self.branches},
                               "output": {b: np.asarray(meter.output[b]).tolist() for b in self.branches}})
-        content = json.loads(file.read_text())
-        return tuple({int(b): np.array(value) for b, value in content[part].items()}    # type: ignore[return-value]
-                     for part in ("gram", "output"))
+        content = read_work(file, _Measured)
+        gram, output = ({b: np.array(content[part][str(b)], np.float64) if str(b) in content[part] else np.empty(0)
+                         for b in self.branches} for part in ("gram", "output"))
+        if any(gram[b].shape != (steps, steps) or output[b].shape != (steps,) for b in self.branches):
+            raise UserError(f"{file} is damaged: it should hold {steps} x {steps} products and {steps} errors of the "
+                            f"branches {self.branches}; delete it, and the same command measures again")
+        return gram, output
 
     def _image_per_output(self, steps: int) -> np.ndarray:
         """The error of the image per error of the network's output at each call: [steps]."""
@@ -252,7 +270,11 @@ class GapMeasurements:
                     cached = latents(run, batch, alone)
                     found[call] += (cached - exact).double().square().sum().item()
             write_json(file, {"image": found})
-        image = {int(call): value for call, value in json.loads(file.read_text())["image"].items()}
+        found = read_work(file, _Image)["image"]
+        image = {call: float(found[str(call)]) for call in numbers(file, found) if call < self.probe}
+        if not image:
+            raise UserError(f"{file} is damaged: image should have errors by call; delete it, and the same command "
+                            "measures again")
         calls = sorted(image)
         ratios = [np.log(max(image[call], 1e-30) / max(output[branch][call], 1e-30)) / 2 for call in calls]
         at = np.arange(steps) / steps * self.probe

@@ -98,10 +98,7 @@ class Wanted:
         unlike = differences(theirs, ours)
         if unlike:
             return f"sampled with other settings ({'; '.join(unlike[:3])})"
-        digest, path = result.settings.get("checkpoint_sha256"), self.run.checkpoint
-        if digest is not None and (ROOT / path).exists() and weights_sha256(self.run) != digest:
-            return f"sampled with other weights than {path}"
-        return None
+        return other_weights(self.run, result.settings.get("checkpoint_sha256"))
 
     def of_other_inputs(self, result: Result) -> str | None:
         """What of the evaluator and its files is not as asked for."""
@@ -137,9 +134,10 @@ class Wanted:
             return "the images were made anew with other settings"
         if _changed(folder, result, "images"):
             return "the images are not those that were judged"
-        against = Path(result.inputs.get("against", "nowhere"))
-        if "against" in result.hashes and against.is_dir() and _changed(against, result, "against"):
-            return "the images that it is compared with are not those that were judged"
+        for name in ("against", "converged", "twice"):
+            other = Path(result.inputs.get(name, "nowhere"))
+            if name in result.hashes and other.is_dir() and _changed(other, result, name):
+                return "the images that it is compared with are not those that were judged"
         return None
 
 
@@ -173,6 +171,13 @@ def _digest(kind: str, option: str, path: Path, run: Run) -> str | None:
         return None
     return _reference_sha256(str(path) if emoji else str(ROOT / path), run.family.resolution(run.config),
                              *(() if emoji else stamp(ROOT / path)))
+
+
+def other_weights(run: Run, digest: str | None) -> str | None:
+    """Whether what has a digest of its weights was sampled with others than a run has, in words. What is not on this
+    machine, and a digest that is not known, are not compared."""
+    other = digest is not None and (ROOT / run.checkpoint).exists() and weights_sha256(run) != digest
+    return f"sampled with other weights than {run.checkpoint}" if other else None
 
 
 def weights_sha256(run: Run) -> str:
