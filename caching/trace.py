@@ -4,7 +4,8 @@ One call is traced, on the meta device where that is cheapest; any policy can th
 All that follows from a policy's choices (multiply-accumulates, kinds of calls, pictures) needs nothing else of it.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -28,14 +29,14 @@ def trace(forward: Callable[[Cache], object]) -> list[Asked]:
     found: list[Asked] = []
     inside = [found]
 
-    def cache(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    def asking(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         inside.append([])
         value = compute()
         inner = inside.pop()
         inside[-1].append(Asked(key, value.shape, inner))
         return value
 
-    forward(cache)
+    forward(asking)
     return found
 
 
@@ -62,10 +63,9 @@ def metered(forward: Callable[[Cache], object], so_far: Callable[[], Count]
 def reused(asked: list[Asked], policy: Policy, calls: int) -> Iterator[frozenset[Hashable]]:
     """The keys that each of the `calls` network calls of a run reuses, the outermost where one contains others.
 
-    The policy, made for the meta device, is walked over stand-ins of the values, and reset before and after.
+    The policy, made for the meta device, is walked over stand-ins of the values, once for each of its patterns, and
+    reset before and after.
     """
-    values = {key: torch.empty(one.shape, device="meta") for key, one in positions(asked).items()}
-
     def walk(level: list[Asked], cache: Cache, missed: list[Hashable]) -> None:
         for one in level:
             computed = False
@@ -74,24 +74,24 @@ def reused(asked: list[Asked], policy: Policy, calls: int) -> Iterator[frozenset
                 nonlocal computed
                 computed = True
                 walk(one.inner, cache, missed)
-                return values[one.key]
+                return _stand_in(one.shape)
 
             cache(one.key, compute)
             if not computed:
                 missed.append(one.key)
 
+    known: dict[Hashable, frozenset[Hashable]] = {}
     policy.reset()
     for step in range(calls):
-        missed: list[Hashable] = []
-        walk(asked, policy.at(step), missed)
-        yield frozenset(missed)
+        cache, pattern = policy.at(step), policy.pattern
+        if pattern is None or pattern not in known:
+            missed: list[Hashable] = []
+            walk(asked, cache, missed)
+            known[pattern] = frozenset(missed)
+        yield known[pattern]
     policy.reset()
 
 
-def positions(asked: list[Asked]) -> Mapping[Hashable, Asked]:
-    """Every value that is asked for, by its key."""
-    found: dict[Hashable, Asked] = {}
-    for one in asked:
-        found[one.key] = one
-        found |= positions(one.inner)
-    return found
+@cache
+def _stand_in(shape: torch.Size) -> Tensor:
+    return torch.empty(shape, device="meta")

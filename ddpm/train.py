@@ -19,9 +19,11 @@ from torch import Tensor
 from ddpm.checkpoint import load_checkpoint, published_state_dict
 from ddpm.config import load_config
 from ddpm.unet import UNet
+from runs import arguments
 from runs.cli import command
 from runs.errors import UserError, as_user_error
 from runs.folder import to_uint8
+from runs.machine import prepare_device
 from sampling.ddim import ddim, uniform_timesteps
 from sampling.diffusion import predicted_noise
 from sampling.noise import SeededNoise
@@ -58,10 +60,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/ddpm_emoji.yaml"), help="with a `train` section")
     parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare_device(args.device, args.threads)
 
     config = load_config(args.config)
     settings = config.train

@@ -30,7 +30,7 @@ from eval.metrics.images import ImageSet, open_images
 from eval.metrics.intervals import mean_estimate
 from eval.metrics.registry import CLIP_SCORE
 from eval.tables.results import of_samples
-from runs import results
+from runs import arguments, results
 from runs.cli import command, warn
 from runs.errors import UserError, one_line
 from runs.machine import check_counts, prepare_device
@@ -225,13 +225,14 @@ def main() -> None:
     which.add_argument("--model-config", type=Path, help="JSON of another architecture, like open_clip's model_configs")
     parser.add_argument("--tag", help="open_clip's name of the weights, where it asks for it")
     parser.add_argument("--seeds", help="exactly these, like 0-1631, whatever else is there (default: all)")
-    parser.add_argument("--images-per-prompt", type=int, help="seed s has prompt s // this (default: run.json's, or 1)")
+    parser.add_argument("--images-per-prompt", type=arguments.whole,
+                        help="seed s has prompt s // this (default: run.json's, or 1)")
     parser.add_argument("--allow-fewer", action="store_true", help="score what is there; the result says so")
     parser.add_argument("--against", type=Path, help="JSON of another run with the same seeds: print the difference")
     parser.add_argument("--out", type=Path, help="JSON to write")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=arguments.whole, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
     args = parser.parse_args()
     check_counts(batch_size=args.batch_size)
     started, device = time.time(), prepare_device(args.device, args.threads)

@@ -32,12 +32,14 @@ from eval.metrics.lpips import BACKBONE, Lpips
 from eval.metrics.registry import FEATURE_DISTANCE, PAIRS, PIXELS, RMSE_TO_CONVERGED
 from eval.tables.plots import distributions, worst_pairs
 from eval.tables.results import of_samples
-from runs import results
+from runs import arguments, results
 from runs.cli import command, warn
 from runs.errors import UserError
 from runs.machine import check_counts, prepare_device
 from runs.results import Metric
 from runs.seeds import parse_seeds
+
+WITHIN = 0.05       # a run has converged where twice its steps change the error to it by no more than this fraction
 
 
 class WorstPairs:
@@ -105,7 +107,7 @@ def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_si
     return result
 
 
-def to_converged(samples: ImageSet, against: ImageSet, twice: ImageSet, within: float = 0.05, batch_size: int = 32,
+def to_converged(samples: ImageSet, against: ImageSet, twice: ImageSet, within: float = WITHIN, batch_size: int = 32,
                  seed: int = 0) -> dict:
     """The root mean squared error (levels of 255) of each image to its partner in `against`, and whether that one has
     converged: to those in `twice`, of twice the steps, the mean error is the same to within a fraction.
@@ -124,6 +126,11 @@ def to_converged(samples: ImageSet, against: ImageSet, twice: ImageSet, within: 
             "per_image": {"seed": seeds, "rmse": [round(float(value), 6) for value in near]}, "steps": steps,
             "twice": {"steps": 2 * steps, "mean": float(far.mean())}, "moved": float(moved), "within": within,
             "converged": bool(moved <= within)}
+
+
+def converged_metrics(found: dict) -> dict[str, Metric]:
+    """The error to a converged run, of what `to_converged` found; nothing where that run is not converged."""
+    return {RMSE_TO_CONVERGED.name: Metric.of(found)} if found["converged"] else {}
 
 
 def check_twice(against: ImageSet, twice: ImageSet) -> int:
@@ -189,16 +196,17 @@ def main() -> None:
     parser.add_argument("--twice", type=Path,
                         help="where --against is a run of many steps, one of twice as many: for the error to a "
                              "converged run")
-    parser.add_argument("--within", type=float, default=0.05,
+    parser.add_argument("--within", type=arguments.finite, default=WITHIN,
                         help="what twice the steps may change of it (default: %(default)s)")
     parser.add_argument("--seeds", help="exactly these must be in both, like 0-255 (default: whatever is there)")
     parser.add_argument("--allow-fewer", action="store_true", help="judge unfinished folders; the result says so")
     parser.add_argument("--lpips-backbone", type=Path, help=f"{BACKBONE}, torchvision's AlexNet, for LPIPS")
     parser.add_argument("--out", type=Path, help="JSON to write, and the pictures beside it")
-    parser.add_argument("--worst", type=int, default=8, help="pairs in the picture of the worst (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--worst", type=arguments.whole, default=8,
+                        help="pairs in the picture of the worst (default: %(default)s)")
+    parser.add_argument("--batch-size", type=arguments.whole, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the networks")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
     args = parser.parse_args()
     check_counts(batch_size=args.batch_size)
     started, device = time.time(), prepare_device(args.device, args.threads)

@@ -28,7 +28,7 @@ from runs.spec import Run, RunSpec
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
-    parser.add_argument("--steps", type=int, help="network calls per image (default: the config's)")
+    parser.add_argument("--steps", type=arguments.whole, help="network calls per image (default: the config's)")
     parser.add_argument("--json", action="store_true", help="print JSON, in MACs, instead of text, in G")
     for method in METHODS:
         arguments.add(parser, method)

@@ -29,7 +29,7 @@ from eval.metrics.registry import EXTRACTORS, SMALL_MEASURES, SMALL_SETS
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_neighbours, real_floor
 from eval.metrics.sources import open_reference
 from eval.tables.results import of_samples
-from runs import results
+from runs import arguments, results
 from runs.cli import command, warn
 from runs.errors import UserError
 from runs.machine import check_counts, prepare_device
@@ -143,16 +143,16 @@ def main() -> None:
                                                             "PNGs, or an npz")
     parser.add_argument("--against", type=Path, help="folder or npz of the same seeds: print the difference, too")
     parser.add_argument("--seeds", help="exactly these must be there, like 0-255 (default: whatever is there)")
-    parser.add_argument("--count", type=int, help="at least so many images must be there")
+    parser.add_argument("--count", type=arguments.whole, help="at least so many images must be there")
     parser.add_argument("--allow-fewer", action="store_true", help="judge an unfinished folder; the result says so")
     parser.add_argument("--extractor", choices=EXTRACTORS, default="efflite0",
                         help="network of the features (default: %(default)s)")
-    parser.add_argument("--dims", type=int, default=64, help="principal directions of FD (default: 64)")
-    parser.add_argument("--repeats", type=int, default=200, help="subsets per error bar (default: 200)")
+    parser.add_argument("--dims", type=arguments.whole, default=64, help="principal directions of FD (default: 64)")
+    parser.add_argument("--repeats", type=arguments.whole, default=200, help="subsets per error bar (default: 200)")
     parser.add_argument("--out", type=Path, help="JSON to write")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=arguments.whole, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the features")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
     args = parser.parse_args()
     check_counts(batch_size=args.batch_size)
     started, device = time.time(), prepare_device(args.device, args.threads)

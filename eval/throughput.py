@@ -88,8 +88,9 @@ def table(result: dict) -> str:
 
 def add_timing_options(parser: argparse.ArgumentParser) -> None:
     """--repeats, --warmup, --out."""
-    parser.add_argument("--repeats", type=int, default=20, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=2, help="untimed rounds before them (default: %(default)s)")
+    parser.add_argument("--repeats", type=arguments.whole, default=20, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--warmup", type=arguments.whole, default=2,
+                        help="untimed rounds before them (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the result, written after the timing")
 
 
@@ -139,21 +140,24 @@ def time_steps(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
     parser.add_argument("--checkpoint", type=Path, help="weights (default: random; they do not change the time)")
-    parser.add_argument("--branch", type=int, nargs="+", help="0-based skips (default: the paper's for this model)")
-    parser.add_argument("--interval", type=int, nargs="+", default=[2, 3, 5, 10],
+    parser.add_argument("--branch", type=arguments.whole, nargs="+",
+                        help="0-based skips (default: the paper's for this model)")
+    parser.add_argument("--interval", type=arguments.whole, nargs="+", default=[2, 3, 5, 10],
                         help="N of 1:N of the whole runs (default: 2 3 5 10)")
-    parser.add_argument("--forecast", type=int, nargs="+", default=[0], metavar="ORDER",
+    parser.add_argument("--forecast", type=arguments.whole, nargs="+", default=[0], metavar="ORDER",
                         help="time cached steps that forecast, with these orders; 0 = reuse (default)")
-    parser.add_argument("--steps", type=int, help="network calls per image of the whole runs (default: the config's)")
+    parser.add_argument("--steps", type=arguments.whole,
+                        help="network calls per image of the whole runs (default: the config's)")
     parser.add_argument("--block-schedule", type=Path, nargs="+", metavar="FILE",
                         help="time Block Caching by these schedules instead, each without and with scale-shift")
-    parser.add_argument("--resolution", type=int, metavar="PIXELS", help="of the images (default: the config's)")
-    parser.add_argument("--batch-size", type=int, default=8,
+    parser.add_argument("--resolution", type=arguments.whole, metavar="PIXELS",
+                        help="of the images (default: the config's)")
+    parser.add_argument("--batch-size", type=arguments.whole, default=8,
                         help="images at a time; with guidance each takes two rows of the batch (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, cuda:1 (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
     add_timing_options(parser)
     args = parser.parse_args(words)
 

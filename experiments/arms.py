@@ -44,6 +44,7 @@ class Arm:
     (experiments/runner.py). machine: options of runs.machine.Machine. inputs: of the evaluator's command, by option.
     complete: whether images are as many as the paper's. section: of a paper's table. style: of eval.tables.plots.
     others: extractors beside EffLite0 (eval.metrics.registry), for what is judged beside the uncached run.
+    converged: the runs of many and of twice as many steps that it is compared with, too; none where there are none.
     """
     label: str
     run: Run
@@ -57,6 +58,7 @@ class Arm:
     section: str = ""
     style: str = ""
     others: tuple[str, ...] = ()
+    converged: tuple["Arm", ...] = ()
 
     @property
     def name(self) -> str:
@@ -130,6 +132,8 @@ class Arm:
         found = results.read(self.result)
         lacking = [f"not judged by {name}" for name in self.others
                    if KernelDistance.named(EXTRACTORS[name].name).name not in found.metrics]
+        if self.converged and Path(found.inputs.get("converged", "")).name != self.converged[0].name:
+            lacking.append(f"not compared with {self.converged[0].name}")
         return self.wanted.fault(found) or next(iter(lacking), None)
 
     def measured(self) -> Result | None:

@@ -26,6 +26,7 @@ network calls per image: by multiply-accumulates, and by time where results/conv
 """
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from caching import schema
 from caching.plan_file import SAMPLING
 from eval.cost.runs import costs_of, macs_per_image, macs_per_step
 from eval.metrics.images import ImageSet, from_array
@@ -42,11 +44,12 @@ from eval.metrics.intervals import mean_estimate
 from eval.metrics.registry import EXTRACTORS
 from eval.metrics.sources import open_reference
 from eval.quality import difference, metrics, quality
+from eval.tables.current import other_weights
 from eval.tables.text import align
 from experiments import convergence_page, convergence_report
 from experiments.convergence_page import Shown
 from experiments.convergence_report import LESS, PSNR, Point
-from experiments.sweep import check_axis, config_of, every, lists_of
+from experiments.sweep import check_axis, config_of, every, lists_of, options_of
 from planning.distances import Distances
 from planning.fit_forecast import fit
 from runs import arguments, results
@@ -110,7 +113,15 @@ def read_study(path: Path) -> Study:
                     raise UserError(f"{path}, grid {number}: fitted weights need fit_seeds, like 6000-6015")
                 continue
             check_axis(f"{path}, grid {number}", axis, values)
+    known = options_of(*map(type, RunSpec.of(config_of(study.model)).parts))
+    for key, options in (("converged", study.converged), ("common", study.common)):
+        for name, value in options.items():
+            check_axis(f"{path}, {key}", str(name), [value], known)
+    if not study.grids:
+        raise UserError(f"{path}: grids is empty: a study needs at least one, like {{sampler: unipc, steps: [9, 18]}}")
     seeds = parse_seeds(study.seeds)
+    if not 0 <= study.twice <= len(seeds):
+        raise UserError(f"{path}: twice must be from 0 to the {len(seeds)} seeds, got {study.twice}")
     if not 2 <= study.chosen_on <= len(seeds) - 2:
         raise UserError(f"{path}: chosen_on must leave 2 of the {len(seeds)} seeds or more on either side")
     if study.fit_seeds is not None and (both := set(seeds) & set(parse_seeds(study.fit_seeds))):
@@ -205,20 +216,37 @@ def measured(run: Run, distances: Distances, seeds: list[int], judged: Judged | 
 
 
 def of(run: Run, distances: Distances, seeds: list[int]) -> dict[str, Any]:
-    """What a result says of the comparison; it is made anew where that changes."""
+    """What a result says of the comparison."""
     return {"name": run.name, "seeds": seeds, "converged": distances.run.told, "full_calls": full_calls(run),
             "condition": {name: str(value) for name, value in arguments.given(run.spec.condition).items()}}
 
 
-def there(run: Run, path: Path, converged_told: dict[str, Any], seeds: list[int], judged: str | None = None
-          ) -> Result | None:
-    """The result of a run, where it is of these settings, weights and seeds, and judged by the real images named."""
+def fault(run: Run, path: Path, converged: Run, seeds: list[int], judged: str | None = None) -> str | None:
+    """Why there is no current result of a run, in words; None where there is one.
+
+    `Wanted.fault` (eval/tables/current.py) for distances, which have no images. judged: the real images that its own
+    are compared with. Raises UserError for a damaged file.
+    """
     if not path.is_file():
-        return None
+        return "no"
     found = results.read(path)
-    same = (found.settings == run.told and found.details.get("converged") == converged_told
-            and found.details.get("seeds") == seeds and found.inputs.get("reference") == judged)
-    return found if same else None
+    if found.settings != json.loads(json.dumps(run.told)):
+        return "measured with other settings"
+    if found.details.get("converged") != json.loads(json.dumps(converged.told)):
+        return "compared with another converged run"
+    psnr = found.details.get("psnr", [0] * len(seeds))          # of twice the steps it is in the metrics alone
+    if wrong := schema.fault(psnr, list[float], "details.psnr"):
+        raise UserError(f"{path} is damaged: {wrong}; delete it, and the study measures it again")
+    if found.details.get("seeds") != seeds or len(psnr) != len(seeds):
+        return "measured on other seeds"
+    if found.inputs.get("reference") != judged:
+        return "judged by other real images" if judged else "judged, and the study does not ask for it"
+    return other_weights(run, found.hashes.get("checkpoint"))
+
+
+def there(run: Run, path: Path, converged: Run, seeds: list[int], judged: str | None = None) -> Result | None:
+    """The result of a run, where it is current."""
+    return results.read(path) if fault(run, path, converged, seeds, judged) is None else None
 
 
 def converged_of(study: Study) -> RunSpec:
@@ -239,7 +267,7 @@ def run_all(study: Study, place: Place, machine: Machine, runs: list[tuple[RunSp
     for number, (spec, to_fit) in enumerate(runs, 1):
         run = (fitted(spec, study, place, machine) if to_fit else spec).open()
         path = place.result(run)
-        if there(run, path, distances.run.told, seeds, study.judged) is None:
+        if there(run, path, distances.run, seeds, study.judged) is None:
             print(f"[{number}/{len(runs)}] {run.name}: {full_calls(run):.2f} full calls", flush=True)
             results.write(path, measured(run, distances, seeds, judged))
 
@@ -247,9 +275,9 @@ def run_all(study: Study, place: Place, machine: Machine, runs: list[tuple[RunSp
 def measure_twice(study: Study, place: Place, distances: Distances, seeds: list[int]) -> None:
     """How near the converged images come to those of twice as many steps."""
     path = place.folder / "twice.json"
-    if path.is_file() or not seeds:
-        return
     started, run = time.time(), distances.run.spec.having(steps=2 * distances.run.steps).open()
+    if not seeds or there(run, path, distances.run, seeds):
+        return
     psnr = distances.of(run, seeds, title=run.name)
     results.write(path, Result("converged", run.config.name, run.told, len(seeds),
                                {PSNR: Metric.of(mean_estimate(psnr))}, provenance=provenance(distances.model.device),
@@ -268,16 +296,18 @@ def also(study: Study, path: Path, place: Place) -> Iterator[tuple[Study, Place]
 
 
 def points(study: Study, place: Place, runs: list[tuple[RunSpec, bool]], times: Path | None = None) -> list[Point]:
-    """What is measured of the study. times: of its steps (default: its own)."""
-    told, seeds, found = converged_of(study).open().told, parse_seeds(study.seeds), []
-    times = times or place.folder / "times.json"
-    timed = results.read(times).times if times.is_file() else None
+    """What is measured of the study; says what is no longer current. times: of its steps (default: its own)."""
+    converged, seeds, found = converged_of(study).open(), parse_seeds(study.seeds), []
+    timed = times_of(times or place.folder / "times.json", converged)
     for spec, to_fit in runs:
         run = as_fitted(spec, to_fit, place)
         if run is None:
             continue
-        result = there(run, place.result(run), told, seeds, study.judged)
-        if result is not None:
+        path = place.result(run)
+        if (why_not := fault(run, path, converged, seeds, study.judged)) not in (None, "no"):
+            print(f"left out: {run.name}, {why_not}")
+        if why_not is None:
+            result = results.read(path)
             found.append(Point.of(run, full_calls(run), timed, np.array(result.details["psnr"]), result.metrics))
     return found
 
@@ -290,14 +320,27 @@ def shown(study: Study, place: Place, runs: list[tuple[RunSpec, bool]], others: 
                  study.chosen_on, place.work / "images")
 
 
+def times_of(path: Path, run: Run) -> dict[str, Any] | None:
+    """The times of the steps of a study's model; None where there are none. Raises UserError for another model's."""
+    if not path.is_file():
+        return None
+    found = results.read(path)
+    if found.model != run.config.name:
+        raise UserError(f"{path} has times of {found.model}, and the study is of {run.config.name}: delete it, or time "
+                        "again with eval.throughput --forecast")
+    return found.times
+
+
 def listing(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> str:
     """A line per run."""
+    converged, seeds = converged_of(study).open(), parse_seeds(study.seeds)
     lines = [["run", "full / calls", "cost, full calls", "measured"]]
     for spec, to_fit in runs:
         found = as_fitted(spec, to_fit, place)
         run = found or spec.open()
+        why_not = fault(found, place.result(found), converged, seeds) if found else "no"
         lines.append([run.name + ("" if found else ", to be fitted"), f"{run.full_calls} / {run.calls}",
-                      f"{full_calls(run):.2f}", "yes" if found and place.result(found).is_file() else "no"])
+                      f"{full_calls(run):.2f}", why_not or "yes"])
     return align(lines)
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from caching.block_schedule import PlannedBlocks
 from eval import fidelity, quality
 from eval.cost.runs import macs_per_image, macs_per_step, told_by_steps
+from eval.metrics.extract import pixels_sha256
 from eval.metrics.features import EffLite0, SmallExtractor
 from eval.metrics.images import ImageSet, open_images
 from eval.metrics.registry import EXTRACTORS
@@ -176,8 +177,8 @@ def judge(arm: Arm, uncached: Arm, report: Mapping[str, Any] | None = None, floo
     """Judge a sampled arm and write its result, where all that it takes is there; None where it is not, or by commands.
 
     That of a model which was trained here has FD and KID by EffLite0 and the arm's other extractors, how much larger
-    they are than those of the uncached run (the interval is that of pairs of images of one seed), and the mean PSNR,
-    SSIM and feature distance to its images.
+    they are than those of the uncached run (the interval is that of pairs of images of one seed), the mean PSNR, SSIM
+    and feature distance to its images and, where the arm names a converged run that is one, the mean error to it.
     report: what is kept in details besides, with all that eval.quality and eval.fidelity tell; None: next to nothing.
     floors: with it, whether the uncached run's says what real images score.
     """
@@ -185,8 +186,8 @@ def judge(arm: Arm, uncached: Arm, report: Mapping[str, Any] | None = None, floo
         if not arm.missing_for_judging():
             evaluate(arm)
         return None
-    if missing_seeds(uncached.folder, range(arm.images)):       # another process is at it; the last one judges this
-        return None
+    if any(missing_seeds(one.folder, range(arm.images)) for one in (uncached, *arm.converged)):
+        return None             # another process is at it; the last one judges this
     started, device = time.time(), arm.machine.get("device")
     extractor, others = _extractor(EffLite0, device), [_extractor(EXTRACTORS[name], device) for name in arm.others]
     samples, against = (open_images(one.folder, range(arm.images)) for one in (arm, uncached))
@@ -205,10 +206,19 @@ def judge(arm: Arm, uncached: Arm, report: Mapping[str, Any] | None = None, floo
         details = {**report, "label": arm.label, "quality": found, "fidelity": near,
                    "macs_per_image": dataclasses.asdict(Cost(*macs_per_image(arm.run))),
                    "sampled": (samples.run() or {}).get("provenance")}
-    hashes = {**quality.hashes(found), **({"against": near["images_sha256"]["against"]} if near else {}),
+    inputs, of_converged = {"reference": named, "against": str(uncached.folder)}, dict[str, str]()
+    if arm.converged:
+        others_of = [open_images(one.folder, range(arm.images)) for one in arm.converged]
+        by = fidelity.to_converged(samples, *others_of)
+        metrics |= fidelity.converged_metrics(by)
+        details["convergence"] = {key: value for key, value in by.items() if key != "per_image"}
+        for name, one, images in zip(("converged", "twice"), arm.converged, others_of, strict=True):
+            inputs[name], of_converged[name] = str(one.folder), pixels_sha256(images)
+    hashes = {**quality.hashes(found), **of_converged,
+              **({"against": near["images_sha256"]["against"]} if near else {}),
               **{f"extractor {one.name}": one.id for one in others}}
     result = of_samples(arm.kind, samples, metrics, extractor.device, started=started, details=details,
-                        inputs={"reference": named, "against": str(uncached.folder)}, hashes=hashes,
+                        inputs=inputs, hashes=hashes,
                         macs=Cost(*macs_per_step(arm.run)))
     results.write(arm.result, result)
     return result

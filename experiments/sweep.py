@@ -11,6 +11,9 @@ A sweep is a YAML file:
     prompts: FILE               for Stable Diffusion; also images_per_prompt (1 unless given)
     dtype: fp16                 of the network (fp32 unless given)
     extractors: [incmixed5]     that judge models which were trained here, beside EffLite0
+    converged: {sampler: unipc, steps: 100, timesteps: trailing}    a run without caching of so many steps that twice as
+                                many change nothing: the error of each point to it is a column, where they change that
+                                by 5 % at most; both runs are sampled for it
     grids:                      each is all combinations of its axes
     - {model: ddpm_emoji, interval: [2, 3, 5, 10], branch: all}
     - {model: ddpm_emoji, interval: 10, schedule: centered, center: [30, 50], power: [1.2, 1.4]}
@@ -31,7 +34,7 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -58,7 +61,7 @@ from runs.settings import read_yaml
 from runs.spec import DTYPES, RunSpec, SamplerOptions
 
 OTHERS = tuple(name for name, kind in EXTRACTORS.items() if kind is not EffLite0)
-MOST_POINTS = 3000
+MOST_POINTS, MOST_CALLS = 2000, 500_000      # of a sweep: points, and network calls of an image of each
 KIND = "sweep"          # of the results of the models that are trained here
 _WORDS = {int: "whole numbers", float: "numbers", str: "names", Path: "files", bool: "true or false"}
 
@@ -78,8 +81,7 @@ class Axis(NamedTuple):
 @cache
 def axes() -> dict[str, Axis]:
     """The model, and all options of the sampler and of the caching methods, by name."""
-    return {"model": Axis(str), **{one.name: Axis(arguments.kind(options, one.name), tuple(one.metadata["choices"]))
-                                   for options in (*METHODS, SamplerOptions) for one in dataclasses.fields(options)}}
+    return {"model": Axis(str), **options_of(*METHODS, SamplerOptions)}
 
 
 @dataclass
@@ -91,6 +93,7 @@ class Sweep:
     images_per_prompt: int = 1
     dtype: str = "fp32"
     extractors: list[str] = field(default_factory=list)
+    converged: dict[str, Any] = field(default_factory=dict)
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -102,6 +105,10 @@ def read_sweep(path: Path) -> Sweep:
         raise UserError(f"{path}: dtype must be one of {', '.join(DTYPES)}, got {sweep.dtype!r}")
     if unknown := [name for name in sweep.extractors if name not in OTHERS]:
         raise UserError(f"{path}: extractors has no {unknown[0]!r}: beside EffLite0 there is {', '.join(OTHERS)}")
+    for axis, value in sweep.converged.items():
+        check_axis(f"{path}, converged", str(axis), [value], options_of(SamplerOptions))
+    if sweep.converged and "steps" not in sweep.converged:
+        raise UserError(f"{path}: converged says no steps, like 100")
     if not sweep.grids:
         raise UserError(f"{path}: grids is empty: a sweep needs at least one, like {{model: ddpm_emoji, interval: 5}}")
     for number, grid in enumerate(sweep.grids, 1):
@@ -112,13 +119,20 @@ def read_sweep(path: Path) -> Sweep:
     return sweep
 
 
-def check_axis(where: str, axis: str, given: list) -> None:
-    """Raises UserError for an axis or a value that there is not."""
-    known = axes().get(axis)
+def options_of(*parts: Any) -> dict[str, Axis]:
+    """All options of some dataclasses of them (caching/options.py), by name."""
+    return {one.name: Axis(arguments.kind(part, one.name), tuple(one.metadata["choices"]))
+            for part in parts for one in dataclasses.fields(part)}
+
+
+def check_axis(where: str, axis: str, given: list, among: Mapping[str, Axis] | None = None) -> None:
+    """Raises UserError for an axis or a value that there is not. among: which there are (default: those of sweeps)."""
+    there = among or axes()
+    known = there.get(axis)
     if known is None:
-        near = difflib.get_close_matches(axis, axes(), 1)
-        raise UserError(f"{where} has no axis {axis!r}: " + (f"is it {near[0]}? " if near else "")
-                        + f"There are {', '.join(axes())}")
+        near = difflib.get_close_matches(axis, there, 1)
+        raise UserError(f"{where} has no {'axis' if among is None else 'option'} {axis!r}: "
+                        + (f"is it {near[0]}? " if near else "") + f"There are {', '.join(there)}")
     if not given:
         raise UserError(f"{where}: {axis} has no values")
     for value in given:
@@ -171,7 +185,7 @@ def make_points(sweep: Sweep, path: Path, said: Given) -> list[Arm]:
     """The points of a sweep, none twice, checked as far as that goes without weights. Raises UserError."""
     found: dict[tuple[str, str], Arm] = {}
     seen: set[Path] = set()
-    asked = sum(math.prod(map(len, lists_of(grid).values())) for grid in sweep.grids)
+    calls, asked = 0, sum(math.prod(map(len, lists_of(grid).values())) for grid in sweep.grids)
     if asked > MOST_POINTS:
         raise UserError(f"{path}: its grids have {asked:,} points: at most {MOST_POINTS:,} can be planned")
     for number, grid in enumerate(sweep.grids, 1):
@@ -189,11 +203,34 @@ def make_points(sweep: Sweep, path: Path, said: Given) -> list[Arm]:
                 check_point(arm)
             except UserError as error:
                 raise UserError(f"{path}, grid {number}, {values['model']}, {label}: {error}") from None
+            calls += run.calls
+            if calls > MOST_CALLS:
+                raise UserError(f"{path}, grid {number}: its points have more than {MOST_CALLS:,} network calls per "
+                                "image together, too many to plan: take fewer points or steps")
             same = found.setdefault((run.config.name, run.name), arm).run
             if same.spec.config != run.spec.config or same.caching.settings != run.caching.settings:
                 raise UserError(f"{path}, grid {number}: two different points would share {arm.folder}; give the "
                                 "models, or the files of their block schedules, names of their own")
-    return list(found.values())
+    return with_converged(list(found.values()), sweep, path, said) if sweep.converged else list(found.values())
+
+
+def with_converged(arms: Sequence[Arm], sweep: Sweep, path: Path, said: Given) -> list[Arm]:
+    """The points with the runs that they are compared with, those of models that are trained here. Raises UserError."""
+    found: dict[str, tuple[Arm, ...]] = {}
+    for arm in arms:
+        if arm.kind != KIND or arm.run.config.name in found:
+            continue
+        options = {"sampler": None, "steps": None, "timesteps": None, "eta": None} | sweep.converged
+        try:
+            runs = [replace(arm.run.spec, caching=tuple(method() for method in METHODS)).having(
+                **options | {"steps": times * sweep.converged["steps"]}).open() for times in (1, 2)]
+            found[arm.run.config.name] = tuple(of_run(run, f"converged, {run.steps} steps", sweep.images, KIND, said)
+                                               for run in runs if run.sampler.calls)
+        except UserError as error:
+            raise UserError(f"{path}, converged, {arm.run.config.name}: {error}") from None
+        if runs[0].eta:
+            raise UserError(f"{path}: converged has eta {runs[0].eta}: what is random comes to no image")
+    return [replace(arm, converged=found.get(arm.run.config.name, ())) for arm in arms]
 
 
 def check_point(arm: Arm) -> None:
@@ -213,7 +250,8 @@ def run(chosen: Sequence[Arm], points: Sequence[Arm]) -> None:
     for number, arm in enumerate(chosen, 1):
         if arm.measured() is None:
             print(f"[{number}/{len(chosen)}] {arm.run.config.name}: {arm.label}", flush=True)
-            sample(arm)
+            for one in (*arm.converged, arm):
+                sample(one)
             judge(arm, uncached_of(arm, points))
 
 
@@ -270,7 +308,8 @@ def main() -> None:
     chosen = share_of(points, args.share)
     folder = args.results / "sweeps" / args.config.stem
     if args.list:
-        print(f"{listing(points)}\n\n{disk(points, args.samples)}")
+        all_of_them = {one.folder: one for arm in points for one in (*arm.converged, arm)}
+        print(f"{listing(points)}\n\n{disk([*all_of_them.values()], args.samples)}")
     if not args.render:
         lacking = list(dict.fromkeys(thing for arm in chosen for thing in arm.missing_for_sampling()))
         unjudged = dict.fromkeys(thing for arm in chosen for thing in arm.missing_for_judging())

@@ -14,7 +14,7 @@ import numpy as np
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_image
 from eval.metrics.images import open_images
-from eval.metrics.registry import MEASURES
+from eval.metrics.registry import MEASURES, RMSE_TO_CONVERGED
 from eval.metrics.small_sets import KernelDistance
 from eval.quality import KID
 from eval.tables.current import trained_on
@@ -158,7 +158,8 @@ def table(points: Sequence[Point]) -> list[tuple[str, ...]]:
     """One model's table, a row per point."""
     names, axes = shown_metrics(points), varying(points)
     fronts = {cost: on_front(points, cost, names[0]) if names else set() for cost in ("macs", "time")}
-    extra = [name for name in map(minus_uncached, (KID, OTHER_KID)) if any(p.metric(name) for p in points)]
+    extra = [name for name in (*map(minus_uncached, (KID, OTHER_KID)), RMSE_TO_CONVERGED.name)
+             if any(p.metric(name) for p in points)]
     lines = [("point", "full / calls", "speed-up by MACs", "measured", *names, *extra, "front by MACs", "by time")]
     for i, p in enumerate(points):
         cells = []
@@ -301,6 +302,11 @@ def about(points: Sequence[Point]) -> str:
                      "image of the same seed, dB.")
     if OTHER_KID in names:
         lines.append(f"{OTHER_KID} is the same on features of InceptionV3 up to its block mixed5.")
+    by = next((found for p in points if p.result and (found := p.result.details.get("convergence"))), None)
+    if by:
+        lines.append(f"{RMSE_TO_CONVERGED.name}: root mean squared error, levels of 255, to images of {by['steps']} "
+                     f"steps without caching; a dash where {by['twice']['steps']} steps change it by more than "
+                     f"{100 * by['within']:g} %.")
     if names:
         lines.append(f"Front: no other point has a lower cost and a better {names[0]}; among points whose intervals "
                      "overlap, which one is on it is chance.")

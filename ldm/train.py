@@ -21,9 +21,11 @@ from ldm import first_stage
 from ldm.checkpoint import Model, published_state_dict
 from ldm.config import Config, Train, load_config
 from ldm.unet import UNet
+from runs import arguments
 from runs.cli import command
 from runs.errors import UserError
 from runs.folder import to_uint8
+from runs.machine import prepare_device
 from runs.weights import read_tensors, save_tensors, tensors_of
 from sampling.ddim import ddim, offset_timesteps
 from sampling.diffusion import guided, predicted_noise
@@ -94,10 +96,9 @@ def main() -> None:
     parser.add_argument("--first-stage", type=Path, required=True, help="what ldm.train_first_stage wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare_device(args.device, args.threads)
 
     config = load_config(args.config)
     settings = config.train

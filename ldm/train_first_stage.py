@@ -19,9 +19,11 @@ from torch import Tensor
 
 from ldm.config import load_config
 from ldm.first_stage import build, decode, downsampling, encode, published_state_dict
+from runs import arguments
 from runs.cli import command
 from runs.errors import UserError
 from runs.folder import to_uint8
+from runs.machine import prepare_device
 from runs.psnr import psnr
 from runs.weights import save_tensors
 from training import emoji
@@ -114,10 +116,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
     parser.add_argument("--data", type=Path, default=emoji.FOLDER, help="folder with emoji_SIZE.webp and index.csv")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare_device(args.device, args.threads)
 
     config = load_config(args.config)
     settings = config.train_first_stage

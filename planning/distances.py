@@ -7,26 +7,29 @@ that what was killed goes on where it was, and another study or search finds wha
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from caching.nested import Network
 from caching.plan import Call, PlanCache
 from caching.policy import Policy
+from caching.schema import check, read_json
 from planning.fitting import batches
-from runs.errors import UserError
+from runs.errors import UserError, as_user_error
 from runs.files import write_json
 from runs.image_model import ImageModel
 from runs.machine import Machine
 from runs.psnr import psnr
 from runs.spec import Run, RunSpec
-from runs.weights import save_tensors
+from runs.weights import read_tensors, save_tensors, tensors_of
 from sampling.ddim import is_listed
 
 EXACT = 200.0               # dB, instead of infinity
@@ -97,9 +100,19 @@ class Distances:
         """The seeds without converged latents."""
         if not self._converged.keys() >= set(seeds):        # another process may have made some
             for file in sorted((self.folder / "converged").glob("*.safetensors")):
-                content = load_file(file)
-                self._converged |= dict(zip(content["seeds"].tolist(), content["latents"], strict=True))
+                self._converged |= self._read(file)
         return [seed for seed in seeds if seed not in self._converged]
+
+    def _read(self, file: Path) -> dict[int, Tensor]:
+        """The latents of a file, by seed. Raises UserError for one that holds none."""
+        tensors = tensors_of(read_tensors(file), file, "converged latents")
+        seeds, latents = (tensors.get(name, torch.empty(0)) for name in ("seeds", "latents"))
+        shape = getattr(self.model, "shape", None) or self.run.family.shapes(self.run.config)[0]
+        if (seeds.ndim, seeds.dtype, latents.dtype) != (1, torch.int64, torch.float32) or latents.shape != (
+                len(seeds), *shape) or not latents.isfinite().all():
+            raise UserError(f"{file} is damaged: it should hold seeds and of each finite latents {list(shape)}; delete "
+                            "it, and the same command makes it again")
+        return dict(zip(seeds.tolist(), latents, strict=True))
 
     def of(self, run: Run, seeds: Sequence[int], calls: Sequence[Call] | None = None, title: str | None = None,
            keep: Callable[[Tensor], object] | None = None) -> np.ndarray:
@@ -139,11 +152,43 @@ class Distances:
     def known(self, run: Run, calls: Sequence[Call] | None = None) -> dict[int, float]:
         """What has been measured of a run, by seed."""
         file = self._file(run, calls)
-        psnr = json.loads(file.read_text())["psnr"] if file.is_file() else {}
-        return {int(seed): db for seed, db in psnr.items()}
+        if not file.is_file():
+            return {}
+        content, about = read_work(file, _Measured), json.loads(json.dumps(_about(run, calls), default=str))
+        if (content["run"], content["calls"]) != (about["run"], about["calls"]):
+            raise UserError(f"{file} is of another run: delete it, and the same command measures again")
+        return {seed: float(content["psnr"][str(seed)]) for seed in numbers(file, content["psnr"])}
 
     def _file(self, run: Run, calls: Sequence[Call] | None) -> Path:
         return self.folder / "runs" / f"{_digest(_about(run, calls))[:20]}.json"
+
+
+@dataclass
+class _Measured:
+    """A file of `Distances.of`: what decides a run's latents, and dB by seed."""
+    run: dict
+    calls: list | None
+    psnr: dict[str, float]
+
+
+def read_work(path: Path, schema: Any) -> Any:
+    """What a file that was measured holds. schema: of caching.schema. Raises UserError for one that is damaged."""
+    with as_user_error():
+        try:
+            content = read_json(path)
+            check(content, schema, path)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it, and the same command measures again") from None
+    return content
+
+
+def numbers(path: Path, content: Mapping[str, object]) -> list[int]:
+    """The keys of what a file holds, which are whole numbers. Raises UserError."""
+    wrong = next((key for key in content if not re.fullmatch(r"\d{1,19}", key, re.ASCII)), None)
+    if wrong is not None:
+        raise UserError(f"{path} is damaged: {wrong[:40]!r} should be a whole number; delete it, and the same command "
+                        "measures again")
+    return [int(key) for key in content]
 
 
 def psnr_to(converged: Tensor, latents: Tensor) -> np.ndarray:

@@ -39,7 +39,7 @@ def build_parser(words: list[str]) -> argparse.ArgumentParser:
     """The command line of the model that the config among the words names."""
     parser = fit_parser(__doc__, words)
     about = parser.add_argument_group("the fit")
-    about.add_argument("--ridge", type=float, default=1e-2,
+    about.add_argument("--ridge", type=arguments.finite, default=1e-2,
                        help="pull towards the plain forecast (default: %(default)s)")
     about.add_argument("--out", type=Path, required=True, help="forecast weights to write, .safetensors")
     return parser

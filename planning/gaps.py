@@ -7,7 +7,6 @@ the image on a few runs with a single cached call.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +18,10 @@ from torch import Tensor
 from caching.forecast import newton_terms
 from caching.nested import Network
 from caching.plan import Call, PlanCache
+from planning.distances import numbers, read_work
 from planning.fitting import own_unet
 from planning.judge import CONVERGED, SPACING, Grid, Judge
+from runs.errors import UserError
 from runs.files import write_json
 from runs.seeds import format_seeds
 
@@ -166,6 +167,19 @@ class Gaps:
         return found
 
 
+@dataclass
+class _Measured:
+    """A file of `GapMeasurements.measured`, by branch."""
+    gram: dict[str, list[list[float]]]
+    output: dict[str, list[float]]
+
+
+@dataclass
+class _Image:
+    """A file of errors of the image, by call."""
+    image: dict[str, float]
+
+
 class GapMeasurements:
     """Measures gaps of a model on some seeds, and keeps what it measured beside its distances.
 
@@ -202,7 +216,7 @@ class GapMeasurements:
 
     def measured(self, grid: Grid) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
         """(Gram matrices, squared output errors of gaps of one call), by branch."""
-        file = self._file(_named(grid))
+        file, steps = self._file(_named(grid)), grid.steps
         if not file.is_file():
             meter = GapMeter(own_unet(self.judge.distances.model), self.branches)
             for batch in self._batches():
@@ -210,9 +224,13 @@ class GapMeasurements:
                 meter.finish()
             write_json(file, {"gram": {b: np.asarray(meter.gram[b]).tolist() for b in self.branches},
                               "output": {b: np.asarray(meter.output[b]).tolist() for b in self.branches}})
-        content = json.loads(file.read_text())
-        return tuple({int(b): np.array(value) for b, value in content[part].items()}    # type: ignore[return-value]
-                     for part in ("gram", "output"))
+        content = read_work(file, _Measured)
+        gram, output = ({b: np.array(content[part][str(b)], np.float64) if str(b) in content[part] else np.empty(0)
+                         for b in self.branches} for part in ("gram", "output"))
+        if any(gram[b].shape != (steps, steps) or output[b].shape != (steps,) for b in self.branches):
+            raise UserError(f"{file} is damaged: it should hold {steps} x {steps} products and {steps} errors of the "
+                            f"branches {self.branches}; delete it, and the same command measures again")
+        return gram, output
 
     def _image_per_output(self, grid: Grid) -> np.ndarray:
         """The error of the image per error of the network's output at each call: [steps]."""
@@ -230,7 +248,11 @@ class GapMeasurements:
                     cached = latents(run, batch, alone)
                     found[call] += (cached - exact).double().square().sum().item()
             write_json(file, {"image": found})
-        image = {int(call): value for call, value in json.loads(file.read_text())["image"].items()}
+        found = read_work(file, _Image)["image"]
+        image = {call: float(found[str(call)]) for call in numbers(file, found) if call < probe}
+        if not image:
+            raise UserError(f"{file} is damaged: image should have errors by call; delete it, and the same command "
+                            "measures again")
         calls = sorted(image)
         ratios = [np.log(max(image[call], 1e-30) / max(output[branch][call], 1e-30)) / 2 for call in calls]
         sampler = self.judge.run(CONVERGED, grid).sampler

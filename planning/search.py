@@ -17,7 +17,6 @@ Searches for other budgets of the same model may share it (--work).
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from eval.cost.timing import time_steps
 from eval.metrics.intervals import mean_estimate
 from planning import search_page
 from planning.candidates import PLAN, Prices, Trial
-from planning.distances import Distances
+from planning.distances import Distances, numbers, read_work
 from planning.fitting import check_out, own_unet
 from planning.gaps import GapMeasurements
 from planning.judge import CONVERGED, SPACING, Grid, Judge, run_of
@@ -70,22 +69,25 @@ def build_parser(words: list[str]) -> argparse.ArgumentParser:
             arguments.add(parser, type(part), family.flags)
     search = parser.add_argument_group("the search")
     budget = search.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--calls", type=float, help="the budget: the multiply-accumulates of so many full network "
-                                                    "calls per image; fractions count")
-    budget.add_argument("--macs", type=float, metavar="G",
+    budget.add_argument("--calls", type=arguments.finite,
+                        help="the budget: the multiply-accumulates of so many full network calls per image; fractions "
+                             "count")
+    budget.add_argument("--macs", type=arguments.finite, metavar="G",
                         help="the budget: 10^9 multiply-accumulates per image (the `macs` of eval.macs; both rows of "
                              "guidance included)")
-    budget.add_argument("--speedup", type=float, metavar="X",
+    budget.add_argument("--speedup", type=arguments.finite, metavar="X",
                         help="the budget: 1/X of the multiply-accumulates of the config's own uncached run")
-    budget.add_argument("--seconds", type=float, metavar="S",
+    budget.add_argument("--seconds", type=arguments.finite, metavar="S",
                         help="the budget: seconds of network time per image on this machine, where cached steps take "
                              "more than their share of multiply-accumulates")
     search.add_argument("--seeds", required=True, help="runs to learn from")
     search.add_argument("--held-out-seeds", required=True, help="runs to choose on")
     search.add_argument("--report-seeds", help="runs to report on (default: as many as the held-out ones, after them)")
-    search.add_argument("--attempts", type=int, default=48, help="changes of the best plan to try (default: 48)")
-    search.add_argument("--converged-steps", type=int, default=100, help="of the run to come near to (default: 100)")
-    search.add_argument("--jobs", type=int, default=1,
+    search.add_argument("--attempts", type=arguments.whole, default=48,
+                        help="changes of the best plan to try (default: 48)")
+    search.add_argument("--converged-steps", type=arguments.whole, default=100,
+                        help="of the run to come near to (default: 100)")
+    search.add_argument("--jobs", type=arguments.whole, default=1,
                         help="processes that measure side by side, --threads each (default: 1)")
     search.add_argument("--out", type=Path, required=True, help="plan to write, .json")
     search.add_argument("--work", type=Path, help="folder of what is measured (default: OUT.work)")
@@ -121,6 +123,13 @@ class Seeds:
         return [*self.learn, *self.choose, *self.report]
 
 
+@dataclass
+class _Times:
+    """A file of `StepTimes.kept`."""
+    full: float
+    cached: dict[str, float]
+
+
 @dataclass(frozen=True)
 class StepTimes:
     """Network time on this machine. full: seconds of a full call for one image. cached: branch -> the time of a cached
@@ -145,8 +154,12 @@ class StepTimes:
         file = distances.made("times") / f"{about}.json"
         if not file.is_file():
             write_json(file, asdict(cls.measured(distances, branches)))
-        content = json.loads(file.read_text())
-        return cls(content["full"], {int(branch): ratio for branch, ratio in content["cached"].items()})
+        content = read_work(file, _Times)
+        cached = {branch: float(content["cached"][str(branch)]) for branch in numbers(file, content["cached"])}
+        if cached.keys() != set(branches) or min(content["full"], *cached.values()) <= 0:
+            raise UserError(f"{file} is damaged: it should have times above 0 of a full call and of the branches "
+                            f"{branches}; delete it, and the same command measures again")
+        return cls(float(content["full"]), cached)
 
 
 def branches_of(run: Run) -> list[int]:

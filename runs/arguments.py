@@ -6,6 +6,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -63,10 +64,15 @@ def flag(name: str, flags: Flags | None = None) -> str:
 
 def kind(cls: type[Options], name: str) -> type:
     """The type of an option, without its None."""
-    hint = typing.get_type_hints(cls)[name]
+    hint = _hints(cls)[name]
     if isinstance(hint, types.UnionType):
         hint = next(one for one in typing.get_args(hint) if one is not type(None))
     return hint
+
+
+@cache
+def _hints(cls: type[Options]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def add(parser: argparse.ArgumentParser, cls: type[Options], flags: Flags | None = None) -> None:

@@ -38,8 +38,14 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except Exception as error:
             if os.environ.get("TRACEBACK"):
                 raise
-            _exit(1, _defect(error))
+            _exit(1, _defect(error) if not _of_memory(error) else
+                  f"error: out of memory ({one_line(error)[:160]}): take fewer images at a time (--batch-size)")
     return run
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether the machine, or its accelerator, has no more memory to give."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in ("allocate memory", "out of memory"))
 
 
 def _defect(error: Exception) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from caching.nested import NestedUNet
 from runs.errors import UserError, one_line
-from runs.files import ROOT
+from runs.files import ROOT, stamp
 from runs.settings import load_yaml, read_yaml
 from sampling.diffusion import Diffusion
 
@@ -110,14 +110,19 @@ def find_config(path: Path | str) -> Path:
 
 def family_named_by(path: Path | str) -> Family:
     """The family whose config a file is, by the first word of its name. Raises UserError."""
-    path = find_config(path)
+    file = find_config(path)
+    return families()[_named_by(file, *stamp(file))]
+
+
+@cache
+def _named_by(path: Path, *seen: int) -> str:
     name = load_yaml(path).get("name")
     words = {word: family for family in families().values() for word in (family.name, *family.aliases)}
     known = words.get(str(name).split("_")[0])
     if known is None:
         prefixes = " or ".join(f"{word}_" for word in words)
         raise UserError(f"{path}: the name must start with {prefixes} to say whose config this is, got {name!r}")
-    return known
+    return known.name
 
 
 def load_config(path: Path | str, family: Family | None = None) -> Config:

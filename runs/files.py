@@ -13,6 +13,16 @@ from runs.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent       # of the repository
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes whenever a file does, without reading it.
+
+    Size and time of modification are kept by copying, and are equal for arrays of one shape that were written at once;
+    but no program sets a file's time of change (ctime, the third), which the system moves with every write.
+    """
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
 def check_writable(path: Path | None) -> None:
     """Refuse a path that is there and no regular file, like a device: it would be replaced. Raises UserError."""
     if path is not None and path.exists() and not path.is_file():

@@ -34,6 +34,7 @@ from runs.families import (
     find_config,
     load_config,
 )
+from runs.files import stamp
 from sampling.ddim import is_listed
 from sampling.samplers import (
     SAMPLERS,
@@ -128,7 +129,8 @@ class Run:
     def __init__(self, spec: RunSpec):
         self.spec = spec
         self.family: Family = families()[spec.family]
-        self.config, self.unet = _open(*_stamped(spec))
+        file = find_config(spec.config)
+        self.config, self.unet = _open(spec.family, file, *stamp(file))
         defaults = self.config.sampler
         self.default_sampler: str = getattr(defaults, "sampler", "ddim")
         chosen = _chosen_sampling(spec)
@@ -276,13 +278,8 @@ def _short(timesteps: str) -> str:
     return f"times{hashlib.sha256(timesteps.encode()).hexdigest()[:8]}" if is_listed(timesteps) else timesteps
 
 
-def _stamped(spec: RunSpec) -> tuple[str, Path, int, int]:
-    file = find_config(spec.config)
-    return spec.family, file, file.stat().st_mtime_ns, file.stat().st_size
-
-
 @cache
-def _open(family: str, path: Path, *stamp: int) -> tuple[Config, NestedUNet]:
+def _open(family: str, path: Path, *seen: int) -> tuple[Config, NestedUNet]:
     """The config and the U-Net of a model: the same for all its runs, as long as its file does not change."""
     config = load_config(path, families()[family])
     return config, build(config)

@@ -28,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from caching.deepcache import DeepCache
 from caching.schedules import uniform
 from ldm.diffusers_layout import diffusers_arguments
+from runs import arguments
 from runs.cli import command
 from runs.errors import UserError
 from runs.files import ROOT, write_json
@@ -132,10 +133,11 @@ def relative(value: Tensor, other: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and the result")
-    parser.add_argument("--steps", type=int, default=4, help="sampling steps (default: %(default)s)")
-    parser.add_argument("--resolution", type=int, default=512, help="pixels, a multiple of 64 (default: %(default)s)")
+    parser.add_argument("--steps", type=arguments.whole, default=4, help="sampling steps (default: %(default)s)")
+    parser.add_argument("--resolution", type=arguments.whole, default=512,
+                        help="pixels, a multiple of 64 (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
     parser.set_defaults(batch_size=1)
     args = parser.parse_args()
     if args.steps < max(run.interval for run in RUNS):

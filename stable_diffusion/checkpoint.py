@@ -4,7 +4,6 @@ Our U-Net's modules have the CompVis names. Diffusers' names follow from the sam
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import Tensor
 from transformers import BertModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
+from caching.schema import check, read_json
 from ldm import first_stage
 from ldm.diffusers_layout import diffusers_names, unet_arguments
-from runs.errors import UserError, one_line
+from runs.errors import UserError, as_user_error, one_line
 from runs.weights import load_strict, read_tensors, sha256, split, tensors_of
 from stable_diffusion.config import Config
 from stable_diffusion.text import VIT_L_14, Encoder, clip, clip_tokenizer, minilm, minilm_folder
@@ -152,8 +152,11 @@ def _naming(path: Path) -> Iterator[None]:
     """Name the file in errors about its content."""
     try:
         yield
-    except (UserError, ValueError, TypeError) as error:     # diffusers' for sizes that make no sense
-        raise UserError(f"{path}: {one_line(error)}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        # diffusers' and transformers', for settings that make no sense
+        raise UserError(f"{path}: no such network can be built: {one_line(error)[:200]}") from None
 
 
 def _existing(path: Path) -> Path:
@@ -292,12 +295,9 @@ def _text_encoders(path: Path) -> list[list[str]]:
 
 
 def _json(file: Path) -> dict:
-    try:
-        content = json.loads(_existing(file).read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is damaged: it should hold keys and values")
+    with as_user_error():
+        content = read_json(_existing(file))
+        check(content, dict, file)
     return content
 
 

@@ -35,7 +35,7 @@ MACS = ("macs", "macs_fc")      # by the papers' convention, and with attention'
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=arguments.whole, default=0)
     parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
     add_run(parser, FAMILY)
     arguments.add(parser, Machine)

@@ -22,9 +22,11 @@ from ldm.checkpoint import FIRST_STAGE
 from ldm.config import Config as LdmConfig
 from ldm.config import load_config as load_ldm_config
 from ldm.diffusers_layout import diffusers_arguments, diffusers_state_dict
+from runs import arguments
 from runs.cli import command
 from runs.errors import UserError
 from runs.folder import to_uint8
+from runs.machine import prepare_device
 from runs.prompts import read_prompts
 from runs.weights import read_tensors, save_tensors, tensors_of
 from sampling.noise import SeededNoise
@@ -148,10 +150,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=Path("data/emoji/prompts.txt"), help="of the sample grids")
     parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare_device(args.device, args.threads)
 
     config = load_config(args.config)
     settings = config.train

@@ -176,6 +176,96 @@ def of_numbers() -> Iterator[Case]:
                    codes=(1, 2))
 
 
+WRONG = ("x", "", "nan", "inf", "-1", "1e308", "99999999999999999999")      # what no number of a command may be
+ON_CPU = ("--device", "cpu")
+MODEL = ("--config", "{world}/ddpm.yaml")
+FITTING = ("--seeds", "0-3", "--held-out-seeds", "4-7")
+
+# A command that would run, and its numbers.
+NUMBERED = (
+    ("planning.search", (*MODEL, *FITTING, "--calls", "3", "--out", "{}/p.json"),
+     "attempts converged-steps jobs batch-size threads"),
+    ("planning.search", (*MODEL, *FITTING, "--out", "{}/p.json"), "calls macs speedup seconds"),
+    ("planning.fit_forecast", (*MODEL, *FITTING, "--interval", "2", "--forecast", "1", "--out", "{}/w.safetensors"),
+     "ridge interval batch-size threads"),
+    ("scripts.block_caching", ("train", *MODEL, *FITTING, "--schedule", "{}/s.json", "--out", "{}/s.safetensors"),
+     "lr ridge batch-size"),
+    ("scripts.convergence", ("--config", "studies/bf16_ldm.yaml", "--results", "{}/r", "--work", "{}/w"),
+     "batch-size threads"),
+    ("scripts.sweep", ("--config", "sweeps/ddpm_emoji_interval_branch.yaml", "--samples", "{}/s", "--results", "{}/r"),
+     "images batch-size threads share"),
+    ("eval.throughput", (*MODEL, *ON_CPU, "--repeats", "1", "--warmup", "1"),
+     "repeats warmup branch interval forecast steps batch-size threads"),
+    ("eval.throughput", ("run", *MODEL, *ON_CPU, "--interval", "2", "--repeats", "1"),
+     "repeats warmup batch-size threads"),
+    ("eval.throughput", ("compare", "--model", "ddpm_emoji", *ON_CPU, "--out", "{}/c"),
+     "repeats warmup batch-size threads"),
+    ("eval.macs", MODEL, "steps interval branch"),
+    ("eval.quality", ("--samples", "{world}/samples", "--reference", "{world}/real.npz", *ON_CPU),
+     "dims repeats count batch-size threads seeds"),
+    ("eval.fidelity", ("--samples", "{world}/samples", "--against", "{world}/samples", *ON_CPU),
+     "within worst batch-size threads"),
+    ("eval.clip_score", ("--samples", "{world}/samples", "--prompts", "{world}/prompts.txt", "--weights", "{}/w.bin"),
+     "images-per-prompt batch-size threads"),
+    ("scripts.slurm.submit", ("table_emoji", "--dry-run", "--samples", "{}/s", "--results", "{}/r"),
+     "images-per-task images-per-hour time batch-size"),
+    ("scripts.real_size_sd", ("--out", "{}/r"), "steps resolution threads"),
+    ("stable_diffusion.compare", ("--config", "configs/sd_emoji.yaml", "--prompt", "cat face", "--out", "{}/c.png"),
+     "seed steps guidance"),
+    ("ddpm.train", ("--out", "{}/t"), "threads"), ("ldm.train_first_stage", ("--out", "{}/t"), "threads"))
+
+
+def of_other_numbers() -> Iterator[Case]:
+    """The numbers of all commands but the sample commands."""
+    for module, words, options in NUMBERED:
+        verb = words[0] if words[0] in ("run", "compare", "train") else ""
+        for option, value in itertools.product(options.split(), WRONG):
+            fine = option in ("ridge", "images-per-hour") and value in WRONG[-2:]          # as much as there is
+            yield Case(f"{module} {verb} --{option} {value!r}", module, (*words, f"--{option}={value}"),
+                       codes=(0, 2) if fine else (2,))
+
+
+def of_size() -> Iterator[Case]:
+    """More than a machine can hold, or than anybody waits for."""
+    yield Case("a batch that fits no memory", "eval.throughput", (*MODEL, *ON_CPU, "--batch-size", "99999999"),
+               "out of memory", codes=(1,))
+
+    def sweep(values: int) -> Callable[[Path], None]:
+        grid = {"model": "configs/ddpm_emoji.yaml", "schedule": "centered", "interval": list(range(2, 12)),
+                "center": list(range(20, 40)), "power": [round(1.2 + 0.05 * i, 2) for i in range(values)]}
+        return written("f.yaml", yaml.safe_dump({"images": 90, "grids": [grid]}))
+
+    yield Case("a sweep of 2,000 points", "scripts.sweep", ("--config", "{}/f.yaml", "--list", "--samples", "{}/s"),
+               "FD", make=sweep(10), codes=(0,))
+    yield Case("a sweep of 2,200 points", "scripts.sweep", ("--config", "{}/f.yaml", "--list", "--samples", "{}/s"),
+               "at most 2,000", make=sweep(11))
+    yield Case("a sweep of many steps", "scripts.sweep", ("--config", "{}/f.yaml", "--list", "--samples", "{}/s"),
+               "too many to plan", make=written("f.yaml", yaml.safe_dump({"images": 90, "grids": [
+                   {"model": "configs/ddpm_emoji.yaml", "steps": list(range(900, 1001)), "timesteps": "uniform",
+                    "interval": list(range(1, 11))}]})))
+
+
+def of_damaged_work() -> Iterator[Case]:
+    """What studies and searches keep, damaged or of another run, and the files that they read."""
+    study = {"model": "ddpm_emoji", "seeds": "0-5", "chosen_on": 3, "converged": {"steps": 4},
+             "grids": [{"steps": 2, "sampler": "unipc"}]}
+    for key, value in (("seeds", "x"), ("chosen_on", 0), ("chosen_on", "x"), ("twice", -1), ("twice", "many"),
+                       ("converged", {"steps": "x"}), ("converged", {"stepz": 5}), ("converged", [1]), ("grids", 5),
+                       ("grids", []), ("grids", [5]), ("common", {"steps": [1]}), ("common", {"eta": "x"}),
+                       ("fit_seeds", "x"), ("model", 5), ("model", "../x"), ("surprise", 1)):
+        yield Case(f"study with {key} {value}", "scripts.convergence",
+                   ("--config", "{}/f.yaml", "--list", "--results", "{}/r"),
+                   make=written("f.yaml", yaml.safe_dump(study | {key: value})))
+    for name, content in JSONS.items():
+        yield Case(f"study, result {name}", "scripts.convergence",
+                   ("--config", "{}/f.yaml", "--render", "--results", "{}/r"), make=lambda folder, content=content: (
+                       written("f.yaml", yaml.safe_dump(study))(folder),
+                       written("r/convergence/f/unipc_steps2.json", content)(folder)))
+        yield Case(f"Stable Diffusion's index, JSON {name}", "stable_diffusion.sample",
+                   ("--config", "configs/sd_emoji.yaml", "--checkpoint", "{}/m", "--prompt", "cat face", "--seeds", "0",
+                    "--out", "{}/o"), make=written("m/model_index.json", content))
+
+
 def of_seeds() -> Iterator[Case]:
     for value in SEEDS:
         yield Case(f"sample --seeds {value!r}", "ddpm.sample",
@@ -359,7 +449,8 @@ def of_paths() -> Iterator[Case]:
 
 def all_cases(world: World) -> list[Case]:
     """Every case, no name twice."""
-    found = [*of_numbers(), *of_seeds(), *of_files(), *of_configs(), *of_weights(world), *of_images(), *of_paths()]
+    found = [*of_numbers(), *of_other_numbers(), *of_size(), *of_damaged_work(), *of_seeds(), *of_files(),
+             *of_configs(), *of_weights(world), *of_images(), *of_paths()]
     assert len({case.name for case in found}) == len(found)
     return found
 

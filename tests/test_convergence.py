@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 
 from caching.plan_file import Plan
 from eval.metrics.images import from_array
@@ -18,7 +20,9 @@ from experiments.convergence_report import LESS, PSNR, Point, orders, plan_calls
 from planning.distances import Distances, psnr_to
 from runs import results
 from runs.errors import UserError
+from runs.files import ROOT
 from runs.machine import Machine
+from runs.results import Result
 from runs.spec import RunSpec
 
 MACHINE = Machine(batch_size=2, device="cpu", threads=1)
@@ -254,3 +258,51 @@ def test_what_the_calls_of_a_plan_compute():
     assert [t for t, _, _ in calls] == run.sampler.call_timesteps()
     assert [share == 1 for _, share, _ in calls] == [call.branch is None for call in plan.calls]
     assert plan_calls(RunSpec.of("ldm_emoji", interval=3).open()) is None
+
+
+def test_work_that_is_damaged_or_of_another_run_is_refused(tmp_path):
+    """By name, with what to do; and never measured against."""
+    spec = RunSpec.of("ddpm_emoji", sampler="unipc", timesteps="trailing", steps=3)
+    distances = Distances(spec, MACHINE, tmp_path)
+    runs = [spec.having(steps=steps).open() for steps in (1, 2)]
+    for run in runs:
+        distances.of(run, [5])
+    kept = {json.loads(path.read_text())["run"]["steps"]: path for path in distances.folder.glob("runs/*.json")}
+    good = kept[2].read_text()
+    for content, message in ((good[:40], "damaged"), ("[]", "should be keys with values"), ("{}", "has no run"),
+                             (good.replace('"5":', '"five":'), "'five' should be a whole number"),
+                             (good.replace('"psnr": {', '"psnr": {"6": "x",'), "psnr.6 is 'x' and should be a finite"),
+                             (kept[1].read_text(), "is of another run")):
+        kept[2].write_text(content)
+        with pytest.raises(UserError, match=f"{kept[2].name}.*{message}.*delete it"):
+            distances.of(runs[1], [5])
+    latents = next(distances.folder.glob("converged/*.safetensors"))
+    for tensors in ({"seeds": torch.tensor([5]), "latents": torch.zeros(1, 3, 8, 8)}, {"seeds": torch.tensor([5])},
+                    {"seeds": torch.tensor([5]), "latents": torch.full((1, 3, 32, 32), torch.nan)}):
+        save_file(tensors, latents)
+        with pytest.raises(UserError, match=r"000005|5.safetensors is damaged: .*\[3, 32, 32\]; delete it"):
+            Distances(spec, MACHINE, tmp_path).converged([5])
+
+
+def test_a_result_is_measured_again_when_the_weights_change(study, tmp_path, monkeypatch):
+    """And the listing says why; so is the distance of twice the steps; times of another model are refused."""
+    text = STUDY.replace("fit_seeds: 20-21\n", "").replace(STUDY[STUDY.index("- {sampler: unipc, steps: 6"):], "")
+    config = yaml.safe_load((ROOT / "configs" / "ddpm_emoji.yaml").read_text())
+    weights = load_file(ROOT / config["checkpoint"])
+    config |= {"checkpoint": str(tmp_path / "w.safetensors"), "name": "ddpm_other"}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
+    text = text.replace("ddpm_emoji", str(tmp_path / "other.yaml"))
+    save_file(weights, tmp_path / "w.safetensors")
+    _, folder = study(text)
+    first = {name: results.read(folder / f"{name}.json") for name in ("twice", "unipc_steps2")}
+    assert study(text, "--list")[0].count(" yes") == 2
+    save_file({name: 0.9 * value for name, value in weights.items()}, tmp_path / "w.safetensors")
+    assert study(text, "--list")[0].count("sampled with other weights than") == 2
+    said = study(text, "--render")[0]
+    assert said.count("left out: unipc_steps") == 2 and "nothing is measured yet" in said
+    study(text)
+    for name, before in first.items():
+        assert results.read(folder / f"{name}.json").metrics[PSNR].value != before.metrics[PSNR].value
+    results.write(folder / "times.json", Result("throughput of forecasts", "ldm_emoji"))
+    with pytest.raises(SystemExit):
+        study(text, "--render")

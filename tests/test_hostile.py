@@ -3,7 +3,7 @@
 import pytest
 from hostile import World, all_cases, faults_of
 
-SHARE = 12      # one case of so many, other ones of each kind
+SHARE = 20      # one case of so many, other ones of each kind
 
 
 @pytest.fixture(scope="module")

@@ -140,3 +140,13 @@ def test_a_sweep_is_judged_by_both_extractors(tmp_path, archive, tiny, monkeypat
     names = {f"KID-{name}{end}" for name in ("EffLite0", "IncMixed5") for end in ("", " minus uncached")}
     assert names <= set(one.metrics) and one.hashes["extractor IncMixed5"].startswith("IncMixed5:sha256=")
     assert "KID-IncMixed5 minus uncached" in (tmp_path / "results" / "sweeps" / "both" / "table.md").read_text()
+
+
+@pytest.mark.skipif(not incmixed5.ARCHIVE.is_file(), reason="nsfwjs's archive is not here")
+def test_the_published_weights_are_of_rgb_from_0_to_1():
+    """The running means of the first normalisation are one colour seen through its kernels: that of photographs."""
+    weights = incmixed5.read_archive(incmixed5.ARCHIVE).weights
+    sums, means = weights["conv2d_1/kernel"].sum((0, 1)).T, weights["batch_normalization_1/moving_mean"]
+    colour, left, *_ = np.linalg.lstsq(sums, means, rcond=None)
+    assert left[0] < 1e-3 * np.square(means).sum()
+    assert 0.65 > colour[0] > colour[1] > colour[2] > 0.4

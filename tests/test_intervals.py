@@ -10,7 +10,7 @@ import pytest
 
 from eval.metrics import inception_scores
 from eval.metrics.frechet import frechet_of_parts
-from eval.metrics.intervals import mean_interval
+from eval.metrics.intervals import mean_estimate, mean_interval
 from eval.metrics.measure import Sets
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance
 
@@ -80,3 +80,26 @@ def test_means(n, groups):
         values = rng.normal(size=n) + (0 if groups is None else rng.normal(size=10)[groups])
         found.append(mean_interval(values, seed, 200, groups))
     assert 0.91 <= coverage(found, 0) <= 0.985
+
+
+def test_means_of_skewed_values():
+    """Errors and feature distances have a long tail on one side; their means and those of paired differences."""
+    rng, alone, paired = np.random.default_rng(7), [], []
+    for seed in range(250):
+        shared, one, other = rng.exponential(size=(3, 64))
+        alone.append(mean_interval(one, seed, 200))
+        found = mean_estimate(2 * one + shared - (other + shared), seed, 200)
+        paired.append((found["mean"], found["interval"]))
+    assert 0.91 <= coverage(alone, 1) <= 0.985 and 0.91 <= coverage(paired, 1) <= 0.985
+
+
+@pytest.mark.parametrize("kind", [FrechetInBasis, KernelDistance])
+def test_paired_differences_of_small_sets(kind):
+    """Of runs that do differ: images of a seed share most of what varies."""
+    distance, rng = kind(np.random.default_rng(8).normal(size=(300, 6)), 4), np.random.default_rng(9)
+    found = []
+    for _ in range(DRAWS):
+        common, *own = rng.normal(size=(3, 80, 6))
+        x, y = (1.2 * (0.9 * common + 0.44 * z) for z in own)
+        found.append(distance.difference(x + 0.3, y, 30).metric)
+    assert coverage([(one.value, one.interval) for one in found]) >= 0.89

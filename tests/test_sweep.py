@@ -6,9 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ddpm.checkpoint import published_state_dict
@@ -244,3 +246,58 @@ def test_sweep_end_to_end(tmp_path, monkeypatch, capsys, tiny):
     shutil.copy(out / "times_ddpm_tiny.json", tmp_path / "shared" / "results" / "sweeps" / "some")
     run("shared")
     assert metrics_of(tmp_path / "shared" / "results") == metrics_of(results)
+
+
+def test_the_error_to_a_converged_run_is_a_column(tmp_path, tiny, monkeypatch, capsys):
+    """Two steps are far from four, which are the same as eight where a run of eight moves the error by 5 % at most."""
+    path = written(tmp_path, {"images": 4, "converged": {"sampler": "dpmpp", "steps": 60},
+                              "grids": [{"model": str(tiny), "steps": 4, "interval": [1, 2]}]})
+    words = ["--config", path, "--samples", tmp_path / "s", "--results", tmp_path / "r", "--threads", 1,
+             "--device", "cpu"]
+    monkeypatch.setattr(sweep, "measure_times", lambda *_: None)
+    call(monkeypatch, *words)
+    folders = {one.name for one in (tmp_path / "s" / "ddpm_tiny").iterdir() if one.is_dir()}
+    assert {"dpmpp_steps60", "dpmpp_steps120", "uncached", "uniform_n2"} <= folders
+    results_of = tmp_path / "r" / "runs" / "ddpm_tiny"
+    found = json.loads((results_of / "uniform_n2_4_sweep.json").read_text())
+    by = found["details"]["convergence"]
+    x, near, far = (np.stack([np.asarray(Image.open(tmp_path / "s" / "ddpm_tiny" / name / "000" / f"{i:06}.png"), float)
+                              for i in range(4)]) for name in ("uniform_n2", "dpmpp_steps60", "dpmpp_steps120"))
+    errors = [np.sqrt(np.square(x - other).mean((1, 2, 3))).mean() for other in (near, far)]
+    assert by["mean"] == pytest.approx(errors[0]) and by["moved"] == pytest.approx(abs(errors[0] / errors[1] - 1))
+    assert by["converged"] and found["metrics"]["RMSE to converged"]["value"] == pytest.approx(errors[0])
+    assert "RMSE to converged" in (tmp_path / "r" / "sweeps" / "some" / "table.md").read_text()
+
+    # Another converged run, or another image of it: judged again.
+    assert "2 of 2 points" in capsys.readouterr().out
+    call(monkeypatch, *words, "--list")
+    assert capsys.readouterr().out.count(" yes") == 2
+    one = tmp_path / "s" / "ddpm_tiny" / "dpmpp_steps60" / "000" / "000001.png"
+    before = one.read_bytes()
+    shutil.copy(one.with_name("000002.png"), one)
+    call(monkeypatch, *words, "--list")
+    assert capsys.readouterr().out.count("not those that were judged") == 2
+    one.write_bytes(before)
+    path.write_text(path.read_text().replace("steps: 60", "steps: 30"))
+    call(monkeypatch, *words, "--list")
+    assert capsys.readouterr().out.count("not compared with dpmpp_steps30") == 2
+
+
+def test_a_run_that_is_not_converged_gives_no_number(tmp_path, tiny, monkeypatch):
+    path = written(tmp_path, {"images": 4, "converged": {"sampler": "dpmpp", "steps": 3},
+                              "grids": [{"model": str(tiny), "sampler": "dpmpp", "steps": 3, "interval": [1, 2]}]})
+    monkeypatch.setattr(sweep, "measure_times", lambda *_: None)
+    call(monkeypatch, "--config", path, "--samples", tmp_path / "s", "--results", tmp_path / "r", "--threads", 1,
+         "--device", "cpu")
+    found = json.loads((tmp_path / "r" / "runs" / "ddpm_tiny" / "dpmpp_steps3_4_sweep.json").read_text())
+    assert not found["details"]["convergence"]["converged"] and "RMSE to converged" not in found["metrics"]
+
+
+@pytest.mark.parametrize("converged, message", [
+    ({"steps": 60, "interval": 2}, "has no option 'interval': .*sampler, steps, timesteps, eta"),
+    ({"sampler": "dpmpp"}, "converged says no steps"), ({"steps": "many"}, "steps takes whole numbers"),
+    ({"steps": 600}, "converged, ddpm_tiny"), ({"sampler": "ddim", "steps": 10, "eta": 1.0}, "eta 1.0")])
+def test_converged_runs_that_cannot_be(tmp_path, tiny, converged, message):
+    path = written(tmp_path, {"images": 4, "converged": converged, "grids": [{"model": str(tiny), "interval": 2}]})
+    with pytest.raises(UserError, match=message):
+        points_of(path)

@@ -18,6 +18,7 @@ from eval.cost.macs import run_macs
 from eval.cost.runs import macs_per_step, pruned
 from eval.metrics.extract import pixels_sha256
 from eval.metrics.sources import open_reference
+from eval.tables import paper as paper_tables
 from eval.tables import render as table
 from eval.tables import rows
 from eval.tables.current import reference_of, weights_sha256
@@ -413,3 +414,22 @@ def test_columns_of_a_row_may_come_from_several_evaluators():
     assert {column: cell(own, found, "N=5", column)[1:] for column in blank} == {
         "fd_efflite0": ("21.3", "-", "FD-EffLite0.json"), "kid_incmixed5": ("12.3", "-", "KID-IncMixed5.json"),
         "rmse_converged": ("7.89", "-", "RMSE to converged.json")}
+
+
+@pytest.mark.parametrize("table, message", [
+    ("5", "tables.t is 5 and should be keys with values"), ("{title: t, images: 0}", "images is 0 and should be 1 or"),
+    ("{title: t, surprise: 1}", "unknown key surprise"), ("{title: t, rows: [{run: {}}]}", "row 1 has no row"),
+    ("{title: t, rows: [{row: a, fid: [1]}]}", "a.fid is a list and should be a finite number or text"),
+    ("{title: t, rows: [{row: a, fidd: 1}]}", "unknown column fidd"),
+    ("{title: t, rows: [{row: a, run: 5}]}", "a.run is 5 and should be keys with values"),
+    ("{title: t, sections: {a: {title: x}}}", "tables.t.sections.a has no rows"),
+    ("{title: t, notes: [{rows: [a]}]}", r"tables.t.notes\[0\] has no text")])
+def test_a_file_of_tables_that_was_edited_wrongly(monkeypatch, tmp_path, table, message):
+    (tmp_path / "x.yaml").write_text(f"name: X\nsource: y\ntables:\n  t: {table}\n")
+    monkeypatch.setattr(paper_tables, "FOLDER", tmp_path)
+    paper_tables.tables.cache_clear()
+    try:
+        with pytest.raises(UserError, match=f"x.yaml.*{message}"):
+            paper_tables.tables()
+    finally:
+        paper_tables.tables.cache_clear()

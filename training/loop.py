@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from caching.schema import fault
+from runs.errors import UserError, one_line
+from runs.weights import read_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 Loss = Callable[[Model, Tensor, torch.Generator], Tensor]       # loss(model, batch, generator) -> scalar
@@ -37,6 +41,17 @@ class TrainConfig:
     seed: int = 0
     save_every: float = 120.0       # seconds
     grid_every: int = 25_000        # images
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch_size", "lr", "warmup", "save_every", "grid_every"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
+        for name in ("cooldown", "ema"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
+
+
+WHEN = ("images", "save_every", "grid_every")       # of a run that may change when it goes on
 
 
 @contextmanager
@@ -77,6 +92,20 @@ def save_grid(images: np.ndarray, path: Path, columns: int) -> None:
     Image.fromarray(sheet).save(path)
 
 
+def read_state(path: Path, config: TrainConfig) -> dict[str, Any]:
+    """What a run that was stopped goes on from. Raises UserError for a file that is damaged or of other settings."""
+    state = read_tensors(path)
+    if not isinstance(state, dict) or fault(state.get("config"), dict) or fault(state.get("seen"), int) or fault(
+            state.get("seconds"), float):
+        raise UserError(f"{path} holds no training run: name another --out")
+    before, now = (json.loads(json.dumps(one)) for one in (state["config"], asdict(config)))
+    unlike = [f"{key} {before.get(key)!r}, now {now[key]!r}" for key in now if key not in WHEN
+              and before.get(key) != now[key]]
+    if unlike:
+        raise UserError(f"{path} was trained with other settings: {'; '.join(unlike)}; name another --out")
+    return state
+
+
 def train(model: Model, loss: Loss[Model], images: Tensor, config: TrainConfig, out: Path,
           grid: Grid[Model] | None = None, device: str = "cpu",
           parameters: Iterable[nn.Parameter] | None = None) -> Model:
@@ -96,11 +125,15 @@ def train(model: Model, loss: Loss[Model], images: Tensor, config: TrainConfig, 
 
     state_path = out / "state.pt"
     if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
+        state = read_state(state_path, config)
+        try:
+            model.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            generator.set_state(state["generator"].cpu())
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{state_path} is damaged, or of another model: {one_line(error)[:200]}; name another "
+                            "--out") from None
         seen, seconds = state["seen"], state["seconds"]
         print(f"resuming at {seen:,} images")
 
@@ -142,7 +175,7 @@ def train(model: Model, loss: Loss[Model], images: Tensor, config: TrainConfig, 
                             "seconds": round(seconds, 3)}
                     file.write(json.dumps(line) + "\n")
                 if not mean < 1e4:
-                    raise RuntimeError(f"the loss is {mean} at {seen:,} images: lower the learning rate")
+                    raise UserError(f"the loss is {mean} at {seen:,} images: lower the learning rate")
             if grid and seen // config.grid_every > before // config.grid_every:
                 save_grid(grid(ema), out / f"grid-{seen:08d}.png", columns=10)
             if time.monotonic() - saved > config.save_every:

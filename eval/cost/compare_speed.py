@@ -35,7 +35,7 @@ from caching.nested import Network
 from caching.schedules import uniform
 from eval.cost.macs import branch_macs
 from eval.cost.timing import PRODUCT, gflops, interleave, packed_product
-from runs import results
+from runs import arguments, results
 from runs.errors import UserError
 from runs.families import Config, at_resolution, build, example_inputs, family, load_config, rows_per_image
 from runs.files import ROOT, write_atomically
@@ -281,16 +281,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=list(BATCH_SIZES), metavar="NAME",
                         help=f"configs/NAME.yaml (default: {' '.join(BATCH_SIZES)})")
-    parser.add_argument("--batch-size", type=int, nargs="+", help="images at a time; with guidance each takes two rows "
-                                                                  "(default: those of the model)")
-    parser.add_argument("--resolution", type=int, metavar="PIXELS", help="of the images (default: the models' own)")
+    parser.add_argument("--batch-size", type=arguments.whole, nargs="+",
+                        help="images at a time; with guidance each takes two rows (default: those of the model)")
+    parser.add_argument("--resolution", type=arguments.whole, metavar="PIXELS",
+                        help="of the images (default: the models' own)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="(default: fp32 bf16)")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"], help="(default: eager)")
-    parser.add_argument("--repeats", type=int, default=10, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=1, help="untimed rounds before them (default: %(default)s)")
+    parser.add_argument("--repeats", type=arguments.whole, default=10, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--warmup", type=arguments.whole, default=1,
+                        help="untimed rounds before them (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, cuda:1 (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "throughput" / "compare",
                         help="folder (default: results/throughput/compare)")
     return parser

@@ -88,15 +88,18 @@ class Costs(NamedTuple):
         """
         if policy is None:
             return [self.full] * num_calls
-        found = []
+        found: list[Macs] = []
+        known: dict[Hashable, Macs] = {}        # by what the policy does, which the kinds of calls of a run share
         with counting() as so_far:
             before = so_far()
             for keys in reused(self.asked, policy, num_calls):
-                now = so_far()
-                saved = [self.values[key] for key in keys]
-                found.append(Macs(*(full - sum(parts) + n - b for full, *parts, n, b in
-                                    zip(self.full, *saved, now, before, strict=True))))
-                before = now
+                pattern = policy.pattern
+                if pattern is None or pattern not in known:
+                    now, saved = so_far(), [self.values[key] for key in keys]
+                    known[pattern] = Macs(*(full - sum(parts) + n - b for full, *parts, n, b in
+                                            zip(self.full, *saved, now, before, strict=True)))
+                    before = now
+                found.append(known[pattern])
         return found
 
 

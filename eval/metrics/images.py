@@ -16,6 +16,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from runs.errors import UserError, one_line
+from runs.files import stamp
 from runs.folder import read_run
 from runs.images import read_png
 from runs.seeds import format_seeds, format_some, parse_seeds
@@ -325,15 +326,10 @@ class _open_array:
 
 
 def stamp_of(files: Iterable[Path], names: Iterable[str]) -> Stamp:
-    """Of files under these names: reading 50,000 images to learn that they are the same takes too long.
-
-    Size and time of modification are kept by copying, and equal for arrays of one shape; but no program sets a file's
-    time of change (ctime), which the system moves with every write.
-    """
+    """Of files under these names: reading 50,000 images to learn that they are the same takes too long."""
     digest, last = hashlib.sha256(), 0
     for file, name in zip(files, names, strict=True):
-        status = file.stat()
-        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}\n"
-                      .encode())
-        last = max(last, status.st_ctime_ns)
+        seen = stamp(file)
+        digest.update("\0".join([name, *map(str, seen)]).encode() + b"\n")
+        last = max(last, seen[2])
     return Stamp(digest.hexdigest(), last / 1e9)

@@ -4,8 +4,14 @@ The first 50 convolutions of the package's image classifier were frozen at Image
 follows mixed5 was tuned to its own task, and is not used. Weights are stored in 8 bits: w = minimum + scale * byte. The
 archive is read as it is published; the layers and their order come from the model description in it (Keras').
 
-Images are scaled to [0, 1], as nsfwjs does: the running means of the first normalisation are about the sums of its
-kernels times 0.47, which is the brightness of photographs on that scale.
+Images are RGB in [0, 1]. nsfwjs divides by 255 and does no more (src/core.ts; the graph itself has no scaling), and the
+weights say the same: the running means of the first normalisation are its kernels' sums times one colour, (0.591,
+0.521, 0.487), all 32 of them but for 0.01 % of their squares. On this scale that is what photographs average, red
+before green before blue; in [-1, 1], which Keras' own InceptionV3 takes, it would be nearly white, and BGR would be
+bluish. A linear probe of the nine groups of emoji (logistic regression on 2,000 images, the best of four penalties,
+1,353 held-out images, 45 % of the largest group) is right for 74.5 % with [0, 1], 73.8 % with [-1, 1] and 69.5 % with
+ImageNet's mean and deviation; the penalty alone moves it from 60 to 75 %, so it tells less than the weights do.
+nsfwjs enlarges to 299 pixels; here it is 128, since emoji have 32.
 """
 
 import base64

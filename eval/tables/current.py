@@ -5,7 +5,6 @@ table says why it has no number.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,7 +22,7 @@ from eval.metrics.registry import FID
 from eval.metrics.sources import open_reference
 from runs.errors import UserError
 from runs.families import Config, families
-from runs.files import ROOT
+from runs.files import ROOT, stamp
 from runs.folder import differences, read_run, seeds_there
 from runs.labels import RULES
 from runs.prompts import prompts_sha256, read_prompts
@@ -99,10 +98,7 @@ class Wanted:
         unlike = differences(theirs, ours)
         if unlike:
             return f"sampled with other settings ({'; '.join(unlike[:3])})"
-        digest, path = result.settings.get("checkpoint_sha256"), self.run.checkpoint
-        if digest is not None and (ROOT / path).exists() and weights_sha256(self.run) != digest:
-            return f"sampled with other weights than {path}"
-        return None
+        return other_weights(self.run, result.settings.get("checkpoint_sha256"))
 
     def of_other_inputs(self, result: Result) -> str | None:
         """What of the evaluator and its files is not as asked for."""
@@ -138,9 +134,10 @@ class Wanted:
             return "the images were made anew with other settings"
         if _changed(folder, result, "images"):
             return "the images are not those that were judged"
-        against = Path(result.inputs.get("against", "nowhere"))
-        if "against" in result.hashes and against.is_dir() and _changed(against, result, "against"):
-            return "the images that it is compared with are not those that were judged"
+        for name in ("against", "converged", "twice"):
+            other = Path(result.inputs.get(name, "nowhere"))
+            if name in result.hashes and other.is_dir() and _changed(other, result, name):
+                return "the images that it is compared with are not those that were judged"
         return None
 
 
@@ -168,19 +165,26 @@ def _digest(kind: str, option: str, path: Path, run: Run) -> str | None:
     if option == "--prompts":
         return prompts_sha256(read_prompts(ROOT / path)) if (ROOT / path).is_file() else None
     if kind in ("adm", "fid", "clip_score"):
-        return _file_sha256(ROOT / path, *_stamp(ROOT / path)) if (ROOT / path).is_file() else None
+        return _file_sha256(ROOT / path, *stamp(ROOT / path)) if (ROOT / path).is_file() else None
     emoji = str(path).startswith("emoji:")
     if not emoji and not (ROOT / path).exists():
         return None
     return _reference_sha256(str(path) if emoji else str(ROOT / path), run.family.resolution(run.config),
-                             *(() if emoji else _stamp(ROOT / path)))
+                             *(() if emoji else stamp(ROOT / path)))
+
+
+def other_weights(run: Run, digest: str | None) -> str | None:
+    """Whether what has a digest of its weights was sampled with others than a run has, in words. What is not on this
+    machine, and a digest that is not known, are not compared."""
+    other = digest is not None and (ROOT / run.checkpoint).exists() and weights_sha256(run) != digest
+    return f"sampled with other weights than {run.checkpoint}" if other else None
 
 
 def weights_sha256(run: Run) -> str:
     """Of the weights of a run, as run.json says it."""
     path = ROOT / run.checkpoint
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return _weights_sha256(run.family.name, path, *(_stamp(file) for file in files if file.is_file()))
+    return _weights_sha256(run.family.name, path, *(stamp(file) for file in files if file.is_file()))
 
 
 @cache
@@ -190,23 +194,18 @@ def extractor_id() -> str:
 
 
 @cache
-def _weights_sha256(family: str, path: Path, *stamps: object) -> str:
+def _weights_sha256(family: str, path: Path, *seen: object) -> str:
     return families()[family].checkpoint_sha256(path)
 
 
 @cache
-def _file_sha256(path: Path, *stamp: object) -> str:
+def _file_sha256(path: Path, *seen: object) -> str:
     return sha256(path)
 
 
 @cache
-def _reference_sha256(text: str, size: int, *stamp: object) -> str:
+def _reference_sha256(text: str, size: int, *seen: object) -> str:
     return pixels_sha256(open_reference(text, (size, size))[0])
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def trained_on(config: Config) -> str | None:

@@ -4,15 +4,18 @@ Tables of no paper, in the same form, are in results/own/*.yaml.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from caching.schema import AtLeast, check, fault
 from eval.metrics.registry import MEASURES
-from runs.errors import UserError
+from runs.errors import UserError, as_user_error
 from runs.files import ROOT
+from runs.settings import load_yaml
 
 FOLDER, OWN = ROOT / "results" / "paper", ROOT / "results" / "own"
 
@@ -91,12 +94,63 @@ class Table(NamedTuple):
         return f"{self.paper}, Table {self.name.rsplit('table', 1)[1]}: {self.title}" if self.paper else self.title
 
 
-_TABLE_KEYS = {"title", "script", "images", "decimals", "macs_steps", "schedules", "rows", "sections", "notes", "run",
-               "waiting", "columns"}
+# What a file may say, checked as it is read.
+
+@dataclass
+class _Note:
+    text: str
+    section: str | None = None
+    rows: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Section:
+    rows: list[dict[str, Any]]
+    title: str | None = None
+    images: Annotated[int, AtLeast(1)] | None = None
+    decimals: dict[str, int] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Table:
+    title: str
+    script: str | None = None
+    images: Annotated[int, AtLeast(1)] | None = None
+    decimals: dict[str, int] = field(default_factory=dict)
+    macs_steps: Annotated[int, AtLeast(1)] | None = None
+    schedules: bool = False
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    sections: dict[str, _Section] = field(default_factory=dict)
+    notes: list[_Note] = field(default_factory=list)
+    run: dict[str, Any] = field(default_factory=dict)
+    waiting: str | None = None
+    columns: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _File:
+    name: str
+    source: str
+    tables: dict[str, _Table]
+    settings: dict[str, Any] = field(default_factory=dict)          # what the paper says beside its tables
+    contradictions: list[Any] = field(default_factory=list)
+
+
 _RUN_KEYS = ("row", "run", "beside")
 
 
 def _section(name: str, content: dict[str, Any], table: dict[str, Any]) -> Section:
+    for place, row in enumerate(content["rows"], 1):
+        if "row" not in row:
+            raise ValueError(f"row {place} has no row, its name")
+        for key, wanted in {"run": dict[str, Any], "beside": dict[str, dict]}.items():
+            if key in row and (wrong := fault(row[key], wanted, f"{row['row']}.{key}")):
+                raise ValueError(wrong)
+        for key in row.keys() - {*_RUN_KEYS}:
+            if wrong := fault(row[key], float | str | None, f"{row['row']}.{key}"):
+                raise ValueError(wrong)
     blank = dict.fromkeys(table.get("columns", ()))
     rows = {str(row["row"]): blank | {key: value for key, value in row.items() if key not in _RUN_KEYS}
             for row in content["rows"]}
@@ -116,8 +170,6 @@ def _runs(row: dict[str, Any], common: dict[str, Any]) -> dict[str, dict[str, An
 
 
 def _table(name: str, paper: str, content: dict[str, Any]) -> Table:
-    if content.keys() - _TABLE_KEYS:
-        raise ValueError(f"unknown key {', '.join(content.keys() - _TABLE_KEYS)}")
     parts = content.get("sections") or {"": content}
     sections = {key: _section(key, part, content) for key, part in parts.items()}
     notes = [Note(note["text"].strip(), note.get("section"), tuple(note.get("rows", ())),
@@ -143,9 +195,17 @@ def own_tables() -> dict[str, Table]:
 
 
 def _read_all(folder: Path) -> dict[str, Table]:
-    files: dict[Path, Any] = {path: OmegaConf.to_container(OmegaConf.load(path)) for path in folder.glob("*.yaml")}
+    files: dict[Path, Any] = {path: _content(path) for path in folder.glob("*.yaml")}
     return {table.name: table for path, content in sorted(files.items(), key=lambda file: file[1]["source"])
             for table in _read(path, content)}
+
+
+def _content(path: Path) -> Any:
+    """What a file says. Raises UserError that names the file, the key, and what would be right."""
+    content = OmegaConf.to_container(load_yaml(path))
+    with as_user_error():
+        check(content, _File, path)
+    return content
 
 
 def _read(path: Path, content: dict[str, Any]) -> Iterator[Table]:

@@ -63,7 +63,7 @@ def seconds(text: str) -> float:
     """
     if text.lower() in ("infinite", "unlimited"):
         return float("inf")
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    match = re.fullmatch(r"(?:(\d{1,5})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", text, re.ASCII)
     if not match:
         raise UserError(f"time limit {text!r} does not parse: write minutes, hours:minutes:seconds or "
                         'days-hours:minutes:seconds, in quotes, like "04:00:00"')

@@ -18,6 +18,7 @@ from eval.cost.runs import macs_per_image
 from eval.tables.paper import Table, own_tables, tables
 from experiments.arms import Arm
 from experiments.plan import Plan, make_plan, user_parser
+from runs import arguments
 from runs.cli import command
 from runs.errors import UserError
 from runs.folder import missing_seeds, seeds_there
@@ -177,8 +178,8 @@ def images_per_task(arms: Sequence[Arm], settings: Settings, per_hour: float | N
         return
     macs = [macs_per_image(arm.run).hook for arm in arms]
     hours = cluster.seconds(settings.time.sample) / 3600
-    for own in macs:
-        yield max(1, int(_SHARE * hours * per_hour * max(macs) / own))
+    for arm, own in zip(arms, macs, strict=True):
+        yield max(1, int(min(arm.images, _SHARE * hours * per_hour * max(macs) / own)))
 
 
 def find_table(name: str) -> Table:
@@ -202,9 +203,10 @@ def build_parser() -> argparse.ArgumentParser:
     slurm.add_argument("--partition", help="of sampling and evaluation")
     slurm.add_argument("--cpu-partition", help="of the table; with --device cpu of everything")
     slurm.add_argument("--time", help="limit of a task that samples, like 04:00:00")
-    slurm.add_argument("--images-per-task", type=int)
-    slurm.add_argument("--images-per-hour", type=float, help="that a task makes of the most expensive row; tasks then "
-                       "get as many as they make in four fifths of --time, in cheaper rows more by their MACs")
+    slurm.add_argument("--images-per-task", type=arguments.whole)
+    slurm.add_argument("--images-per-hour", type=arguments.finite,
+                       help="that a task makes of the most expensive row; tasks then get as many as they make in four "
+                            "fifths of --time, in cheaper rows more by their MACs")
     slurm.add_argument("--logs", type=Path, default=Path("logs/slurm"), help="folder (default: %(default)s)")
     return parser
 
@@ -216,14 +218,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise UserError("give --images-per-task or --images-per-hour, not both")
     for option in ("images_per_task", "images_per_hour"):
         value = getattr(args, option)
-        if value is not None and not 0 < value < float("inf"):
+        if value is not None and value <= 0:
             raise UserError(f"--{option.replace('_', '-')} must be more than 0, got {value}")
-    if cluster.seconds(args.time or settings.time.sample) < _SHORTEST:
+    settings.time.sample = settings.time.sample if args.time is None else args.time
+    if cluster.seconds(settings.time.sample) < _SHORTEST:
         raise UserError(f"a task that samples stops five minutes before its time limit, so that must be "
                         f"{_SHORTEST // 60} minutes or more (the --signal line of scripts/slurm/sample.sbatch)")
     settings.account = args.account or settings.account
     settings.images_per_task = args.images_per_task or settings.images_per_task
-    settings.time.sample = args.time or settings.time.sample
     for options, partition in ((settings.gpu, args.partition), (settings.cpu, args.cpu_partition)):
         if partition:
             options["partition"] = partition
