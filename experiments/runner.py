@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,7 +54,7 @@ def sample(arm: Arm) -> None:
     print(summary(arm.run, arm.folder, arm.images, made), flush=True)
 
 
-def sampled(arms: Sequence[Arm]) -> Iterator[Arm]:
+def sampled(arms: Sequence[Arm]) -> Generator[Arm, None, None]:
     """Fill the sample folders by the sample commands, and yield each arm once its images are there.
 
     One process with one thread per core goes through all arms: for a small network that is quicker than one process

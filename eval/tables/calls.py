@@ -43,8 +43,9 @@ def calls_of(run: Run, plan: Sequence[Call] | None = None) -> Calls:
     around = dict(_around(asked))
     ahead = list(_forecasts(met, around, policy))
     levels = run.unet.num_branches
-    parts: dict[str, frozenset[Hashable]] = {f"blocks of skip {level}": frozenset(range(level))
-                                             for level in range(levels)} | {"middle": frozenset(range(levels))}
+    parts: dict[str, frozenset[Hashable]] = {
+        **{f"blocks of skip {level}": frozenset(range(level)) for level in range(levels)},
+        "middle": frozenset(range(levels))}
     if any(isinstance(key, str) for keys in met for key in keys):
         parts = {key: inside | {key} for key, inside in around.items() if isinstance(key, str)}
     states = [[COMPUTED if not (known := inside & keys) else FORECAST if known & forecast else REUSED
