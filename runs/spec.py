@@ -44,7 +44,7 @@ from sampling.samplers import (
     timesteps_for,
 )
 
-MOST_STEPS = 10_000
+MOST_STEPS, MOST_GUIDANCE = 10_000, 1000
 _TRACED: WeakKeyDictionary[NestedUNet, list[Asked]] = WeakKeyDictionary()      # what a call asks its cache for
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -138,8 +138,8 @@ class Run:
             self.timesteps: str = chosen.get("timesteps") or timesteps_for(self.sampler_name, defaults.timesteps)
         given = getattr(spec.condition, "guidance", None)
         self.guidance: float = getattr(defaults, "guidance", 1.0) if given is None else given
-        if not 0 <= self.guidance < float("inf"):
-            raise UserError(f"--guidance must be 0 or more, got {self.guidance}")
+        if not 0 <= self.guidance <= MOST_GUIDANCE:         # beyond, numbers overflow and images are noise
+            raise UserError(f"--guidance must be from 0 to {MOST_GUIDANCE}, got {self.guidance:g}")
         if spec.network.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {spec.network.dtype!r}")
         if not 1 <= self.steps <= MOST_STEPS:
