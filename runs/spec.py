@@ -46,7 +46,7 @@ from sampling.samplers import (
     timesteps_for,
 )
 
-MOST_STEPS = 10_000
+MOST_STEPS, MOST_GUIDANCE = 10_000, 1000
 _TRACED: WeakKeyDictionary[NestedUNet, list[Asked]] = WeakKeyDictionary()      # what a call asks its cache for
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -144,8 +144,8 @@ class Run:
         self.steps: int = chosen.get("steps", self.timesteps.count(",") + 1 if own else defaults.steps)
         given = getattr(spec.condition, "guidance", None)
         self.guidance: float = getattr(defaults, "guidance", 1.0) if given is None else given
-        if not 0 <= self.guidance < float("inf"):
-            raise UserError(f"--guidance must be 0 or more, got {self.guidance}")
+        if not 0 <= self.guidance <= MOST_GUIDANCE:         # beyond, numbers overflow and images are noise
+            raise UserError(f"--guidance must be from 0 to {MOST_GUIDANCE}, got {self.guidance:g}")
         if spec.network.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {spec.network.dtype!r}")
         if not 1 <= self.steps <= MOST_STEPS:
