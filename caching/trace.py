@@ -4,7 +4,7 @@ One call is traced, on the meta device where that is cheapest; any policy can th
 All that follows from a policy's choices (multiply-accumulates, kinds of calls, pictures) needs nothing else of it.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import cache
 from typing import NamedTuple, TypeVar
 
@@ -95,3 +95,12 @@ def reused(asked: list[Asked], policy: Policy, calls: int) -> Iterator[frozenset
 @cache
 def _stand_in(shape: torch.Size) -> Tensor:
     return torch.empty(shape, device="meta")
+
+
+def positions(asked: list[Asked]) -> Mapping[Hashable, Asked]:
+    """Every value that is asked for, by its key."""
+    found: dict[Hashable, Asked] = {}
+    for one in asked:
+        found[one.key] = one
+        found |= positions(one.inner)
+    return found

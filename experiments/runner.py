@@ -209,7 +209,7 @@ def judge(arm: Arm, uncached: Arm, report: Mapping[str, Any] | None = None, floo
     inputs, of_converged = {"reference": named, "against": str(uncached.folder)}, dict[str, str]()
     if arm.converged:
         others_of = [open_images(one.folder, range(arm.images)) for one in arm.converged]
-        by = fidelity.to_converged(samples, *others_of)
+        by = fidelity.to_converged(samples, others_of[0], others_of[1])
         metrics |= fidelity.converged_metrics(by)
         details["convergence"] = {key: value for key, value in by.items() if key != "per_image"}
         for name, one, images in zip(("converged", "twice"), arm.converged, others_of, strict=True):

@@ -243,7 +243,7 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
         arm = place.arm(run, len(seeds), machine)
         if not quick:
             sample(arm, distances, seeds)
-        if convergence.there(run, place.result(run), distances.run.told, seeds) is None:
+        if convergence.there(run, place.result(run), distances.run, seeds) is None:
             results.write(place.result(run), replace(convergence.measured(run, distances, seeds), kind=KIND))
         if not quick and arm.measured() is None:
             judge(arm, whole)
@@ -257,13 +257,13 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
 
 def rows(study: Study, place: Place, found: Sequence[Entry], machine: Machine) -> list[Row]:
     """What is measured of the study."""
-    told = RunSpec.of(config_of(study.model), **study.common | study.converged).open().told
+    converged = RunSpec.of(config_of(study.model), **study.common | study.converged).open()
     seeds, made = parse_seeds(study.seeds), []
     for entry in found:
         if entry.missing:
             continue
         run = entry.open(study)
-        result = convergence.there(run, place.result(run), told, seeds)
+        result = convergence.there(run, place.result(run), converged, seeds)
         if result is None:
             continue
         times, judged = place.times(run), place.arm(run, len(seeds), machine).result
