@@ -14,7 +14,7 @@ from conftest import HERE, run_command
 from eval import throughput
 from eval.metrics.intervals import mean_estimate
 from experiments import convergence
-from experiments.convergence_report import Point, rival
+from experiments.convergence_report import LESS, Point, rival
 from runs import results
 
 ROOT = HERE.parent
@@ -202,17 +202,58 @@ def test_what_readme_says_of_forecasts_is_measured(studied):
         assert told == pytest.approx(measured, abs=0.051), (model, steps, interval)
 
 
-def test_what_is_said_of_the_plan_is_measured():
-    folder = ROOT / "results" / "convergence" / "plans_ldm"
-    plan, fewer = (np.array(results.read(folder / f"{name}.json").details["psnr"][64:])
-                   for name in ("plan_ldm_emoji_12_unipc_steps44", "unipc_steps12"))
-    by = mean_estimate(plan - fewer)
-    gain = "{:.1f} [{:.1f}, {:.1f}]".format(by["mean"], *by["interval"])
-    planning, readme = (" ".join((ROOT / name).read_text().split()) for name in ("docs/planning.md", "README.md"))
-    assert f"came to {plan.mean():.1f} dB and 12 UniPC steps to {fewer.mean():.1f}: a gain of {gain}" in planning
-    assert f"is {by['mean']:.1f} dB nearer" in readme and f"{plan.mean():.1f} beside {fewer.mean():.1f}" in readme
+MODELS = {"latent": "ldm", "pixel": "ddpm", "text": "sd"}
 
 
+def of_plans(model: str, calls: int) -> dict[str, results.Result]:
+    """The plan of a budget, UniPC with so many evenly spread steps, and with so many fitted ones where the plan is not
+    that."""
+    found = {}
+    for path in (ROOT / "results" / "convergence" / f"plans_{model}").glob("*.json"):
+        name = path.stem.removeprefix("prompts_x2_")
+        for kind, pattern in (("plan", rf"plan_{model}_emoji_{calls}_unipc.*"),
+                              ("even", rf"unipc_steps{calls}(_trailing)?"),
+                              ("fitted", rf"unipc_steps{calls}_times\w+")):
+            if re.fullmatch(pattern, name):
+                found[kind] = results.read(path)
+    return found
+
+
+def less(one: results.Result, other: results.Result) -> str:
+    by = mean_estimate(np.array(one.details["psnr"]) - np.array(other.details["psnr"]))
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(by["mean"], *by["interval"])
+
+
+def row_of_plans(label: str, calls: int) -> str:
+    """What docs/planning.md says of a plan."""
+    runs = of_plans(MODELS[label], calls)
+    plan, even, fitted = runs["plan"], runs["even"], runs.get("fitted", runs["plan"])
+    near = [f"{np.mean(run.details['psnr']):.1f}" for run in (plan, even, fitted)]
+    far = ["{:+.0f}".format(1000 * run.metrics[f"KID-EffLite0{LESS}"].value) for run in (plan, even, fitted)]
+    cells = [f"{label}, {calls} calls", *near, less(plan, even), less(plan, fitted) if "fitted" in runs else "is that",
+             " / ".join(far)]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_table_of_plans_is_that_of_the_studies():
+    text = (ROOT / "docs" / "planning.md").read_text()
+    told = re.findall(r"^\| (\w+), (\d+) calls \|", text, re.M)
+    assert len(told) >= 6 and {label for label, _ in told} >= {"latent", "pixel"}
+    for label, calls in told:
+        assert row_of_plans(label, int(calls)) in text
+
+
+def test_what_readme_says_of_plans_is_measured():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    calls, plan, of_even, even, of_fitted, fitted = re.search(
+        r"at the cost of (\d+) full calls \(latent model\): ([\d.]+) dB, ([\d.]+) nearer than evenly spread UniPC "
+        r"steps \(([\d.]+)\) and ([\d.]+) nearer than steps at fitted timesteps \(([\d.]+)\)", text).groups()
+    runs = of_plans("ldm", int(calls))
+    mean = {kind: np.mean(run.details["psnr"]) for kind, run in runs.items()}
+    assert [float(one) for one in (plan, even, fitted)] == pytest.approx(
+        [mean[kind] for kind in ("plan", "even", "fitted")], abs=0.051)
+    assert less(runs["plan"], runs["even"]).startswith(f"+{of_even} ")
+    assert less(runs["plan"], runs["fitted"]).startswith(f"+{of_fitted} ")
 def test_the_table_of_sdxl_is_what_its_command_prints(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs" / "speed.md").read_text()
