@@ -173,6 +173,7 @@ class AdaptiveCache(Policy):
 
 class PlannedAdaptive(Planned):
     """An adaptive rule in a run."""
+    fitted = True
     system = "adaptive"
     online = True
 

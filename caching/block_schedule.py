@@ -135,6 +135,7 @@ def load_scale_shift(path: Path, schedule: BlockSchedule) -> Sequence[Adjustment
 
 class PlannedBlocks(Planned):
     """A block schedule in a run, or that part of it which DeepCache leaves to it."""
+    fitted = True
 
     def __init__(self, options: "BlockCachingOptions", schedule: BlockSchedule, blocks: dict[str, list[int]],
                  table: Sequence[Adjustment] | None, calls: int):

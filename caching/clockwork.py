@@ -98,7 +98,7 @@ class PlannedClockwork(Planned):
                      *([f"branch{branch}"] if branch != BRANCH else []), *([file.stem] if file is not None else [])]
         self.summary = f"clock {clock} at branch {branch}, {'a learned' if adaptor else 'the identity as'} adaptor"
         if adaptor is not None:
-            self.system = "Clockwork, learned"
+            self.system, self.fitted = "Clockwork, learned", True
         self._made: dict[tuple[str, torch.dtype], tuple[Adaptor, Tensor]] = {}
 
     @classmethod

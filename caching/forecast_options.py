@@ -18,7 +18,7 @@ class PlannedForecast(Planned):
     """A forecast in a run. It has no policy of its own: those of the methods before it forecast."""
 
     def __init__(self, options: "ForecastOptions", weights: ForecastWeights | None):
-        self.weights = weights
+        self.weights, self.fitted = weights, weights is not None
         order, damping, file = options.forecast, options.forecast_damping, options.forecast_weights
         self.settings = {"forecast": {"order": order, "damping": damping if weights is None else None,
                                       "weights_sha256": None if file is None else file_sha256(file)}}

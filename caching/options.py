@@ -35,13 +35,14 @@ class Planned:
     settings: for run.json, under `cache`; those of the first method stand there bare, others under their name.
     name: what it adds to the name of a sample folder, in parts. summary: the same for the last line of a command.
     system: what tables and legends call it, where its settings do not say. online: whether what a call computes is
-    only known when it runs.
+    only known when it runs. fitted: whether it is of a file that belongs to one model.
     """
     settings: Mapping[str, Any]
     name: Sequence[str] = ()
     summary: str = ""
     system: str = ""
     online: bool = False
+    fitted: bool = False
 
     def policy(self, device: torch.device | str, dtype: torch.dtype) -> Policy | None:
         """A fresh policy for one batch of a network on a device and in a dtype; None where the method has none."""

@@ -148,6 +148,7 @@ def _call_fault(call: object) -> str | None:
 
 class PlannedPlan(Planned):
     """A plan in a run."""
+    fitted = True
 
     def __init__(self, plan: Plan, file: Path):
         self.plan = plan

@@ -193,7 +193,8 @@ class ProgressBar:
         usual = min(2 if isinstance(unet, UNet2DModel) else 1, branches - 1)
         with as_user_error(f"this run has {steps} steps: "):
             found = plan(fitting, RunShape(steps, calls, branches, usual))
-            found.check({"steps": steps, **({"fingerprint": _fingerprint(unet)} if found else {})})
+            fitted = any(method.fitted for method in found.methods)
+            found.check({"steps": steps, **({"fingerprint": _fingerprint(unet)} if fitted else {})})
         blocks = found.of(PlannedBlocks)
         unknown = sorted(blocks.blocks.keys() - set(residual_names(unet))) if blocks else []
         if unknown:

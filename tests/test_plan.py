@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from caching.deepcache import DeepCache
-from caching.fitted import BOUND, file_sha256, fingerprint
+from caching.fitted import BOUND, fingerprint
 from caching.methods import options_by_name, plan
 from caching.nested import no_cache
 from caching.options import RunShape
@@ -413,7 +413,7 @@ def test_plans_that_are_shipped(file):
     """They belong to the weights beside them, cost what they say, and are within their budget."""
     found = Plan.load(file)
     run = RunSpec.of(found.run["model"], plan=file).open()
-    assert found.run["checkpoint_sha256"] == file_sha256(run.checkpoint)
+    assert found.run["checkpoint_sha256"] == run.family.checkpoint_sha256(run.checkpoint)
     run.refuse_foreign(run.told)
     assert macs_per_image(run).hook == pytest.approx(found.macs["hook"] * run.rows_per_image)
     assert found.cost <= found.notes["budget"] + 1e-9 and found.distance["interval"]

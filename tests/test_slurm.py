@@ -98,9 +98,10 @@ def test_cheap_rows_get_more_images_per_task_by_their_macs(tmp_path, monkeypatch
     settings = cluster.read_settings(tmp_path / "settings.yaml")
     settings.time.sample = "10:00:00"
     monkeypatch.setattr(submit, "macs_per_image", lambda run: Macs(run, run))
-    arms = [SimpleNamespace(run=macs) for macs in (6, 3, 1)]
+    arms = [SimpleNamespace(run=macs, images=5000) for macs in (6, 3, 1)]
     assert list(submit.images_per_task(arms, settings, None)) == [4, 4, 4]
     assert list(submit.images_per_task(arms, settings, 100)) == [800, 1600, 4800]
+    assert list(submit.images_per_task(arms, settings, 200)) == [1600, 3200, 5000]      # no more than there are
 
 
 @pytest.fixture
