@@ -226,7 +226,10 @@ def lines_of_kinds(panels: Sequence[tuple[str, dict[str, list[tuple[float, float
         axis.xaxis.set_minor_formatter("{x:g}")
         axis.tick_params(axis="x", which="minor", labelsize=7)
         axis.grid(alpha=0.3, which="both")
-    grid.flat[0].legend(fontsize=8)
+    if len(kinds) > 8:                  # more would cover what they name
+        figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    else:
+        grid.flat[0].legend(fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     plt.close(figure)
 
