@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import sampling  # noqa: F401  before diffusers, see sampling/libraries.py
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
+from eval.tables import paper
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)       # the networks here are tiny: a second thread costs more than it brings
@@ -51,6 +52,36 @@ def tiny_ddpm(folder: Path, unet: dict, steps: int) -> Path:
         "name": "ddpm_tiny", "unet": unet, "diffusion": {"beta_schedule": "linear"},
         "checkpoint": str(folder / "tiny.safetensors"), "sampler": {"steps": steps, "branch": 1, "images": 4}}))
     return folder / "ddpm.yaml"
+
+
+# Of a U-Net in two resolutions with attention in the lower one, for tests of caching on a random network.
+TINY_UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
+             "attn_resolutions": [4]}
+
+
+@pytest.fixture
+def unet() -> UNet:
+    """A random network that does not learn."""
+    torch.manual_seed(0)
+    return UNet(**TINY_UNET).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def run(config) -> Callable[..., int]:
+    """run(main, *words): a command of the model of the module's own fixture `config`, on the CPU; its exit code."""
+    return lambda main, *words: run_command(main, "--config", config, "--device", "cpu", *words)
+
+
+@pytest.fixture
+def table_file(monkeypatch, tmp_path) -> Iterator[Callable[[str], None]]:
+    """table_file(text): from now on the only tables are those of a file that has the text under `tables:`."""
+    def write(text: str) -> None:
+        (tmp_path / "x.yaml").write_text(f"name: X\nsource: y\ntables:\n{text}")
+        monkeypatch.setattr(paper, "FOLDER", tmp_path)
+        paper.tables.cache_clear()
+
+    yield write
+    paper.tables.cache_clear()
 
 
 def pytest_addoption(parser):

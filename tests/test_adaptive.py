@@ -5,13 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import run_command, tiny_ddpm
+from conftest import TINY_UNET, run_command, tiny_ddpm
 
 from caching.adaptive import AdaptiveCache, AdaptiveRule
 from caching.deepcache import DeepCache
 from caching.nested import no_cache
 from ddpm import sample
-from ddpm.unet import UNet
 from eval.cost.runs import call_macs, costs_of
 from planning import calibrate_adaptive
 from planning.calibrate_adaptive import decided, threshold_for
@@ -19,15 +18,13 @@ from runs import results
 from runs.folder import read_run
 from runs.spec import RunSpec
 
-NET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
-       "attn_resolutions": [4]}
 SEEDS = ("--seeds", "10-15", "--held-out-seeds", "20-23")
 WATCHED = "input_blocks.1.0"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), NET, steps=9)
+    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), TINY_UNET, steps=9)
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +34,6 @@ def rule(config, tmp_path_factory):
     assert run_command(calibrate_adaptive.main, "--config", config, "--device", "cpu", *SEEDS, "--calls", 5,
                        "--out", out) == 0
     return out
-
-
-@pytest.fixture
-def run(config):
-    return lambda main, *words: run_command(main, "--config", config, "--device", "cpu", *words)
-
-
-@pytest.fixture
-def unet() -> UNet:
-    torch.manual_seed(0)
-    return UNet(**NET).eval().requires_grad_(False)
 
 
 def inputs(calls, rows):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_command, tiny_ddpm
+from conftest import TINY_UNET, run_command, tiny_ddpm
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
@@ -12,7 +12,6 @@ from caching.adaptor import Adaptor, AdaptorFile, TimeConditioning
 from caching.clockwork import Clockwork, clocked
 from caching.deepcache import DeepCache
 from ddpm import sample
-from ddpm.unet import UNet
 from eval.cost.runs import call_macs
 from eval.tables.results import cost
 from pipelines.enable import enable_deepcache
@@ -24,15 +23,13 @@ from runs.folder import read_run
 from runs.machine import Machine
 from runs.spec import RunSpec
 
-NET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
-       "attn_resolutions": [4]}
 RUN = ("--clock", 3, "--clock-branch", 1)
 SEEDS = ("--seeds", "10-17", "--held-out-seeds", "20-23")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), NET, steps=9)
+    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), TINY_UNET, steps=9)
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +39,6 @@ def trained(config, tmp_path_factory):
     words = ("--config", config, "--device", "cpu", *RUN, *SEEDS, "--batch-size", 2, "--passes", 4, "--width", 8)
     assert run_command(train_adaptor.main, *words, "--out", out) == 0
     return out
-
-
-@pytest.fixture
-def run(config):
-    return lambda main, *words: run_command(main, "--config", config, "--device", "cpu", *words)
-
-
-@pytest.fixture
-def unet() -> UNet:
-    torch.manual_seed(0)
-    return UNet(**NET).eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 
 import pytest
-from conftest import run_command, tiny_ddpm
+from conftest import tiny_ddpm
 
 from ddpm import sample
 from planning import fit_forecast
@@ -17,11 +17,6 @@ UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return tiny_ddpm(tmp_path_factory.mktemp("tiny"), UNET, steps=9)
-
-
-@pytest.fixture
-def run(config):
-    return lambda main, *words: run_command(main, "--config", config, "--device", "cpu", *words)
 
 
 RUN = ("--interval", 3, "--forecast", 1)

@@ -2,39 +2,25 @@
 
 import pytest
 import torch
-from conftest import run_command, tiny_ddpm
+from conftest import TINY_UNET, tiny_ddpm
 
 from caching.block_cache import BlockCache, residual_names
 from caching.block_schedule import BlockSchedule
 from caching.nested import no_cache
 from caching.router import Router, RouterTraining, rounded
 from ddpm import sample
-from ddpm.unet import UNet
 from eval.cost.runs import macs_per_image
 from planning import train_router
 from planning.fitting import weights_sha256
 from runs import results
 from runs.spec import RunSpec
 
-NET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
-       "attn_resolutions": [4]}
 SEEDS = ("--seeds", "10-25", "--held-out-seeds", "30-33")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), NET, steps=8)
-
-
-@pytest.fixture
-def run(config):
-    return lambda main, *words: run_command(main, "--config", config, "--device", "cpu", *words)
-
-
-@pytest.fixture
-def unet() -> UNet:
-    torch.manual_seed(0)
-    return UNet(**NET).eval().requires_grad_(False)
+    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), TINY_UNET, steps=8)
 
 
 def inputs(calls):

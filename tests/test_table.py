@@ -424,12 +424,7 @@ def test_columns_of_a_row_may_come_from_several_evaluators():
     ("{title: t, rows: [{row: a, run: 5}]}", "a.run is 5 and should be keys with values"),
     ("{title: t, sections: {a: {title: x}}}", "tables.t.sections.a has no rows"),
     ("{title: t, notes: [{rows: [a]}]}", r"tables.t.notes\[0\] has no text")])
-def test_a_file_of_tables_that_was_edited_wrongly(monkeypatch, tmp_path, table, message):
-    (tmp_path / "x.yaml").write_text(f"name: X\nsource: y\ntables:\n  t: {table}\n")
-    monkeypatch.setattr(paper_tables, "FOLDER", tmp_path)
-    paper_tables.tables.cache_clear()
-    try:
-        with pytest.raises(UserError, match=f"x.yaml.*{message}"):
-            paper_tables.tables()
-    finally:
-        paper_tables.tables.cache_clear()
+def test_a_file_of_tables_that_was_edited_wrongly(table_file, table, message):
+    table_file(f"  t: {table}\n")
+    with pytest.raises(UserError, match=f"x.yaml.*{message}"):
+        paper_tables.tables()

@@ -228,15 +228,10 @@ def test_bad_values_are_refused_before_any_work(dry_run, capsys, tmp_path, flags
     ("{row: a, run: {config: configs/ddpm_cifar10.yaml, intervall: 2}}", "no option intervall"),
     ("{row: a, run: {config: configs/ddpm_cifar10.yaml, interval: 0}}", "interval must be a whole number from 1"),
     ("{row: a, run: {config: configs/nowhere.yaml}}", "no config file")])
-def test_a_row_with_impossible_settings_is_refused(monkeypatch, tmp_path, row, why):
-    (tmp_path / "x.yaml").write_text(f"name: X\nsource: y\ntables:\n  table1:\n    title: t\n    rows:\n    - {row}\n")
-    monkeypatch.setattr(paper, "FOLDER", tmp_path)
-    paper.tables.cache_clear()
-    try:
-        with pytest.raises(UserError, match=f"table1, row 'a': .*{why}"):
-            rows.of_table(paper.tables()["table1"])
-    finally:
-        paper.tables.cache_clear()
+def test_a_row_with_impossible_settings_is_refused(table_file, row, why):
+    table_file(f"  table1:\n    title: t\n    rows:\n    - {row}\n")
+    with pytest.raises(UserError, match=f"table1, row 'a': .*{why}"):
+        rows.of_table(paper.tables()["table1"])
 
 
 def test_a_run_without_weights_says_which(monkeypatch, capsys, tmp_path):
