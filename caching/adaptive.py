@@ -17,7 +17,7 @@ A file (JSON) belongs to one model, sampler and number of steps, and is refused 
 import hashlib
 import json
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from caching.block_cache import outside
-from caching.fitted import BOUND, bound, refuse_other_run
+from caching.fitted import bound, read_signed, refuse_other_run
 from caching.meters import relative_change
 from caching.options import MethodOptions, Planned, RunShape, option
 from caching.policy import Policy
-from caching.schema import AtLeast, check, read_json
+from caching.schema import AtLeast
 
 KIND, FORMAT = "adaptive rule", 1
 
@@ -64,18 +64,7 @@ class AdaptiveRule:
     @classmethod
     def load(cls, path: Path) -> "AdaptiveRule":
         """Read a file. Raises ValueError where it is missing, damaged or changed by hand."""
-        if not Path(path).is_file():
-            raise ValueError(f"no adaptive rule {path}: python -m planning.calibrate_adaptive makes one")
-        content = read_json(path)
-        if not isinstance(content, dict) or (content.get("kind"), content.get("format")) != (KIND, FORMAT):
-            raise ValueError(f"{path} is no {KIND} of format {FORMAT}")
-        check({key: value for key, value in content.items() if key not in ("kind", "format", "sha256")}, cls, path)
-        rule = cls(**{field.name: content[field.name] for field in fields(cls)})
-        if content.get("sha256") != rule.sha256:
-            raise ValueError(f"{path} has been changed since it was made: its sha256 does not fit")
-        missing = [key for key in BOUND if key not in rule.run]
-        if missing:
-            raise ValueError(f"{path} does not say for which {', '.join(missing)} it was made")
+        rule = read_signed(cls, path, KIND, FORMAT, "planning.calibrate_adaptive")
         typical, calls = rule.typical, len(rule.factors)
         if typical != sorted(set(typical)) or typical[:1] != [0] or typical[-1] >= calls:
             raise ValueError(f"{path}: its typical full steps must ascend from 0 and stay below {calls}, got {typical}")

@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from caching.fitted import BOUND, bound, refuse_other_run
+from caching.fitted import bound, read_tensors, refuse_other_run
 
 KIND, FORMAT = "clockwork adaptor", "1"
 ROWS = 3                # scale, shift, gain
@@ -101,20 +100,8 @@ class AdaptorFile:
         """Read a file. Raises ValueError where it is missing, damaged or of another kind."""
         if not Path(path).is_file():
             raise ValueError(f"no adaptor {path}: python -m planning.train_adaptor makes one")
-        try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                if (about.get("kind"), about.get("format")) != (KIND, FORMAT):
-                    raise ValueError(f"{path} holds no {KIND} of format {FORMAT}")
-                weights = {name: file.get_tensor(name).float() for name in file.keys()}   # noqa: SIM118  it is no dict
-            made_for, notes = json.loads(about["made_for"]), json.loads(about["notes"])
-            found = cls(made_for["run"], made_for["branch"], made_for["full_steps"], weights, weights.pop("table"),
-                        notes)
-            missing = [key for key in BOUND if key not in found.run]
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
-        if missing:
-            raise ValueError(f"{path} does not say for which {', '.join(missing)} it was made")
+        found = read_tensors(path, KIND, FORMAT, lambda made_for, notes, tensors: cls(
+            made_for["run"], made_for["branch"], made_for["full_steps"], tensors, tensors.pop("table"), notes))
         fault = found._fault()
         if fault:
             raise ValueError(f"{path} is damaged: {fault}")

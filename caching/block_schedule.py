@@ -7,7 +7,7 @@ Errors are ValueErrors here, which say what was wrong with which file.
 import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from caching.block_cache import Adjustment, BlockCache, outside
 from caching.deepcache import PlannedDeepCache
-from caching.fitted import BOUND, file_sha256, refuse_other_run
+from caching.fitted import BOUND, file_sha256, read_signed, refuse_other_run
 from caching.forecast import Damping, check_order, usable
 from caching.options import MethodOptions, Planned, RunShape, option
-from caching.schema import AtLeast, check, read_json
+from caching.schema import AtLeast
 
-FORMAT = 1
+KIND, FORMAT = "block schedule", 1
 
 
 @dataclass
@@ -51,23 +51,12 @@ class BlockSchedule:
 
     def to_json(self) -> dict[str, Any]:
         """What `load` reads."""
-        return {"kind": "block schedule", "format": FORMAT, "sha256": self.sha256, **asdict(self)}
+        return {"kind": KIND, "format": FORMAT, "sha256": self.sha256, **asdict(self)}
 
     @classmethod
     def load(cls, path: Path) -> "BlockSchedule":
         """Read a file. Raises ValueError where it is missing, damaged or changed by hand."""
-        if not Path(path).is_file():
-            raise ValueError(f"no block schedule {path}: python -m scripts.block_caching makes one")
-        content = read_json(path)
-        if not isinstance(content, dict) or (content.get("kind"), content.get("format")) != ("block schedule", FORMAT):
-            raise ValueError(f"{path} is no block schedule of format {FORMAT}")
-        check({key: value for key, value in content.items() if key not in ("kind", "format", "sha256")}, cls, path)
-        schedule = cls(**{field.name: content[field.name] for field in fields(cls)})
-        if content.get("sha256") != schedule.sha256:
-            raise ValueError(f"{path} has been changed since it was made: its sha256 does not fit")
-        missing = [key for key in BOUND if key not in schedule.run]
-        if missing:
-            raise ValueError(f"{path} does not say for which {', '.join(missing)} it was made")
+        schedule = read_signed(cls, path, KIND, FORMAT, "scripts.block_caching")
         if not schedule.blocks:
             raise ValueError(f"{path} has no blocks")
         for name, steps in schedule.blocks.items():

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from caching.fitted import BOUND, refuse_other_run
+from caching.fitted import BOUND, read_tensors, refuse_other_run
 
 KIND, FORMAT = "forecast weights", "1"
 
@@ -48,22 +47,13 @@ class ForecastWeights:
         """Read a file. Raises ValueError where it is missing, damaged or of another kind."""
         if not Path(path).is_file():
             raise ValueError(f"no forecast weights {path}")
-        try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                if (about.get("kind"), about.get("format")) != (KIND, FORMAT):
-                    raise ValueError(f"{path} holds no forecast weights of format {FORMAT}")
-                damping = file.get_tensor("damping").float()
-            made_for, notes = json.loads(about["made_for"]), json.loads(about["notes"])
-            found = cls(made_for["run"], made_for["branch"], made_for["full_steps"], damping.tolist(), notes)
-            missing = [key for key in BOUND if key not in found.run]
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
-        if damping.ndim != 2 or not damping.numel() or not damping.isfinite().all():
-            raise ValueError(f"{path} does not hold finite weights for each network call and order")
-        if missing:
-            raise ValueError(f"{path} does not say for which {', '.join(missing)} it was made")
-        return found
+        def made(made_for: dict, notes: dict, tensors: dict[str, Tensor]) -> "ForecastWeights":
+            damping = tensors["damping"]
+            if damping.ndim != 2 or not damping.numel() or not damping.isfinite().all():
+                raise ValueError(f"{path} does not hold finite weights for each network call and order")
+            return cls(made_for["run"], made_for["branch"], made_for["full_steps"], damping.tolist(), notes)
+
+        return read_tensors(path, KIND, FORMAT, made)
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse a run of other settings than it was fitted to; those not known yet may be left out.

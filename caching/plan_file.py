@@ -57,6 +57,11 @@ class Plan:
         """Its MACs (hook) in those of full network calls."""
         return self.macs["hook"] / self.macs_full["hook"]
 
+    @property
+    def deepest(self) -> int:
+        """The deepest branch of its cached calls."""
+        return max((call.branch for call in self.calls if call.branch is not None), default=0)
+
     def to_json(self) -> dict[str, Any]:
         """What `load` reads."""
         return {"kind": KIND, "format": FORMAT, "sha256": self.sha256, "run": self.run, "guidance": self.guidance,
@@ -192,8 +197,7 @@ class PlanOptions(MethodOptions):
         plan.check({"steps": shape.steps})
         if len(plan.calls) != shape.calls:
             raise ValueError(f"the plan {self.plan} has {len(plan.calls)} network calls, this run makes {shape.calls}")
-        deepest = max((call.branch for call in plan.calls if call.branch is not None), default=0)
-        if deepest >= shape.num_branches:
-            raise ValueError(f"the plan {self.plan} was made for another model: it has branch {deepest}, this one "
+        if plan.deepest >= shape.num_branches:
+            raise ValueError(f"the plan {self.plan} was made for another model: it has branch {plan.deepest}, this one "
                              f"branches 0 to {shape.num_branches - 1}")
         return PlannedPlan(plan, self.plan)

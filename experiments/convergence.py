@@ -38,7 +38,7 @@ from torch import Tensor
 
 from caching import schema
 from caching.plan_file import SAMPLING
-from eval.cost.runs import costs_of, macs_per_image, macs_per_step
+from eval.cost.runs import in_full_calls, macs_per_step
 from eval.metrics.images import ImageSet, from_array
 from eval.metrics.intervals import mean_estimate
 from eval.metrics.registry import EXTRACTORS
@@ -173,11 +173,6 @@ def as_fitted(spec: RunSpec, to_fit: bool, place: Place) -> Run | None:
     return spec.having(forecast_weights=path).open() if path.is_file() else None
 
 
-def full_calls(run: Run) -> float:
-    """The cost of a run: full network calls per image that have as many multiply-accumulates."""
-    return macs_per_image(run).hook / (costs_of(run).full.hook * run.rows_per_image)
-
-
 class Judged:
     """Compares the images of runs with real ones, less what the converged images of the same seeds come to."""
 
@@ -217,7 +212,7 @@ def measured(run: Run, distances: Distances, seeds: list[int], judged: Judged | 
 
 def of(run: Run, distances: Distances, seeds: list[int]) -> dict[str, Any]:
     """What a result says of the comparison."""
-    return {"name": run.name, "seeds": seeds, "converged": distances.run.told, "full_calls": full_calls(run),
+    return {"name": run.name, "seeds": seeds, "converged": distances.run.told, "full_calls": in_full_calls(run),
             "condition": {name: str(value) for name, value in arguments.given(run.spec.condition).items()}}
 
 
@@ -268,7 +263,7 @@ def run_all(study: Study, place: Place, machine: Machine, runs: list[tuple[RunSp
         run = (fitted(spec, study, place, machine) if to_fit else spec).open()
         path = place.result(run)
         if there(run, path, distances.run, seeds, study.judged) is None:
-            print(f"[{number}/{len(runs)}] {run.name}: {full_calls(run):.2f} full calls", flush=True)
+            print(f"[{number}/{len(runs)}] {run.name}: {in_full_calls(run):.2f} full calls", flush=True)
             results.write(path, measured(run, distances, seeds, judged))
 
 
@@ -308,7 +303,7 @@ def points(study: Study, place: Place, runs: list[tuple[RunSpec, bool]], times: 
             print(f"left out: {run.name}, {why_not}")
         if why_not is None:
             result = results.read(path)
-            found.append(Point.of(run, full_calls(run), timed, np.array(result.details["psnr"]), result.metrics))
+            found.append(Point.of(run, in_full_calls(run), timed, np.array(result.details["psnr"]), result.metrics))
     return found
 
 
@@ -340,7 +335,7 @@ def listing(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> str
         run = found or spec.open()
         why_not = fault(found, place.result(found), converged, seeds) if found else "no"
         lines.append([run.name + ("" if found else ", to be fitted"), f"{run.full_calls} / {run.calls}",
-                      f"{full_calls(run):.2f}", why_not or "yes"])
+                      f"{in_full_calls(run):.2f}", why_not or "yes"])
     return align(lines)
 
 
@@ -370,8 +365,9 @@ def main() -> None:
         run_all(study, place, machine, runs)
     found, to_show = points(study, place, runs), shown(study, place, runs, others)
     for other, beside in others:
+        names = {one.name for one in found}
         found += [point for point in points(other, beside, list(specs(other)), place.folder / "times.json")
-                  if point.name not in {one.name for one in found}]
+                  if point.name not in names]
     print(convergence_report.render(found, study.chosen_on, place.folder))
     if not args.render:
         convergence_page.make_images(to_show, found, machine)

@@ -10,6 +10,7 @@ import numpy as np
 from caching.plan_file import PlannedPlan
 from eval.cost.runs import call_macs, costs_of
 from eval.metrics.intervals import mean_estimate
+from eval.metrics.registry import MEASURES
 from eval.tables.plots import calls_of_runs, lines_of_kinds
 from eval.tables.text import markdown
 from experiments.sweep_report import front
@@ -163,14 +164,12 @@ def of_images(points: Sequence[Point], measure: str) -> dict[str, list[tuple[flo
 
 def judged_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
     """How much further from real images than the converged ones each run's are, the dearest first."""
-    measures = measures_of(points)
-    scales = {name: 1000 if name.startswith("KID") else 1 for name in measures}
-    found: list[tuple[str, ...]] = [("run", "cost by MACs", *(name.removesuffix(LESS) + (
-        " x 1000" if scales[name] > 1 else "") for name in measures))]
+    measures = {name: MEASURES[name.removesuffix(LESS)] for name in measures_of(points)}
+    found: list[tuple[str, ...]] = [("run", "cost by MACs", *(one.heading for one in measures.values()))]
     for point in sorted(points, key=lambda one: (-one.cost, one.name)):
-        if point.metrics.keys() >= set(measures):
+        if point.metrics.keys() >= measures.keys():
             found.append((point.name, f"{point.cost:.2f}", *("{:+.2f} [{:+.2f}, {:+.2f}]".format(
-                *(scales[name] * value for value in point.metrics[name].bounds)) for name in measures)))
+                *(one.scale * value for value in point.metrics[name].bounds)) for name, one in measures.items())))
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from eval.cost.runs import costs_of, macs_per_image
+from eval.cost.runs import in_full_calls
 from eval.metrics.images import open_images
 from eval.metrics.intervals import mean_estimate
 from eval.quality import KID
@@ -35,7 +35,6 @@ from runs import results
 from runs.cli import command
 from runs.files import write_atomically
 from runs.results import Metric, Result
-from runs.spec import Run
 
 IMAGES = {"ldm": 48, "sd": 32, "ddpm": 32}      # of each arm; the model comes first whose images cost least
 TITLES = {"ldm": "Latent model, by class", "sd": "Text model, by prompt", "ddpm": "Pixel model"}
@@ -52,9 +51,7 @@ def calls(arm: Arm) -> float:
     return _calls(arm.run)
 
 
-@cache
-def _calls(run: Run) -> float:
-    return macs_per_image(run).hook / (costs_of(run).full.hook * run.rows_per_image)
+_calls = cache(in_full_calls)       # the table and the page ask again after every arm
 
 
 def plan(model: Model, given: Given) -> list[Arm]:

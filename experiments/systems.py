@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.cost.runs import in_full_calls
 from eval.tables.text import align
 from experiments import convergence, systems_report
 from experiments.arms import Arm, Given, of_run
@@ -239,7 +240,7 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
         if whole.measured() is None:
             judge(whole, whole)
     for number, run in enumerate(runs, 1):
-        print(f"[{number}/{len(runs)}] {run.name}: {convergence.full_calls(run):.2f} full calls", flush=True)
+        print(f"[{number}/{len(runs)}] {run.name}: {in_full_calls(run):.2f} full calls", flush=True)
         arm = place.arm(run, len(seeds), machine)
         if not quick:
             sample(arm, distances, seeds)
@@ -268,7 +269,7 @@ def rows(study: Study, place: Place, found: Sequence[Entry], machine: Machine) -
             continue
         times, judged = place.times(run), place.arm(run, len(seeds), machine).result
         timed = results.read(times).times["run"] if times.is_file() else None
-        made.append(Row(entry.system, entry.calls, run.name, convergence.full_calls(run),
+        made.append(Row(entry.system, entry.calls, run.name, in_full_calls(run),
                         run.calls / timed["speedup"] if timed else None if run.caching else float(run.calls),
                         np.array(result.details["psnr"]),
                         results.read(judged).metrics if judged.is_file() else {},
@@ -284,7 +285,7 @@ def listing(study: Study, place: Place, found: Sequence[Entry]) -> str:
             lines.append([entry.system, str(entry.calls), f"no {entry.missing[0]}", "-", "no"])
             continue
         run = entry.open(study)
-        lines.append([entry.system, str(entry.calls), run.name, f"{convergence.full_calls(run):.2f}",
+        lines.append([entry.system, str(entry.calls), run.name, f"{in_full_calls(run):.2f}",
                       "yes" if place.result(run).is_file() else "no"])
     return align(lines)
 

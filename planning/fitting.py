@@ -92,6 +92,17 @@ def batches(seeds: Sequence[int], size: int, title: str | None, model: ImageMode
             yield batch, report
 
 
+def training_batches(seeds: Sequence[int], size: int, model: ImageModel, optimizer: torch.optim.Optimizer, lr: float,
+                     falls_by: float = 1.0) -> Iterator[tuple[list[int], Callable[[float], None]]]:
+    """`batches` of runs to learn from: over them the learning rate falls in a line, by a share of `lr`."""
+    met = 0
+    for batch, report in batches(seeds, size, "training", model):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - falls_by * met / len(seeds))
+        yield batch, report
+        met += len(batch)
+
+
 def weights_sha256(network: nn.Module) -> str:
     """The hex digest of a network's weights, packed ones included."""
     digest = hashlib.sha256()

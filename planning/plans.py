@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from caching.fitted import BOUND, fingerprint
+from caching.fitted import BOUND
 from caching.plan import Call, PlanCache
 from caching.plan_file import Plan
 from eval.cost.runs import costs_of
-from runs.families import example_inputs
 from runs.spec import Run
 
 
@@ -20,8 +19,6 @@ def bound_plan(run: Run, settings: Mapping[str, Any], calls: Sequence[Call], gui
     """
     costs = costs_of(run)
     of_calls = costs.calls(PlanCache(calls), len(calls))
-    x, _, *context = example_inputs(run.config)
-    known = fingerprint(run.unet, x.shape[1], context[0].shape[-1] if context else None)
-    return Plan({**{key: settings.get(key) for key in BOUND}, "fingerprint": known}, guidance, list(calls),
+    return Plan({**{key: settings.get(key) for key in BOUND}, "fingerprint": run.fingerprint}, guidance, list(calls),
                 {name: sum(getattr(one, name) for one in of_calls) for name in ("hook", "fc")},
                 costs.full._asdict(), distance, notes)

@@ -25,7 +25,7 @@ from torch import Tensor
 from caching.nested import Network
 from caching.policy import Policy
 from planning.dynamic_programming import best_marks
-from planning.fitting import own_unet
+from planning.fitting import batches, own_unet
 from planning.judge import Judge
 from runs.files import write_json
 from runs.seeds import format_seeds
@@ -116,12 +116,12 @@ class Trajectory:
 def trajectory(judge: Judge, seeds: Sequence[int]) -> Trajectory:
     """The trajectories of the converged run for some seeds; they are measured once, and kept beside its distances."""
     distances = judge.distances
-    run, size = distances.run, distances.machine.batch_size
+    run = distances.run
     file = distances.made("trajectories") / f"seeds{format_seeds(seeds)}.json"
     if not file.is_file():
         meter = TrajectoryMeter(own_unet(distances.model), run.config.diffusion, run.guidance)
-        for first in range(0, len(seeds), size):
-            meter.finish(distances.latents(run, seeds[first:first + size], network=meter))
+        for batch, _ in batches(seeds, distances.machine.batch_size, None, distances.model):
+            meter.finish(distances.latents(run, batch, network=meter))
         write_json(file, {"gram": np.asarray(meter.gram).tolist()})
     timesteps = run.sampler.call_timesteps()
     alphas = run.config.diffusion.alphas_cumprod()[timesteps].double().numpy()

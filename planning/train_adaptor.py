@@ -21,11 +21,9 @@ import torch
 from caching.adaptor import AdaptorFile
 from caching.clockwork import Clockwork, PlannedClockwork
 from caching.clockwork_fit import AdaptorTraining
-from caching.trace import positions, trace
-from eval.cost.macs import on_meta
+from caching.trace import positions
 from planning.fitting import (
     apart,
-    batches,
     check_out,
     distances_table,
     fit_parser,
@@ -33,11 +31,11 @@ from planning.fitting import (
     held_out_distances,
     open_model,
     own_unet,
+    training_batches,
 )
 from runs import arguments, results
 from runs.cli import command
 from runs.errors import UserError, as_user_error
-from runs.families import example_inputs
 from runs.image_model import ImageModel
 from runs.provenance import provenance
 from runs.results import Result
@@ -78,17 +76,13 @@ def fit(model: ImageModel, clockwork: PlannedClockwork, seeds: list[int], batch_
         lr: float = 3e-3, passes: int = 1) -> tuple[AdaptorFile, AdaptorTraining]:
     """An adaptor for a loaded model's run, learnt from runs of some seeds; and how that went."""
     unet = own_unet(model)
-    feature = positions(trace(on_meta(model.run.unet, example_inputs(model.config))))[clockwork.branch].shape
+    feature = positions(model.run.asked)[clockwork.branch].shape
     steps = torch.tensor(model.sampler.call_timesteps(), device=model.device)
     torch.manual_seed(0)                        # the inner convolution starts at random
     training = AdaptorTraining(unet, clockwork.branch, clockwork.full_steps, feature[1], width,
                                unet.embedding(steps).float(), lr)
-    met, order = 0, list(seeds) * passes
-    for batch, report in batches(order, batch_size, "training", model):
-        for group in training.optimizer.param_groups:
-            group["lr"] = lr * (1 - met / len(order))
+    for batch, report in training_batches(list(seeds) * passes, batch_size, model, training.optimizer, lr):
         model.latents(batch, training.policy(), training, report)
-        met += len(batch)
     weights = {name: value.detach().cpu() for name, value in training.adaptor.state_dict().items()}
     notes = {"seeds": format_seeds(seeds), "lr": lr, "batch_size": batch_size, "passes": passes,
              "iterations": len(training.losses)}

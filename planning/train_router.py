@@ -29,7 +29,6 @@ from eval.cost.macs import Macs, residual_macs, schedule_macs
 from planning.block_changes import summary
 from planning.fitting import (
     apart,
-    batches,
     check_out,
     distances_table,
     fit_parser,
@@ -37,6 +36,7 @@ from planning.fitting import (
     held_out_distances,
     open_model,
     own_unet,
+    training_batches,
 )
 from runs import arguments, results
 from runs.cli import command
@@ -83,12 +83,8 @@ def fit(model: ImageModel, names: Sequence[str], costs: Mapping[str, float], ful
     with frozen(unet):
         training = RouterTraining(unet, {name: costs[name] for name in names}, full,
                                   range(1, calls, 2) if every_second else range(1, calls), calls, lr, lam, budget)
-        met = 0
-        for batch, report in batches(seeds, batch_size, "training", model):
-            for group in training.optimizer.param_groups:
-                group["lr"] = lr * (1 - 0.9 * met / len(seeds))
+        for batch, report in training_batches(seeds, batch_size, model, training.optimizer, lr, falls_by=0.9):
             model.latents(batch, training.policy(), training, report)
-            met += len(batch)
     return training
 
 

@@ -19,7 +19,7 @@ from caching.block_schedule import (
 from caching.scale_shift import Comparison, Distiller, LeastSquares, ScaleShift, relative_distance
 from eval.cost.macs import on_meta
 from eval.metrics.intervals import mean_estimate
-from planning.fitting import apart, batches, check_out, open_model, own_unet
+from planning.fitting import apart, batches, check_out, open_model, own_unet, training_batches
 from runs import results
 from runs.errors import UserError, as_user_error
 from runs.families import Config, example_inputs
@@ -57,12 +57,8 @@ def by_adam(model: ImageModel, schedule: BlockSchedule, seeds: list[int], args: 
     scale_shift = ScaleShift(channels, embeddings.shape[1]).to(model.device)
     optimizer = torch.optim.Adam(scale_shift.parameters(), args.lr)
     distiller = Distiller(unet, scale_shift, optimizer)
-    met = 0
-    for batch, report in batches(seeds, args.batch_size, "training", model):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - met / len(seeds))
+    for batch, report in training_batches(seeds, args.batch_size, model, optimizer, args.lr):
         model.latents(batch, BlockCache(schedule.blocks), distiller, report)
-        met += len(batch)
     return scale_shift.table(embeddings), {"lr": args.lr, "batch_size": args.batch_size,
                                            "iterations": len(distiller.losses)}
 

@@ -25,9 +25,8 @@ def transferred(plan: Plan, config: Path) -> Plan:
     """The plan for the model of a config. Raises UserError where that has too few branches, or no such timesteps."""
     run = RunSpec.of(config, **{key: plan.run[key] for key in SAMPLING}, eta=None).open()
     _ = run.sampler
-    deepest = max((call.branch for call in plan.calls if call.branch is not None), default=0)
-    if deepest >= run.unet.num_branches:
-        raise UserError(f"the plan has branch {deepest}, {run.config.name} has branches 0 to "
+    if plan.deepest >= run.unet.num_branches:
+        raise UserError(f"the plan has branch {plan.deepest}, {run.config.name} has branches 0 to "
                         f"{run.unet.num_branches - 1}")
     settings = {"model": run.config.name, "unet": asdict(run.config.unet), **run.sampler.settings}
     notes = {**plan.notes, "found_on": plan.run["model"], "found_sha256": plan.sha256}

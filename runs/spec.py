@@ -5,7 +5,7 @@ said here and in the dataclasses that it is made of, and nowhere else.
 """
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -13,14 +13,13 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from caching.deepcache import PlannedDeepCache
 from caching.fitted import fingerprint
 from caching.methods import METHODS, CachePlan, plan
 from caching.nested import NestedUNet
 from caching.options import MethodOptions, RunShape, option
-from caching.trace import Asked, reused, trace
+from caching.trace import Asked, positions, reused, trace
 from runs import arguments
 from runs.errors import UserError, as_user_error
 from runs.families import (
@@ -218,12 +217,15 @@ class Run:
     def reused(self) -> list[frozenset[Hashable]]:
         """What each network call of an image reuses, by the keys of its caching; nothing where it is a full one."""
         policy = self.caching.policy("meta", self.dtype)
-        if policy is None:
-            return [frozenset()] * self.calls
+        return [frozenset()] * self.calls if policy is None else list(reused(self.asked, policy, self.calls))
+
+    @property
+    def asked(self) -> list[Asked]:
+        """What a network call asks its cache for, traced once for each U-Net."""
         if self.unet not in _TRACED:
             inputs = example_inputs(self.config)
             _TRACED[self.unet] = trace(lambda cache: self.unet(*inputs, cache=cache))
-        return list(reused(_TRACED[self.unet], policy, self.calls))
+        return _TRACED[self.unet]
 
     @property
     def full_calls(self) -> int:
@@ -239,15 +241,7 @@ class Run:
 
     def _channels(self) -> dict[Hashable, int]:
         """How many channels each value has that the U-Net asks a cache for, by its key."""
-        found: dict[Hashable, int] = {}
-
-        def read(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-            value = compute()
-            found[key] = value.shape[1 if value.ndim == 4 else -1]
-            return value
-
-        self.unet(*example_inputs(self.config), cache=read)
-        return found
+        return {key: one.shape[1 if len(one.shape) == 4 else -1] for key, one in positions(self.asked).items()}
 
     @property
     def name(self) -> str:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_command, tiny_ddpm
+from conftest import TINY_UNET, run_command, tiny_ddpm
 
 from caching.adaptor import AdaptorFile
 from ddpm import sample
+from eval.cost.runs import in_full_calls
 from experiments import systems
-from experiments.convergence import full_calls
 from experiments.systems_report import Row, difference, lines, rival, table
 from planning.distances import Distances
 from runs import results
@@ -17,8 +17,6 @@ from runs.machine import Machine
 from runs.results import Metric
 from runs.spec import RunSpec
 
-NET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
-       "attn_resolutions": [4]}
 STUDY = """
 model: CONFIG
 seeds: 0-3
@@ -39,7 +37,7 @@ systems:
 @pytest.fixture
 def study(tmp_path, capsys):
     """study(text, *options): run the command; its exit code, what it printed, and where its results are."""
-    config = tiny_ddpm(tmp_path, NET, steps=8)
+    config = tiny_ddpm(tmp_path, TINY_UNET, steps=8)
 
     def run(text: str = STUDY, *options: object) -> tuple[int, str, Path]:
         path = tmp_path / "systems_one.yaml"
@@ -75,7 +73,7 @@ def test_a_study_makes_what_it_can_and_leaves_out_the_rest(study, tmp_path):
 
 
 def test_images_are_those_of_the_sample_command_and_their_distance_is_noted(study, tmp_path):
-    config = tiny_ddpm(tmp_path, NET, steps=8)
+    config = tiny_ddpm(tmp_path, TINY_UNET, steps=8)
     machine = Machine(batch_size=2, device="cpu", threads=1)
     converged = RunSpec.of(config, sampler="unipc", timesteps="trailing", steps=8)
     distances = Distances(converged, machine, tmp_path / "work")
@@ -147,7 +145,7 @@ def test_shipped_studies_compare_at_equal_cost(path):
         assert all(str(file) in study.files or file.parent.name == "plans" for file in entry.files)
         if not entry.missing and entry.calls == 8:
             run = entry.open(study)
-            assert 0.89 * entry.calls < full_calls(run) <= 1.02 * entry.calls, run.name
+            assert 0.89 * entry.calls < in_full_calls(run) <= 1.02 * entry.calls, run.name
     for command in study.files.values():
         module = command.split()[0].replace(".", "/")
         assert Path(f"{module}.py").is_file()

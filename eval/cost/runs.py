@@ -50,6 +50,11 @@ def macs_per_image(run: Run) -> Macs:
     return Macs(*(sum(values) * run.rows_per_image for values in zip(*call_macs(run), strict=True)))
 
 
+def in_full_calls(run: Run) -> float:
+    """The cost of an image: how many full network calls have as many multiply-accumulates (hook)."""
+    return macs_per_image(run).hook / (costs_of(run).full.hook * run.rows_per_image)
+
+
 def told_by_steps(run: Run) -> bool:
     """Whether the times of DeepCache's steps, or those of block schedules, are the times of a run's calls.
 

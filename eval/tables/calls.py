@@ -2,19 +2,15 @@
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 from caching.block_cache import BlockCache
 from caching.deepcache import DeepCache
-from caching.nested import NestedUNet
 from caching.plan import Call, PlanCache
 from caching.policy import Policy, Together
-from caching.trace import Asked, reused, trace
-from runs.families import example_inputs
+from caching.trace import Asked, reused
 from runs.spec import Run
 
 COMPUTED, REUSED, FORECAST = "computed", "reused", "forecast"
-_ASKED: WeakKeyDictionary[NestedUNet, list[Asked]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -35,10 +31,7 @@ def calls_of(run: Run, plan: Sequence[Call] | None = None) -> Calls:
     The value that skip k concatenates holds all blocks further in: where it is reused, they are not computed.
     plan: what the calls of a run without caching do instead.
     """
-    if run.unet not in _ASKED:
-        inputs = example_inputs(run.config)
-        _ASKED[run.unet] = trace(lambda cache: run.unet(*inputs, cache=cache))
-    asked, policy = _ASKED[run.unet], run.caching.policy("meta", run.dtype) if plan is None else PlanCache(plan)
+    asked, policy = run.asked, run.caching.policy("meta", run.dtype) if plan is None else PlanCache(plan)
     met = [frozenset[Hashable]()] * run.calls if policy is None else list(reused(asked, policy, run.calls))
     around = dict(_around(asked))
     ahead = list(_forecasts(met, around, policy))
