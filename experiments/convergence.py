@@ -333,7 +333,7 @@ def listing(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> str
     for spec, to_fit in runs:
         found = as_fitted(spec, to_fit, place)
         run = found or spec.open()
-        why_not = fault(found, place.result(found), converged, seeds) if found else "no"
+        why_not = fault(found, place.result(found), converged, seeds, study.judged) if found else "no"
         lines.append([run.name + ("" if found else ", to be fitted"), f"{run.full_calls} / {run.calls}",
                       f"{in_full_calls(run):.2f}", why_not or "yes"])
     return align(lines)

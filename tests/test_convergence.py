@@ -112,6 +112,7 @@ grids:
     table = (folder / "table.md").read_text()
     assert table.count("uniform_n2_branch0_forecast1_unipc_steps6") == 1 and table.count("| unipc_steps3 |") == 2
     assert "judged.png" in table and (folder / "judged.png").is_file()
+    assert study(text, "--list")[0].count(" yes") == 2
 
     model = RunSpec.of("ddpm_emoji", sampler="unipc", steps=3, timesteps="trailing").open()
     model = model.family.open(model, MACHINE)
