@@ -112,12 +112,16 @@ def rival(point: Point, plain: Sequence[Point], cost: Callable[[Point], float | 
     return max(cheap, key=lambda one: one.psnr[choose].mean(), default=None)
 
 
+def paired(psnr: np.ndarray, other: np.ndarray) -> str:
+    """How much nearer some seeds of a run come than those of another one: the mean with its 95 % interval, dB."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*Metric.of(mean_estimate(psnr - other)).bounds)
+
+
 def difference(point: Point, other: Point | None, report: slice) -> str:
     """How much nearer a run comes than another one, in dB, paired by seed, with a 95 % interval."""
     if other is None:
         return "-"
-    by = Metric.of(mean_estimate(point.psnr[report] - other.psnr[report]))
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*by.bounds) + f" ({other.sampler}, {other.cost:g})"
+    return f"{paired(point.psnr[report], other.psnr[report])} ({other.sampler}, {other.cost:g})"
 
 
 def rows(points: Sequence[Point], choose: slice, report: slice) -> list[tuple[str, ...]]:

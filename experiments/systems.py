@@ -36,7 +36,7 @@ import numpy as np
 
 from eval.cost.runs import in_full_calls
 from eval.tables.text import align
-from experiments import convergence, systems_report
+from experiments import convergence, systems_page, systems_report
 from experiments.arms import Arm, Given, of_run
 from experiments.runner import judge, python
 from experiments.sweep import check_axis, config_of, every, lists_of
@@ -159,6 +159,11 @@ def entries(study: Study) -> Iterator[Entry]:
     yield from sorted(found, key=lambda one: not one.system.startswith("fewer steps"))
 
 
+def converged_run(study: Study) -> Run:
+    """The run that all others are compared with. Raises UserError."""
+    return RunSpec.of(config_of(study.model), **study.common | study.converged).open()
+
+
 def check_names(found: Sequence[Entry], study: Study, path: Path) -> None:
     """Refuse different runs that would share a result. Raises UserError."""
     known: dict[str, Run] = {}
@@ -229,7 +234,7 @@ def sample(arm: Arm, distances: Distances, seeds: Sequence[int]) -> None:
 def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], quick: bool) -> None:
     """Measure what is not there yet; quick: the distances alone."""
     seeds = parse_seeds(study.seeds)
-    distances = Distances(RunSpec.of(config_of(study.model), **study.common | study.converged), machine, place.work)
+    distances = Distances(converged_run(study).spec, machine, place.work)
     distances.model.check_seeds(seeds)
     for run in runs:
         distances.check(run)
@@ -258,8 +263,7 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
 
 def rows(study: Study, place: Place, found: Sequence[Entry], machine: Machine) -> list[Row]:
     """What is measured of the study."""
-    converged = RunSpec.of(config_of(study.model), **study.common | study.converged).open()
-    seeds, made = parse_seeds(study.seeds), []
+    converged, seeds, made = converged_run(study), parse_seeds(study.seeds), []
     for entry in found:
         if entry.missing:
             continue
@@ -327,7 +331,14 @@ def main() -> None:
     if not args.render:
         runs = {run.name: run for entry in found if not entry.missing for run in [entry.open(study)]}
         run_all(study, place, machine, list(runs.values()), args.quick)
-    print(systems_report.render(rows(study, place, found, machine), left_out, place.folder))
+    measured, converged = rows(study, place, found, machine), converged_run(study)
+    print(systems_report.render(measured, left_out, place.folder))
+    if measured:
+        seeds = len(parse_seeds(study.seeds))
+        arms = {run.name: place.arm(run, seeds, machine)
+                for entry in found if not entry.missing for run in [entry.open(study)]}
+        page = systems_page.write_page(measured, place.arm(converged, seeds, machine), arms, place.folder)
+        print(f"to look at: {page}")
 
 
 if __name__ == "__main__":

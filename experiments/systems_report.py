@@ -10,13 +10,17 @@ from eval.metrics.intervals import mean_estimate
 from eval.quality import FD, KID
 from eval.tables.plots import lines_of_kinds
 from eval.tables.text import markdown
-from experiments.convergence_report import PSNR
+from experiments.convergence_report import PSNR, paired
 from runs.files import write_atomically
 from runs.results import Metric
 
 PLAIN = "fewer steps"
 HEAD = ("system", "run", "cost, calls", "time, calls", "PSNR, dB", "beside the best of fewer steps", FD,
         f"{KID} x 1000", "made in, CPU min")
+ABOUT = ("Nothing was learnt on these seeds. PSNR of the final latents to the converged ones of the same seed, with 95 "
+         "% intervals; differences are paired by seed, to the nearest of the runs without caching at the same budget. "
+         "Costs are in full network calls per image: by multiply-accumulates, and as timed, one image at a time. Made "
+         "in: CPU minutes that measuring and training took before the first image; ? where that was made elsewhere.")
 
 
 @dataclass(frozen=True)
@@ -48,32 +52,39 @@ def rival(row: Row, others: Sequence[Row]) -> Row | None:
 
 def difference(row: Row, other: Row | None) -> str:
     """How much nearer a run comes than another one, in dB, paired by seed, with a 95 % interval."""
-    if other is None or other is row:
-        return "-"
-    by = Metric.of(mean_estimate(row.psnr - other.psnr))
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*by.bounds)
+    return "-" if other is None or other is row else paired(row.psnr, other.psnr)
 
 
-def table(rows: Sequence[Row], calls: int) -> list[str]:
+def ranked(rows: Sequence[Row], calls: int) -> list[Row]:
     """The runs of one budget, the nearest first."""
+    return sorted((row for row in rows if row.calls == calls), key=lambda one: -one.psnr.mean())
+
+
+def table(rows: Sequence[Row], calls: int) -> list[tuple[str, ...]]:
+    """A row for each run of one budget, the nearest first."""
     found: list[tuple[str, ...]] = [HEAD]
-    for row in sorted((row for row in rows if row.calls == calls), key=lambda one: -one.psnr.mean()):
-        found.append((row.system, f"`{row.name}`", f"{row.cost:.2f}", "-" if row.time is None else f"{row.time:.2f}",
-                      "{:.1f} [{:.1f}, {:.1f}]".format(*Metric.of(mean_estimate(row.psnr)).bounds),
+    for row in ranked(rows, calls):
+        found.append((row.system, row.name, f"{row.cost:.2f}", "-" if row.time is None else f"{row.time:.2f}",
+                      "{:.1f} [{:.1f}, {:.1f}]".format(*bounds(row)),
                       difference(row, rival(row, rows)), _shown(row, FD), _shown(row, KID, 1000),
                       "?" if row.made is None else f"{row.made / 60:.1f}" if row.made else "-"))
-    return markdown(found)
+    return found
 
 
 def _shown(row: Row, metric: str, scale: float = 1.0) -> str:
     return f"{row.quality[metric].value * scale:.2f}" if metric in row.quality else "-"
 
 
-def lines(rows: Sequence[Row]) -> dict[str, list[tuple[float, float, float, float]]]:
-    """A line of (cost, PSNR, low, high) for each system."""
-    found: dict[str, list[tuple[float, float, float, float]]] = {}
+def bounds(row: Row) -> tuple[float, float, float]:
+    """The mean PSNR of a run and its 95 % interval."""
+    return Metric.of(mean_estimate(row.psnr)).bounds
+
+
+def lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The runs of each system, the cheapest first."""
+    found: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda one: one.cost):
-        found.setdefault(row.system, []).append((row.cost, *Metric.of(mean_estimate(row.psnr)).bounds))
+        found.setdefault(row.system, []).append(row)
     return dict(sorted(found.items()))
 
 
@@ -82,15 +93,11 @@ def render(rows: Sequence[Row], left_out: Sequence[str], folder: Path) -> str:
     if not rows:
         return "nothing is measured yet"
     folder.mkdir(parents=True, exist_ok=True)
-    lines_of_kinds([("cost per image by MACs (full calls)", lines(rows))], folder / "systems.png", f"{PSNR}, dB")
-    text = [f"# {folder.name}: all systems at equal cost", "",
-            f"{len(rows[0].psnr)} seeds, on which nothing was learnt. PSNR of the final latents to the converged ones "
-            "of the same seed, with 95 % intervals; differences are paired by seed, to the nearest of the runs without "
-            "caching at the same budget. Costs are in full network calls per image: by multiply-accumulates, and as "
-            "timed, one image at a time. Made in: CPU minutes that measuring and training took before the first image; "
-            "? where that was made elsewhere.", ""]
+    drawn = {system: [(row.cost, *bounds(row)) for row in line] for system, line in lines(rows).items()}
+    lines_of_kinds([("cost per image by MACs (full calls)", drawn)], folder / "systems.png", f"{PSNR}, dB")
+    text = [f"# {folder.name}: all systems at equal cost", "", f"{len(rows[0].psnr)} seeds. {ABOUT}", ""]
     for calls in sorted({row.calls for row in rows}):
-        text += [f"## {calls} calls", "", *table(rows, calls), ""]
+        text += [f"## {calls} calls", "", *markdown(table(rows, calls)), ""]
     text += ["![systems](systems.png)", "", *(f"{line[0].upper()}{line[1:]}." for line in left_out)]
     write_atomically(folder / "table.md", lambda path: path.write_text("\n".join(text).rstrip() + "\n"))
     return f"{len(rows)} runs are measured; wrote {folder / 'table.md'} and {folder / 'systems.png'}"

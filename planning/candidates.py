@@ -19,6 +19,7 @@ FEWER, FITTED = "fewer steps", "fewer steps, fitted"
 INTERVALS = (2, 3, 4, 5)    # of the uniform schedules, each with as many calls as the budget pays for
 STRETCH = (1.25, 1.6)       # plans have as many calls as those, or so many times as many full ones as the budget
 MOST_CALLS = 100
+ORDER = 2                   # of the forecasts of plans; the damping that fits may leave little of the second term
 POWERS = (1.0, 0.5, 0.0)    # how much dynamic programming believes of what errors do to the image
 
 
@@ -48,7 +49,7 @@ class Trial:
     """A candidate with where it comes from. kind: what a report calls it. order: of its forecasts."""
     kind: str
     run: Candidate
-    order: int = 1
+    order: int
 
     @property
     def group(self) -> str:
@@ -112,8 +113,8 @@ def plans_of(gaps: Gaps, grid: Grid, prices: Prices, sampler: str) -> Iterator[T
              for power in POWERS for coherent in (True, False)]
     found.append([step * calls // most for step in range(most)])
     for depths in dict.fromkeys(with_full_calls(full, calls, branch) for full in found):
-        depths = deepened(depths, gaps, prices, 1)
-        yield Trial(PLAN, Candidate(sampler, grid, gaps.fitted(depths, 1)))
+        depths = deepened(depths, gaps, prices, ORDER)
+        yield Trial(PLAN, Candidate(sampler, grid, gaps.fitted(depths, ORDER)), ORDER)
 
 
 def fewer_steps(sampler: str, grid: Grid, calls: int) -> Trial:

@@ -29,7 +29,7 @@ from planning.judge import CONVERGED, Grid, Judge
 from planning.timesteps import RULES, Rule, trajectory
 
 BELOW = 3           # fewer steps than the budget pays for are tried too: more of them are not always better
-GRIDS = 2           # the timesteps of plans: trailing, and those that fit best
+GRIDS = 3           # the timesteps of plans: trailing, and those that fit best by two rules
 OFFERS = 6          # changes that are weighed by what is measured of gaps, for each that is run
 
 
@@ -132,12 +132,12 @@ class Tournament:
         return [rules[one] for one in order]
 
     def relatives(self, trials: Sequence[Trial]) -> Iterator[Trial]:
-        """The best plans with forecasts of order 2, and the best one, and the best fitted timesteps, with the other
+        """The best plans with forecasts of order 1, and the best one, and the best fitted timesteps, with the other
         samplers."""
         plans = [trial for trial in trials if trial.kind == PLAN]
         for trial in plans[:max(1, self.rungs[0] // 4)]:
-            calls = self.gaps[trial.run.grid].fitted(trial.depths, 2)
-            yield replace(trial, run=trial.run._replace(calls=calls), order=2)
+            calls = self.gaps[trial.run.grid].fitted(trial.depths, 1)
+            yield replace(trial, run=trial.run._replace(calls=calls), order=1)
         for trial in [*plans[:1], *[trial for trial in trials if trial.group == FITTED][:1]]:
             for sampler in self.samplers:
                 if self.judge.calls(sampler, trial.run.grid) == len(trial.run.calls):
