@@ -1,6 +1,5 @@
 """Pictures of Block Caching: how much blocks change, when they are computed, how alike features of two steps are."""
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,20 +9,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
-from eval.tables.plots import STYLE
-from runs.files import write_atomically
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    """Save a figure with a palette, which takes a third of the bytes and makes no difference that can be seen."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110)
-    plt.close(figure)
-    picture = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", optimize=True))
+from eval.tables.plots import STYLE, save
 
 
 def short(name: str) -> str:
@@ -43,7 +31,7 @@ def change_curves(changes: Mapping[str, Sequence[float]], path: Path) -> None:
     axis.set_yscale("log")
     axis.grid(alpha=0.3)
     figure.legend(fontsize=6, ncols=1 + len(changes) // 24, loc="outside right upper")
-    _save(figure, path)
+    save(figure, path)
 
 
 def schedule_chart(schedule: Mapping[str, Sequence[int]], num_steps: int, path: Path) -> None:
@@ -59,7 +47,7 @@ def schedule_chart(schedule: Mapping[str, Sequence[int]], num_steps: int, path: 
     axis.set_xlim(-1, num_steps)
     axis.set_ylim(len(schedule) - 0.4, -0.6)
     axis.set_xlabel("step: a dot computes the residual, the arrow reuses it")
-    _save(figure, path)
+    save(figure, path)
 
 
 def at_equal_cost(points: Sequence[dict], path: Path, panels: Sequence[tuple[str, str]]) -> None:
@@ -87,7 +75,7 @@ def at_equal_cost(points: Sequence[dict], path: Path, panels: Sequence[tuple[str
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].set_yticks(range(len(points)), [f"{p['label']}  ({p['cost']:.3g} G)" for p in points], fontsize=8)
     axes[0][0].set_ylim(len(points) - 0.5, -0.5)
-    _save(figure, path)
+    save(figure, path)
 
 
 def similarity_maps(similarities: Mapping[int, Tensor], path: Path) -> None:
@@ -104,4 +92,4 @@ def similarity_maps(similarities: Mapping[int, Tensor], path: Path) -> None:
         axis.set_xlabel("step")
     axes[0][0].set_ylabel("step")
     figure.colorbar(image, ax=list(axes.flat[:len(similarities)]), label="cosine similarity", shrink=0.8)
-    _save(figure, path)
+    save(figure, path)
