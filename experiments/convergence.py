@@ -37,7 +37,6 @@ import numpy as np
 from torch import Tensor
 
 from caching import schema
-from caching.plan_file import SAMPLING
 from eval.cost.runs import in_full_calls, macs_per_step
 from eval.metrics.images import ImageSet, from_array
 from eval.metrics.intervals import mean_estimate
@@ -49,7 +48,7 @@ from eval.tables.text import align
 from experiments import convergence_page, convergence_report
 from experiments.convergence_page import Shown
 from experiments.convergence_report import LESS, PSNR, Point
-from experiments.sweep import check_axis, config_of, every, lists_of, options_of
+from experiments.sweep import check_axis, config_of, every, lists_of, options_of, with_common
 from planning.distances import Distances
 from planning.fit_forecast import fit
 from runs import arguments, results
@@ -133,8 +132,7 @@ def specs(study: Study) -> Iterator[tuple[RunSpec, bool]]:
     """Every run of the study, and whether its forecast is still to be fitted. Raises UserError."""
     for grid in study.grids:
         for values in every(lists_of(grid)):
-            brought = SAMPLING if "plan" in values else ()          # by the plan itself
-            options = {key: value for key, value in study.common.items() if key not in brought} | values
+            options = with_common(study.common, values)
             fitted = options.get("forecast_weights") == FITTED
             if fitted:
                 del options["forecast_weights"]

@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from caching.methods import METHODS
+from caching.plan_file import SAMPLING
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_image
 from eval.metrics.features import EffLite0
@@ -170,6 +171,12 @@ def combinations(grid: dict[str, Any], seen: set[Path]) -> Iterator[dict[str, An
         of_model = lists | ({"branch": list(range(skips))} if "all" in lists.get("branch", []) else {})
         for values in every(of_model):
             yield {"model": path, **values}
+
+
+def with_common(common: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of all runs and those of one: but for what a plan brings itself."""
+    brought = SAMPLING if options.get("plan") else ()
+    return {key: value for key, value in common.items() if key not in brought} | dict(options)
 
 
 def config_of(model: str) -> Path:

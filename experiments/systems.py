@@ -39,7 +39,7 @@ from eval.tables.text import align
 from experiments import convergence, systems_page, systems_report
 from experiments.arms import Arm, Given, of_run
 from experiments.runner import judge, python
-from experiments.sweep import check_axis, config_of, every, lists_of
+from experiments.sweep import check_axis, config_of, every, lists_of, with_common
 from experiments.systems_report import Row
 from planning.distances import Distances
 from runs import arguments, results
@@ -88,7 +88,7 @@ class Entry:
 
     def open(self, study: Study) -> Run:
         """The run. Raises UserError."""
-        return RunSpec.of(config_of(study.model), **study.common | self.options).open()
+        return RunSpec.of(config_of(study.model), **with_common(study.common, self.options)).open()
 
 
 @dataclass(frozen=True)

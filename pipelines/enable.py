@@ -43,6 +43,7 @@ from caching.fitted import fingerprint
 from caching.forecast_options import ForecastOptions
 from caching.methods import METHODS, CachePlan, options_by_name, plan
 from caching.options import MethodOptions, RunShape
+from caching.plan_file import PlannedPlan
 from caching.policy import Policy
 from caching.schedules import check_settings
 from pipelines.containers import check_containers
@@ -51,6 +52,7 @@ from pipelines.install import check, install, uninstall, unwrapped
 from pipelines.loop import Loop
 from pipelines.parts import num_skips, residual_names
 from pipelines.run import Plan, Run, argument, log, residuals_of
+from pipelines.scheduler import refuse_other_timesteps
 from runs.errors import UserError, as_user_error
 
 # Options of methods that say themselves what each call computes, or leave that to DeepCache where it is asked for.
@@ -88,7 +90,8 @@ def enable_deepcache(pipe: DiffusionPipeline, interval: int | None = None, branc
     default, 2 for a UNet2DModel.
     schedule: "uniform", or "centered" with the paper's non-uniform center and power (caching/schedules.py).
     options: of all methods in caching/methods.py, by the names that their flags have in the sample commands, files as
-    paths: forecast=1 extrapolates what is reused (not of the papers).
+    paths: forecast=1 extrapolates what is reused (not of the papers). A plan wants its own scheduler, too:
+    pipelines.scheduler.plan_scheduler.
     Raises UserError for settings that cannot be and for a pipeline that cannot be cached; nothing has changed then.
     """
     if interval is None:
@@ -195,6 +198,8 @@ class ProgressBar:
             found = plan(fitting, RunShape(steps, calls, branches, usual))
             fitted = any(method.fitted for method in found.methods)
             found.check({"steps": steps, **({"fingerprint": _fingerprint(unet)} if fitted else {})})
+        if (own := found.of(PlannedPlan)) is not None:
+            refuse_other_timesteps(own.plan, scheduler)
         blocks = found.of(PlannedBlocks)
         unknown = sorted(blocks.blocks.keys() - set(residual_names(unet))) if blocks else []
         if unknown:

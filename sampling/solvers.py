@@ -101,6 +101,11 @@ class OfDiffusers(Solver):
     def spacings(self) -> Sequence[str]:
         return tuple(self.by_spacing)
 
+    def build(self, kind: type, spacing: str, betas: Tensor, **more: Any) -> Any:
+        """An object of diffusers' class, or of one that is derived from it. more: arguments of it besides."""
+        arguments = {**self.arguments, **self.by_spacing["trailing" if is_listed(spacing) else spacing], **more}
+        return kind(len(betas), trained_betas=betas.tolist(), **arguments)
+
     def make(self, steps: int, spacing: str, betas: Tensor) -> Any:
         """diffusers' scheduler, with its timesteps set: descending, one for each network call.
 
@@ -108,17 +113,13 @@ class OfDiffusers(Solver):
         """
         import diffusers
 
-        own = listed(spacing, steps, len(betas))[::-1] if self.takes_lists and is_listed(spacing) else None
-        spacing = spacing if own is None else "trailing"
-        self.check_steps(steps, spacing, len(betas))
-        made = getattr(diffusers, self.scheduler)(len(betas), trained_betas=betas.tolist(), **self.arguments,
-                                                  **self.by_spacing[spacing])
+        own = self.takes_lists and is_listed(spacing)
+        timesteps = listed(spacing, steps, len(betas)) if own else []
+        self.check_steps(steps, "trailing" if own else spacing, len(betas))
+        made = self.build(getattr(diffusers, self.scheduler), spacing, betas)
         made.set_timesteps(steps)
-        if own is not None:
-            # As its set_timesteps does for those of a spacing; few of the schedulers take a list themselves.
-            levels = ((1 - made.alphas_cumprod) / made.alphas_cumprod) ** 0.5
-            made.timesteps, made.num_inference_steps = torch.tensor(own), steps
-            made.sigmas = torch.cat([levels[own], made.sigmas[-1:]]).float()
+        if own:
+            set_listed(made, timesteps)
         if hasattr(made, "set_begin_index"):
             made.set_begin_index(0)
         timesteps = made.timesteps.tolist()
@@ -149,6 +150,17 @@ class OfDiffusers(Solver):
             if progress:
                 progress(step, x)
         return x
+
+
+def set_listed(scheduler: Any, timesteps: Sequence[int]) -> None:
+    """Give a multistep scheduler of diffusers timesteps of its own, ascending, after its set_timesteps for as many.
+
+    It is what set_timesteps does for those of a spacing; few of the schedulers take a list themselves.
+    """
+    own, device = list(timesteps)[::-1], scheduler.timesteps.device
+    levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5
+    scheduler.timesteps, scheduler.num_inference_steps = torch.tensor(own, device=device), len(own)
+    scheduler.sigmas = torch.cat([levels[own].to(scheduler.sigmas), scheduler.sigmas[-1:]]).float()
 
 
 class Plms(OfDiffusers):

@@ -322,3 +322,33 @@ def test_what_is_said_of_speed_by_processor_is_measured(column, compare):
         told = [float(value) for value in re.findall(r"[\d.]+(?=x)", row)]
         assert told == pytest.approx([found[model][what] for model in found], abs=0.0051)
         assert f"{min(told):.2f}x to {max(told):.2f}x" in " ".join((ROOT / "README.md").read_text().split())
+
+
+def table_of_systems(folder: Path) -> dict[str, dict[int, float]]:
+    """What results/systems/MODEL/table.md says of each system: its PSNR by budget, as its JSONs have it."""
+    found: dict[str, dict[int, float]] = {}
+    for part in (folder / "table.md").read_text().split("\n## ")[1:]:
+        for line in part.splitlines()[4:]:
+            if line.startswith("| "):
+                system, run, _, _, near, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+                near_by = nearness(results.read(folder / "distance" / f"{run}.json"))
+                assert near.startswith(f"{near_by:.1f} ["), run
+                found.setdefault(system, {})[int(part.split()[0])] = near_by
+    return found
+
+
+def rows_of_systems(folder: Path) -> list[str]:
+    """What docs/systems.md says of them, the nearest at most budgets first; a dash where there is no run."""
+    found = table_of_systems(folder)
+    budgets = sorted({calls for cells in found.values() for calls in cells})
+    order = sorted(found, key=lambda system: -float(np.mean([found[system].get(calls, 0.0) for calls in budgets])))
+    return [f"| {system} | "
+            + " | ".join(f"{found[system][calls]:.1f}" if calls in found[system] else "-" for calls in budgets) + " |"
+            for system in order]
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "results" / "systems").glob("*")), ids=lambda path: path.name)
+def test_the_tables_of_systems_are_those_of_their_results(folder):
+    text = (ROOT / "docs" / "systems.md").read_text()
+    rows = rows_of_systems(folder)
+    assert len(rows) > 10 and all(row in text for row in rows)

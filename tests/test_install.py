@@ -43,7 +43,7 @@ import importlib, pkgutil, sys
 sys.modules.update(dict.fromkeys({sorted(EXTRAS)}))     # as where no extra is installed
 import torch
 import {NAME}
-from {NAME} import disable_deepcache, enable_deepcache
+from {NAME} import disable_deepcache, enable_deepcache, plan_scheduler
 from diffusers import StableDiffusionPipeline           # after ours, see sampling/libraries.py
 
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None, local_files_only=True)

@@ -19,6 +19,7 @@ from DeepCache import DeepCacheSDHelper
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PNDMScheduler,
@@ -34,6 +35,8 @@ from torch import Tensor, nn
 from caching.block_cache import BlockCache, residual_names
 from caching.block_schedule import BlockSchedule
 from caching.deepcache import DeepCache
+from caching.plan import Call, PlanCache
+from caching.plan_file import Plan
 from caching.policy import Together
 from caching.schedules import uniform
 from ldm.diffusers_layout import diffusers_state_dict, unet_arguments
@@ -41,6 +44,7 @@ from pipelines.enable import disable_deepcache, enable_deepcache
 from pipelines.loop import Timestep
 from pipelines.parts import num_skips
 from pipelines.parts import residual_names as of_diffusers
+from pipelines.scheduler import plan_scheduler
 from runs.errors import UserError
 from sampling.diffusion import Diffusion
 from sampling.samplers import Sampler, noise_predictor
@@ -441,6 +445,55 @@ def test_a_forecast_in_a_pipeline_is_that_of_our_own_sampler(parts):  # noqa: F8
     enable_deepcache(pipe, interval=3)
     assert relative_error(theirs, run(pipe, None, steps=12, prompt_embeds=text, guidance_scale=1.0,
                                       latents=x)) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "dpmpp", "deis"])
+def test_a_plan_in_a_pipeline_is_that_of_our_own_sampler(parts, tmp_path, sampler):  # noqa: F811
+    """With the scheduler that goes with it; any other is refused."""
+    pipe = build(parts)
+    x, text = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 12, 16)
+    ours, given = our_unet(pipe), dict(prompt_embeds=text, guidance_scale=1.0, latents=x)
+    times = "999,900,700,480,300,90"
+    each = [Call(), Call(), Call(0, (0.8,)), Call(), Call(1, (0.9, 0.4)), Call(0)]
+    made_for = {"model": "sd_tiny", "unet": {}, "checkpoint_sha256": None, "sampler": sampler, "steps": 6,
+                "timesteps": times}
+    path, macs = tmp_path / "plan.json", {"hook": 1, "fc": 1}
+    path.write_text(json.dumps(Plan(made_for, None, each, macs, macs).to_json()))
+    enable_deepcache(pipe, plan=path)
+    with pytest.raises(UserError, match="made for other timesteps than this pipeline's scheduler has, 999,900,700"):
+        run(pipe, None, steps=6, **given)
+
+    pipe.scheduler = plan_scheduler(path, pipe.scheduler)
+    diffusion = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
+    predict = noise_predictor(ours, diffusion, torch.float32, PlanCache(each), (text,))
+    expected = Sampler(sampler, 6, times, 0.0, diffusion).run(predict, x)
+    for again in (False, True):             # the scheduler forgets the run before
+        assert relative_error(run(pipe, None, steps=6, **given), expected) < TOLERANCE, again
+    with pytest.raises(UserError, match="for a plan of 6 steps: num_inference_steps=6"):
+        run(pipe, None, steps=5, **given)
+    disable_deepcache(pipe)
+    assert relative_error(run(pipe, None, steps=6, **given), expected) > 10 * TOLERANCE
+    pipe.scheduler.save_config(tmp_path)
+    assert "999,900" not in (tmp_path / "scheduler_config.json").read_text()
+    loaded = type(pipe.scheduler).__mro__[1].from_pretrained(tmp_path)
+    loaded.set_timesteps(5)
+    assert len(loaded.timesteps) == 5
+
+
+def test_schedulers_of_plans_that_cannot_be(tmp_path):
+    made_for = {"model": "sd_tiny", "unet": {}, "checkpoint_sha256": None, "sampler": "ddim", "steps": 2,
+                "timesteps": "999,500"}
+    path, macs = tmp_path / "plan.json", {"hook": 1, "fc": 1}
+    path.write_text(json.dumps(Plan(made_for, None, [Call(), Call(0)], macs, macs).to_json()))
+    with pytest.raises(UserError, match="of ddim, and for a network that predicts epsilon no scheduler"):
+        plan_scheduler(path, DDIMScheduler())
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler has no betas"):
+        plan_scheduler(path, FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(UserError, match="no plan nowhere"):
+        plan_scheduler("nowhere.json", DDIMScheduler())
+    path.write_text(json.dumps(Plan(made_for | {"sampler": "unipc"}, None, [Call(), Call(0)], macs, macs).to_json()))
+    with pytest.raises(UserError, match="from step to step, from 499 at most"):
+        plan_scheduler(path, DDIMScheduler(num_train_timesteps=500))
 
 
 @pytest.mark.parametrize("interval", [1, 3])

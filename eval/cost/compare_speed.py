@@ -35,7 +35,6 @@ from caching.nested import Network
 from caching.schedules import uniform
 from eval.cost.macs import branch_macs
 from eval.cost.timing import PRODUCT, gflops, interleave, packed_product
-from eval.tables.plots import save
 from runs import arguments, results
 from runs.errors import UserError
 from runs.families import Config, at_resolution, build, example_inputs, family, load_config, rows_per_image
@@ -260,7 +259,8 @@ def chart(found: Sequence[Result], path: Path) -> None:
         axis.set_ylim(bottom=0)
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
-    save(figure, path, 90)
+    figure.savefig(path, format="png", dpi=90)
+    plt.close(figure)
 
 
 def report(folder: Path) -> str:
@@ -273,7 +273,7 @@ def report(folder: Path) -> str:
     if any(result.times.get("peak") for result in found):
         text += f"\n\nShare of the speed of a packed product of matrices:\n\n{of_peak_table(found)}"
     write_atomically(folder / "table.md", lambda path: path.write_text(text + "\n"))
-    chart(found, folder / "chart.png")
+    write_atomically(folder / "chart.png", lambda path: chart(found, path))
     return text
 
 
