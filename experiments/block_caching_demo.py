@@ -9,24 +9,24 @@ schedule and train of scripts.block_caching, on seeds that are not sampled; thes
 start from the same seeds. Images go to samples/block_caching/MODEL/ARM, results to results/block_caching/.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_step
-from eval.metrics.pixel_pairs import SSIM
-from eval.quality import FD, KID
+from eval.metrics.registry import MEASURES
 from eval.tables.page import Page, Section
 from eval.tables.page import write as write_page
 from eval.tables.text import markdown
 from experiments import demo, pages
 from experiments.arms import Arm, Given
-from experiments.demo_report import shown, ssim_of, with_error
+from experiments.demo_report import distances, distances_of, pairs
 from experiments.runner import judge_all, python, sample_on_all_cores
+from planning import train_scale_shift
 from planning.block_changes import BlockChanges, ScheduleMaker
 from planning.block_plots import at_equal_cost
-from planning.train_scale_shift import ARMS, MEASURES, metric_name
+from planning.train_scale_shift import ARMS, metric_name
 from runs import results
 from runs.cli import command
 from runs.files import ROOT
@@ -36,7 +36,6 @@ from runs.spec import RunSpec
 FILES = Path("checkpoints/block_caching")
 BUDGETS = (0.5, 0.3)
 SEEDS = 64, 32, 32              # measured, learnt from, judged on; the paper measures 64 runs
-HEAD = ("arm", "MACs per image, G", "of uncached", "FD-EffLite0", "KID-EffLite0 x 1000", "PSNR to uncached, dB")
 
 
 def make(line: list[str], out: Path) -> None:
@@ -91,7 +90,7 @@ def plan(model: demo.Model, given: Given, files: Files) -> Iterator[Arm]:
     changes, center = files.changes(), round(demo.CENTER * model.steps)
 
     def arm(name: str, label: str, style: str, **options: Any) -> Arm:
-        return model.arm(given, "block caching demo", name, label, style, **options)
+        return model.arm(given, "block caching demo", name, label, style, demo.others(), **options)
 
     def scheduled(name: str, label: str, style: str, *words: str) -> Iterator[Arm]:
         path = files.schedule(name, *words)
@@ -133,21 +132,21 @@ def plan(model: demo.Model, given: Given, files: Files) -> Iterator[Arm]:
         yield arm(f"steps{fewer}", f"{whole.run.sampler_name.upper()} {fewer}", "fewer steps", steps=fewer)
 
 
-def row(arm: Result, whole: float, ssim: str) -> tuple[str, ...]:
-    """A line of the table; a dash where there is nothing to compare with."""
-    macs = arm.details["macs_per_image"]["macs"]
-    return (arm.details["label"], f"{giga(macs):.2f}", f"{macs / whole:.3f}", with_error(arm.metrics[FD]),
-            with_error(arm.metrics[KID], 1e3), shown(arm, "PSNR", 1), shown(arm, ssim, 3))
+def rows(arms: Sequence[Result]) -> list[tuple[str, ...]]:
+    """The table of some arms, the uncached one first; a dash where there is nothing to compare with."""
+    names, whole = distances_of(arms), arms[0].details["macs_per_image"]["macs"]
+    found: list[tuple[str, ...]] = [("arm", "MACs per image, G", "of uncached",
+                                     *(MEASURES[name].heading for name in names))]
+    for arm in arms:
+        macs = arm.details["macs_per_image"]["macs"]
+        found.append((arm.details["label"], f"{giga(macs):.2f}", f"{macs / whole:.3f}", *distances(arm, names)))
+    return [(*row, *pair[:2]) for row, pair in zip(found, pairs(arms), strict=True)]
 
 
 def section(model: demo.Model, folder: Path) -> str | None:
     """A model's part of table.md, from its results in `folder`; None where there are none."""
     arms = sorted((arm for _, arm in results.read_all(folder / model.name)), key=lambda arm: arm.details["place"])
-    if not arms:
-        return None
-    ssim, whole = ssim_of(arms), arms[0].details["macs_per_image"]["macs"]
-    table = markdown([(*HEAD, ssim), *(row(arm, whole, ssim) for arm in arms)])
-    return "\n".join([f"## {model.title}", "", *table, "", *learnt(model), ""])
+    return "\n".join([f"## {model.title}", "", *markdown(rows(arms)), "", *learnt(model), ""]) if arms else None
 
 
 def learnt(model: demo.Model) -> list[str]:
@@ -155,7 +154,7 @@ def learnt(model: demo.Model) -> list[str]:
     rows = [("schedule", "distance to uncached of", "without", "with scale-shift", "difference, 95% interval")]
     for path in sorted((ROOT / FILES).glob(f"{model.name}_*.safetensors")):
         found = results.read(path.with_suffix(".scale_shift.json"))
-        for measure in MEASURES:
+        for measure in train_scale_shift.MEASURES:
             plain, adjusted, difference = (found.metrics[metric_name(measure, arm)] for arm in ARMS)
             rows.append((path.stem, measure, f"{plain.value:.4f}", f"{adjusted.value:.4f}",
                          "{:.4f} [{:.4f}, {:.4f}]".format(*difference.bounds)))
@@ -178,10 +177,8 @@ def main() -> None:
                       given.results / f"equal_cost_{model.name}.png", demo.PANELS)
         demo.show_samples(arms, given.results / f"samples_{model.name}.png")
         text = demo.write_table(demo.MODELS, given.results, section)
-        whole = found[arms[0].name].details["macs_per_image"]["macs"]
-        rows = [(*HEAD, SSIM.name), *(row(one, whole, SSIM.name) for one in found.values())]
         shown = [demo.plot(arms, found, *panel) for panel in demo.PANELS]
-        sections.append(pages.section(model.title, [], rows, shown, arms))
+        sections.append(pages.section(model.title, [], rows([*found.values()]), shown, arms))
         write_page(Page("Block Caching and DeepCache at equal cost", [
             "Every arm of a model starts from the same seeds."], sections, pages.made_by(
                 "python -m scripts.block_caching_demo")), given.results / "index.html")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_step
+from eval.metrics import incmixed5
 from eval.metrics.images import open_images
 from eval.metrics.registry import MEASURES
 from eval.quality import FD, KID
@@ -58,12 +59,13 @@ class Model(NamedTuple):
         prompts = len(read_prompts(ROOT / self.prompts))
         return {"prompts": self.prompts, "images_per_prompt": math.ceil(images / prompts)}
 
-    def arm(self, given: Given, kind: str, name: str, label: str, style: str, **options: Any) -> Arm:
-        """An arm of so many steps, unless the options have others."""
+    def arm(self, given: Given, kind: str, name: str, label: str, style: str, others: tuple[str, ...] = (),
+            **options: Any) -> Arm:
+        """An arm of so many steps, unless the options have others. others: extractors that judge it, too."""
         images = given.images or self.images
         run = RunSpec.of(self.config, **{"steps": self.steps, **self.condition(images), **options}).open()
         folder, result = given.samples / self.name / name, given.results / self.name / f"{name}.json"
-        return Arm(label, run, images, folder, kind, result, given.machine, style=style)
+        return Arm(label, run, images, folder, kind, result, given.machine, style=style, others=others)
 
 
 MODELS = (Model("ddpm", Path("configs/ddpm_emoji.yaml"), "DDPM in pixels, branch 2", 100, 256, (2, 3, 5, 10)),
@@ -73,10 +75,15 @@ MODELS = (Model("ddpm", Path("configs/ddpm_emoji.yaml"), "DDPM in pixels, branch
                 192, (2, 5), Path("data/emoji/prompts.txt")))
 
 
+def others() -> tuple[str, ...]:
+    """The extractors beside EffLite0 whose files are there (scripts/download.sh fetches them)."""
+    return ("incmixed5",) if incmixed5.ARCHIVE.is_file() else ()
+
+
 def plan(model: Model, given: Given) -> list[Arm]:
     """The arms of a model, the uncached one first."""
     def arm(name: str, label: str, style: str, **options: Any) -> Arm:
-        return model.arm(given, "demo", name, label, style, **options)
+        return model.arm(given, "demo", name, label, style, others(), **options)
 
     def fewer(name: str, style: str, steps: int) -> Arm:
         return arm(name, f"{whole.run.sampler_name.upper()} {steps}", style, steps=steps)

@@ -1,15 +1,13 @@
 """table.md of the demo, from its results."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from eval.cost.macs import giga
 from eval.metrics.pixel_pairs import PADDED_SSIM, SSIM
+from eval.metrics.registry import MEASURES, SMALL_MEASURES
 from eval.quality import FD, KID
 from eval.tables.text import markdown
 from runs.results import Metric, Result
-
-HEAD = ("arm", "full / all steps", "MACs per image, G", "speed-up by MACs", "measured", "FD-EffLite0",
-        "KID-EffLite0 x 1000", "PSNR to uncached, dB")
 
 
 def with_error(metric: Metric, scale: float = 1.0) -> str:
@@ -22,10 +20,28 @@ def shown(result: Result, name: str, decimals: int) -> str:
     return "-" if metric is None else f"{metric.value:.{decimals}f}"
 
 
+def distances_of(arms: Iterable[Result]) -> list[str]:
+    """The distances to real images that all of some results have: those of EffLite0, then those of other extractors."""
+    there = set.intersection(*(set(arm.metrics) for arm in arms))
+    return [measure.name for measure in SMALL_MEASURES if measure.name in there]
+
+
+def distances(result: Result, names: Iterable[str]) -> list[str]:
+    """Some distances to real images, with their errors."""
+    return [with_error(result.metrics[name], MEASURES[name].scale) for name in names]
+
+
 def ssim_of(arms: Iterable[Result]) -> str:
     """The name of the SSIM that any of some results has; older ones have it of padded images."""
     there = {name for arm in arms for name in arm.metrics}
     return next((measure.name for measure in (SSIM, PADDED_SSIM) if measure.name in there), SSIM.name)
+
+
+def pairs(arms: Sequence[Result]) -> list[tuple[str, ...]]:
+    """How near the images of some arms come to the uncached ones of the same seeds: columns, their heads first."""
+    ssim = ssim_of(arms)
+    return [("PSNR to uncached, dB", ssim, "feature distance"),
+            *((shown(arm, "PSNR", 1), shown(arm, ssim, 3), shown(arm, "1 - cos, EffLite0", 3)) for arm in arms)]
 
 
 def clearly_worse(result: Result, other: Result, name: str) -> bool:
@@ -35,15 +51,14 @@ def clearly_worse(result: Result, other: Result, name: str) -> bool:
 
 def arm_rows(arms: dict[str, Result], timing: Result) -> list[tuple[str, ...]]:
     """One row per arm."""
-    whole = arms["uncached"].details["macs_per_image"]["macs"]
-    ssim = ssim_of(arms.values())
-    rows: list[tuple[str, ...]] = [(*HEAD, ssim, "feature distance")]
-    for name, arm in arms.items():
+    whole, names = arms["uncached"].details["macs_per_image"]["macs"], distances_of(arms.values())
+    last, *near = pairs([*arms.values()])
+    rows: list[tuple[str, ...]] = [("arm", "full / all steps", "MACs per image, G", "speed-up by MACs", "measured",
+                                    *(MEASURES[name].heading for name in names), *last)]
+    for (name, arm), pair in zip(arms.items(), near, strict=True):
         macs = arm.details["macs_per_image"]["macs"]
         rows.append((arm.details["label"], f"{len(arm.full_steps)} / {arm.settings['steps']}", f"{giga(macs):.2f}",
-                     f"{whole / macs:.2f}x", f"{timing.details['speedup'][name]:.2f}x",
-                     with_error(arm.metrics[FD]), with_error(arm.metrics[KID], 1e3),
-                     shown(arm, "PSNR", 1), shown(arm, ssim, 3), shown(arm, "1 - cos, EffLite0", 3)))
+                     f"{whole / macs:.2f}x", f"{timing.details['speedup'][name]:.2f}x", *distances(arm, names), *pair))
     return rows
 
 
@@ -70,15 +85,16 @@ def report(arms: dict[str, Result], timing: Result) -> str:
     for name, what in ((few, f"10 instead of {arms['uncached'].settings['steps']} sampling steps"),
                        ("n10_zeroed", "a cache that is zeroed, as in the paper's Table 5")):
         verdicts = [f"{measure} {'' if clearly_worse(arms[name], arms['uncached'], measure) else 'NOT '}"
-                    "clearly worse" for measure in (FD, KID)]
+                    "clearly worse" for measure in distances_of(arms.values())]
         checks.append(f"- {what}: {', '.join(verdicts)} than the uncached run")
     return "\n".join([
         f"{first['samples']['images']} images per arm, the same seeds in each; {timing.provenance['device_name']}, "
         "fp32.", "",
         *markdown(arm_rows(arms, timing)), "",
         f"FD: Frechet distance in the first {first[FD]['dims']} principal directions of the "
-        f"{first['reference']['images']} real training images. KID: unbiased kernel distance. Both are on "
-        "EfficientNet-Lite0 features: they are not FID, and compare with each other only. ± is 1.96 standard errors "
+        f"{first['reference']['images']} real training images. KID: unbiased kernel distance. They are "
+        "on features of EfficientNet-Lite0 and, where it says IncMixed5, of InceptionV3 up to its block mixed5: they "
+        "are not FID, and compare with each other only. ± is 1.96 standard errors "
         "over draws of the samples.",
         "Measured: network time of a run, from full and cached steps timed in turns at batch "
         f"{timing.settings['batch_size']} on {timing.provenance['threads']} threads; a cached step took "

@@ -36,7 +36,7 @@ from runs.cli import command
 from runs.files import write_atomically
 from runs.results import Metric, Result
 
-IMAGES = {"ldm": 48, "sd": 32, "ddpm": 32}      # of each arm; the model comes first whose images cost least
+IMAGES = {"ldm": 40, "sd": 24, "ddpm": 24}      # of each arm; the model comes first whose images cost least
 TITLES = {"ldm": "Latent model, by class", "sd": "Text model, by prompt", "ddpm": "Pixel model"}
 PLANS = {"ldm": Path("checkpoints/plans/ldm_emoji_12.json")}
 STEPS, INTERVAL, FEWEST = 50, 3, 8

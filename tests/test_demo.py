@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
 from eval.cost.runs import macs_per_step
-from experiments import demo, demo_short
+from experiments import demo, demo_report, demo_short
 from experiments.arms import Given
 from experiments.runner import in_this_process
 from runs import results
@@ -51,6 +51,7 @@ def tiny(folder: Path, **changes: object) -> demo.Model:
 
 def test_the_full_demo_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "MODELS", (tiny(tmp_path),))
+    monkeypatch.setattr(demo, "others", lambda: ())        # whatever is fetched on this machine
     monkeypatch.setattr(demo, "plan", lambda *args: [
         arm for arm in whole_plan(*args) if arm.name in ("uncached", "n5", "ddim10", "n10_zeroed")])
     monkeypatch.setattr(demo, "time_steps", lambda arms, path, words: time_steps(arms, path, words, in_this_process))
@@ -134,6 +135,16 @@ def test_too_few_images_are_refused(capsys):
 def test_the_table_is_that_of_the_results_that_are_kept(model):
     section = demo.section(model, demo.ROOT / "results" / "demo")
     assert section in (demo.ROOT / "results" / "demo" / "table.md").read_text()
+
+
+def test_tables_have_the_distances_that_all_arms_were_judged_by():
+    runs = demo.ROOT / "results" / "runs" / "ddpm_emoji"
+    both, fewer = (results.read(runs / name) for name in ("unipc_steps13_256_sweep.json", "uniform_n2_64_sweep.json"))
+    names = ["FD-EffLite0", "KID-EffLite0", "FD-IncMixed5", "KID-IncMixed5"]
+    assert demo_report.distances_of([both, both]) == names
+    assert demo_report.distances_of([both, fewer]) == ["KID-EffLite0"]          # of few images there is no FD
+    told = demo_report.distances(both, names)
+    assert told[3].startswith(f"{1e3 * both.metrics['KID-IncMixed5'].value:.1f} ± ")
 
 
 def test_charts_show_a_metric_with_its_interval():
