@@ -59,9 +59,13 @@ def remove_leftovers(temporaries: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
+_NUMBERS = re.compile(r"\[\s+(-?\d[\d.e+-]*(?:,\s+-?\d[\d.e+-]*)*)\s+\]")
+
+
 def write_json(path: Path, content: dict) -> None:
-    """Write readable JSON, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+    """Write readable JSON, atomically; lists of numbers on one line each."""
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(content, indent=1))
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
 
 
 def _alive(pid: int) -> bool:
