@@ -101,7 +101,7 @@ def test_calls_of_runs():
     deep = calls(interval=4, branch=2)
     assert set(deep.states[2]) == {COMPUTED} and set(deep.states[3]) == {COMPUTED, REUSED}
     planned = calls(steps=None, sampler=None, plan=ROOT / "checkpoints" / "plans" / "ldm_emoji_12.json")
-    assert len(planned.full) == 11 and FORECAST in planned.states[1] and len(planned.states[0]) == 44
+    assert len(planned.full) == 11 and FORECAST in planned.states[1] and len(planned.states[0]) == 22
 
 
 def test_calls_of_single_blocks():

@@ -370,10 +370,14 @@ def test_a_bad_result_is_not_written(tmp_path):
 def test_every_number_that_is_kept_here_is_read_by_the_one_reader():
     found = dict(results.read_all(ROOT / "results"))
     assert found.keys() == set((ROOT / "results").rglob("*.json"))
+    checked = 0
     for path, result in found.items():
-        assert result.metrics or result.throughput, path
-        if result.macs and "block_caching" not in result.settings["cache"]:
-            assert tuple(vars(result.macs).values()) == pytest.approx(tuple(vars(cost(result.settings)).values()))
+        assert result.metrics or result.throughput or result.kind == "fitted file", path
+        told = cost(result.settings) if result.macs else None           # None where a file decides what is computed
+        if told is not None:
+            checked += 1
+            assert tuple(vars(result.macs).values()) == pytest.approx(tuple(vars(told).values())), path
+    assert checked > 100
     reports = list((ROOT / "checkpoints/block_caching").glob("*.scale_shift.json"))
     assert reports and all(results.read(path).kind == "scale-shift" for path in reports)
 
