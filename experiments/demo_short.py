@@ -1,6 +1,6 @@
 """Caching, forecasts and fewer steps at equal cost, on the models that are shipped here: sample, judge, time, look.
 
-    python -m scripts.demo              about five minutes on 2 cores
+    python -m scripts.demo              three to five minutes on 2 cores
     python -m scripts.demo --full       about half an hour: all that results/demo/ holds (experiments/demo.py)
 
 All arms of a model start from the same seeds, so their images can be compared one by one. Table, pictures and a page to

@@ -141,7 +141,7 @@ def now_and_next(chosen: Sequence[Table], items: dict[str, Item], wrong: Sequenc
     elif not shipped:
         step = "git checkout -- checkpoints, since the small models are missing"
     elif not (ROOT / "results" / "demo_short" / "index.html").is_file():
-        step = "bash scripts/demo.sh, about five minutes"
+        step = "bash scripts/demo.sh, three to five minutes"
     elif not accelerated:
         step = "two lines in a pipeline of yours, see docs/pipelines.md"
     elif ready:

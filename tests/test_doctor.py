@@ -362,7 +362,7 @@ def test_the_first_line_says_what_can_be_done_and_the_next_step(monkeypatch, tmp
         put(path)
     line = first_line(monkeypatch, tmp_path)
     assert "time the small models (DDPM, LDM, Stable Diffusion) on " in line
-    assert "no table of the papers yet" in line and line.endswith("Next: bash scripts/demo.sh, about five minutes.")
+    assert "no table of the papers yet" in line and line.endswith("Next: bash scripts/demo.sh, three to five minutes.")
     put("results/demo_short/index.html")
     assert first_line(monkeypatch, tmp_path).endswith("see docs/pipelines.md.")
     line = first_line(monkeypatch, tmp_path, gpu=True)
