@@ -23,10 +23,10 @@ from experiments import demo, pages
 from experiments.arms import Arm, Given
 from experiments.demo_report import distances, distances_of, pairs
 from experiments.runner import judge_all, python, sample_on_all_cores
-from planning import train_scale_shift
 from planning.block_changes import BlockChanges, ScheduleMaker
 from planning.block_plots import at_equal_cost
 from planning.train_scale_shift import ARMS, metric_name
+from planning.train_scale_shift import MEASURES as DISTANCES
 from runs import results
 from runs.cli import command
 from runs.files import ROOT
@@ -154,7 +154,7 @@ def learnt(model: demo.Model) -> list[str]:
     rows = [("schedule", "distance to uncached of", "without", "with scale-shift", "difference, 95% interval")]
     for path in sorted((ROOT / FILES).glob(f"{model.name}_*.safetensors")):
         found = results.read(path.with_suffix(".scale_shift.json"))
-        for measure in train_scale_shift.MEASURES:
+        for measure in DISTANCES:
             plain, adjusted, difference = (found.metrics[metric_name(measure, arm)] for arm in ARMS)
             rows.append((path.stem, measure, f"{plain.value:.4f}", f"{adjusted.value:.4f}",
                          "{:.4f} [{:.4f}, {:.4f}]".format(*difference.bounds)))

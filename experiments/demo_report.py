@@ -80,12 +80,12 @@ def report(arms: dict[str, Result], timing: Result) -> str:
     first = arms["uncached"].details["quality"]
     nearest = first["nearest_reference"]
     unrelated = next(near["psnr"]["unrelated"] for arm in arms.values() if (near := arm.details["fidelity"]))
-    checks = []
+    checks, names = [], distances_of(arms.values())
     few = next(name for name in arms if name in ("ddim10", "plms10"))
     for name, what in ((few, f"10 instead of {arms['uncached'].settings['steps']} sampling steps"),
                        ("n10_zeroed", "a cache that is zeroed, as in the paper's Table 5")):
         verdicts = [f"{measure} {'' if clearly_worse(arms[name], arms['uncached'], measure) else 'NOT '}"
-                    "clearly worse" for measure in distances_of(arms.values())]
+                    "clearly worse" for measure in names]
         checks.append(f"- {what}: {', '.join(verdicts)} than the uncached run")
     return "\n".join([
         f"{first['samples']['images']} images per arm, the same seeds in each; {timing.provenance['device_name']}, "

@@ -14,11 +14,10 @@ from experiments.systems_report import ABOUT, Row, bounds, lines, ranked, table
 
 def plot(rows: Sequence[Row], arms: Mapping[str, Arm]) -> Plot:
     """Distance against cost, a line for each system. arms: of the runs, by name."""
-    marks = {system: Line(system, [pages.mark(replace(arms[row.name], label=system), row.cost, bounds(row), " dB")
-                                   for row in line])
-             for system, line in lines(rows).items()}
-    return Plot("Distance against cost", "cost per image by MACs, full calls", f"{PSNR}, dB", list(marks.values()),
-                log=True)
+    drawn = [Line(system, [pages.mark(replace(arms[row.name], label=system), row.cost, bounds(row), " dB")
+                           for row in line])
+             for system, line in lines(rows).items()]
+    return Plot("Distance against cost", "cost per image by MACs, full calls", f"{PSNR}, dB", drawn, log=True)
 
 
 def section(rows: Sequence[Row], calls: int, whole: Arm, arms: Mapping[str, Arm]) -> Section:

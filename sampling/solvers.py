@@ -113,13 +113,12 @@ class OfDiffusers(Solver):
         """
         import diffusers
 
-        own = self.takes_lists and is_listed(spacing)
-        timesteps = listed(spacing, steps, len(betas)) if own else []
-        self.check_steps(steps, "trailing" if own else spacing, len(betas))
+        own = listed(spacing, steps, len(betas)) if self.takes_lists and is_listed(spacing) else None
+        self.check_steps(steps, spacing if own is None else "trailing", len(betas))
         made = self.build(getattr(diffusers, self.scheduler), spacing, betas)
         made.set_timesteps(steps)
-        if own:
-            set_listed(made, timesteps)
+        if own is not None:
+            set_listed(made, own)
         if hasattr(made, "set_begin_index"):
             made.set_begin_index(0)
         timesteps = made.timesteps.tolist()
