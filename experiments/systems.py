@@ -208,10 +208,12 @@ def cost_of_making(entry: Entry, study: Study, place: Place) -> float | None:
         return None
     total = 0.0
     for path in dict.fromkeys(other for own in entry.files for other in needed(str(own), study.files)):
-        note = place.made(Path(path))
-        if not note.is_file() or results.read(note).hashes["file"] != sha256(ROOT / path):
+        if not place.made(Path(path)).is_file():
             return None
-        total += results.read(note).details["cpu_s"]
+        note = results.read(place.made(Path(path)))
+        if (ROOT / path).is_file() and note.hashes["file"] != sha256(ROOT / path):
+            return None             # it was made anew elsewhere; one that is not kept has its note alone
+        total += note.details["cpu_s"]
     return total
 
 

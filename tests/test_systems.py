@@ -17,6 +17,7 @@ from runs import results
 from runs.machine import Machine
 from runs.results import Metric
 from runs.spec import RunSpec
+from runs.weights import sha256
 
 STUDY = """
 model: CONFIG
@@ -129,6 +130,23 @@ def test_tables_compare_with_the_best_of_fewer_steps():
 def test_files_are_made_after_what_they_are_made_of():
     files = {"c": "make --from b --also a", "b": "make --from a", "a": "make"}
     assert systems.needed("c", files) == ["a", "b", "c"]
+
+
+def test_what_a_file_cost_is_known_without_those_on_the_way_to_it(tmp_path):
+    """They need not be kept; a file that is not the one that was made has no known cost."""
+    on_the_way, file = tmp_path / "changes.json", tmp_path / "schedule.json"
+    study = systems.Study("x", "0-1", {}, [], files={str(on_the_way): "measure", str(file): f"make --of {on_the_way}"})
+    place = systems.Place("one", tmp_path, tmp_path, tmp_path)
+    for path, cpu_s in ((on_the_way, 3.0), (file, 2.0)):
+        path.write_text(path.name)
+        results.write(place.made(path), results.Result(systems.MADE, "x", hashes={"file": sha256(path)},
+                                                       details={"cpu_s": cpu_s}))
+    entry = systems.Entry("Block Caching", 8, {"block_schedule": str(file)})
+    assert systems.cost_of_making(entry, study, place) == 5
+    on_the_way.unlink()
+    assert systems.cost_of_making(entry, study, place) == 5
+    file.write_text("another")
+    assert systems.cost_of_making(entry, study, place) is None
 
 
 STUDIES = sorted(Path("studies").glob("systems_*.yaml"))
