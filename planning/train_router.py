@@ -6,10 +6,11 @@
         --seeds 0-63 --out samples/routed
 
 The network is frozen (caching/router.py). With --calls, a budget in multiply-accumulates of full network calls per
-image, lambda is moved until the routers have it, and they are rounded to within it; otherwise lambda stays and what is
-1/2 or more is computed. The result is an ordinary block schedule. The report, OUT.router.json, has the distances to the
-uncached run on the held-out seeds: of this schedule, of one at the same budget that computes all blocks on evenly
-spread calls, and the paired difference. The options are those of the model's sample command.
+image, lambda is moved until the routers have it, and they are rounded to within it; otherwise lambda stays. With
+--every-second what is rounded up is computed; without, a router is how often its block is. The result is an ordinary
+block schedule. The report, OUT.router.json, has the distances to the uncached run on the held-out seeds: of this
+schedule, of one at the same budget that computes all blocks on evenly spread calls, and the paired difference. The
+options are those of the model's sample command.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 from caching.block_cache import KINDS, BlockCache, residual_names
 from caching.block_schedule import BlockSchedule
 from caching.fitted import BOUND
-from caching.router import RouterTraining, rounded
+from caching.router import RouterTraining, least, rounded, spread
 from eval.cost.macs import Macs, residual_macs, schedule_macs
 from planning.block_changes import summary
 from planning.fitting import (
@@ -82,9 +83,11 @@ def fit(model: ImageModel, names: Sequence[str], costs: Mapping[str, float], ful
     unet = load_unet(model.config, model.run.checkpoint).to(model.device).eval().requires_grad_(False)
     with frozen(unet):
         training = RouterTraining(unet, {name: costs[name] for name in names}, full,
-                                  range(1, calls, 2) if every_second else range(1, calls), calls, lr, lam, budget)
+                                  range(1, calls, 2) if every_second else range(1, calls), calls, lr, lam, budget,
+                                  runs=-(-len(seeds) // batch_size))
         for batch, report in training_batches(seeds, batch_size, model, training.optimizer, lr, falls_by=0.9):
             model.latents(batch, training.policy(), training, report)
+            training.update()
     return training
 
 
@@ -113,13 +116,14 @@ def main() -> None:
     budget = None if args.calls is None else args.calls * full.hook
     always = range(0, calls, 2) if args.every_second else (0,)
     with as_user_error():                       # refuses, before any work, a budget that cannot be had
-        rounded(names, [torch.ones(len(names))] * calls, costs, full.hook, always, budget)
+        least(names, calls, costs, full.hook, always, budget)
     model.load()
     own_unet(model)
 
     training = fit(model, names, costs, full.hook, seeds, args.batch_size, args.every_second, args.lam, args.lr, budget)
     betas = [beta.detach().cpu() for beta in training.betas]
-    blocks = rounded(names, betas, costs, full.hook, always, budget)
+    blocks = (rounded(names, betas, costs, full.hook, always, budget) if args.every_second
+              else spread(names, betas, costs, full.hook, budget))
     about = {
         "seeds": format_seeds(seeds), "every_second": args.every_second, "lambda": training.lam, "lr": args.lr,
         "batch_size": args.batch_size, "iterations": len(training.losses), "budget": args.calls,

@@ -7,7 +7,7 @@ from conftest import TINY_UNET, tiny_ddpm
 from caching.block_cache import BlockCache, residual_names
 from caching.block_schedule import BlockSchedule
 from caching.nested import no_cache
-from caching.router import Router, RouterTraining, rounded
+from caching.router import Router, RouterTraining, rounded, spread
 from ddpm import sample
 from eval.cost.runs import macs_per_image
 from planning import train_router
@@ -70,14 +70,32 @@ def test_what_costs_nothing_to_reuse_is_reused_first(unet):
 
 
 def test_lambda_is_moved_towards_the_budget(unet):
+    """At once in the last of two runs; in the first one they may still have everything."""
     names = residual_names(unet, "all")
-    for budget, sign in ((1.0, 1), (5.0, -1)):
+    for runs, budget, sign in ((2, 1.0, 1), (2, 5.0, -1), (8, 1.9, -1)):
         training = RouterTraining(unet, dict.fromkeys(names, 1.0), 2.0 * len(names), {1}, 2, 0.1, 1e-3,
-                                  budget * 2.0 * len(names))
+                                  budget * 2.0 * len(names), runs)
         policy = training.policy()
         for step, one in enumerate(inputs(2)):
             training(*one, cache=policy.at(step))
+        training.update()
         assert sign * (training.lam - 1e-3) > 0
+
+
+def test_where_all_calls_may_reuse_a_beta_is_how_often_its_residual_is_computed():
+    """Betas of one half by themselves would be all or nothing."""
+    betas = torch.tensor([[1.0, 1, 1, 1], *([[0.5, 0.25, 1, 0]] * 8)])
+    costs = dict.fromkeys("abcd", 1.0)
+    blocks = spread("abcd", betas, costs, 5.0)
+    assert blocks == {"a": [0, 1, 3, 5, 7], "b": [0, 2, 6], "c": list(range(9)), "d": [0]}
+    least_of_all = 9 * 5 - 8 * 4
+    for budget in (least_of_all, least_of_all + 9, least_of_all + 14, 9 * 5):
+        found = spread("abcd", betas, costs, 5.0, budget)
+        spent = least_of_all + sum(len(steps) - 1 for steps in found.values())
+        assert spent <= budget and found["d"] == [0] and len(found["a"]) >= len(found["b"])
+        assert spent > budget - 3 or all(found[name] == list(range(9)) for name in "abc")
+    with pytest.raises(ValueError, match="a larger budget"):
+        spread("abcd", betas, costs, 5.0, least_of_all - 1)
 
 
 @pytest.mark.parametrize("words, calls", [((), 5), (("--every-second",), 6.5)])
