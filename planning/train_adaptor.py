@@ -47,7 +47,7 @@ def build_parser(words: list[str]) -> argparse.ArgumentParser:
     """The command line of the model that the config among the words names."""
     parser = fit_parser(__doc__, words)
     about = parser.add_argument_group("the training")
-    about.add_argument("--width", type=arguments.whole, default=16,
+    about.add_argument("--channels", type=arguments.whole, default=16,
                        help="channels of the adaptor's bottleneck (default: %(default)s)")
     about.add_argument("--lr", type=arguments.finite, default=3e-3,
                        help="Adam's at the start; it falls to 0 (default: %(default)s)")
@@ -60,9 +60,9 @@ def build_parser(words: list[str]) -> argparse.ArgumentParser:
 def check(args: argparse.Namespace, model: ImageModel) -> PlannedClockwork:
     """Clockwork in the run that is to be trained. Raises UserError for options that cannot be."""
     check_out(args.out, ".safetensors")
-    if args.width < 1 or args.passes < 1 or not args.lr > 0:
-        raise UserError(f"--width and --passes must be 1 or more and --lr above 0, got {args.width}, {args.passes} and "
-                        f"{args.lr:g}")
+    if args.channels < 1 or args.passes < 1 or not args.lr > 0:
+        raise UserError(f"--channels and --passes must be 1 or more and --lr above 0, got {args.channels}, "
+                        f"{args.passes} and {args.lr:g}")
     clockwork = model.run.caching.of(PlannedClockwork)
     if clockwork is None or clockwork.adaptor is not None or len(model.run.caching.methods) > 1:
         raise UserError("what is trained is the adaptor of a clock: give --clock, and neither --adaptor nor other "
@@ -101,7 +101,7 @@ def main() -> None:
         model.check_seeds([*seeds, *held_out])
     model.load()
     with frozen(model.unet) as weights_sha256:
-        made, training = fit(model, clockwork, seeds, args.batch_size, args.width, args.lr, args.passes)
+        made, training = fit(model, clockwork, seeds, args.batch_size, args.channels, args.lr, args.passes)
     save_tensors(made.tensors(), args.out, made.metadata())
     trained_s = round(time.time() - started, 3)
 

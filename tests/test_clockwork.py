@@ -36,7 +36,7 @@ def config(tmp_path_factory):
 def trained(config, tmp_path_factory):
     """An adaptor that was trained by the command."""
     out = tmp_path_factory.mktemp("trained") / "learned.safetensors"
-    words = ("--config", config, "--device", "cpu", *RUN, *SEEDS, "--batch-size", 2, "--passes", 4, "--width", 8)
+    words = ("--config", config, "--device", "cpu", *RUN, *SEEDS, "--batch-size", 2, "--passes", 4, "--channels", 8)
     assert run_command(train_adaptor.main, *words, "--out", out) == 0
     return out
 
@@ -188,7 +188,8 @@ def test_an_adaptor_of_other_channels_is_refused(run, trained, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("words", "why"), [
-    ((), "give --clock"), ((*RUN, "--width", 0), "--width and --passes"), ((*RUN, "--dtype", "bf16"), "in float32"),
+    ((), "give --clock"), ((*RUN, "--channels", 0), "--channels and --passes"),
+    ((*RUN, "--dtype", "bf16"), "in float32"),
     ((*RUN, "--held-out-seeds", "17-18"), "seed 17 is to be"), ((*RUN, "--compile"), "are for sampling"),
     ((*RUN, "--out", "nowhere/a.safetensors"), "in a folder that is there"), (("--clock", 0), "--clock must be"),
     (("--clock-from", 0.5), "need a --clock"), (("--clock", 3, "--clock-from", 1), "--clock-from must be"),
