@@ -164,14 +164,14 @@ def converged_run(study: Study) -> Run:
     return RunSpec.of(config_of(study.model), **study.common | study.converged).open()
 
 
-def check_names(found: Sequence[Entry], study: Study, path: Path) -> None:
-    """Refuse different runs that would share a result. Raises UserError."""
+def opened(found: Sequence[Entry], study: Study, path: Path) -> list[tuple[Entry, Run]]:
+    """The entries whose files are there, with their runs. Raises UserError where two runs would share a result."""
     known: dict[str, Run] = {}
-    for entry in found:
-        if not entry.missing:
-            run = entry.open(study)
-            if known.setdefault(run.name, run).told != run.told:
-                raise UserError(f"{path}: two different runs would both be called {run.name}")
+    there = [(entry, entry.open(study)) for entry in found if not entry.missing]
+    for _, run in there:
+        if known.setdefault(run.name, run).told != run.told:
+            raise UserError(f"{path}: two different runs would both be called {run.name}")
+    return there
 
 
 def needed(path: str, files: Mapping[str, str]) -> list[str]:
@@ -263,13 +263,10 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
                     str(place.times(run))], "timing")
 
 
-def rows(study: Study, place: Place, found: Sequence[Entry], machine: Machine) -> list[Row]:
+def rows(study: Study, place: Place, found: Sequence[tuple[Entry, Run]], machine: Machine) -> list[Row]:
     """What is measured of the study."""
     converged, seeds, made = converged_run(study), parse_seeds(study.seeds), []
-    for entry in found:
-        if entry.missing:
-            continue
-        run = entry.open(study)
+    for entry, run in found:
         result = convergence.there(run, place.result(run), converged, seeds)
         if result is None:
             continue
@@ -326,19 +323,17 @@ def main() -> None:
         return
     if args.make:
         make(study, place, found)
-    check_names(found, study, args.config)
+    there = opened(found, study, args.config)
     left_out = [f"left out: {entry.system} at {entry.calls} calls, there is no {path}"
                 for entry in found for path in entry.missing[:1]]
     print("\n".join(left_out), end="\n" if left_out else "", flush=True)
     if not args.render:
-        runs = {run.name: run for entry in found if not entry.missing for run in [entry.open(study)]}
-        run_all(study, place, machine, list(runs.values()), args.quick)
-    measured, converged = rows(study, place, found, machine), converged_run(study)
+        run_all(study, place, machine, list({run.name: run for _, run in there}.values()), args.quick)
+    measured, converged = rows(study, place, there, machine), converged_run(study)
     print(systems_report.render(measured, left_out, place.folder))
     if measured:
         seeds = len(parse_seeds(study.seeds))
-        arms = {run.name: place.arm(run, seeds, machine)
-                for entry in found if not entry.missing for run in [entry.open(study)]}
+        arms = {run.name: place.arm(run, seeds, machine) for _, run in there}
         page = systems_page.write_page(measured, place.arm(converged, seeds, machine), arms, place.folder)
         print(f"to look at: {page}")
 

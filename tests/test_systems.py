@@ -158,11 +158,9 @@ def test_shipped_studies_compare_at_equal_cost(path):
     all of their files can be made."""
     study = systems.read_study(path)
     found = list(systems.entries(study))
-    systems.check_names(found, study, path)
-    for entry in found:
-        assert all(str(file) in study.files or file.parent.name == "plans" for file in entry.files)
-        if not entry.missing and (entry.calls == 8 or "plan" in entry.options):
-            run = entry.open(study)
+    assert all(str(file) in study.files or file.parent.name == "plans" for entry in found for file in entry.files)
+    for entry, run in systems.opened(found, study, path):
+        if entry.calls == 8 or "plan" in entry.options:
             assert 0.89 * entry.calls < in_full_calls(run) <= 1.02 * entry.calls, run.name
     for command in study.files.values():
         module = command.split()[0].replace(".", "/")
