@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from eval.cost.macs import giga
-from eval.metrics.pixel_pairs import PADDED_SSIM, SSIM
+from eval.metrics.pixel_pairs import PSNR, SSIM
 from eval.metrics.registry import MEASURES, SMALL_MEASURES
 from eval.quality import FD, KID
 from eval.tables.text import markdown
@@ -31,17 +31,10 @@ def distances(result: Result, names: Iterable[str]) -> list[str]:
     return [with_error(result.metrics[name], MEASURES[name].scale) for name in names]
 
 
-def ssim_of(arms: Iterable[Result]) -> str:
-    """The name of the SSIM that any of some results has; older ones have it of padded images."""
-    there = {name for arm in arms for name in arm.metrics}
-    return next((measure.name for measure in (SSIM, PADDED_SSIM) if measure.name in there), SSIM.name)
-
-
 def pairs(arms: Sequence[Result]) -> list[tuple[str, ...]]:
     """How near the images of some arms come to the uncached ones of the same seeds: columns, their heads first."""
-    ssim = ssim_of(arms)
-    return [("PSNR to uncached, dB", ssim, "feature distance"),
-            *((shown(arm, "PSNR", 1), shown(arm, ssim, 3), shown(arm, "1 - cos, EffLite0", 3)) for arm in arms)]
+    return [("PSNR to uncached, dB", SSIM.name, "feature distance"),
+            *((shown(arm, PSNR.name, 1), shown(arm, SSIM.name, 3), shown(arm, "1 - cos, EffLite0", 3)) for arm in arms)]
 
 
 def clearly_worse(result: Result, other: Result, name: str) -> bool:
@@ -97,9 +90,9 @@ def report(arms: dict[str, Result], timing: Result) -> str:
         "are not FID, and compare with each other only. ± is 1.96 standard errors "
         "over draws of the samples.",
         "Measured: network time of a run, from full and cached steps timed in turns at batch "
-        f"{timing.settings['batch_size']} on {timing.provenance['threads']} threads; a cached step took "
+        f"{timing.settings['batch_size']}, CPU threads: {timing.provenance['threads']}; a cached step took "
         f"{timing.times['branches'][0]['ratio']:.3f} of a full one.",
-        f"PSNR, {ssim_of(arms.values())} and feature distance (1 - cosine): to the uncached image of the same seed; "
+        "PSNR, SSIM and feature distance (1 - cosine): to the uncached image of the same seed; "
         f"images of different seeds have a PSNR of {unrelated:.1f} dB.", "",
         "**Can the scores see what matters?** (95 % intervals that do not overlap)", "", *checks, "",
         "**Real against real**, beside as many uncached samples:", "", *markdown(floor_rows(first["floors"])), "",

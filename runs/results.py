@@ -4,9 +4,9 @@
 
 A metric has the name that its literature gives it, and only where it is that very measure: FID, sFID, IS, KID,
 CLIP score, PSNR, SSIM, LPIPS; precision and recall (0 to 1) of the Inception features. On others it has another
-name: FD-EffLite0, FD-IncMixed5. SSIM (padded) is in results of before SSIM was over whole windows alone. Which
-evaluator's convention was used is the `kind`: adm, fid (pytorch-fid's), clip_score, fidelity, quality, throughput,
-demo. eval.table takes a number for a cell of a paper when kind, settings and images are the row's.
+name: FD-EffLite0, FD-IncMixed5. Which evaluator's convention was used is the `kind`: adm, fid (pytorch-fid's),
+clip_score, fidelity, quality, throughput, demo. eval.table takes a number for a cell of a paper when kind, settings
+and images are the row's.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from eval.metrics.measure import PairMeasure, PixelMeasure
+from eval.metrics.measure import PixelMeasure
 from runs.psnr import psnr
 
 _SSIM_WINDOW = 11
@@ -34,5 +34,3 @@ SSIM = PixelMeasure("SSIM", higher=True, key="ssim", label="SSIM", smallest=_SSI
 # In levels of 255. Its name is for a run of so many steps that twice as many change nothing (eval/fidelity.py).
 RMSE_TO_CONVERGED = PixelMeasure("RMSE to converged", "rmse_converged", "RMSE to converged", key="rmse_converged",
                                  label="RMSE to converged", of=_rmse)
-# torchmetrics' own mean: what results hold that were made before SSIM was over whole windows alone.
-PADDED_SSIM = PairMeasure("SSIM (padded)", higher=True, key="ssim_padded", label="SSIM (padded)")

@@ -5,14 +5,14 @@ from eval.metrics.inception_scores import FID, IS, KID, PRECISION_RECALL, SFID
 from eval.metrics.incmixed5 import IncMixed5
 from eval.metrics.lpips import LPIPS, OTHER_BACKBONE
 from eval.metrics.measure import Measure, PairMeasure, PixelMeasure, SetMeasure
-from eval.metrics.pixel_pairs import PADDED_SSIM, PSNR, RMSE_TO_CONVERGED, SSIM
+from eval.metrics.pixel_pairs import PSNR, RMSE_TO_CONVERGED, SSIM
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, SmallSetDistance
 
 CLIP_SCORE = Measure("CLIP score", "clip", "CLIP score", higher=True)                       # eval.clip_score
 FEATURE_DISTANCE = PairMeasure("1 - cos, EffLite0", key="feature_distance", label="1 - cos, EffLite0")
 
 PIXELS: tuple[PixelMeasure, ...] = (PSNR, SSIM)                                             # eval.fidelity
-PAIRS: tuple[PairMeasure, ...] = (*PIXELS, FEATURE_DISTANCE, LPIPS, OTHER_BACKBONE, RMSE_TO_CONVERGED, PADDED_SSIM)
+PAIRS: tuple[PairMeasure, ...] = (*PIXELS, FEATURE_DISTANCE, LPIPS, OTHER_BACKBONE, RMSE_TO_CONVERGED)
 SETS: tuple[SetMeasure, ...] = (FID, SFID, IS, PRECISION_RECALL, KID)                       # eval.adm, eval.fid
 SMALL_SETS: tuple[type[SmallSetDistance], ...] = (FrechetInBasis, KernelDistance)           # eval.quality
 EXTRACTORS: dict[str, type[SmallExtractor]] = {"efflite0": EffLite0, "incmixed5": IncMixed5}  # what these are made on
