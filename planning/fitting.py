@@ -24,7 +24,7 @@ from runs.families import family_named_by
 from runs.image_model import ImageModel, add_run, config_among, spec_of
 from runs.machine import Machine
 from runs.results import Metric
-from runs.seeds import parse_seeds
+from runs.seeds import in_batches, parse_seeds
 
 
 def fit_parser(doc: str | None, words: Sequence[str], caching: bool = True) -> argparse.ArgumentParser:
@@ -84,9 +84,7 @@ def batches(seeds: Sequence[int], size: int, title: str | None, model: ImageMode
     """
     with tqdm(total=len(seeds) * work * model.sampler.calls, desc=title, unit="call",
               disable=title is None or not seeds) as bar:
-        for first in range(0, len(seeds), size):
-            batch = list(seeds[first:first + size])
-
+        for batch in in_batches(seeds, size):
             def report(done: float, step: int = len(batch)) -> None:
                 bar.update(step)
             yield batch, report

@@ -23,7 +23,7 @@ from planning.fitting import own_unet
 from planning.judge import CONVERGED, SPACING, Grid, Judge
 from runs.errors import UserError
 from runs.files import write_json
-from runs.seeds import format_seeds
+from runs.seeds import format_seeds, in_batches
 
 DAMPING = (0.0, 1.5)        # beyond, a fit to a few images is noise
 
@@ -262,8 +262,7 @@ class GapMeasurements:
         return np.exp(np.interp(at, calls, ratios)) * long      # with a step as long as it is here
 
     def _batches(self) -> list[list[int]]:
-        size = self.judge.distances.machine.batch_size
-        return [self.seeds[first:first + size] for first in range(0, len(self.seeds), size)]
+        return in_batches(self.seeds, self.judge.distances.machine.batch_size)
 
     def _file(self, name: str) -> Path:
         about = f"branches{'_'.join(map(str, self.branches))}_seeds{format_seeds(self.seeds)}"

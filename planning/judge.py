@@ -18,6 +18,7 @@ from caching.plan import Call
 from planning.distances import Distances
 from runs.errors import UserError
 from runs.machine import Machine
+from runs.seeds import in_batches
 from runs.spec import Run, RunSpec
 
 Item = TypeVar("Item")
@@ -94,9 +95,8 @@ class Judge:
 
     def converge(self, seeds: Sequence[int]) -> None:
         """Make the converged latents that are missing."""
-        missing, size = self.distances.missing(seeds), self.distances.machine.batch_size
-        self.each(_converge, [missing[first:first + size] for first in range(0, len(missing), size)],
-                  "converged images", "batch")
+        missing = in_batches(self.distances.missing(seeds), self.distances.machine.batch_size)
+        self.each(_converge, missing, "converged images", "batch")
 
     def of(self, candidate: Candidate, seeds: Sequence[int]) -> np.ndarray:
         """PSNR to the converged latents, dB: float64 [seeds]."""

@@ -13,7 +13,7 @@ from eval.tables.svg import Line, Mark, Plot
 from planning.candidates import Prices, Trial
 from planning.judge import Judge
 from runs.results import Metric
-from runs.seeds import format_seeds
+from runs.seeds import format_seeds, in_batches
 
 SEEN = 8                    # seeds with images
 UNIT = "dB to converged"
@@ -28,8 +28,8 @@ def pictures(chosen: Trial, arms: Sequence[Trial], judge: Judge, seeds: Sequence
     distances, wanted = judge.distances, list(seeds)[:SEEN]
 
     def images(make: Callable[[list[int]], object]) -> np.ndarray:
-        size = distances.machine.batch_size
-        return np.concatenate([np.asarray(make(wanted[first:first + size])) for first in range(0, len(wanted), size)])
+        batches = in_batches(wanted, distances.machine.batch_size)
+        return np.concatenate([np.asarray(make(batch)) for batch in batches])
 
     def of(trial: Trial) -> np.ndarray:
         run = judge.run(trial.run.sampler, trial.run.grid)

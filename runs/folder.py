@@ -26,7 +26,7 @@ from caching.schema import check, read_json
 from runs.claims import Claims
 from runs.errors import UserError
 from runs.files import remove_leftovers, write_and_move, write_atomically
-from runs.seeds import format_seeds, rank_and_world
+from runs.seeds import format_seeds, in_batches, rank_and_world
 
 FORMAT = 1      # of run.json
 _PNG_END = b"IEND\xaeB`\x82"
@@ -182,7 +182,7 @@ class RunFolder:
             return 0
         self._log({"seeds": format_seeds(todo), "batch_size": batch_size})
         size = min(batch_size, math.ceil(len(seeds) / world))
-        batches = [seeds[first:first + size] for first in range(0, len(seeds), size)]
+        batches = in_batches(seeds, size)
         own = len(batches) * rank // world
         made, saving, counted = 0, None, time.monotonic()
         bar = tqdm(total=len(seeds), initial=len(seeds) - len(todo), unit="img", smoothing=0.1,

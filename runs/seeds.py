@@ -49,6 +49,11 @@ def format_seeds(seeds: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
+def in_batches(seeds: Sequence[int], size: int) -> list[list[int]]:
+    """Seeds in their order, so many at a time."""
+    return [list(seeds[first:first + size]) for first in range(0, len(seeds), size)]
+
+
 def rank_and_world() -> tuple[int, int]:
     """Which of how many processes this is: torchrun's RANK and WORLD_SIZE, else (0, 1). Raises UserError for others."""
     rank, world = (environment_number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
