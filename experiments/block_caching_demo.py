@@ -21,7 +21,7 @@ from eval.tables.page import write as write_page
 from eval.tables.text import markdown
 from experiments import demo, pages
 from experiments.arms import Arm, Given
-from experiments.demo_report import distances, distances_of, pairs
+from experiments.demo_report import distances, distances_of, pairs, panels
 from experiments.runner import judge_all, python, sample_on_all_cores
 from planning.block_changes import BlockChanges, ScheduleMaker
 from planning.block_plots import at_equal_cost
@@ -174,10 +174,10 @@ def main() -> None:
         sample_on_all_cores(arms)
         found = judge_all(arms)
         at_equal_cost([demo.point(arm, found[arm.name]) for arm in arms],
-                      given.results / f"equal_cost_{model.name}.png", demo.PANELS)
+                      given.results / f"equal_cost_{model.name}.png", panels(found.values()))
         demo.show_samples(arms, given.results / f"samples_{model.name}.png")
         text = demo.write_table(demo.MODELS, given.results, section)
-        shown = [demo.plot(arms, found, *panel) for panel in demo.PANELS]
+        shown = [demo.plot(arms, found, *panel) for panel in panels(found.values())]
         sections.append(pages.section(model.title, [], rows([*found.values()]), shown, arms))
         write_page(Page("Block Caching and DeepCache at equal cost", [
             "Every arm of a model starts from the same seeds."], sections, pages.made_by(

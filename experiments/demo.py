@@ -17,7 +17,6 @@ from eval.cost.runs import macs_per_step
 from eval.metrics import incmixed5
 from eval.metrics.images import open_images
 from eval.metrics.registry import MEASURES
-from eval.quality import FD, KID
 from eval.tables.page import Page, Section
 from eval.tables.page import write as write_page
 from eval.tables.plots import cost_against_quality, sample_rows
@@ -25,7 +24,7 @@ from eval.tables.render import speed_of
 from eval.tables.svg import Line, Mark, Plot
 from experiments import pages
 from experiments.arms import Arm, Given
-from experiments.demo_report import arm_rows, report
+from experiments.demo_report import arm_rows, panels, report
 from experiments.runner import FEWEST, judged, sampled, time_steps
 from runs import results
 from runs.errors import UserError
@@ -37,8 +36,6 @@ from runs.spec import RunSpec
 POWER = 1.4                                 # of the non-uniform arms, with the center at 40 % of the steps: about where
 CENTER = 0.4                                # the paper has them for LDM and SD; not tuned here
 SHOWN = 16                                  # images per row of the pictures
-PANELS = [(name, f"{heading} ({MEASURES[name].better} is better)") for name, heading in (
-    (FD, MEASURES[FD].heading), (KID, MEASURES[KID].heading), ("PSNR", "PSNR to uncached, dB"))]
 
 
 class Model(NamedTuple):
@@ -117,7 +114,7 @@ def point(arm: Arm, result: Result) -> dict[str, Any]:
     """What the charts of cost against quality show of an arm."""
     return {"family": arm.style, "label": arm.label, "cost": giga(result.details["macs_per_image"]["macs"]),
             **{name: [MEASURES[name].scale * value for value in result.metrics[name].bounds]
-               for name, _ in PANELS if name in result.metrics}}
+               for name in result.metrics if name in MEASURES}}
 
 
 def show_samples(arms: Sequence[Arm], path: Path) -> None:
@@ -178,7 +175,7 @@ def section_of_page(model: Model, arms: Sequence[Arm], found: Mapping[str, Resul
     """A model's part of the page. found: the results of its arms, by name."""
     rows = arm_rows(dict(found), results.read(given.results / model.name / "timing.json"))
     shown = sorted(arms, key=lambda arm: arm.style == "fewer steps")            # the first of them have pictures
-    return pages.section(model.title, [], rows, [plot(arms, found, *panel) for panel in PANELS], shown)
+    return pages.section(model.title, [], rows, [plot(arms, found, *panel) for panel in panels(found.values())], shown)
 
 
 def run_full(models: Sequence[Model], given: Given) -> None:
@@ -205,5 +202,5 @@ def finish(model: Model, arms: Sequence[Arm], found: Mapping[str, Result], given
     show_samples([arm for arm in arms if arm.style != "fewer steps" and arm.name != "n2"],
                  given.results / f"samples_{model.name}.png")
     cost_against_quality([point(arm, found[arm.name]) for arm in arms if arm.style != "ablation"],
-                         given.results / f"cost_quality_{model.name}.png", PANELS)
+                         given.results / f"cost_quality_{model.name}.png", panels(found.values()))
     write_table(MODELS, given.results, section)

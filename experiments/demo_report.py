@@ -7,11 +7,12 @@ from eval.metrics.pixel_pairs import PSNR, SSIM
 from eval.metrics.registry import MEASURES, SMALL_MEASURES
 from eval.quality import FD, KID
 from eval.tables.text import markdown
+from experiments.runner import minus_uncached
 from runs.results import Metric, Result
 
 
-def with_error(metric: Metric, scale: float = 1.0) -> str:
-    return f"{scale * metric.value:.1f} ± {scale * 1.96 * (metric.stderr or 0):.1f}"
+def with_error(metric: Metric, scale: float = 1.0, sign: str = "") -> str:
+    return f"{scale * metric.value:{sign}.1f} ± {scale * 1.96 * (metric.stderr or 0):.1f}"
 
 
 def shown(result: Result, name: str, decimals: int) -> str:
@@ -27,8 +28,21 @@ def distances_of(arms: Iterable[Result]) -> list[str]:
 
 
 def distances(result: Result, names: Iterable[str]) -> list[str]:
-    """Some distances to real images, with their errors."""
-    return [with_error(result.metrics[name], MEASURES[name].scale) for name in names]
+    """Some distances to real images with their errors, and in brackets how much more that is than uncached."""
+    cells = []
+    for name in names:
+        more, scale = result.metrics.get(minus_uncached(name)), MEASURES[name].scale
+        cells.append(with_error(result.metrics[name], scale) + (f" ({with_error(more, scale, '+')})" if more else ""))
+    return cells
+
+
+def panels(arms: Iterable[Result]) -> list[tuple[str, str]]:
+    """What charts of some arms show, with labels: Frechet distances by all extractors, or both distances by the only
+    one; PSNR."""
+    judged = distances_of(arms)
+    names = [*(judged if len(judged) == 2 else judged[::2]), PSNR.name]
+    headings = {name: MEASURES[name].heading for name in names} | {PSNR.name: "PSNR to uncached, dB"}
+    return [(name, f"{headings[name]} ({MEASURES[name].better} is better)") for name in names]
 
 
 def pairs(arms: Sequence[Result]) -> list[tuple[str, ...]]:
@@ -57,8 +71,8 @@ def arm_rows(arms: dict[str, Result], timing: Result) -> list[tuple[str, ...]]:
 
 def floor_rows(floors: list[dict]) -> list[tuple[str, ...]]:
     """What real images score, beside as many samples."""
-    rows: list[tuple[str, ...]] = [("images", "against", "real: FD", "samples: FD", "real: KID x 1000",
-                                    "samples: KID x 1000")]
+    rows: list[tuple[str, ...]] = [("images", "against", f"real: {FD}", f"samples: {FD}",
+                                    f"real: {KID} x 1000", f"samples: {KID} x 1000")]
     for floor in floors:
         kind = "the other training images" if floor["kind"] == "split" else "training images of other names"
         fd, kid = floor[FD], floor[KID]
@@ -87,8 +101,8 @@ def report(arms: dict[str, Result], timing: Result) -> str:
         f"FD: Frechet distance in the first {first[FD]['dims']} principal directions of the "
         f"{first['reference']['images']} real training images. KID: unbiased kernel distance. They are "
         "on features of EfficientNet-Lite0 and, where it says IncMixed5, of InceptionV3 up to its block mixed5: they "
-        "are not FID, and compare with each other only. ± is 1.96 standard errors "
-        "over draws of the samples.",
+        "are not FID, and compare with each other only. In brackets: more than without caching, paired by seed. ± is "
+        "1.96 standard errors over draws of the samples.",
         "Measured: network time of a run, from full and cached steps timed in turns at batch "
         f"{timing.settings['batch_size']}, CPU threads: {timing.provenance['threads']}; a cached step took "
         f"{timing.times['branches'][0]['ratio']:.3f} of a full one.",

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
 from eval.cost.runs import macs_per_step
+from eval.quality import FD, KID
 from experiments import demo, demo_report, demo_short
 from experiments.arms import Given
 from experiments.runner import in_this_process
@@ -64,9 +65,9 @@ def test_the_full_demo_end_to_end(tmp_path, monkeypatch, capsys):
     arm = results.read(out / "ddpm" / "n5.json")
     assert arm.full_steps == [0, 5, 10] and arm.images == 80
     assert arm.settings["cache"]["interval"] == 5 and arm.details["fidelity"]["images"] == 80
-    assert {demo.FD, demo.KID, f"{demo.KID} minus uncached", "PSNR", "SSIM", "1 - cos, EffLite0"} <= arm.metrics.keys()
+    assert {FD, KID, f"{KID} minus uncached", "PSNR", "SSIM", "1 - cos, EffLite0"} <= arm.metrics.keys()
     uncached = results.read(out / "ddpm" / "uncached.json")
-    assert uncached.metrics.keys() == {demo.FD, demo.KID} and len(uncached.details["quality"]["floors"]) == 2
+    assert uncached.metrics.keys() == {FD, KID} and len(uncached.details["quality"]["floors"]) == 2
     assert uncached.details["macs_per_image"]["macs"] == pytest.approx(12 * uncached.macs.macs)
     timing = results.read(out / "ddpm" / "timing.json")
     assert (timing.kind, timing.details["speedup"]["uncached"]) == ("throughput", 1)
@@ -149,6 +150,6 @@ def test_tables_have_the_distances_that_all_arms_were_judged_by():
 
 def test_charts_show_a_metric_with_its_interval():
     arm = next(iter(demo.plan(demo.MODELS[0], Given())))
-    found = demo.point(arm, Result("demo", metrics={demo.KID: results.Metric(0.2, [0.1, 0.4])},
+    found = demo.point(arm, Result("demo", metrics={KID: results.Metric(0.2, [0.1, 0.4])},
                                    details={"macs_per_image": {"macs": 2e9, "macs_fc": 3e9}}))
-    assert found[demo.KID] == pytest.approx([200, 100, 400]) and found["cost"] == 2 and "PSNR" not in found
+    assert found[KID] == pytest.approx([200, 100, 400]) and found["cost"] == 2 and "PSNR" not in found
