@@ -1,7 +1,7 @@
 """Caching, forecasts and fewer steps at equal cost, on the models that are shipped here: sample, judge, time, look.
 
     python -m scripts.demo              three to five minutes on 2 cores
-    python -m scripts.demo --full       about half an hour: all that results/demo/ holds (experiments/demo.py)
+    python -m scripts.demo --full       about 40 minutes: all that results/demo/ holds (experiments/demo.py)
 
 All arms of a model start from the same seeds, so their images can be compared one by one. Table, pictures and a page to
 look at (index.html) are written anew after every arm: what is there when it is stopped can be read, and the same
@@ -218,7 +218,7 @@ def run(plans: Mapping[Model, list[Arm]], given: Given) -> None:
 def main() -> None:
     parser = demo.parser_of(__doc__, "48, 32, 32; with --full 256, of the slowest model 192", "8; with --full 32")
     parser.set_defaults(batch_size=None)
-    parser.add_argument("--full", action="store_true", help="all that results/demo/ holds: about half an hour")
+    parser.add_argument("--full", action="store_true", help="all that results/demo/ holds: about 40 minutes")
     args = parser.parse_args()
     args.batch_size = args.batch_size or (32 if args.full else 8)       # small ones, so that the bar moves
     chosen = [model for model in demo.MODELS if args.models is None or model.name in args.models]

@@ -15,6 +15,8 @@ from eval import throughput
 from eval.metrics.intervals import mean_estimate
 from experiments import convergence
 from experiments.convergence_report import LESS, Point, rival
+from experiments.demo_report import shown, with_error
+from experiments.runner import minus_uncached
 from runs import results
 
 ROOT = HERE.parent
@@ -352,3 +354,28 @@ def test_the_tables_of_systems_are_those_of_their_results(folder):
     text = (ROOT / "docs" / "systems.md").read_text()
     rows = rows_of_systems(folder)
     assert len(rows) > 10 and all(row in text for row in rows)
+
+
+def score(run: results.Result, metric: str) -> str:
+    """A distance to real images, and how much more that is than without caching."""
+    value, more = run.metrics[metric], run.metrics.get(minus_uncached(metric))
+    return with_error(value) if more is None else f"{value.value:.1f} ({with_error(more, sign='+')})"
+
+
+def cost(run: results.Result) -> float:
+    return run.details["macs_per_image"]["macs"]
+
+
+@pytest.mark.parametrize(("model", "fewest"), [("ddpm", 10), ("ldm", 10), ("sd", 8)])
+def test_the_tables_of_the_demo_are_those_of_its_results(model, fewest):
+    folder = ROOT / "results" / "demo" / model
+    timing = results.read(folder / "timing.json")
+    runs = {run.details["label"]: run for path, run in results.read_all(folder) if path.name != "timing.json"}
+    lines = {label: " | ".join([
+        f"| {label}", f"{len(run.full_steps)} / {run.settings['steps']}",
+        f"{cost(runs['no cache']) / cost(run):.2f}x", f"{timing.details['speedup'][run.details['arm']]:.2f}x",
+        score(run, "FD-EffLite0"), score(run, "FD-IncMixed5"), f"{shown(run, 'PSNR', 1)} |"])
+        for label, run in runs.items()}
+    tables = re.findall(r"(?:^\|.*\n)+", (ROOT / "docs" / "shipped_models.md").read_text(), re.M)
+    told = tables[("ddpm", "ldm", "sd").index(model)].splitlines()[2:]
+    assert len(told) >= fewest and set(told) <= set(lines.values())
