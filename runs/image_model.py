@@ -92,10 +92,11 @@ def check_compiled(run: Run, machine: Machine) -> None:
                         "each computes: leave it out")
 
 
-def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine) -> int:
+def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine, more: bool = False) -> int:
     """Fill a sample folder with the images of the seeds that are not there yet; returns how many were made.
 
-    Raises UserError, and Stopped where a batch system asked for it.
+    more: whether the program goes on with other work then. Raises UserError, and Stopped where a batch system asked for
+    it and images are missing, or there is more.
     """
     run = model.run
     check_compiled(run, machine)
@@ -117,7 +118,7 @@ def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine) -
         made = folder.fill(seeds, machine.batch_size, sample, lambda: stop.asked)
         model.write_listing(folder)
     missing = missing_seeds(folder.path, seeds)
-    if stop.asked and missing:
+    if stop.asked and (missing or more):
         raise Stopped(f"{len(seeds) - len(missing)} of {len(seeds)} images are there")
     if missing:
         print(f"{len(missing)} images are not there yet: other processes are at them")

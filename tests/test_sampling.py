@@ -30,7 +30,10 @@ from runs.cli import command
 from runs.errors import UserError
 from runs.families import load_config
 from runs.folder import RunFolder, to_uint8
+from runs.image_model import fill
+from runs.machine import Machine
 from runs.seeds import format_seeds, parse_seeds
+from runs.spec import RunSpec
 from sampling.ddim import ddim, offset_timesteps, quadratic_timesteps, trailing_timesteps, uniform_timesteps
 from sampling.diffusion import alphas_cumprod, predicted_noise, training_target
 from sampling.noise import SeededNoise
@@ -279,6 +282,22 @@ def test_a_stop_in_good_order_finishes_the_batch(tiny, tmp_path, monkeypatch, st
     assert in_process(monkeypatch, *args) == 0
     assert in_process(monkeypatch, *args[:-1], tmp_path / "whole") == 0
     assert images(out) == images(tmp_path / "whole") and images(out).items() >= made.items()
+
+
+def test_a_program_of_several_runs_stops_between_them(tiny, tmp_path):
+    """Though nothing is missing of the run in which it was asked."""
+    @command
+    def main():
+        for name in "ab":
+            machine, run = Machine(device="cpu"), RunSpec("ddpm", tiny).having(steps=2).open()
+            model = run.family.open(run, machine)
+            decode = model.decode
+            model.decode = lambda latents: os.kill(os.getpid(), signal.SIGTERM) or decode(latents)
+            fill(model, [0, 1], tmp_path / name, machine, more=True)
+
+    process = Forked(main, log=tmp_path / "log")
+    assert process.wait(60) == 75, process.output
+    assert len(images(tmp_path / "a")) == 2 and not (tmp_path / "b").exists()
 
 
 def test_the_same_signal_again_stops_at_once(tmp_path, monkeypatch):
