@@ -379,3 +379,14 @@ def test_the_tables_of_the_demo_are_those_of_its_results(model, fewest):
     tables = re.findall(r"(?:^\|.*\n)+", (ROOT / "docs" / "shipped_models.md").read_text(), re.M)
     told = tables[("ddpm", "ldm", "sd").index(model)].splitlines()[2:]
     assert len(told) >= fewest and set(told) <= set(lines.values())
+
+
+@pytest.mark.parametrize("model", ["ddpm", "ldm"])
+def test_the_tables_of_block_caching_are_those_of_its_results(model):
+    runs = [run for _, run in results.read_all(ROOT / "results" / "block_caching" / model)]
+    whole = next(cost(run) for run in runs if run.details["label"] == "no cache")
+    lines = [f"| {cost(run) / whole:.2f} | {score(run, 'FD-EffLite0')} | {score(run, 'FD-IncMixed5')} | "
+             + (f"{shown(run, 'PSNR', 1)} dB |" if "PSNR" in run.metrics else "- |") for run in runs]
+    tables = re.findall(r"(?:^\|.*\n)+", (ROOT / "docs" / "block_caching.md").read_text(), re.M)
+    told = tables[("ddpm", "ldm").index(model)].splitlines()[2:]
+    assert len(told) == len(runs) and all(any(line.endswith(of_run) for line in told) for of_run in lines)
