@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from caching.adaptive import PlannedAdaptive
 from eval.cost.runs import in_full_calls
 from eval.tables.text import align
 from experiments import convergence, systems_page, systems_report
@@ -247,7 +248,7 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
         if whole.measured() is None:
             judge(whole, whole)
     for number, run in enumerate(runs, 1):
-        print(f"[{number}/{len(runs)}] {run.name}: {in_full_calls(run):.2f} full calls", flush=True)
+        print(f"[{number}/{len(runs)}] {run.name}: {cost_of(run):.2f} full calls", flush=True)
         arm = place.arm(run, len(seeds), machine)
         if not quick:
             sample(arm, distances, seeds)
@@ -263,6 +264,13 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
                     str(place.times(run))], "timing")
 
 
+def cost_of(run: Run) -> float:
+    """Of an image, in full network calls; where each image decides, the mean as it came out on held-out seeds."""
+    adaptive = run.caching.of(PlannedAdaptive)
+    spent = adaptive.rule.measured.get("spent") if adaptive else None
+    return spent["mean"] if spent else in_full_calls(run)
+
+
 def rows(study: Study, place: Place, found: Sequence[tuple[Entry, Run]], machine: Machine) -> list[Row]:
     """What is measured of the study."""
     converged, seeds, made = converged_run(study), parse_seeds(study.seeds), []
@@ -272,7 +280,7 @@ def rows(study: Study, place: Place, found: Sequence[tuple[Entry, Run]], machine
             continue
         times, judged = place.times(run), place.arm(run, len(seeds), machine).result
         timed = results.read(times).times["run"] if times.is_file() else None
-        made.append(Row(entry.system, entry.calls, run.name, in_full_calls(run),
+        made.append(Row(entry.system, entry.calls, run.name, cost_of(run),
                         run.calls / timed["speedup"] if timed else None if run.caching else float(run.calls),
                         np.array(result.details["psnr"]),
                         results.read(judged).metrics if judged.is_file() else {},
@@ -288,7 +296,7 @@ def listing(study: Study, place: Place, found: Sequence[Entry]) -> str:
             lines.append([entry.system, str(entry.calls), f"no {entry.missing[0]}", "-", "no"])
             continue
         run = entry.open(study)
-        lines.append([entry.system, str(entry.calls), run.name, f"{in_full_calls(run):.2f}",
+        lines.append([entry.system, str(entry.calls), run.name, f"{cost_of(run):.2f}",
                       "yes" if place.result(run).is_file() else "no"])
     return align(lines)
 

@@ -19,8 +19,9 @@ HEAD = ("system", "run", "cost, calls", "time, calls", "PSNR, dB", "beside the b
         f"{KID} x 1000", "made in, CPU min")
 ABOUT = ("Nothing was learnt on these seeds. PSNR of the final latents to the converged ones of the same seed, with 95 "
          "% intervals; differences are paired by seed, to the nearest of the runs without caching at the same budget. "
-         "Costs are in full network calls per image: by multiply-accumulates, and as timed, one image at a time. Made "
-         "in: CPU minutes that measuring and training took before the first image; ? where that was made elsewhere.")
+         "Costs are in full network calls per image: by multiply-accumulates (of the adaptive rule the mean of what it "
+         "came to on held-out seeds), and as timed, one image at a time. Made in: CPU minutes that measuring and "
+         "training took before the first image; ? where that was made elsewhere.")
 
 
 @dataclass(frozen=True)
