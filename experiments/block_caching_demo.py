@@ -173,11 +173,12 @@ def main() -> None:
         arms = list(plan(model, given, Files(model, args.images, args.remake)))
         sample_on_all_cores(arms)
         found = judge_all(arms)
+        charts = panels(found.values())
         at_equal_cost([demo.point(arm, found[arm.name]) for arm in arms],
-                      given.results / f"equal_cost_{model.name}.png", panels(found.values()))
+                      given.results / f"equal_cost_{model.name}.png", charts)
         demo.show_samples(arms, given.results / f"samples_{model.name}.png")
         text = demo.write_table(demo.MODELS, given.results, section)
-        shown = [demo.plot(arms, found, *panel) for panel in panels(found.values())]
+        shown = [demo.plot(arms, found, *panel) for panel in charts]
         sections.append(pages.section(model.title, [], rows([*found.values()]), shown, arms))
         write_page(Page("Block Caching and DeepCache at equal cost", [
             "Every arm of a model starts from the same seeds."], sections, pages.made_by(

@@ -59,7 +59,7 @@ def make_images(shown: Shown, points: Sequence[Point], machine: Machine) -> None
     chosen = examples(points)
     for run in (shown.converged, *(shown.runs[point.name] for point in chosen)):
         if missing_seeds(shown.folder(run), seeds_of(shown, chosen)):
-            fill(run.family.open(run, machine), seeds_of(shown, chosen), shown.folder(run), machine, more=True)
+            fill(run.family.open(run, machine), seeds_of(shown, chosen), shown.folder(run), machine)
 
 
 def pictures(shown: Shown, chosen: Sequence[Point]) -> list[Pictures]:

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from eval.cost.macs import giga
 from eval.metrics.pixel_pairs import PSNR, SSIM
-from eval.metrics.registry import MEASURES, SMALL_MEASURES
+from eval.metrics.registry import EXTRACTORS, MEASURES, SMALL_MEASURES
+from eval.metrics.small_sets import FrechetInBasis
 from eval.quality import FD, KID
 from eval.tables.text import markdown
 from experiments.runner import minus_uncached
@@ -40,7 +41,8 @@ def panels(arms: Iterable[Result]) -> list[tuple[str, str]]:
     """What charts of some arms show, with labels: Frechet distances by all extractors, or both distances by the only
     one; PSNR."""
     judged = distances_of(arms)
-    names = [*(judged if len(judged) == 2 else judged[::2]), PSNR.name]
+    frechet = [name for of in EXTRACTORS.values() if (name := FrechetInBasis.named(of.name).name) in judged]
+    names = [*(frechet if len(frechet) > 1 else judged), PSNR.name]
     headings = {name: MEASURES[name].heading for name in names} | {PSNR.name: "PSNR to uncached, dB"}
     return [(name, f"{headings[name]} ({MEASURES[name].better} is better)") for name in names]
 

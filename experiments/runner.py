@@ -50,7 +50,7 @@ def python(line: Sequence[str], what: str) -> None:
 
 def sample(arm: Arm) -> None:
     """Fill the sample folder of an arm, in this process."""
-    made = fill(arm.run.family.open(arm.run, arm.on), range(arm.images), arm.folder, arm.on, more=True)
+    made = fill(arm.run.family.open(arm.run, arm.on), range(arm.images), arm.folder, arm.on)
     print(summary(arm.run, arm.folder, arm.images, made), flush=True)
 
 

@@ -30,6 +30,7 @@ from runs.files import ROOT, write_atomically
 from runs.machine import Machine
 from runs.provenance import provenance
 from runs.results import Metric, Result
+from runs.seeds import in_batches
 from runs.spec import RunSpec
 
 OUT = Path("results/block_caching/study")
@@ -65,8 +66,7 @@ def directions(changes: BlockChanges, config: str, steps: int, fraction: float) 
     shifted = replace(changes, residuals={name: one | {"changes": [*one["changes"][1:], 0.0]}
                                           for name, one in changes.residuals.items()})
     found: dict[str, list[float]] = {"later": [], "earlier": []}
-    for first in tqdm(range(0, len(HELD_OUT), 16), desc=f"{config} {fraction}", unit="batch"):
-        seeds = HELD_OUT[first:first + 16]
+    for seeds in tqdm(in_batches(HELD_OUT, 16), desc=f"{config} {fraction}", unit="batch"):
         exact = model.latents(seeds)
         for direction, measured in (("later", changes), ("earlier", shifted)):
             maker = ScheduleMaker(measured, "all")

@@ -209,9 +209,10 @@ def cost_of_making(entry: Entry, study: Study, place: Place) -> float | None:
         return None
     total = 0.0
     for path in dict.fromkeys(other for own in entry.files for other in needed(str(own), study.files)):
-        if not place.made(Path(path)).is_file():
+        made = place.made(Path(path))
+        if not made.is_file():
             return None
-        note = results.read(place.made(Path(path)))
+        note = results.read(made)
         if (ROOT / path).is_file() and note.hashes["file"] != sha256(ROOT / path):
             return None             # it was made anew elsewhere; one that is not kept has its note alone
         total += note.details["cpu_s"]

@@ -92,11 +92,11 @@ def check_compiled(run: Run, machine: Machine) -> None:
                         "each computes: leave it out")
 
 
-def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine, more: bool = False) -> int:
+def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine, last: bool = False) -> int:
     """Fill a sample folder with the images of the seeds that are not there yet; returns how many were made.
 
-    more: whether the program goes on with other work then. Raises UserError, and Stopped where a batch system asked for
-    it and images are missing, or there is more.
+    last: whether the program ends then, so that nothing is left to stop where all images are there. Raises UserError,
+    and Stopped where a batch system asked for it.
     """
     run = model.run
     check_compiled(run, machine)
@@ -118,7 +118,7 @@ def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine, m
         made = folder.fill(seeds, machine.batch_size, sample, lambda: stop.asked)
         model.write_listing(folder)
     missing = missing_seeds(folder.path, seeds)
-    if stop.asked and (missing or more):
+    if stop.asked and (missing or not last):
         raise Stopped(f"{len(seeds) - len(missing)} of {len(seeds)} images are there")
     if missing:
         print(f"{len(missing)} images are not there yet: other processes are at them")
@@ -175,5 +175,5 @@ def sample_command(family: Family, doc: str | None) -> None:
     machine = arguments.chosen(Machine, args)
     model = family.open(spec_of(args, family).open(), machine)
     seeds = list(range(model.images)) if args.seeds is None else parse_seeds(args.seeds)
-    made = fill(model, seeds, args.out, machine)
+    made = fill(model, seeds, args.out, machine, last=True)
     print(summary(model.run, args.out, len(seeds), made))

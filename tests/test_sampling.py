@@ -293,7 +293,7 @@ def test_a_program_of_several_runs_stops_between_them(tiny, tmp_path):
             model = run.family.open(run, machine)
             decode = model.decode
             model.decode = lambda latents: os.kill(os.getpid(), signal.SIGTERM) or decode(latents)
-            fill(model, [0, 1], tmp_path / name, machine, more=True)
+            fill(model, [0, 1], tmp_path / name, machine)
 
     process = Forked(main, log=tmp_path / "log")
     assert process.wait(60) == 75, process.output
