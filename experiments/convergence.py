@@ -57,7 +57,7 @@ from runs.errors import UserError
 from runs.machine import Machine
 from runs.provenance import provenance
 from runs.results import Cost, Metric, Result
-from runs.seeds import parse_seeds
+from runs.seeds import format_seeds, parse_seeds
 from runs.settings import read_yaml
 from runs.spec import Run, RunSpec
 from runs.weights import save_tensors
@@ -118,6 +118,7 @@ def read_study(path: Path) -> Study:
             check_axis(f"{path}, {key}", str(name), [value], known)
     if not study.grids:
         raise UserError(f"{path}: grids is empty: a study needs at least one, like {{sampler: unipc, steps: [9, 18]}}")
+    study.seeds = format_seeds(parse_seeds(study.seeds))        # in order: results tell of each in turn
     seeds = parse_seeds(study.seeds)
     if not 0 <= study.twice <= len(seeds):
         raise UserError(f"{path}: twice must be from 0 to the {len(seeds)} seeds, got {study.twice}")
@@ -210,7 +211,8 @@ def measured(run: Run, distances: Distances, seeds: list[int], judged: Judged | 
 
 def of(run: Run, distances: Distances, seeds: list[int]) -> dict[str, Any]:
     """What a result says of the comparison."""
-    return {"name": run.name, "seeds": seeds, "converged": distances.run.told, "full_calls": in_full_calls(run),
+    return {"name": run.name, "seeds": format_seeds(seeds), "converged": distances.run.told,
+            "full_calls": in_full_calls(run),
             "condition": {name: str(value) for name, value in arguments.given(run.spec.condition).items()}}
 
 
@@ -230,7 +232,7 @@ def fault(run: Run, path: Path, converged: Run, seeds: list[int], judged: str | 
     psnr = found.details.get("psnr", [0] * len(seeds))          # of twice the steps it is in the metrics alone
     if wrong := schema.fault(psnr, list[float], "details.psnr"):
         raise UserError(f"{path} is damaged: {wrong}; delete it, and the study measures it again")
-    if found.details.get("seeds") != seeds or len(psnr) != len(seeds):
+    if found.details.get("seeds") != format_seeds(seeds) or len(psnr) != len(seeds):
         return "measured on other seeds"
     if found.inputs.get("reference") != judged:
         return "judged by other real images" if judged else "judged, and the study does not ask for it"
@@ -275,7 +277,8 @@ def measure_twice(study: Study, place: Place, distances: Distances, seeds: list[
     results.write(path, Result("converged", run.config.name, run.told, len(seeds),
                                {PSNR: Metric.of(mean_estimate(psnr))}, provenance=provenance(distances.model.device),
                                hashes={"checkpoint": distances.checkpoint_sha256},
-                               details={"converged": distances.run.told, "seeds": seeds}).stamped(started))
+                               details={"converged": distances.run.told, "seeds": format_seeds(seeds)}
+                               ).stamped(started))
 
 
 def also(study: Study, path: Path, place: Place) -> Iterator[tuple[Study, Place]]:

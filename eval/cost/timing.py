@@ -35,10 +35,10 @@ class Timing(NamedTuple):
 
     def ratio(self, other: "Timing") -> float:
         """The median over the rounds of this step's time as a fraction of the other's."""
-        return float(np.median(np.divide(self.seconds, other.seconds)))
+        return round(float(np.median(np.divide(self.seconds, other.seconds))), 6)
 
     def to_json(self) -> dict:
-        low, median, high = np.percentile(self.seconds, [25, 50, 75]).tolist()
+        low, median, high = np.percentile(self.seconds, [25, 50, 75]).round(8).tolist()
         return {"median": median, "quartiles": [low, high], "min": min(self.seconds), "rounds": self.seconds,
                 "peak_bytes": self.peak_bytes}
 
@@ -69,7 +69,7 @@ def interleave(variants: Mapping[Name, Callable[[], object]], device: torch.devi
                 synchronize()
                 elapsed = time.perf_counter() - start
                 if turn >= 0:
-                    seconds[name].append(elapsed)
+                    seconds[name].append(round(elapsed, 8))     # files keep no digits that mean nothing
                 elif device.type == "cuda":
                     peaks[name] = torch.cuda.max_memory_allocated(device)
     finally:
