@@ -1,6 +1,6 @@
 """table.md of the demo, from its results."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from eval.cost.macs import giga
 from eval.metrics.pixel_pairs import PSNR, SSIM
@@ -30,11 +30,15 @@ def distances_of(arms: Iterable[Result]) -> list[str]:
 
 def distances(result: Result, names: Iterable[str]) -> list[str]:
     """Some distances to real images with their errors, and in brackets how much more that is than uncached."""
-    cells = []
-    for name in names:
-        more, scale = result.metrics.get(minus_uncached(name)), MEASURES[name].scale
-        cells.append(with_error(result.metrics[name], scale) + (f" ({with_error(more, scale, '+')})" if more else ""))
-    return cells
+    return [distance(result.metrics, name) for name in names]
+
+
+def distance(metrics: Mapping[str, Metric], name: str) -> str:
+    """One of `distances`, a dash where it is not known."""
+    if name not in metrics:
+        return "-"
+    more, scale = metrics.get(minus_uncached(name)), MEASURES[name].scale
+    return with_error(metrics[name], scale) + (f" ({with_error(more, scale, '+')})" if more else "")
 
 
 def panels(arms: Iterable[Result]) -> list[tuple[str, str]]:

@@ -122,8 +122,8 @@ def test_tables_compare_with_the_best_of_fewer_steps():
     assert [row[0] for row in table(rows, 8)[1:]] == ["plan", "fewer steps, b", "fewer steps, a", "Clockwork"]
     assert table(rows, 8)[1][-1] == "?" and table(rows, 8)[4][-1] == "1.5"
     assert [row.cost for row in lines(rows)["plan"]] == [7.9, 12.0]
-    quality = {"FD-EffLite0": Metric(12.0), "KID-EffLite0": Metric(0.0035)}
-    assert table([replace(made("plan", 8.0, 0.0), quality=quality)], 8)[1][-3:-1] == ("12.00", "3.50")
+    quality = {"FD-EffLite0": Metric(12.0, stderr=1.0), "FD-EffLite0 minus uncached": Metric(0.5, stderr=0.1)}
+    assert table([replace(made("plan", 8.0, 0.0), quality=quality)], 8)[1][-3:-1] == ("12.0 ± 2.0 (+0.5 ± 0.2)", "-")
 
 
 def test_files_are_made_after_what_they_are_made_of():
