@@ -42,6 +42,7 @@ from experiments.arms import Arm, Given, of_run
 from experiments.runner import judge, python
 from experiments.sweep import check_axis, config_of, every, lists_of, with_common
 from experiments.systems_report import Row
+from planning.calibrate_adaptive import spent_on
 from planning.distances import Distances
 from runs import arguments, results
 from runs.cli import command
@@ -56,7 +57,7 @@ from runs.settings import read_yaml
 from runs.spec import Run, RunSpec
 from runs.weights import sha256
 
-KIND, MADE = "systems", "fitted file"
+KIND, MADE, SPENT = "systems", "fitted file", "spent"
 FILE_OPTIONS = ("adaptor", "adaptive", "plan", "block_schedule", "scale_shift", "forecast_weights")
 
 
@@ -253,8 +254,11 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
         arm = place.arm(run, len(seeds), machine)
         if not quick:
             sample(arm, distances, seeds)
-        if convergence.there(run, place.result(run), distances.run, seeds) is None:
-            results.write(place.result(run), replace(convergence.measured(run, distances, seeds), kind=KIND))
+        found = convergence.there(run, place.result(run), distances.run, seeds)
+        if found is None or (run.caching.of(PlannedAdaptive) and SPENT not in found.details):
+            found = convergence.measured(run, distances, seeds)
+            results.write(place.result(run), replace(found, kind=KIND, details=found.details | spent(
+                run, distances, seeds)))
         if not quick and arm.measured() is None:
             judge(arm, whole)
         if not quick and run.caching and not place.times(run).is_file():
@@ -265,11 +269,20 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
                     str(place.times(run))], "timing")
 
 
-def cost_of(run: Run) -> float:
-    """Of an image, in full network calls; where each image decides, the mean as it came out on held-out seeds."""
+def spent(run: Run, distances: Distances, seeds: Sequence[int]) -> dict[str, list[float]]:
+    """What each seed costs, in full network calls, where each image decides; nothing of other runs."""
     adaptive = run.caching.of(PlannedAdaptive)
-    spent = adaptive.rule.measured.get("spent") if adaptive else None
-    return spent["mean"] if spent else in_full_calls(run)
+    if adaptive is None:
+        return {}
+    found = spent_on(distances.on(run), adaptive.rule, list(seeds), distances.machine.batch_size)
+    return {SPENT: [round(float(calls), 4) for calls in found]}
+
+
+def cost_of(run: Run) -> float:
+    """Of an image, in full network calls; where each image decides, its mean on held-out seeds."""
+    adaptive = run.caching.of(PlannedAdaptive)
+    found = adaptive.rule.measured.get("spent") if adaptive else None
+    return found["mean"] if found else in_full_calls(run)
 
 
 def rows(study: Study, place: Place, found: Sequence[tuple[Entry, Run]], machine: Machine) -> list[Row]:
@@ -281,7 +294,7 @@ def rows(study: Study, place: Place, found: Sequence[tuple[Entry, Run]], machine
             continue
         times, judged = place.times(run), place.arm(run, len(seeds), machine).result
         timed = results.read(times).times["run"] if times.is_file() else None
-        made.append(Row(entry.system, entry.calls, run.name, cost_of(run),
+        made.append(Row(entry.system, entry.calls, run.name, float(np.mean(result.details.get(SPENT, cost_of(run)))),
                         run.calls / timed["speedup"] if timed else None if run.caching else float(run.calls),
                         np.array(result.details["psnr"]),
                         results.read(judged).metrics if judged.is_file() else {},

@@ -22,7 +22,7 @@ HEAD = ("system", "run", "cost, calls", "time, calls", "PSNR, dB", "beside the b
 ABOUT = ("Nothing was learnt on these seeds. PSNR of the final latents to the converged ones of the same seed, with 95 "
          "% intervals; differences are paired by seed, to the nearest of the runs without caching at the same budget. "
          "Costs are in full network calls per image: by multiply-accumulates (of the adaptive rule the mean of what it "
-         "came to on held-out seeds), and as timed, one image at a time. Distances to real images, of all seeds, with "
+         "came to on these seeds), and as timed, one image at a time. Distances to real images, of all seeds, with "
          "95 % errors; in brackets how much more that is than of the converged images of the same seeds. Made in: CPU "
          "minutes that measuring and training took before the first image; ? where that was made elsewhere.")
 

@@ -27,10 +27,14 @@ files:
   FOLDER/learned.safetensors: >-
     planning.train_adaptor {common} --sampler unipc --steps 6 --clock 3 --clock-branch 1 --channels 4 --seeds 10-11
     --held-out-seeds 20-21 --device cpu
+  FOLDER/rule.json: >-
+    planning.calibrate_adaptive {common} --sampler unipc --steps 6 --calls 4 --seeds 10-11 --held-out-seeds 20-21
+    --device cpu
 systems:
 - {system: "Clockwork, learned", calls: 4, sampler: unipc, steps: 6, clock: 3, clock_branch: 1,
    adaptor: FOLDER/learned.safetensors}
 - {system: "fewer steps, unipc", calls: [3, 4], sampler: unipc, steps: 4}
+- {system: adaptive, calls: 4, sampler: unipc, steps: 6, adaptive: FOLDER/rule.json}
 - {system: plan, calls: 4, plan: "FOLDER/plan_{calls}.json"}
 """
 
@@ -53,7 +57,7 @@ def study(tmp_path, capsys):
 
 def test_a_study_makes_what_it_can_and_leaves_out_the_rest(study, tmp_path):
     code, listed, folder = study(STUDY, "--list")
-    assert code == 0 and not folder.exists() and listed.count("no /") == 2
+    assert code == 0 and not folder.exists() and listed.count("no /") == 3
     code, told, folder = study(STUDY, "--quick")
     assert code == 0 and "left out: Clockwork, learned at 4 calls, there is no " in told
     assert "plan_4.json" in told and not (tmp_path / "made").exists()
@@ -66,6 +70,10 @@ def test_a_study_makes_what_it_can_and_leaves_out_the_rest(study, tmp_path):
     assert AdaptorFile.load(tmp_path / "made" / "learned.safetensors").run["steps"] == 6
     text = (folder / "table.md").read_text()
     assert "Clockwork, learned" in text and "## 3 calls" in text and "Left out: plan" in text
+    calls = results.read(folder / "distance" / "adaptive_rule_unipc_steps6_trailing.json").details["spent"]
+    assert len(calls) == 4 and all(1 < one <= 6 for one in calls)
+    assert next(line for line in text.splitlines() if line.startswith("| adaptive")).split(" | ")[2] == (
+        f"{np.mean(calls):.2f}")
     assert (folder / "systems.png").stat().st_size > 1000
     page = (folder / "index.html").read_text()
     assert "Clockwork, learned" in page and "3 calls" in page and "python -m ddpm.sample" in page
