@@ -19,7 +19,8 @@ A study is a YAML file:
 
 With --make the files that are not there are made first; without, a run whose file is missing is left out, and a line
 says so. Each run is sampled once: how near its latents come to the converged ones of the same seed, its images judged
-(FD, KID), its network calls timed. Results go to results/systems/NAME/, the time that a file took to make among them.
+(FD, KID), its network calls timed. All of that is one file in results/systems/NAME/runs/; in made/ is what each file
+that was fitted took to make.
 """
 
 import argparse
@@ -36,6 +37,7 @@ import numpy as np
 
 from caching.adaptive import PlannedAdaptive
 from eval.cost.runs import in_full_calls
+from eval.quality import KID
 from eval.tables.text import align
 from experiments import convergence, systems_page, systems_report
 from experiments.arms import Arm, Given, of_run
@@ -57,7 +59,8 @@ from runs.settings import read_yaml
 from runs.spec import Run, RunSpec
 from runs.weights import sha256
 
-KIND, MADE, SPENT = "systems", "fitted file", "spent"
+KIND, MADE = "systems", "fitted file"
+SPENT = "spent"              # in details: what each seed cost, in full network calls, where each image decides
 FILE_OPTIONS = ("adaptor", "adaptive", "plan", "block_schedule", "scale_shift", "forecast_weights")
 
 
@@ -106,18 +109,15 @@ class Place:
         return self.results / "systems" / self.name
 
     def result(self, run: Run) -> Path:
-        return self.folder / "distance" / f"{run.name}.json"
-
-    def times(self, run: Run) -> Path:
-        return self.folder / "times" / f"{run.name}.json"
+        return self.folder / "runs" / f"{run.name}.json"
 
     def made(self, file: Path) -> Path:
         return self.folder / "made" / f"{file.name}.json"
 
     def arm(self, run: Run, images: int, machine: Machine) -> Arm:
-        """The run as something that is judged."""
+        """The run as something that is judged; what that tells is kept beside the images."""
         found = of_run(run, run.name, images, KIND, Given(samples=self.samples, machine=arguments.given(machine)))
-        return replace(found, result=self.folder / "quality" / f"{run.name}.json")
+        return replace(found, result=found.folder.with_name(f"{run.name}.judged.json"))
 
 
 def read_study(path: Path) -> Study:
@@ -244,7 +244,7 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
     for run in runs:
         distances.check(run)
     distances.converged(seeds)
-    whole = place.arm(distances.run, len(seeds), machine)
+    whole = replace(place.arm(distances.run, len(seeds), machine), result=place.folder / "converged.json")
     if not quick:
         sample(whole, distances, seeds)
         if whole.measured() is None:
@@ -254,28 +254,37 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
         arm = place.arm(run, len(seeds), machine)
         if not quick:
             sample(arm, distances, seeds)
-        found = convergence.there(run, place.result(run), distances.run, seeds)
-        if found is None or (run.caching.of(PlannedAdaptive) and SPENT not in found.details):
-            found = convergence.measured(run, distances, seeds)
-            results.write(place.result(run), replace(found, kind=KIND, details=found.details | spent(
-                run, distances, seeds)))
-        if not quick and arm.measured() is None:
-            judge(arm, whole)
-        if not quick and run.caching and not place.times(run).is_file():
-            place.times(run).parent.mkdir(parents=True, exist_ok=True)
-            words = arguments.words({name: value for name, value in arguments.given(machine).items()
-                                     if name in ("device", "threads")})
-            python(["-m", "eval.throughput", "run", *run.spec.words(), *words, "--batch-size", "1", "--out",
-                    str(place.times(run))], "timing")
+        known = found = convergence.there(run, place.result(run), distances.run, seeds)
+        if found is None:
+            found = replace(convergence.measured(run, distances, seeds), kind=KIND)
+        if (adaptive := run.caching.of(PlannedAdaptive)) and SPENT not in found.details:
+            spent = spent_on(distances.on(run), adaptive.rule, seeds, machine.batch_size).round(4).tolist()
+            found = replace(found, details=found.details | {SPENT: spent})
+        if not quick and KID not in found.metrics and (by := arm.measured() or judge(arm, whole)):
+            found = replace(found, metrics=found.metrics | by.metrics, hashes=by.hashes | found.hashes,
+                            details=found.details | {"judged": by.inputs})
+        if not quick and run.caching and not found.throughput:
+            found = replace(found, throughput=timed(arm, machine))
+        if found is not known:
+            results.write(place.result(run), found)
 
 
-def spent(run: Run, distances: Distances, seeds: Sequence[int]) -> dict[str, list[float]]:
-    """What each seed costs, in full network calls, where each image decides; nothing of other runs."""
-    adaptive = run.caching.of(PlannedAdaptive)
-    if adaptive is None:
-        return {}
-    found = spent_on(distances.on(run), adaptive.rule, list(seeds), distances.machine.batch_size)
-    return {SPENT: [round(float(calls), 4) for calls in found]}
+def timed(arm: Arm, machine: Machine) -> dict[str, Any]:
+    """The time of a run and of each kind of its calls, one image at a time, and what that was measured with."""
+    path = arm.folder.with_name(f"{arm.name}.times.json")
+    words = arguments.words({name: value for name, value in arguments.given(machine).items()
+                             if name in ("device", "threads")})
+    python(["-m", "eval.throughput", "run", *arm.run.spec.words(), *words, "--batch-size", "1", "--out", str(path)],
+           "timing")
+    return brief(results.read(path))
+
+
+def brief(found: Result) -> dict[str, Any]:
+    """What `eval.throughput run` found without single rounds and the names of what each kind of call reuses."""
+    with_ = {name: found.settings[name] for name in ("batch_size", "rows", "repeats", "warmup", "weights")}
+    return {"run": found.times["run"], "full": {key: found.times["full"][key] for key in ("median", "quartiles")},
+            "kinds": [{key: one[key] for key in ("calls", "median", "ratio")} for one in found.times["kinds"]],
+            "with": {**with_, **{name: found.provenance[name] for name in ("device_name", "threads")}}}
 
 
 def cost_of(run: Run) -> float:
@@ -285,19 +294,17 @@ def cost_of(run: Run) -> float:
     return found["mean"] if found else in_full_calls(run)
 
 
-def rows(study: Study, place: Place, found: Sequence[tuple[Entry, Run]], machine: Machine) -> list[Row]:
+def rows(study: Study, place: Place, found: Sequence[tuple[Entry, Run]]) -> list[Row]:
     """What is measured of the study."""
     converged, seeds, made = converged_run(study), parse_seeds(study.seeds), []
     for entry, run in found:
         result = convergence.there(run, place.result(run), converged, seeds)
         if result is None:
             continue
-        times, judged = place.times(run), place.arm(run, len(seeds), machine).result
-        timed = results.read(times).times["run"] if times.is_file() else None
+        whole = None if run.caching else float(run.calls)
         made.append(Row(entry.system, entry.calls, run.name, float(np.mean(result.details.get(SPENT, cost_of(run)))),
-                        run.calls / timed["speedup"] if timed else None if run.caching else float(run.calls),
-                        np.array(result.details["psnr"]),
-                        results.read(judged).metrics if judged.is_file() else {},
+                        run.calls / result.times["run"]["speedup"] if result.times else whole,
+                        np.array(result.details["psnr"]), result.metrics,
                         cost_of_making(entry, study, place) if entry.files else 0.0))
     return made
 
@@ -351,7 +358,7 @@ def main() -> None:
     print("\n".join(left_out), end="\n" if left_out else "", flush=True)
     if not args.render:
         run_all(study, place, machine, list({run.name: run for _, run in there}.values()), args.quick)
-    measured, converged = rows(study, place, there, machine), converged_run(study)
+    measured, converged = rows(study, place, there), converged_run(study)
     print(systems_report.render(measured, left_out, place.folder))
     if measured:
         seeds = len(parse_seeds(study.seeds))

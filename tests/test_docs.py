@@ -333,7 +333,7 @@ def table_of_systems(folder: Path) -> dict[str, dict[int, float]]:
         for line in part.splitlines()[4:]:
             if line.startswith("| "):
                 system, run, _, _, near, *_ = (cell.strip() for cell in line.strip("|").split("|"))
-                near_by = nearness(results.read(folder / "distance" / f"{run}.json"))
+                near_by = nearness(results.read(folder / "runs" / f"{run}.json"))
                 assert near.startswith(f"{near_by:.1f} ["), run
                 found.setdefault(system, {})[int(part.split()[0])] = near_by
     return found

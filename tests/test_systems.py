@@ -61,7 +61,7 @@ def test_a_study_makes_what_it_can_and_leaves_out_the_rest(study, tmp_path):
     code, told, folder = study(STUDY, "--quick")
     assert code == 0 and "left out: Clockwork, learned at 4 calls, there is no " in told
     assert "plan_4.json" in told and not (tmp_path / "made").exists()
-    assert [path.stem for path in (folder / "distance").iterdir()] == ["unipc_steps4_trailing"]
+    assert [path.stem for path in (folder / "runs").iterdir()] == ["unipc_steps4_trailing"]
 
     code, told, folder = study(STUDY, "--make", "--quick")
     assert code == 0 and told.count("left out") == 1
@@ -70,7 +70,7 @@ def test_a_study_makes_what_it_can_and_leaves_out_the_rest(study, tmp_path):
     assert AdaptorFile.load(tmp_path / "made" / "learned.safetensors").run["steps"] == 6
     text = (folder / "table.md").read_text()
     assert "Clockwork, learned" in text and "## 3 calls" in text and "Left out: plan" in text
-    calls = results.read(folder / "distance" / "adaptive_rule_unipc_steps6_trailing.json").details["spent"]
+    calls = results.read(folder / "runs" / "adaptive_rule_unipc_steps6_trailing.json").details["spent"]
     assert len(calls) == 4 and all(1 < one <= 6 for one in calls)
     assert next(line for line in text.splitlines() if line.startswith("| adaptive")).split(" | ")[2] == (
         f"{np.mean(calls):.2f}")
