@@ -168,7 +168,8 @@ def test_shipped_studies_compare_at_equal_cost(path):
     assert all(str(file) in study.files or file.parent.name == "plans" for entry in found for file in entry.files)
     for entry, run in systems.opened(found, study, path):
         if entry.calls == 8 or "plan" in entry.options:
-            assert 0.89 * entry.calls < systems.cost_of(run) <= 1.02 * entry.calls, run.name
+            most = 1.05 if "adaptive" in entry.options else 1.02        # what images decide is known from a few of them
+            assert 0.89 * entry.calls < systems.cost_of(run) <= most * entry.calls, run.name
     for command in study.files.values():
         module = command.split()[0].replace(".", "/")
         assert Path(f"{module}.py").is_file()
