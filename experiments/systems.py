@@ -261,8 +261,7 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
             spent = spent_on(distances.on(run), adaptive.rule, seeds, machine.batch_size).round(4).tolist()
             found = replace(found, details=found.details | {SPENT: spent})
         if not quick and KID not in found.metrics and (by := arm.measured() or judge(arm, whole)):
-            found = replace(found, metrics=found.metrics | by.metrics, hashes=by.hashes | found.hashes,
-                            details=found.details | {"judged": by.inputs})
+            found = replace(found, metrics=found.metrics | by.metrics, hashes=by.hashes | found.hashes)
         if not quick and run.caching and not found.throughput:
             found = replace(found, throughput=timed(arm, machine))
         if found is not known:

@@ -19,6 +19,8 @@ Searches for other budgets of the same model may share it (--work).
 import argparse
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ LEVELS = 3                  # the cheapest ones, among which plans choose
 GUIDANCE_RANGE = 1.5        # a plan is taken to hold for guidance up to so many times as much, or as little
 MEASURED = "PSNR of the latents to the converged ones, dB"
 GAP_SEEDS = 8
+NOTED = 10                  # what was tried on few seeds and is reported, of each kind
 
 
 def build_parser(words: list[str]) -> argparse.ArgumentParser:
@@ -208,6 +211,15 @@ def report(chosen: Trial, arms: list[Trial], judge: Judge, seeds: list[int]) -> 
     return found
 
 
+def noted(ranked: Iterable[tuple[Trial, float]]) -> Iterator[tuple[Trial, float]]:
+    """Of what was tried on few seeds, the best first: so many of each kind as a report keeps."""
+    met = Counter[str]()
+    for trial, mean in ranked:
+        met[trial.kind] += 1
+        if met[trial.kind] <= NOTED:
+            yield trial, mean
+
+
 def about(trial: Trial, prices: Prices) -> dict[str, Any]:
     """What the report says of a candidate."""
     return {"kind": trial.kind, "sampler": trial.run.sampler, **trial.run.grid._asdict(), "order": trial.order,
@@ -277,7 +289,7 @@ def main() -> None:
                "arms": [about(trial, prices) for trial in arms],
                "on_few_seeds": [{"kind": trial.kind, "sampler": trial.run.sampler, **trial.run.grid._asdict(),
                                  "order": trial.order, "full": trial.depths.count(None), "mean": round(mean, 2)}
-                                for trial, mean in tournament.first]}
+                                for trial, mean in noted(tournament.first)]}
     results.write(args.out.with_suffix(".search.json"), Result(
         "plan search", run.config.name, run.told, len(seeds.report), metrics,
         hashes={"checkpoint": plan.run["checkpoint_sha256"], "plan": plan.sha256},
