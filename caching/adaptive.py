@@ -72,6 +72,10 @@ class AdaptiveRule:
             raise ValueError(f"{path}: its factors must be 0 or more")
         return rule
 
+    def policy(self) -> "AdaptiveCache":
+        """A fresh cache that decides by it."""
+        return AdaptiveCache(self.branch, self.watched, self.factors, self.threshold, self.typical)
+
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse a run of other settings than it was calibrated on; those not known yet may be left out.
 
@@ -174,8 +178,7 @@ class PlannedAdaptive(Planned):
         self.summary = f"adaptive at branch {rule.branch}, threshold {rule.threshold:.4g}, full calls as is typical"
 
     def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> AdaptiveCache:
-        rule = self.rule
-        return AdaptiveCache(rule.branch, rule.watched, rule.factors, rule.threshold, rule.typical)
+        return self.rule.policy()
 
     def check(self, settings: Mapping[str, Any]) -> None:
         self.rule.check(settings)

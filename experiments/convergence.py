@@ -118,8 +118,8 @@ def read_study(path: Path) -> Study:
             check_axis(f"{path}, {key}", str(name), [value], known)
     if not study.grids:
         raise UserError(f"{path}: grids is empty: a study needs at least one, like {{sampler: unipc, steps: [9, 18]}}")
-    study.seeds = format_seeds(parse_seeds(study.seeds))        # in order: results tell of each in turn
-    seeds = parse_seeds(study.seeds)
+    seeds = sorted(parse_seeds(study.seeds))        # results tell of each in turn
+    study.seeds = format_seeds(seeds)
     if not 0 <= study.twice <= len(seeds):
         raise UserError(f"{path}: twice must be from 0 to the {len(seeds)} seeds, got {study.twice}")
     if not 2 <= study.chosen_on <= len(seeds) - 2:

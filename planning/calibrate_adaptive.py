@@ -159,8 +159,7 @@ def full_on(model: ImageModel, policy: AdaptiveCache, seeds: list[int], batch_si
 
 def spent_on(model: ImageModel, rule: AdaptiveRule, seeds: list[int], batch_size: int) -> np.ndarray:
     """What the rule costs each seed, in full calls, as it comes out: float64 [seeds]."""
-    policy = AdaptiveCache(rule.branch, rule.watched, rule.factors, rule.threshold, rule.typical)
-    share = full_on(model, policy, seeds, batch_size).mean(0)               # of the rows of a seed, by call
+    share = full_on(model, rule.policy(), seeds, batch_size).mean(0)        # of the rows of a seed, by call
     return (share + rule.measured["cached call"] * (1 - share)).sum(1)
 
 
@@ -187,8 +186,7 @@ def main() -> None:
     even = sorted({step * total // whole for step in range(whole)})
     found = held_out_distances(model, {
         "evenly": partial(DeepCache, rule.branch, even),
-        "adaptive": partial(AdaptiveCache, rule.branch, rule.watched, rule.factors, rule.threshold, rule.typical)},
-        held_out, args.batch_size)
+        "adaptive": rule.policy}, held_out, args.batch_size)
     found["full calls, as it came out"] = Metric.of(mean_estimate(spent))
     report = args.out.with_suffix(".adaptive.json")
     results.write(report, Result(

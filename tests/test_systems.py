@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import TINY_UNET, run_command, tiny_ddpm
 
+from caching.adaptive import PlannedAdaptive
 from caching.adaptor import AdaptorFile
 from ddpm import sample
 from experiments import systems
@@ -168,8 +169,12 @@ def test_shipped_studies_compare_at_equal_cost(path):
     assert all(str(file) in study.files or file.parent.name == "plans" for entry in found for file in entry.files)
     for entry, run in systems.opened(found, study, path):
         if entry.calls == 8 or "plan" in entry.options:
-            most = 1.05 if "adaptive" in entry.options else 1.02        # what images decide is known from a few of them
-            assert 0.89 * entry.calls < systems.cost_of(run) <= most * entry.calls, run.name
+            cost = systems.cost_of(run)
+            if adaptive := run.caching.of(PlannedAdaptive):     # what it was settled to; held-out seeds come near that
+                of = adaptive.rule.measured
+                assert cost <= 1.05 * entry.calls, run.name
+                cost = of["full calls"] + of["cached call"] * (run.calls - of["full calls"])
+            assert 0.89 * entry.calls < cost <= 1.02 * entry.calls, run.name
     for command in study.files.values():
         module = command.split()[0].replace(".", "/")
         assert Path(f"{module}.py").is_file()
