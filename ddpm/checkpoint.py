@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ddpm.config import Config
 from ddpm.unet import UNet
-from runs.errors import UserError, as_user_error
-from runs.weights import load_strict, read_tensors
+from run.weights import load_strict, read_tensors
+from unet_caching.errors import UserError, as_user_error
 
 _MIDDLE = {"0": "block_1", "1": "attn_1", "2": "block_2"}
 _OUTSIDE = {"embed.0": "temb.dense.0", "embed.2": "temb.dense.1", "input_blocks.0.0": "conv_in",

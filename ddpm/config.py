@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from runs.settings import read_yaml
-from sampling.diffusion import Diffusion
-from training.loop import TrainConfig
+from run.settings import read_yaml
+from run.training.loop import TrainConfig
+from unet_caching.samplers.diffusion import Diffusion
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Unet:
 class Sampler:
     """The paper's sampling settings: the defaults of `ddpm.sample`."""
     steps: int = 100
-    timesteps: str = "uniform"      # sampling.ddim.SPACINGS
+    timesteps: str = "uniform"      # unet_caching.samplers.ddim.SPACINGS
     eta: float = 0.0
     branch: int = 2
     images: int = 50_000            # seeds 0 to images - 1

@@ -1,4 +1,4 @@
-"""DDPM as other programs know it (runs/families.py). What takes seconds to import is imported when it is called."""
+"""DDPM as other programs know it (run/families.py). What takes seconds to import is imported when it is called."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -8,11 +8,11 @@ from torch import nn
 
 from ddpm.config import Config
 from ddpm.unet import UNet
-from runs.families import Family
-from runs.image_model import ImageModel
-from runs.machine import Machine
-from runs.spec import Run
-from runs.weights import sha256
+from run.families import Family
+from run.image_model import ImageModel
+from run.machine import Machine
+from run.spec import Run
+from run.weights import sha256
 
 
 def load_unet(config: Config, path: Path) -> UNet:

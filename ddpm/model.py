@@ -5,19 +5,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from caching.nested import Network
-from caching.policy import Policy
 from ddpm.checkpoint import load_unet
 from ddpm.config import Config
-from runs.families import Condition
-from runs.folder import to_uint8
-from runs.image_model import ImageModel
-from runs.machine import Machine
-from runs.spec import Run
-from runs.weights import check_md5, sha256
-from sampling.noise import SeededNoise
-from sampling.samplers import noise_predictor
-from speed.accelerate import place
+from run.families import Condition
+from run.folder import to_uint8
+from run.image_model import ImageModel
+from run.machine import Machine
+from run.spec import Run
+from run.weights import check_md5, sha256
+from unet_caching.nest import Network
+from unet_caching.policy import Policy
+from unet_caching.samplers.noise import SeededNoise
+from unet_caching.samplers.samplers import noise_predictor
+from unet_caching.speed.accelerate import place
 
 
 class DDPM(ImageModel[Config, Condition]):

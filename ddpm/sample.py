@@ -9,8 +9,8 @@ they come, under torchrun or as the same command several times. SIGUSR1 and SIGT
 """
 
 from ddpm.family import FAMILY
-from runs.cli import command
-from runs.image_model import sample_command
+from run.cli import command
+from run.image_model import sample_command
 
 
 @command

@@ -19,17 +19,17 @@ from torch import Tensor
 from ddpm.checkpoint import load_checkpoint, published_state_dict
 from ddpm.config import load_config
 from ddpm.unet import UNet
-from runs import arguments
-from runs.cli import command
-from runs.errors import UserError, as_user_error
-from runs.folder import to_uint8
-from runs.machine import prepare_device
-from sampling.ddim import ddim, uniform_timesteps
-from sampling.diffusion import predicted_noise
-from sampling.noise import SeededNoise
-from training import emoji
-from training.loop import Grid, Loss, train
-from training.objective import denoising_error
+from run import arguments
+from run.cli import command
+from run.folder import to_uint8
+from run.machine import prepare_device
+from run.training import emoji
+from run.training.loop import Grid, Loss, train
+from run.training.objective import denoising_error
+from unet_caching.errors import UserError, as_user_error
+from unet_caching.samplers.ddim import ddim, uniform_timesteps
+from unet_caching.samplers.diffusion import predicted_noise
+from unet_caching.samplers.noise import SeededNoise
 
 
 def squared_error(alphas: Tensor, prediction: str, autocast: bool) -> Loss[UNet]:

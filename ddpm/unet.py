@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from caching.nested import (
+from unet_caching.nest import (
     Block,
     Cache,
     Cond,

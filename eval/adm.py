@@ -30,12 +30,12 @@ from eval.metrics.images import ImageSet, open_images
 from eval.metrics.inception import DIMS, Inception
 from eval.metrics.measure import Sets
 from eval.tables.results import of_samples
-from runs import results
-from runs.cli import command, warn
-from runs.errors import UserError, one_line
-from runs.machine import check_counts, prepare_device
-from runs.seeds import rank_and_world
-from runs.weights import sha256
+from run import results
+from run.cli import command, warn
+from run.machine import check_counts, prepare_device
+from run.seeds import rank_and_world
+from run.weights import sha256
+from unet_caching.errors import UserError, one_line
 
 LAYERS = ("pool", "logits", "spatial")
 _KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}

@@ -30,14 +30,14 @@ from eval.metrics.images import ImageSet, open_images
 from eval.metrics.intervals import mean_estimate
 from eval.metrics.registry import CLIP_SCORE
 from eval.tables.results import of_samples
-from runs import arguments, results
-from runs.cli import command, warn
-from runs.errors import UserError, one_line
-from runs.machine import check_counts, prepare_device
-from runs.prompts import prompts_sha256, read_prompts
-from runs.results import Metric, Result
-from runs.seeds import format_some, parse_seeds
-from runs.weights import read_tensors, sha256
+from run import arguments, results
+from run.cli import command, warn
+from run.machine import check_counts, prepare_device
+from run.prompts import prompts_sha256, read_prompts
+from run.results import Metric, Result
+from run.seeds import format_some, parse_seeds
+from run.weights import read_tensors, sha256
+from unet_caching.errors import UserError, one_line
 
 MODEL, PAPER_TAG = "ViT-g-14", "laion2b_s34b_b88k"      # of DeepCache's released evaluation
 # of open_clip_pytorch_model.bin, as the repository of these weights on Hugging Face states it
@@ -217,7 +217,7 @@ def difference(ours: Result, other: Result) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
-    parser.add_argument("--prompts", type=Path, required=True, help="the file that was sampled (runs/prompts.py)")
+    parser.add_argument("--prompts", type=Path, required=True, help="the file that was sampled (run/prompts.py)")
     parser.add_argument("--weights", type=Path, required=True, help="the model's, a local file; never downloaded")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", default=MODEL, help="architecture of open_clip (default: %(default)s); OpenAI's own "

@@ -36,13 +36,13 @@ from eval.metrics.inception import DIMS, Inception, NoLibrary
 from eval.metrics.measure import Sets
 from eval.metrics.sources import open_source
 from eval.tables.results import of_samples
-from runs import arguments, results
-from runs.cli import command, warn
-from runs.errors import UserError, one_line
-from runs.files import write_atomically
-from runs.machine import check_counts, prepare_device
-from runs.seeds import rank_and_world
-from runs.weights import sha256
+from run import arguments, results
+from run.cli import command, warn
+from run.files import write_atomically
+from run.machine import check_counts, prepare_device
+from run.seeds import rank_and_world
+from run.weights import sha256
+from unet_caching.errors import UserError, one_line
 
 FORMAT = 1              # of references
 KEPT = 10_000           # features kept in a reference, for KID

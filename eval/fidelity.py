@@ -32,12 +32,12 @@ from eval.metrics.lpips import BACKBONE, Lpips
 from eval.metrics.registry import FEATURE_DISTANCE, PAIRS, PIXELS, RMSE_TO_CONVERGED
 from eval.tables.plots import distributions, worst_pairs
 from eval.tables.results import of_samples
-from runs import arguments, results
-from runs.cli import command, warn
-from runs.errors import UserError
-from runs.machine import check_counts, prepare_device
-from runs.results import Metric
-from runs.seeds import parse_seeds
+from run import arguments, results
+from run.cli import command, warn
+from run.machine import check_counts, prepare_device
+from run.results import Metric
+from run.seeds import parse_seeds
+from unet_caching.errors import UserError
 
 WITHIN = 0.05       # a run has converged where twice its steps change the error to it by no more than this fraction
 

@@ -15,14 +15,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from caching.block_schedule import PlannedBlocks
-from caching.methods import METHODS
 from eval.cost.macs import branch_macs, giga, mean
 from eval.cost.runs import call_macs, costs_of, macs_per_step
-from runs import arguments
-from runs.cli import command
-from runs.families import example_inputs
-from runs.spec import Run, RunSpec
+from run import arguments
+from run.cli import command
+from run.families import example_inputs
+from run.spec import Run, RunSpec
+from unet_caching.files.block_schedule import PlannedBlocks
+from unet_caching.registry import METHODS
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -29,12 +29,12 @@ from eval.metrics.registry import EXTRACTORS, SMALL_MEASURES, SMALL_SETS
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_neighbours, real_floor
 from eval.metrics.sources import open_reference
 from eval.tables.results import of_samples
-from runs import arguments, results
-from runs.cli import command, warn
-from runs.errors import UserError
-from runs.machine import check_counts, prepare_device
-from runs.results import Metric
-from runs.seeds import parse_seeds, rank_and_world
+from run import arguments, results
+from run.cli import command, warn
+from run.machine import check_counts, prepare_device
+from run.results import Metric
+from run.seeds import parse_seeds, rank_and_world
+from unet_caching.errors import UserError
 
 FD, KID = FrechetInBasis.named("EffLite0").name, KernelDistance.named("EffLite0").name
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from eval.tables.paper import find
 from eval.tables.render import FORMATS, RESULTS, Asked, everything, shown
-from runs import results
-from runs.cli import command
-from runs.errors import UserError
-from runs.files import write_atomically
+from run import results
+from run.cli import command
+from run.files import write_atomically
+from unet_caching.errors import UserError
 
 
 @command

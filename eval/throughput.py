@@ -25,16 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caching.block_schedule import BlockSchedule
-from caching.policy import Together
 from eval.cost.run_timing import table as table_of_run
 from eval.cost.run_timing import time_run
 from eval.cost.timing import measure, measure_schedules
 from eval.tables import grid
-from runs import arguments, results
-from runs.cli import command
-from runs.errors import UserError, as_user_error
-from runs.families import (
+from run import arguments, results
+from run.cli import command
+from run.families import (
     Config,
     at_resolution,
     build,
@@ -44,12 +41,15 @@ from runs.families import (
     load_unet,
     rows_per_image,
 )
-from runs.image_model import add_run, check_compiled, config_among, kinds_of_calls, spec_of
-from runs.machine import Machine, check_counts, prepare_device
-from runs.provenance import provenance
-from runs.results import Result
-from runs.spec import DTYPES
-from speed.accelerate import accelerated, place
+from run.image_model import add_run, check_compiled, config_among, kinds_of_calls, spec_of
+from run.machine import Machine, check_counts, prepare_device
+from run.provenance import provenance
+from run.results import Result
+from run.spec import DTYPES
+from unet_caching.errors import UserError, as_user_error
+from unet_caching.files.block_schedule import BlockSchedule
+from unet_caching.policy import Together
+from unet_caching.speed.accelerate import accelerated, place
 
 
 def schedules_table(result: dict) -> str:

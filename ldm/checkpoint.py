@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ldm import first_stage
 from ldm.config import Config
 from ldm.unet import UNet
-from runs import weights
-from runs.errors import UserError
-from runs.files import write_atomically
-from runs.weights import load_strict, read_tensors, sha256, write_tensors
+from run import weights
+from run.files import write_atomically
+from run.weights import load_strict, read_tensors, sha256, write_tensors
+from unet_caching.errors import UserError
 
 UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 
@@ -42,7 +42,7 @@ def load_state_dict(unet: UNet, state_dict: dict[str, Tensor]) -> None:
 def split(content: object, path: Path) -> dict[str, dict[str, Tensor]]:
     """Split a whole checkpoint by prefix, which is taken off: {UNET: {...}, FIRST_STAGE: {...}, CLASSES: {...}}.
 
-    Raises UserError, naming `path`, where `runs.weights.split` does, and for another model's weights.
+    Raises UserError, naming `path`, where `run.weights.split` does, and for another model's weights.
     """
     parts = weights.split(weights.tensors_of(content, path, "LDM"), path, (UNET, FIRST_STAGE, CLASSES), "LDM")
     if "embedding.weight" not in parts[CLASSES]:

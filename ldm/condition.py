@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from caching.options import option
-from runs.families import Condition
+from run.families import Condition
+from unet_caching.options import option
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from runs.settings import read_yaml
-from sampling import diffusion
-from training.loop import TrainConfig
+from run.settings import read_yaml
+from run.training.loop import TrainConfig
+from unet_caching.samplers import diffusion
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Diffusion(diffusion.Diffusion):
 class Sampler:
     """The paper's sampling settings: the defaults of `ldm.sample`."""
     steps: int = 250
-    timesteps: str = "offset"           # sampling.ddim.SPACINGS
+    timesteps: str = "offset"           # unet_caching.samplers.ddim.SPACINGS
     eta: float = 0.0
     guidance: float = 1.5
     branch: int = 0

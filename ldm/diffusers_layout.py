@@ -7,9 +7,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from caching.nested import Upsample
 from ldm.unet import Downsample, ResBlock, SpatialTransformer, UNet
-from runs.errors import UserError
+from unet_caching.errors import UserError
+from unet_caching.nest import Upsample
 
 _RES_BLOCK = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
               "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}

@@ -1,4 +1,4 @@
-"""LDM as other programs know it (runs/families.py). What takes seconds to import is imported when it is called."""
+"""LDM as other programs know it (run/families.py). What takes seconds to import is imported when it is called."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,11 +9,11 @@ from torch import nn
 from ldm.condition import ClassCondition
 from ldm.config import Config
 from ldm.unet import UNet
-from runs.families import Family
-from runs.image_model import ImageModel
-from runs.labels import Labels
-from runs.machine import Machine
-from runs.spec import Run
+from run.families import Family
+from run.image_model import ImageModel
+from run.labels import Labels
+from run.machine import Machine
+from run.spec import Run
 
 
 def shapes(config: Config) -> list[tuple[int, ...]]:

@@ -7,7 +7,7 @@ import torch
 from diffusers import VQModel
 from torch import Tensor
 
-from runs.weights import load_strict
+from run.weights import load_strict
 
 
 def build(resolution: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int,

@@ -7,22 +7,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from caching.nested import Network
-from caching.policy import Policy
 from ldm import first_stage
 from ldm.checkpoint import checkpoint_sha256, load_checkpoint
 from ldm.condition import ClassCondition
 from ldm.config import Config
-from runs.errors import UserError
-from runs.folder import RunFolder, to_uint8
-from runs.image_model import ImageModel
-from runs.labels import Labels, read_names, write_listing
-from runs.machine import Machine
-from runs.spec import Run
-from sampling.noise import SeededNoise
-from sampling.samplers import noise_predictor
-from speed.accelerate import place
-from training import emoji
+from run.folder import RunFolder, to_uint8
+from run.image_model import ImageModel
+from run.labels import Labels, read_names, write_listing
+from run.machine import Machine
+from run.spec import Run
+from run.training import emoji
+from unet_caching.errors import UserError
+from unet_caching.nest import Network
+from unet_caching.policy import Policy
+from unet_caching.samplers.noise import SeededNoise
+from unet_caching.samplers.samplers import noise_predictor
+from unet_caching.speed.accelerate import place
 
 DECODED_AT_ONCE = 8     # images; what the first stage needs for more would decide the batch size
 

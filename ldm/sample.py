@@ -10,8 +10,8 @@ with 75. OUT/images.csv lists seed, label and class name.
 """
 
 from ldm.family import FAMILY
-from runs.cli import command
-from runs.image_model import sample_command
+from run.cli import command
+from run.image_model import sample_command
 
 
 @command

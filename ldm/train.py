@@ -21,18 +21,18 @@ from ldm import first_stage
 from ldm.checkpoint import Model, published_state_dict
 from ldm.config import Config, Train, load_config
 from ldm.unet import UNet
-from runs import arguments
-from runs.cli import command
-from runs.errors import UserError
-from runs.folder import to_uint8
-from runs.machine import prepare_device
-from runs.weights import read_tensors, save_tensors, tensors_of
-from sampling.ddim import ddim, offset_timesteps
-from sampling.diffusion import guided, predicted_noise
-from sampling.noise import SeededNoise
-from training import emoji
-from training.loop import Grid, Loss, train
-from training.objective import denoising_error
+from run import arguments
+from run.cli import command
+from run.folder import to_uint8
+from run.machine import prepare_device
+from run.training import emoji
+from run.training.loop import Grid, Loss, train
+from run.training.objective import denoising_error
+from run.weights import read_tensors, save_tensors, tensors_of
+from unet_caching.errors import UserError
+from unet_caching.samplers.ddim import ddim, offset_timesteps
+from unet_caching.samplers.diffusion import guided, predicted_noise
+from unet_caching.samplers.noise import SeededNoise
 
 
 class Conditional(nn.Module):

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from ldm.config import load_config
 from ldm.first_stage import build, decode, downsampling, encode, published_state_dict
-from runs import arguments
-from runs.cli import command
-from runs.errors import UserError
-from runs.folder import to_uint8
-from runs.machine import prepare_device
-from runs.psnr import psnr
-from runs.weights import save_tensors
-from training import emoji
-from training.loop import Grid, Loss, train
+from run import arguments
+from run.cli import command
+from run.folder import to_uint8
+from run.machine import prepare_device
+from run.psnr import psnr
+from run.training import emoji
+from run.training.loop import Grid, Loss, train
+from run.weights import save_tensors
+from unet_caching.errors import UserError
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The command of planning/block_caching.py."""
+"""The command of lab/fit/block_caching.py."""
 
-from planning.block_caching import main
+from lab.fit.block_caching import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
-"""The command of experiments/block_caching_demo.py."""
+"""The command of lab/study/block_caching_demo.py."""
 
-from experiments.block_caching_demo import main
+from lab.study.block_caching_demo import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
-"""The command of experiments/convergence.py."""
+"""The command of lab/study/convergence.py."""
 
-from experiments.convergence import main
+from lab.study.convergence import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
-"""The command of experiments/demo_short.py."""
+"""The command of lab/study/demo_short.py."""
 
-from experiments.demo_short import main
+from lab.study.demo_short import main
 
 if __name__ == "__main__":
     main()

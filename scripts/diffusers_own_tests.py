@@ -29,10 +29,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from runs.cli import command
-from runs.errors import UserError
-from runs.files import ROOT, write_json
-from runs.provenance import provenance
+from run.cli import command
+from run.files import ROOT, write_json
+from run.provenance import provenance
+from unet_caching.errors import UserError
 
 FOLDERS = ("controlnet", "ddim", "ddpm", "latent_consistency_models", "latent_diffusion", "pag", "stable_diffusion",
            "stable_diffusion_2", "stable_diffusion_adapter", "stable_diffusion_image_variation", "stable_diffusion_xl")

@@ -23,9 +23,9 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from transformers import CLIPTokenizer
 
-import pipelines.install
-from pipelines.enable import enable_deepcache
-from runs.errors import UserError
+import unet_caching.pipelines.install
+from unet_caching.errors import UserError
+from unet_caching.pipelines.enable import enable_deepcache
 
 RECORD = Path(os.environ["UNET_CACHING_RECORD"])
 STAND_INS = os.environ.get("UNET_CACHING_STAND_INS") == "1"
@@ -82,7 +82,7 @@ def watch(cls: type) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    own, forward = DiffusionPipeline.register_modules, pipelines.install.cached_forward
+    own, forward = DiffusionPipeline.register_modules, unet_caching.pipelines.install.cached_forward
 
     def register_modules(self: Any, **modules: Any) -> None:
         own(self, **modules)
@@ -98,7 +98,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return forward(*args, **kwargs)
 
     DiffusionPipeline.register_modules = register_modules
-    pipelines.install.cached_forward = counted
+    unet_caching.pipelines.install.cached_forward = counted
     if STAND_INS:
         CLIPTokenizer.from_pretrained = classmethod(stand_in(CLIPTokenizer.from_pretrained.__func__))
 

@@ -20,10 +20,10 @@ from packaging.requirements import Requirement
 from eval.tables.paper import Table, find, tables
 from eval.tables.rows import of_table
 from eval.tables.text import align
-from experiments.arms import Arm, of_row
-from runs.cli import command
-from runs.families import families
-from runs.provenance import device_name
+from lab.study.arms import Arm, of_row
+from run.cli import command
+from run.families import families
+from run.provenance import device_name
 from scripts.download import ROOT, Item, catalogue, digest_of, fits
 
 # The small models that come with a clone: what they are called, and their weights.

@@ -33,10 +33,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from runs.cli import command
-from runs.errors import UserError, one_line
-from runs.files import ROOT
-from runs.settings import read_yaml_dict
+from run.cli import command
+from run.files import ROOT
+from run.settings import read_yaml_dict
+from unet_caching.errors import UserError, one_line
 
 CATALOGUE = Path(__file__).with_name("downloads.yaml")
 _CHUNK = 1 << 20

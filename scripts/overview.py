@@ -10,12 +10,12 @@ from eval.cost.runs import macs_per_image
 from eval.tables.paper import tables
 from eval.tables.rows import of_table
 from eval.tables.text import align
-from experiments.arms import Arm, Given, of_row
-from experiments.plan import check, disk, gigabytes, given_by, user_parser
-from runs.cli import command
-from runs.errors import UserError
+from lab.study.arms import Arm, Given, of_row
+from lab.study.plan import check, disk, gigabytes, given_by, user_parser
+from run.cli import command
 from scripts.doctor import needs
 from scripts.download import catalogue
+from unet_caching.errors import UserError
 
 
 def cost(arms: list[Arm]) -> list[str]:

@@ -1,6 +1,6 @@
-"""The command of experiments/plan.py."""
+"""The command of lab/study/plan.py."""
 
-from experiments.plan import main
+from lab.study.plan import main
 
 if __name__ == "__main__":
     main()

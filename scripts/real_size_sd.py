@@ -25,17 +25,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusi
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from caching.deepcache import DeepCache
-from caching.schedules import uniform
 from ldm.diffusers_layout import diffusers_arguments
-from runs import arguments
-from runs.cli import command
-from runs.errors import UserError
-from runs.files import ROOT, write_json
-from runs.machine import prepare_device
-from runs.provenance import provenance
-from runs.weights import save_tensors
-from sampling.samplers import Sampler, noise_predictor
+from run import arguments
+from run.cli import command
+from run.files import ROOT, write_json
+from run.machine import prepare_device
+from run.provenance import provenance
+from run.weights import save_tensors
 from stable_diffusion.checkpoint import (
     KL_F8,
     Model,
@@ -45,6 +41,10 @@ from stable_diffusion.checkpoint import (
 )
 from stable_diffusion.config import Config, load_config
 from stable_diffusion.text import VIT_L_14, clip_tokenizer
+from unet_caching.errors import UserError
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.samplers.samplers import Sampler, noise_predictor
+from unet_caching.schedules import uniform
 
 CONFIG = ROOT / "configs" / "sd_v15.yaml"
 PROMPT = "a photo of an astronaut riding a horse"

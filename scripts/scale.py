@@ -1,6 +1,6 @@
-"""The command of experiments/scale.py."""
+"""The command of lab/study/scale.py."""
 
-from experiments.scale import main
+from lab.study.scale import main
 
 if __name__ == "__main__":
     main()

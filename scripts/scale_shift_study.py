@@ -1,6 +1,6 @@
-"""The command of experiments/scale_shift_study.py."""
+"""The command of lab/study/scale_shift_study.py."""
 
-from experiments.scale_shift_study import main
+from lab.study.scale_shift_study import main
 
 if __name__ == "__main__":
     main()

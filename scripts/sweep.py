@@ -1,6 +1,6 @@
-"""The command of experiments/sweep.py."""
+"""The command of lab/study/sweep.py."""
 
-from experiments.sweep import main
+from lab.study.sweep import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
-"""The command of experiments/systems.py."""
+"""The command of lab/study/systems.py."""
 
-from experiments.systems import main
+from lab.study.systems import main
 
 if __name__ == "__main__":
     main()

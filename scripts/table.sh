@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A table of results/paper/*.yaml or results/own/*.yaml by its name; scripts/tableN_*.sh are the doors to it.
+# A table of configs/papers/*.yaml or configs/papers/own/*.yaml by its name; scripts/tableN_*.sh are the doors to it.
 #
 #     bash scripts/table.sh table1 --dry-run      commands, exact MACs, disk, what is missing
 set -euo pipefail

@@ -14,14 +14,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import Tensor
 from transformers import BertModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
-from caching.schema import check, read_json
 from ldm import first_stage
 from ldm.diffusers_layout import diffusers_names, unet_arguments
-from runs.errors import UserError, as_user_error, one_line
-from runs.weights import load_strict, read_tensors, sha256, split, tensors_of
+from run.weights import load_strict, read_tensors, sha256, split, tensors_of
 from stable_diffusion.config import Config
 from stable_diffusion.text import VIT_L_14, Encoder, clip, clip_tokenizer, minilm, minilm_folder
 from stable_diffusion.unet import SIZE_CHANNELS, SIZES, UNet, make
+from unet_caching.errors import UserError, as_user_error, one_line
+from unet_caching.files.schema import check, read_json
 
 
 class Second(NamedTuple):

@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from caching.policy import Policy
 from eval.cost.macs import costs, giga
-from runs import arguments
-from runs.cli import command
-from runs.errors import UserError
-from runs.families import example_inputs
-from runs.files import ROOT, write_atomically, write_json
-from runs.image_model import add_run, kinds_of_calls, spec_of
-from runs.machine import Machine
-from runs.provenance import provenance
-from runs.psnr import psnr
-from speed.accelerate import accelerated
+from run import arguments
+from run.cli import command
+from run.families import example_inputs
+from run.files import ROOT, write_atomically, write_json
+from run.image_model import add_run, kinds_of_calls, spec_of
+from run.machine import Machine
+from run.provenance import provenance
+from run.psnr import psnr
 from stable_diffusion.family import FAMILY
+from unet_caching.errors import UserError
+from unet_caching.policy import Policy
+from unet_caching.speed.accelerate import accelerated
 
 MACS = ("macs", "macs_fc")      # by the papers' convention, and with attention's products (eval/macs.py)
 

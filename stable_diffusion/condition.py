@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from caching.options import option
-from runs.errors import UserError
-from runs.families import Condition
+from run.families import Condition
+from unet_caching.errors import UserError
+from unet_caching.options import option
 
 SIZED = ("original_size", "crop", "target_size")
 

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 import ldm.config
-from runs.settings import read_yaml
-from sampling import diffusion
-from training.loop import TrainConfig
+from run.settings import read_yaml
+from run.training.loop import TrainConfig
+from unet_caching.samplers import diffusion
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Sampler:
     """The paper's sampling settings: the defaults of `stable_diffusion.sample`."""
     sampler: str = "plms"               # plms, ddim, dpmpp
     steps: int = 50
-    timesteps: str = "leading"          # sampling.samplers.TIMESTEPS
+    timesteps: str = "leading"          # unet_caching.samplers.samplers.TIMESTEPS
     guidance: float = 7.5
     branch: int = 1
 

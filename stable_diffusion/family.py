@@ -1,14 +1,14 @@
-"""Stable Diffusion as other programs know it (runs/families.py). Slow imports wait until they are needed."""
+"""Stable Diffusion as other programs know it (run/families.py). Slow imports wait until they are needed."""
 
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from runs.families import Family
-from runs.image_model import ImageModel
-from runs.machine import Machine
-from runs.spec import Run
+from run.families import Family
+from run.image_model import ImageModel
+from run.machine import Machine
+from run.spec import Run
 from stable_diffusion.condition import TextCondition
 from stable_diffusion.config import Config
 from stable_diffusion.unet import SIZE_CHANNELS, SIZES, UNet, make

@@ -8,20 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from caching.nested import Network
-from caching.policy import Policy
-from runs.errors import UserError
-from runs.folder import RunFolder, quoted
-from runs.image_model import ImageModel
-from runs.machine import Machine
-from runs.prompts import prompts_sha256, read_prompts
-from runs.spec import Run
-from sampling.noise import SeededNoise
+from run.folder import RunFolder, quoted
+from run.image_model import ImageModel
+from run.machine import Machine
+from run.prompts import prompts_sha256, read_prompts
+from run.spec import Run
 from stable_diffusion.checkpoint import checkpoint_sha256, load_checkpoint
 from stable_diffusion.condition import SIZED, TextCondition
 from stable_diffusion.config import Config
 from stable_diffusion.text_to_image import TextToImage, check_text_to_image, latent_size
 from stable_diffusion.unet import UNet
+from unet_caching.errors import UserError
+from unet_caching.nest import Network
+from unet_caching.policy import Policy
+from unet_caching.samplers.noise import SeededNoise
 
 RELEASED_SEED = 42      # of the released evaluation (github horseee/DeepCache, 1691a3a)
 

@@ -12,9 +12,9 @@ from diffusers import (
 )
 
 from ldm.diffusers_layout import diffusers_arguments, diffusers_state_dict
-from pipelines.enable import disable_deepcache, enable_deepcache
 from stable_diffusion.checkpoint import load_checkpoint
 from stable_diffusion.config import Config, Diffusion
+from unet_caching.pipelines.enable import disable_deepcache, enable_deepcache
 
 __all__ = ["disable_deepcache", "enable_deepcache", "load_pipeline", "scheduler"]
 

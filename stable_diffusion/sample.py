@@ -5,14 +5,14 @@
     python -m stable_diffusion.sample --config configs/sdxl.yaml --model DIR --prompt "a corgi" --out samples/corgi
 
 Defaults are the paper's settings. Prompts come from .txt (one per line), .csv, .tsv or .json, COCO's captions included
-(runs/prompts.py). Image i has prompt i and seed i, the same for any batch size or number of processes; stop it
+(run/prompts.py). Image i has prompt i and seed i, the same for any batch size or number of processes; stop it
 whenever you like, the same command fills in what is missing. Several processes share the seeds as they come, under
 torchrun or as the same command several times. SIGUSR1 and SIGTERM stop it after its batch, with 75. OUT/prompts.csv
 lists seed and prompt. No file is downloaded.
 """
 
-from runs.cli import command
-from runs.image_model import sample_command
+from run.cli import command
+from run.image_model import sample_command
 from stable_diffusion.family import FAMILY
 
 

@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from runs.errors import UserError, one_line
-from runs.weights import load_strict
+from run.weights import load_strict
+from unet_caching.errors import UserError, one_line
 
 Encoder = TypeVar("Encoder", CLIPTextModel, CLIPTextModelWithProjection)
 

@@ -8,15 +8,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from caching.nested import Cache, Network, no_cache
-from caching.policy import Policy
-from runs.errors import UserError
-from runs.folder import check_finite, to_uint8
-from sampling.noise import SeededNoise
-from sampling.samplers import Sampler, noise_predictor
-from speed.accelerate import place
+from run.folder import check_finite, to_uint8
 from stable_diffusion.checkpoint import Model
 from stable_diffusion.config import Config
+from unet_caching.errors import UserError
+from unet_caching.nest import Cache, Network, no_cache
+from unet_caching.policy import Policy
+from unet_caching.samplers.noise import SeededNoise
+from unet_caching.samplers.samplers import Sampler, noise_predictor
+from unet_caching.speed.accelerate import place
 
 DECODED_AT_ONCE = 4     # images; what the autoencoder needs for more would decide the batch size
 
@@ -48,7 +48,7 @@ def check_text_to_image(config: Config) -> None:
     if config.unet.in_channels != config.unet.out_channels:
         raise UserError(f"{config.name} takes {config.unet.in_channels} channels and predicts "
                         f"{config.unet.out_channels}: it needs an image besides the prompt; use it from Python, in a "
-                        "diffusers pipeline (pipelines/enable.py)")
+                        "diffusers pipeline (unet_caching/pipelines/enable.py)")
 
 
 class TextToImage:
@@ -119,7 +119,7 @@ class TextToImage:
                 progress: Callable[[float], None] | None = None, network: Network | None = None) -> Tensor:
         """Sample the latents of an image for each prompt, from x: [prompts, channels, height, width], float32.
 
-        network: what takes the place of the U-Net (see `runs.image_model.ImageModel.latents`).
+        network: what takes the place of the U-Net (see `run.image_model.ImageModel.latents`).
         Raises UserError where they are not finite.
         """
         context = self.conditions(prompts, negative_prompt, guidance)

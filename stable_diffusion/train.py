@@ -22,22 +22,22 @@ from ldm.checkpoint import FIRST_STAGE
 from ldm.config import Config as LdmConfig
 from ldm.config import load_config as load_ldm_config
 from ldm.diffusers_layout import diffusers_arguments, diffusers_state_dict
-from runs import arguments
-from runs.cli import command
-from runs.errors import UserError
-from runs.folder import to_uint8
-from runs.machine import prepare_device
-from runs.prompts import read_prompts
-from runs.weights import read_tensors, save_tensors, tensors_of
-from sampling.noise import SeededNoise
-from sampling.samplers import Sampler, noise_predictor
+from run import arguments
+from run.cli import command
+from run.folder import to_uint8
+from run.machine import prepare_device
+from run.prompts import read_prompts
+from run.training import emoji
+from run.training.loop import Grid, Loss, train
+from run.training.objective import denoising_error
+from run.weights import read_tensors, save_tensors, tensors_of
 from stable_diffusion.autoencoder import from_first_stage
 from stable_diffusion.config import Config, Train, load_config
 from stable_diffusion.text import minilm
 from stable_diffusion.unet import UNet
-from training import emoji
-from training.loop import Grid, Loss, train
-from training.objective import denoising_error
+from unet_caching.errors import UserError
+from unet_caching.samplers.noise import SeededNoise
+from unet_caching.samplers.samplers import Sampler, noise_predictor
 
 
 @torch.no_grad()

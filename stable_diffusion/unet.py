@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from caching.nested import Cache, Cond, nested_forward, no_cache
 from ldm import unet
+from unet_caching.nest import Cache, Cond, nested_forward, no_cache
 
 SIZES, SIZE_CHANNELS = 6, 256       # what SDXL is told of sizes, and the sinusoids of each of these numbers
 

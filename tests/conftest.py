@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import sampling  # noqa: F401  before diffusers, see sampling/libraries.py
+import unet_caching.samplers  # noqa: F401  before diffusers, see unet_caching/samplers/libraries.py
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
 from eval.tables import paper

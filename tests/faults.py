@@ -144,7 +144,7 @@ class Models:
                  lambda folder: ("ldm.sample", ["--config", config / "ldm.yaml", "--checkpoint", folder / "ldm.ckpt",
                                                 *sampling, "--seeds", "0-3", "--out", folder / "out"]),
                  lambda folder: files(folder, "out/*/*.png", "ldm.safetensors"), self.copied("ldm.ckpt")),
-            Case("packing", lambda folder: ("runs.npz", ["--samples", config / "samples", "--seeds", seeds, "--out",
+            Case("packing", lambda folder: ("run.npz", ["--samples", config / "samples", "--seeds", seeds, "--out",
                                                              folder / "x.npz"]),
                  lambda folder: files(folder, "x.npz")),
             Case("evaluation",

@@ -35,8 +35,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ddpm import sample as ddpm_sample
-from runs import results
-from runs.results import Metric, Result
+from run import results
+from run.results import Metric, Result
 
 UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
         "attn_resolutions": []}
@@ -183,16 +183,17 @@ FITTING = ("--seeds", "0-3", "--held-out-seeds", "4-7")
 
 # A command that would run, and its numbers.
 NUMBERED = (
-    ("planning.search", (*MODEL, *FITTING, "--calls", "3", "--out", "{}/p.json"),
+    ("lab.plans.search", (*MODEL, *FITTING, "--calls", "3", "--out", "{}/p.json"),
      "attempts converged-steps jobs batch-size threads"),
-    ("planning.search", (*MODEL, *FITTING, "--out", "{}/p.json"), "calls macs speedup seconds"),
-    ("planning.fit_forecast", (*MODEL, *FITTING, "--interval", "2", "--forecast", "1", "--out", "{}/w.safetensors"),
+    ("lab.plans.search", (*MODEL, *FITTING, "--out", "{}/p.json"), "calls macs speedup seconds"),
+    ("lab.fit.fit_forecast", (*MODEL, *FITTING, "--interval", "2", "--forecast", "1", "--out", "{}/w.safetensors"),
      "ridge interval batch-size threads"),
     ("scripts.block_caching", ("train", *MODEL, *FITTING, "--schedule", "{}/s.json", "--out", "{}/s.safetensors"),
      "lr ridge batch-size"),
-    ("scripts.convergence", ("--config", "studies/bf16_ldm.yaml", "--results", "{}/r", "--work", "{}/w"),
+    ("scripts.convergence", ("--config", "configs/studies/bf16_ldm.yaml", "--results", "{}/r", "--work", "{}/w"),
      "batch-size threads"),
-    ("scripts.sweep", ("--config", "sweeps/ddpm_emoji_interval_branch.yaml", "--samples", "{}/s", "--results", "{}/r"),
+    ("scripts.sweep", ("--config", "configs/sweeps/ddpm_emoji_interval_branch.yaml", "--samples", "{}/s", "--results",
+                       "{}/r"),
      "images batch-size threads share"),
     ("eval.throughput", (*MODEL, *ON_CPU, "--repeats", "1", "--warmup", "1"),
      "repeats warmup branch interval forecast steps batch-size threads"),
@@ -270,7 +271,7 @@ def of_seeds() -> Iterator[Case]:
     for value in SEEDS:
         yield Case(f"sample --seeds {value!r}", "ddpm.sample",
                    ("--config", "{world}/ddpm.yaml", f"--seeds={value}", "--device", "cpu", "--out", "{}/o"))
-        yield Case(f"npz --seeds {value!r}", "runs.npz",
+        yield Case(f"npz --seeds {value!r}", "run.npz",
                    ("--samples", "{world}/samples", f"--seeds={value}", "--out", "{}/o.npz"))
         yield Case(f"fidelity --seeds {value!r}", "eval.fidelity",
                    ("--samples", "{world}/samples", "--against", "{world}/samples", f"--seeds={value}", "--out",
@@ -309,7 +310,7 @@ def of_files() -> Iterator[Case]:
                 ("result", "eval.table", ("6", "--results", "{}"))):
             yield Case(f"{what}, JSON {name}", module, words, make=written("f.json", content))
         yield Case(f"run.json {name}", "ddpm.sample", sampling, "run.json", make=written("o/run.json", content))
-        yield Case(f"run.json {name}, packed", "runs.npz", ("--samples", "{}/o", "--seeds", "0", "--out", "{}/o.npz"),
+        yield Case(f"run.json {name}, packed", "run.npz", ("--samples", "{}/o", "--seeds", "0", "--out", "{}/o.npz"),
                    make=written("o/run.json", content))
     for name, settings in (("null", None), ("a list", []), ("text", "x")):
         yield Case(f"settings {name}", "ddpm.sample", sampling, "settings",
@@ -426,14 +427,14 @@ def of_paths() -> Iterator[Case]:
                codes=(1, 2))
     for module, words in (("eval.macs", ()), ("ddpm.sample", ("--seeds", "0", "--out", "{}/o")),
                           ("eval.throughput", ()), ("scripts.sweep", ("--list",)), ("scripts.convergence", ("--list",)),
-                          ("scripts.block_caching", ()), ("planning.fit_forecast", ("--out", "{}/o.safetensors")),
-                          ("planning.search", ("--out", "{}/o.json", "--seeds", "0", "--held-out-seeds", "1"))):
+                          ("scripts.block_caching", ()), ("lab.fit.fit_forecast", ("--out", "{}/o.safetensors")),
+                          ("lab.plans.search", ("--out", "{}/o.json", "--seeds", "0", "--held-out-seeds", "1"))):
         verb = ("measure",) if module == "scripts.block_caching" else ()
         tail = ("--out", "{}/o.json") if verb else ()
         for name, path in (("missing", "{}/no.yaml"), ("a folder", "{}"), ("a device", "/dev/null"),
                            ("empty name", "")):
             yield Case(f"{module}, config {name}", module, (*verb, "--config", path, *words, *tail))
-    for module, words in (("runs.npz", ("--samples", "{world}/samples", "--seeds", "0-3", "--out", "{}/pipe")),
+    for module, words in (("run.npz", ("--samples", "{world}/samples", "--seeds", "0-3", "--out", "{}/pipe")),
                           ("eval.quality", ("--samples", "{world}/samples", "--reference", "{world}/real.npz", "--dims",
                                             "2", "--repeats", "2", "--threads", "1", "--out", "{}/pipe"))):
         yield Case(f"{module} --out a pipe", module, words, "no regular file",

@@ -7,16 +7,16 @@ import pytest
 import torch
 from conftest import TINY_UNET, run_command, tiny_ddpm
 
-from caching.adaptive import AdaptiveCache, AdaptiveRule
-from caching.deepcache import DeepCache
-from caching.nested import no_cache
 from ddpm import sample
 from eval.cost.runs import call_macs, costs_of
-from planning import calibrate_adaptive
-from planning.calibrate_adaptive import decided, settled, threshold_for
-from runs import results
-from runs.folder import read_run
-from runs.spec import RunSpec
+from lab.fit import calibrate_adaptive
+from lab.fit.calibrate_adaptive import decided, settled, threshold_for
+from run import results
+from run.folder import read_run
+from run.spec import RunSpec
+from unet_caching.methods.adaptive import AdaptiveCache, AdaptiveRule
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.nest import no_cache
 
 SEEDS = ("--seeds", "10-15", "--held-out-seeds", "20-23")
 WATCHED = "input_blocks.1.0"

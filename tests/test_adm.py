@@ -22,8 +22,8 @@ from eval.metrics.inception import MODES, Inception, load
 from eval.metrics.intervals import Share, jackknife
 from eval.metrics.kernel import kid_of_subsets
 from eval.metrics.measure import Sets
-from runs.errors import UserError
-from runs.npz import pack
+from run.npz import pack
+from unet_caching.errors import UserError
 
 RNG = np.random.default_rng(0)
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 from conftest import relative_error
 
-from caching.block_cache import BlockCache, outside, residual_names, threshold_schedule
-from caching.deepcache import DeepCache
-from caching.meters import ChangeMeter, SimilarityMeter
-from caching.policy import Together
-from caching.scale_shift import Distiller, ScaleShift
 from ddpm.unet import UNet
 from eval.cost.macs import residual_macs, run_macs, schedule_macs
 from ldm.unet import UNet as LatentUNet
-from sampling.ddim import ddim, uniform_timesteps
-from sampling.diffusion import alphas_cumprod
+from unet_caching.meters import ChangeMeter, SimilarityMeter
+from unet_caching.methods.block_cache import BlockCache, outside, residual_names, threshold_schedule
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.methods.scale_shift import Distiller, ScaleShift
+from unet_caching.policy import Together
+from unet_caching.samplers.ddim import ddim, uniform_timesteps
+from unet_caching.samplers.diffusion import alphas_cumprod
 
 STEPS = 6
 

@@ -3,9 +3,9 @@
 import pytest
 from test_demo import tiny
 
-from experiments import block_caching_demo, demo
-from runs import results
-from runs.files import ROOT
+from lab.study import block_caching_demo, demo
+from run import results
+from run.files import ROOT
 
 
 @pytest.mark.slow

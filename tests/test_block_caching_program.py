@@ -13,25 +13,25 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from caching.block_cache import threshold_schedule
-from caching.block_schedule import BlockSchedule, load_scale_shift
-from caching.deepcache import DeepCacheOptions
-from caching.meters import ChangeMeter
-from caching.options import RunShape
-from caching.scale_shift import best_line
 from ddpm import sample as ddpm_sample
 from ddpm.checkpoint import published_state_dict as ddpm_tensors
 from ddpm.unet import UNet
 from eval import macs
 from eval.metrics.images import open_images
+from lab.fit import block_caching
+from lab.fit.block_changes import BlockChanges, ScheduleMaker
 from ldm import first_stage
 from ldm import sample as ldm_sample
 from ldm.checkpoint import Model
 from ldm.checkpoint import published_state_dict as ldm_tensors
 from ldm.unet import UNet as LatentUNet
-from planning import block_caching
-from planning.block_changes import BlockChanges, ScheduleMaker
-from runs import results
+from run import results
+from unet_caching.files.block_schedule import BlockSchedule, load_scale_shift
+from unet_caching.meters import ChangeMeter
+from unet_caching.methods.block_cache import threshold_schedule
+from unet_caching.methods.deepcache import DeepCacheOptions
+from unet_caching.methods.scale_shift import best_line
+from unet_caching.options import RunShape
 
 STEPS = 5
 DDPM = {"resolution": 16, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,

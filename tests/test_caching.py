@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from caching.deepcache import DeepCache, ZeroedCache
-from caching.nested import Cond, Residual
 from ddpm.unet import UNet
+from unet_caching.methods.deepcache import DeepCache, ZeroedCache
+from unet_caching.nest import Cond, Residual
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from eval import clip_score
 from eval.metrics.intervals import mean_estimate
-from runs import results
-from runs.errors import UserError
-from runs.files import ROOT
-from runs.prompts import prompts_sha256
+from run import results
+from run.files import ROOT
+from run.prompts import prompts_sha256
+from unet_caching.errors import UserError
 
 PROMPTS = ["a red cube", "a whale in the sky", "two balls", "Salvador Dalí", "a clock", "an owl"]
 CONFIG = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16,

@@ -8,20 +8,20 @@ from conftest import TINY_UNET, run_command, tiny_ddpm
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from caching.adaptor import Adaptor, AdaptorFile, TimeConditioning
-from caching.clockwork import Clockwork, clocked
-from caching.deepcache import DeepCache
 from ddpm import sample
 from eval.cost.runs import call_macs
 from eval.tables.results import cost
-from pipelines.enable import enable_deepcache
-from planning import train_adaptor
-from planning.fitting import frozen, weights_sha256
-from runs import results
-from runs.errors import UserError
-from runs.folder import read_run
-from runs.machine import Machine
-from runs.spec import RunSpec
+from lab.fit import train_adaptor
+from lab.fit.fitting import frozen, weights_sha256
+from run import results
+from run.folder import read_run
+from run.machine import Machine
+from run.spec import RunSpec
+from unet_caching.errors import UserError
+from unet_caching.methods.adaptor import Adaptor, AdaptorFile, TimeConditioning
+from unet_caching.methods.clockwork import Clockwork, clocked
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.pipelines.enable import enable_deepcache
 
 RUN = ("--clock", 3, "--clock-branch", 1)
 SEEDS = ("--seeds", "10-17", "--held-out-seeds", "20-23")

@@ -9,9 +9,9 @@ from conftest import HERE
 from eval import throughput
 from eval.cost.compare_speed import compare, peak_memory, report, whole_run
 from eval.cost.macs import branch_macs
-from runs import results
-from runs.families import build, example_inputs, load_config, rows_per_image
-from runs.results import Result
+from run import results
+from run.families import build, example_inputs, load_config, rows_per_image
+from run.results import Result
 
 CONFIGS = HERE.parent / "configs"
 

@@ -10,20 +10,20 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from caching.plan_file import Plan
 from eval.metrics.images import from_array
 from eval.metrics.registry import EXTRACTORS
 from eval.metrics.sources import open_reference
 from eval.quality import quality
-from experiments import convergence
-from experiments.convergence_report import LESS, PSNR, Point, orders, plan_calls, rival, rows
-from planning.distances import Distances, psnr_to
-from runs import results
-from runs.errors import UserError
-from runs.files import ROOT
-from runs.machine import Machine
-from runs.results import Result
-from runs.spec import RunSpec
+from lab.plans.distances import Distances, psnr_to
+from lab.study import convergence
+from lab.study.convergence_report import LESS, PSNR, Point, orders, plan_calls, rival, rows
+from run import results
+from run.files import ROOT
+from run.machine import Machine
+from run.results import Result
+from run.spec import RunSpec
+from unet_caching.errors import UserError
+from unet_caching.files.plan_file import Plan
 
 MACHINE = Machine(batch_size=2, device="cpu", threads=1)
 STUDY = """
@@ -225,7 +225,7 @@ def test_orders_are_the_slopes_of_the_errors():
     assert found == {"unipc": "2.00, 2.00", "ddim": "1.00, 1.00"}
 
 
-STUDIES = sorted(path for path in Path("studies").glob("*.yaml") if not path.name.startswith("systems_"))
+STUDIES = sorted(path for path in Path("configs/studies").glob("*.yaml") if not path.name.startswith("systems_"))
 
 
 def test_the_studies_that_are_shipped_open():

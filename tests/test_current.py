@@ -22,12 +22,12 @@ from eval.tables import current
 from eval.tables.current import Wanted
 from eval.tables.paper import find
 from eval.tables.rows import of_table
-from experiments import plan, runner
-from runs import results
-from runs.folder import image_path
-from runs.results import Metric, Result
-from runs.spec import RunSpec
-from runs.weights import sha256
+from lab.study import plan, runner
+from run import results
+from run.folder import image_path
+from run.results import Metric, Result
+from run.spec import RunSpec
+from run.weights import sha256
 
 ROOT = HERE.parent
 UNET = {"resolution": 32, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,

@@ -16,10 +16,10 @@ from ddpm.checkpoint import load_checkpoint, load_state_dict, published_state_di
 from ddpm.config import load_config
 from ddpm.diffusers_layout import diffusers_unet
 from ddpm.unet import UNet
-from runs.errors import UserError
-from runs.weights import check_md5
-from sampling.diffusion import Diffusion
-from sampling.samplers import Sampler, noise_predictor
+from run.weights import check_md5
+from unet_caching.errors import UserError
+from unet_caching.samplers.diffusion import Diffusion
+from unet_caching.samplers.samplers import Sampler, noise_predictor
 
 CONFIGS = HERE.parent / "configs"
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import HERE, relative_error
 
-from caching.deepcache import DeepCache
-from caching.schedules import centered, uniform
 from ddpm.checkpoint import load_state_dict
 from ddpm.unet import UNet
-from sampling.ddim import ddim, quadratic_timesteps, uniform_timesteps
-from sampling.diffusion import alphas_cumprod
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.samplers.ddim import ddim, quadratic_timesteps, uniform_timesteps
+from unet_caching.samplers.diffusion import alphas_cumprod
+from unet_caching.schedules import centered, uniform
 
 TOLERANCE = 2e-5        # of the largest magnitude; the authors' own noise floor is 3e-6
 

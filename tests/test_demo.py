@@ -14,12 +14,12 @@ from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
 from eval.cost.runs import macs_per_step
 from eval.quality import FD, KID
-from experiments import demo, demo_report, demo_short
-from experiments.arms import Given
-from experiments.runner import in_this_process
-from runs import results
-from runs.errors import UserError
-from runs.results import Result
+from lab.study import demo, demo_report, demo_short
+from lab.study.arms import Given
+from lab.study.runner import in_this_process
+from run import results
+from run.results import Result
+from unet_caching.errors import UserError
 
 
 def test_arms_start_uncached_and_match_in_cost():

@@ -13,11 +13,11 @@ from conftest import HERE, run_command
 
 from eval import throughput
 from eval.metrics.intervals import mean_estimate
-from experiments import convergence
-from experiments.convergence_report import LESS, Point, rival
-from experiments.demo_report import shown, with_error
-from experiments.runner import minus_uncached
-from runs import results
+from lab.study import convergence
+from lab.study.convergence_report import LESS, Point, rival
+from lab.study.demo_report import shown, with_error
+from lab.study.runner import minus_uncached
+from run import results
 
 ROOT = HERE.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"),
@@ -56,7 +56,7 @@ MODULES = [(page, words) for page, words in CALLS if words[0] != "bash" and word
 
 
 def test_pages_have_commands():
-    assert len(MODULES) > 25 and {words[2] for _, words in MODULES} >= {"ddpm.sample", "eval.fid", "planning.search"}
+    assert len(MODULES) > 25 and {words[2] for _, words in MODULES} >= {"ddpm.sample", "eval.fid", "lab.plans.search"}
 
 
 @pytest.mark.parametrize(("page", "words"), MODULES, ids=lambda one: " ".join(one) if isinstance(one, list) else None)
@@ -113,7 +113,7 @@ def studied() -> dict[str, list[Point]]:
     """What the studies of forecasts measured, by what the pages call their models."""
     found = {}
     for model, name in (("text", "forecast_sd"), ("latent", "forecast_ldm"), ("pixel", "forecast_ddpm")):
-        study = convergence.read_study(ROOT / "studies" / f"{name}.yaml")
+        study = convergence.read_study(ROOT / "configs" / "studies" / f"{name}.yaml")
         place = convergence.Place(name, ROOT / "results", Path("samples"))
         found[model] = convergence.points(study, place, list(convergence.specs(study)))
     return found

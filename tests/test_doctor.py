@@ -20,10 +20,10 @@ import yaml
 
 from eval.tables.paper import find, tables
 from eval.tables.rows import of_table
-from experiments.arms import CLIP, INCEPTION
-from runs.errors import UserError
+from lab.study.arms import CLIP, INCEPTION
 from scripts import doctor, download
 from scripts.download import File, catalogue, fetch
+from unet_caching.errors import UserError
 
 CONTENT = bytes(range(256)) * 4096      # 1 MiB
 MD5 = hashlib.md5(CONTENT).hexdigest()

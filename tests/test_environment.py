@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from runs.files import ROOT
+from run.files import ROOT
 from scripts.requirements_met import OLDEST, python_fits
 
 # An interpreter that says what it was asked, has what $HAS lists, and makes environments that are like itself.

@@ -21,10 +21,10 @@ from eval.metrics import frechet
 from eval.metrics.features import EffLite0, features_of
 from eval.metrics.images import from_array, open_images
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_neighbours, pca_basis, real_floor
-from runs import results
-from runs.errors import UserError
-from runs.folder import seeds_there
-from training import emoji
+from run import results
+from run.folder import seeds_there
+from run.training import emoji
+from unet_caching.errors import UserError
 
 GROUP = "Smileys & Emotion"
 

@@ -7,7 +7,7 @@ from conftest import HERE
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat and nbclient of requirements.txt are not installed")
 nbclient = pytest.importorskip("nbclient", reason="nbformat and nbclient of requirements.txt are not installed")
-FOLDER = HERE.parent / "examples"
+FOLDER = HERE.parent / "docs"
 
 
 def test_deepcache_in_a_pipeline():

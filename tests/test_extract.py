@@ -13,7 +13,7 @@ from eval.metrics import extract as extraction
 from eval.metrics.extract import extract
 from eval.metrics.frechet import Moments
 from eval.metrics.images import check_finished, open_images
-from runs.errors import UserError
+from unet_caching.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (14, 8, 10, 3), np.uint8)
 

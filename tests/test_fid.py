@@ -18,7 +18,7 @@ from eval.metrics.frechet import frechet_distance
 from eval.metrics.images import from_array, open_images
 from eval.metrics.inception import MODES, Inception
 from eval.metrics.sources import cifar10, open_source
-from runs.errors import UserError
+from unet_caching.errors import UserError
 
 RNG = np.random.default_rng(0)
 PIXELS = np.stack([np.asarray(Image.fromarray(image).resize((40, 40), Image.Resampling.BICUBIC))

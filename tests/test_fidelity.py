@@ -15,8 +15,8 @@ from eval import fidelity
 from eval.metrics.lpips import Lpips
 from eval.metrics.measure import PixelMeasure
 from eval.tables.plots import worst_pairs
-from runs import results
-from runs.errors import UserError
+from run import results
+from unet_caching.errors import UserError
 
 HEADS = Path(torchmetrics.functional.image.__file__).parent / "lpips_models" / "alex.pth"
 

@@ -1,14 +1,14 @@
-"""planning.fit_forecast through the command line: a tiny random model, from the fit to samples that use it."""
+"""lab.fit.fit_forecast through the command line: a tiny random model, from the fit to samples that use it."""
 
 
 import pytest
 from conftest import tiny_ddpm
 
 from ddpm import sample
-from planning import fit_forecast
-from runs import results
-from runs.folder import read_run
-from runs.spec import RunSpec
+from lab.fit import fit_forecast
+from run import results
+from run.folder import read_run
+from run.spec import RunSpec
 
 UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
         "attn_resolutions": [4]}

@@ -3,7 +3,8 @@
 import pytest
 from conftest import run_command
 
-from planning import calibrate_adaptive, fit_forecast, search, train_adaptor, train_router
+from lab.fit import calibrate_adaptive, fit_forecast, train_adaptor, train_router
+from lab.plans import search
 
 
 @pytest.mark.parametrize("program", [calibrate_adaptive, fit_forecast, search, train_adaptor, train_router],

@@ -8,20 +8,20 @@ import torch
 from test_graphs import record
 from torch import nn
 
-from caching.block_cache import BlockCache, residual_names
-from caching.deepcache import DeepCache, DeepCacheOptions, ZeroedCache
-from caching.forecast import DampingFit, newton_terms
-from caching.forecast_fit import ForecastErrors, ForecastFit
-from caching.forecast_options import ForecastOptions
-from caching.forecast_weights import ForecastWeights
-from caching.methods import plan
-from caching.options import RunShape
-from caching.policy import Together
 from ldm.unet import UNet
-from sampling.diffusion import Diffusion
-from sampling.noise import SeededNoise
-from sampling.samplers import Sampler, noise_predictor
-from speed.graphs import RecordedNetwork
+from unet_caching.files.forecast_weights import ForecastWeights
+from unet_caching.forecast import DampingFit, newton_terms
+from unet_caching.methods.block_cache import BlockCache, residual_names
+from unet_caching.methods.deepcache import DeepCache, DeepCacheOptions, ZeroedCache
+from unet_caching.methods.forecast_fit import ForecastErrors, ForecastFit
+from unet_caching.methods.forecast_options import ForecastOptions
+from unet_caching.options import RunShape
+from unet_caching.policy import Together
+from unet_caching.registry import plan
+from unet_caching.samplers.diffusion import Diffusion
+from unet_caching.samplers.noise import SeededNoise
+from unet_caching.samplers.samplers import Sampler, noise_predictor
+from unet_caching.speed.graphs import RecordedNetwork
 
 UNEVEN = [0, 2, 3, 7, 8, 13]
 CALLS = 16

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from caching.block_cache import BlockCache, outside, residual_names
-from caching.deepcache import DeepCache, ZeroedCache
-from caching.policy import Together
 from ldm.unet import UNet
-from speed.accelerate import accelerated
-from speed.graphs import RecordedNetwork, cuda_recorder
+from unet_caching.methods.block_cache import BlockCache, outside, residual_names
+from unet_caching.methods.deepcache import DeepCache, ZeroedCache
+from unet_caching.policy import Together
+from unet_caching.speed.accelerate import accelerated
+from unet_caching.speed.graphs import RecordedNetwork, cuda_recorder
 
 
 def record(run):

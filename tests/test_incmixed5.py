@@ -16,10 +16,10 @@ from eval import quality
 from eval.metrics import incmixed5
 from eval.metrics.incmixed5 import IncMixed5
 from eval.metrics.registry import MEASURES
-from experiments import sweep
-from runs import results
-from runs.errors import UserError
-from runs.weights import sha256
+from lab.study import sweep
+from run import results
+from run.weights import sha256
+from unet_caching.errors import UserError
 
 RNG = np.random.default_rng(0)
 NAMED = {"kernel": (3, 3, 3, 32), "beta": (32,), "moving_mean": (32,), "moving_variance": (32,)}

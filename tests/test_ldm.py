@@ -13,9 +13,6 @@ from diffusers import VQModel
 from safetensors.torch import save_file
 from torch import nn
 
-from caching.deepcache import DeepCache
-from caching.nested import Cond, Residual
-from caching.schedules import released_ldm, uniform
 from eval.cost.macs import average, branch_macs
 from ldm import first_stage
 from ldm.checkpoint import (
@@ -32,9 +29,12 @@ from ldm.checkpoint import (
 )
 from ldm.config import Config, FirstStage, Unet, load_config
 from ldm.unet import ResBlock, SpatialTransformer, UNet, timestep_embedding
-from runs.errors import UserError
-from runs.weights import sha256
-from sampling.ddim import ddim, uniform_timesteps
+from run.weights import sha256
+from unet_caching.errors import UserError
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.nest import Cond, Residual
+from unet_caching.samplers.ddim import ddim, uniform_timesteps
+from unet_caching.schedules import released_ldm, uniform
 
 CONFIGS = HERE.parent / "configs"
 TOLERANCE = 2e-5        # of the largest magnitude; the authors' own noise floor is 3e-6

@@ -1,4 +1,4 @@
-"""`ldm.sample` and `runs.npz` through the command line, on a tiny random model."""
+"""`ldm.sample` and `run.npz` through the command line, on a tiny random model."""
 
 import collections
 import csv
@@ -17,18 +17,18 @@ from safetensors.torch import save_file
 from test_ldm import SMALL, TOLERANCE
 from torch import nn
 
-from caching.schedules import released_ldm
 from eval.metrics.images import open_images
 from ldm import first_stage
 from ldm.checkpoint import Model, published_state_dict
 from ldm.sample import main
 from ldm.unet import UNet
-from runs import npz
-from runs.errors import UserError
-from runs.folder import image_path
-from runs.labels import Labels
-from runs.spec import DTYPES
-from sampling.ddim import offset_timesteps
+from run import npz
+from run.folder import image_path
+from run.labels import Labels
+from run.spec import DTYPES
+from unet_caching.errors import UserError
+from unet_caching.samplers.ddim import offset_timesteps
+from unet_caching.schedules import released_ldm
 
 CLASSES = 5
 CONFIG = {
@@ -151,7 +151,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sample, tmp_path):
 
 
 def test_labels_steer_the_image_but_not_its_noise(sample, tmp_path, monkeypatch):
-    from sampling import solvers
+    from unet_caching.samplers import solvers
     started = collections.defaultdict(list)
     ddim = solvers.ddim
 

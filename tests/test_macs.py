@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from caching.deepcache import DeepCache
-from caching.nested import no_cache
-from caching.policy import Policy
-from caching.schedules import centered, uniform
 from ddpm.config import load_config
 from ddpm.unet import UNet
 from eval import macs
 from eval.cost.macs import Macs, average, branch_macs, count, on_meta, run_macs, step_macs
-from runs.families import build, example_inputs
+from run.families import build, example_inputs
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.nest import no_cache
+from unet_caching.policy import Policy
+from unet_caching.schedules import centered, uniform
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

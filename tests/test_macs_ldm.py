@@ -12,8 +12,8 @@ import ddpm.unet
 import ldm.unet
 from eval import macs, throughput
 from eval.cost import timing
-from runs.errors import UserError
-from runs.families import build, example_inputs, family, load_config, rows_per_image
+from run.families import build, example_inputs, family, load_config, rows_per_image
+from unet_caching.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from caching.schedules import uniform
 from eval.cost.macs import average, branch_macs
-from runs.families import build, example_inputs, load_config, rows_per_image
+from run.families import build, example_inputs, load_config, rows_per_image
+from unet_caching.schedules import uniform
 
 CONFIG = load_config(Path(__file__).parent.parent / "configs" / "sd_v15.yaml")
 

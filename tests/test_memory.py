@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from speed.memory import keep_freed_memory
+from unet_caching.speed.memory import keep_freed_memory
 
 FAULTS = """
 import resource, sys, torch
-from speed.memory import keep_freed_memory
+from unet_caching.speed.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def layer():

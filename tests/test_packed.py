@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch._inductor.exc import InvalidCxxCompiler
 
-from caching.deepcache import DeepCache
 from ddpm import unet as ddpm
 from ldm import unet as ldm
-from speed import attention, packed
-from speed.accelerate import place
-from speed.compiled import compile_seconds, compiled
-from speed.probe import unusable
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.speed import attention, packed
+from unet_caching.speed.accelerate import place
+from unet_caching.speed.compiled import compile_seconds, compiled
+from unet_caching.speed.probe import unusable
 
 pytestmark = pytest.mark.skipif(not packed.packable(nn.Linear(1, 1)), reason="oneDNN packs weights on x86 CPUs alone")
 needs_bfloat16 = pytest.mark.skipif(unusable(torch.bfloat16) is not None, reason=str(unusable(torch.bfloat16)))

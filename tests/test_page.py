@@ -18,7 +18,7 @@ from eval.tables import page, svg
 from eval.tables.calls import COMPUTED, FORECAST, REUSED, calls_of
 from eval.tables.page import Page, Section, pictures_among
 from eval.tables.svg import Line, Mark, Plot, ticks
-from runs.spec import RunSpec
+from run.spec import RunSpec
 
 ROOT = HERE.parent
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")

@@ -26,7 +26,7 @@ from diffusers import (
 from test_pipelines import XL, drawn
 from test_sd_pipeline import BETAS, SIZE, build, parts, picture, tiny_controlnet, tiny_unet  # noqa: F401  a fixture
 
-from pipelines.enable import enable_deepcache
+from unet_caching.pipelines.enable import enable_deepcache
 
 IMAGE, OTHER = (torch.from_numpy(picture(seed)).permute(2, 0, 1)[None] for seed in (1, 2))
 HALF = torch.zeros(1, 1, SIZE, SIZE)

@@ -11,7 +11,7 @@ from test_pipelines import build_xl, by_helper, run_xl
 from test_sd_pipeline import build, parts, run  # noqa: F401  one is a fixture
 from torch import nn
 
-from pipelines.enable import enable_deepcache
+from unet_caching.pipelines.enable import enable_deepcache
 
 
 def torchao_int8(unet: nn.Module) -> None:

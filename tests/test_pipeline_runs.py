@@ -32,23 +32,23 @@ from test_pipelines import XL, build_xl, drawn
 from test_sd_pipeline import BETAS, SIZE, build, calls, direct, parts, run, tiny_unet  # noqa: F401  two are fixtures
 from torch import Tensor, nn
 
-from caching.block_cache import BlockCache, residual_names
-from caching.block_schedule import BlockSchedule
-from caching.deepcache import DeepCache
-from caching.plan import Call, PlanCache
-from caching.plan_file import Plan
-from caching.policy import Together
-from caching.schedules import uniform
 from ldm.diffusers_layout import diffusers_state_dict, unet_arguments
-from pipelines.enable import disable_deepcache, enable_deepcache
-from pipelines.loop import Timestep
-from pipelines.parts import num_skips
-from pipelines.parts import residual_names as of_diffusers
-from pipelines.scheduler import plan_scheduler
-from runs.errors import UserError
-from sampling.diffusion import Diffusion
-from sampling.samplers import Sampler, noise_predictor
 from stable_diffusion.unet import UNet
+from unet_caching.errors import UserError
+from unet_caching.files.block_schedule import BlockSchedule
+from unet_caching.files.plan_file import Plan
+from unet_caching.methods.block_cache import BlockCache, residual_names
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.methods.plan import Call, PlanCache
+from unet_caching.pipelines.enable import disable_deepcache, enable_deepcache
+from unet_caching.pipelines.loop import Timestep
+from unet_caching.pipelines.parts import num_skips
+from unet_caching.pipelines.parts import residual_names as of_diffusers
+from unet_caching.pipelines.scheduler import plan_scheduler
+from unet_caching.policy import Together
+from unet_caching.samplers.diffusion import Diffusion
+from unet_caching.samplers.samplers import Sampler, noise_predictor
+from unet_caching.schedules import uniform
 
 TOLERANCE = 2e-5
 

@@ -22,10 +22,10 @@ from peft import LoraConfig
 from test_sd_pipeline import BETAS, SIZE, build, calls, parts, picture, run  # noqa: F401  two are fixtures
 from torch import Tensor, nn
 
-from pipelines import check_diffusers
-from pipelines.enable import disable_deepcache, enable_deepcache
-from pipelines.parts import num_skips
-from runs.errors import UserError
+from unet_caching.errors import UserError
+from unet_caching.pipelines import check_diffusers
+from unet_caching.pipelines.enable import disable_deepcache, enable_deepcache
+from unet_caching.pipelines.parts import num_skips
 
 TOLERANCE = 2e-5
 XL = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),

@@ -13,26 +13,26 @@ from test_graphs import record
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from caching.deepcache import DeepCache
-from caching.fitted import BOUND, fingerprint
-from caching.methods import options_by_name, plan
-from caching.nested import no_cache
-from caching.options import RunShape
-from caching.plan import Call, PlanCache, deepcache_calls
-from caching.plan_file import SAMPLING, Plan, PlanOptions
 from ddpm import sample as sample_command
 from ddpm.unet import UNet as PixelUNet
 from eval import macs, throughput
 from eval.cost.runs import call_macs, costs_of, macs_per_image, macs_per_step
 from eval.tables.results import cost
+from lab.plans import transfer
 from ldm.unet import UNet
-from planning import transfer
-from runs.errors import UserError
-from runs.families import build, example_inputs
-from runs.folder import read_run
-from runs.seeds import parse_seeds
-from runs.spec import RunSpec
-from speed.graphs import RecordedNetwork
+from run.families import build, example_inputs
+from run.folder import read_run
+from run.seeds import parse_seeds
+from run.spec import RunSpec
+from unet_caching.errors import UserError
+from unet_caching.files.fitted import BOUND, fingerprint
+from unet_caching.files.plan_file import SAMPLING, Plan, PlanOptions
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.methods.plan import Call, PlanCache, deepcache_calls
+from unet_caching.nest import no_cache
+from unet_caching.options import RunShape
+from unet_caching.registry import options_by_name, plan
+from unet_caching.speed.graphs import RecordedNetwork
 
 UNEVEN = [0, 2, 3, 7, 8, 13]
 CALLS = 16
@@ -360,7 +360,7 @@ def test_it_is_the_policy_of_the_plan(config, file):
 def test_diffusers_pipelines_take_a_plan(tmp_path):
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-    from pipelines.enable import enable_deepcache
+    from unet_caching.pipelines.enable import enable_deepcache
     torch.manual_seed(0)
     unet = UNet2DModel(16, layers_per_block=1, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
                        up_block_types=("UpBlock2D",) * 2).eval()

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from caching.deepcache import DeepCache
 from ldm.unet import UNet
-from sampling.ddim import ddim, uniform_timesteps
-from sampling.diffusion import alphas_cumprod
-from speed import packed, probe
-from speed.accelerate import place
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.samplers.ddim import ddim, uniform_timesteps
+from unet_caching.samplers.diffusion import alphas_cumprod
+from unet_caching.speed import packed, probe
+from unet_caching.speed.accelerate import place
 
 pytestmark = pytest.mark.skipif(not packed.packable(nn.Linear(1, 1)), reason="nothing is packed here")
 OPERATORS = "_reorder_linear_weight", "_linear_pointwise", "_reorder_convolution_weight", "_convolution_pointwise"

@@ -18,7 +18,7 @@ from test_sampling import ROOT, in_process, tiny, wait_for_an_image  # noqa: F40
 from tqdm import tqdm
 
 from eval.metrics import extract
-from sampling.noise import SeededNoise
+from unet_caching.samplers.noise import SeededNoise
 
 
 def pixels(folder: Path) -> np.ndarray:

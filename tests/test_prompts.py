@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from runs.errors import UserError
-from runs.prompts import prompts_sha256, read_prompts
+from run.prompts import prompts_sha256, read_prompts
+from unet_caching.errors import UserError
 
 PROMPTS = ["a red cube", 'the words "Fly an airplane", on a wall', "Salvador Dalí"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runs.files import ROOT
+from run.files import ROOT
 
 ORDER = re.findall(r"^\d+\. `([\w/]+)/`", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
 Graph = dict[Path, set[tuple[Path, bool]]]

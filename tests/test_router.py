@@ -4,16 +4,16 @@ import pytest
 import torch
 from conftest import TINY_UNET, tiny_ddpm
 
-from caching.block_cache import BlockCache, residual_names
-from caching.block_schedule import BlockSchedule
-from caching.nested import no_cache
-from caching.router import Router, RouterTraining, rounded, spread
 from ddpm import sample
 from eval.cost.runs import macs_per_image
-from planning import train_router
-from planning.fitting import weights_sha256
-from runs import results
-from runs.spec import RunSpec
+from lab.fit import train_router
+from lab.fit.fitting import weights_sha256
+from run import results
+from run.spec import RunSpec
+from unet_caching.files.block_schedule import BlockSchedule
+from unet_caching.methods.block_cache import BlockCache, residual_names
+from unet_caching.methods.router import Router, RouterTraining, rounded, spread
+from unet_caching.nest import no_cache
 
 SEEDS = ("--seeds", "10-25", "--held-out-seeds", "30-33")
 

@@ -8,8 +8,8 @@ from conftest import HERE
 from eval import throughput
 from eval.cost.run_timing import in_full_steps
 from eval.cost.runs import call_macs
-from runs import results
-from runs.spec import RunSpec
+from run import results
+from run.spec import RunSpec
 
 CONFIG = HERE.parent / "configs" / "ddpm_emoji.yaml"
 SCHEDULE = HERE.parent / "checkpoints" / "block_caching" / "ddpm_20_half.json"

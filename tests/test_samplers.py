@@ -11,10 +11,10 @@ from diffusers import (
 )
 
 from ddpm.unet import UNet
-from sampling.ddim import ddim, leading_timesteps, offset_timesteps
-from sampling.diffusion import Diffusion
-from sampling.noise import SeededNoise
-from sampling.samplers import (
+from unet_caching.samplers.ddim import ddim, leading_timesteps, offset_timesteps
+from unet_caching.samplers.diffusion import Diffusion
+from unet_caching.samplers.noise import SeededNoise
+from unet_caching.samplers.samplers import (
     SAMPLERS,
     SAMPLERS_HELP,
     TIMESTEPS_HELP,
@@ -23,7 +23,7 @@ from sampling.samplers import (
     num_calls,
     timesteps_for,
 )
-from sampling.solvers import SOLVERS
+from unet_caching.samplers.solvers import SOLVERS
 
 DIFFUSION = Diffusion("scaled_linear", 1000, 0.00085, 0.012)
 SHAPE = (2, 4, 4)

@@ -24,20 +24,26 @@ from safetensors.torch import save_file
 
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
-from runs import stopping
-from runs.claims import Claims
-from runs.cli import command
-from runs.errors import UserError
-from runs.families import load_config
-from runs.folder import RunFolder, to_uint8
-from runs.image_model import fill
-from runs.machine import Machine
-from runs.seeds import format_seeds, parse_seeds
-from runs.spec import RunSpec
-from sampling.ddim import ddim, offset_timesteps, quadratic_timesteps, trailing_timesteps, uniform_timesteps
-from sampling.diffusion import alphas_cumprod, predicted_noise, training_target
-from sampling.noise import SeededNoise
-from sampling.samplers import Sampler
+from run import stopping
+from run.claims import Claims
+from run.cli import command
+from run.families import load_config
+from run.folder import RunFolder, to_uint8
+from run.image_model import fill
+from run.machine import Machine
+from run.seeds import format_seeds, parse_seeds
+from run.spec import RunSpec
+from unet_caching.errors import UserError
+from unet_caching.samplers.ddim import (
+    ddim,
+    offset_timesteps,
+    quadratic_timesteps,
+    trailing_timesteps,
+    uniform_timesteps,
+)
+from unet_caching.samplers.diffusion import alphas_cumprod, predicted_noise, training_target
+from unet_caching.samplers.noise import SeededNoise
+from unet_caching.samplers.samplers import Sampler
 
 ROOT = Path(__file__).parent.parent
 UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from caching.block_schedule import PlannedBlocks
-from experiments import scale
+from lab.study import scale
+from unet_caching.files.block_schedule import PlannedBlocks
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import HERE
 
-from caching.schedules import centered, released_ldm, uniform
+from unet_caching.schedules import centered, released_ldm, uniform
 
 GOLDEN = json.loads((HERE / "goldens" / "schedules.json").read_text())
 

@@ -15,8 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm import first_stage
 from ldm.diffusers_layout import diffusers_arguments, diffusers_state_dict, unet_arguments
-from runs.errors import UserError
-from runs.weights import sha256
+from run.weights import sha256
 from stable_diffusion import checkpoint, text
 from stable_diffusion.checkpoint import (
     FIRST_STAGE,
@@ -32,6 +31,7 @@ from stable_diffusion.checkpoint import (
 from stable_diffusion.config import Config, Unet, load_config
 from stable_diffusion.text import clip_tokenizer
 from stable_diffusion.unet import UNet
+from unet_caching.errors import UserError
 
 SD_V15 = load_config(HERE.parent / "configs" / "sd_v15.yaml")
 SD1 = {"in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2, 2], "num_res_blocks": 2,

@@ -10,16 +10,16 @@ import torch
 from conftest import HERE, relative_error
 from torch import nn
 
-from caching.deepcache import DeepCache
-from caching.nested import Cond
-from caching.schedules import centered, uniform
 from ldm.unet import ResBlock, SpatialTransformer
-from sampling.ddim import ddim, offset_timesteps
-from sampling.diffusion import guided
-from sampling.solvers import SOLVERS
 from stable_diffusion.checkpoint import load_state_dict, unet_arguments
 from stable_diffusion.config import Diffusion
 from stable_diffusion.unet import UNet
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.nest import Cond
+from unet_caching.samplers.ddim import ddim, offset_timesteps
+from unet_caching.samplers.diffusion import guided
+from unet_caching.samplers.solvers import SOLVERS
+from unet_caching.schedules import centered, uniform
 
 TOLERANCE = 2e-5        # of the largest magnitude; the authors' own noise floor is 3e-6
 MANIFEST = json.loads((HERE / "goldens" / "sd_small.json").read_text())["sd_small"]

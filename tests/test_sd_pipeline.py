@@ -28,10 +28,10 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from caching.schedules import centered
-from runs.errors import UserError
 from stable_diffusion.config import Config, Diffusion, Unet
 from stable_diffusion.pipeline import disable_deepcache, enable_deepcache, load_pipeline
+from unet_caching.errors import UserError
+from unet_caching.schedules import centered
 
 TOLERANCE = 2e-5
 LEVELS = {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "cross_attention_dim": 16,

@@ -28,9 +28,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import stable_diffusion.compare
 from eval.cost.macs import step_macs
-from planning import block_caching
-from runs.folder import image_path
-from runs.prompts import prompts_sha256
+from lab.fit import block_caching
+from run.folder import image_path
+from run.prompts import prompts_sha256
 from stable_diffusion.model import ReleasedNoise
 from stable_diffusion.sample import main
 from stable_diffusion.text_to_image import TextToImage

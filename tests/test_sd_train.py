@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm import first_stage
-from runs.prompts import read_prompts
+from run.prompts import read_prompts
+from run.training import emoji
 from stable_diffusion import train
 from stable_diffusion.autoencoder import from_first_stage
 from stable_diffusion.checkpoint import load_checkpoint
 from stable_diffusion.config import load_config
 from stable_diffusion.text import minilm
-from training import emoji
 
 FIRST_STAGE = {"resolution": 32, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 3, "n_embed": 8}
 CONFIG = {

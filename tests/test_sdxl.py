@@ -26,22 +26,22 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import eval.macs
 import stable_diffusion.compare
-from caching.fitted import BOUND, fingerprint
-from caching.plan import Call, PlanCache
-from caching.plan_file import Plan
 from eval import throughput
 from eval.cost.macs import branch_macs, count
 from eval.cost.runs import costs_of
 from ldm.diffusers_layout import diffusers_names, diffusers_state_dict, unet_arguments
-from pipelines.enable import enable_deepcache
-from runs.errors import UserError
-from runs.families import build, example_inputs, load_config
-from runs.folder import image_path
-from runs.spec import RunSpec
+from run.families import build, example_inputs, load_config
+from run.folder import image_path
+from run.spec import RunSpec
 from stable_diffusion.checkpoint import load_state_dict
 from stable_diffusion.pipeline import load_pipeline
 from stable_diffusion.sample import main
 from stable_diffusion.unet import XLUNet
+from unet_caching.errors import UserError
+from unet_caching.files.fitted import BOUND, fingerprint
+from unet_caching.files.plan_file import Plan
+from unet_caching.methods.plan import Call, PlanCache
+from unet_caching.pipelines.enable import enable_deepcache
 
 SDXL = load_config(HERE.parent / "configs" / "sdxl.yaml")
 FORMAT = json.loads(gzip.decompress((HERE / "formats" / "keys_sdxl_unet_diffusers.json.gz").read_bytes()))

@@ -1,4 +1,4 @@
-"""planning.search: gaps measured, schedules by dynamic programming, and the command on a tiny random model."""
+"""lab.plans.search: gaps measured, schedules by dynamic programming, and the command on a tiny random model."""
 
 import itertools
 import json
@@ -10,23 +10,23 @@ import pytest
 import torch
 from conftest import run_command, tiny_ddpm
 
-from caching.deepcache import DeepCache
-from caching.plan import Call, PlanCache, deepcache_calls
-from caching.plan_file import Plan
 from ddpm import sample
 from ddpm.model import DDPM
 from eval.cost.runs import call_macs, costs_of, macs_per_image
-from planning import candidates, search, tournament
-from planning.candidates import Prices, deepened, lengths, neighbours, plans_of, uniform_trials
-from planning.distances import Distances, psnr_to
-from planning.dynamic_programming import best_marks
-from planning.gaps import GapMeasurements, Gaps
-from planning.judge import Candidate, Grid, Judge, run_of
-from planning.tournament import Tournament
-from runs import results
-from runs.errors import UserError
-from runs.machine import Machine
-from runs.spec import RunSpec
+from lab.plans import candidates, search, tournament
+from lab.plans.candidates import Prices, deepened, lengths, neighbours, plans_of, uniform_trials
+from lab.plans.distances import Distances, psnr_to
+from lab.plans.dynamic_programming import best_marks
+from lab.plans.gaps import GapMeasurements, Gaps
+from lab.plans.judge import Candidate, Grid, Judge, run_of
+from lab.plans.tournament import Tournament
+from run import results
+from run.machine import Machine
+from run.spec import RunSpec
+from unet_caching.errors import UserError
+from unet_caching.files.plan_file import Plan
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.methods.plan import Call, PlanCache, deepcache_calls
 
 UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
         "attn_resolutions": [4]}

@@ -18,18 +18,18 @@ from conftest import HERE
 from PIL import Image
 from slurm_node import SlurmNode, until, why_not
 
-from caching.plan_file import Plan
 from ddpm import sample as ddpm_sample
 from eval.cost.macs import Macs
 from eval.tables.paper import own_tables, tables
-from experiments import plan
-from experiments.arms import Arm
-from runs import results
-from runs.errors import UserError
-from runs.folder import image_path
+from lab.study import plan
+from lab.study.arms import Arm
+from run import results
+from run.folder import image_path
 from scripts.slurm import cluster, submit
 from scripts.slurm.cluster import Live
 from scripts.slurm.submit import Slices, arrays
+from unet_caching.errors import UserError
+from unet_caching.files.plan_file import Plan
 
 ROOT = HERE.parent
 SETTINGS = """
@@ -352,7 +352,7 @@ def test_a_program_goes_on_after_its_time_limit(slurm, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     out = tmp_path / "plan.json"
     job = slurm.ask("sbatch", "--parsable", "--mem=1G", f"--chdir={ROOT}", f"--output={tmp_path}/log",
-                    "scripts/slurm/program.sbatch", "planning.search", "--config", "configs/ddpm_emoji.yaml",
+                    "scripts/slurm/program.sbatch", "lab.plans.search", "--config", "configs/ddpm_emoji.yaml",
                     "--calls=3", "--seeds=0-3", "--held-out-seeds=4-7", "--converged-steps=6", "--attempts=0",
                     "--jobs=2", "--device=cpu", f"--out={out}")
     measured = tmp_path / "plan.work"

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
 from eval.tables import rows
-from experiments import plan, runner, sweep, sweep_report
-from runs.errors import UserError
-from runs.spec import RunSpec
+from lab.study import plan, runner, sweep, sweep_report
+from run.spec import RunSpec
+from unet_caching.errors import UserError
 
 SIZES = {"resolution": 32, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
          "attn_resolutions": []}
-READY = sorted(Path(sweep.ROOT / "sweeps").glob("*.yaml"))
+READY = sorted(Path(sweep.ROOT / "configs" / "sweeps").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_bad_sweeps_are_refused_in_one_line(tmp_path, monkeypatch, capsys, conte
 
 
 def test_block_schedule_of_another_model_is_refused(tmp_path, monkeypatch, capsys):
-    from caching.block_schedule import BlockSchedule
+    from unet_caching.files.block_schedule import BlockSchedule
     run = {"model": "ldm_emoji", "unet": {}, "checkpoint_sha256": "0", "sampler": "ddim", "steps": 50,
            "timesteps": "trailing"}
     schedule = BlockSchedule(run, 50, "all", 0.5, {"mid": [0]}, {}, {}, {})
@@ -169,7 +169,7 @@ def test_ready_sweeps_can_be_planned(path):
 
 
 def test_papers_numbers_stand_beside_the_points_they_are_of():
-    points = points_of(sweep.ROOT / "sweeps" / "table12_branch.yaml")
+    points = points_of(sweep.ROOT / "configs" / "sweeps" / "table12_branch.yaml")
     printed = [rows.printed_values("ddpm_cifar10").get(arm.folder.name, []) for arm in points]
     fid = [next(numbers["fid"] for table, _, numbers in point if table.name == "table12") for point in printed[1:]]
     assert fid == [7.14, 5.94, 5.73, 5.69, 5.51, 4.93, 4.92, 4.76, 4.54, 4.57, 4.52, 4.48]

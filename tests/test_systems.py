@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from conftest import TINY_UNET, run_command, tiny_ddpm
 
-from caching.adaptive import PlannedAdaptive
-from caching.adaptor import AdaptorFile
 from ddpm import sample
-from experiments import systems
-from experiments.systems_report import Row, difference, lines, rival, table
-from planning.distances import Distances
-from runs import results
-from runs.machine import Machine
-from runs.results import Metric
-from runs.spec import RunSpec
-from runs.weights import sha256
+from lab.plans.distances import Distances
+from lab.study import systems
+from lab.study.systems_report import Row, difference, lines, rival, table
+from run import results
+from run.machine import Machine
+from run.results import Metric
+from run.spec import RunSpec
+from run.weights import sha256
+from unet_caching.methods.adaptive import PlannedAdaptive
+from unet_caching.methods.adaptor import AdaptorFile
 
 STUDY = """
 model: CONFIG
@@ -26,10 +26,10 @@ converged: {sampler: unipc, steps: 8}
 common: {timesteps: trailing}
 files:
   FOLDER/learned.safetensors: >-
-    planning.train_adaptor {common} --sampler unipc --steps 6 --clock 3 --clock-branch 1 --channels 4 --seeds 10-11
+    lab.fit.train_adaptor {common} --sampler unipc --steps 6 --clock 3 --clock-branch 1 --channels 4 --seeds 10-11
     --held-out-seeds 20-21 --device cpu
   FOLDER/rule.json: >-
-    planning.calibrate_adaptive {common} --sampler unipc --steps 6 --calls 4 --seeds 10-11 --held-out-seeds 20-21
+    lab.fit.calibrate_adaptive {common} --sampler unipc --steps 6 --calls 4 --seeds 10-11 --held-out-seeds 20-21
     --device cpu
 systems:
 - {system: "Clockwork, learned", calls: 4, sampler: unipc, steps: 6, clock: 3, clock_branch: 1,
@@ -157,7 +157,7 @@ def test_what_a_file_cost_is_known_without_those_on_the_way_to_it(tmp_path):
     assert systems.cost_of_making(entry, study, place) is None
 
 
-STUDIES = sorted(Path("studies").glob("systems_*.yaml"))
+STUDIES = sorted(Path("configs/studies").glob("systems_*.yaml"))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

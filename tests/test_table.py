@@ -10,8 +10,6 @@ import pytest
 import yaml
 from conftest import HERE
 
-from caching.block_cache import BlockCache
-from caching.block_schedule import PlannedBlocks
 from eval import table as table_command
 from eval.cost import bk_sdm
 from eval.cost.macs import run_macs
@@ -24,11 +22,13 @@ from eval.tables import rows
 from eval.tables.current import reference_of, weights_sha256
 from eval.tables.paper import COLUMNS, FOLDER, Table, find, tables
 from eval.tables.results import cost
-from runs import results
-from runs.errors import UserError
-from runs.families import build, example_inputs
-from runs.results import Metric, Result
-from runs.spec import RunSpec
+from run import results
+from run.families import build, example_inputs
+from run.results import Metric, Result
+from run.spec import RunSpec
+from unet_caching.errors import UserError
+from unet_caching.files.block_schedule import PlannedBlocks
+from unet_caching.methods.block_cache import BlockCache
 
 ROOT = HERE.parent
 SCRIPTED = [found for found in tables().values() if found.script]

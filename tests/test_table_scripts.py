@@ -16,13 +16,13 @@ from eval.cost.macs import step_macs
 from eval.cost.runs import macs_per_image, macs_per_step
 from eval.tables import paper, rows
 from eval.tables.paper import Table, tables
-from experiments import arms, plan, runner
-from runs import results
-from runs.errors import UserError
-from runs.families import example_inputs, families
-from runs.folder import read_run
-from runs.image_model import sample_parser, spec_of
-from runs.weights import sha256
+from lab.study import arms, plan, runner
+from run import results
+from run.families import example_inputs, families
+from run.folder import read_run
+from run.image_model import sample_parser, spec_of
+from run.weights import sha256
+from unet_caching.errors import UserError
 
 ROOT = HERE.parent
 SCRIPTS = {table.name: table for table in tables().values() if table.script}

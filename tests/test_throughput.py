@@ -6,17 +6,17 @@ import pytest
 import torch
 from conftest import HERE
 
-from caching.block_cache import BlockCache, residual_names
-from caching.block_schedule import BlockSchedule
-from caching.deepcache import DeepCache
 from ddpm.unet import UNet
 from eval import throughput
 from eval.cost.macs import branch_macs, run_macs
 from eval.cost.timing import Timing, interleave, measure, measure_schedules, reused_sets, time_steps
-from runs import results
-from runs.errors import UserError
-from runs.families import at_resolution, build, example_inputs, load_config
-from runs.files import ROOT
+from run import results
+from run.families import at_resolution, build, example_inputs, load_config
+from run.files import ROOT
+from unet_caching.errors import UserError
+from unet_caching.files.block_schedule import BlockSchedule
+from unet_caching.methods.block_cache import BlockCache, residual_names
+from unet_caching.methods.deepcache import DeepCache
 
 CONFIGS = HERE.parent / "configs"
 RHYTHM = CONFIGS / "block_schedules" / "sd_v15_ddim_20_rhythm.json"      # of another model

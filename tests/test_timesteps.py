@@ -1,16 +1,16 @@
-"""planning.timesteps: what steps cost, told by the inner products of a trajectory, and the timesteps of least error."""
+"""Fitted timesteps: what steps cost, told by the inner products of a trajectory, and the timesteps of least error."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from planning.distances import Distances
-from planning.judge import Grid, Judge, run_of
-from planning.timesteps import RULES, Rule, Trajectory, trajectory
-from runs.machine import Machine
-from runs.spec import RunSpec
-from sampling.diffusion import Diffusion
+from lab.plans.distances import Distances
+from lab.plans.judge import Grid, Judge, run_of
+from lab.plans.timesteps import RULES, Rule, Trajectory, trajectory
+from run.machine import Machine
+from run.spec import RunSpec
+from unet_caching.samplers.diffusion import Diffusion
 
 CPU = Machine(batch_size=4, device="cpu", threads=1)
 TIMES = [999, 860, 700, 560, 410, 250, 90]

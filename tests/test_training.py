@@ -11,9 +11,9 @@ from torch import nn
 
 import ddpm.train
 import ldm.train_first_stage
-from runs.files import ROOT
-from training import emoji
-from training.loop import TrainConfig, learning_rate, train
+from run.files import ROOT
+from run.training import emoji
+from run.training.loop import TrainConfig, learning_rate, train
 
 
 def test_emoji_are_what_the_index_says():

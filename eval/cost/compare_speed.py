@@ -30,22 +30,22 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from caching.deepcache import DeepCache
-from caching.nested import Network
-from caching.schedules import uniform
 from eval.cost.macs import branch_macs
 from eval.cost.timing import PRODUCT, gflops, interleave, packed_product
-from runs import arguments, results
-from runs.errors import UserError
-from runs.families import Config, at_resolution, build, example_inputs, family, load_config, rows_per_image
-from runs.files import ROOT, write_atomically
-from runs.machine import prepare_device
-from runs.provenance import provenance
-from runs.results import Result
-from runs.spec import DTYPES
-from speed.accelerate import place
-from speed.compiled import compiled
-from speed.graphs import recorded
+from run import arguments, results
+from run.families import Config, at_resolution, build, example_inputs, family, load_config, rows_per_image
+from run.files import ROOT, write_atomically
+from run.machine import prepare_device
+from run.provenance import provenance
+from run.results import Result
+from run.spec import DTYPES
+from unet_caching.errors import UserError
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.nest import Network
+from unet_caching.schedules import uniform
+from unet_caching.speed.accelerate import place
+from unet_caching.speed.compiled import compiled
+from unet_caching.speed.graphs import recorded
 
 BATCH_SIZES = {"ddpm_cifar10": (1, 8, 64), "ldm_cin256": (1, 8), "sd_v15": (1, 4)}
 STEPS, INTERVALS = (50, 100, 250), (1, 2, 3, 5, 10)

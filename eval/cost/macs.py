@@ -10,10 +10,10 @@ from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from caching.deepcache import DeepCache
-from caching.nested import Cache
-from caching.policy import Policy
-from caching.trace import Asked, metered, reused
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.nest import Cache
+from unet_caching.policy import Policy
+from unet_caching.trace import Asked, metered, reused
 
 
 class Macs(NamedTuple):
@@ -76,7 +76,7 @@ def on_meta(unet: nn.Module, inputs: Sequence[Tensor]) -> Callable[[Cache], Tens
 
 
 class Costs(NamedTuple):
-    """What one full network call costs, and each value that it asks its cache for; asked: see `caching.trace`."""
+    """What one full network call costs, and each value that it asks its cache for; asked: see `unet_caching.trace`."""
     full: Macs
     values: dict[Hashable, Macs]
     asked: list[Asked]

@@ -1,6 +1,6 @@
 """The wall-clock time of a run under any caching policy: each kind of its network calls is timed once.
 
-Calls are of one kind where they reuse the same values (caching/trace.py): with DeepCache there are two, full and cached
+Calls are of one kind where they reuse the same values (trace.py): with DeepCache there are two, full and cached
 ones, with a block schedule as many as it has different sets of blocks.
 """
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caching.nested import Network, no_cache
-from caching.policy import Policy
 from eval.cost.runs import call_macs, costs_of
 from eval.cost.timing import interleave
-from runs.spec import Run
+from run.spec import Run
+from unet_caching.nest import Network, no_cache
+from unet_caching.policy import Policy
 
 Kind = frozenset[Hashable]
 

@@ -4,12 +4,12 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from caching.block_schedule import PlannedBlocks
-from caching.deepcache import PlannedDeepCache
 from eval.cost import bk_sdm
 from eval.cost.macs import Costs, Macs, costs, mean
-from runs.families import example_inputs
-from runs.spec import Run
+from run.families import example_inputs
+from run.spec import Run
+from unet_caching.files.block_schedule import PlannedBlocks
+from unet_caching.methods.deepcache import PlannedDeepCache
 
 _COUNTED: WeakKeyDictionary[nn.Module, Costs] = WeakKeyDictionary()
 

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from caching.block_cache import BlockCache
-from caching.block_schedule import BlockSchedule
-from caching.deepcache import DeepCache
-from caching.nested import NestedUNet, no_cache
-from caching.policy import Policy
-from caching.schedules import uniform
 from eval.cost.macs import average, branch_macs, residual_macs, schedule_macs
-from runs.errors import UserError
-from speed.packed import pack, packable
+from unet_caching.errors import UserError
+from unet_caching.files.block_schedule import BlockSchedule
+from unet_caching.methods.block_cache import BlockCache
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.nest import NestedUNet, no_cache
+from unet_caching.policy import Policy
+from unet_caching.schedules import uniform
+from unet_caching.speed.packed import pack, packable
 
 Name = TypeVar("Name", bound=Hashable)
 PRODUCT = 2048, 1280, 1280      # rows, inner, columns: sizes as in Stable Diffusion's inner levels

@@ -11,10 +11,10 @@ from eval.metrics.frechet import GROUPS
 from eval.metrics.images import ImageSet, open_to_judge
 from eval.metrics.measure import Sets, Unavailable
 from eval.metrics.registry import SETS
-from runs import arguments
-from runs.errors import UserError
-from runs.results import Metric
-from runs.seeds import parse_seeds
+from run import arguments
+from run.results import Metric
+from run.seeds import parse_seeds
+from unet_caching.errors import UserError
 
 VERSION = 1         # of all evaluators: another one where a number of the same images would be another
 COUNT = 50_000      # images behind the published numbers
@@ -42,7 +42,7 @@ def add_sample_options(parser: argparse.ArgumentParser) -> None:
                         help="judge fewer images, or an unfinished folder: not comparable with published numbers")
     parser.add_argument("--groups", type=arguments.whole, default=GROUPS,
                         help="of the jackknife for the errors of FID, sFID, recall (default: %(default)s; 0: none)")
-    parser.add_argument("--out", type=arguments.out_file, help="JSON to write (runs/results.py)")
+    parser.add_argument("--out", type=arguments.out_file, help="JSON to write (run/results.py)")
 
 
 def open_samples(args: argparse.Namespace) -> tuple[ImageSet, list[str]]:

@@ -24,11 +24,11 @@ from typing import Any, Protocol, TypeVar, overload
 import numpy as np
 from tqdm import tqdm
 
-from caching.schema import fault, read_json
 from eval.metrics.images import ImageSet, check_unchanged
-from runs.errors import UserError
-from runs.files import remove_leftovers, write_atomically, write_json
-from runs.seeds import deal, rank_and_world
+from run.files import remove_leftovers, write_atomically, write_json
+from run.seeds import deal, rank_and_world
+from unet_caching.errors import UserError
+from unet_caching.files.schema import fault, read_json
 
 PART = 1000             # images; a change of it would change the batches, and with them the last bits
 _DOUBT = 2              # seconds after a change within which another might go unseen: file systems' coarsest clock

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from eval.metrics.extract import Features, extract
 from eval.metrics.images import ImageSet
-from runs.errors import UserError
-from runs.weights import sha256
+from run.weights import sha256
+from unet_caching.errors import UserError
 
 # Small images are enlarged: the network's stride is 32, so 32 pixels would leave one position. 96 = 3 x 32 also keeps
 # every even-sized stage even, where the network's padding (fixed for 224 pixels) equals TensorFlow's SAME.

@@ -15,11 +15,11 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from runs.errors import UserError, one_line
-from runs.files import stamp
-from runs.folder import read_run
-from runs.images import read_png
-from runs.seeds import format_seeds, format_some, parse_seeds
+from run.files import stamp
+from run.folder import read_run
+from run.images import read_png
+from run.seeds import format_seeds, format_some, parse_seeds
+from unet_caching.errors import UserError, one_line
 
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
 _NUMBER = re.compile("[0-9]+")

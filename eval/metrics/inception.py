@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from runs.errors import UserError, one_line
-from runs.weights import read_tensors, sha256, tensors_of
+from run.weights import read_tensors, sha256, tensors_of
+from unet_caching.errors import UserError, one_line
 
 WHERE = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth "
          "or https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"

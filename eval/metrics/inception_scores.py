@@ -15,7 +15,7 @@ from eval.metrics.frechet import frechet_of_parts
 from eval.metrics.intervals import Estimate, Share, jackknife
 from eval.metrics.kernel import kid_of_subsets
 from eval.metrics.measure import Measure, Score, SetMeasure, Sets, Unavailable, shown
-from runs.results import Metric
+from run.results import Metric
 
 SPLIT = 5000                # images per block of the Inception Score (ADM's evaluator)
 NEIGHBOURS = 3              # of precision and recall

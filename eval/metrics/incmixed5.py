@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval.metrics.features import SmallExtractor
-from runs.errors import UserError, one_line
-from runs.files import ROOT
-from runs.weights import sha256
+from run.files import ROOT
+from run.weights import sha256
+from unet_caching.errors import UserError, one_line
 
 ARCHIVE = ROOT / "checkpoints" / "nsfwjs-4.4.0.tgz"
 SHA256 = "585cd178f3b994337c4d10a87b080d342fc52f8b9bf0085c4d1f345a3a1c5382"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import norm, t
 
-from runs.results import Metric
+from run.results import Metric
 
 
 class Estimate(NamedTuple):

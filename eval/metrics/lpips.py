@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from eval.metrics.measure import PairMeasure, PixelMeasure
-from runs.errors import UserError
-from runs.weights import load_strict, read_tensors, sha256
+from run.weights import load_strict, read_tensors, sha256
+from unet_caching.errors import UserError
 
 BACKBONE = "alexnet-owt-7be5be79.pth"       # torchvision's, named by the start of its sha256
 _SMALLEST = 31      # pixels: below, nothing is left after the second pooling

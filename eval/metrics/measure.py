@@ -9,15 +9,15 @@ import numpy as np
 
 from eval.metrics.extract import Features
 from eval.metrics.frechet import Moments
-from runs.errors import UserError
-from runs.results import Metric
+from run.results import Metric
+from unet_caching.errors import UserError
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number with a name in results (runs/results.py).
+    """A number with a name in results (run/results.py).
 
-    column: in the papers' tables (results/paper/*.yaml); None where they have none. heading, decimals: of that column;
+    column: in the papers' tables (configs/papers/*.yaml); None where they have none. heading, decimals: of that column;
     scale: what a value is multiplied by there. higher: whether that is better.
     """
     name: str

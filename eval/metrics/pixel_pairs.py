@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from eval.metrics.measure import PixelMeasure
-from runs.psnr import psnr
+from run.psnr import psnr
 
 _SSIM_WINDOW = 11
 

@@ -15,7 +15,7 @@ from eval.metrics.frechet import frechet_distance, mean_and_covariance, one_thre
 from eval.metrics.intervals import Estimate
 from eval.metrics.kernel import kernel_distances
 from eval.metrics.measure import Measure
-from runs.errors import UserError
+from unet_caching.errors import UserError
 
 
 class SmallSetDistance(ABC):

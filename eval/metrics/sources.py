@@ -19,9 +19,9 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop, resize
 
 from eval.metrics.images import ImageSet, Stamp, batched, from_array, open_images, stamp_of
-from runs.errors import UserError, one_line
-from runs.images import UNREADABLE
-from training import emoji
+from run.images import UNREADABLE
+from run.training import emoji
+from unet_caching.errors import UserError, one_line
 
 _CIFAR10 = [f"data_batch_{i}" for i in range(1, 6)]
 

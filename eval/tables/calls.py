@@ -3,12 +3,12 @@
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from caching.block_cache import BlockCache
-from caching.deepcache import DeepCache
-from caching.plan import Call, PlanCache
-from caching.policy import Policy, Together
-from caching.trace import Asked, reused
-from runs.spec import Run
+from run.spec import Run
+from unet_caching.methods.block_cache import BlockCache
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.methods.plan import Call, PlanCache
+from unet_caching.policy import Policy, Together
+from unet_caching.trace import Asked, reused
 
 COMPUTED, REUSED, FORECAST = "computed", "reused", "forecast"
 

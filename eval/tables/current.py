@@ -20,16 +20,16 @@ from eval.metrics.images import open_images
 from eval.metrics.inception import DIMS
 from eval.metrics.registry import FID
 from eval.metrics.sources import open_reference
-from runs.errors import UserError
-from runs.families import Config, families
-from runs.files import ROOT, stamp
-from runs.folder import differences, read_run, seeds_there
-from runs.labels import RULES
-from runs.prompts import prompts_sha256, read_prompts
-from runs.results import Result
-from runs.seeds import parse_seeds
-from runs.spec import Run
-from runs.weights import sha256
+from run.families import Config, families
+from run.files import ROOT, stamp
+from run.folder import differences, read_run, seeds_there
+from run.labels import RULES
+from run.prompts import prompts_sha256, read_prompts
+from run.results import Result
+from run.seeds import parse_seeds
+from run.spec import Run
+from run.weights import sha256
+from unet_caching.errors import UserError
 
 # Where scripts/download.sh puts what the evaluators need.
 INCEPTION = Path("checkpoints/inception/weights-inception-2015-12-05-6726825d.pth")

@@ -12,13 +12,13 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from caching.schedules import uniform
 from eval.cost.macs import Macs, branch_macs, giga
 from eval.tables.text import markdown
-from runs import results
-from runs.errors import UserError
-from runs.families import at_resolution, build, example_inputs, load_config
-from runs.results import Result
+from run import results
+from run.families import at_resolution, build, example_inputs, load_config
+from run.results import Result
+from unet_caching.errors import UserError
+from unet_caching.schedules import uniform
 
 
 def rows(measured: Result, full: Macs, cached: Mapping[int, Macs]) -> list[list[str]]:

@@ -20,8 +20,8 @@ from eval.metrics.images import open_images
 from eval.tables import svg
 from eval.tables.calls import Calls
 from eval.tables.svg import Plot
-from runs.files import write_atomically
-from runs.psnr import psnr
+from run.files import write_atomically
+from run.psnr import psnr
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_BYTES = 3_500_000              # of images, as they stand in the file

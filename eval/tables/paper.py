@@ -1,6 +1,6 @@
-"""What the papers print, and the settings that give it: results/paper/*.yaml, read and checked.
+"""What the papers print, and the settings that give it: configs/papers/*.yaml, read and checked.
 
-Tables of no paper, in the same form, are in results/own/*.yaml.
+Tables of no paper, in the same form, are in configs/papers/own/*.yaml.
 """
 
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from typing import Annotated, Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from caching.schema import AtLeast, check, fault
 from eval.metrics.registry import MEASURES
-from runs.errors import UserError, as_user_error
-from runs.files import ROOT
-from runs.settings import load_yaml
+from run.files import ROOT
+from run.settings import load_yaml
+from unet_caching.errors import UserError, as_user_error
+from unet_caching.files.schema import AtLeast, check, fault
 
-FOLDER, OWN = ROOT / "results" / "paper", ROOT / "results" / "own"
+FOLDER, OWN = ROOT / "configs" / "papers", ROOT / "configs" / "papers" / "own"
 
 
 class Column(NamedTuple):
@@ -57,7 +57,7 @@ class Section(NamedTuple):
     """Rows that share a data set. rows: by label, in the paper's order: {column: value}, a string as it is printed.
 
     runs: of those rows that can be run here, by label, the options of the run that gives it (under "") and of those of
-    ours that stand beside it (runs/spec.py).
+    ours that stand beside it (run/spec.py).
     """
     name: str                       # "" where a table has one section
     title: str

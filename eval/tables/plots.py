@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from runs.files import write_atomically
+from run.files import write_atomically
 
 STYLE = {"uniform": ("C0", "o", "-"), "non-uniform": ("C2", "s", "-"), "fewer steps": ("C1", "^", "--"),
          "block caching": ("C4", "D", "-"), "block caching, scale-shift": ("C6", "P", "-"),

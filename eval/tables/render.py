@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from caching.block_schedule import PlannedBlocks
 from eval.cost.macs import giga
 from eval.cost.run_timing import in_full_steps
 from eval.cost.runs import macs_per_step, pruned, told_by_steps
@@ -16,9 +15,10 @@ from eval.tables.current import Wanted, inputs_of
 from eval.tables.paper import COLUMNS, Note, Section, Table, tables
 from eval.tables.rows import Row, Runs, of_table
 from eval.tables.text import align
-from runs.files import ROOT
-from runs.results import Result
-from runs.spec import Run
+from run.files import ROOT
+from run.results import Result
+from run.spec import Run
+from unet_caching.files.block_schedule import PlannedBlocks
 
 RESULTS = ROOT / "results"
 

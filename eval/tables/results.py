@@ -1,4 +1,4 @@
-"""Judged images as a result (runs/results.py): what is known of them besides the numbers that the evaluator found.
+"""Judged images as a result (run/results.py): what is known of them besides the numbers that the evaluator found.
 
     results.write(args.out, of_samples(
         "adm", images=image_set, device=args.device, started=started,
@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from caching.deepcache import DeepCache
 from eval.cost.macs import Macs, average, mean
 from eval.cost.runs import costs_of
 from eval.metrics.evaluator import VERSION
 from eval.metrics.images import ImageSet
-from runs.files import ROOT
-from runs.provenance import provenance
-from runs.results import Cost, Metric, Result
-from runs.seeds import format_seeds
-from runs.spec import RunSpec
+from run.files import ROOT
+from run.provenance import provenance
+from run.results import Cost, Metric, Result
+from run.seeds import format_seeds
+from run.spec import RunSpec
+from unet_caching.methods.deepcache import DeepCache
 
 _CONFIGS = ROOT / "configs"
 

@@ -1,4 +1,4 @@
-"""The rows of the papers' tables as runs of ours: results/paper/*.yaml has the settings of each beside its digits."""
+"""The rows of the papers' tables as runs of ours: configs/papers/*.yaml has the settings of each beside its digits."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eval.tables.paper import Section, Table, tables
-from runs.errors import UserError
-from runs.families import family_named_by
-from runs.files import ROOT
-from runs.spec import Run, RunSpec
+from run.families import family_named_by
+from run.files import ROOT
+from run.spec import Run, RunSpec
+from unet_caching.errors import UserError
 
 _FITTED = ("block_schedule", "scale_shift")     # options that name files which are made here
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runs.errors import UserError, one_line
-from runs.files import ROOT
-from runs.settings import read_yaml
+from run.files import ROOT
+from run.settings import read_yaml
+from unet_caching.errors import UserError, one_line
 
 SETTINGS = Path("scripts/slurm/settings.yaml")
 _PATIENCE = 60          # seconds that a client of Slurm gets, and jobs that are just ending

@@ -2,7 +2,7 @@
 
     bash scripts/slurm/submit_table.sh table1_ldm_imagenet --images 1000 --dry-run
 
-The rows, their commands and what is there of them are those of the table scripts (experiments/plan.py).
+The rows, their commands and what is there of them are those of the table scripts (lab/study/plan.py).
 What is queued already is told by the names of the jobs alone: there is no other record that could be wrong.
 """
 
@@ -16,15 +16,15 @@ from typing import NamedTuple
 
 from eval.cost.runs import macs_per_image
 from eval.tables.paper import Table, own_tables, tables
-from experiments.arms import Arm
-from experiments.plan import Plan, make_plan, user_parser
-from runs import arguments
-from runs.cli import command
-from runs.errors import UserError
-from runs.folder import missing_seeds, seeds_there
-from runs.seeds import format_seeds
+from lab.study.arms import Arm
+from lab.study.plan import Plan, make_plan, user_parser
+from run import arguments
+from run.cli import command
+from run.folder import missing_seeds, seeds_there
+from run.seeds import format_seeds
 from scripts.slurm import cluster
 from scripts.slurm.cluster import Live, Settings, Step
+from unet_caching.errors import UserError
 
 _SHORTEST = 900     # seconds of a time limit that leave room for work before USR1, which Slurm may send a minute early
 _SHARE = 0.8        # of the time limit that a task's images may take; the rest is for loading and for slow nodes

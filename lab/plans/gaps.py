@@ -1,0 +1,284 @@
+"""What it costs, in error, that a level is not computed on some network calls: measured in one pass of uncached runs.
+
+The error of a forecast is a distance of features of the same run, so that the inner products of all its features with
+each other (their Gram matrix) tell the error of every gap, order and damping, and the best damping, in closed form.
+How much of a feature's error arrives in the network's output is measured beside, and how much of an output's error in
+the image on a few runs with a single cached call.
+"""
+
+import hashlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lab.fit.fitting import own_unet
+from lab.plans.distances import numbers, read_work
+from lab.plans.judge import CONVERGED, SPACING, Grid, Judge
+from run.files import write_json
+from run.seeds import format_seeds, in_batches
+from unet_caching.errors import UserError
+from unet_caching.forecast import newton_terms
+from unet_caching.methods.plan import Call, PlanCache
+from unet_caching.nest import Network
+
+DAMPING = (0.0, 1.5)        # beyond, a fit to a few images is noise
+
+
+class GapMeter:
+    """Stands in for the U-Net while a run samples without caching: `network(x, t, *context, cache=...)`.
+
+    branches: the levels that are looked at. `gram`: for each the inner products of its features over all images,
+    float64 [calls, calls], complete after `finish` of each batch. `output`: for each call the squared error of the
+    network's output where the level is as it was one call before.
+    """
+
+    def __init__(self, unet: Network, branches: Sequence[int]):
+        self.unet, self.branches = unet, list(branches)
+        self.features: dict[int, list[Tensor]] = {branch: [] for branch in branches}
+        self.errors: dict[int, list[float]] = {branch: [] for branch in branches}
+        self.gram: dict[int, np.ndarray | float] = dict.fromkeys(branches, 0.0)
+        self.output: dict[int, np.ndarray | float] = dict.fromkeys(branches, 0.0)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor, *context: Tensor, cache: object) -> Tensor:
+        found: dict[Hashable, Tensor] = {}
+
+        def keep(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+            found[key] = compute()
+            return found[key]
+
+        out = self.unet(x, t, *context, cache=keep)
+        for branch in self.branches:
+            before, error = self.features[branch], 0.0
+            if before:
+                seen = self.unet(x, t, *context, cache=lambda key, compute, stale=before[-1], branch=branch:
+                                 stale if key == branch else compute())
+                error = (seen.float() - out.float()).square().sum().item()
+            self.errors[branch].append(error)
+            before.append(found[branch])
+        return out
+
+    def finish(self) -> None:
+        """Add the batch up, and let go of its features."""
+        for branch, features in self.features.items():
+            for row in range(len(features[0])):
+                rows = torch.stack([value[row].flatten() for value in features]).double()
+                self.gram[branch] = self.gram[branch] + (rows @ rows.T).cpu().numpy()
+            self.output[branch] = self.output[branch] + np.array(self.errors[branch])
+            features.clear()
+            self.errors[branch] = []
+
+
+@dataclass
+class Gaps:
+    """What is known of the gaps of runs with so many calls.
+
+    gram: branch -> [calls, calls]. weights: branch -> [calls], the error of the image per error of the feature there.
+    """
+    gram: Mapping[int, np.ndarray]
+    weights: Mapping[int, np.ndarray]
+    ridge: float = 1e-2
+
+    def flattened(self, power: float) -> "Gaps":
+        """The same with weights to a power: 0 takes what an error of the feature does to the image to be the same on
+        all calls, 1 as it was measured."""
+        return replace(self, weights={branch: np.where(weight > 0, weight ** power, 0.0)
+                                      for branch, weight in self.weights.items()})
+
+    @property
+    def calls(self) -> int:
+        return len(next(iter(self.gram.values())))
+
+    def fit(self, branch: int, step: int, steps: Sequence[int], order: int) -> tuple[tuple[float, ...], float]:
+        """The best damping of a forecast at `step` through computed calls `steps`, the latest first, and the error of
+        the image that it leaves."""
+        gram = self.gram[branch]
+        lacking = np.zeros(self.calls)
+        lacking[step], lacking[steps[0]] = 1.0, -1.0
+        factors = newton_terms(step, steps[:order + 1])
+        terms = np.zeros((len(factors), self.calls))
+        for term, row in zip(terms, factors, strict=True):
+            term[list(steps[1:len(row) + 1])] = row
+            term[steps[0]] = -sum(row)
+        damping: tuple[float, ...] = ()
+        if len(terms):
+            products = terms @ gram @ terms.T
+            pull = self.ridge * products.diagonal() + 1e-30
+            best = np.linalg.solve(products + np.diag(pull), terms @ gram @ lacking + pull)
+            damping = tuple(round(float(w), 4) for w in best.clip(*DAMPING))
+        left = lacking - np.array(damping) @ terms if damping else lacking
+        return damping, float(self.weights[branch][step] * np.sqrt(max(0.0, left @ gram @ left)))
+
+    def fitted(self, branches: Sequence[int | None], order: int) -> tuple[Call, ...]:
+        """A plan of these depths, each forecast with the best damping."""
+        return tuple(Call(branch, damping)
+                     for branch, (damping, _) in zip(branches, self.forecasts(branches, order), strict=True))
+
+    def error(self, branches: Sequence[int | None], order: int) -> float:
+        """The squared error of the image that a plan of these depths is expected to have.
+
+        Errors within a gap point the same way and add up; those of different gaps do not.
+        """
+        total = gap = 0.0
+        for branch, (_, error) in zip(branches, self.forecasts(branches, order), strict=True):
+            if branch is None:
+                total, gap = total + gap ** 2, 0.0
+            gap += error
+        return total + gap ** 2
+
+    def forecasts(self, branches: Sequence[int | None], order: int) -> list[tuple[tuple[float, ...], float]]:
+        """The best damping of every call in a plan of these depths, and the error of the image that it leaves."""
+        computed: dict[int, list[int]] = {level: [] for level in self.gram}
+        found: list[tuple[tuple[float, ...], float]] = []
+        for step, branch in enumerate(branches):
+            found.append(((), 0.0) if branch is None else self.fit(branch, step, computed[branch], order))
+            for level, steps in computed.items():
+                if Call(branch).refreshes(level):
+                    steps.insert(0, step)
+        return found
+
+    def of_gaps(self, branch: int, coherent: bool) -> np.ndarray:
+        """The squared error of every gap of order 1 between full calls: [i, j, k], from the call after j to that before
+        k where the full call before j is i (the last i: there is none); k up to the number of calls, the end.
+        """
+        gram, weight, calls = self.gram[branch], self.weights[branch], self.calls
+        square = gram.diagonal()
+        found = np.full((calls + 1, calls, calls + 1), np.inf)
+        for j in range(calls):
+            later = np.arange(j + 1, calls)
+            apart = square[later] - 2 * gram[later, j] + square[j]
+            for i in [calls] if j == 0 else range(j):
+                left = apart
+                if i < calls:
+                    reach = (later - j) / (j - i)
+                    line = reach ** 2 * (square[j] - 2 * gram[i, j] + square[i])
+                    along = reach * (gram[later, j] - gram[later, i] - square[j] + gram[i, j])
+                    pull = self.ridge * line + 1e-30
+                    w = ((along + pull) / (line + pull)).clip(*DAMPING)
+                    left = apart - 2 * w * along + w ** 2 * line
+                errors = weight[later] * np.sqrt(left.clip(min=0))
+                sums = np.cumsum(errors) ** 2 if coherent else np.cumsum(errors ** 2)
+                found[i, j, j + 1] = 0.0
+                found[i, j, j + 2:] = sums
+        return found
+
+
+@dataclass
+class _Measured:
+    """A file of `GapMeasurements.measured`, by branch."""
+    gram: dict[str, list[list[float]]]
+    output: dict[str, list[float]]
+
+
+@dataclass
+class _Image:
+    """A file of errors of the image, by call."""
+    image: dict[str, float]
+
+
+class GapMeasurements:
+    """Measures gaps of a model on some seeds, and keeps what it measured beside its distances.
+
+    branches: the levels that are looked at, the cheapest first. nodes: how many calls of a run of `probe` calls are
+    cached alone, to see what arrives in the image.
+    """
+
+    def __init__(self, judge: Judge, branches: Sequence[int], seeds: Sequence[int], probe: int = 20,
+                 nodes: int = 8):
+        self.judge, self.branches, self.seeds = judge, list(branches), list(seeds)
+        self.probe, self.nodes = Grid(probe), nodes
+
+    def measure(self, grids: Sequence[Grid]) -> None:
+        """Measure all that `of` needs for runs over such steps."""
+        about = self.branches, self.seeds, self.probe.steps, self.nodes
+        wanted = [self.probe, *sorted({*grids} - {self.probe}, reverse=True)]           # the longest work first
+        self.judge.each(_measure, [(about, grid) for grid in wanted], "measuring gaps", "run")
+
+    def network_calls(self, lengths: Sequence[int]) -> int:
+        """How many full network calls it takes to measure runs of so many calls; what is cached is left out."""
+        return len(self.seeds) * (sum(lengths) + self.probe.steps * (self.nodes + 2))
+
+    def of(self, grid: Grid) -> Gaps:
+        """What gaps cost in runs over such steps."""
+        steps = grid.steps
+        gram, output = self.measured(grid)
+        weights = {}
+        for branch in self.branches:
+            change = np.array([gram[branch][s, s] - 2 * gram[branch][s, s - 1] + gram[branch][s - 1, s - 1]
+                               for s in range(1, steps)])
+            arrives = np.sqrt(output[branch][1:] / change.clip(min=1e-30))
+            weights[branch] = np.concatenate([[0.0], arrives * self._image_per_output(grid)[1:]])
+        return Gaps(gram, weights)
+
+    def measured(self, grid: Grid) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+        """(Gram matrices, squared output errors of gaps of one call), by branch."""
+        file, steps = self._file(_named(grid)), grid.steps
+        if not file.is_file():
+            meter = GapMeter(own_unet(self.judge.distances.model), self.branches)
+            for batch in self._batches():
+                self.judge.distances.latents(self.judge.run(CONVERGED, grid), batch, network=meter)
+                meter.finish()
+            write_json(file, {"gram": {b: np.asarray(meter.gram[b]).tolist() for b in self.branches},
+                              "output": {b: np.asarray(meter.output[b]).tolist() for b in self.branches}})
+        content = read_work(file, _Measured)
+        gram, output = ({b: np.array(content[part][str(b)], np.float64) if str(b) in content[part] else np.empty(0)
+                         for b in self.branches} for part in ("gram", "output"))
+        if any(gram[b].shape != (steps, steps) or output[b].shape != (steps,) for b in self.branches):
+            raise UserError(f"{file} is damaged: it should hold {steps} x {steps} products and {steps} errors of the "
+                            f"branches {self.branches}; delete it, and the same command measures again")
+        return gram, output
+
+    def _image_per_output(self, grid: Grid) -> np.ndarray:
+        """The error of the image per error of the network's output at each call: [steps]."""
+        probe = self.probe.steps
+        branch, file = self.branches[0], self._file(f"image{probe}_{self.nodes}")
+        _, output = self.measured(self.probe)
+        if not file.is_file():
+            calls = sorted({int(call) for call in np.linspace(1, probe - 1, self.nodes).round()})
+            found = dict.fromkeys(calls, 0.0)
+            run, latents = self.judge.run(CONVERGED, self.probe), self.judge.distances.latents
+            for batch in self._batches():
+                exact = latents(run, batch)
+                for call in calls:
+                    alone = PlanCache([Call(branch if step == call else None) for step in range(probe)])
+                    cached = latents(run, batch, alone)
+                    found[call] += (cached - exact).double().square().sum().item()
+            write_json(file, {"image": found})
+        found = read_work(file, _Image)["image"]
+        image = {call: float(found[str(call)]) for call in numbers(file, found) if call < probe}
+        if not image:
+            raise UserError(f"{file} is damaged: image should have errors by call; delete it, and the same command "
+                            "measures again")
+        calls = sorted(image)
+        ratios = [np.log(max(image[call], 1e-30) / max(output[branch][call], 1e-30)) / 2 for call in calls]
+        sampler = self.judge.run(CONVERGED, grid).sampler
+        whole = sampler.diffusion.num_timesteps
+        times = np.array([*sampler.call_timesteps(), -1])
+        at, long = (whole - 1 - times[:-1]) / whole * probe, (times[:-1] - times[1:]) / whole * probe
+        return np.exp(np.interp(at, calls, ratios)) * long      # with a step as long as it is here
+
+    def _batches(self) -> list[list[int]]:
+        return in_batches(self.seeds, self.judge.distances.machine.batch_size)
+
+    def _file(self, name: str) -> Path:
+        about = f"branches{'_'.join(map(str, self.branches))}_seeds{format_seeds(self.seeds)}"
+        return self.judge.distances.made("gaps") / f"{name}_{about}.json"
+
+
+def _named(grid: Grid) -> str:
+    """What a file of a grid is called; a list of timesteps may be longer than a name can be."""
+    digest = "" if grid.timesteps == SPACING else f"_{hashlib.sha256(grid.timesteps.encode()).hexdigest()[:16]}"
+    return f"steps{grid.steps}{digest}"
+
+
+def _measure(judge: Judge, item: tuple[tuple[list[int], list[int], int, int], Grid]) -> None:
+    (branches, seeds, probe, nodes), grid = item
+    measurements = GapMeasurements(judge, branches, seeds, probe, nodes)
+    if grid == measurements.probe:
+        measurements.of(grid)
+    else:
+        measurements.measured(grid)

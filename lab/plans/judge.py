@@ -1,0 +1,144 @@
+"""Measures the candidates of a search, paired by seed, in one process or several: the results are the same."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from lab.plans.distances import Distances
+from run.machine import Machine
+from run.seeds import in_batches
+from run.spec import Run, RunSpec
+from unet_caching.errors import UserError
+from unet_caching.methods.plan import Call
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+SPACING = "trailing"        # runs of all lengths start at the same noise level and end on a clean image
+CONVERGED = "unipc"
+
+
+class Grid(NamedTuple):
+    """How many steps a run has, and at which timesteps: trailing ones, or a list that begins where those do."""
+    steps: int
+    timesteps: str = SPACING
+
+
+class Candidate(NamedTuple):
+    """A run that a search may choose. calls: what each of its network calls does."""
+    sampler: str
+    grid: Grid
+    calls: tuple[Call, ...]
+
+
+class Judge:
+    """Measures candidates of a model, whose condition and weights are a run's. steps: of the converged run."""
+
+    def __init__(self, spec: RunSpec, distances: Distances):
+        self.spec, self.distances = spec, distances
+        self.pool: ProcessPoolExecutor | None = None
+        self._runs: dict[tuple[str, Grid], Run] = {}
+
+    @contextmanager
+    def processes(self, jobs: int, machine: Machine) -> Iterator["Judge"]:
+        """Measure in so many processes from here on, in a `with` statement: the GPUs are dealt out among them."""
+        if jobs == 1:
+            yield self
+            return
+        converged, folder = self.distances.run.spec, self.distances.folder.parent
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, _begin, (self.spec, converged, machine, folder, context.Value("i", -1))
+                                 ) as self.pool:
+            try:
+                yield self
+            finally:
+                self.pool.shutdown(cancel_futures=True)
+                self.pool = None
+
+    def run(self, sampler: str, grid: Grid) -> Run:
+        """The run without caching over such steps. Raises UserError for some that the sampler cannot do."""
+        if (sampler, grid) not in self._runs:
+            found = run_of(self.spec, sampler, grid).open()
+            self.distances.check(found)
+            _ = found.sampler
+            self._runs[sampler, grid] = found
+        return self._runs[sampler, grid]
+
+    def calls(self, sampler: str, grid: Grid) -> int | None:
+        """The network calls of such steps; None where the sampler does not take them."""
+        try:
+            return self.run(sampler, grid).calls
+        except UserError:
+            return None
+
+    def each(self, work: Callable[["Judge", Item], Found], items: Sequence[Item], title: str, unit: str
+             ) -> list[Found]:
+        """work(judge, item) for every item, in all processes; a function of a module."""
+        waiting: list[Future[Found]] = []
+        if self.pool is not None:
+            waiting = [self.pool.submit(_in_process, work, item) for item in items]
+        with tqdm(total=len(items), desc=title, unit=unit, disable=not items) as bar:
+            found = []
+            for number, item in enumerate(items):
+                found.append(waiting[number].result() if waiting else work(self, item))
+                bar.update()
+        return found
+
+    def converge(self, seeds: Sequence[int]) -> None:
+        """Make the converged latents that are missing."""
+        missing = in_batches(self.distances.missing(seeds), self.distances.machine.batch_size)
+        self.each(_converge, missing, "converged images", "batch")
+
+    def of(self, candidate: Candidate, seeds: Sequence[int]) -> np.ndarray:
+        """PSNR to the converged latents, dB: float64 [seeds]."""
+        run = self.run(candidate.sampler, candidate.grid)
+        return self.distances.of(run, seeds, candidate.calls)
+
+    def measure(self, candidates: Sequence[Candidate], seeds: Sequence[int], title: str) -> list[np.ndarray]:
+        """`of` for many."""
+        return self.each(_measure, [(candidate, list(seeds)) for candidate in candidates], title, "run")
+
+
+def _converge(judge: Judge, seeds: list[int]) -> None:
+    judge.distances.converged(seeds, title=None)
+
+
+def _measure(judge: Judge, item: tuple[Candidate, list[int]]) -> np.ndarray:
+    return judge.of(*item)
+
+
+def run_of(spec: RunSpec, sampler: str, grid: Grid) -> RunSpec:
+    """A run of the model without caching."""
+    return spec.having(sampler=sampler, steps=grid.steps, timesteps=grid.timesteps, eta=None)
+
+
+# In the other processes.
+
+_judges: list[Judge] = []
+
+
+def _begin(spec: RunSpec, converged: RunSpec, machine: Machine, folder: Path, last: "Synchronized[int]") -> None:
+    with last.get_lock():
+        last.value += 1
+        os.environ["LOCAL_RANK"] = str(last.value)      # by which `run.machine.prepare_device` takes a GPU
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])             # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _judges.append(Judge(spec, Distances(converged, machine, folder)))
+
+
+def _in_process(work: Callable[[Judge, Item], Found], item: Item) -> Found:
+    return work(_judges[0], item)

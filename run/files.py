@@ -1,0 +1,78 @@
+"""Files that appear whole or not at all."""
+
+import glob
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from unet_caching.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent       # of the repository
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes whenever a file does, without reading it.
+
+    Size and time of modification are kept by copying, and are equal for arrays of one shape that were written at once;
+    but no program sets a file's time of change (ctime, the third), which the system moves with every write.
+    """
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def check_writable(path: Path | None) -> None:
+    """Refuse a path that is there and no regular file, like a device: it would be replaced. Raises UserError."""
+    if path is not None and path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file: nothing is written there; name another")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file beside `path`, and move it there; on any failure nothing is left.
+
+    What a writer of the same file that was killed has left is removed.
+    """
+    remove_leftovers(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+    write_and_move(path, write)
+
+
+def write_and_move(path: Path, write: Callable[[Path], object]) -> None:
+    """Do as `write_atomically`, and leave what other writers have left where it is. Raises UserError for a path that is
+    there and no regular file."""
+    check_writable(path)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(temporaries: Iterable[Path]) -> None:
+    """Delete those temporary files of `write_atomically` whose process, on this machine, is no more."""
+    for path in temporaries:
+        owner = re.fullmatch(rf".*\.{re.escape(socket.gethostname())}\.(\d+)\.tmp", path.name)
+        if owner and not _alive(int(owner[1])):
+            path.unlink(missing_ok=True)
+
+
+_NUMBERS = re.compile(r"\[\s+(-?\d[\d.e+-]*(?:,\s+-?\d[\d.e+-]*)*)\s+\]")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write readable JSON, atomically; lists of numbers on one line each."""
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(content, indent=1))
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,243 @@
+"""A sample folder: one PNG per seed, one run.json, resumable after any kill, never mixed.
+
+    OUT/run.json            settings that decide the pixels, and where the first images came from
+    OUT/sessions.jsonl      one line per process that came to add images: which were missing, device, versions, commit
+    OUT/.claims             which seeds some process is at work on (run/claims.py); empty
+    OUT/000/000123.png      the image of seed 123
+"""
+
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from run.claims import Claims
+from run.files import remove_leftovers, write_and_move, write_atomically
+from run.seeds import format_seeds, in_batches, rank_and_world
+from unet_caching.errors import UserError
+from unet_caching.files.schema import check, read_json
+
+FORMAT = 1      # of run.json
+_PNG_END = b"IEND\xaeB`\x82"
+_RECOUNT = 10   # seconds after which the progress bar looks what other processes have made
+
+
+def read_run(folder: Path) -> dict:
+    """The content of a sample folder's run.json. Raises UserError where it is missing or damaged."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no sample folder: it has no run.json")
+    try:
+        content = read_json(path)
+        check(content, _Record, path)
+    except ValueError as error:
+        raise UserError(f"{error}, so the settings of its images are unknown: use another folder") from None
+    if content.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{path} has format {content['format']}, this program reads {FORMAT}: use another folder")
+    return content
+
+
+@dataclass
+class _Record:
+    """What run.json holds."""
+    settings: dict
+    provenance: dict = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def image_path(folder: Path, seed: int) -> Path:
+    """The path of a seed's image in a sample folder, which has sub-folders of 1000 seeds."""
+    return folder / f"{seed // 1000:03d}" / f"{seed:06d}.png"
+
+
+def seeds_there(folder: Path) -> list[int]:
+    """The seeds whose images are in a sample folder, sorted, by their names alone; other files are left alone."""
+    found = {int(path.stem): path for path in folder.glob("[0-9][0-9][0-9]*/[0-9]*.png")
+             if path.stem.isascii() and path.stem.isdigit()}
+    return sorted(seed for seed, path in found.items() if path == image_path(folder, seed))
+
+
+def missing_seeds(folder: Path, seeds: Iterable[int]) -> list[int]:
+    """The seeds whose image is not in a sample folder, or not whole."""
+    return [seed for seed in seeds if not _is_whole_png(image_path(folder, seed))]
+
+
+def check_finite(x: Tensor) -> Tensor:
+    """Return x as it is. Raises UserError where it is not finite, as after an overflow in float16."""
+    if not torch.isfinite(x).all():
+        raise UserError("the network's output is not finite: an overflow of the number format (use --dtype fp32 or "
+                        "bf16), or damaged weights")
+    return x
+
+
+def quoted(field: str) -> str:
+    """Quote a field of a CSV file."""
+    return '"' + field.replace('"', '""') + '"'
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """[-1, 1] float [n, channels, height, width] -> uint8 [n, height, width, channels], rounded to nearest.
+
+    Raises UserError when the images are not finite.
+    """
+    pixels = (check_finite(x).float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+class RunFolder:
+    """A folder of images that all come from the same settings.
+
+    settings: what decides the pixels, JSON-compatible. A folder that holds other settings, or images without a
+    run.json, is refused with a UserError that says what differs. provenance: where this process runs; recorded only.
+    Several processes may work on one folder: every file appears whole or not at all.
+    """
+
+    def __init__(self, path: Path, settings: dict, provenance: dict):
+        self.path = Path(path)
+        settings = json.loads(json.dumps(settings))
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file, not a folder for images")
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers([*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")])
+        if not (self.path / "run.json").exists():
+            if any(self.path.glob("[0-9][0-9][0-9]*/*.png")):
+                raise UserError(f"{self.path} has images but no run.json, so their settings are unknown: "
+                                "use another folder")
+            self._create({"format": FORMAT, "settings": settings, "provenance": provenance})
+        unlike = differences(read_run(self.path)["settings"], settings)
+        if unlike:
+            raise UserError(f"{self.path} holds images of other settings ({'; '.join(unlike)}): "
+                            "use another folder, or the same settings")
+        self.provenance = provenance
+
+    def _create(self, content: dict) -> None:
+        """Write run.json unless another process was faster."""
+        temporary = self.path / f".run.json.{socket.gethostname()}.{os.getpid()}.tmp"
+        try:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+            os.link(temporary, self.path / "run.json")
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def seeds(self) -> list[int]:
+        """The seeds whose images are there now, sorted."""
+        return seeds_there(self.path)
+
+    def write_listing(self, name: str, header: str, line: Callable[[int], str]) -> None:
+        """Write a CSV file about the images that are there: header, and the line of each seed.
+
+        Several processes may end at the same time: each looks again after writing, so the last listing is complete.
+        """
+        listed = None
+        while (seeds := self.seeds()) != listed:
+            text = "\n".join([header, *map(line, seeds)]) + "\n"
+            write_atomically(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+            listed = seeds
+
+    def save(self, seed: int, image: np.ndarray) -> None:
+        """Write uint8 [height, width, 3] as the PNG of a seed, atomically."""
+        path = image_path(self.path, seed)
+        path.parent.mkdir(exist_ok=True)
+        write_and_move(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
+
+    def _save_all(self, seeds: Sequence[int], images: np.ndarray) -> None:
+        for seed, image in zip(seeds, images, strict=True):
+            self.save(seed, image)
+
+    def _log(self, line: dict) -> None:
+        """Add a line to sessions.jsonl; one that a full disk cut short before it stays alone."""
+        line = {**self.provenance, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **line}
+        with open(self.path / "sessions.jsonl", "a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            cut_short = file.read() not in (b"", b"\n")
+            file.write((b"\n" if cut_short else b"") + json.dumps(line).encode() + b"\n")
+
+    def fill(self, seeds: Sequence[int], batch_size: int,
+             sample: Callable[[list[int], Callable[[float], None]], np.ndarray],
+             stop: Callable[[], bool] = lambda: False) -> int:
+        """Make those images of `seeds` that are missing and that no other process makes; returns how many.
+
+        sample(batch of seeds, report) -> uint8 [batch, height, width, 3]; it may call report(done) with the fraction
+        of the batch that is done, for the progress bar, which only the first rank shows. stop: asked before each batch.
+        Processes share a folder as they come: each begins at its own place, goes round, and waits for nobody. Batches
+        are cut from `seeds` once and for all, so that a restart computes together what would have been.
+        A batch is encoded and written while the next is made; no more than that one waits.
+        """
+        rank, world = rank_and_world()
+        todo = set(missing_seeds(self.path, seeds))
+        if not todo:
+            return 0
+        self._log({"seeds": format_seeds(todo), "batch_size": batch_size})
+        size = min(batch_size, math.ceil(len(seeds) / world))
+        batches = in_batches(seeds, size)
+        own = len(batches) * rank // world
+        made, saving, counted = 0, None, time.monotonic()
+        bar = tqdm(total=len(seeds), initial=len(seeds) - len(todo), unit="img", smoothing=0.1,
+                   disable=rank > 0 or "TQDM_DISABLE" in os.environ,
+                   desc=self.path.name + (f", {world} processes" if world > 1 else ""))
+        with Claims(self.path / ".claims") as claims, ThreadPoolExecutor(1) as background, bar:
+            for batch in batches[own:] + batches[:own]:
+                if stop():
+                    break
+                batch = claims.take(seed for seed in batch if seed in todo)
+                batch = missing_seeds(self.path, batch)         # what another process has not made since
+                if not batch:
+                    continue
+                if not bar.disable and time.monotonic() - counted > _RECOUNT:
+                    counted = time.monotonic()
+                    bar.update(max(0, len(set(seeds).intersection(self.seeds())) - bar.n))
+                before = bar.n
+
+                def report(done: float) -> None:
+                    if saving is not None and saving.done():
+                        saving.result()                         # raises what went wrong: no step more than needed
+                    bar.update(before + int(done * len(batch)) - bar.n)
+
+                following = background.submit(self._save_all, batch, sample(batch, report))
+                if saving is not None:
+                    saving.result()
+                saving, made = following, made + len(batch)
+                report(1.0)
+            if saving is not None:
+                saving.result()
+        return made
+
+
+def differences(theirs: dict, ours: dict, prefix: str = "") -> list[str]:
+    """'steps 100 there, 50 here' for every setting that differs."""
+    found = []
+    for key in sorted(theirs.keys() | ours.keys()):
+        a, b = theirs.get(key), ours.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            a, b = (json.dumps(value) for value in (a, b))
+            shown = f"{a} there, {b} here" if len(a) + len(b) < 120 else "differs"
+            found.append(f"{prefix}{key}: {shown}")
+    return found
+
+
+def _is_whole_png(path: Path) -> bool:
+    try:
+        if path.exists() and not path.is_file():        # a pipe would be waited for
+            raise UserError(f"{path} is no regular file: move it elsewhere")
+        with open(path, "rb") as file:
+            file.seek(-len(_PNG_END), os.SEEK_END)
+            return file.read() == _PNG_END
+    except OSError:
+        return False
+
+

@@ -1,0 +1,58 @@
+"""The machine of a run: where and how it is computed, which changes its time and no image."""
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from run.seeds import environment_number
+from unet_caching.errors import UserError
+from unet_caching.options import option
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The options of where and how to compute. Raises UserError for numbers that cannot be."""
+    title: ClassVar[str] = "the machine"
+    batch_size: int = option(8, "images at a time; changes no image (default: %(default)s)")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 (default: %(default)s; "
+                         "under torchrun cuda is each process's own)")
+    compile: bool = option(False, "torch.compile: a graph for full, one for cached steps; with --block-schedule one "
+                                  "for each set of blocks that some step reuses")
+    cuda_graphs: bool = option(False, "record each kind of step once and replay it, which saves launching its kernels; "
+                                      "for a GPU")
+    threads: int | None = option(None, "CPU threads (default: all cores)")
+
+    def __post_init__(self) -> None:
+        check_counts(batch_size=self.batch_size, threads=self.threads)
+
+    def prepare(self) -> torch.device:
+        """The device, ready for use: see `prepare_device`."""
+        return prepare_device(self.device, self.threads)
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse an option that must be 1 or more, and is not. Raises UserError."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+
+
+def prepare_device(name: str, threads: int | None = None) -> torch.device:
+    """The device, once it has answered; CPU threads are set. Raises UserError where it is not there.
+
+    Under torchrun cuda is the process's own GPU.
+    """
+    check_counts(threads=threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{environment_number('LOCAL_RANK', 0) % max(1, torch.cuda.device_count())}"
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name} is not there: {torch.cuda.device_count()} CUDA devices are visible; cpu "
+                        "always works") from None
+    return device

@@ -1,0 +1,115 @@
+"""Reads prompts from the files that public prompt sets come in; prompt i belongs to image i."""
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from unet_caching.errors import UserError, one_line
+
+_FIELDS = ("prompt", "caption")     # of a table or of JSON objects, in any case; the first that is there counts
+
+
+def read_prompts(path: Path | str) -> list[str]:
+    """The prompts of a file, in its order; runs of white space within a prompt become one space.
+
+    .txt            one per line
+    .csv, .tsv      the column prompt or caption, in any case: PartiPrompts.tsv (Prompt; 1,632 rows) as it is
+    .json           a list of strings, or of objects with the key prompt or caption;
+                    or COCO's captions_val2017.json: of each image, in the order of `images`, the caption that comes
+                    first in `annotations`
+
+    Raises UserError for a file that is missing, empty or cannot be read, and for an empty prompt, with its place.
+    """
+    path = Path(path)
+    readers: dict[str, Callable[[Path, str], Iterator[tuple[str, object]]]] = {
+        ".txt": _lines, ".csv": _csv, ".tsv": _tsv, ".json": _json}
+    if not path.is_file():
+        raise UserError(f"no prompts file {path}")
+    if path.suffix.lower() == ".parquet":
+        raise UserError(f"{path}: write its prompts to a .txt file, a line each, or a .csv file with the column prompt")
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: prompts are read from {', '.join(readers)}")
+    prompts = []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        for place, prompt in readers[path.suffix.lower()](path, text):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise UserError(f"{path}, {place}: no prompt there; an image would belong to nothing")
+            prompt.encode()                                 # half a surrogate pair has no place in UTF-8
+            prompts.append(" ".join(prompt.split()))
+    except (OSError, ValueError, csv.Error, RecursionError) as error:       # ValueError: of JSON and of UTF-8
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    if not prompts:
+        raise UserError(f"{path} has no prompts")
+    return prompts
+
+
+def prompts_sha256(prompts: Sequence[str]) -> str:
+    """What tells one list of prompts from another: sha256 (hex) of the prompts, joined by line breaks."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    # Not splitlines: it also breaks at characters that a prompt may hold.
+    for number, line in enumerate(text.rstrip("\r\n").split("\n") if text.strip() else (), 1):
+        yield f"line {number}", line
+
+
+def _csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    rows = csv.reader(io.StringIO(text.rstrip("\r\n")), strict=True)
+    column = _column(path, next(rows, []))
+    for row in rows:
+        yield f"line {rows.line_num}", row[column] if column < len(row) else None
+
+
+def _tsv(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    """Quotes are part of a prompt, as in PartiPrompts.tsv, unless they are what a spreadsheet puts around a field."""
+    lines = _lines(path, text)
+    column = _column(path, next(lines, ("", ""))[1].split("\t"))
+    for place, line in lines:
+        row = line.split("\t")
+        yield place, _unquoted(row[column]) if column < len(row) else None
+
+
+def _unquoted(field: str) -> str:
+    quoted = re.fullmatch(r'\s*"((?:[^"]|"")*)"\s*', field)
+    return quoted[1].replace('""', '"') if quoted else field
+
+
+def _column(path: Path, header: Sequence[str]) -> int:
+    names = [name.strip().lower() for name in header]
+    for field in _FIELDS:
+        if field in names:
+            return names.index(field)
+    raise UserError(f"{path} has no column {' or '.join(_FIELDS)}; its first line is {', '.join(header)!r:.80}")
+
+
+def _json(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    content = json.loads(text) if text.strip() else []
+    if isinstance(content, Mapping) and {"images", "annotations"} <= content.keys():
+        yield from _coco(path, content)
+    elif isinstance(content, list):
+        for i, entry in enumerate(content):
+            if isinstance(entry, Mapping):
+                named = {key.lower(): value for key, value in entry.items()}
+                entry = next((named[field] for field in _FIELDS if field in named), None)
+            yield f"entry {i}", entry
+    else:
+        raise UserError(f"{path} is neither a list of prompts nor COCO's captions (images, annotations)")
+
+
+def _coco(path: Path, content: Mapping) -> Iterator[tuple[str, object]]:
+    first: dict = {}
+    try:
+        for annotation in content["annotations"]:
+            first.setdefault(annotation["image_id"], annotation["caption"])
+        images = [image["id"] for image in content["images"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} has images and annotations, but not those of COCO's captions (captions_val2017.json)"
+                        ) from None
+    for image in images:
+        yield f"image {image}", first.get(image)

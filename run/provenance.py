@@ -1,0 +1,70 @@
+"""The provenance of a number or an image: commit, versions, device."""
+
+import platform
+import subprocess
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from run.files import ROOT
+
+_PACKAGES = ("torch", "numpy", "diffusers", "transformers", "torchmetrics", "safetensors")
+_VECTORS = ("avx", "fma", "amx", "sve", "asimd", "i8mm", "bf16")        # how the names of extensions begin
+
+
+def commit() -> str | None:
+    """The repository's commit, with '+changes' where tracked files differ from it; None outside a git checkout."""
+    def git(*args: str) -> str:
+        done = subprocess.run(("git", "-C", str(ROOT), *args), capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that compute."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def device_name(device: torch.device | str) -> str:
+    """The name of a GPU, 'NVIDIA H100', or of the processor."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")]
+        return models[0] if models else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def processor() -> dict:
+    """What tells one processor from another of the same name: vendor, family and model number, and its extensions for
+    vectors and matrices; what the system does not say is left out. used: the widest that PyTorch's kernels take."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        first = ""
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    found: dict = {name: said[key] for name, key in (("vendor", "vendor_id"), ("name", "model name")) if key in said}
+    found |= {name: int(said[key]) for name, key in (("family", "cpu family"), ("model", "model"))
+              if said.get(key, "").isdigit()}
+    flags = said.get("flags", said.get("Features", "")).split()
+    return {"machine": platform.machine(), **found, "extensions": [flag for flag in flags if flag.startswith(_VECTORS)],
+            "used": torch.backends.cpu.get_cpu_capability()}
+
+
+def provenance(device: torch.device | str) -> dict:
+    """Everything that run.json and results say of where they were made."""
+    return {"commit": commit(), "versions": versions(), "device": str(device), "device_name": device_name(device),
+            "processor": processor(), "threads": torch.get_num_threads()}

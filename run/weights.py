@@ -1,0 +1,190 @@
+"""Weights on disk: files are never run as code, and tensors are loaded by name and shape, every one of them."""
+
+import hashlib
+import os
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from run.files import write_atomically
+from unet_caching.errors import UserError, one_line
+
+
+def sha256(path: Path) -> str:
+    """The hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_md5(path: Path, md5: str) -> None:
+    """Compare a downloaded file with its published md5 (hex). Raises UserError where it is missing or differs."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint {path}")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found != md5.lower():
+        raise UserError(f"{path} has md5 {found}, the published file {md5}: it is cut short, damaged or another "
+                        "file; download it again")
+
+
+# What training frameworks leave beside the weights. Unpickled as classes without behaviour, whatever the name says.
+_HARMLESS = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
+    "pytorch_lightning.callbacks.progress.ProgressBar",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype",
+)
+
+
+class _Inert:
+    """Takes any arguments and any state, and keeps none of it."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (type(name.rsplit(".", 1)[1], (_Inert,), {}), name) for name in _HARMLESS]
+
+
+def read_tensors(path: Path) -> object:
+    """What a checkpoint file holds: a dict of tensors for .safetensors, whatever was pickled otherwise.
+
+    Both are mapped, not copied. Pickles are opened with weights_only=True; what frameworks leave beside the weights is
+    read as objects without behaviour. Raises UserError for a missing or damaged file, and for a pickle that wants to
+    run code, with the name of what it wanted.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # The warnings are of a pickle protocol; refused below. Files from before torch 1.6 cannot be mapped.
+        with (warnings.catch_warnings(category=UserWarning, action="ignore"), torch.serialization.safe_globals(_INERT)):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted:
+            raise UserError(f"{path} is a pickle that wants {wanted[1]}, which is not a tensor, so it was not opened: "
+                            "take a file that holds tensors only, or convert it where you trust it") from None
+        # The rest of the message advises to open the file unsafely.
+        reason = str(error).split("WeightsUnpickler error:")[-1].split("Check the documentation")[0]
+        raise UserError(f"{path} is damaged or not a checkpoint of tensors alone: {one_line(reason)[:160]}") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
+        raise UserError(f"{path} is damaged or not a checkpoint: {one_line(error)[:160]}") from None
+    _check_plain(content, path)
+    return content
+
+
+def _check_plain(content: object, path: Path) -> None:
+    """Raises UserError for tensors that have no values, are sparse or quantised: the networks here take none."""
+    parts = content if isinstance(content, list) else [content]
+    parts = [*parts, *(part.get("state_dict") for part in parts if isinstance(part, dict))]
+    for part in parts:
+        for name, value in part.items() if isinstance(part, dict) else ():
+            if isinstance(value, Tensor) and (value.is_meta or value.is_quantized or value.layout != torch.strided):
+                raise UserError(f"{path}: {name} is a tensor without values, sparse or quantised, and should be a "
+                                "plain one")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file: whole, or not at all."""
+    write_atomically(Path(path), lambda temporary: write_tensors(tensors, temporary, metadata))
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file in place. Raises OSError where the disk is full."""
+    try:
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    os.chmod(path, 0o644)
+
+
+_DROPPED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "loss.")       # EMA shadows, losses and their networks
+_DROPPED = frozenset((                                                       # buffers of the noise schedule
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
+    "scale_factor"))
+
+
+def tensors_of(content: object, path: Path, model: str) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint; Lightning's `state_dict` entry is entered.
+
+    model: the name of the architecture, for messages. Raises UserError, naming `path`, for anything else.
+    """
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
+        raise UserError(f"{path} does not hold named tensors, as {model} checkpoints do")
+    return content
+
+
+def split(tensors: dict[str, Tensor], path: Path, prefixes: Sequence[str], model: str) -> dict[str, dict[str, Tensor]]:
+    """Split a whole CompVis checkpoint by prefix: {prefix: {name without it: tensor}}.
+
+    EMA shadows, losses and schedule buffers are dropped by name. model: the name of the architecture, for messages.
+    Raises UserError, naming `path`, for a part that is not there, and for tensors that belong to none.
+    """
+    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+    unknown = []
+    for name, value in tensors.items():
+        if name in _DROPPED or name.startswith(_DROPPED_PREFIXES):
+            continue
+        prefix = next((prefix for prefix in parts if name.startswith(prefix)), None)
+        if prefix is None:
+            unknown.append(name)
+        else:
+            parts[prefix][name.removeprefix(prefix)] = value
+    missing = [f"{prefix}*" for prefix, part in parts.items() if not part]
+    if missing:
+        found = f"; it holds {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}" if unknown else ""
+        raise UserError(f"{path} is not a whole {model} checkpoint: it has no {', '.join(missing)}{found}")
+    if unknown:
+        raise UserError(f"{path} holds tensors that are no part of {model} checkpoints: {', '.join(unknown)}")
+    return parts
+
+
+def load_strict(module: nn.Module, state_dict: dict[str, Tensor], published_name: Callable[[str], str]) -> None:
+    """Copy tensors given under published names into a module; one on the meta device takes them over uncopied.
+
+    Raises UserError that names, in full, every missing, extra or misshapen tensor, and whole numbers where others are
+    wanted; nothing is loaded then.
+    """
+    ours = module.state_dict()
+    names = {published_name(name): name for name in ours}
+    faults = [f"missing {name}" for name in names if name not in state_dict]
+    faults += [f"extra {name}" for name in state_dict if name not in names]
+    faults += [f"{name} is {list(state_dict[name].shape)} and should be {list(ours[own].shape)}"
+               for name, own in names.items() if name in state_dict and state_dict[name].shape != ours[own].shape]
+    faults += [f"{name} is {state_dict[name].dtype} and should be {ours[own].dtype}".replace("torch.", "")
+               for name, own in names.items() if name in state_dict
+               and state_dict[name].is_floating_point() != ours[own].is_floating_point()]
+    if faults:
+        raise UserError(f"the checkpoint does not fit {type(module).__module__}.{type(module).__name__}: "
+                        f"{'; '.join(faults)}")
+    module.load_state_dict({own: state_dict[name] for name, own in names.items()},
+                           assign=all(value.is_meta for value in ours.values()))

@@ -1,0 +1,211 @@
+"""Adaptive caching: each image decides while it is made when its deep feature is computed anew.
+
+The rule is that of TeaCache (arXiv 2411.19108) for transformers, on the seam of a U-Net: what the first residual block
+of the encoder makes of the input and of the timestep is computed on every call anyway. Its relative change from call to
+call foretells how much the deep feature changes, once it is multiplied by how many times as much the feature changes at
+that call, which some calibration runs told. These products add up, and when their sum exceeds a threshold the feature
+is computed and the sum begins again.
+
+Every row of a batch decides for itself and from nothing but itself, so that one seed stays one image whatever it is
+batched with. A call of a batch runs the whole U-Net as soon as one of its rows asks for it, and the others keep their
+own feature: the rule saves time in batches of few images. What it costs is only known when it has run; before, costs
+are those of the calibration run that is nearest to their mean (`typical`).
+
+A file (JSON) belongs to one model, sampler and number of steps, and is refused by any other run.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from unet_caching.files.fitted import bound, read_signed, refuse_other_run
+from unet_caching.files.schema import AtLeast
+from unet_caching.meters import relative_change
+from unet_caching.methods.block_cache import outside
+from unet_caching.options import MethodOptions, Planned, RunShape, option
+from unet_caching.policy import Policy
+
+KIND, FORMAT = "adaptive rule", 1
+
+
+@dataclass
+class AdaptiveRule:
+    """When an image computes its deep feature, and where that comes from.
+
+    run: the settings of `files.fitted.bound`. branch: the skip whose inner level is cached. watched: the residual
+    that is watched, by name. factors: of each network call, how many times as much the feature changes as what is
+    watched. threshold: of the sum of changes. typical: the full steps of the calibration run that is nearest to their
+    mean. measured: what it comes from, and the budget as it came out.
+    """
+    run: dict
+    branch: Annotated[int, AtLeast(0)]
+    watched: str
+    factors: list[float]
+    threshold: Annotated[float, AtLeast(0)]
+    typical: list[int]
+    measured: dict
+
+    @property
+    def sha256(self) -> str:
+        """The digest of what decides the pixels."""
+        content = {key: value for key, value in asdict(self).items() if key != "measured"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """What `load` reads."""
+        return {"kind": KIND, "format": FORMAT, "sha256": self.sha256, **asdict(self)}
+
+    @classmethod
+    def load(cls, path: Path) -> "AdaptiveRule":
+        """Read a file. Raises ValueError where it is missing, damaged or changed by hand."""
+        rule = read_signed(cls, path, KIND, FORMAT, "lab.fit.calibrate_adaptive")
+        typical, calls = rule.typical, len(rule.factors)
+        if typical != sorted(set(typical)) or typical[:1] != [0] or typical[-1] >= calls:
+            raise ValueError(f"{path}: its typical full steps must ascend from 0 and stay below {calls}, got {typical}")
+        if not all(factor >= 0 for factor in rule.factors):
+            raise ValueError(f"{path}: its factors must be 0 or more")
+        return rule
+
+    def policy(self) -> "AdaptiveCache":
+        """A fresh cache that decides by it."""
+        return AdaptiveCache(self.branch, self.watched, self.factors, self.threshold, self.typical)
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a run of other settings than it was calibrated on; those not known yet may be left out.
+
+        Raises ValueError that says what differs.
+        """
+        refuse_other_run("the adaptive rule was calibrated", bound(self.run), settings)
+
+
+class AdaptiveCache(Policy):
+    """Every row computes the feature at skip `branch` when the changes of what is watched add up to more than a
+    threshold, and reuses it otherwise.
+
+    watched, factors, threshold: as in `AdaptiveRule`. full_steps: those of the meta device, where no value tells, and
+    of nothing else.
+
+    `unet(x, t, cache=cache.at(step))` runs step `step`. `decided`: for each call since the start, which rows computed
+    the feature, bool [rows]. Raises RuntimeError for a network that asks for the feature before what is watched.
+    """
+
+    def __init__(self, branch: int, watched: str, factors: Sequence[float], threshold: float,
+                 full_steps: Collection[int]):
+        self.branch, self.watched, self.factors = branch, watched, factors
+        self.threshold, self.full_steps = threshold, frozenset(full_steps)
+        self.reset()
+
+    def reset(self) -> None:
+        """Let go of all values, after the last step of a batch."""
+        self.step = 0
+        self.feature: Tensor | None = None
+        self.seen: Tensor | None = None         # what is watched, on the last call
+        self.sums: Tensor | None = None         # float32 [rows], of changes since the row's feature was computed
+        self.watched_on: int | None = None      # the last call
+        self.decided: list[Tensor] = []
+
+    def at(self, step: int) -> "AdaptiveCache":
+        self.step = step
+        if step == 0:
+            self.reset()
+        return self
+
+    def owns(self, key: Hashable) -> bool:
+        return key in (self.branch, self.watched)
+
+    def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        if key == self.watched:
+            return self._watch(compute())
+        if key == self.branch:
+            return self._level(compute)
+        return compute()
+
+    def _watch(self, value: Tensor) -> Tensor:
+        if self.seen is None or self.sums is None:
+            self.sums = torch.zeros(len(value), device=value.device)
+        elif self.watched_on != self.step:
+            self.sums = self.sums + self.factors[self.step] * relative_change(value, self.seen)
+        self.seen, self.watched_on = value, self.step
+        return value
+
+    def _level(self, compute: Callable[[], Tensor]) -> Tensor:
+        if self.sums is None or self.watched_on != self.step:
+            raise RuntimeError(f"the U-Net asked for the level at branch {self.branch} before {self.watched}: no rule "
+                               "can be had from that")
+        wanted = self._wanted(self.sums)
+        if wanted.is_meta:
+            every, none = self.step in self.full_steps, self.step not in self.full_steps
+        else:
+            every, none = bool(wanted.all()), not bool(wanted.any())
+        if self.feature is None or every:
+            self.feature = compute()
+        elif not none:
+            self.feature = torch.where(wanted[:, None, None, None], compute(), self.feature)
+        self.sums = torch.where(wanted, 0.0, self.sums)
+        self.decided.append(wanted)
+        return self.feature
+
+    def _wanted(self, sums: Tensor) -> Tensor:
+        return torch.ones_like(sums, dtype=torch.bool) if self.feature is None else sums > self.threshold
+
+    @property
+    def kept(self) -> dict[Hashable, Tensor]:
+        found = {"feature": self.feature, "seen": self.seen, "sums": self.sums}
+        return {key: value for key, value in found.items() if value is not None}
+
+    @kept.setter
+    def kept(self, values: Mapping[Hashable, Tensor]) -> None:
+        self.feature, self.seen, self.sums = (values.get(key) for key in ("feature", "seen", "sums"))
+
+
+class PlannedAdaptive(Planned):
+    """An adaptive rule in a run."""
+    fitted = True
+    system = "adaptive"
+    online = True
+
+    def __init__(self, rule: AdaptiveRule, file: Path):
+        self.rule = rule
+        self.settings = {"full_steps": rule.typical, "adaptive": {
+            "sha256": rule.sha256, "branch": rule.branch, "threshold": rule.threshold}}
+        self.name = [f"adaptive_{Path(file).stem}"]
+        self.summary = f"adaptive at branch {rule.branch}, threshold {rule.threshold:.4g}, full calls as is typical"
+
+    def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> AdaptiveCache:
+        return self.rule.policy()
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        self.rule.check(settings)
+
+    def check_network(self, channels: Mapping[Hashable, int]) -> None:
+        for key in (self.rule.watched, self.rule.branch):
+            if key not in channels:
+                raise ValueError(f"the adaptive rule names {key}, and this U-Net has none")
+
+
+@dataclass(frozen=True)
+class AdaptiveOptions(MethodOptions):
+    """A rule by which each image decides."""
+    title = "caching (adaptive: each image decides while it is made when its feature is computed)"
+    adaptive: Path | None = option(None, "a rule that lab.fit.calibrate_adaptive made for this model, sampler and "
+                                         "number of steps", metavar="FILE")
+
+    def planned(self, shape: RunShape, before: Sequence[Planned]) -> PlannedAdaptive | None:
+        if self.adaptive is None:
+            return None
+        if before:
+            raise ValueError("--adaptive decides itself what is computed: leave out the other caching options")
+        rule = AdaptiveRule.load(self.adaptive)
+        rule.check({"steps": shape.steps})
+        if len(rule.factors) != shape.calls:
+            raise ValueError(f"{self.adaptive} is of {len(rule.factors)} network calls, this run makes {shape.calls}")
+        if rule.branch >= shape.num_branches or not outside([rule.watched], shape.num_branches, rule.branch):
+            raise ValueError(f"{self.adaptive} was made for another model: {rule.watched} does not run at branch "
+                             f"{rule.branch} of {shape.num_branches}")
+        return PlannedAdaptive(rule, self.adaptive)

@@ -1,0 +1,136 @@
+"""Where the nest takes the place of a U-Net's forward: on the object, under hooks and inside what torch.compile made.
+
+What stands there refers to the U-Net alone, so that a U-Net can be copied and pickled while caching is on; which
+pipelines want it there is kept beside, by weak references.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from unet_caching.errors import UserError
+from unet_caching.pipelines.containers import check_containers
+from unet_caching.pipelines.forward import cached_forward
+from unet_caching.pipelines.parts import DOWN, MIDDLE, UP, Caching
+from unet_caching.pipelines.run import caching_of_call
+
+_wanted: "WeakKeyDictionary[nn.Module, WeakSet]" = WeakKeyDictionary()      # U-Net -> pipelines that cache with it
+
+
+class CachedForward:
+    """The forward of a U-Net: the nest's on the steps of a run, its own otherwise."""
+
+    def __init__(self, unet: nn.Module):
+        self.unet = unet
+
+    def forward(self, *args: Any, caching: Caching | None = None, **kwargs: Any) -> Any:
+        """As the U-Net's. caching: where the call was counted outside, as around a compiled network."""
+        if caching is None and not torch.compiler.is_compiling():
+            caching = caching_of_call(self.unet, args, kwargs)
+        if caching is None:
+            return type(self.unet).forward(self.unet, *args, **kwargs)
+        return cached_forward(self.unet, caching, *args, **kwargs)
+
+
+class Counted:
+    """A compiled U-Net, whose calls are counted outside of its graphs."""
+
+    def __init__(self, unet: nn.Module, compiled: Any):
+        self.unet, self.compiled = unet, compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        caching = caching_of_call(self.unet, args, kwargs)
+        return self.compiled(*args, **kwargs) if caching is None else self.compiled(*args, caching=caching, **kwargs)
+
+
+def unwrapped(unet: Any) -> Any:
+    """The U-Net in what torch.compile made of it."""
+    return getattr(unet, "_orig_mod", unet)
+
+
+def check(unet: Any) -> None:
+    """Refuse what the nest cannot run. Raises UserError that says why."""
+    if not isinstance(unet, UNet2DConditionModel | UNet2DModel):
+        raise UserError(f"pipe.unet is a {type(unet).__name__} and should be a UNet2DConditionModel or UNet2DModel")
+    if type(unet).forward not in (UNet2DConditionModel.forward, UNet2DModel.forward):
+        raise UserError(f"pipe.unet is a {type(unet).__name__}, which has a forward of its own")
+    middle = [] if unet.mid_block is None else [unet.mid_block]
+    for known, blocks in ((DOWN, unet.down_blocks), (MIDDLE, middle), (UP, unet.up_blocks)):
+        for block in blocks:
+            if type(block).__name__ not in known:
+                raise UserError(f"pipe.unet has a {type(block).__name__}, which cannot be taken apart: "
+                                f"{', '.join(sorted(known))} can")
+    check_containers(unet)
+    holder, name = _slot(unet)
+    forward = vars(holder).get(name)
+    if not (forward is None or _is_ours(forward) or getattr(forward, "__func__", None) is type(unet).forward
+            or _is_ours(getattr(forward, "_torchdynamo_orig_callable", None))):
+        raise UserError("pipe.unet.forward has been replaced, and what is there would not run; to compile it use "
+                        "torch.compile(pipe.unet) or pipe.unet.compile()")
+
+
+def install(pipe: Any) -> None:
+    """Put the nest into the U-Net of a pipeline, as it is now; again without effect. `check` it first."""
+    unet = unwrapped(pipe.unet)
+    holder, name = _slot(unet)
+    forward = vars(holder).get(name)
+    if _is_ours(getattr(forward, "_torchdynamo_orig_callable", None)):
+        setattr(holder, name, Counted(unet, forward).__call__)
+    elif not _is_ours(forward):
+        setattr(holder, name, CachedForward(unet).forward)
+    for holder, name in _compiled(pipe.unet):
+        if not isinstance(vars(holder)[name], Counted):
+            setattr(holder, name, Counted(unet, vars(holder)[name]))
+    _wanted.setdefault(unet, WeakSet()).add(pipe)
+
+
+def uninstall(pipe: Any) -> None:
+    """Give the U-Nets of a pipeline their own forward back, unless another pipeline caches with them.
+
+    They are the one that it has and those that it had.
+    """
+    unets = [unet for unet, pipes in list(_wanted.items()) if pipe in pipes]
+    now = getattr(pipe, "unet", None)
+    if isinstance(now, nn.Module):
+        unets.append(unwrapped(now))
+    for unet in unets:
+        others = _wanted.get(unet, WeakSet())
+        others.discard(pipe)
+        if not others:
+            _restore(unet)
+            for holder, name in _compiled(now) if unwrapped(now) is unet else ():
+                if isinstance(vars(holder)[name], Counted):
+                    setattr(holder, name, vars(holder)[name].compiled)
+
+
+def _restore(unet: nn.Module) -> None:
+    holder, name = _slot(unet)
+    if not _is_ours(vars(holder).get(name)):
+        return
+    if holder is unet and name == "forward":
+        delattr(unet, name)
+    else:
+        setattr(holder, name, type(unet).forward.__get__(unet))
+
+
+def _slot(unet: nn.Module) -> tuple[Any, str]:
+    """Where a U-Net's innermost forward is: inside the hooks of accelerate or diffusers, which may come and go."""
+    inside = vars(unet)
+    references = getattr(inside.get("_diffusers_hook"), "_fn_refs", None)
+    if references:
+        return references[0], "forward" if references[0].original_forward is None else "original_forward"
+    return unet, "_old_forward" if "_old_forward" in inside else "forward"
+
+
+def _compiled(unet: Any) -> list[tuple[Any, str]]:
+    """Where the compiled functions of a U-Net are, by torch.compile(unet) and unet.compile()."""
+    found = [(unet, "forward")] if unwrapped(unet) is not unet else []
+    return found + [(unwrapped(unet), "_compiled_call_impl")] * (
+        vars(unwrapped(unet)).get("_compiled_call_impl") is not None)
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(getattr(forward, "__self__", None), CachedForward | Counted)

@@ -1,0 +1,82 @@
+"""The registry of caching methods.
+
+A method that is listed here can be reached from the sample commands, MACs, throughput, sweeps, tables, graphs and
+diffusers pipelines: all of them go by the fields of its options and by its `Planned` (unet_caching/options.py).
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+
+from unet_caching.files.block_schedule import BlockCachingOptions
+from unet_caching.files.plan_file import PlanOptions
+from unet_caching.methods.adaptive import AdaptiveOptions
+from unet_caching.methods.clockwork import ClockworkOptions
+from unet_caching.methods.deepcache import DeepCacheOptions
+from unet_caching.methods.forecast_options import ForecastOptions
+from unet_caching.options import MethodOptions, Planned, RunShape
+from unet_caching.policy import Policy, Together
+
+METHODS: tuple[type[MethodOptions], ...] = (DeepCacheOptions, BlockCachingOptions, PlanOptions, ClockworkOptions,
+                                            AdaptiveOptions, ForecastOptions)
+Kind = TypeVar("Kind", bound=Planned)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The methods of one run, checked against it; a run without any does not cache."""
+    methods: tuple[Planned, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.methods)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What run.json says of them, under `cache`."""
+        found: dict[str, Any] = {"interval": 1}
+        for method in self.methods:
+            found |= method.settings
+        return found
+
+    def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Policy | None:
+        """A fresh policy for one batch, or None without caching. device, dtype: of the network."""
+        found = (method.policy(device, dtype) for method in self.methods)
+        policies = [policy for policy in found if policy is not None]
+        return Together(*policies) if len(policies) > 1 else policies[0] if policies else None
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Let every method check the settings of the run (`Planned.check`). Raises ValueError."""
+        for method in self.methods:
+            method.check(settings)
+
+    def check_network(self, channels: Mapping[Hashable, int]) -> None:
+        """Let every method check what the U-Net has (`Planned.check_network`). Raises ValueError."""
+        for method in self.methods:
+            method.check_network(channels)
+
+    def of(self, kind: type[Kind]) -> Kind | None:
+        """The method of a class, where the run has it."""
+        return next((method for method in self.methods if isinstance(method, kind)), None)
+
+
+def plan(options: Sequence[MethodOptions], shape: RunShape) -> CachePlan:
+    """Check the options of several methods against a run. Raises ValueError."""
+    found: list[Planned] = []
+    for one in sorted(options, key=lambda one: METHODS.index(type(one))):
+        planned = one.planned(shape, found)
+        if planned is not None:
+            found.append(planned)
+    return CachePlan(tuple(found))
+
+
+def options_by_name(given: Mapping[str, Any]) -> list[MethodOptions]:
+    """The options of all methods, from some of them by name. Raises ValueError for a name that no method has."""
+    left = dict(given)
+    found = [method(**{one.name: left.pop(one.name) for one in fields(method) if one.name in left})
+             for method in METHODS]
+    if left:
+        known = ", ".join(one.name for method in METHODS for one in fields(method))
+        raise ValueError(f"there is no option {', '.join(left)}: caching has {known}")
+    return found

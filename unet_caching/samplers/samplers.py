@@ -1,0 +1,121 @@
+"""Samplers with their settings, all called alike, and the predicted noise of a network, which they call."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unet_caching.nest import Network, no_cache
+from unet_caching.policy import Policy
+from unet_caching.samplers.diffusion import Diffusion, guided, predicted_noise
+from unet_caching.samplers.noise import SeededNoise
+from unet_caching.samplers.solvers import SOLVERS, solver
+
+SAMPLERS = tuple(SOLVERS)
+TIMESTEPS = tuple(dict.fromkeys(spacing for one in SOLVERS.values() for spacing in one.spacings))
+SAMPLERS_HELP = ", ".join(f"{name}: {one.about}" for name, one in SOLVERS.items())
+
+
+def _timesteps_help() -> str:
+    takers: dict[tuple[str, ...], list[str]] = {}
+    for name, one in SOLVERS.items():
+        takers.setdefault(tuple(one.spacings), []).append(name)
+    return "; ".join(f"{', '.join(names)}: {', '.join(spacings)}" for spacings, names in takers.items())
+
+
+TIMESTEPS_HELP = ("how the steps spread over the noise levels (the config's by default, or leading where the sampler "
+                  f"does not take that); {_timesteps_help()}; or a list of them, like 999,750,400,120 (not plms)")
+
+
+def num_calls(sampler: str, num_steps: int) -> int:
+    """Network calls of a run: PLMS makes one more than it has steps, since its first step takes two.
+
+    Caching schedules are made for the steps and indexed by call, so that PLMS's last call is a cached one wherever
+    anything is, as in the released code (github horseee/DeepCache, 1691a3a).
+    """
+    return solver(sampler).calls(num_steps)
+
+
+def timesteps_for(sampler: str, of_config: str) -> str:
+    """The spacing of the config where the sampler takes it, else 'leading', Stable Diffusion's."""
+    return solver(sampler).spacing(of_config)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler with its settings. Raises ValueError for settings that do not go together.
+
+    name: of SAMPLERS. timesteps: of TIMESTEPS, those that the sampler takes. eta: of ddim.
+    """
+    name: str
+    steps: int
+    timesteps: str
+    eta: float
+    diffusion: Diffusion
+
+    def __post_init__(self) -> None:
+        chosen = solver(self.name)
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be from 0 to 1, got {self.eta}")
+        if not chosen.takes_eta and self.eta != 0:
+            stochastic = ", ".join(name for name, one in SOLVERS.items() if one.takes_eta)
+            raise ValueError(f"{self.name} is deterministic: eta is for {stochastic}")
+        chosen.check(self.steps, self.timesteps, self.diffusion.betas())
+
+    @property
+    def calls(self) -> int:
+        """Network calls of a run."""
+        return num_calls(self.name, self.steps)
+
+    def call_timesteps(self) -> list[int]:
+        """The timestep of each network call, in their order."""
+        found = []
+
+        def predict(x: Tensor, t: int, step: int) -> Tensor:
+            found.append(t)
+            return x
+
+        self.run(predict, torch.zeros(1, 1, 1, 1), SeededNoise([0]))
+        return found
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What run.json says of it."""
+        return {"diffusion": asdict(self.diffusion), "sampler": self.name, "steps": self.steps,
+                "timesteps": self.timesteps, "eta": self.eta}
+
+    def run(self, predict: Callable[[Tensor, int, int], Tensor], x: Tensor, noise: SeededNoise | None = None,
+            progress: Callable[[float], None] | None = None) -> Tensor:
+        """Sample x_0 from x_T.
+
+        predict, x: see `samplers.solvers.Solver.run`. noise: draws per image, for eta > 0. progress: called with the
+        fraction of the network calls that is done.
+        """
+        def report(step: int, x: Tensor) -> None:
+            if progress:
+                progress((step + 1) / self.calls)
+
+        return solver(self.name).run(predict, x, self.steps, self.timesteps, self.diffusion, self.eta, noise, report)
+
+
+def noise_predictor(network: Network, diffusion: Diffusion, dtype: torch.dtype, cache: Policy | None,
+                    context: Sequence[Tensor] = (), guidance: float = 1.0) -> Callable[[Tensor, int, int], Tensor]:
+    """What samplers call: predict(x, t, step) -> the predicted noise, both float32.
+
+    network: is given x in `dtype`.
+    cache: a fresh caching policy; None computes everything.
+    context: for a guidance other than 1, of the doubled batch [uncond, cond].
+    """
+    alphas = diffusion.alphas_cumprod()
+
+    def predict(x: Tensor, t: int, step: int) -> Tensor:
+        batch = x if guidance == 1 else torch.cat([x, x])
+        t_batch = torch.full((len(batch),), t, device=x.device)
+        at_step = no_cache if cache is None else cache.at(step)
+        output = network(batch.to(dtype), t_batch, *context, cache=at_step).float()
+        if guidance != 1:
+            output = guided(output, guidance)
+        return predicted_noise(diffusion.prediction, output, x, alphas[t].item())
+    return predict

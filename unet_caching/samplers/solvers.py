@@ -1,0 +1,211 @@
+"""The registry of samplers. One that is listed in SOLVERS can be reached from every command; no other file names it.
+
+DDIM is ours (samplers/ddim.py); the others run through a scheduler of diffusers, all by one loop. That loop feeds the
+predicted noise, for networks that predict v too, so that the multistep rule of PLMS is of noises, as in its paper;
+diffusers' scheduler would take it over the v of different timesteps. To the other samplers it makes no difference.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from unet_caching.samplers.ddim import SPACINGS, ddim, final_alpha, is_listed, listed, make_timesteps
+from unet_caching.samplers.diffusion import Diffusion
+
+Predict = Callable[[Tensor, int, int], Tensor]
+Progress = Callable[[int, Tensor], None]
+Noise = Callable[[Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A sampler before it has settings. about: what --help says of it."""
+    name: str
+    about: str
+    takes_eta: ClassVar[bool] = False
+
+    @property
+    def spacings(self) -> Sequence[str]:
+        """The names of the timesteps that it takes."""
+        raise NotImplementedError
+
+    def spacing(self, of_config: str) -> str:
+        """The spacing where only the config says one: its own if the sampler knows it, else Stable Diffusion's."""
+        return of_config if of_config in self.spacings or is_listed(of_config) else "leading"
+
+    def calls(self, steps: int) -> int:
+        """Network calls of a run."""
+        return steps
+
+    def check(self, steps: int, spacing: str, betas: Tensor) -> None:
+        """Refuse a spacing or a number of steps that it does not take. betas: [num_timesteps]. Raises ValueError."""
+        raise NotImplementedError
+
+    def run(self, predict: Predict, x: Tensor, steps: int, spacing: str, diffusion: Diffusion, eta: float = 0.0,
+            noise: Noise | None = None, progress: Progress | None = None) -> Tensor:
+        """Sample x_0 from x_T.
+
+        predict(x, t, step) -> the predicted noise; t is the timestep, step = 0, 1, ... the number of the network call.
+        x: [batch, channels, height, width], standard normal. noise: draws per image, needed where eta > 0.
+        progress: called after each network call with (step, x). Raises ValueError as `check` does.
+        """
+        raise NotImplementedError
+
+
+class Ddim(Solver):
+    """DDIM over any of its spacings (`unet_caching.samplers.ddim`)."""
+    takes_eta = True
+
+    @property
+    def spacings(self) -> Sequence[str]:
+        return tuple(SPACINGS)
+
+    def spacing(self, of_config: str) -> str:
+        return of_config
+
+    def check(self, steps: int, spacing: str, betas: Tensor) -> None:
+        make_timesteps(spacing, steps, len(betas))
+
+    def run(self, predict: Predict, x: Tensor, steps: int, spacing: str, diffusion: Diffusion, eta: float = 0.0,
+            noise: Noise | None = None, progress: Progress | None = None) -> Tensor:
+        alphas = diffusion.alphas_cumprod()
+        timesteps = make_timesteps(spacing, steps, len(alphas))
+        return ddim(predict, x, timesteps, alphas, eta, noise, final_alpha(spacing, alphas), progress)
+
+
+# Our names of spacings -> diffusers' arguments. 'leading': multiples of num_timesteps // (num_steps + 1), each one
+# later, without the lowest. 'linspace': what diffusers makes of the scheduler_config.json published with Stable
+# Diffusion v1.5. 'trailing': see `unet_caching.samplers.ddim.trailing_timesteps`.
+MULTISTEP: Mapping[str, Mapping[str, Any]] = {
+    "leading": {"timestep_spacing": "leading", "steps_offset": 1},
+    "linspace": {"timestep_spacing": "linspace"},
+    "trailing": {"timestep_spacing": "trailing"}}
+
+
+@dataclass(frozen=True)
+class OfDiffusers(Solver):
+    """A sampler that runs through a scheduler of diffusers.
+
+    scheduler: the name of its class, which is imported when it is needed: diffusers takes seconds.
+    arguments: of the class. by_spacing: further arguments for each spacing.
+    """
+    scheduler: str
+    arguments: Mapping[str, Any]
+    by_spacing: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MULTISTEP)
+    takes_lists: ClassVar[bool] = True
+
+    @property
+    def spacings(self) -> Sequence[str]:
+        return tuple(self.by_spacing)
+
+    def build(self, kind: type, spacing: str, betas: Tensor, **more: Any) -> Any:
+        """An object of diffusers' class, or of one that is derived from it. more: arguments of it besides."""
+        arguments = {**self.arguments, **self.by_spacing["trailing" if is_listed(spacing) else spacing], **more}
+        return kind(len(betas), trained_betas=betas.tolist(), **arguments)
+
+    def make(self, steps: int, spacing: str, betas: Tensor) -> Any:
+        """diffusers' scheduler, with its timesteps set: descending, one for each network call.
+
+        betas: float32 [num_timesteps]. Raises ValueError for a spacing or a number of steps that it does not take.
+        """
+        import diffusers
+
+        own = listed(spacing, steps, len(betas)) if self.takes_lists and is_listed(spacing) else None
+        self.check_steps(steps, spacing if own is None else "trailing", len(betas))
+        made = self.build(getattr(diffusers, self.scheduler), spacing, betas)
+        made.set_timesteps(steps)
+        if own is not None:
+            set_listed(made, own)
+        if hasattr(made, "set_begin_index"):
+            made.set_begin_index(0)
+        timesteps = made.timesteps.tolist()
+        if len(timesteps) != self.calls(steps) or not 0 <= min(timesteps) <= max(timesteps) < len(betas):
+            # The rounding of 61 trailing timesteps of 1000 makes 62, down to -1; 999 leading ones begin with 1000.
+            raise ValueError(f"{self.name} cannot take {steps} {spacing} timesteps of {len(betas)}: diffusers makes "
+                             f"{len(timesteps)} of them, from {max(timesteps)} to {min(timesteps)}")
+        return made
+
+    def check_steps(self, steps: int, spacing: str, num_timesteps: int) -> None:
+        """Check what can be known before the timesteps are. Raises ValueError."""
+        if spacing not in self.by_spacing:
+            known = (" or " if len(self.by_spacing) == 2 else ", ").join(self.by_spacing)
+            raise ValueError(f"{self.name} takes timesteps {known}{', or a list' if self.takes_lists else ''}, "
+                             f"got {spacing[:40]!r}")
+        if not 1 <= steps < num_timesteps:
+            raise ValueError(f"the number of steps must be from 1 to {num_timesteps - 1}, got {steps}")
+
+    def check(self, steps: int, spacing: str, betas: Tensor) -> None:
+        self.make(steps, spacing, betas)
+
+    @torch.no_grad()
+    def run(self, predict: Predict, x: Tensor, steps: int, spacing: str, diffusion: Diffusion, eta: float = 0.0,
+            noise: Noise | None = None, progress: Progress | None = None) -> Tensor:
+        rule = self.make(steps, spacing, diffusion.betas())
+        for step, t in enumerate(rule.timesteps.tolist()):
+            x = rule.step(predict(x, t, step), t, x).prev_sample
+            if progress:
+                progress(step, x)
+        return x
+
+
+def set_listed(scheduler: Any, timesteps: Sequence[int]) -> None:
+    """Give a multistep scheduler of diffusers timesteps of its own, ascending, after its set_timesteps for as many.
+
+    It is what set_timesteps does for those of a spacing; few of the schedulers take a list themselves.
+    """
+    own, device = list(timesteps)[::-1], scheduler.timesteps.device
+    levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5
+    scheduler.timesteps, scheduler.num_inference_steps = torch.tensor(own, device=device), len(own)
+    scheduler.sigmas = torch.cat([levels[own].to(scheduler.sigmas), scheduler.sigmas[-1:]]).float()
+
+
+class Plms(OfDiffusers):
+    """PLMS takes two network calls for its first step: the second timestep comes twice. Its steps are equally long."""
+    takes_lists: ClassVar[bool] = False
+
+    def calls(self, steps: int) -> int:
+        return steps + (steps > 1)
+
+    def check_steps(self, steps: int, spacing: str, num_timesteps: int) -> None:
+        super().check_steps(steps, spacing, num_timesteps)
+        if spacing == "trailing" and num_timesteps % steps:
+            # The scheduler's steps are all num_timesteps // num_steps long, whatever its timesteps are.
+            raise ValueError(f"plms with trailing timesteps needs a number of steps that divides {num_timesteps}, "
+                             f"got {steps}")
+
+
+def _dpm_solver(order: int) -> dict[str, Any]:
+    return {"solver_order": order, "algorithm_type": "dpmsolver++", "solver_type": "midpoint",
+            "lower_order_final": True, "final_sigmas_type": "zero"}
+
+
+# Where each ends: 'leading' of DDIM and PLMS, and all of DEIS, on the noise of timestep 0; all else on a clean image.
+SOLVERS: Mapping[str, Solver] = {one.name: one for one in (
+    # Song et al., arXiv 2010.02502
+    Ddim("ddim", "DDIM"),
+    # Liu et al., arXiv 2202.09778: the sampler of Stable Diffusion v1's tables. Each spacing has its own end point.
+    Plms("plms", "PLMS", "PNDMScheduler", {"skip_prk_steps": True},
+         {"leading": {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False},
+          "trailing": {"timestep_spacing": "trailing", "set_alpha_to_one": True}}),
+    # Lu et al., arXiv 2211.01095, second order, multistep; the last step is of first order (and the one before, below
+    # 15 steps).
+    OfDiffusers("dpmpp", "DPM-Solver++ (2M)", "DPMSolverMultistepScheduler", _dpm_solver(2)),
+    # Zhao et al., arXiv 2302.04867, with the corrector B_2(h) = e^h - 1; the last step is of first order.
+    OfDiffusers("unipc", "UniPC of order 2", "UniPCMultistepScheduler",
+                {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "lower_order_final": True,
+                 "final_sigmas_type": "zero"}),
+    OfDiffusers("dpmpp3", "DPM-Solver++ of order 3", "DPMSolverMultistepScheduler", _dpm_solver(3)),
+    # Zhang and Chen, arXiv 2204.13902; exponential integrators with polynomials in log rho.
+    OfDiffusers("deis", "DEIS of order 3", "DEISMultistepScheduler",
+                {"solver_order": 3, "solver_type": "logrho", "lower_order_final": True}),
+)}
+
+
+def solver(name: str) -> Solver:
+    """The sampler of a name. Raises ValueError for one that is not in SOLVERS."""
+    if name not in SOLVERS:
+        raise ValueError(f"unknown sampler {name!r}: choose from {', '.join(SOLVERS)}")
+    return SOLVERS[name]
