@@ -89,8 +89,8 @@ def test_no_circle(ours):
 
 
 def test_what_these_tests_would_find():
-    x, y, z = Path("caching/x.py"), Path("eval/cost/y.py"), Path("eval/z.py")
-    down = graph({x: "", y: "from caching import x", z: "import eval.cost.y\nfrom eval.cost.y import anything"})
+    x, y, z = Path("unet_caching/x.py"), Path("eval/cost/y.py"), Path("eval/z.py")
+    down = graph({x: "", y: "from unet_caching import x", z: "import eval.cost.y\nfrom eval.cost.y import anything"})
     assert down == {x: set(), y: {(x, False)}, z: {(y, False)}} and upward(down) == circle(down) == []
     assert upward(graph({x: "def late():\n    from eval.cost import y", y: ""})) == [f"{x} imports {y}"]
     assert upward(graph({y: "from eval.z import anything", z: ""})) == [f"{y} imports {z}"]
