@@ -186,8 +186,6 @@ NUMBERED = (
     ("lab.plans.search", (*MODEL, *FITTING, "--calls", "3", "--out", "{}/p.json"),
      "attempts converged-steps jobs batch-size threads"),
     ("lab.plans.search", (*MODEL, *FITTING, "--out", "{}/p.json"), "calls macs speedup seconds"),
-    ("lab.fit.fit_forecast", (*MODEL, *FITTING, "--interval", "2", "--forecast", "1", "--out", "{}/w.safetensors"),
-     "ridge interval batch-size threads"),
     ("scripts.block_caching", ("train", *MODEL, *FITTING, "--schedule", "{}/s.json", "--out", "{}/s.safetensors"),
      "lr ridge batch-size"),
     ("scripts.convergence", ("--config", "configs/studies/bf16_ldm.yaml", "--results", "{}/r", "--work", "{}/w"),
@@ -253,7 +251,7 @@ def of_damaged_work() -> Iterator[Case]:
     for key, value in (("seeds", "x"), ("chosen_on", 0), ("chosen_on", "x"), ("twice", -1), ("twice", "many"),
                        ("converged", {"steps": "x"}), ("converged", {"stepz": 5}), ("converged", [1]), ("grids", 5),
                        ("grids", []), ("grids", [5]), ("common", {"steps": [1]}), ("common", {"eta": "x"}),
-                       ("fit_seeds", "x"), ("model", 5), ("model", "../x"), ("surprise", 1)):
+                       ("model", 5), ("model", "../x"), ("surprise", 1)):
         yield Case(f"study with {key} {value}", "scripts.convergence",
                    ("--config", "{}/f.yaml", "--list", "--results", "{}/r"),
                    make=written("f.yaml", yaml.safe_dump(study | {key: value})))
@@ -427,7 +425,7 @@ def of_paths() -> Iterator[Case]:
                codes=(1, 2))
     for module, words in (("eval.macs", ()), ("ddpm.sample", ("--seeds", "0", "--out", "{}/o")),
                           ("eval.throughput", ()), ("scripts.sweep", ("--list",)), ("scripts.convergence", ("--list",)),
-                          ("scripts.block_caching", ()), ("lab.fit.fit_forecast", ("--out", "{}/o.safetensors")),
+                          ("scripts.block_caching", ()),
                           ("lab.plans.search", ("--out", "{}/o.json", "--seeds", "0", "--held-out-seeds", "1"))):
         verb = ("measure",) if module == "scripts.block_caching" else ()
         tail = ("--out", "{}/o.json") if verb else ()

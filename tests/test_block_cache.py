@@ -8,11 +8,12 @@ from conftest import relative_error
 
 from ddpm.unet import UNet
 from eval.cost.macs import residual_macs, run_macs, schedule_macs
+from lab.fit.block_changes import threshold_schedule
+from lab.fit.meters import ChangeMeter, SimilarityMeter
+from lab.fit.scale_shift import Distiller, ScaleShift
 from ldm.unet import UNet as LatentUNet
-from unet_caching.meters import ChangeMeter, SimilarityMeter
-from unet_caching.methods.block_cache import BlockCache, outside, residual_names, threshold_schedule
+from unet_caching.methods.block_cache import BlockCache, outside, residual_names
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.methods.scale_shift import Distiller, ScaleShift
 from unet_caching.policy import Together
 from unet_caching.samplers.ddim import ddim, uniform_timesteps
 from unet_caching.samplers.diffusion import alphas_cumprod

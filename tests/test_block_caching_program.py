@@ -19,7 +19,9 @@ from ddpm.unet import UNet
 from eval import macs
 from eval.metrics.images import open_images
 from lab.fit import block_caching
-from lab.fit.block_changes import BlockChanges, ScheduleMaker
+from lab.fit.block_changes import BlockChanges, ScheduleMaker, threshold_schedule
+from lab.fit.meters import ChangeMeter
+from lab.fit.scale_shift import best_line
 from ldm import first_stage
 from ldm import sample as ldm_sample
 from ldm.checkpoint import Model
@@ -27,10 +29,7 @@ from ldm.checkpoint import published_state_dict as ldm_tensors
 from ldm.unet import UNet as LatentUNet
 from run import results
 from unet_caching.files.block_schedule import BlockSchedule, load_scale_shift
-from unet_caching.meters import ChangeMeter
-from unet_caching.methods.block_cache import threshold_schedule
 from unet_caching.methods.deepcache import DeepCacheOptions
-from unet_caching.methods.scale_shift import best_line
 from unet_caching.options import RunShape
 
 STEPS = 5

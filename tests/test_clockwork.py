@@ -12,13 +12,14 @@ from ddpm import sample
 from eval.cost.runs import call_macs
 from eval.tables.results import cost
 from lab.fit import train_adaptor
+from lab.fit.adaptor_training import TimeConditioning
 from lab.fit.fitting import frozen, weights_sha256
 from run import results
 from run.folder import read_run
 from run.machine import Machine
 from run.spec import RunSpec
 from unet_caching.errors import UserError
-from unet_caching.methods.adaptor import Adaptor, AdaptorFile, TimeConditioning
+from unet_caching.methods.adaptor import Adaptor, AdaptorFile
 from unet_caching.methods.clockwork import Clockwork, clocked
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.pipelines.enable import enable_deepcache

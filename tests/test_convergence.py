@@ -31,13 +31,11 @@ model: ddpm_emoji
 seeds: 10-15
 chosen_on: 3
 twice: 2
-fit_seeds: 20-21
 converged: {sampler: unipc, steps: 8}
 common: {timesteps: trailing, branch: 0}
 grids:
 - {sampler: unipc, steps: [2, 4]}
 - {sampler: unipc, steps: 6, interval: 2, forecast: [0, 1]}
-- {sampler: unipc, steps: 6, interval: 2, forecast: 1, forecast_weights: fitted}
 """
 
 
@@ -58,13 +56,12 @@ def study(tmp_path, monkeypatch, capsys):
 def test_a_study_is_measured_once(study, tmp_path):
     """Each run's PSNR is that of its latents to the converged ones; what is there is not made again."""
     listed, folder = study(STUDY, "--list")
-    assert not folder.exists() and listed.count(" no") == 5
+    assert not folder.exists() and listed.count(" no") == 4
     printed, folder = study()
-    assert "5 runs are measured" in printed
+    assert "4 runs are measured" in printed
     names = {path.stem: path for path in folder.glob("*.json")}
     assert names.keys() == {"twice", "unipc_steps2", "unipc_steps4", "uniform_n2_branch0_unipc_steps6",
-                            "uniform_n2_branch0_forecast1_unipc_steps6",
-                            "uniform_n2_branch0_forecast1_fitted_unipc_steps6"}
+                            "uniform_n2_branch0_forecast1_unipc_steps6"}
 
     machine, latents = Machine(batch_size=4, device="cpu", threads=1), {}
     for name, options in (("converged", {"steps": 8}), ("run", {"steps": 6, "interval": 2, "forecast": 1})):
@@ -80,12 +77,12 @@ def test_a_study_is_measured_once(study, tmp_path):
     assert results.read(names["unipc_steps4"]).details["full_calls"] == 4
 
     page = (folder / "index.html").read_text()
-    assert f"to look at: {folder / 'index.html'}" in printed and page.count("data:image/webp") == 15    # seeds 13-15
+    assert f"to look at: {folder / 'index.html'}" in printed and page.count("data:image/webp") == 12    # seeds 13-15
     assert "reuse" in page and "python -m ddpm.sample" in page and "of 6 calls compute everything" in page
     before = {path: path.stat().st_mtime_ns for path in [*folder.rglob("*.json"), *tmp_path.glob("work/**/*.png")]}
-    assert "5 runs are measured" in study()[0]
+    assert "4 runs are measured" in study()[0]
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    assert study(STUDY, "--list")[0].count("yes") == 5
+    assert study(STUDY, "--list")[0].count("yes") == 4
     study(STUDY.replace("10-15", "10-14"))
     assert len(results.read(names["unipc_steps4"]).details["psnr"]) == 5
 
@@ -93,8 +90,7 @@ def test_a_study_is_measured_once(study, tmp_path):
 def test_images_are_judged_and_other_studies_shown(study, tmp_path):
     """Distances to real images are those of eval.quality, less those of the converged images; the converged run's own
     are nothing above itself."""
-    short = STUDY[:STUDY.index("- {sampler: unipc, steps: 6, interval: 2, forecast: 1")]
-    study(short)
+    study()
     (tmp_path / "one.yaml").rename(tmp_path / "other.yaml")
     (tmp_path / "results" / "convergence" / "one").rename(tmp_path / "results" / "convergence" / "other")
     text = STUDY[:STUDY.index("grids")] + """judged: "emoji:Smileys & Emotion"
@@ -128,8 +124,6 @@ grids:
 
 @pytest.mark.parametrize(("change", "word"), [
     (("steps: [2, 4]", "step: [2, 4]"), "is it steps?"),
-    (("fit_seeds: 20-21", "fit_seeds: 15-21"), "seed 15"),
-    (("fit_seeds: 20-21\n", ""), "fit_seeds"),
     (("chosen_on: 3", "chosen_on: 5"), "chosen_on"),
     (("timesteps: trailing, ", ""), "no option"),
     (("steps: 8}", "steps: 8, interval: 2}"), "without caching"),
@@ -240,9 +234,7 @@ def test_shipped_results_belong_to_their_studies():
     """Every JSON of a study's folder is of a run that its file has today."""
     for path in STUDIES:
         read, folder = convergence.read_study(path), Path("results/convergence") / path.stem
-        place = convergence.Place(path.stem, Path("results"), Path("samples"))
-        names = {run.name for spec, to_fit in convergence.specs(read)
-                 if (run := convergence.as_fitted(spec, to_fit, place))}
+        names = {spec.open().name for spec in convergence.specs(read)}
         there = {one.stem for one in folder.glob("*.json")} - {"twice", "times"}
         assert there <= names
         for one in there:
@@ -287,7 +279,7 @@ def test_work_that_is_damaged_or_of_another_run_is_refused(tmp_path):
 
 def test_a_result_is_measured_again_when_the_weights_change(study, tmp_path, monkeypatch):
     """And the listing says why; so is the distance of twice the steps; times of another model are refused."""
-    text = STUDY.replace("fit_seeds: 20-21\n", "").replace(STUDY[STUDY.index("- {sampler: unipc, steps: 6"):], "")
+    text = STUDY[:STUDY.index("- {sampler: unipc, steps: 6")]
     config = yaml.safe_load((ROOT / "configs" / "ddpm_emoji.yaml").read_text())
     weights = load_file(ROOT / config["checkpoint"])
     config |= {"checkpoint": str(tmp_path / "w.safetensors"), "name": "ddpm_other"}

@@ -3,11 +3,11 @@
 import pytest
 from conftest import run_command
 
-from lab.fit import calibrate_adaptive, fit_forecast, train_adaptor, train_router
+from lab.fit import calibrate_adaptive, train_adaptor, train_router
 from lab.plans import search
 
 
-@pytest.mark.parametrize("program", [calibrate_adaptive, fit_forecast, search, train_adaptor, train_router],
+@pytest.mark.parametrize("program", [calibrate_adaptive, search, train_adaptor, train_router],
                          ids=lambda program: program.__name__)
 @pytest.mark.parametrize("config", ["ddpm_cifar10", "ldm_cin256", "sd_v15", "sdxl"])
 def test_each_takes_the_options_of_every_model(program, config, capsys):

@@ -9,11 +9,9 @@ from test_graphs import record
 from torch import nn
 
 from ldm.unet import UNet
-from unet_caching.files.forecast_weights import ForecastWeights
-from unet_caching.forecast import DampingFit, newton_terms
+from unet_caching.forecast import newton_terms
 from unet_caching.methods.block_cache import BlockCache, residual_names
 from unet_caching.methods.deepcache import DeepCache, DeepCacheOptions, ZeroedCache
-from unet_caching.methods.forecast_fit import ForecastErrors, ForecastFit
 from unet_caching.methods.forecast_options import ForecastOptions
 from unet_caching.options import RunShape
 from unet_caching.policy import Together
@@ -294,105 +292,17 @@ def test_blocks_of_order_0_are_reuse_bit_for_bit(unet):
     assert torch.equal(sample(unet, plain), sample(unet, zero)) and plain.kept.keys() == zero.kept.keys() == set(blocks)
 
 
-# Fitted weights
-
-def test_the_best_damping_is_found_and_the_ridge_draws_to_1():
-    terms = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    lacking = -0.4 * terms[0] + 0.2 * terms[1]              # the best weights are 0.6 and 1.2
-    fit = DampingFit(2)
-    for part in range(3):                                   # as batches
-        fit.add(terms[:, part], lacking[part])
-    assert fit.solve(0.0) == pytest.approx([0.6, 1.2], abs=1e-5)
-    assert fit.solve(1e9) == pytest.approx([1.0, 1.0], abs=1e-5)
-    assert all(abs(w - 1) < abs(best - 1) for w, best in zip(fit.solve(0.5), (0.6, 1.2), strict=True))
-    assert DampingFit(2).solve(0.1) == [1.0, 1.0]           # without data
-
-
-@pytest.mark.parametrize("order", [1, 2])
-def test_fitted_damping_forecasts_better_on_other_seeds(unet, order):
-    full, sampler = range(0, CALLS, 4), Sampler("dpmpp", CALLS, "trailing", 0.0, DIFFUSION)
-    fit = ForecastFit(unet, 1, full, order, CALLS)
-    for seeds in (range(4), range(4, 8)):
-        sample(fit, fit.policy(), sampler, seeds)
-    assert all(weights == [1.0] * order for step, weights in enumerate(fit.damping) if step in full or step < 4)
-    assert all(weights[0] != 1 for step, weights in enumerate(fit.damping) if step > 4 and step not in full)
-
-    def error(damping):
-        errors = ForecastErrors(unet)
-        sample(errors, DeepCache(1, full, order, damping), sampler, range(100, 104))
-        assert len(errors.errors) == CALLS - len(full)
-        return torch.stack(errors.errors).mean().item()
-
-    assert error(fit.damping) < 0.98 * min(error(1.0), error(0.0))
-
-
-SETTINGS = {"model": "tiny", "unet": {"ch": 32}, "checkpoint_sha256": "abc", "sampler": "ddim", "steps": CALLS,
-            "timesteps": "trailing"}
-
-
-def weights_file(path, order=1, **change):
-    from safetensors.torch import save_file
-    made = ForecastWeights(**{"run": SETTINGS, "branch": 1, "full_steps": list(range(0, CALLS, 4)),
-                              "damping": [[0.5 + step / 64] * order for step in range(CALLS)],
-                              "notes": {"seeds": "0-7"}, **change})
-    save_file(made.tensors(), path, made.metadata())
-    return made
-
-
-def test_a_file_of_weights_comes_back(tmp_path):
-    made = weights_file(tmp_path / "w.safetensors", 2)
-    assert ForecastWeights.load(tmp_path / "w.safetensors") == made
-    made.check(SETTINGS)
-    made.check({"model": "tiny"})
-    made.check_cache(1, range(0, CALLS, 4), 2, CALLS)
-
-
-@pytest.mark.parametrize(("change", "words"), [
-    ({"steps": 20}, "steps 16 there, 20 here"), ({"sampler": "plms"}, "sampler ddim there, plms here"),
-    ({"checkpoint_sha256": "def"}, "checkpoint_sha256 abc there"), ({"unet": {"ch": 64}}, "unet differs"),
-    ({"timesteps": "quad"}, "timesteps trailing there, quad here"), ({"model": "big"}, "model tiny there, big here")])
-def test_weights_of_another_run_are_refused(tmp_path, change, words):
-    weights_file(tmp_path / "w.safetensors")
-    planned = plan((DeepCacheOptions(interval=4, branch=1), ForecastOptions(1, 1.0, tmp_path / "w.safetensors")), SHAPE)
-    planned.check(SETTINGS)
-    with pytest.raises(ValueError, match=f"the forecast weights were fitted for another run: {words}"):
-        planned.check(SETTINGS | change)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"not safetensors at all", "foreign", "nan", "cut"])
-def test_a_file_that_is_none_is_refused_in_one_line(tmp_path, content):
-    from safetensors.torch import save_file
-    path = tmp_path / "w.safetensors"
-    if content == "foreign":
-        save_file({"damping": torch.ones(2, 1)}, path)
-    elif content == "nan":
-        weights_file(path, damping=[[math.nan]] * CALLS)
-    elif content == "cut":
-        weights_file(path)
-        path.write_bytes(path.read_bytes()[:-8])
-    elif content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"w\.safetensors") as raised:
-        ForecastWeights.load(path)
-    assert "\n" not in str(raised.value)
-
-
 # Options
 
 SHAPE = RunShape(CALLS, CALLS, 4, 1)
 
 
-def test_options_make_the_policy_that_forecasts(unet, tmp_path):
+def test_options_make_the_policy_that_forecasts(unet):
     planned = plan((DeepCacheOptions(interval=4), ForecastOptions(1, 0.5)), SHAPE)
     assert planned.settings["forecast"] == {"order": 1, "damping": 0.5, "weights_sha256": None}
     assert [part for method in planned.methods for part in method.name] == ["uniform_n4", "forecast1", "damped0.5"]
     expected = sample(unet, DeepCache(1, range(0, CALLS, 4), 1, 0.5))
     assert torch.equal(sample(unet, planned.policy()), expected)
-
-    made = weights_file(tmp_path / "w.safetensors")
-    fitted = plan((DeepCacheOptions(interval=4), ForecastOptions(1, 1.0, tmp_path / "w.safetensors")), SHAPE)
-    assert fitted.settings["forecast"]["damping"] is None and len(fitted.settings["forecast"]["weights_sha256"]) == 64
-    assert torch.equal(sample(unet, fitted.policy()), sample(unet, DeepCache(1, range(0, CALLS, 4), 1, made.damping)))
 
 
 def test_without_a_forecast_nothing_is_said_of_it():
@@ -408,27 +318,13 @@ def test_without_a_forecast_nothing_is_said_of_it():
     ((DeepCacheOptions(interval=8), ForecastOptions(2)), "order 2 needs 3 full steps .* has 2"),
     ((DeepCacheOptions(interval=15), ForecastOptions(1)), "order 1 needs 2 full steps before a cached one, .* has 1"),
     ((DeepCacheOptions(), ForecastOptions(1)), "--forecast needs an --interval"),
-    ((DeepCacheOptions(interval=4), ForecastOptions(0, 0.5)), "need --forecast"),
+    ((DeepCacheOptions(interval=4), ForecastOptions(0, 0.5)), "needs --forecast"),
     ((DeepCacheOptions(interval=4), ForecastOptions(1, math.inf)), "finite"),
     ((DeepCacheOptions(interval=4, zero_cache=True), ForecastOptions(1)), "zero-cache")])
 def test_options_that_cannot_be(options, words):
     with pytest.raises(ValueError, match=words) as raised:
         plan(options, SHAPE)
     assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize(("options", "words"), [
-    ((DeepCacheOptions(interval=2, branch=1), ForecastOptions(1)), "full_steps"),
-    ((DeepCacheOptions(interval=4, branch=0), ForecastOptions(1)), "branch 1 there, 0 here"),
-    ((DeepCacheOptions(interval=4, branch=1), ForecastOptions(2)), "order 1 there, 2 here"),
-    ((DeepCacheOptions(interval=4, branch=1), ForecastOptions(1, 0.5)), "choose one"),
-    ((DeepCacheOptions(interval=4, branch=1), ForecastOptions(0)), "need --forecast")])
-def test_weights_of_another_cache_are_refused(tmp_path, options, words):
-    weights_file(tmp_path / "w.safetensors")
-    level, forecast = options
-    forecast = ForecastOptions(forecast.forecast, forecast.forecast_damping, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=words):
-        plan((level, forecast), SHAPE)
 
 
 @pytest.mark.parametrize(("make", "words"), [

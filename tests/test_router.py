@@ -8,11 +8,11 @@ from ddpm import sample
 from eval.cost.runs import macs_per_image
 from lab.fit import train_router
 from lab.fit.fitting import weights_sha256
+from lab.fit.router import Router, RouterTraining, rounded, spread
 from run import results
 from run.spec import RunSpec
 from unet_caching.files.block_schedule import BlockSchedule
 from unet_caching.methods.block_cache import BlockCache, residual_names
-from unet_caching.methods.router import Router, RouterTraining, rounded, spread
 from unet_caching.nest import no_cache
 
 SEEDS = ("--seeds", "10-25", "--held-out-seeds", "30-33")

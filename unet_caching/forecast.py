@@ -6,9 +6,9 @@ network call. In Newton's form, with divided differences f[...], and every term 
 
     F(s) = F_0 + w_1 (s - s_0) f[s_0, s_1] + w_2 (s - s_0) (s - s_1) f[s_0, s_1, s_2] + ...
 
-It costs no multiply-accumulates of the network, one weighted sum, and one more value to keep for each order. The best
-weights of a step have a closed form (`DampingFit`). Deep features change slowly beside the blocks around them, so that
-this is the two-step Adams-Bashforth idea for the slow part of a two-rate system; it is not of the papers.
+It costs no multiply-accumulates of the network, one weighted sum, and one more value to keep for each order. Deep
+features change slowly beside the blocks around them, so that this is the two-step Adams-Bashforth idea for the slow
+part of a two-rate system; it is not of the papers.
 """
 
 import math
@@ -147,26 +147,3 @@ def on_device(weights: object, like: Tensor) -> Tensor:
     """Numbers as a tensor beside another, in its dtype. To a GPU it goes without waiting for what runs there."""
     made = torch.tensor(weights, dtype=like.dtype)
     return made.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else made.to(like.device)
-
-
-class DampingFit:
-    """The damping of one step in closed form, over as many batches as are added.
-
-    Least squares of what the network would compute against the forecast, over all numbers of all images, with a ridge
-    that draws the weights towards 1, the polynomial itself. terms: how many the step has.
-    """
-
-    def __init__(self, terms: int):
-        self.products = torch.zeros(terms, terms, dtype=torch.float64)      # of the terms with each other,
-        self.errors = torch.zeros(terms, dtype=torch.float64)               # and with what the undamped forecast lacks
-
-    def add(self, terms: Tensor, lacking: Tensor) -> None:
-        """terms: Newton's, undamped, [terms, ...]. lacking: the computed value less their forecast, [...]. float32."""
-        rows = terms.flatten(1)
-        self.products += (rows @ rows.T).double().cpu()
-        self.errors += (rows @ lacking.flatten()).double().cpu()
-
-    def solve(self, ridge: float) -> list[float]:
-        """The weights, one per term. ridge: weight of 1 against the data, in squares of each term."""
-        prior = (ridge * self.products.diagonal()).clamp(min=torch.finfo(torch.float32).tiny)
-        return (1 + torch.linalg.solve(self.products + prior.diag(), self.errors)).tolist()

@@ -24,6 +24,7 @@ from eval.cost.macs import branch_macs, residual_macs, schedule_macs
 from lab.fit.block_changes import BlockChanges, ScheduleMaker, summary
 from lab.fit.block_plots import change_curves, schedule_chart, similarity_maps
 from lab.fit.fitting import batches, check_out, open_model, own_unet
+from lab.fit.meters import ChangeMeter, SimilarityMeter
 from lab.fit.train_scale_shift import METHODS, train
 from run import arguments
 from run.cli import command
@@ -39,7 +40,6 @@ from unet_caching.files.block_schedule import (
     BOUND,
     BlockSchedule,
 )
-from unet_caching.meters import ChangeMeter, SimilarityMeter
 from unet_caching.methods.block_cache import KINDS, residual_names
 from unet_caching.methods.deepcache import DeepCacheOptions
 from unet_caching.options import RunShape

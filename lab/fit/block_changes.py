@@ -3,7 +3,7 @@
 `python -m scripts.block_caching measure` writes it as JSON; schedules need nothing else, no weights either.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from run.files import write_json
 from unet_caching.errors import UserError
 from unet_caching.files.block_schedule import BlockSchedule
 from unet_caching.files.schema import check, read_json
-from unet_caching.methods.block_cache import KINDS, outside, threshold_schedule
+from unet_caching.methods.block_cache import KINDS, outside
 from unet_caching.methods.deepcache import PlannedDeepCache
 
 FORMAT = 1
@@ -75,6 +75,25 @@ class _Residual:
     kind: str
     changes: list[float]
     macs: list[float]
+
+
+def threshold_schedule(changes: Sequence[float], delta: float) -> list[int]:
+    """The steps at which a block is computed: at 0, and whenever its change since the last time exceeds delta.
+
+    changes[t]: from step t - 1 to step t; changes[0] is not looked at. delta 0 computes every step.
+    Raises ValueError for a negative delta or changes that are not finite.
+    """
+    if not delta >= 0:
+        raise ValueError(f"delta must be 0 or more, got {delta}")
+    steps, total = [0], 0.0
+    for t in range(1, len(changes)):
+        total += changes[t]
+        if not 0 <= total < float("inf"):
+            raise ValueError(f"the change of step {t} is {changes[t]}: changes are finite and not negative")
+        if total > delta or delta == 0:
+            steps.append(t)
+            total = 0.0
+    return steps
 
 
 class ScheduleMaker:

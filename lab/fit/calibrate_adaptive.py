@@ -36,8 +36,7 @@ from run.results import Metric, Result
 from run.seeds import format_seeds
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.files.fitted import bound
-from unet_caching.meters import relative_change
-from unet_caching.methods.adaptive import AdaptiveCache, AdaptiveRule
+from unet_caching.methods.adaptive import AdaptiveCache, AdaptiveRule, relative_change
 from unet_caching.methods.block_cache import outside, residual_names
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.policy import Policy

@@ -13,6 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from eval.metrics.intervals import mean_estimate
+from lab.fit.runs_path import ForecastErrors
+from lab.fit.scale_shift import relative_distance
 from run import arguments
 from run.families import family_named_by
 from run.image_model import ImageModel, add_run, config_among, spec_of
@@ -21,8 +23,6 @@ from run.results import Metric
 from run.seeds import in_batches, parse_seeds
 from unet_caching.errors import UserError
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.methods.forecast_fit import ForecastErrors
-from unet_caching.methods.scale_shift import relative_distance
 from unet_caching.nest import NestedUNet
 from unet_caching.policy import Policy
 

@@ -5,9 +5,9 @@
     python -m ldm.sample --config configs/ldm_emoji.yaml --sampler unipc --steps 50 --clock 4 \\
         --adaptor adaptor.safetensors --seeds 0-63 --out samples/clockwork
 
-The network is frozen, and teaches on the path of the run that goes on with the adaptor (methods/clockwork_fit.py). The
-report, OUT.adaptor.json, has the distances to the uncached run on the held-out seeds, of the identity and of what was
-learnt, and paired differences. The options are those of the model's sample command.
+The network is frozen, and teaches on the path of the run that goes on with the adaptor (lab/fit/adaptor_training.py).
+The report, OUT.adaptor.json, has the distances to the uncached run on the held-out seeds, of the identity and of what
+was learnt, and paired differences. The options are those of the model's sample command.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from lab.fit.adaptor_training import AdaptorTraining
 from lab.fit.fitting import (
     apart,
     check_out,
@@ -39,7 +40,6 @@ from run.weights import save_tensors
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.methods.adaptor import AdaptorFile
 from unet_caching.methods.clockwork import Clockwork, PlannedClockwork
-from unet_caching.methods.clockwork_fit import AdaptorTraining
 from unet_caching.trace import positions
 
 

@@ -5,7 +5,7 @@
     python -m ldm.sample --config configs/ldm_emoji.yaml --sampler unipc --steps 30 --block-schedule routed.json \\
         --seeds 0-63 --out samples/routed
 
-The network is frozen (methods/router.py). With --calls, a budget in multiply-accumulates of full network calls per
+The network is frozen (lab/fit/router.py). With --calls, a budget in multiply-accumulates of full network calls per
 image, lambda is moved until the routers have it, and they are rounded to within it; otherwise lambda stays. With
 --every-second what is rounded up is computed; without, a router is how often its block is. The result is an ordinary
 block schedule. The report, OUT.router.json, has the distances to the uncached run on the held-out seeds: of this
@@ -35,6 +35,7 @@ from lab.fit.fitting import (
     own_unet,
     training_batches,
 )
+from lab.fit.router import RouterTraining, least, rounded, spread
 from run import arguments, results
 from run.cli import command
 from run.families import example_inputs, load_unet
@@ -47,7 +48,6 @@ from unet_caching.errors import UserError, as_user_error
 from unet_caching.files.block_schedule import BlockSchedule
 from unet_caching.files.fitted import BOUND
 from unet_caching.methods.block_cache import KINDS, BlockCache, residual_names
-from unet_caching.methods.router import RouterTraining, least, rounded, spread
 
 
 def build_parser(words: list[str]) -> argparse.ArgumentParser:

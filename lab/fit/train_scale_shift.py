@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from eval.cost.macs import on_meta
 from eval.metrics.intervals import mean_estimate
 from lab.fit.fitting import apart, batches, check_out, open_model, own_unet, training_batches
+from lab.fit.scale_shift import Comparison, Distiller, LeastSquares, ScaleShift, relative_distance
 from run import results
 from run.families import Config, example_inputs
 from run.image_model import ImageModel
@@ -27,7 +28,6 @@ from unet_caching.files.block_schedule import (
     scale_shift_tensors,
 )
 from unet_caching.methods.block_cache import Adjustment, BlockCache
-from unet_caching.methods.scale_shift import Comparison, Distiller, LeastSquares, ScaleShift, relative_distance
 
 MEASURES = ("residuals", "latents", "pixels")
 ARMS = ("plain", "adjusted", "adjusted minus plain")

@@ -12,7 +12,6 @@ A study is a YAML file:
     converged: {sampler: unipc, steps: 100}
     twice: 16                   seeds on which twice as many steps show how far converged the images are
     common: {timesteps: trailing}       options of all runs; for text also prompts, images_per_prompt
-    fit_seeds: 6000-6015        for forecast_weights: fitted
     judged: emoji:all           also the distances of the images to these real ones (as eval.quality), less those that
                                 the converged images of the same seeds have
     also: [forecast_ldm]        other studies, of the same model, seeds and converged run, whose runs are shown, too
@@ -44,7 +43,6 @@ from eval.metrics.sources import open_reference
 from eval.quality import difference, metrics, quality
 from eval.tables.current import other_weights
 from eval.tables.text import align
-from lab.fit.fit_forecast import fit
 from lab.plans.distances import Distances
 from lab.study import convergence_page, convergence_report
 from lab.study.convergence_page import Shown
@@ -58,12 +56,10 @@ from run.results import Cost, Metric, Result
 from run.seeds import format_seeds, parse_seeds
 from run.settings import read_yaml
 from run.spec import Run, RunSpec
-from run.weights import save_tensors
 from unet_caching.errors import UserError
 from unet_caching.files import schema
 
 KIND = "convergence"
-FITTED = "fitted"           # instead of the file of an axis `forecast_weights`
 
 
 @dataclass
@@ -76,7 +72,6 @@ class Study:
     chosen_on: int = 64
     twice: int = 16
     common: dict[str, Any] = field(default_factory=dict)
-    fit_seeds: str | None = None
     judged: str | None = None
     also: list[str] = field(default_factory=list)
 
@@ -95,10 +90,6 @@ class Place:
     def result(self, run: Run) -> Path:
         return self.folder / f"{run.name}.json"
 
-    def fitted(self, run: Run) -> Path:
-        """The weights of a run whose forecast is to be fitted; the last word goes into its name."""
-        return self.folder / "fitted" / run.name / "fitted.safetensors"
-
 
 def read_study(path: Path) -> Study:
     """Raises UserError that names the file, the grid and the axis that is wrong."""
@@ -107,10 +98,6 @@ def read_study(path: Path) -> Study:
         for axis, values in lists_of(grid).items():
             if axis == "model":
                 raise UserError(f"{path}, grid {number}: a study is of one model, which it names once")
-            if values == [FITTED] and axis == "forecast_weights":
-                if study.fit_seeds is None:
-                    raise UserError(f"{path}, grid {number}: fitted weights need fit_seeds, like 6000-6015")
-                continue
             check_axis(f"{path}, grid {number}", axis, values)
     known = options_of(*map(type, RunSpec.of(config_of(study.model)).parts))
     for key, options in (("converged", study.converged), ("common", study.common)):
@@ -124,52 +111,23 @@ def read_study(path: Path) -> Study:
         raise UserError(f"{path}: twice must be from 0 to the {len(seeds)} seeds, got {study.twice}")
     if not 2 <= study.chosen_on <= len(seeds) - 2:
         raise UserError(f"{path}: chosen_on must leave 2 of the {len(seeds)} seeds or more on either side")
-    if study.fit_seeds is not None and (both := set(seeds) & set(parse_seeds(study.fit_seeds))):
-        raise UserError(f"{path}: seed {min(both)} is to be learnt from and judged on: take other fit_seeds")
     return study
 
 
-def specs(study: Study) -> Iterator[tuple[RunSpec, bool]]:
-    """Every run of the study, and whether its forecast is still to be fitted. Raises UserError."""
+def specs(study: Study) -> Iterator[RunSpec]:
+    """Every run of the study. Raises UserError."""
     for grid in study.grids:
         for values in every(lists_of(grid)):
-            options = with_common(study.common, values)
-            fitted = options.get("forecast_weights") == FITTED
-            if fitted:
-                del options["forecast_weights"]
-            yield RunSpec.of(config_of(study.model), **options), fitted
+            yield RunSpec.of(config_of(study.model), **with_common(study.common, values))
 
 
-def check_names(runs: list[tuple[RunSpec, bool]], path: Path) -> None:
+def check_names(runs: list[RunSpec], path: Path) -> None:
     """Refuse runs that do not open, and different ones that would share a result. Raises UserError."""
-    known: dict[tuple[str, bool], Run] = {}
-    for spec, to_fit in runs:
+    known: dict[str, Run] = {}
+    for spec in runs:
         run = spec.open()
-        if known.setdefault((run.name, to_fit), run).told != run.told:
+        if known.setdefault(run.name, run).told != run.told:
             raise UserError(f"{path}: two different runs would both be called {run.name}")
-
-
-def fitted(spec: RunSpec, study: Study, place: Place, machine: Machine) -> RunSpec:
-    """The run with weights that were fitted to it, which are made where they are not there. Raises UserError."""
-    run = spec.open()
-    path, level = place.fitted(run), run.deepcache
-    if level is None or level.forecast[0] == 0:
-        raise UserError(f"{run.name} has nothing to fit: say interval and forecast")
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        model = run.family.open(run, machine)
-        model.load()
-        weights = fit(model, level, parse_seeds(str(study.fit_seeds)), machine.batch_size)
-        save_tensors(weights.tensors(), path, weights.metadata())
-    return spec.having(forecast_weights=path)
-
-
-def as_fitted(spec: RunSpec, to_fit: bool, place: Place) -> Run | None:
-    """The run, with its fitted weights where it takes some; None where those are not there yet."""
-    if not to_fit:
-        return spec.open()
-    path = place.fitted(spec.open())
-    return spec.having(forecast_weights=path).open() if path.is_file() else None
 
 
 class Judged:
@@ -249,18 +207,18 @@ def converged_of(study: Study) -> RunSpec:
     return RunSpec.of(config_of(study.model), **study.common | study.converged)
 
 
-def run_all(study: Study, place: Place, machine: Machine, runs: list[tuple[RunSpec, bool]]) -> None:
+def run_all(study: Study, place: Place, machine: Machine, runs: list[RunSpec]) -> None:
     """Measure what is not there yet."""
     seeds = parse_seeds(study.seeds)
     distances = Distances(converged_of(study), machine, place.work)
     distances.model.check_seeds(seeds)
-    for spec, _ in runs:
+    for spec in runs:
         distances.check(spec.open())
     distances.converged(seeds)
     measure_twice(study, place, distances, seeds[:study.twice])
     judged = None if study.judged is None else Judged(study.judged, distances, seeds)
-    for number, (spec, to_fit) in enumerate(runs, 1):
-        run = (fitted(spec, study, place, machine) if to_fit else spec).open()
+    for number, spec in enumerate(runs, 1):
+        run = spec.open()
         path = place.result(run)
         if there(run, path, distances.run, seeds, study.judged) is None:
             print(f"[{number}/{len(runs)}] {run.name}: {in_full_calls(run):.2f} full calls", flush=True)
@@ -291,14 +249,12 @@ def also(study: Study, path: Path, place: Place) -> Iterator[tuple[Study, Place]
         yield other, Place(name, place.results, place.work)
 
 
-def points(study: Study, place: Place, runs: list[tuple[RunSpec, bool]], times: Path | None = None) -> list[Point]:
+def points(study: Study, place: Place, runs: list[RunSpec], times: Path | None = None) -> list[Point]:
     """What is measured of the study; says what is no longer current. times: of its steps (default: its own)."""
     converged, seeds, found = converged_of(study).open(), parse_seeds(study.seeds), []
     timed = times_of(times or place.folder / "times.json", converged)
-    for spec, to_fit in runs:
-        run = as_fitted(spec, to_fit, place)
-        if run is None:
-            continue
+    for spec in runs:
+        run = spec.open()
         path = place.result(run)
         if (why_not := fault(run, path, converged, seeds, study.judged)) not in (None, "no"):
             print(f"left out: {run.name}, {why_not}")
@@ -308,10 +264,9 @@ def points(study: Study, place: Place, runs: list[tuple[RunSpec, bool]], times: 
     return found
 
 
-def shown(study: Study, place: Place, runs: list[tuple[RunSpec, bool]], others: list[tuple[Study, Place]]) -> Shown:
+def shown(study: Study, place: Place, runs: list[RunSpec], others: list[tuple[Study, Place]]) -> Shown:
     """What a page needs beside the points."""
-    every = [*((place, *one) for one in runs), *((beside, *one) for other, beside in others for one in specs(other))]
-    opened = filter(None, (as_fitted(spec, to_fit, where) for where, spec, to_fit in every))
+    opened = [spec.open() for spec in (*runs, *(spec for other, _ in others for spec in specs(other)))]
     return Shown(converged_of(study).open(), {run.name: run for run in opened}, parse_seeds(study.seeds),
                  study.chosen_on, place.work / "images")
 
@@ -327,16 +282,13 @@ def times_of(path: Path, run: Run) -> dict[str, Any] | None:
     return found.times
 
 
-def listing(study: Study, place: Place, runs: list[tuple[RunSpec, bool]]) -> str:
+def listing(study: Study, place: Place, runs: list[RunSpec]) -> str:
     """A line per run."""
     converged, seeds = converged_of(study).open(), parse_seeds(study.seeds)
     lines = [["run", "full / calls", "cost, full calls", "measured"]]
-    for spec, to_fit in runs:
-        found = as_fitted(spec, to_fit, place)
-        run = found or spec.open()
-        why_not = fault(found, place.result(found), converged, seeds, study.judged) if found else "no"
-        lines.append([run.name + ("" if found else ", to be fitted"), f"{run.full_calls} / {run.calls}",
-                      f"{in_full_calls(run):.2f}", why_not or "yes"])
+    for run in (spec.open() for spec in runs):
+        why_not = fault(run, place.result(run), converged, seeds, study.judged)
+        lines.append([run.name, f"{run.full_calls} / {run.calls}", f"{in_full_calls(run):.2f}", why_not or "yes"])
     return align(lines)
 
 

@@ -80,7 +80,7 @@ def kind_of(run: Run) -> str:
     parts += [cache["schedule"]] if cache.get("schedule", "uniform") != "uniform" else []
     if forecast is None:
         return ", ".join([*parts, "reuse"])
-    how = [] if forecast["damping"] == 1 else ["fitted" if forecast["weights_sha256"] else "damped"]
+    how = [] if forecast["damping"] == 1 else ["damped"]
     return ", ".join([*parts, f"forecast, order {forecast['order']}", *how])
 
 

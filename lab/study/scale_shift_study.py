@@ -20,6 +20,7 @@ from tqdm import tqdm
 from eval.metrics.intervals import mean_estimate
 from eval.tables.text import markdown
 from lab.fit.block_changes import BlockChanges, ScheduleMaker
+from lab.fit.scale_shift import relative_distance
 from lab.fit.train_scale_shift import metric_name
 from lab.study.block_caching_demo import FILES, make
 from run import results
@@ -31,7 +32,6 @@ from run.results import Metric, Result
 from run.seeds import in_batches
 from run.spec import RunSpec
 from unet_caching.methods.block_cache import BlockCache
-from unet_caching.methods.scale_shift import relative_distance
 
 OUT = Path("results/block_caching/study")
 RUN = [*RunSpec.of("configs/ddpm_emoji.yaml", steps=20).words(), "--device", "cpu", "--threads", "1"]

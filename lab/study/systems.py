@@ -61,7 +61,7 @@ from unet_caching.methods.adaptive import PlannedAdaptive
 
 KIND, MADE = "systems", "fitted file"
 SPENT = "spent"              # in details: what each seed cost, in full network calls, where each image decides
-FILE_OPTIONS = ("adaptor", "adaptive", "plan", "block_schedule", "scale_shift", "forecast_weights")
+FILE_OPTIONS = ("adaptor", "adaptive", "plan", "block_schedule", "scale_shift")
 
 
 @dataclass

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from unet_caching.files.fitted import bound, read_signed, refuse_other_run
 from unet_caching.files.schema import AtLeast
-from unet_caching.meters import relative_change
 from unet_caching.methods.block_cache import outside
 from unet_caching.options import MethodOptions, Planned, RunShape, option
 from unet_caching.policy import Policy
@@ -162,6 +161,13 @@ class AdaptiveCache(Policy):
     @kept.setter
     def kept(self, values: Mapping[Hashable, Tensor]) -> None:
         self.feature, self.seen, self.sums = (values.get(key) for key in ("feature", "seen", "sums"))
+
+
+def relative_change(value: Tensor, previous: Tensor) -> Tensor:
+    """|value - previous|_1 / |value|_1 of each row: [batch, ...] -> [batch]; 0 where nothing changed."""
+    value, previous = value.float().flatten(1), previous.float().flatten(1)
+    change, size = (value - previous).abs().sum(1), value.abs().sum(1)
+    return torch.where(change == 0, 0.0, change / size)
 
 
 class PlannedAdaptive(Planned):

@@ -5,7 +5,7 @@ It is a bottleneck of two convolutions on the last feature of that part, told th
     F -> F + outer(gain * silu(scale * inner(normalised F) + shift))
 
 Scale, shift and gain are of the bottleneck's channels. A linear layer makes them of the timestep embedding while it
-learns (`TimeConditioning`); a run of given steps needs one row of them for each network call, and that table is what is
+learns; a run of given steps needs one row of them for each network call, and that table is what is
 kept. The gain grows with the age of the feature, in calls. It starts as the identity: `outer` is zero.
 Its shape, and the age, are ours; the paper has residual blocks there that are told the timestep alone.
 
@@ -45,20 +45,6 @@ class Adaptor(nn.Module):
         scale, shift, gain = row[:, :, None, None]                              # [width, 1, 1] each
         h = F.silu(self.inner(self.norm(feature)) * scale + shift) * gain       # [batch, width, height, width]
         return feature + self.outer(h)
-
-
-class TimeConditioning(nn.Module):
-    """Rows of the table from the timestep embedding: [emb_channels] and the feature's age in calls -> [3, width]."""
-
-    def __init__(self, emb_channels: int, width: int):
-        super().__init__()
-        self.layer = nn.Linear(emb_channels, ROWS * width)
-        nn.init.zeros_(self.layer.weight)
-        nn.init.zeros_(self.layer.bias)
-
-    def forward(self, emb: Tensor, age: int) -> Tensor:
-        scale, shift, gain = self.layer(emb).chunk(ROWS)
-        return torch.stack([1 + scale, shift, age * (1 + gain)])
 
 
 @dataclass

@@ -3,7 +3,7 @@
 Instead of being reused as they are, they can be forecast (unet_caching/forecast.py), which is not of the paper.
 
 The paper measures L1rel(i, t) = |C_i(t) - C_i(t - 1)|_1 / |C_i(t)|_1 of each block's residual C_i from step to step
-(`meters`), and keeps a value until the sum of these changes since it was computed exceeds a threshold delta.
+and keeps a value until the sum of these changes since it was computed exceeds a threshold delta.
 Steps count in the order in which they run, 0 at the highest noise level; the change of step t is that from step t - 1.
 """
 
@@ -35,31 +35,12 @@ def residual_names(unet: nn.Module, kinds: str = "transformer") -> list[str]:
     return names
 
 
-def threshold_schedule(changes: Sequence[float], delta: float) -> list[int]:
-    """The steps at which a block is computed: at 0, and whenever its change since the last time exceeds delta.
-
-    changes[t]: from step t - 1 to step t; changes[0] is not looked at. delta 0 computes every step.
-    Raises ValueError for a negative delta or changes that are not finite.
-    """
-    if not delta >= 0:
-        raise ValueError(f"delta must be 0 or more, got {delta}")
-    steps, total = [0], 0.0
-    for t in range(1, len(changes)):
-        total += changes[t]
-        if not 0 <= total < float("inf"):
-            raise ValueError(f"the change of step {t} is {changes[t]}: changes are finite and not negative")
-        if total > delta or delta == 0:
-            steps.append(t)
-            total = 0.0
-    return steps
-
-
 class BlockCache(Policy):
     """Compute each residual on its own steps, reuse it on all others.
 
     schedule: for each residual that is cached, the steps that compute it; 0 must be one. Others are always computed.
     adjust: for each step, what to do to the values that it reuses: value * scale + shift, per channel
-    (see `unet_caching.methods.scale_shift`); None reuses them as they are.
+    (see `lab/fit/scale_shift.py`); None reuses them as they are.
     forecast: the order of the polynomial through the last values of each residual, which takes the place of the last
     one; 0 is reuse, as in the paper. damping: of the forecast, for all network calls or for each.
 

@@ -3,13 +3,27 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from unet_caching.methods.adaptor import Adaptor, TimeConditioning
+from lab.fit.runs_path import OnRunsPath
+from unet_caching.methods.adaptor import ROWS, Adaptor
 from unet_caching.methods.clockwork import Clockwork
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.methods.forecast_fit import OnRunsPath
 from unet_caching.nest import Network
+
+
+class TimeConditioning(nn.Module):
+    """Rows of the table from the timestep embedding: [emb_channels] and the feature's age in calls -> [3, width]."""
+
+    def __init__(self, emb_channels: int, width: int):
+        super().__init__()
+        self.layer = nn.Linear(emb_channels, ROWS * width)
+        nn.init.zeros_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, emb: Tensor, age: int) -> Tensor:
+        scale, shift, gain = self.layer(emb).chunk(ROWS)
+        return torch.stack([1 + scale, shift, age * (1 + gain)])
 
 
 class AdaptorTraining(OnRunsPath):

@@ -10,20 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unet_caching.methods.adaptive import relative_change
 from unet_caching.policy import Policy
-
-
-def relative_change(value: Tensor, previous: Tensor) -> Tensor:
-    """|value - previous|_1 / |value|_1 of each row: [batch, ...] -> [batch]; 0 where nothing changed."""
-    value, previous = value.float().flatten(1), previous.float().flatten(1)
-    change, size = (value - previous).abs().sum(1), value.abs().sum(1)
-    return torch.where(change == 0, 0.0, change / size)
 
 
 class ChangeMeter(Policy):
     """How much each residual changes from step to step (Block Caching, arXiv 2312.03209, its L1rel).
 
-    names: the residuals that are measured (`methods.block_cache.residual_names`). num_steps: network calls of a run.
+    names: the residuals that are measured. num_steps: network calls of a run.
     """
 
     def __init__(self, names: Collection[str], num_steps: int):
