@@ -208,7 +208,6 @@ NUMBERED = (
      "images-per-prompt batch-size threads"),
     ("scripts.slurm.submit", ("table_emoji", "--dry-run", "--samples", "{}/s", "--results", "{}/r"),
      "images-per-task images-per-hour time batch-size"),
-    ("scripts.real_size_sd", ("--out", "{}/r"), "steps resolution threads"),
     ("stable_diffusion.compare", ("--config", "configs/sd_emoji.yaml", "--prompt", "cat face", "--out", "{}/c.png"),
      "seed steps guidance"),
     ("ddpm.train", ("--out", "{}/t"), "threads"), ("ldm.train_first_stage", ("--out", "{}/t"), "threads"))

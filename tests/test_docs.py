@@ -91,7 +91,7 @@ def test_every_link_and_script_is_there(page):
                 headings = [re.sub(r"[^\w -]", "", one).strip().lower().replace(" ", "-")
                             for one in re.findall(r"^#+ (.+)$", file.read_text(), re.M)]
                 assert place in headings, f"{page}: {target}"
-    for script in re.findall(r"\bscripts/[\w/]+\.(?:sh|py|sbatch)\b", text):
+    for script in re.findall(r"\b(?:scripts|tests)/[\w/]+\.(?:sh|py|sbatch)\b", text):
         assert (ROOT / script).is_file(), f"{page}: {script}"
     for module in re.findall(r"python -m ((?:\w+\.)+\w+)", text):
         name = module.removeprefix("unet_caching.")

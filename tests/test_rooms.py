@@ -55,6 +55,20 @@ def upward(graph: Graph) -> list[str]:
                    if ORDER.index(room(other)) > ORDER.index(room(file))})
 
 
+def closed_by_types(graph: Graph) -> list[str]:
+    """Imports for type checkers alone that close a circle: what they import imports them, if by way of others."""
+    def reached(file: Path) -> set[Path]:
+        found, left = {file}, [file]
+        while left:
+            new = {other for other, _ in graph[left.pop()]} - found
+            found |= new
+            left += new
+        return found
+
+    return sorted(f"{file} imports {other}" for file, others in graph.items() for other, for_types in others
+                  if for_types and file in reached(other))
+
+
 def circle(graph: Graph) -> list[Path]:
     """Files that import each other when they run, the first of them again at the end."""
     run = {file: {other for other, for_types in others if not for_types} for file, others in graph.items()}
@@ -88,6 +102,11 @@ def test_no_circle(ours):
     assert not found, " imports ".join(map(str, reversed(found)))
 
 
+def test_no_circle_is_hidden(ours):
+    found = closed_by_types(ours)
+    assert len(found) <= 2, "\n".join(found)      # families, spec and image_model: on its way
+
+
 def test_what_these_tests_would_find():
     x, y, z = Path("unet_caching/x.py"), Path("eval/cost/y.py"), Path("eval/z.py")
     down = graph({x: "", y: "from unet_caching import x", z: "import eval.cost.y\nfrom eval.cost.y import anything"})
@@ -95,4 +114,6 @@ def test_what_these_tests_would_find():
     assert upward(graph({x: "def late():\n    from eval.cost import y", y: ""})) == [f"{x} imports {y}"]
     assert upward(graph({y: "from eval.z import anything", z: ""})) == [f"{y} imports {z}"]
     assert {*circle(graph({y: "import eval.z", z: "def late():\n    from eval.cost import y"}))} == {y, z}
-    assert circle(graph({y: "import eval.z", z: "if TYPE_CHECKING:\n    from eval.cost import y"})) == []
+    hidden = graph({y: "import eval.z", z: "if TYPE_CHECKING:\n    from eval.cost import y"})
+    assert circle(hidden) == [] and closed_by_types(hidden) == [f"{z} imports {y}"]
+    assert closed_by_types(graph({y: "", z: "if TYPE_CHECKING:\n    from eval.cost import y"})) == []

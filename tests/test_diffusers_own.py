@@ -1,11 +1,9 @@
-"""scripts/diffusers_own_tests.py on a checkout of a few tests, one of each kind."""
-
-import json
+"""tests/diffusers_own.py on a checkout of a few tests, one of each kind."""
 
 import pytest
 from conftest import run_command
-
-from scripts.diffusers_own_tests import kind, main, report
+from diffusers_own import Seen, kind, main
+from forked import Forked
 
 TESTS = '''
 import os
@@ -68,21 +66,18 @@ class TestShared:
 '''
 
 
-def test_each_kind_of_test_is_told(tmp_path, capsys):
+def test_each_kind_of_test_is_named(tmp_path):
     folder = tmp_path / "checkout" / "tests" / "pipelines" / "ddim"
     folder.mkdir(parents=True)
     (folder / "test_ddim.py").write_text(TESTS)
-    out = tmp_path / "report.json"
-    assert run_command(main, tmp_path / "checkout", "--stand-ins", "--out", out) == 1
-    found = json.loads(out.read_text())["tests"]
-    names = {name: sorted(test.split("::test_")[1] for test in tests) for name, tests in found.items()}
-    assert names == {"same": ["fails_alike", "same", "shared", "shared_again"], "untouched": ["untouched"],
-                     "refused": ["refused"], "differs": ["differs"], "broken": ["broken"], "skipped": ["skipped"]}
-    for name in ("same", "shared", "shared_again"):
-        (same,) = (seen for test, seen in found["same"].items() if test.endswith(f"test_{name}"))
-        assert same == {"outcome": "passed", "without us": "passed", "why": "", "calls": 2, "outputs": 1}
-    printed = capsys.readouterr().out
-    assert "Own, which has a forward of its own" in printed and "AssertionError" in printed
+    run = Forked(main, tmp_path / "checkout", "--stand-ins", log=tmp_path / "log")
+    assert run.wait() == 1
+    counts = {words[0]: words[1:] for words in map(str.split, run.output.splitlines()) if len(words) > 1}
+    assert counts["same"][:4] == ["4", "3", "passed,", "4"] and counts["same"][5] == "8"
+    assert all(counts[name][0] == "1" for name in ("untouched", "skipped"))
+    lines = [line for line in run.output.splitlines() if line.startswith(("refused: ", "differs: ", "broken: "))]
+    assert [line.split("::test_")[1].split(":")[0] for line in lines] == ["refused", "differs", "broken"]
+    assert "Own, which has a forward of its own" in lines[0] and "AssertionError" in lines[2]
 
 
 @pytest.mark.parametrize(("plain", "ours", "expected"), [
@@ -91,20 +86,11 @@ def test_each_kind_of_test_is_told(tmp_path, capsys):
     ({"outcome": "failed", "reason": "a"}, {"outcome": "failed", "reason": "b"}, "differs"),
     ({}, {"outcome": "failed", "refused": ["why"]}, "refused"), ({}, {"outcome": "skipped"}, "broken")])
 def test_kinds(plain, ours, expected):
-    seen = {"outcome": "passed", "reason": "", "calls": 3, "refused": [], "outputs": ["a"]}
-    assert kind(seen | plain, seen | ours) == expected
-    assert list(report({"t": seen | plain}, {"t": seen | ours})[expected]) == ["t"]
+    assert kind(Seen(**{"calls": 3, "outputs": ["a"]} | plain), Seen(**{"calls": 3, "outputs": ["a"]} | ours)
+                ) == expected
 
 
-@pytest.mark.parametrize(("make", "word"), [
-    (lambda folder: None, "no checkout of diffusers"), (lambda folder: folder.mkdir(parents=True), "name the tests")])
-def test_what_is_no_checkout_is_refused(tmp_path, capsys, make, word):
-    make(tmp_path / "tests" / "pipelines")
+@pytest.mark.parametrize(("folder", "word"), [("else", "no checkout of diffusers"), ("tests/pipelines", "name the")])
+def test_what_is_no_checkout_is_refused(tmp_path, capsys, folder, word):
+    (tmp_path / folder).mkdir(parents=True)
     assert run_command(main, tmp_path) == 2 and word in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_package_that_tests_import_and_is_missing_is_named(tmp_path, capsys):
-    (folder := tmp_path / "tests" / "pipelines" / "ddim").mkdir(parents=True)
-    (folder / "test_ddim.py").write_text("import nothing")
-    assert run_command(main, tmp_path) == 2 and "No module named 'nothing'" in capsys.readouterr().err
