@@ -6,9 +6,9 @@ Stop it whenever you like; the same command goes on where it stopped. It writes 
 the published DDPM names, to OUT/ddpm_emoji.safetensors, beside a log (log.jsonl) and sample grids (grid-IMAGES.png).
 """
 
-import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,14 @@ from torch import Tensor
 from ddpm.checkpoint import load_checkpoint, published_state_dict
 from ddpm.config import load_config
 from ddpm.unet import UNet
-from run import arguments
 from run.cli import command
 from run.folder import to_uint8
-from run.machine import prepare_device
+from run.machine import Device
 from run.training import emoji
 from run.training.loop import Grid, Loss, train
 from run.training.objective import denoising_error
 from unet_caching.errors import UserError, as_user_error
+from unet_caching.options import option, required
 from unet_caching.samplers.ddim import ddim, uniform_timesteps
 from unet_caching.samplers.diffusion import predicted_noise
 from unet_caching.samplers.noise import SeededNoise
@@ -54,15 +54,15 @@ def sample_grid(alphas: Tensor, prediction: str, shape: Sequence[int], steps: in
     return grid
 
 
+@dataclass(frozen=True)
+class Options:
+    config: Path = option(Path("configs/ddpm_emoji.yaml"), "with a `train` section (default: %(default)s)")
+    out: Path = required("folder of the training run; resumed if it has one")
+
+
 @command
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/ddpm_emoji.yaml"), help="with a `train` section")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
-    args = parser.parse_args()
-    prepare_device(args.device, args.threads)
+def main(args: Options, where: Device) -> None:
+    where.prepare()
 
     config = load_config(args.config)
     settings = config.train
@@ -74,13 +74,13 @@ def main() -> None:
         if settings.start is not None:
             load_checkpoint(unet, Path(settings.start))
         tiles, rows = emoji.load(config.unet.resolution, "train", settings.group)
-    images = torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous().to(args.device)
-    alphas = config.alphas_cumprod().to(args.device)
+    images = torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous().to(where.device)
+    alphas = config.alphas_cumprod().to(where.device)
     print(f"{len(rows)} images, {sum(p.numel() for p in unet.parameters()):,} parameters")
 
     prediction = config.diffusion.prediction
     ema = train(unet, squared_error(alphas, prediction, settings.bf16), images, settings.loop, args.out,
-                sample_grid(alphas, prediction, images.shape[1:], steps=50), args.device)
+                sample_grid(alphas, prediction, images.shape[1:], steps=50), where.device)
     target = args.out / f"{config.name}.safetensors"
     weights = {name: value.half().contiguous().cpu() for name, value in published_state_dict(ema).items()}
     save_file(weights, f"{target}.tmp")

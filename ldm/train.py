@@ -8,8 +8,8 @@ class embedder together with the first stage, in float16 and in the layout of th
 OUT/ldm_emoji.safetensors, beside a log (log.jsonl) and sample grids (grid-IMAGES.png, one row per class).
 """
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +21,15 @@ from ldm import first_stage
 from ldm.checkpoint import Model, published_state_dict
 from ldm.config import Config, Train, load_config
 from ldm.unet import UNet
-from run import arguments
 from run.cli import command
 from run.folder import to_uint8
-from run.machine import prepare_device
+from run.machine import Device
 from run.training import emoji
 from run.training.loop import Grid, Loss, train
 from run.training.objective import denoising_error
 from run.weights import read_tensors, save_tensors, tensors_of
 from unet_caching.errors import UserError
+from unet_caching.options import option, required
 from unet_caching.samplers.ddim import ddim, offset_timesteps
 from unet_caching.samplers.diffusion import guided, predicted_noise
 from unet_caching.samplers.noise import SeededNoise
@@ -89,16 +89,16 @@ def sample_grid(config: Config, vq: VQModel, shape: torch.Size, steps: int = 50,
     return grid
 
 
+@dataclass(frozen=True)
+class Options:
+    config: Path = option(Path("configs/ldm_emoji.yaml"), "with a `train` section (default: %(default)s)")
+    first_stage: Path = required("what ldm.train_first_stage wrote")
+    out: Path = required("folder of the training run; resumed if it has one")
+
+
 @command
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/ldm_emoji.yaml"), help="with a `train` section")
-    parser.add_argument("--first-stage", type=Path, required=True, help="what ldm.train_first_stage wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
-    args = parser.parse_args()
-    prepare_device(args.device, args.threads)
+def main(args: Options, where: Device) -> None:
+    where.prepare()
 
     config = load_config(args.config)
     settings = config.train
@@ -107,21 +107,21 @@ def main() -> None:
     torch.manual_seed(settings.loop.seed)
     vq = first_stage.build(**vars(config.first_stage))
     first_stage.load_state_dict(vq, tensors_of(read_tensors(args.first_stage), args.first_stage, "first stage"))
-    vq = vq.eval().requires_grad_(False).to(args.device)
+    vq = vq.eval().requires_grad_(False).to(where.device)
     unet = UNet(**vars(config.unet), dropout=settings.dropout)
     model = Conditional(unet, nn.Embedding(config.num_classes + 1, config.unet.context_dim))
 
     # Each image twice, as it is and mirrored, encoded once; training draws indices.
     images, labels = load_images(config, settings.groups, "train")
     pixels = torch.cat([images, images.flip(-1)]).split(64)
-    latents = torch.cat([first_stage.encode(vq, x.to(args.device).float() / 127.5 - 1) for x in pixels])
+    latents = torch.cat([first_stage.encode(vq, x.to(where.device).float() / 127.5 - 1) for x in pixels])
     print(f"{len(images)} images of {config.num_classes} classes, latents {list(latents.shape[1:])} of mean "
           f"{latents.mean():.3f} and deviation {latents.std():.3f}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
-    ema = train(model, squared_error(config, settings, latents, labels.repeat(2).to(args.device)),
-                torch.arange(len(latents), device=args.device), settings.loop, args.out,
-                sample_grid(config, vq, latents.shape[1:]), args.device)
+    ema = train(model, squared_error(config, settings, latents, labels.repeat(2).to(where.device)),
+                torch.arange(len(latents), device=where.device), settings.loop, args.out,
+                sample_grid(config, vq, latents.shape[1:]), where.device)
     target = args.out / f"{config.name}.safetensors"
     whole = Model(ema.unet, vq, ema.classes)
     save_tensors({name: value.half() for name, value in published_state_dict(whole).items()}, target)

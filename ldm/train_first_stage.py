@@ -8,7 +8,7 @@ scaled to mean 0 and variance 1 (LDM's scale factor is then 1, as for the publis
 them by k-means. It writes the EMA weights, in float16 and under the published names, to OUT/first_stage.safetensors.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from ldm.config import load_config
 from ldm.first_stage import build, decode, downsampling, encode, published_state_dict
-from run import arguments
 from run.cli import command
 from run.folder import to_uint8
-from run.machine import prepare_device
+from run.machine import Device
 from run.psnr import psnr
 from run.training import emoji
 from run.training.loop import Grid, Loss, train
 from run.weights import save_tensors
 from unet_caching.errors import UserError
+from unet_caching.options import option, required
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -109,16 +109,16 @@ def finish(vq: VQModel, images: Tensor, held_out: Tensor, target: Path) -> None:
     print(f"wrote {target}, {target.stat().st_size / 2**20:.1f} MiB")
 
 
+@dataclass(frozen=True)
+class Options:
+    config: Path = option(Path("configs/ldm_emoji.yaml"), "with a `train_first_stage` section (default: %(default)s)")
+    out: Path = required("folder of the training run; resumed if it has one")
+    data: Path = option(emoji.FOLDER, "folder with emoji_SIZE.webp and index.csv")
+
+
 @command
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/ldm_emoji.yaml"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
-    parser.add_argument("--data", type=Path, default=emoji.FOLDER, help="folder with emoji_SIZE.webp and index.csv")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
-    args = parser.parse_args()
-    prepare_device(args.device, args.threads)
+def main(args: Options, where: Device) -> None:
+    where.prepare()
 
     config = load_config(args.config)
     settings = config.train_first_stage
@@ -130,14 +130,14 @@ def main() -> None:
 
     def load(split: str) -> Tensor:
         images, _ = emoji.load(size, split, folder=args.data)
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(args.device)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(where.device)
 
     images, held_out = load("train"), load("held-out")
     print(f"{len(images)} images of {size} pixels, {size // downsampling(vq)}x{size // downsampling(vq)}x"
           f"{config.first_stage.z_channels} latents, {sum(p.numel() for p in vq.parameters()):,} parameters")
     some = held_out[:: len(held_out) // 50][:50]
     ema = train(vq, reconstruction_loss(settings.noise, settings.penalty, settings.bf16), images, settings.loop,
-                args.out, comparison_grid(some), args.device)
+                args.out, comparison_grid(some), where.device)
     finish(ema, images, held_out, args.out / "first_stage.safetensors")
 
 

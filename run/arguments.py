@@ -1,22 +1,31 @@
-"""Options as dataclasses and as words of a command line: each is declared once, as a field (options.py)."""
+"""The command line: options are dataclasses, each declared once, as a field (unet_caching/options.py).
+
+    @dataclass(frozen=True)
+    class Options:
+        samples: Path = required("sample folder")
+        seeds: str | None = option(None, "which images (default: all)")
+
+    @command                                            # run/cli.py
+    def main(options: Options, device: Device) -> None:
+"""
 
 import argparse
 import dataclasses
+import inspect
 import math
+import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
+
+from unet_caching.errors import UserError
 
 Flags = Mapping[str, str]       # field -> its flag, where that is not the field's name
-
-
-class Options(Protocol):
-    """A dataclass of options. title: what --help calls their group."""
-    title: ClassVar[str]
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+_OURS = ("help", "least", "flag", "word", "one_of")     # keys of a field's metadata that argparse does not have
 
 
 def whole(text: str) -> int:
@@ -62,35 +71,118 @@ def flag(name: str, flags: Flags | None = None) -> str:
     return f"--{(flags or {}).get(name, name).replace('_', '-')}"
 
 
-def kind(cls: type[Options], name: str) -> type:
-    """The type of an option, without its None."""
+def kind(cls: type, name: str) -> type:
+    """The type of an option, without its None; of a tuple of values, that of a value."""
     hint = _hints(cls)[name]
     if isinstance(hint, types.UnionType):
         hint = next(one for one in typing.get_args(hint) if one is not type(None))
-    return hint
+    return typing.get_args(hint)[0] if _is_tuple(cls, name) else hint
+
+
+def _is_tuple(cls: type, name: str) -> bool:
+    hint = _hints(cls)[name]
+    return any(typing.get_origin(one) is tuple for one in (hint, *typing.get_args(hint)))
 
 
 @cache
-def _hints(cls: type[Options]) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def add(parser: argparse.ArgumentParser, cls: type[Options], flags: Flags | None = None) -> None:
-    """Add the options of a dataclass to a command line, as a group."""
-    group = parser.add_argument_group(cls.title) if dataclasses.fields(cls) else parser
+def add(parser: argparse.ArgumentParser, cls: type, flags: Flags | None = None) -> None:
+    """Add the options of a dataclass to a command line, in a group for each class with a `title`."""
+    groups: dict[str, Any] = {}
     for one in dataclasses.fields(cls):
-        about = dict(one.metadata)
-        if kind(cls, one.name) is bool:
-            group.add_argument(flag(one.name, flags), dest=one.name, action="store_true", help=about["help"])
-        else:
-            of = kind(cls, one.name)
-            group.add_argument(flag(one.name, flags), dest=one.name, type=_CHECKED.get(of, of), default=one.default,
-                               choices=about.get("choices") or None, metavar=about.get("metavar"), help=about["help"])
+        owner = next(base for base in cls.__mro__ if one.name in inspect.get_annotations(base))
+        title = getattr(owner, "title", "")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title) if title else parser
+        together = one.metadata.get("one_of")       # of options that exclude each other
+        if together and together not in groups:
+            groups[together] = groups[title].add_mutually_exclusive_group()
+        name, how = _argument(cls, one, flags)
+        groups[together or title].add_argument(name, **how)
 
 
-def chosen(cls: type[Options], args: argparse.Namespace) -> Any:
+def _argument(cls: type, one: Field, flags: Flags | None) -> tuple[str, dict[str, Any]]:
+    """What argparse is told of an option."""
+    about, of, many = one.metadata, kind(cls, one.name), _is_tuple(cls, one.name)
+    needed = one.default is MISSING
+    how: dict[str, Any] = {"help": about["help"], "default": None if needed else one.default,
+                           **({"action": "store_true"} if of is bool else {"type": _CHECKED.get(of, of)}),
+                           **{key: value for key, value in about.items() if key not in _OURS and value}}
+    if about.get("action") == "append":
+        how["default"] = list(how["default"] or ())
+    elif many:
+        how.setdefault("nargs", "+" if needed or not about.get("word") else "*")
+    if about.get("word"):
+        return one.name, how | ({} if many or needed else {"nargs": "?"})
+    return flag(about.get("flag", one.name), flags), how | {"dest": one.name, "required": needed}
+
+
+def chosen(cls: type, args: argparse.Namespace) -> Any:
     """An object of a dataclass of options, with what the command line said."""
-    return cls(**{one.name: getattr(args, one.name) for one in dataclasses.fields(cls)})
+    values = {name: getattr(args, name) for name in names(cls)}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def check(options: Any, flags: Flags | None = None) -> None:
+    """Refuse a number below the least that its option may be. Raises UserError."""
+    for one in dataclasses.fields(options):
+        least, found = one.metadata.get("least"), getattr(options, one.name)
+        for value in found if isinstance(found, tuple) else (found,):
+            if least is not None and value is not None and value < least:
+                name = flag(one.metadata.get("flag", one.name), flags)
+                raise UserError(f"{name} must be {least} or more, got {value}")
+
+
+def build_parser(doc: str | None, *kinds: type, flags: Flags | None = None, defaults: Mapping[str, Any] | None = None,
+                 prog: str | None = None) -> argparse.ArgumentParser:
+    """A command line with the options of dataclasses. defaults: of this command, instead of the options' own."""
+    parser = argparse.ArgumentParser(prog=prog, description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for cls in kinds:
+        add(parser, cls, flags)
+    for action in parser._actions:
+        action.required = action.required and action.dest not in (defaults or {})
+    parser.set_defaults(**defaults or {})
+    return parser
+
+
+def parse(doc: str | None, *kinds: type, words: Sequence[str] | None = None, flags: Flags | None = None,
+          defaults: Mapping[str, Any] | None = None, prog: str | None = None) -> list[Any]:
+    """An object of each dataclass of options, from the words of a command line (None: the program's), checked.
+
+    doc, flags, defaults, prog: as `build_parser` takes them. Raises UserError for numbers that cannot be.
+    """
+    args = build_parser(doc, *kinds, flags=flags, defaults=defaults, prog=prog).parse_args(words)
+    found = [chosen(cls, args) for cls in kinds]
+    for one in found:
+        check(one, flags)
+    return found
+
+
+def call(main: Callable[..., None], words: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Call a function whose parameters are dataclasses of options with what the command line says.
+
+    Its description is the function's docstring, or that of its module.
+    """
+    hints = typing.get_type_hints(main)
+    kinds = [hints[name] for name in inspect.signature(main).parameters]
+    main(*parse(main.__doc__ or sys.modules[main.__module__].__doc__, *kinds, words=words, prog=prog))
+
+
+def call_verb(verbs: Mapping[str, Callable[..., None]], otherwise: Callable[..., None] | None = None) -> None:
+    """Call the function of the verb that the command line begins with; `otherwise`, without one. Raises UserError."""
+    program, *words = sys.argv
+    if words and words[0] in verbs:
+        call(verbs[words[0]], words[1:], f"{Path(program).name} {words[0]}")
+    elif otherwise is not None:
+        call(otherwise, words)
+    else:
+        if words[:1] not in (["-h"], ["--help"]):
+            raise UserError(f"say what to do: {', '.join(verbs)} (each has a --help)")
+        print(f"{sys.modules[next(iter(verbs.values())).__module__].__doc__}\nEach has a --help: {', '.join(verbs)}")
 
 
 def given(options: Any) -> dict[str, Any]:
@@ -107,7 +199,7 @@ def words(values: Mapping[str, Any], flags: Flags | None = None) -> Iterator[str
             yield str(value)
 
 
-def typed(cls: type[Options], name: str, value: Any) -> Any:
+def typed(cls: type, name: str, value: Any) -> Any:
     """A value from a file in the type of its option: paths come as text, whole numbers may stand for others."""
     wanted: Any = kind(cls, name)
     return wanted(value) if wanted in (Path, float) and isinstance(value, str | int) and value is not True else value

@@ -2,12 +2,14 @@
 
 import errno
 import functools
+import inspect
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from run import arguments
 from run.files import ROOT
 from run.stopping import Stopped
 from unet_caching.errors import UserError, one_line
@@ -15,8 +17,10 @@ from unet_caching.errors import UserError, one_line
 INTERRUPTED = 130       # as a shell reports Ctrl-C
 
 
-def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Run `main`; a UserError exits with 2, a failing disk or file with 1, Ctrl-C with 130, a stop in good order with
+def command(main: Callable[..., None]) -> Callable[[], None]:
+    """Run `main` with the options that its parameters declare (`run.arguments.call`).
+
+    A UserError exits with 2, a failing disk or file with 1, Ctrl-C with 130, a stop in good order with
     75 (run/stopping.py), each with one line.
 
     Anything else is a defect of this program: it ends in one line with its place and with 1, and in a traceback where
@@ -25,7 +29,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def run() -> None:
         try:
-            main()
+            arguments.call(main) if inspect.signature(main).parameters else main()
         except UserError as error:
             _exit(2, f"error: {one_line(error)}")
         except OSError as error:

@@ -1,16 +1,18 @@
 """Models that make images of seeds: what each must offer, and the sample command that all of them share."""
 
 import argparse
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 from torch import Tensor, nn
 
 from run import arguments
-from run.families import Condition, Config, Family
+from run.families import Condition, Config, Family, family_named_by
 from run.folder import RunFolder, missing_seeds
 from run.machine import Machine
 from run.provenance import provenance
@@ -19,6 +21,7 @@ from run.spec import Run, RunSpec
 from run.stopping import Stopped, StopRequest
 from unet_caching.errors import UserError
 from unet_caching.nest import Network
+from unet_caching.options import option, required
 from unet_caching.policy import Policy
 from unet_caching.speed.accelerate import accelerated
 
@@ -133,11 +136,49 @@ def summary(run: Run, out: Path, asked: int, made: int) -> str:
     return line + (", ".join(method.summary for method in run.caching.methods) or "no caching")
 
 
+@dataclass(frozen=True)
+class ConfigFile:
+    """The model that a command line is about."""
+    title: ClassVar[str] = "the model"
+    config: Path = required("configs/*.yaml; brings more options")
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a sample command makes."""
+    title: ClassVar[str] = "the images"
+    out: Path = required("sample folder; images that are there are kept")
+    seeds: str | None = option(None, "one image per seed: 0-49999 or 0-9,20 (default: as many as the paper; as there "
+                                     "are prompts)")
+
+
 def config_among(words: Sequence[str]) -> Path | None:
     """The config that a command line names, before its other options, which that decides, are known."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     return first.parse_known_args(words)[0].config
+
+
+def parse_run(doc: str | None, *kinds: type, family: Family | None = None, words: Sequence[str] | None = None,
+              parts: Sequence[type] | None = None, defaults: Mapping[str, Any] | None = None,
+              prog: str | None = None) -> list[Any]:
+    """The RunSpec that a command line asks for, and an object of each of other dataclasses of options.
+
+    family: whose config it takes; None: of any, and --config says which. parts: the options of a run that the command
+    has, by their dataclasses (None: all). defaults: of this command, instead of the options' own; --batch-size has the
+    family's. Raises UserError.
+    """
+    words = sys.argv[1:] if words is None else words
+    config = config_among(words) if family is None else None
+    if family is None and config is None:       # which ends in an error or in a help of what is known
+        arguments.parse(doc, ConfigFile, *kinds, words=words, defaults=defaults, prog=prog)
+    family = family_named_by(cast(Path, config)) if family is None else family
+    usual = RunSpec(family.name, Path(), condition=family.condition())
+    own = [type(part) for part in usual.parts if parts is None or isinstance(part, tuple(parts))]
+    first, *found = arguments.parse(doc, ConfigFile, *own, *kinds, words=words, flags=family.flags, prog=prog,
+                                    defaults={"batch_size": family.batch_size, **(defaults or {})})
+    said = {name: value for part in found[:len(own)] for name, value in vars(part).items()}
+    return [replace(usual, config=first.config).having(**said), *found[len(own):]]
 
 
 def add_run(parser: argparse.ArgumentParser, family: Family, caching: bool = True) -> None:
@@ -156,24 +197,10 @@ def spec_of(args: argparse.Namespace, family: Family) -> RunSpec:
                              for name in arguments.names(part) if hasattr(args, name)})
 
 
-def sample_parser(family: Family, doc: str | None) -> argparse.ArgumentParser:
-    """The command line of a family's sample command."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run(parser, family)
-    folder = parser.add_argument_group("the images")
-    folder.add_argument("--seeds", help="one image per seed: 0-49999 or 0-9,20 (default: as many as the paper; as "
-                                        "there are prompts)")
-    folder.add_argument("--out", type=Path, required=True, help="sample folder; images that are there are kept")
-    arguments.add(parser, Machine)
-    parser.set_defaults(batch_size=family.batch_size)
-    return parser
-
-
 def sample_command(family: Family, doc: str | None) -> None:
     """Fill a folder with the images of a run, as the command line says: the sample command of a family."""
-    args = sample_parser(family, doc).parse_args()
-    machine = arguments.chosen(Machine, args)
-    model = family.open(spec_of(args, family).open(), machine)
-    seeds = list(range(model.images)) if args.seeds is None else parse_seeds(args.seeds)
-    made = fill(model, seeds, args.out, machine, last=True)
-    print(summary(model.run, args.out, len(seeds), made))
+    spec, images, machine = parse_run(doc, Images, Machine, family=family)
+    model = family.open(spec.open(), machine)
+    seeds = list(range(model.images)) if images.seeds is None else parse_seeds(images.seeds)
+    made = fill(model, seeds, images.out, machine, last=True)
+    print(summary(model.run, images.out, len(seeds), made))

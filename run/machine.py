@@ -6,30 +6,36 @@ from typing import ClassVar
 
 import torch
 
+from run import arguments
 from run.seeds import environment_number
 from unet_caching.errors import UserError
 from unet_caching.options import option
 
 
 @dataclass(frozen=True)
-class Machine:
-    """The options of where and how to compute. Raises UserError for numbers that cannot be."""
+class Device:
+    """Where to compute. Raises UserError for numbers that cannot be."""
     title: ClassVar[str] = "the machine"
-    batch_size: int = option(8, "images at a time; changes no image (default: %(default)s)")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 (default: %(default)s; "
                          "under torchrun cuda is each process's own)")
-    compile: bool = option(False, "torch.compile: a graph for full, one for cached steps; with --block-schedule one "
-                                  "for each set of blocks that some step reuses")
-    cuda_graphs: bool = option(False, "record each kind of step once and replay it, which saves launching its kernels; "
-                                      "for a GPU")
-    threads: int | None = option(None, "CPU threads (default: all cores)")
+    threads: int | None = option(None, "CPU threads (default: all cores)", least=1)
 
     def __post_init__(self) -> None:
-        check_counts(batch_size=self.batch_size, threads=self.threads)
+        arguments.check(self)
 
     def prepare(self) -> torch.device:
         """The device, ready for use: see `prepare_device`."""
         return prepare_device(self.device, self.threads)
+
+
+@dataclass(frozen=True)
+class Machine(Device):
+    """Where and how to compute the images of a run."""
+    batch_size: int = option(8, "images at a time; changes no image (default: %(default)s)", least=1)
+    compile: bool = option(False, "torch.compile: a graph for full, one for cached steps; with --block-schedule one "
+                                  "for each set of blocks that some step reuses")
+    cuda_graphs: bool = option(False, "record each kind of step once and replay it, which saves launching its kernels; "
+                                      "for a GPU")
 
 
 def check_counts(**counts: int | None) -> None:

@@ -6,10 +6,10 @@ arr_0: uint8 [images, height, width, 3], in the order of the seeds; arr_1: int64
 has classes. The file is not compressed, is written image by image, and appears whole or not at all.
 """
 
-import argparse
 import shutil
 import zipfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from run.images import read_png
 from run.labels import Labels
 from run.seeds import format_some, parse_seeds
 from unet_caching.errors import UserError
+from unet_caching.options import required
 
 _OVERHEAD = 4096        # bytes of headers and of the zip directory, amply
 
@@ -73,20 +74,18 @@ def _write_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tu
             file.write(np.ascontiguousarray(part).data)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=Path, required=True, help="sample folder, with run.json")
-    parser.add_argument("--seeds", required=True, help="which images: 0-49999 or 0-9,20; all of them must be there")
-    parser.add_argument("--out", type=Path, required=True, help="the npz; replaced where it is there")
-    return parser
+@dataclass(frozen=True)
+class Options:
+    samples: Path = required("sample folder, with run.json")
+    seeds: str = required("which images: 0-49999 or 0-9,20; all of them must be there")
+    out: Path = required("the npz; replaced where it is there")
 
 
 @command
-def main() -> None:
-    args = build_parser().parse_args()
-    seeds = parse_seeds(args.seeds)
-    pack(args.samples, seeds, args.out)
-    print(f"{args.out}: {len(seeds)} images")
+def main(options: Options) -> None:
+    seeds = parse_seeds(options.seeds)
+    pack(options.samples, seeds, options.out)
+    print(f"{options.out}: {len(seeds)} images")
 
 
 if __name__ == "__main__":

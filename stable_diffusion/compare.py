@@ -7,40 +7,37 @@ Beside the picture, its numbers are written as JSON. A time is of one image, fro
 once after a warm-up; eval.throughput measures more carefully. No file is downloaded.
 """
 
-import argparse
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from eval.cost.macs import costs, giga
-from run import arguments
 from run.cli import command
 from run.families import example_inputs
 from run.files import ROOT, write_atomically, write_json
-from run.image_model import add_run, kinds_of_calls, spec_of
+from run.image_model import kinds_of_calls, parse_run
 from run.machine import Machine
 from run.provenance import provenance
 from run.psnr import psnr
 from stable_diffusion.family import FAMILY
 from unet_caching.errors import UserError
+from unet_caching.options import option
 from unet_caching.policy import Policy
 from unet_caching.speed.accelerate import accelerated
 
 MACS = ("macs", "macs_fc")      # by the papers' convention, and with attention's products (eval/macs.py)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=arguments.whole, default=0)
-    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
-    add_run(parser, FAMILY)
-    arguments.add(parser, Machine)
-    parser.set_defaults(config=ROOT / "configs" / "sd_v15.yaml", interval=5)
-    return parser
+@dataclass(frozen=True)
+class Options:
+    title: ClassVar[str] = "the picture"
+    seed: int = option(0, "of the image (default: 0)", least=0)
+    out: Path = option(Path("compare.png"), "the picture (default: %(default)s)")
 
 
 def side_by_side(panels: dict[str, np.ndarray], path: Path) -> None:
@@ -60,12 +57,11 @@ def side_by_side(panels: dict[str, np.ndarray], path: Path) -> None:
 
 @command
 def main() -> None:
-    args = build_parser().parse_args()
-    if args.seed < 0:
-        raise UserError(f"--seed must be 0 or more, got {args.seed}")
+    defaults = {"config": ROOT / "configs" / "sd_v15.yaml", "interval": 5}
+    spec, args, machine = parse_run(__doc__, Options, Machine, family=FAMILY, defaults=defaults)
     if args.out.suffix.lower() != ".png" or not args.out.absolute().parent.is_dir():
         raise UserError(f"--out must be a .png file in a folder that is there, got {args.out}")
-    run, machine = spec_of(args, FAMILY).open(), arguments.chosen(Machine, args)
+    run = spec.open()
     if not run.caching:
         raise UserError("--interval 1 is no caching, and leaves nothing to compare: take 2 or more")
     from stable_diffusion.model import StableDiffusion  # here: it takes seconds to import

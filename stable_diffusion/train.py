@@ -8,8 +8,8 @@ autoencoder, in float16, as a diffusers folder, OUT/sd_emoji/, beside a log (log
 first stage of the small class-conditional model.
 """
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,9 @@ from ldm.checkpoint import FIRST_STAGE
 from ldm.config import Config as LdmConfig
 from ldm.config import load_config as load_ldm_config
 from ldm.diffusers_layout import diffusers_arguments, diffusers_state_dict
-from run import arguments
 from run.cli import command
 from run.folder import to_uint8
-from run.machine import prepare_device
+from run.machine import Device
 from run.prompts import read_prompts
 from run.training import emoji
 from run.training.loop import Grid, Loss, train
@@ -36,6 +35,7 @@ from stable_diffusion.config import Config, Train, load_config
 from stable_diffusion.text import minilm
 from stable_diffusion.unet import UNet
 from unet_caching.errors import UserError
+from unet_caching.options import option, required
 from unet_caching.samplers.noise import SeededNoise
 from unet_caching.samplers.samplers import Sampler, noise_predictor
 
@@ -140,19 +140,19 @@ def _write(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+@dataclass(frozen=True)
+class Options:
+    config: Path = option(Path("configs/sd_emoji.yaml"), "with a `train` section (default: %(default)s)")
+    first_stage: Path = option(Path("checkpoints/ldm_emoji.safetensors"),
+                               "the class-conditional model, or what ldm.train_first_stage wrote")
+    first_stage_config: Path = option(Path("configs/ldm_emoji.yaml"), "its config (default: %(default)s)")
+    prompts: Path = option(Path("data/emoji/prompts.txt"), "of the sample grids (default: %(default)s)")
+    out: Path = required("folder of the training run; resumed if it has one")
+
+
 @command
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/sd_emoji.yaml"), help="with a `train` section")
-    parser.add_argument("--first-stage", type=Path, default=Path("checkpoints/ldm_emoji.safetensors"),
-                        help="the class-conditional model, or what ldm.train_first_stage wrote")
-    parser.add_argument("--first-stage-config", type=Path, default=Path("configs/ldm_emoji.yaml"))
-    parser.add_argument("--prompts", type=Path, default=Path("data/emoji/prompts.txt"), help="of the sample grids")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the training run; resumed if it has one")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
-    args = parser.parse_args()
-    prepare_device(args.device, args.threads)
+def main(args: Options, where: Device) -> None:
+    where.prepare()
 
     config = load_config(args.config)
     settings = config.train
@@ -182,10 +182,10 @@ def main() -> None:
           f"{latents.mean():.3f} and deviation {latents.std():.3f}, "
           f"{sum(p.numel() for p in unet.parameters()):,} parameters")
 
-    latents, texts, indices, vae = (value.to(args.device) for value in (latents, texts, indices, vae))
-    grid = sample_grid(config, vae, encode_texts(["", *prompts], config.tokens).to(args.device))
+    latents, texts, indices, vae = (value.to(where.device) for value in (latents, texts, indices, vae))
+    grid = sample_grid(config, vae, encode_texts(["", *prompts], config.tokens).to(where.device))
     ema = train(unet, squared_error(config, settings, latents, texts, indices),
-                torch.arange(len(latents), device=args.device), settings.loop, args.out, grid, args.device)
+                torch.arange(len(latents), device=where.device), settings.loop, args.out, grid, where.device)
     save_folder(config, ema, vae, args.out / config.name)
     print(f"wrote {args.out / config.name}")
 

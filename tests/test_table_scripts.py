@@ -18,9 +18,10 @@ from eval.tables import paper, rows
 from eval.tables.paper import Table, tables
 from lab.study import arms, plan, runner
 from run import results
-from run.families import example_inputs, families
+from run.families import example_inputs
 from run.folder import read_run
-from run.image_model import sample_parser, spec_of
+from run.image_model import Images, parse_run
+from run.machine import Machine
 from run.weights import sha256
 from unet_caching.errors import UserError
 
@@ -187,12 +188,11 @@ def test_as_many_images_as_the_paper_and_never_more_than_prompts():
 
 @pytest.mark.parametrize("package", ["ddpm", "ldm", "sd"])
 def test_the_samplers_know_the_options_of_the_rows(package):
-    parser = sample_parser(families()[package], "")
     for name, table in SCRIPTS.items():
         for arm in [] if table.schedules else made(name):
             if arm.run.family.name == package:
-                args = parser.parse_args(arm.command()[2:])
-                assert spec_of(args, arm.run.family) == arm.run.spec
+                words = arm.command()[2:]
+                assert parse_run("", Images, Machine, family=arm.run.family, words=words)[0] == arm.run.spec
 
 
 def test_plms_makes_one_call_more_than_the_paper_counts():

@@ -12,9 +12,18 @@ from unet_caching.policy import Policy
 Value = TypeVar("Value")
 
 
-def option(default: Value, help: str, choices: Sequence[str] = (), metavar: str | None = None) -> Value:
-    """A field of a dataclass of options, and what the command line says of it, where the field's name is its flag."""
-    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+def option(default: Value, help: str, choices: Sequence[str] = (), metavar: str | None = None, **more: Any) -> Value:
+    """A field of a dataclass of options, and what the command line says of it, where the field's name is its flag.
+
+    more: least, the least that a number may be; flag, where that is not the field's name; word, for one that stands
+    without a flag; one_of, a name that options share which exclude each other; anything else that argparse takes.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, **more})
+
+
+def required(help: str, **more: Any) -> Any:
+    """As `option`, for one that must be given."""
+    return field(kw_only=True, metadata={"help": help, **more})
 
 
 class RunShape(NamedTuple):
