@@ -4,94 +4,51 @@
     python -m eval.throughput --config configs/ddpm_emoji.yaml --interval 2 3 5 10 --out results/throughput/emoji.json
     python -m eval.throughput --config configs/ldm_cin256.yaml --branch 0 --batch-size 1 --threads 1
     python -m eval.throughput --config configs/sd_v15.yaml --forecast 0 1 2 --batch-size 1 --threads 1
+    python -m eval.throughput run --config configs/ldm_cin256.yaml --interval 5 --forecast 1      any run, any policy
+    python -m eval.throughput run --config configs/sd_v15.yaml --block-schedule FILE
     python -m eval.throughput compare --threads 1       beside diffusers and the PyPI package
     python -m eval.throughput grid FILE                 of such a file: interval x branch x forecast, in Markdown
-    python -m eval.throughput run --config configs/ldm_cin256.yaml --interval 5 --forecast 1      any run, any policy
-    python -m eval.throughput --config configs/sd_v15.yaml --block-schedule configs/block_schedules/*.json
 
-Only the U-Net runs, on random weights unless --checkpoint is given, and nothing is written meanwhile. All variants
-take turns in one process, so that a busy machine slows them alike: trust the ratios, which are medians over the rounds,
-before the seconds. What to expect is the ratio of the MACs.
+Only the U-Net runs, on random weights unless --checkpoint is given, and nothing is written meanwhile. All kinds of
+network calls take turns in one process, so that a busy machine slows them alike: trust the ratios, which are medians
+over the rounds, before the seconds. What to expect is the ratio of the MACs.
 """
 
 import argparse
+import itertools
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from eval.cost.run_timing import table as table_of_run
-from eval.cost.run_timing import time_run
-from eval.cost.timing import measure, measure_schedules
+from eval.cost.runs import call_macs, costs_of
+from eval.cost.timing import Times, time_runs
 from eval.tables import grid
 from run import arguments, results
 from run.cli import command
-from run.families import (
-    Config,
-    at_resolution,
-    build,
-    example_inputs,
-    family_named_by,
-    load_config,
-    load_unet,
-    rows_per_image,
-)
-from run.image_model import add_run, check_compiled, config_among, kinds_of_calls, spec_of
-from run.machine import Machine, check_counts, prepare_device
+from run.families import Config, at_resolution, build, example_inputs, family_named_by, load_unet
+from run.image_model import add_run, check_compiled, config_among, spec_of
+from run.machine import Machine
 from run.provenance import provenance
 from run.results import Result
-from run.spec import DTYPES
+from run.spec import NetworkOptions, Run, RunSpec
 from unet_caching.errors import UserError, as_user_error
-from unet_caching.files.block_schedule import BlockSchedule
-from unet_caching.policy import Together
+from unet_caching.options import option
 from unet_caching.speed.accelerate import accelerated, place
 
 
-def schedules_table(result: dict) -> str:
-    """What `measure_schedules` found, for people."""
-    lines = [f"a full step: {1e3 * result['full']['median']:.2f} ms", "",
-             f"{'schedule':44}{'kinds of steps':>15}{'images/s':>10}{'speed-up':>10}{'by macs':>9}{'macs_fc':>9}"]
-    for row in result["schedules"]:
-        name = row["name"] + (", scale-shift" if row["scale_shift"] else "")
-        lines.append(f"{name:44}{len(row['sets']):15}{row['images_per_second']:10.4g}{row['speedup']:10.2f}"
-                     f"{row['macs_speedup']:9.2f}{row['macs_fc_speedup']:9.2f}")
-    return "\n".join(lines)
-
-
-def variant(row: dict) -> str:
-    """The name of a branch and the order of its forecast."""
-    return f"branch {row['branch']}" + (f", order {row['forecast']}" if row["forecast"] else "")
-
-
-def table(result: dict) -> str:
-    """What `measure` found, for people."""
-    full = result["full"]
-    lines = ["cached / full: time, macs, macs_fc",
-             f"{'step':18}{'median ms':>10}{'quartiles':>18}{'time':>8}{'macs':>8}{'macs_fc':>9}"]
-    for name, row in (("full", full), *((variant(row), row) for row in result["branches"])):
-        low, high = (1e3 * value for value in row["quartiles"])
-        lines.append(f"{name:18}{1e3 * row['median']:10.2f}{f'{low:.2f}-{high:.2f}':>18}{row.get('ratio', 1):8.3f}"
-                     f"{row.get('macs_ratio', 1):8.3f}{row.get('macs_fc_ratio', 1):9.3f}"
-                     + (f"    peak {row['peak_bytes'] / 2**20:.0f} MiB" if row["peak_bytes"] else ""))
-    lines += ["", f"{'run':30}{'images/s':>10}{'speed-up':>10}{'by macs':>9}",
-              f"{'no caching':30}{full['images_per_second']:10.4g}{1:10.2f}{1:9.2f}"]
-    for row in result["runs"]:
-        name = f"{variant(row)}, N = {row['interval']}"
-        lines.append(f"{name:30}{row['images_per_second']:10.4g}{row['speedup']:10.2f}{row['macs_speedup']:9.2f}")
-    return "\n".join(lines)
-
-
-def add_timing_options(parser: argparse.ArgumentParser) -> None:
-    """--repeats, --warmup, --out."""
-    parser.add_argument("--repeats", type=arguments.whole, default=20, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--warmup", type=arguments.whole, default=2,
-                        help="untimed rounds before them (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file for the result, written after the timing")
+@dataclass(frozen=True)
+class TimingOptions:
+    """How often, and where the result goes."""
+    title: ClassVar[str] = "the timing"
+    repeats: int = option(20, "timed rounds (default: %(default)s)")
+    warmup: int = option(2, "untimed rounds before them (default: %(default)s)")
+    out: Path | None = option(None, "JSON file for the result, written after the timing")
 
 
 def random_inputs(config: Config, rows: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -101,45 +58,92 @@ def random_inputs(config: Config, rows: int, device: torch.device, dtype: torch.
             for value in example_inputs(config, rows, device, dtype)]
 
 
+def timed(runs: Sequence[tuple[Mapping[str, Any], Run]], args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+    """Time all kinds of calls of some runs of one model, print what that comes to, and write it.
+
+    runs: each with what tells it from the others. settings: of the result, beside those of the timing.
+    """
+    started, machine, timing = time.time(), arguments.chosen(Machine, args), arguments.chosen(TimingOptions, args)
+    run = runs[0][1]
+    for _, one in runs:
+        one.refuse_foreign(one.told | {"unet": asdict(one.config.unet)})
+        check_compiled(one, machine)
+    device, checkpoint = machine.prepare(), run.spec.network.checkpoint
+    torch.manual_seed(0)
+    unet = place(load_unet(run.config, checkpoint) if checkpoint else build(run.config, "cpu"), device, run.dtype)
+    network = accelerated(unet, machine.compile, machine.cuda_graphs,
+                          len({kind for _, one in runs for kind in one.reused}))
+    rows, where = machine.batch_size * run.rows_per_image, provenance(device)
+    guided = f" ({rows} rows with guidance)" if rows != machine.batch_size else ""
+    print(f"{run.config.name}: batch {machine.batch_size}{guided}, {run.spec.network.dtype}, {where['device']} "
+          f"({where['device_name']}), {where['threads']} CPU threads, {timing.repeats} rounds", flush=True)
+    with as_user_error():
+        found = time_runs([one for _, one in runs], network.network, random_inputs(run.config, rows, device, run.dtype),
+                          timing.repeats, timing.warmup)
+    times = Times(found, settings.get("cache"))
+    found["runs"] = [{**about, **of_run(one, times, machine.batch_size)} for about, one in runs]
+    print(table(found))
+    if timing.out:
+        settings = {**settings, "batch_size": machine.batch_size, "rows": rows, "dtype": run.spec.network.dtype,
+                    "repeats": timing.repeats, "warmup": timing.warmup,
+                    "weights": str(checkpoint) if checkpoint else "random", **network.in_use}
+        results.write(timing.out, Result("throughput", run.config.name, settings, throughput=found, provenance=where
+                                         ).stamped(started))
+        print(f"wrote {timing.out}")
+
+
+def of_run(run: Run, times: Times, batch_size: int) -> dict[str, Any]:
+    """What the times of its kinds of calls, and the MACs of its calls, come to in a run."""
+    macs, full, time = call_macs(run), costs_of(run).full, times.of_run(run)
+    assert time is not None         # all of its kinds were timed
+    return {"calls": run.calls, "seconds": time.seconds, "images_per_second": batch_size / time.seconds,
+            "speedup": run.calls / time.full_calls, "macs_speedup": run.calls * full.hook / sum(m.hook for m in macs),
+            "macs_fc_speedup": run.calls * full.fc / sum(m.fc for m in macs)}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """All of it, for people."""
+    full = found["full"]
+    lines = ["of a call, and as a fraction of a full one: time, macs, macs_fc",
+             f"{'median ms':>10}{'quartiles':>18}{'time':>8}{'macs':>8}{'macs_fc':>9}  what it reuses"]
+    for one in ({"reused": ["nothing"], "order": 0, "ratio": 1.0, **full}, *found["kinds"]):
+        low, high = (1e3 * value for value in one["quartiles"])
+        some = ", ".join(one["reused"][:3]) + (f", ... ({len(one['reused'])})" if len(one["reused"]) > 3 else "")
+        some = f"the level at branch {some}" if some.isdigit() else some or "nothing"
+        lines.append(f"{1e3 * one['median']:10.2f}{f'{low:.2f}-{high:.2f}':>18}{one['ratio']:8.3f}"
+                     f"{one['macs'] / full['macs']:8.3f}{one['macs_fc'] / full['macs_fc']:9.3f}  {some}"
+                     + (f", forecast of order {one['order']}" if one["order"] else "")
+                     + (f", peak {one['peak_bytes'] / 2**20:.0f} MiB" if one["peak_bytes"] else ""))
+    lines += ["", f"{'':34}{'images/s':>10}{'speed-up':>10}{'by macs':>9}{'by macs_fc':>12}"]
+    for one in found["runs"]:
+        name = f"the run: {one['calls']} calls"
+        if "interval" in one:
+            order = f", order {one['forecast']}" if one["forecast"] else ""
+            name = f"branch {one['branch']}{order}, N = {one['interval']}"
+        lines.append(f"{name:34}{one['images_per_second']:10.4g}{one['speedup']:9.2f}x{one['macs_speedup']:8.2f}x"
+                     f"{one['macs_fc_speedup']:11.2f}x")
+    return "\n".join(lines)
+
+
 def time_a_run(words: Sequence[str]) -> None:
     """`eval.throughput run`: the kinds of network calls that a run has, whatever its caching."""
     config = config_among(words)
     if config is None:
         raise UserError("eval.throughput run needs --config, which brings the options of a run")
-    family, started = family_named_by(config), time.time()
+    family = family_named_by(config)
     parser = argparse.ArgumentParser(prog="eval.throughput run", description=time_a_run.__doc__)
     add_run(parser, family)
-    arguments.add(parser, Machine)
-    add_timing_options(parser)
+    for options in (Machine, TimingOptions):
+        arguments.add(parser, options)
     args = parser.parse_args(words)
-    run, machine = spec_of(args, family).open(), arguments.chosen(Machine, args)
-    run.refuse_foreign(run.told | {"unet": asdict(run.config.unet)})
-    check_compiled(run, machine)
-    device = machine.prepare()
-    torch.manual_seed(0)
-    checkpoint = run.spec.network.checkpoint
-    unet = place(load_unet(run.config, checkpoint) if checkpoint else build(run.config, "cpu"), device, run.dtype)
-    found = accelerated(unet, machine.compile, machine.cuda_graphs, kinds_of_calls(run))
-    rows, where = machine.batch_size * run.rows_per_image, provenance(device)
-    inputs = random_inputs(run.config, rows, device, run.dtype)
-    with as_user_error():
-        result = time_run(run, found.network, inputs, lambda: run.caching.policy(device, run.dtype) or Together(),
-                          args.repeats, args.warmup)
-    print(f"{run.config.name}, {run.name}: batch {machine.batch_size} ({rows} rows), {where['device_name']}\n"
-          f"{table_of_run(result)}")
-    if args.out:
-        settings = {**run.told, "batch_size": machine.batch_size, "rows": rows, "repeats": args.repeats,
-                    "warmup": args.warmup, "weights": str(checkpoint) if checkpoint else "random", **found.in_use}
-        results.write(args.out, Result("throughput", run.config.name, settings, throughput=result, provenance=where
-                                       ).stamped(started))
-        print(f"wrote {args.out}")
+    run = spec_of(args, family).open()
+    timed([({}, run)], args, run.told)
 
 
 def time_steps(words: Sequence[str]) -> None:
     """Without a verb: full and cached steps, and whole runs made of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
-    parser.add_argument("--checkpoint", type=Path, help="weights (default: random; they do not change the time)")
     parser.add_argument("--branch", type=arguments.whole, nargs="+",
                         help="0-based skips (default: the paper's for this model)")
     parser.add_argument("--interval", type=arguments.whole, nargs="+", default=[2, 3, 5, 10],
@@ -148,61 +152,24 @@ def time_steps(words: Sequence[str]) -> None:
                         help="time cached steps that forecast, with these orders; 0 = reuse (default)")
     parser.add_argument("--steps", type=arguments.whole,
                         help="network calls per image of the whole runs (default: the config's)")
-    parser.add_argument("--block-schedule", type=Path, nargs="+", metavar="FILE",
-                        help="time Block Caching by these schedules instead, each without and with scale-shift")
     parser.add_argument("--resolution", type=arguments.whole, metavar="PIXELS",
                         help="of the images (default: the config's)")
-    parser.add_argument("--batch-size", type=arguments.whole, default=8,
-                        help="images at a time; with guidance each takes two rows of the batch (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda, cuda:1 (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network (default: %(default)s)")
-    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
-    add_timing_options(parser)
+    for options in (NetworkOptions, Machine, TimingOptions):
+        arguments.add(parser, options)
     args = parser.parse_args(words)
-
-    started = time.time()
-    check_counts(batch_size=args.batch_size)
-    config, device = load_config(args.config), prepare_device(args.device, args.threads)
-    sized = {} if args.resolution is None else {"resolution": args.resolution}
-    if sized:
-        config = at_resolution(config, args.resolution)
-    dtype = DTYPES[args.dtype]
-    if device.type == "meta":
-        raise UserError("--device meta computes nothing that could be timed: use cpu or cuda")
-    schedules = {}
-    for path in args.block_schedule or ():
-        with as_user_error():
-            schedules[path.stem] = BlockSchedule.load(path)
-            schedules[path.stem].check({"model": config.name, "unet": asdict(config.unet)})
-    branches = list(dict.fromkeys(args.branch or [config.sampler.branch]))
-    steps = config.sampler.steps if args.steps is None else args.steps
-    torch.manual_seed(0)
-    unet: Any = place(load_unet(config, args.checkpoint) if args.checkpoint else build(config, "cpu"), device, dtype)
-    rows = args.batch_size * rows_per_image(config)
-    inputs = random_inputs(config, rows, device, dtype)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)      # fails before the work, where it fails
-    where = provenance(device)
-    settings = {"batch_size": args.batch_size, "rows": rows, "dtype": args.dtype, "repeats": args.repeats,
-                "warmup": args.warmup, "weights": str(args.checkpoint) if args.checkpoint else "random", **sized}
-    guided = f" ({rows} rows with guidance)" if rows != args.batch_size else ""
-    print(f"{config.name}: batch {args.batch_size}{guided}, {args.dtype}, {where['device']} ({where['device_name']}), "
-          f"{where['threads']} CPU threads, {args.repeats} rounds", flush=True)
-    rounds = args.repeats, args.warmup, rows_per_image(config), build(config).to(dtype)
-    kind = "throughput"
-    if schedules:
-        result = measure_schedules(unet, inputs, schedules, *rounds)
-        print(schedules_table(result))
-    else:
-        orders = list(dict.fromkeys(args.forecast))
-        kind = "throughput" if orders == [0] else "throughput of forecasts"     # no table of the papers shows those
-        result = measure(unet, inputs, branches, args.interval, steps, *rounds, orders)
-        print(table(result))
-    if args.out:
-        results.write(args.out, Result(kind, config.name, settings, throughput=result, provenance=where
-                                       ).stamped(started))
-        print(f"wrote {args.out}")
+    spec = RunSpec.of(args.config, checkpoint=args.checkpoint, dtype=args.dtype, steps=args.steps)
+    plain = spec.open()
+    branches = dict.fromkeys(args.branch or [plain.config.sampler.branch])
+    runs = []
+    for branch, order, interval in itertools.product(branches, dict.fromkeys(args.forecast), args.interval):
+        run = spec.having(branch=branch, interval=interval, forecast=order if interval > 1 else 0).open()
+        runs.append(({"branch": branch, "forecast": order, "interval": interval, "steps": run.steps}, run))
+    if args.resolution is not None:
+        config = at_resolution(plain.config, args.resolution)
+        unet = build(config)
+        for _, run in runs:
+            run.config, run.unet = config, unet
+    timed(runs, args, {} if args.resolution is None else {"resolution": args.resolution})
 
 
 @command

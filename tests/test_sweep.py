@@ -84,7 +84,7 @@ def test_every_option_of_a_registered_method_is_an_axis(tmp_path, tiny):
     assert sweep_report.axes_of(points[2].run)["forecast_damping"] == 0.5
     # A run whose time is not that of full and cached steps is timed by itself.
     names = [file.name for file in runner.times_paths(tmp_path / "times.json", points)]
-    assert names == ["times.json", "times_blocks.json", "times_uniform_n2_forecast1.json",
+    assert names == ["times.json", "times_uniform_n2_forecast1.json",
                      "times_uniform_n2_forecast1_damped0.5.json"]
 
 

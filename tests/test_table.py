@@ -14,6 +14,7 @@ from eval import table as table_command
 from eval.cost import bk_sdm
 from eval.cost.macs import run_macs
 from eval.cost.runs import macs_per_step, pruned
+from eval.cost.timing import kinds_of
 from eval.metrics.extract import pixels_sha256
 from eval.metrics.sources import open_reference
 from eval.tables import paper as paper_tables
@@ -259,22 +260,25 @@ def test_a_run_of_other_methods_is_as_fast_as_it_was_timed_itself():
 
 
 def test_times_of_block_schedules_become_throughput():
-    """Each over the uncached run of as many steps; by the schedule that was timed, and no other."""
+    """Each over the uncached run of as many steps; of the sets of blocks that were timed, and no others."""
     rhythm = run_of("block_caching_table1", "DPM 20 steps, caching / the example's rhythm")
-    schedule = rhythm.run.caching.of(PlannedBlocks).schedule
-    timed = {"sha256": schedule.sha256, "scale_shift": False, "calls": 20, "seconds": 16.0, "speedup": 1.25}
+    cached = next(kind for kind in kinds_of(rhythm.run) if kind.reused)
+    assert kinds_of(rhythm.run).count(cached) == 15
     found = [(Path("blocks.json"), Result(
         "throughput", "sd_v15", {"dtype": "bf16", "batch_size": 2, "weights": "random"},
-        throughput={"full": {"median": 1.0}, "schedules": [timed]},
+        throughput={"full": {"median": 1.0}, "kinds": [
+            {"reused": list(cached.reused), "order": 0, "median": 0.8, "ratio": 0.6}]},
         provenance={"device": "cpu", "device_name": "CPU", "threads": 1}))]
     paper = find("block_caching_table1")
-    assert cell(paper, found, rhythm.label, "throughput")[1] == "0.12"         # 2 images in 16 seconds
-    assert cell(paper, found, rhythm.label, "speedup")[1] == "1.25"
-    assert cell(paper, found, "DDIM 20 steps, caching / the example's rhythm", "speedup")[1] == "-"
+    assert cell(paper, found, rhythm.label, "throughput")[1] == "0.12"         # 2 images in 17 seconds
+    assert cell(paper, found, rhythm.label, "speedup")[1] == "1.43"             # 20 / (5 + 15 x 0.6)
+    found[0][1].times["kinds"][0]["reused"] = ["middle_block.0"]
+    assert cell(paper, found, rhythm.label, "speedup")[1] == "-"
     assert cell(paper, found, "DPM 14 steps", "speedup")[1] == "1.43"          # over 20 steps,
     assert cell(paper, found, "DPM 30 steps", "speedup")[1] == "1.67"          # over 50 steps
     inputs = example_inputs(rhythm.run.config)
-    counted = run_macs(build(rhythm.run.config), inputs, BlockCache(schedule.blocks), 20)
+    blocks = rhythm.run.caching.of(PlannedBlocks).schedule.blocks
+    counted = run_macs(build(rhythm.run.config), inputs, BlockCache(blocks), 20)
     assert float(cell(paper, found, rhythm.label, "macs_G")[1]) == pytest.approx(counted.hook / 1e9, abs=0.005)
 
 

@@ -8,21 +8,19 @@
 The models have their real sizes and random weights, the same on all sides, and take turns. `ours` is our U-Net as the
 sample commands run it (`speed.accelerate.place`), `diffusers` theirs as it comes, `helper` the PyPI package on it; the
 package cannot be compiled. In mode `graphs` our steps are CUDA graphs (--cuda-graphs), the others eager. Each setting
-is a JSON file in --out, written as soon as it is measured: settings that are there are not measured again. Table and
-chart are made of all that are there. What to expect of a cached step is the ratio of the MACs.
+is a JSON file in --out, written as soon as it is measured: settings that are there are not measured again. The table is
+of all that are there. What to expect of a cached step is the ratio of the MACs.
 """
 
 import argparse
 import itertools
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from DeepCache import DeepCacheSDHelper
 from diffusers.utils import logging
@@ -31,7 +29,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from eval.cost.macs import branch_macs
-from eval.cost.timing import PRODUCT, gflops, interleave, packed_product
+from eval.cost.timing import interleave
 from run import arguments, results
 from run.families import Config, at_resolution, build, example_inputs, family, load_config, rows_per_image
 from run.files import ROOT, write_atomically
@@ -48,9 +46,8 @@ from unet_caching.speed.compiled import compiled
 from unet_caching.speed.graphs import recorded
 
 BATCH_SIZES = {"ddpm_cifar10": (1, 8, 64), "ldm_cin256": (1, 8), "sd_v15": (1, 4)}
-STEPS, INTERVALS = (50, 100, 250), (1, 2, 3, 5, 10)
+STEPS, INTERVAL = 50, 5         # of the whole run in the table
 MODES = ("eager", "compiled", "graphs")
-PEAK = ("peak", "product")
 TIMES = (500, 499)      # the package finds out from the timestep whether a step is a full or a cached one
 
 
@@ -81,10 +78,8 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
 @torch.inference_mode()
 def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mode: str, device: torch.device,
             repeats: int, warmup: int) -> dict:
-    """Time all sides: JSON-compatible {sides: {ours, diffusers, helper: {full, cached}}, expected, memory, peak, runs}.
+    """Time all sides: JSON-compatible {sides: {ours, diffusers, helper: {full, cached}}, expected, memory}.
 
-    peak: how fast a packed product of matrices is that takes turns with the steps; of_peak: the share of it that a step
-    reaches, by the multiply-accumulates with attention.
     difference: of a side's results from ours, as a fraction of their largest magnitude. Ratios are medians over rounds.
     memory (eager): peak bytes beside the weights, of a step without cache (dense) and of a full and a cached step
     (run), and of the feature that is kept between them.
@@ -136,39 +131,23 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
                 ("diffusers", "dense"): variants["diffusers", "full"]}
         for (side, what), run in runs.items():
             memory.setdefault(side, {})[what] = peak_memory(run, device)
-    timings = interleave({**variants, PEAK: packed_product(device, dtype)}, device, repeats, warmup)
-    product = timings.pop(PEAK)
-    peak = gflops(math.prod(PRODUCT), product.median)
-
+    timings = interleave(variants, device, repeats, warmup)
     macs, cached_macs = branch_macs(build(config), example_inputs(config), [branch])
     expected = {"macs": cached_macs[branch].hook / macs.hook, "macs_fc": cached_macs[branch].fc / macs.fc}
     sides: dict[str, dict] = {}
     for (side, step), timing in timings.items():
         found = sides.setdefault(side, {})
-        speed = gflops(rows * (macs if step == "full" else cached_macs[branch]).fc, timing.median)
-        found[step] = timing.to_json() | {
-            "over_ours": timing.ratio(timings["ours", step]), "gflops": speed, "of_peak": speed / peak,
-            "difference": difference(results["ours", step], results[side, step])}
+        found[step] = timing.to_json() | {"over_ours": timing.ratio(timings["ours", step]),
+                                          "difference": difference(results["ours", step], results[side, step])}
         if step == "cached":
             found["cached_over_full"] = timing.ratio(timings[side, "full"])
-    return {"sides": sides, "expected": expected, "memory": memory,
-            "peak": product.to_json() | {"product": list(PRODUCT), "gflops": peak},
-            "runs": [whole_run(sides, expected, batch_size, *run) for run in itertools.product(STEPS, INTERVALS)]}
+    return {"sides": sides, "expected": expected, "memory": memory}
 
 
-def whole_run(sides: Mapping[str, dict], expected: Mapping[str, float], batch_size: int, steps: int, interval: int
-              ) -> dict:
-    """A run with uniform schedule, from the times of its steps: {images_per_second, speedup: by side or convention}."""
-    full = len(uniform(steps, interval))
-
-    def cost(ratio: float) -> float:        # in full steps
-        return full + (steps - full) * ratio
-
-    rates = {side: batch_size / (found["full"]["median"] * cost(found.get("cached_over_full", 1)))
-             for side, found in sides.items() if interval == 1 or "cached" in found}
-    ratios = {side: found["cached_over_full"] for side, found in sides.items() if "cached" in found} | dict(expected)
-    return {"steps": steps, "interval": interval, "images_per_second": rates,
-            "speedup": {name: steps / cost(ratio) for name, ratio in ratios.items()}}
+def full_calls(ratio: float) -> float:
+    """What a run of STEPS and INTERVAL takes, in full steps. ratio: of a cached to a full one."""
+    full = len(uniform(STEPS, INTERVAL))
+    return full + (STEPS - full) * ratio
 
 
 def _named(result: Result) -> str:
@@ -178,47 +157,24 @@ def _named(result: Result) -> str:
 
 def table(found: Sequence[Result]) -> str:
     """All settings, in Markdown."""
+    def seconds(side: dict) -> float:           # of the run
+        return side["full"]["median"] * full_calls(side["cached_over_full"])
+
     lines = ["| model | batch | dtype | mode | full step, s | cached / full | by macs | by macs_fc | N = 5 speed-up "
              "| by macs_fc | diffusers / ours, full | helper / ours, cached | helper / ours, N = 5 |",
              "|---" * 13 + "|"]
     for result in found:
         settings, sides, expected = result.settings, result.times["sides"], result.times["expected"]
-        run = next(run for run in result.times["runs"] if run["interval"] == 5)
         ours, helper = sides["ours"], sides.get("helper")
-        rates = run["images_per_second"]
         cells = [_named(result), settings["batch_size"], settings["dtype"], settings["mode"],
                  f"{ours['full']['median']:.3g}", f"{ours['cached_over_full']:.3f}",
                  f"{expected['macs']:.3f}", f"{expected['macs_fc']:.3f}",
-                 f"{run['speedup']['ours']:.2f}", f"{run['speedup']['macs_fc']:.2f}",
+                 *(f"{STEPS / full_calls(ratio):.2f}" for ratio in (ours["cached_over_full"], expected["macs_fc"])),
                  f"{sides['diffusers']['full']['over_ours']:.2f}",
                  f"{helper['cached']['over_ours']:.2f}" if helper else "-",
-                 f"{rates['ours'] / rates['helper']:.2f}" if helper else "-"]
+                 f"{seconds(helper) / seconds(ours):.2f}" if helper else "-"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
-
-
-def of_peak_table(found: Sequence[Result]) -> str:
-    """The table of what share of its processor's measured peak each side reaches, where that was measured."""
-    lines = ["| processor | model | batch | dtype | mode | packed product, GFLOP/s | ours, full | ours, cached "
-             "| diffusers, full | helper, cached |", "|---" * 10 + "|"]
-    for result in found:
-        if peak := result.times.get("peak"):
-            settings, sides = result.settings, result.times["sides"]
-            shares = [sides.get(side, {}).get(step, {}).get("of_peak") for side, step in (
-                ("ours", "full"), ("ours", "cached"), ("diffusers", "full"), ("helper", "cached"))]
-            cells = [processor_of(result), result.model, settings["batch_size"], settings["dtype"], settings["mode"],
-                     f"{peak['gflops']:.0f}", *("-" if share is None else f"{100 * share:.0f} %" for share in shares)]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def processor_of(result: Result) -> str:
-    """The processor or accelerator of a result, in words."""
-    where = result.provenance
-    known = where.get("processor", {})
-    if where.get("device") != "cpu" or "family" not in known:
-        return str(where.get("device_name", "unknown"))
-    return f"{where['device_name']}, family {known['family']} model {known['model']}, {known['used']}"
 
 
 def memory_table(found: Sequence[Result]) -> str:
@@ -236,44 +192,14 @@ def memory_table(found: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def chart(found: Sequence[Result], path: Path) -> None:
-    """Draw images per second at each interval: ours, the package's, and what the MACs promise."""
-    columns = min(len(found), 4)
-    rows = math.ceil(len(found) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3 * rows), squeeze=False)
-    for axis in axes.flat[len(found):]:
-        axis.remove()
-    for axis, result in zip(axes.flat, found, strict=False):
-        settings, sides = result.settings, result.times["sides"]
-        runs = [run for run in result.times["runs"] if run["steps"] == STEPS[0]]
-        base = runs[0]["images_per_second"]["ours"]
-        axis.plot(INTERVALS, [base * run["speedup"]["macs_fc"] for run in runs], "k:", label="ours, by macs_fc")
-        for side in sides:
-            rates = [run["images_per_second"].get(side) for run in runs]
-            points = [(interval, rate) for interval, rate in zip(INTERVALS, rates, strict=True) if rate is not None]
-            axis.plot(*zip(*points, strict=True), "o-", label=side)
-        axis.set_title(f"{_named(result)}, batch {settings['batch_size']}\n{settings['dtype']}, {settings['mode']}",
-                       fontsize=8)
-        axis.set_xlabel("interval N")
-        axis.set_ylabel(f"images/s, {STEPS[0]} steps")
-        axis.set_ylim(bottom=0)
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, format="png", dpi=90)
-    plt.close(figure)
-
-
 def report(folder: Path) -> str:
-    """Write table.md and chart.png of all settings in a folder; returns the table."""
+    """Write table.md of all settings in a folder; returns the table."""
     order = {name: i for i, name in enumerate(BATCH_SIZES)}
     found = sorted((result for _, result in results.read_all(folder)),
                    key=lambda result: (order.get(str(result.model), len(order)), MODES.index(result.settings["mode"]),
                                        result.settings["dtype"], result.settings["batch_size"]))
     text = f"{table(found)}\n\nPeak memory beside the weights, MB of PyTorch's tensors:\n\n{memory_table(found)}"
-    if any(result.times.get("peak") for result in found):
-        text += f"\n\nShare of the speed of a packed product of matrices:\n\n{of_peak_table(found)}"
     write_atomically(folder / "table.md", lambda path: path.write_text(text + "\n"))
-    write_atomically(folder / "chart.png", lambda path: chart(found, path))
     return text
 
 

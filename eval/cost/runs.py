@@ -8,7 +8,6 @@ from eval.cost import bk_sdm
 from eval.cost.macs import Costs, Macs, costs, mean
 from run.families import example_inputs
 from run.spec import Run
-from unet_caching.files.block_schedule import PlannedBlocks
 from unet_caching.methods.deepcache import PlannedDeepCache
 
 _COUNTED: WeakKeyDictionary[nn.Module, Costs] = WeakKeyDictionary()
@@ -56,9 +55,5 @@ def in_full_calls(run: Run) -> float:
 
 
 def told_by_steps(run: Run) -> bool:
-    """Whether the times of DeepCache's steps, or those of block schedules, are the times of a run's calls.
-
-    Methods on top of each other, and others than these two, are timed run by run.
-    """
-    return not run.caching or (len(run.caching.methods) == 1
-                               and isinstance(run.caching.methods[0], (PlannedDeepCache, PlannedBlocks)))
+    """Whether the times of DeepCache's steps are those of a run's calls; others are timed run by run."""
+    return all(isinstance(method, PlannedDeepCache) for method in run.caching.methods)

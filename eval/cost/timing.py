@@ -1,4 +1,9 @@
-"""The wall-clock time of full and cached steps, all variants taking turns."""
+"""The wall-clock time of a run's network calls: the only place of the project where anything is timed.
+
+Calls of one kind reuse the same values and forecast them alike: with DeepCache there are two kinds, full and cached
+calls, with a block schedule as many as it has different sets of blocks. Each kind is timed once, in turns with a full
+call, so that a busy machine slows all of them alike; the time of a run is the sum over its calls.
+"""
 
 import gc
 import time
@@ -8,24 +13,24 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from eval.cost.macs import average, branch_macs, residual_macs, schedule_macs
-from unet_caching.errors import UserError
-from unet_caching.files.block_schedule import BlockSchedule
-from unet_caching.methods.block_cache import BlockCache
-from unet_caching.methods.deepcache import DeepCache
-from unet_caching.nest import NestedUNet, no_cache
-from unet_caching.policy import Policy
-from unet_caching.schedules import uniform
-from unet_caching.speed.packed import pack, packable
+from eval.cost.macs import Macs
+from eval.cost.runs import call_macs, costs_of
+from run.results import Result
+from run.spec import Run
+from unet_caching.files.block_schedule import PlannedBlocks
+from unet_caching.files.plan_file import PlannedPlan
+from unet_caching.methods.deepcache import PlannedDeepCache
+from unet_caching.methods.forecast_options import PlannedForecast
+from unet_caching.nest import Network, no_cache
+from unet_caching.policy import Together
 
 Name = TypeVar("Name", bound=Hashable)
-PRODUCT = 2048, 1280, 1280      # rows, inner, columns: sizes as in Stable Diffusion's inner levels
 
 
 class Timing(NamedTuple):
-    """Seconds of one step: one value per round, in the order of the rounds, which all variants share."""
+    """Seconds of one call: one value per round, in the order of the rounds, which all variants share."""
     seconds: list[float]
     peak_bytes: int | None = None       # of accelerator memory while it ran; None on a CPU
 
@@ -34,7 +39,7 @@ class Timing(NamedTuple):
         return float(np.median(self.seconds))
 
     def ratio(self, other: "Timing") -> float:
-        """The median over the rounds of this step's time as a fraction of the other's."""
+        """The median over the rounds of this call's time as a fraction of the other's."""
         return round(float(np.median(np.divide(self.seconds, other.seconds))), 6)
 
     def to_json(self) -> dict:
@@ -60,12 +65,12 @@ def interleave(variants: Mapping[Name, Callable[[], object]], device: torch.devi
     gc.disable()
     try:
         for turn in range(-warmup, repeats):
-            for name, run in variants.items():
+            for name, call in variants.items():
                 if device.type == "cuda" and turn < 0:
                     torch.cuda.reset_peak_memory_stats(device)
                 synchronize()
                 start = time.perf_counter()
-                run()
+                call()
                 synchronize()
                 elapsed = time.perf_counter() - start
                 if turn >= 0:
@@ -78,147 +83,96 @@ def interleave(variants: Mapping[Name, Callable[[], object]], device: torch.devi
     return {name: Timing(seconds[name], peaks[name]) for name in variants}
 
 
-def packed_product(device: torch.device | str, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """One product of matrices of PRODUCT's sizes, as fast as is known here: with packed weights where the sample
-    commands pack them. Its speed is what a network's is measured by: the peak that a processor reaches."""
-    rows, inner, columns = PRODUCT
-    layer: nn.Module = nn.Linear(inner, columns, bias=False).to(device, dtype)
-    if packable(layer):
-        layer = pack(layer)
-    x = torch.randn(rows, inner).to(device, dtype)
-    return lambda: layer(x)
+class Kind(NamedTuple):
+    """A kind of network call; that which reuses nothing is a full one."""
+    reused: tuple[str, ...] = ()        # the keys of the values that it reuses, sorted; levels by their skip
+    order: int = 0                      # of their forecast
 
 
-def gflops(macs: float, seconds: float) -> float:
-    """10^9 floating-point operations per second, of which a multiply-accumulate is two."""
-    return 2e-9 * macs / seconds
+def kinds_of(run: Run) -> list[Kind]:
+    """The kind of every network call of an image."""
+    plan = run.caching.of(PlannedPlan)
+    order = run.caching.settings.get("forecast", {}).get("order", 0)
+    orders = [len(call.damping) for call in plan.plan.calls] if plan else [order] * run.calls
+    return [Kind(tuple(sorted(map(str, keys))), order if keys else 0)
+            for keys, order in zip(run.reused, orders, strict=True)]
 
 
-def time_steps(unet: nn.Module, inputs: Sequence[Tensor], policies: Mapping[str, Policy], repeats: int = 20,
-               warmup: int = 2) -> dict[str, Timing]:
-    """Time a full step of a U-Net ("full") and the cached step of each policy (under its own name).
+def time_runs(runs: Sequence[Run], network: Network, inputs: Sequence[Tensor], repeats: int = 20, warmup: int = 2
+              ) -> dict[str, Any]:
+    """Time every kind of call of some runs, in turns with a call without any cache.
 
-    inputs: what the U-Net takes before `cache`: (x, t) or (x, t, context), on its device.
-    policies: step 0 must be a full and step 1 a cached step of each, as in DeepCache(branch, [0]).
+    runs: of one model. network: their U-Net or what stands in for it, on its device. inputs: what it takes before
+    `cache`. Returns JSON-compatible {full, kinds: [...]}, with seconds of one batch and MACs of one row (`Times` reads
+    it). Raises ValueError for no repeats.
     """
-    def cached(policy: Policy) -> Callable[[], Tensor]:
-        unet(*inputs, cache=policy.at(0))
-        return lambda: unet(*inputs, cache=policy.at(1))
+    first: dict[Kind, tuple[Run, int, Macs]] = {}       # a run with a call of the kind, which, and its MACs
+    for run in runs:
+        for step, (kind, macs) in enumerate(zip(kinds_of(run), call_macs(run), strict=True)):
+            if kind.reused or not told_by_kinds(run):       # of other methods a full call may do more
+                first.setdefault(kind, (run, step, macs))
 
-    with torch.inference_mode():
-        variants = {name: cached(policy) for name, policy in policies.items()}
-    return interleave({"full": lambda: unet(*inputs, cache=no_cache), **variants}, inputs[0].device, repeats, warmup)
+    @torch.inference_mode()
+    def at(run: Run, step: int) -> Callable[[], Tensor]:
+        policy = run.caching.policy(inputs[0].device, inputs[0].dtype) or Together()
+        for before in range(step):              # what the call reuses or forecasts is there then
+            network(*inputs, cache=policy.at(before))
+        return lambda: network(*inputs, cache=policy.at(step))
+
+    timings = interleave({None: lambda: network(*inputs, cache=no_cache),
+                          **{kind: at(run, step) for kind, (run, step, _) in first.items()}},
+                         inputs[0].device, repeats, warmup)
+    full, calls = timings.pop(None), Counter(kind for run in runs for kind in kinds_of(run))
+
+    def entry(timing: Timing, macs: Macs) -> dict[str, Any]:
+        return {**timing.to_json(), "macs": macs.hook, "macs_fc": macs.fc}
+
+    return {"full": entry(full, costs_of(runs[0]).full),
+            "kinds": [{"reused": list(kind.reused), "order": kind.order, "calls": calls[kind],
+                       **entry(timing, first[kind][2]), "ratio": timing.ratio(full)}
+                      for kind, timing in timings.items()]}
 
 
-def measure(unet: NestedUNet, inputs: Sequence[Tensor], branches: Sequence[int], intervals: Sequence[int],
-            num_steps: int, repeats: int = 20, warmup: int = 2, rows_per_image: int = 1,
-            plain: nn.Module | None = None, orders: Sequence[int] = (0,)) -> dict[str, Any]:
-    """Time DeepCache at `branches`, with the MACs (batch 1) beside, and derive whole runs with uniform schedules.
+def told_by_kinds(run: Run) -> bool:
+    """Whether all that its calls do is to reuse and to forecast, so that calls of one kind take the same time in all
+    runs. Scale-shift belongs to it: on Stable Diffusion v1.5 it added 0.005 %."""
+    plain = PlannedDeepCache, PlannedBlocks, PlannedPlan, PlannedForecast
+    return all(isinstance(method, plain) for method in run.caching.methods)
 
-    orders: of the forecast, each at every branch; 0 is reuse. They have the same MACs, and one more value to keep for
-    each order (feature_bytes).
-    plain: the U-Net to count the MACs of, where the weights of the other are packed.
-    rows_per_image: rows of the inputs that make one image; 2 with guidance, whose two halves share a batch.
-    Returns JSON-compatible {full, branches: [per branch and order], runs: [each of these at each interval]}; images/s
-    are of the network alone. Raises UserError for a branch or an interval that does not exist, or no repeats.
+
+class RunTime(NamedTuple):
+    """Of all network calls of a batch."""
+    seconds: float
+    full_calls: float           # how many full calls take as long, by the ratios of single rounds
+
+
+class Times:
+    """What was timed of a model: seconds of a batch of a full call, and (seconds, ratio to a full call) by kind.
+
+    throughput: what `time_runs` returned. cache: of the only run that it tells of; None: it tells of all runs whose
+    kinds of calls are there. Files of before have `branches` in the place of kinds.
     """
-    images = len(inputs[0]) / rows_per_image
-    for branch in branches:
-        if not 0 <= branch < unet.num_branches:
-            raise UserError(f"--branch must be from 0 to {unet.num_branches - 1} for this model, got {branch}")
-    try:
-        schedules = {interval: uniform(num_steps, interval) for interval in intervals}
-        # Step 0 is full, step 1 cached; the others are there for the order.
-        caches = {(branch, order): DeepCache(branch, [0, *range(2, 2 + order)], order)
-                  for branch in branches for order in orders}
-        timings = time_steps(unet, inputs, {str(key): cache for key, cache in caches.items()}, repeats, warmup)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    full_macs, cached_macs = branch_macs(unet if plain is None else plain, [value[:1] for value in inputs], branches)
-    full = timings["full"]
-    result: dict[str, Any] = {
-        "full": {**full.to_json(), "macs": full_macs.hook, "macs_fc": full_macs.fc}, "branches": [], "runs": []}
-    for (branch, order), cache in caches.items():
-        cached, macs = timings[str((branch, order))], cached_macs[branch]
-        result["branches"].append({
-            "branch": branch, "forecast": order, **cached.to_json(), "ratio": cached.ratio(full),
-            "macs": macs.hook, "macs_fc": macs.fc,
-            "macs_ratio": macs.hook / full_macs.hook, "macs_fc_ratio": macs.fc / full_macs.fc,
-            "feature_bytes": sum(value.nbytes for value in cache.kept.values())})
-    result["full"]["images_per_second"] = images / (num_steps * full.median)
-    for branch, order in caches:
-        for interval, full_steps in schedules.items():
-            k, cached = len(full_steps), timings[str((branch, order))]
-            macs = average(full_macs, cached_macs[branch], full_steps, num_steps)
-            result["runs"].append({
-                "branch": branch, "forecast": order, "interval": interval, "steps": num_steps, "full_steps": k,
-                "images_per_second": images / (k * full.median + (num_steps - k) * cached.median),
-                "speedup": num_steps / (k + (num_steps - k) * cached.ratio(full)),
-                "macs": macs.hook, "macs_fc": macs.fc, "macs_speedup": full_macs.hook / macs.hook})
-    return result
 
+    def __init__(self, throughput: Mapping[str, Any], cache: Mapping[str, Any] | None = None):
+        self.full, self.cache = throughput["full"]["median"], cache
+        order = (cache or {}).get("forecast", {}).get("order", 0)
+        self.kinds = {Kind(): (self.full, 1.0)}
+        for one in throughput.get("branches", ()):
+            self.kinds[Kind((str(one["branch"]),), one.get("forecast", 0))] = one["median"], one["ratio"]
+        for one in throughput.get("kinds", ()):
+            kind = Kind(tuple(one["reused"]), one.get("order", order if one["reused"] else 0))
+            self.kinds[kind] = one["median"], one["ratio"]
 
-class ReusedSet(NamedTuple):
-    """Residuals that some steps of a schedule reuse, and how many steps those are."""
-    names: frozenset[str]
-    steps: int
+    @classmethod
+    def of(cls, result: Result) -> "Times":
+        """Those of a result of eval.throughput."""
+        return cls(result.times, result.settings.get("cache"))
 
-    def policy(self, adjusted: bool, unet: nn.Module, inputs: Sequence[Tensor]) -> BlockCache:
-        """Computes them on step 0 and reuses them on step 1, multiplied and shifted (by nothing) where `adjusted`."""
-        policy = BlockCache({name: [0] for name in self.names})
-        if adjusted:
-            unet(*inputs, cache=policy.at(0))
-            channels = {str(name): value.shape[1 if value.ndim == 4 else -1] for name, value in policy.values.items()}
-            dtype, device = inputs[0].dtype, inputs[0].device
-            policy.adjust = [{}, {name: (torch.ones(width, dtype=dtype, device=device),
-                                         torch.zeros(width, dtype=dtype, device=device))
-                                  for name, width in channels.items()}]
-        return policy
-
-
-def reused_sets(schedule: BlockSchedule) -> list[ReusedSet]:
-    """The different sets of residuals that the steps of a schedule reuse, the commonest first."""
-    found = Counter(frozenset(name for name, steps in schedule.blocks.items() if step not in steps)
-                    for step in range(schedule.calls))
-    return [ReusedSet(*pair) for pair in found.most_common()]
-
-
-def measure_schedules(unet: nn.Module, inputs: Sequence[Tensor], schedules: Mapping[str, BlockSchedule],
-                      repeats: int = 20, warmup: int = 2, rows_per_image: int = 1, plain: nn.Module | None = None
-                      ) -> dict:
-    """Time Block Caching: a step of each set of residuals that `schedules` reuse, without and with scale-shift.
-
-    schedules: by name. plain: as `measure` takes it. Returns JSON-compatible {full, schedules: [per schedule and
-    with_scale_shift]}, with the MACs (batch 1) of the whole runs beside their times; images/s are of the network
-    alone. Raises UserError for no repeats.
-    """
-    sets = {name: reused_sets(schedule) for name, schedule in schedules.items()}
-    distinct = list(dict.fromkeys(one.names for found in sets.values() for one in found if one.names))
-    with torch.inference_mode():
-        policies = {f"{i}{'+' * adjusted}": ReusedSet(names, 0).policy(adjusted, unet, inputs)
-                    for i, names in enumerate(distinct) for adjusted in (False, True)}
-    try:
-        timings = time_steps(unet, inputs, policies, repeats, warmup)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    full = timings["full"]
-    macs_full, residuals = residual_macs(unet if plain is None else plain, [value[:1] for value in inputs])
-    images = len(inputs[0]) / rows_per_image
-    result: dict[str, Any] = {
-        "full": {**full.to_json(), "macs": macs_full.hook, "macs_fc": macs_full.fc}, "schedules": []}
-    for name, schedule in schedules.items():
-        macs = schedule_macs(macs_full, residuals, schedule.blocks, schedule.calls)
-        for adjusted in (False, True):
-            ratios, seconds = [], 0.0
-            for one in sets[name]:
-                timing = timings[f"{distinct.index(one.names)}{'+' * adjusted}"] if one.names else full
-                ratios.append({"reused": len(one.names), "steps": one.steps, "ratio": timing.ratio(full)})
-                seconds += one.steps * timing.median
-            result["schedules"].append({
-                "name": name, "sha256": schedule.sha256, "sampler": schedule.run["sampler"],
-                "steps": schedule.run["steps"], "calls": schedule.calls, "scale_shift": adjusted, "sets": ratios,
-                "seconds": seconds, "images_per_second": images / seconds,
-                "speedup": schedule.calls / sum(one["steps"] * one["ratio"] for one in ratios),
-                "macs": macs.hook, "macs_fc": macs.fc, "macs_speedup": macs_full.hook / macs.hook,
-                "macs_fc_speedup": macs_full.fc / macs.fc})
-    return result
+    def of_run(self, run: Run) -> RunTime | None:
+        """The time of a run; None where it is not told."""
+        if self.cache != run.caching.settings if self.cache is not None else not told_by_kinds(run):
+            return None
+        calls = Counter(kinds_of(run))
+        if not calls.keys() <= self.kinds.keys():
+            return None
+        return RunTime(*(sum(n * self.kinds[kind][i] for kind, n in calls.items()) for i in (0, 1)))

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval.cost.macs import Macs, branch_macs, giga
+from eval.cost.timing import Times
 from eval.tables.text import markdown
 from run import results
 from run.families import at_resolution, build, example_inputs, load_config
@@ -29,8 +30,8 @@ def rows(measured: Result, full: Macs, cached: Mapping[int, Macs]) -> list[list[
     """
     ratios = _ratios(measured)
     orders = sorted({0, 1} | {order for _, order in ratios})
-    intervals = sorted({row["interval"] for row in measured.times["runs"]} - {1})
-    steps = measured.times["runs"][0]["steps"]
+    runs = measured.times.get("runs", [{"interval": interval, "steps": 50} for interval in (2, 3, 5, 10)])
+    intervals, steps = sorted({run["interval"] for run in runs} - {1}), runs[0]["steps"]
     kinds = ["reuse" if order == 0 else f"order {order}" for order in orders]
     found = [["branch", "MACs of a cached step, G", "cached / full by macs", "by macs_fc",
               *(f"by time, {kind}" for kind in kinds),
@@ -51,7 +52,8 @@ def _ratios(measured: Result) -> dict[tuple[int, int], float]:
     """The time of a cached step as a fraction of a full one's, by branch and order of the forecast."""
     if "sides" in measured.times:           # of eval.throughput compare
         return {(measured.settings["branch"], 0): measured.times["sides"]["ours"]["cached_over_full"]}
-    return {(row["branch"], row["forecast"]): row["ratio"] for row in measured.times.get("branches", ())}
+    timed = Times.of(measured).kinds.items() if measured.times.get("runs", [{}])[0].get("interval") else ()
+    return {(int(kind.reused[0]), kind.order): ratio for kind, (_, ratio) in timed if kind.reused}
 
 
 def _cell(value: float | None, digits: int) -> str:

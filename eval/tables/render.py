@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eval.cost.macs import giga
-from eval.cost.run_timing import in_full_steps
-from eval.cost.runs import macs_per_step, pruned, told_by_steps
+from eval.cost.runs import macs_per_step, pruned
+from eval.cost.timing import Times
 from eval.metrics.registry import RMSE_TO_CONVERGED, SMALL_MEASURES
 from eval.tables.current import Wanted, inputs_of
 from eval.tables.paper import COLUMNS, Note, Section, Table, tables
@@ -18,7 +18,6 @@ from eval.tables.text import align
 from run.files import ROOT
 from run.results import Result
 from run.spec import Run
-from unet_caching.files.block_schedule import PlannedBlocks
 
 RESULTS = ROOT / "results"
 
@@ -104,39 +103,13 @@ def speed_of(found: Found, run: Run, base: int) -> Speed | None:
     """
     own = []
     for path, result in found:
-        times = result.times
         same = (result.model, result.settings.get("dtype")) == (run.config.name, run.spec.network.dtype)
-        if pruned(run) or result.kind != "throughput" or not times or not same:
+        if pruned(run) or result.kind != "throughput" or not result.times or not same:
             continue
-        if "kinds" in times:                        # of one run, by eval.throughput run
-            cost = in_full_steps(times, run) if result.settings.get("cache") == run.caching.settings else None
-        else:
-            cost = _in_full_steps(times, run) if told_by_steps(run) else None       # the seconds of a round cancel
-        if cost is not None:
-            seconds, ratio = cost
-            own.append(Speed(result.settings["batch_size"] / seconds, base / ratio, path, result))
+        if time := Times.of(result).of_run(run):
+            own.append(Speed(result.settings["batch_size"] / time.seconds, base / time.full_calls, path, result))
     return max(own, key=lambda s: (s.result.provenance.get("device") != "cpu", s.result.finished or "", str(s.path)),
                default=None)
-
-
-def _in_full_steps(times: Mapping, run: Run) -> tuple[float, float] | None:
-    """(seconds of a batch of a run, its time in full steps); None where its kind of steps was not timed."""
-    if "kinds" in times:
-        return in_full_steps(times, run)
-    full, blocks, level = times["full"]["median"], run.caching.of(PlannedBlocks), run.deepcache
-    if any(method not in (blocks, level) for method in run.caching.methods):
-        return None
-    if blocks is not None:
-        own = [timed for timed in times.get("schedules", ()) if timed["sha256"] == blocks.schedule.sha256
-               and timed["scale_shift"] == (blocks.table is not None)]
-        return (own[0]["seconds"], own[0]["calls"] / own[0]["speedup"]) if own else None
-    k = run.full_calls
-    if level is None:
-        return k * full, k
-    own = [step for step in times.get("branches", ()) if step["branch"] == level.branch]
-    if not own:
-        return None
-    return k * full + (run.calls - k) * own[0]["median"], k + (run.calls - k) * own[0]["ratio"]
 
 
 class Line(NamedTuple):

@@ -22,11 +22,14 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eval.cost.runs import costs_of
-from eval.cost.timing import time_steps
+from eval.cost.timing import interleave
 from eval.metrics.intervals import mean_estimate
 from lab.fit.fitting import check_out, own_unet
 from lab.plans import search_page
@@ -49,6 +52,7 @@ from run.spec import Run, RunSpec
 from unet_caching.errors import UserError
 from unet_caching.files.plan_file import Plan
 from unet_caching.methods.deepcache import DeepCache
+from unet_caching.nest import no_cache
 
 SAMPLERS = ("unipc", "dpmpp", "dpmpp3", "deis", "ddim")
 LEVELS = 3                  # the cheapest ones, among which plans choose
@@ -145,10 +149,15 @@ class StepTimes:
         size = distances.machine.batch_size
         inputs = example_inputs(distances.run.config, size * distances.run.rows_per_image, distances.model.device,
                                 distances.run.dtype)
-        policies = {str(branch): DeepCache(branch, [0, 2], 1) for branch in branches}
-        timings = time_steps(own_unet(distances.model), inputs, policies, repeats=5, warmup=1)
-        full = timings["full"]
-        return cls(full.median / size, {branch: timings[str(branch)].ratio(full) for branch in branches})
+        unet, policies = own_unet(distances.model), {branch: DeepCache(branch, [0, 2], 1) for branch in branches}
+        with torch.inference_mode():
+            for policy in policies.values():
+                unet(*inputs, cache=policy.at(0))
+        timings = interleave({-1: lambda: unet(*inputs, cache=no_cache), **{
+            branch: partial(lambda policy: unet(*inputs, cache=policy.at(1)), policy)
+            for branch, policy in policies.items()}}, distances.model.device, repeats=5, warmup=1)
+        full = timings[-1]
+        return cls(full.median / size, {branch: timings[branch].ratio(full) for branch in branches})
 
     @classmethod
     def kept(cls, distances: Distances, branches: list[int]) -> "StepTimes":

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from eval.cost.runs import call_macs, costs_of
+from eval.cost.timing import Times
 from eval.metrics.intervals import mean_estimate
 from eval.metrics.registry import MEASURES
 from eval.tables.plots import calls_of_runs, lines_of_kinds
@@ -86,19 +87,8 @@ def kind_of(run: Run) -> str:
 
 def time_of(run: Run, times: Mapping[str, Any] | None) -> float | None:
     """Network time of an image in full calls, from `eval.throughput --forecast`; None where that has no such step."""
-    if times is None:
-        return None
-    known = {(one["branch"], one.get("forecast", 0)): one["ratio"] for one in times["branches"]}
-    if not run.caching:
-        return float(run.calls)
-    if planned := run.caching.of(PlannedPlan):
-        calls = [(call.branch, len(call.damping)) for call in planned.plan.calls]
-    elif run.deepcache:
-        calls = [(run.deepcache.branch if keys else None, run.deepcache.forecast[0]) for keys in run.reused]
-    else:
-        return None
-    ratios = [1.0 if branch is None else known.get((branch, order)) for branch, order in calls]
-    return None if None in ratios else sum(ratios)      # type: ignore[arg-type]
+    time = None if times is None else Times(times).of_run(run)
+    return None if time is None else time.full_calls
 
 
 def rival(point: Point, plain: Sequence[Point], cost: Callable[[Point], float | None], choose: slice) -> Point | None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from eval import fidelity, quality
 from eval.cost.runs import macs_per_image, macs_per_step, told_by_steps
+from eval.cost.timing import Kind, Times
 from eval.metrics.extract import pixels_sha256
 from eval.metrics.features import EffLite0, SmallExtractor
 from eval.metrics.images import ImageSet, open_images
@@ -35,7 +36,6 @@ from run.folder import missing_seeds
 from run.image_model import fill, summary
 from run.results import Cost, Metric, Result
 from unet_caching.errors import UserError
-from unet_caching.files.block_schedule import PlannedBlocks
 
 Extractor = TypeVar("Extractor", bound=SmallExtractor)
 _SAMPLING = 0.8         # share of an arm's time, of small models, for the time that is left
@@ -245,10 +245,10 @@ def judge_all(arms: Sequence[Arm]) -> dict[str, Result]:
 
 
 def times_paths(steps: Path, arms: Sequence[Arm]) -> list[Path]:
-    """Where the times of the arms of one model are kept: of DeepCache's steps, of those with block schedules, and of
-    each run whose time neither tells."""
+    """Where the times of the arms of one model are kept: of DeepCache's steps, and of each run whose time they do not
+    tell."""
     alone = [arm.name for arm in arms if not told_by_steps(arm.run)]
-    return [steps, *(steps.with_name(f"{steps.stem}_{name}.json") for name in ("blocks", *alone))]
+    return [steps, *(steps.with_name(f"{steps.stem}_{name}.json") for name in alone)]
 
 
 def in_this_process(line: Sequence[str], what: str) -> None:
@@ -270,20 +270,13 @@ def time_steps(arms: Sequence[Arm], steps: Path, words: Sequence[str],
 
     steps: the first of `times_paths`. words: further options of the command. call: what runs it.
     """
-    _, blocks, *others = times_paths(steps, arms)
     runs, config = [arm.run for arm in arms if told_by_steps(arm.run)], arms[0].run.config
     branches = {run.deepcache.branch for run in runs if run.deepcache} or {config.sampler.branch}
-    schedules = {planned.schedule.sha256: str(run.spec.given()["block_schedule"]) for run in runs
-                 if (planned := run.caching.of(PlannedBlocks))}
-    line = ["-m", "eval.throughput", "--config", str(arms[0].run.spec.config)]
-    if not branches <= {one["branch"] for one in _timed(steps, "branches")}:
-        call([*line, "--branch", *map(str, sorted(branches)), "--interval", "1", *words, "--out", str(steps)], "timing")
-    if not schedules.keys() <= {one["sha256"] for one in _timed(blocks, "schedules")}:
-        call([*line, "--block-schedule", *schedules.values(), *words, "--out", str(blocks)], "timing")
-    for arm, path in zip((arm for arm in arms if not told_by_steps(arm.run)), others, strict=True):
+    known = Times.of(results.read(steps)).kinds if steps.is_file() else {}
+    if not all(Kind((str(branch),)) in known for branch in branches):
+        call(["-m", "eval.throughput", "--config", str(arms[0].run.spec.config), "--branch",
+              *map(str, sorted(branches)), "--interval", "2", *words, "--out", str(steps)], "timing")
+    alone = (arm for arm in arms if not told_by_steps(arm.run))
+    for arm, path in zip(alone, times_paths(steps, arms)[1:], strict=True):
         if not path.is_file():
             call(["-m", "eval.throughput", "run", *arm.run.spec.words(), *words, "--out", str(path)], "timing")
-
-
-def _timed(path: Path, what: str) -> list[dict[str, Any]]:
-    return results.read(path).times[what] if path.is_file() else []

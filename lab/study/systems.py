@@ -281,7 +281,7 @@ def timed(arm: Arm, machine: Machine) -> dict[str, Any]:
 def brief(found: Result) -> dict[str, Any]:
     """What `eval.throughput run` found without single rounds and the names of what each kind of call reuses."""
     with_ = {name: found.settings[name] for name in ("batch_size", "rows", "repeats", "warmup", "weights")}
-    return {"run": found.times["run"], "full": {key: found.times["full"][key] for key in ("median", "quartiles")},
+    return {"run": found.times["runs"][0], "full": {key: found.times["full"][key] for key in ("median", "quartiles")},
             "kinds": {key: [one[key] for one in found.times["kinds"]] for key in ("calls", "median", "ratio")},
             "with": {**with_, **{name: found.provenance[name] for name in ("device_name", "threads")}}}
 
