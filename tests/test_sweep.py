@@ -122,7 +122,7 @@ GRID = {"model": "ddpm_emoji", "interval": 5}
     ({"grids": [GRID], "images": 2}, "images must be 3 or more"),
     ({"grids": [GRID], "extractors": ["inception"]}, "no 'inception': beside EffLite0 there is incmixed5"),
     ({"grids": []}, "grids is empty"),
-    ({}, "missing key grids"),
+    ({}, "it has no grids"),
 ])
 def test_bad_sweeps_are_refused_in_one_line(tmp_path, monkeypatch, capsys, content, message):
     path = written(tmp_path, {"images": 90} | content)

@@ -89,7 +89,7 @@ def test_learning_rate_warms_up_and_cools_down():
 
 @pytest.mark.parametrize("main, config, message", [
     (ddpm.train.main, "configs/ddpm_cifar10.yaml", "no train section"),
-    (ddpm.train.main, "configs/ldm_emoji.yaml", "ldm_emoji.yaml: key"),
+    (ddpm.train.main, "configs/ldm_emoji.yaml", "ldm_emoji.yaml: unet has no resolution"),
     (ddpm.train.main, "none.yaml", "no config file"),
     (ldm.train_first_stage.main, "configs/ldm_cin256.yaml", "no train_first_stage section")])
 def test_training_refuses_a_config_in_one_line(tmp_path, monkeypatch, capsys, main, config, message):

@@ -9,8 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from omegaconf import OmegaConf
-
 from eval.metrics.registry import MEASURES
 from run.files import ROOT
 from run.settings import load_yaml
@@ -202,7 +200,7 @@ def _read_all(folder: Path) -> dict[str, Table]:
 
 def _content(path: Path) -> Any:
     """What a file says. Raises UserError that names the file, the key, and what would be right."""
-    content = OmegaConf.to_container(load_yaml(path))
+    content = load_yaml(path)
     with as_user_error():
         check(content, _File, path)
     return content

@@ -1,4 +1,4 @@
-"""Files that a person may edit, checked against types before anything is made of them.
+"""Files that a person may edit, checked against types before anything is made of them: dataclasses say what one holds.
 
 Errors name the key and what would be right; they are ValueErrors here.
 """
@@ -10,10 +10,12 @@ import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false",
-                          dict: "keys with values", list: "a list", types.NoneType: "null"}
+                          Path: "a path", dict: "keys with values", list: "a list", tuple: "a list",
+                          types.NoneType: "null"}
+Built = TypeVar("Built")
 
 
 class AtLeast(NamedTuple):
@@ -36,8 +38,9 @@ def read_json(path: Path | str) -> Any:
 def fault(value: object, wanted: Any, where: str = "") -> str | None:
     """What is wrong with a value from a JSON file, with the place of it; None where it is of a type.
 
-    wanted: a type of JSON's values, list[...], dict[str, ...], a union, Annotated[..., AtLeast(n)], or a dataclass,
-    whose keys must be its fields. Numbers must be finite. where: what the value is, for the message.
+    wanted: a type of JSON's values, list[...], tuple[a, b], dict[str, ...], a union, Annotated[..., AtLeast(n)], Path
+    (text), or a dataclass, whose keys must be its fields. Numbers must be finite. where: what the value is, for the
+    message.
     """
     return next(_faults(value, wanted, where), None)
 
@@ -46,6 +49,32 @@ def check(value: object, wanted: Any, path: Path | str) -> None:
     """Raises ValueError, naming the file, for a value that is not of a type (`fault`)."""
     if found := fault(value, wanted):
         raise ValueError(f"{path} is damaged: {found}")
+
+
+def build(value: Any, wanted: type[Built]) -> Built:
+    """What a value without fault stands for: dataclasses, tuples, paths and floats where they are wanted.
+
+    Raises what a dataclass raises for values that do not go together.
+    """
+    return _built(value, wanted)
+
+
+def _built(value: Any, wanted: Any) -> Any:
+    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is typing.Annotated:
+        return _built(value, args[0])
+    if origin in (types.UnionType, typing.Union):
+        return _built(value, next(one for one in args if fault(value, one) is None))
+    if is_dataclass(wanted):
+        hints = typing.get_type_hints(wanted)
+        return typing.cast(Any, wanted)(**{name: _built(one, hints[name]) for name, one in value.items()})
+    if origin is list:
+        return [_built(one, args[0]) for one in value]
+    if origin is tuple:
+        return tuple(map(_built, value, args))
+    if origin is dict:
+        return {key: _built(one, args[1]) for key, one in value.items()}
+    return wanted(value) if wanted in (float, Path) else value
 
 
 def _faults(value: object, wanted: Any, where: str) -> Iterator[str]:
@@ -66,8 +95,11 @@ def _faults(value: object, wanted: Any, where: str) -> Iterator[str]:
             yield f"{_named(where)} is {value} and should be {args[1].value} or more"
     elif is_dataclass(wanted):
         yield from _of_dataclass(value, wanted, where)
-    elif not _is(value, origin or wanted):
+    elif not _is(value, origin or wanted) or (origin is tuple and len(typing.cast(list, value)) != len(args)):
         yield _said(value, wanted, where)
+    elif origin is tuple:
+        for i, (one, kind) in enumerate(zip(typing.cast(list, value), args, strict=True)):
+            yield from _faults(one, kind, f"{where}[{i}]")
     elif origin is list:
         for i, one in enumerate(typing.cast(list, value)):
             yield from _faults(one, args[0], f"{where}[{i}]")
@@ -93,6 +125,7 @@ def _of_dataclass(value: object, wanted: Any, where: str) -> Iterator[str]:
 def _is(value: object, kind: Any) -> bool:
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    kind = {tuple: list, Path: str}.get(kind, kind)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
@@ -117,4 +150,6 @@ def _words(wanted: Any) -> str:
         return " or ".join(map(_words, args))
     if origin is typing.Annotated:
         return _words(args[0])
+    if origin is tuple:
+        return f"a list of {len(args)}"
     return "keys with values" if is_dataclass(wanted) else _WORDS[origin or wanted]
