@@ -24,11 +24,11 @@ for sampler in ${SAMPLERS:-dpmpp ddim}; do
         made=${name}_${sampler}_$steps
         run=(--config "$config" --prompts "$prompts" --images-per-prompt 2 --guidance "$guidance" --sampler "$sampler"
              --steps "$steps" "$@")
-        [ -f "${made}_changes.json" ] || "$PYTHON" -m scripts.block_caching measure "${run[@]}" \
+        [ -f "${made}_changes.json" ] || "$PYTHON" -m lab.fit changes "${run[@]}" \
             --seeds "0-$((measured - 1))" --out "${made}_changes.json"
-        [ -f "$made.json" ] || "$PYTHON" -m scripts.block_caching schedule --changes "${made}_changes.json" \
+        [ -f "$made.json" ] || "$PYTHON" -m lab.fit block-schedule --changes "${made}_changes.json" \
             --kinds transformer --delta 0.5 --out "$made.json"
-        [ -f "$made.safetensors" ] || "$PYTHON" -m scripts.block_caching train "${run[@]}" --schedule "$made.json" \
+        [ -f "$made.safetensors" ] || "$PYTHON" -m lab.fit scale-shift "${run[@]}" --block-schedule "$made.json" \
             --method adam --seeds "$first-$((second - 1))" --held-out-seeds "$second-$((second + held_out - 1))" \
             --out "$made.safetensors"
     done

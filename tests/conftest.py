@@ -1,5 +1,6 @@
 """Shared by all tests: CPU threads, and the released code's numerical outputs (tests/goldens/README.md)."""
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,12 @@ class Golden:
         self.manifest = json.loads((HERE / "goldens" / f"{name}.json").read_text())[name]
         self.io = load_file(HERE / "goldens" / f"{name}.io.safetensors")
         self.weights = {k: v.float() for k, v in load_file(HERE / "goldens" / f"{name}.weights.safetensors").items()}
+
+
+def main_of(module: str) -> Callable[[], None]:
+    """What `python -m module` runs."""
+    found = importlib.import_module(module)
+    return importlib.import_module(f"{module}.__main__").main if hasattr(found, "__path__") else found.main
 
 
 def run_command(main: Callable[[], None], *words: object) -> int:
@@ -70,6 +77,12 @@ def unet() -> UNet:
 def run(config) -> Callable[..., int]:
     """run(main, *words): a command of the model of the module's own fixture `config`, on the CPU; its exit code."""
     return lambda main, *words: run_command(main, "--config", config, "--device", "cpu", *words)
+
+
+@pytest.fixture
+def fit(config) -> Callable[..., int]:
+    """fit(kind, *words): `python -m lab.fit`, for the same model; its exit code."""
+    return lambda kind, *words: run_command(main_of("lab.fit"), kind, "--config", config, "--device", "cpu", *words)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A command as a process of its own without the seconds of its imports: a fork of this one, which has made them."""
 
 import faulthandler
-import importlib
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from conftest import main_of
 from tqdm import tqdm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -25,7 +25,7 @@ class Forked:
     def __init__(self, command: str | Callable[[], None], *args, log: Path, env: dict[str, str] | None = None,
                  before: Callable[[], None] = lambda: None):
         self.log = log
-        main = importlib.import_module(command).main if isinstance(command, str) else command
+        main = main_of(command) if isinstance(command, str) else command
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid, self.returncode = os.fork(), None

@@ -168,8 +168,8 @@ def of_numbers() -> Iterator[Case]:
         yield Case(f"tables {option} {value}", "scripts.plan",
                    ("table6", "--dry-run", f"{option}={value}", "--samples", "{}/s", "--results", "{}/r"))
     for option, value in itertools.product(("--delta", "--macs", "--speedup"), ("nan", "inf", "x", "-1", "1e400")):
-        yield Case(f"schedule {option} {value}", "scripts.block_caching",
-                   ("schedule", "--changes", "{}/c.json", f"{option}={value}", "--out", "{}/o.json"))
+        yield Case(f"schedule {option} {value}", "lab.fit",
+                   ("block-schedule", "--changes", "{}/c.json", f"{option}={value}", "--out", "{}/o.json"))
     for value in ("10000000000", "-5", "x"):
         yield Case(f"slurm --images {value}", "scripts.slurm.submit",
                    ("table6_shallow_net", f"--images={value}", "--dry-run", "--samples", "{}/s", "--results", "{}/r"),
@@ -186,7 +186,7 @@ NUMBERED = (
     ("lab.plans.search", (*MODEL, *FITTING, "--calls", "3", "--out", "{}/p.json"),
      "attempts converged-steps jobs batch-size threads"),
     ("lab.plans.search", (*MODEL, *FITTING, "--out", "{}/p.json"), "calls macs speedup seconds"),
-    ("scripts.block_caching", ("train", *MODEL, *FITTING, "--schedule", "{}/s.json", "--out", "{}/s.safetensors"),
+    ("lab.fit", ("scale-shift", *MODEL, *FITTING, "--block-schedule", "{}/s.json", "--out", "{}/s.safetensors"),
      "lr ridge batch-size"),
     ("scripts.convergence", ("--config", "configs/studies/bf16_ldm.yaml", "--results", "{}/r", "--work", "{}/w"),
      "batch-size threads"),
@@ -216,7 +216,7 @@ NUMBERED = (
 def of_other_numbers() -> Iterator[Case]:
     """The numbers of all commands but the sample commands."""
     for module, words, options in NUMBERED:
-        verb = words[0] if words[0] in ("run", "compare", "train") else ""
+        verb = words[0] if words[0] in ("run", "compare", "scale-shift") else ""
         for option, value in itertools.product(options.split(), WRONG):
             fine = option in ("ridge", "images-per-hour") and value in WRONG[-2:]          # as much as there is
             yield Case(f"{module} {verb} --{option} {value!r}", module, (*words, f"--{option}={value}"),
@@ -302,8 +302,8 @@ def of_files() -> Iterator[Case]:
                 ("plan", "ddpm.sample", (*sampling, "--plan", "{}/f.json")),
                 ("adaptive rule", "ddpm.sample", (*sampling, "--adaptive", "{}/f.json")),
                 ("block schedule", "ddpm.sample", (*sampling, "--block-schedule", "{}/f.json")),
-                ("changes", "scripts.block_caching", ("schedule", "--changes", "{}/f.json", "--out", "{}/o.json")),
-                ("schedule to show", "scripts.block_caching", ("show", "{}/f.json")),
+                ("changes", "lab.fit", ("block-schedule", "--changes", "{}/f.json", "--out", "{}/o.json")),
+                ("schedule to show", "lab.fit", ("show", "{}/f.json")),
                 ("result", "eval.table", ("6", "--results", "{}"))):
             yield Case(f"{what}, JSON {name}", module, words, make=written("f.json", content))
         yield Case(f"run.json {name}", "ddpm.sample", sampling, "run.json", make=written("o/run.json", content))
@@ -424,9 +424,9 @@ def of_paths() -> Iterator[Case]:
                codes=(1, 2))
     for module, words in (("eval.macs", ()), ("ddpm.sample", ("--seeds", "0", "--out", "{}/o")),
                           ("eval.throughput", ()), ("scripts.sweep", ("--list",)), ("scripts.convergence", ("--list",)),
-                          ("scripts.block_caching", ()),
+                          ("lab.fit", ()),
                           ("lab.plans.search", ("--out", "{}/o.json", "--seeds", "0", "--held-out-seeds", "1"))):
-        verb = ("measure",) if module == "scripts.block_caching" else ()
+        verb = ("changes",) if module == "lab.fit" else ()
         tail = ("--out", "{}/o.json") if verb else ()
         for name, path in (("missing", "{}/no.yaml"), ("a folder", "{}"), ("a device", "/dev/null"),
                            ("empty name", "")):

@@ -9,8 +9,8 @@ from conftest import TINY_UNET, run_command, tiny_ddpm
 
 from ddpm import sample
 from eval.cost.runs import call_macs, costs_of
-from lab.fit import calibrate_adaptive
-from lab.fit.calibrate_adaptive import decided, settled, threshold_for
+from lab.fit.__main__ import main as fit_main
+from lab.fit.adaptive import decided, settled, threshold_for
 from run import results
 from run.folder import read_run
 from run.spec import RunSpec
@@ -31,7 +31,7 @@ def config(tmp_path_factory):
 def rule(config, tmp_path_factory):
     """A rule that was calibrated by the command."""
     out = tmp_path_factory.mktemp("rule") / "rule.json"
-    assert run_command(calibrate_adaptive.main, "--config", config, "--device", "cpu", *SEEDS, "--calls", 5,
+    assert run_command(fit_main, "adaptive", "--config", config, "--device", "cpu", *SEEDS, "--calls", 5,
                        "--out", out) == 0
     return out
 
@@ -147,8 +147,8 @@ def test_damaged_rules_are_refused(rule, tmp_path, change, why):
     (("--calls", 0.5), "--calls 0.5 is outside"), (("--calls", 5, "--adaptive-branch", 0), "--adaptive-branch must be"),
     (("--calls", 5, "--held-out-seeds", "15-16"), "seed 15 is to be"),
     (("--calls", 5, "--out", "nowhere/a.json"), "in a folder that is there")])
-def test_refusals(run, tmp_path, capsys, words, why):
-    assert run(calibrate_adaptive.main, *SEEDS, "--out", tmp_path / "a.json", *words) == 2
+def test_refusals(fit, tmp_path, capsys, words, why):
+    assert fit("adaptive", *SEEDS, "--out", tmp_path / "a.json", *words) == 2
     assert why in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 

@@ -18,8 +18,9 @@ from ddpm.checkpoint import published_state_dict as ddpm_tensors
 from ddpm.unet import UNet
 from eval import macs
 from eval.metrics.images import open_images
-from lab.fit import block_caching
-from lab.fit.block_changes import BlockChanges, ScheduleMaker, threshold_schedule
+from lab.fit.__main__ import main as fit_main
+from lab.fit.block_schedule import ScheduleMaker, threshold_schedule
+from lab.fit.changes import BlockChanges
 from lab.fit.meters import ChangeMeter
 from lab.fit.scale_shift import best_line
 from ldm import first_stage
@@ -60,7 +61,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def program(verb, *words) -> int:
-    return run_command(block_caching.main, verb, *words)
+    return run_command(fit_main, verb, *words)
 
 
 @pytest.fixture
@@ -77,10 +78,10 @@ def fails(capsys):
 def made(folder) -> Path:
     """changes.json of the DDPM, a schedule of half the MACs, and its scale-shift."""
     common = ["--config", folder / "ddpm.yaml", "--device", "cpu"]
-    assert program("measure", *common, "--seeds", "0-3", "--similar", 1, "--out", folder / "changes.json") == 0
-    assert program("schedule", "--changes", folder / "changes.json", "--kinds", "all", "--macs", 0.5,
+    assert program("changes", *common, "--seeds", "0-3", "--similar", 1, "--out", folder / "changes.json") == 0
+    assert program("block-schedule", "--changes", folder / "changes.json", "--kinds", "all", "--macs", 0.5,
                    "--out", folder / "half.json") == 0
-    assert program("train", *common, "--schedule", folder / "half.json", "--seeds", "10-17",
+    assert program("scale-shift", *common, "--block-schedule", folder / "half.json", "--seeds", "10-17",
                    "--held-out-seeds", "20-23", "--out", folder / "half.safetensors") == 0
     return folder
 
@@ -101,21 +102,21 @@ def settings(path) -> dict:
 def test_measured(made):
     changes = BlockChanges.load(made / "changes.json")
     assert changes.calls == STEPS and changes.run["model"] == "ddpm_tiny" and changes.measured["seeds"] == "0-3"
-    kinds = {one["kind"] for one in changes.residuals.values()}
+    kinds = {one.kind for one in changes.residuals.values()}
     assert kinds == {"transformer", "resnet"}
-    assert all(one["changes"][0] == 0 and min(one["changes"][1:]) > 0 for one in changes.residuals.values())
+    assert all(one.changes[0] == 0 and min(one.changes[1:]) > 0 for one in changes.residuals.values())
     for picture in ("changes_transformer", "changes_resnet", "changes_similarity", "half"):
         assert (made / f"{picture}.png").stat().st_size > 1000
 
 
 def test_schedule_from_a_budget(made, tmp_path, fails, capsys):
     changes, half = BlockChanges.load(made / "changes.json"), BlockSchedule.load(made / "half.json")
-    assert half.blocks == {name: threshold_schedule(one["changes"], half.delta)
+    assert half.blocks == {name: threshold_schedule(one.changes, half.delta)
                            for name, one in changes.residuals.items()}
     maker = ScheduleMaker(changes, "all")
     assert half.macs["hook"] <= 0.5 * half.macs_full["hook"]
     assert maker.macs(maker.blocks(half.delta * (1 - 1e-6))).hook > 0.5 * half.macs_full["hook"]    # the smallest delta
-    make = ["schedule", "--changes", made / "changes.json", "--kinds", "all"]
+    make = ["block-schedule", "--changes", made / "changes.json", "--kinds", "all"]
     assert program(*make, "--speedup", 2, "--out", tmp_path / "same.json") == 0
     assert BlockSchedule.load(tmp_path / "same.json").sha256 == half.sha256
     assert program("show", made / "half.json", "--out", tmp_path / "x.png") == 0
@@ -128,7 +129,7 @@ def test_schedule_from_a_budget(made, tmp_path, fails, capsys):
 
 
 def test_delta_0_equals_no_cache_bit_for_bit(made, tmp_path):
-    assert program("schedule", "--changes", made / "changes.json", "--kinds", "all", "--delta", 0,
+    assert program("block-schedule", "--changes", made / "changes.json", "--kinds", "all", "--delta", 0,
                    "--out", tmp_path / "0.json") == 0
     assert sample(made, tmp_path / "plain") == 0
     assert sample(made, tmp_path / "zero", "--block-schedule", tmp_path / "0.json") == 0
@@ -161,7 +162,7 @@ def test_macs_of_the_run(made, capsys):
 
 
 def test_together_with_deepcache(made, tmp_path, capsys):
-    make = ["schedule", "--changes", made / "changes.json", "--kinds", "all", "--macs", 0.7]
+    make = ["block-schedule", "--changes", made / "changes.json", "--kinds", "all", "--macs", 0.7]
     assert program(*make, "--interval", 2, "--branch", 1, "--out", tmp_path / "outer.json") == 0
     outer, changes = BlockSchedule.load(tmp_path / "outer.json"), BlockChanges.load(made / "changes.json")
     assert 0 < len(outer.blocks) < len(changes.residuals)
@@ -245,7 +246,7 @@ def test_damaged_files(made, tmp_path, fails):
         assert fails(sample(made, tmp_path / "no", "--block-schedule", bad), why)
     assert fails(sample(made, tmp_path / "no", "--block-schedule", tmp_path / "none.json"), "no block schedule")
     schedule = BlockSchedule.load(made / "half.json")
-    assert program("schedule", "--changes", made / "changes.json", "--kinds", "all", "--macs", 0.7,
+    assert program("block-schedule", "--changes", made / "changes.json", "--kinds", "all", "--macs", 0.7,
                    "--out", tmp_path / "more.json") == 0
     more = BlockSchedule.load(tmp_path / "more.json")
     with pytest.raises(ValueError, match="another block schedule"):
@@ -254,7 +255,7 @@ def test_damaged_files(made, tmp_path, fails):
     with pytest.raises(ValueError, match="damaged"):
         load_scale_shift(tmp_path / "cut.safetensors", schedule)
     bad.write_text("{")
-    assert fails(program("schedule", "--changes", bad, "--out", tmp_path / "no.json"), "damaged")
+    assert fails(program("block-schedule", "--changes", bad, "--out", tmp_path / "no.json"), "damaged")
 
 
 @pytest.mark.parametrize(("change", "why"), [
@@ -292,11 +293,11 @@ def test_changes_that_are_not_finite_are_neither_written_nor_read(made, tmp_path
     name = next(iter(content["residuals"]))
     content["residuals"][name]["changes"][1] = float("nan")
     (tmp_path / "nan.json").write_text(json.dumps(content))
-    schedule = ["schedule", "--changes", tmp_path / "nan.json", "--kinds", "all", "--out", tmp_path / "no.json"]
+    schedule = ["block-schedule", "--changes", tmp_path / "nan.json", "--kinds", "all", "--out", tmp_path / "no.json"]
     assert fails(program(*schedule), "changes[1] is nan and should be a finite number")
     real = ChangeMeter.changes
-    monkeypatch.setattr(ChangeMeter, "changes", lambda meter: real(meter) | {name: [0.0, float("nan")]})
-    assert fails(program("measure", "--config", made / "ddpm.yaml", "--device", "cpu", "--seeds", "0-1", "--similar", 0,
+    monkeypatch.setattr(ChangeMeter, "changes", lambda meter: real(meter) | {name: torch.tensor([0, np.nan])})
+    assert fails(program("changes", "--config", made / "ddpm.yaml", "--device", "cpu", "--seeds", "0-1", "--similar", 0,
                          "--out", tmp_path / "no.json"), "are not finite")
     assert not (tmp_path / "no.json").exists()
 
@@ -316,17 +317,17 @@ def test_least_squares_is_the_best_line():
 @pytest.mark.parametrize("method", ["least-squares", "adam"])
 def test_scale_shift_brings_held_out_seeds_nearer(made, tmp_path, method):
     out = tmp_path / "x.safetensors"
-    assert program("train", "--config", made / "ddpm.yaml", "--device", "cpu", "--schedule", made / "half.json",
-                   "--seeds", "30-77", "--batch-size", 4, "--lr", 1e-2, "--held-out-seeds", "20-27", "--method", method,
-                   "--out", out) == 0
+    assert program("scale-shift", "--config", made / "ddpm.yaml", "--device", "cpu",
+                   "--block-schedule", made / "half.json", "--seeds", "30-77", "--batch-size", 4,
+                   "--lr", 1e-2, "--held-out-seeds", "20-27", "--method", method, "--out", out) == 0
     found = results.read(tmp_path / "x.scale_shift.json")
     assert found.details["method"] == method and found.details["held_out_seeds"] == "20-27" and found.images == 8
-    assert found.metrics["residuals, adjusted minus plain"].interval[1] < 0
+    assert found.metrics["feature, adjusted less plain"].interval[1] < 0
     assert len(load_scale_shift(out, BlockSchedule.load(made / "half.json"))) == STEPS
 
 
 def test_bad_training_is_refused(made, tmp_path, fails):
-    train = ["train", "--config", made / "ddpm.yaml", "--device", "cpu", "--schedule", made / "half.json"]
+    train = ["scale-shift", "--config", made / "ddpm.yaml", "--device", "cpu", "--block-schedule", made / "half.json"]
     out = tmp_path / "x.safetensors"
     assert fails(program(*train, "--seeds", "0-3", "--held-out-seeds", "3-5", "--out", out), "seed 3")
     assert fails(program(*train, "--seeds", "0-3", "--held-out-seeds", "4-5", "--out", tmp_path / "x.json"), "--out")
@@ -336,13 +337,13 @@ def test_bad_training_is_refused(made, tmp_path, fails):
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "dpmpp"])
 def test_latent_model_with_guidance_and_every_sampler(folder, tmp_path, sampler):
     common = ["--config", folder / "ldm.yaml", "--device", "cpu", "--sampler", sampler]
-    assert program("measure", *common, "--seeds", "0-1", "--similar", 0, "--out", tmp_path / "c.json") == 0
+    assert program("changes", *common, "--seeds", "0-1", "--similar", 0, "--out", tmp_path / "c.json") == 0
     changes = BlockChanges.load(tmp_path / "c.json")
     assert changes.calls == STEPS + (sampler == "plms")
-    assert {one["kind"] for one in changes.residuals.values()} == {"transformer", "resnet", "attention"}
-    assert program("schedule", "--changes", tmp_path / "c.json", "--delta", 1, "--out", tmp_path / "s.json") == 0
-    assert program("train", *common, "--schedule", tmp_path / "s.json", "--seeds", "2-3", "--held-out-seeds", "4-5",
-                   "--out", tmp_path / "s.safetensors") == 0
+    assert {one.kind for one in changes.residuals.values()} == {"transformer", "resnet", "attention"}
+    assert program("block-schedule", "--changes", tmp_path / "c.json", "--delta", 1, "--out", tmp_path / "s.json") == 0
+    assert program("scale-shift", *common, "--block-schedule", tmp_path / "s.json", "--seeds", "2-3",
+                   "--held-out-seeds", "4-5", "--out", tmp_path / "s.safetensors") == 0
     assert sample(folder, tmp_path / "x", "--sampler", sampler, "--block-schedule", tmp_path / "s.json",
                   "--scale-shift", tmp_path / "s.safetensors", module=ldm_sample, name="ldm") == 0
     assert len(pixels(tmp_path / "x")) == 4

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from ddpm import sample
 from eval.cost.runs import call_macs
 from eval.tables.results import cost
-from lab.fit import train_adaptor
-from lab.fit.adaptor_training import TimeConditioning
-from lab.fit.fitting import frozen, weights_sha256
+from lab.fit.__main__ import main as fit_main
+from lab.fit.adaptor import TimeConditioning
+from lab.fit.fit import frozen, weights_sha256
 from run import results
 from run.folder import read_run
 from run.machine import Machine
@@ -38,7 +38,7 @@ def trained(config, tmp_path_factory):
     """An adaptor that was trained by the command."""
     out = tmp_path_factory.mktemp("trained") / "learned.safetensors"
     words = ("--config", config, "--device", "cpu", *RUN, *SEEDS, "--batch-size", 2, "--passes", 4, "--channels", 8)
-    assert run_command(train_adaptor.main, *words, "--out", out) == 0
+    assert run_command(fit_main, "adaptor", *words, "--out", out) == 0
     return out
 
 
@@ -189,13 +189,13 @@ def test_an_adaptor_of_other_channels_is_refused(run, trained, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("words", "why"), [
-    ((), "give --clock"), ((*RUN, "--channels", 0), "--channels and --passes"),
+    ((), "give --clock"), ((*RUN, "--channels", 0), "--channels must be 1 or more"),
     ((*RUN, "--dtype", "bf16"), "in float32"),
     ((*RUN, "--held-out-seeds", "17-18"), "seed 17 is to be"), ((*RUN, "--compile"), "are for sampling"),
     ((*RUN, "--out", "nowhere/a.safetensors"), "in a folder that is there"), (("--clock", 0), "--clock must be"),
     (("--clock-from", 0.5), "need a --clock"), (("--clock", 3, "--clock-from", 1), "--clock-from must be"),
     (("--clock", 3, "--clock-preset", "stable-diffusion"), "says clock and share itself"),
     (("--clock", 3, "--clock-branch", 9), "--clock-branch must be from 0 to")])
-def test_refusals(run, tmp_path, capsys, words, why):
-    assert run(train_adaptor.main, *SEEDS, "--out", tmp_path / "a.safetensors", *words) == 2
+def test_refusals(fit, tmp_path, capsys, words, why):
+    assert fit("adaptor", *SEEDS, "--out", tmp_path / "a.safetensors", *words) == 2
     assert why in capsys.readouterr().err and not any(tmp_path.iterdir())

@@ -6,9 +6,8 @@ from conftest import TINY_UNET, tiny_ddpm
 
 from ddpm import sample
 from eval.cost.runs import macs_per_image
-from lab.fit import train_router
-from lab.fit.fitting import weights_sha256
-from lab.fit.router import Router, RouterTraining, rounded, spread
+from lab.fit.fit import weights_sha256
+from lab.fit.router import Budget, Router, Training
 from run import results
 from run.spec import RunSpec
 from unet_caching.files.block_schedule import BlockSchedule
@@ -37,7 +36,7 @@ def test_routers_at_1_are_no_cache_and_rounded_ones_a_block_schedule(unet):
         assert torch.equal(unet(*one, cache=router.at(step)), unet(*one, cache=no_cache))
     torch.manual_seed(3)
     betas = [torch.ones(len(names)), *torch.randint(0, 2, (3, len(names))).float()]
-    blocks = rounded(names, betas, dict.fromkeys(names, 1.0), 100.0)
+    blocks = Budget(dict.fromkeys(names, 1.0), 100.0, 4).rounded(betas)
     assert all(blocks[name] == [step for step in range(4) if betas[step][i]] for i, name in enumerate(names))
     router, schedule = Router(names, betas), BlockCache(blocks)
     for step, one in enumerate(inputs(4)):
@@ -46,35 +45,43 @@ def test_routers_at_1_are_no_cache_and_rounded_ones_a_block_schedule(unet):
 
 def test_rounding_keeps_the_largest_within_the_budget():
     betas = [torch.ones(2), torch.tensor([0.9, 0.2]), torch.tensor([0.6, 0.4])]
-    costs = {"a": 10.0, "b": 30.0}
-    assert rounded(["a", "b"], betas, costs, 50.0) == {"a": [0, 1, 2], "b": [0]}
-    assert rounded(["a", "b"], betas, costs, 50.0, budget=50 + 20 + 30 + 10 + 10) == {"a": [0, 1, 2], "b": [0, 2]}
-    assert rounded(["a", "b"], betas, costs, 50.0, budget=80) == {"a": [0, 1], "b": [0]}
-    assert rounded(["a", "b"], betas, costs, 50.0, (0, 1), 50 + 50 + 10) == {"a": [0, 1], "b": [0, 1]}
+
+    def rounded(budget=None, always=(0,)):
+        return Budget({"a": 10.0, "b": 30.0}, 50.0, 3, budget).rounded(betas, always)
+
+    assert rounded() == {"a": [0, 1, 2], "b": [0]}
+    assert rounded(50 + 20 + 30 + 10 + 10) == {"a": [0, 1, 2], "b": [0, 2]}
+    assert rounded(80) == {"a": [0, 1], "b": [0]}
+    assert rounded(50 + 50 + 10, (0, 1)) == {"a": [0, 1], "b": [0, 1]}
     with pytest.raises(ValueError, match=r"cost 1.40 full calls, more than 1.20"):
-        rounded(["a", "b"], betas, costs, 50.0, budget=60)
+        rounded(60)
+
+
+def learning(unet, calls, trained, budget=None, runs=1):
+    """Every residual costs as much as any other, and all of them half of a call."""
+    names = residual_names(unet, "all")
+    full = 2.0 * len(names)
+    costs = Budget(dict.fromkeys(names, 1.0), full, calls, None if budget is None else budget * full)
+    return Training(unet, costs, trained, 0.1, 1e-3, runs)
 
 
 def test_what_costs_nothing_to_reuse_is_reused_first(unet):
     """On calls with the same input all values stay the same, so that lambda alone decides; the network is frozen."""
-    names = residual_names(unet, "all")
-    before = weights_sha256(unet)
-    training = RouterTraining(unet, dict.fromkeys(names, 1.0), 2.0 * len(names), {1, 2}, 3, 0.1, 1e-3)
+    before, training = weights_sha256(unet), learning(unet, 3, {1, 2})
     policy, one = training.policy(), inputs(1)[0]
     for step in range(3):
         expected = unet(*one)
         assert torch.allclose(training(*one, cache=policy.at(step)), expected, atol=1e-5)
     assert all((beta < 1).all() for beta in training.betas[1:]) and (training.betas[0] == 1).all()
-    assert training.share == pytest.approx(3 - sum((1 - beta).sum().item() for beta in training.betas) / 2 / len(names))
+    saved = sum((1 - beta).mean().item() for beta in training.betas) / 2
+    assert training.share == pytest.approx(3 - saved)
     assert weights_sha256(unet) == before and len(training.losses) == 2
 
 
 def test_lambda_is_moved_towards_the_budget(unet):
     """At once in the last of two runs; in the first one they may still have everything."""
-    names = residual_names(unet, "all")
     for runs, budget, sign in ((2, 1.0, 1), (2, 5.0, -1), (8, 1.9, -1)):
-        training = RouterTraining(unet, dict.fromkeys(names, 1.0), 2.0 * len(names), {1}, 2, 0.1, 1e-3,
-                                  budget * 2.0 * len(names), runs)
+        training = learning(unet, 2, {1}, budget, runs)
         policy = training.policy()
         for step, one in enumerate(inputs(2)):
             training(*one, cache=policy.at(step))
@@ -85,23 +92,25 @@ def test_lambda_is_moved_towards_the_budget(unet):
 def test_where_all_calls_may_reuse_a_beta_is_how_often_its_residual_is_computed():
     """Betas of one half by themselves would be all or nothing."""
     betas = torch.tensor([[1.0, 1, 1, 1], *([[0.5, 0.25, 1, 0]] * 8)])
-    costs = dict.fromkeys("abcd", 1.0)
-    blocks = spread("abcd", betas, costs, 5.0)
-    assert blocks == {"a": [0, 1, 3, 5, 7], "b": [0, 2, 6], "c": list(range(9)), "d": [0]}
+
+    def spread(budget=None):
+        return Budget(dict.fromkeys("abcd", 1.0), 5.0, 9, budget).spread(betas)
+
+    assert spread() == {"a": [0, 1, 3, 5, 7], "b": [0, 2, 6], "c": list(range(9)), "d": [0]}
     least_of_all = 9 * 5 - 8 * 4
     for budget in (least_of_all, least_of_all + 9, least_of_all + 14, 9 * 5):
-        found = spread("abcd", betas, costs, 5.0, budget)
+        found = spread(budget)
         spent = least_of_all + sum(len(steps) - 1 for steps in found.values())
         assert spent <= budget and found["d"] == [0] and len(found["a"]) >= len(found["b"])
         assert spent > budget - 3 or all(found[name] == list(range(9)) for name in "abc")
     with pytest.raises(ValueError, match="a larger budget"):
-        spread("abcd", betas, costs, 5.0, least_of_all - 1)
+        spread(least_of_all - 1)
 
 
 @pytest.mark.parametrize("words, calls", [((), 5), (("--every-second",), 6.5)])
-def test_from_training_to_samples(run, config, tmp_path, capsys, words, calls):
+def test_from_training_to_samples(run, fit, config, tmp_path, capsys, words, calls):
     out = tmp_path / "routed.json"
-    assert run(train_router.main, *SEEDS, *words, "--calls", calls, "--batch-size", 2, "--out", out) == 0
+    assert fit("router", *SEEDS, *words, "--calls", calls, "--batch-size", 2, "--out", out) == 0
     report = results.read(tmp_path / "routed.router.json")
     schedule = BlockSchedule.load(out)
     assert 0.9 * calls < report.details["full_calls"] <= calls
@@ -122,6 +131,6 @@ def test_from_training_to_samples(run, config, tmp_path, capsys, words, calls):
     (("--lam", -1), "--lam 0 or more"), (("--kinds", "attention"), "no attention blocks"),
     (("--every-second", "--calls", 4), "a larger budget"), (("--dtype", "bf16"), "in float32"),
     (("--held-out-seeds", "25-26"), "seed 25 is to be"), (("--out", "nowhere/a.json"), "in a folder that is there")])
-def test_refusals(run, tmp_path, capsys, words, why):
-    assert run(train_router.main, *SEEDS, "--out", tmp_path / "a.json", *words) == 2
+def test_refusals(fit, tmp_path, capsys, words, why):
+    assert fit("router", *SEEDS, "--out", tmp_path / "a.json", *words) == 2
     assert why in capsys.readouterr().err and not any(tmp_path.iterdir())

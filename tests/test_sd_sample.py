@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import stable_diffusion.compare
 from eval.cost.macs import step_macs
-from lab.fit import block_caching
+from lab.fit.__main__ import main as fit_main
 from run.folder import image_path
 from run.prompts import prompts_sha256
 from stable_diffusion.model import ReleasedNoise
@@ -303,11 +303,11 @@ def test_diffusers_unet_gives_the_same_images(sample, tmp_path):
 
 
 def test_nothing_is_fitted_to_diffusers_unet(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["block_caching", "measure", "--config", str(tiny), "--prompt", "red fox",
+    monkeypatch.setattr(sys, "argv", ["fit", "changes", "--config", str(tiny), "--prompt", "red fox",
                                       "--diffusers-unet", "--steps", "2", "--seeds", "0", "--device", "cpu",
                                       "--out", str(tmp_path / "changes.json")])
     with pytest.raises(SystemExit) as stop:
-        block_caching.main()
+        fit_main()
     assert fails(capsys, stop.value.code, "--diffusers-unet") and not (tmp_path / "changes.json").exists()
 
 

@@ -1,55 +1,57 @@
-"""Meters tell what changes between the steps of a run, and how much.
+"""Meters tell what changes between the calls of a run, and how much.
 
 A meter is a caching policy that looks at every value and reuses none: `unet(x, t, cache=meter.at(step))`, and
 `meter.reset()` after each batch.
 """
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lab.fit.fit import batches
+from run.image_model import ImageModel
 from unet_caching.methods.adaptive import relative_change
 from unet_caching.policy import Policy
 
 
 class ChangeMeter(Policy):
-    """How much each residual changes from step to step (Block Caching, arXiv 2312.03209, its L1rel).
+    """How much some values change from call to call (Block Caching, arXiv 2312.03209, its L1rel), row by row."""
 
-    names: the residuals that are measured. num_steps: network calls of a run.
-    """
-
-    def __init__(self, names: Collection[str], num_steps: int):
-        self.sums = {name: torch.zeros(num_steps, dtype=torch.float64) for name in names}
-        self.rows = {name: torch.zeros(num_steps, dtype=torch.long) for name in names}
+    def __init__(self, keys: Collection[Hashable]):
+        self.batches: dict[Hashable, list[Tensor]] = {key: [] for key in keys}
         self.reset()
 
     def reset(self) -> None:
-        self.previous: dict[str, Tensor] = {}
-
-    def at(self, step: int) -> "ChangeMeter":
-        self.step = step
-        return self
+        """Put the changes of the batch to those of the others."""
+        for key, calls in getattr(self, "calls", {}).items():
+            self.batches[key].append(torch.stack(calls, 1))
+        self.calls: dict[Hashable, list[Tensor]] = {}
+        self.previous: dict[Hashable, Tensor] = {}
 
     def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         value = compute()
-        if key in self.sums:
-            if key in self.previous:
-                self.sums[key][self.step] += relative_change(value, self.previous[key]).double().sum().cpu()
-                self.rows[key][self.step] += len(value)
+        if key in self.batches:
+            change = relative_change(value, self.previous.get(key, value))
+            self.calls.setdefault(key, []).append(change.cpu())
             self.previous[key] = value
         return value
 
-    def changes(self) -> dict[str, list[float]]:
-        """The change of each residual from step t - 1 to t, averaged over the rows of all batches; 0 for step 0.
+    def changes(self) -> dict[Hashable, Tensor]:
+        """The change of each value from the call before, by its key: float32 [rows of all batches, calls]; 0 for the
+        first."""
+        return {key: torch.cat(batches) for key, batches in self.batches.items()}
 
-        Raises RuntimeError when a step has not been measured.
-        """
-        unmeasured = [name for name, rows in self.rows.items() if not rows[1:].all()]
-        if unmeasured:
-            raise RuntimeError(f"not every step of {unmeasured[0]} was measured")
-        return {name: (sums / self.rows[name].clamp(min=1)).tolist() for name, sums in self.sums.items()}
+
+def changes_of(model: ImageModel, keys: Collection[Hashable], seeds: Sequence[int], batch_size: int
+               ) -> dict[Hashable, Tensor]:
+    """How much values change in the uncached runs of a loaded model (`ChangeMeter.changes`)."""
+    meter = ChangeMeter(keys)
+    for batch, report in batches(seeds, batch_size, "changes", model):
+        model.latents(batch, meter, report=report)
+        meter.reset()
+    return meter.changes()
 
 
 class SimilarityMeter(Policy):
@@ -71,9 +73,6 @@ class SimilarityMeter(Policy):
             rows = len(steps)
             features.clear()
         self.rows += rows
-
-    def at(self, step: int) -> "SimilarityMeter":
-        return self
 
     def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         value = compute()

@@ -1,4 +1,9 @@
-"""Learning-to-Cache (arXiv 2406.01733) on U-Nets: how much of each residual is computed on each network call.
+"""Learns which blocks a run computes (Learning-to-Cache, arXiv 2406.01733), for one model, sampler and number of steps.
+
+    python -m lab.fit router --config configs/ldm_emoji.yaml --sampler unipc --steps 30 --every-second --calls 18 \\
+        --seeds 1000-1063 --held-out-seeds 2000-2031 --out routed.json
+    python -m ldm.sample --config configs/ldm_emoji.yaml --sampler unipc --steps 30 --block-schedule routed.json \\
+        --seeds 0-63 --out samples/routed
 
 A router beta in [0, 1] for each residual and call mixes what the network computes with what was kept of it:
 
@@ -7,19 +12,41 @@ A router beta in [0, 1] for each residual and call mixes what the network comput
 With the network frozen the routers learn to be small: the loss is the squared error of the network's output per squared
 output of the network that computes everything, plus lambda times the computed share of the multiply-accumulates. They
 start at 1, which is the run without caching, to the last bit. Rounded, they are an ordinary block schedule.
+With --calls, a budget in multiply-accumulates of full network calls per image, lambda is moved until the routers have
+it, and they are rounded to within it; otherwise lambda stays.
+
 The paper trains on every second step, for transformers, from noised images; here it is while runs are sampled, the
 teacher on the student's path, and on every second call or on all but the first. Where all may reuse, betas of
 neighbouring calls are near each other, so that rounding each by itself would compute a residual on all of them and then
 never again: there a beta is how often it is computed (`spread`).
+
+The report compares the schedule with one at the same budget that computes all blocks on evenly spread calls.
 """
 
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eval.cost.macs import schedule_macs
+from eval.cost.runs import costs_of
+from lab.fit.fit import Fit, check_float32, evenly, frozen, training_batches, with_file
+from lab.fit.teacher import OUTPUT, OnRunsPath, Values
+from run.families import load_unet
+from run.files import write_json
+from run.image_model import ImageModel
+from run.seeds import format_seeds
+from unet_caching.errors import UserError
+from unet_caching.files.block_schedule import BlockSchedule
+from unet_caching.files.fitted import BOUND
+from unet_caching.methods.block_cache import KINDS, BlockCache, residual_names
 from unet_caching.nest import Network
+from unet_caching.options import option
 from unet_caching.policy import Policy
 
 PACE = 4.0              # how fast lambda moves: the change of its logarithm for twice the share that a run may have
@@ -40,14 +67,11 @@ class Router(Policy):
     def reset(self) -> None:
         """Let go of all values, after the last step of a batch."""
         self.step = 0
-        self.values: dict[str, Tensor] = {}
+        self.values: dict[Hashable, Tensor] = {}
 
     def at(self, step: int) -> "Router":
         self.step = step
         return self
-
-    def owns(self, key: Hashable) -> bool:
-        return key in self.places
 
     def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         value = compute()
@@ -60,32 +84,94 @@ class Router(Policy):
         return value
 
 
-class RouterTraining:
-    """Stands in for the U-Net while a run samples with a `Router`, and trains its betas, a step at every call.
+class Budget:
+    """The multiply-accumulates that a run may have, `spent` of them at most (None: as many as it takes).
 
-    `network(x, t, *context, cache=router.at(step))`, as `samplers.samplers.noise_predictor` calls it. The run goes on
+    costs: of each residual, by name; full: of a whole call; calls: of a run.
+    """
+
+    def __init__(self, costs: Mapping[str, float], full: float, calls: int, spent: float | None = None):
+        self.costs, self.full, self.calls, self.spent = costs, full, calls, spent
+        self.names, self.saved = list(costs), sum(costs.values())
+
+    def least(self, always: Collection[int] = (0,)) -> float:
+        """Of a run that computes only on the calls `always`. Raises ValueError if the budget is less."""
+        least = self.calls * self.full - (self.calls - len(always)) * self.saved
+        if self.spent is not None and least > self.spent:
+            raise ValueError(f"{self.calls} calls that compute as little as they can cost {least / self.full:.2f} full "
+                             f"calls, more than {self.spent / self.full:.2f}: take fewer steps, or a larger budget")
+        return least
+
+    def rounded(self, betas: Sequence[Tensor], always: Collection[int] = (0,)) -> dict[str, list[int]]:
+        """The block schedule of betas: for each residual the calls that compute it, all of `always` among them.
+
+        Computed is what has a beta of 1/2 or more, or, within the budget, what has the largest betas, the earlier call
+        first, until the next one would exceed it. Raises ValueError as `least` does.
+        """
+        ranked = sorted(((beta, step, name) for step, of_step in enumerate(betas) if step not in always
+                         for name, beta in zip(self.names, of_step.tolist(), strict=True)),
+                        key=lambda one: (-one[0], one[1]))
+        blocks = {name: sorted(always) for name in self.names}
+        total = self.least(always)
+        for beta, step, name in ranked:
+            if beta < 0.5 if self.spent is None else total + self.costs[name] > self.spent:
+                break
+            total += self.costs[name]
+            blocks[name].append(step)
+        return {name: sorted(steps) for name, steps in blocks.items()}
+
+    def spread(self, betas: Sequence[Tensor]) -> dict[str, list[int]]:
+        """The block schedule that computes each residual as often as its betas say; all calls but the first may reuse.
+
+        Computed is a residual on call 0, and whenever the sum of its betas since then comes to another half, one and a
+        half, two and a half and so on. Within the budget all betas are scaled (up to 1), as far as it allows. Raises
+        ValueError as `least` does.
+        """
+        rates = torch.stack(list(betas[1:])).double()
+        prices = torch.tensor(list(self.costs.values())).double()
+        rest = math.inf if self.spent is None else self.spent - self.least()
+
+        def computed(scale: float) -> Tensor:
+            """[calls but the first, residuals]"""
+            met = ((scale * rates).clamp(max=1).cumsum(0) + 0.5 + 1e-9).floor()
+            return met.diff(dim=0, prepend=torch.zeros_like(met[:1])) > 0
+
+        low, high = (1.0, 1.0) if self.spent is None else (0.0, 1e3)
+        for _ in range(60):
+            scale = (low + high) / 2
+            low, high = (scale, high) if (computed(scale) * prices).sum().item() <= rest else (low, scale)
+        chosen = computed(low)
+        return {name: [0, *(chosen[:, i].nonzero().flatten() + 1).tolist()] for i, name in enumerate(self.names)}
+
+    def even(self) -> dict[str, list[int]]:
+        """All residuals on evenly spread calls, as many as the budget allows, the first among them."""
+        assert self.spent is not None
+        count = int((self.spent - self.calls * (self.full - self.saved)) / self.saved + 1e-9)
+        return dict.fromkeys(self.names, evenly(self.calls, max(1, min(self.calls, count))))
+
+
+class Training(OnRunsPath):
+    """Trains the betas of a `Router` by a step at every call that may reuse; the runs must take `policy`, and go on
     with what the student predicted.
 
-    costs: multiply-accumulates of each residual, by name; full: of a whole call. trained: the calls that may reuse.
-    calls: of a run. lam: lambda at the start. budget: the multiply-accumulates that a run is to have. What it may have
-    falls from everything to that over the first half of `runs`; after each, lambda rises where the betas have more and
-    falls where they have less. None: lambda stays.
+    trained: the calls that may reuse. lam: lambda at the start. With a budget, what a run may have falls from
+    everything to that over the first half of `runs`; after each, lambda rises where the betas have more and falls where
+    they have less. Without, lambda stays.
     `betas`: [calls] of [residuals]. `losses`: (error, computed share) of every call that is trained.
     """
 
-    def __init__(self, unet: Network, costs: Mapping[str, float], full: float, trained: Collection[int], calls: int,
-                 lr: float, lam: float, budget: float | None = None, runs: int = 1):
-        self.unet, self.names, self.full = unet, list(costs), full
-        self.costs = torch.tensor([costs[name] for name in self.names]) / full
-        self.betas = [nn.Parameter(torch.ones(len(self.names)), requires_grad=step in trained) for step in range(calls)]
+    def __init__(self, unet: Network, budget: Budget, trained: Collection[int], lr: float, lam: float, runs: int = 1):
+        super().__init__(unet)
+        self.budget, self.lam, self.runs, self.done = budget, lam, runs, 0
+        self.costs = torch.tensor(list(budget.costs.values())) / budget.full
+        self.betas = [nn.Parameter(torch.ones(len(budget.names)), requires_grad=step in trained)
+                      for step in range(budget.calls)]
         self.optimizer = torch.optim.Adam([beta for beta in self.betas if beta.requires_grad], lr, betas=(0.5, 0.9))
-        self.lam, self.runs, self.done = lam, runs, 0
-        self.budget = None if budget is None else budget / full
         self.losses: list[tuple[float, float]] = []
 
     def policy(self) -> Router:
         """A fresh one for a batch."""
-        return Router(self.names, self.betas)
+        return Router(self.budget.names, self.betas)
 
     @property
     def share(self) -> float:
@@ -93,15 +179,18 @@ class RouterTraining:
         saved = sum(((1 - beta.detach()) * self.costs.to(beta.device)).sum().item() for beta in self.betas[1:])
         return len(self.betas) - saved
 
-    @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor, *context: Tensor, cache: Router) -> Tensor:
-        beta = self.betas[cache.step]
-        if not beta.requires_grad or not cache.values:
-            return self.unet(x, t, *context, cache=cache)
-        wanted = self.unet(x, t, *context).float()
+    def taught(self, cache: Policy) -> Collection[Hashable]:
+        assert isinstance(cache, Router)
+        return (OUTPUT,) if self.betas[cache.step].requires_grad and cache.values else ()
+
+    def meet(self, cache: Policy, wanted: Values, predict: Callable[[], Tensor]) -> Tensor:
+        assert isinstance(cache, Router)
+        if not wanted:
+            return predict()
+        beta, exact = self.betas[cache.step], wanted[OUTPUT].float()
         with torch.enable_grad():
-            output = self.unet(x, t, *context, cache=cache)
-            error = (output.float() - wanted).square().mean() / wanted.square().mean()
+            output = predict()
+            error = (output.float() - exact).square().mean() / exact.square().mean()
             share = (beta * self.costs.to(beta.device)).sum()
             loss = error + self.lam * share
             self.optimizer.zero_grad()
@@ -114,63 +203,64 @@ class RouterTraining:
     def update(self) -> None:
         """Move lambda, after every run."""
         self.done += 1
-        if self.budget is not None:
-            more = max(0.0, 1 - 2 * self.done / self.runs) * (len(self.betas) - self.budget)
-            self.lam *= math.exp(PACE * (self.share / (self.budget + more) - 1))
+        if self.budget.spent is not None:
+            spent = self.budget.spent / self.budget.full
+            more = max(0.0, 1 - 2 * self.done / self.runs) * (len(self.betas) - spent)
+            self.lam *= math.exp(PACE * (self.share / (spent + more) - 1))
 
 
-def least(names: Sequence[str], calls: int, costs: Mapping[str, float], full: float, always: Collection[int] = (0,),
-          budget: float | None = None) -> float:
-    """The multiply-accumulates of a run that computes only on `always`. Raises ValueError if a budget is less."""
-    spent = calls * full - (calls - len(always)) * sum(costs[name] for name in names)
-    if budget is not None and spent > budget:
-        raise ValueError(f"{calls} calls that compute as little as they can cost {spent / full:.2f} full calls, more "
-                         f"than {budget / full:.2f}: take fewer steps, or a larger budget")
-    return spent
+@dataclass(frozen=True)
+class RouterFit(Fit):
+    """A block schedule, from routers."""
+    title = "the training"
+    kinds: str = option("all", "of blocks that are routed (default: %(default)s)", choices=KINDS)
+    every_second: bool = option(False, "only every second call may reuse, as in the paper (default: all but the first)")
+    calls: float | None = option(None, "the budget (default: none)")
+    lam: float = option(1e-3, "lambda, of the computed share; with --calls, at the start (default: %(default)s)")
+    lr: float = option(0.1, "Adam's at the start; it falls to a tenth (default: %(default)s)")
 
+    def check(self, model: ImageModel) -> None:
+        if not self.lr > 0 or not self.lam >= 0:
+            raise UserError(f"--lr must be above 0 and --lam 0 or more, got {self.lr:g} and {self.lam:g}")
+        check_float32(model)
+        self.budget(model).least(self.always(model))        # which may be more than the budget
 
-def rounded(names: Sequence[str], betas: Sequence[Tensor], costs: Mapping[str, float], full: float,
-            always: Collection[int] = (0,), budget: float | None = None) -> dict[str, list[int]]:
-    """The block schedule of betas: for each residual the calls that compute it.
+    def budget(self, model: ImageModel) -> Budget:
+        costs = costs_of(model.run)
+        names = residual_names(model.run.unet, self.kinds)
+        return Budget({name: costs.values[name].hook for name in names}, costs.full.hook, model.sampler.calls,
+                      None if self.calls is None else self.calls * costs.full.hook)
 
-    always: the calls that compute everything; 0 must be one.
+    def always(self, model: ImageModel) -> Collection[int]:
+        """The calls that compute everything."""
+        return range(0, model.sampler.calls, 2) if self.every_second else (0,)
 
-    Computed is what has a beta of 1/2 or more, or, within a budget of multiply-accumulates of a run, what has the
-    largest betas, the earlier call first, until the next one would exceed it. costs, full: as in `RouterTraining`.
-    Raises ValueError as `least` does.
-    """
-    calls = len(betas)
-    ranked = sorted(((beta, step, name) for step, of_step in enumerate(betas) if step not in always
-                     for name, beta in zip(names, of_step.tolist(), strict=True)), key=lambda one: (-one[0], one[1]))
-    blocks = {name: sorted(always) for name in names}
-    spent = least(names, calls, costs, full, always, budget)
-    for beta, step, name in ranked:
-        if beta < 0.5 if budget is None else spent + costs[name] > budget:
-            break
-        spent += costs[name]
-        blocks[name].append(step)
-    return {name: sorted(steps) for name, steps in blocks.items()}
+    def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> BlockSchedule:
+        budget, always = self.budget(model), self.always(model)
+        trained = [step for step in range(1, budget.calls) if step not in always]
+        # A network whose weights are not packed, since those have no gradients (unet_caching/speed/packed.py).
+        unet = load_unet(model.config, model.run.checkpoint).to(model.device).eval().requires_grad_(False)
+        with frozen(unet):
+            training = Training(unet, budget, trained, self.lr, self.lam, runs=-(-len(seeds) // batch_size))
+            for batch, report in training_batches(seeds, batch_size, model, training.optimizer, self.lr, falls_by=0.9):
+                model.latents(batch, training.policy(), training, report)
+                training.update()
+        betas = [beta.detach().cpu() for beta in training.betas]
+        blocks = budget.rounded(betas, always) if self.every_second else budget.spread(betas)
+        costs = costs_of(model.run)
+        macs = schedule_macs(costs.full, {name: costs.values[name] for name in blocks}, blocks, budget.calls)
+        notes = {"seeds": format_seeds(seeds), "every_second": self.every_second, "lambda": training.lam, "lr": self.lr,
+                 "batch_size": batch_size, "iterations": len(training.losses), "budget": self.calls,
+                 "calls before rounding": round(training.share, 4),
+                 "full_calls": macs.hook * budget.calls / costs.full.hook}
+        return BlockSchedule({key: model.settings[key] for key in BOUND}, budget.calls, self.kinds, None, blocks,
+                             {"system": "Learning-to-Cache", "training": notes}, macs._asdict(), costs.full._asdict())
 
+    def write(self, made: BlockSchedule, path: Path) -> dict[str, Any]:
+        write_json(path, made.to_json())
+        return made.measured["training"]
 
-def spread(names: Sequence[str], betas: Sequence[Tensor], costs: Mapping[str, float], full: float,
-           budget: float | None = None) -> dict[str, list[int]]:
-    """The block schedule that computes each residual as often as its betas say; all calls but the first may reuse.
-
-    Computed is a residual on call 0, and whenever the sum of its betas since then comes to another half, one and a
-    half, two and a half and so on. Within a budget of multiply-accumulates of a run all betas are scaled (up to 1), as
-    far as it allows. costs, full: as in `RouterTraining`. Raises ValueError as `least` does.
-    """
-    rates, prices = torch.stack(list(betas[1:])).double(), torch.tensor([costs[name] for name in names]).double()
-    rest = math.inf if budget is None else budget - least(names, len(betas), costs, full, budget=budget)
-
-    def computed(scale: float) -> Tensor:
-        """[calls but the first, residuals]"""
-        met = ((scale * rates).clamp(max=1).cumsum(0) + 0.5 + 1e-9).floor()
-        return met.diff(dim=0, prepend=torch.zeros_like(met[:1])) > 0
-
-    low, high = (1.0, 1.0) if budget is None else (0.0, 1e3)
-    for _ in range(60):
-        scale = (low + high) / 2
-        low, high = (scale, high) if (computed(scale) * prices).sum().item() <= rest else (low, scale)
-    chosen = computed(low)
-    return {name: [0, *(chosen[:, place].nonzero().flatten() + 1).tolist()] for place, name in enumerate(names)}
+    def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:
+        made, budget = BlockSchedule.load(path), self.budget(model)
+        budget.spent = made.macs["hook"] * budget.calls
+        return {"evenly": partial(BlockCache, budget.even()), "routed": with_file(model, block_schedule=path)}

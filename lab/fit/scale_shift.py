@@ -1,13 +1,16 @@
-"""Scale-shift adjustment of reused residuals (Block Caching, arXiv 2312.03209).
+"""Learns the scale and shift of residuals that Block Caching reuses (arXiv 2312.03209).
+
+    python -m lab.fit scale-shift --config configs/ddpm_emoji.yaml --block-schedule half.json --seeds 1000-1031 \\
+        --held-out-seeds 2000-2031 --out half.safetensors
+    python -m ddpm.sample --config configs/ddpm_emoji.yaml --block-schedule half.json --scale-shift half.safetensors ...
 
 A reused residual is multiplied and shifted per channel, by amounts that a linear layer makes of the timestep embedding.
-The layers start as the identity and learn from the network itself: a student run that reuses residuals meets, at every
-step, a teacher that computes all of them from the student's own input, and each reused residual, once adjusted, is to
-equal the teacher's. Nothing else is trained, and teacher and student are one network (`Distiller`).
+The layers start as the identity and learn from the network itself, on the path of a run that reuses residuals: each of
+them, once adjusted, is to equal what the network computes there. Nothing else is trained (`Distiller`).
 
 The layers see nothing but the timestep: all that a run of given steps needs of them is one scale and shift per step,
-residual and channel. That table is what is kept, and what `methods.block_cache.BlockCache` takes. It can be solved for
-in closed form as well, without the layers (`LeastSquares`).
+residual and channel. That table is what is kept. It can be solved for in closed form as well, without the layers
+(`LeastSquares`).
 
 The paper leaves open the loss, the optimiser, its learning rate, the batch, and the direction of its index t. Here: the
 error of `Distiller`, which weighs residuals of all sizes alike; Adam; one step per network call; and t counts the
@@ -16,12 +19,30 @@ results/block_caching/study/table.md. The index does matter, by a tenth of the d
 """
 
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lab.fit.fit import Fit, batches, embeddings, own_unet, training_batches, with_file
+from lab.fit.teacher import OnRunsPath, Values
+from run.image_model import ImageModel
+from run.seeds import format_seeds
+from run.weights import save_tensors
+from unet_caching.errors import UserError
+from unet_caching.files.block_schedule import (
+    BlockSchedule,
+    PlannedBlocks,
+    scale_shift_metadata,
+    scale_shift_tensors,
+)
 from unet_caching.methods.block_cache import Adjustment, BlockCache
-from unet_caching.nest import NestedUNet, Network
+from unet_caching.nest import Network
+from unet_caching.options import option
+from unet_caching.policy import Policy
+from unet_caching.trace import positions
 
 
 class ScaleShift(nn.Module):
@@ -33,98 +54,55 @@ class ScaleShift(nn.Module):
     def __init__(self, channels: Mapping[str, int], emb_channels: int):
         super().__init__()
         self.names = list(channels)
-        layers = [nn.Linear(emb_channels, 2 * width) for width in channels.values()]
-        for layer in layers:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList([nn.Linear(emb_channels, 2 * width) for width in channels.values()])
+        for value in self.parameters():
+            nn.init.zeros_(value)
 
     def forward(self, emb: Tensor) -> Adjustment:
-        """emb [..., emb_channels] -> for each residual (scale, shift), each [..., channels]."""
-        found = {}
-        for name, layer in zip(self.names, self.layers, strict=True):
-            scale, shift = layer(emb).chunk(2, dim=-1)
-            found[name] = (1 + scale, shift)
-        return found
+        """emb [emb_channels] -> for each residual (scale, shift), each [channels]."""
+        pairs = (layer(emb).chunk(2) for layer in self.layers)
+        return {name: (1 + scale, shift) for name, (scale, shift) in zip(self.names, pairs, strict=True)}
 
     @torch.no_grad()
     def table(self, embeddings: Tensor) -> list[Adjustment]:
-        """embeddings [steps, emb_channels] -> what each step does to the residuals that it reuses."""
+        """embeddings [calls, emb_channels] -> what each call does to the residuals that it reuses."""
         return [self(emb) for emb in embeddings]
 
 
-class _Recorder:
-    """The cache of the teacher: computes everything, and notes those of the residuals that are wanted."""
-
-    def __init__(self, names: frozenset[str]):
-        self.names = names
-        self.values: dict[str, Tensor] = {}
-
-    def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        value = compute()
-        if key in self.names:
-            self.values[key] = value
-        return value
-
-
-class _OnStudentsPath:
-    """Stands in for the U-Net while a run samples with a `BlockCache`: the teacher computes, from the student's input,
-    what the student reuses; then the student predicts.
-
-    `network(x, t, *context, cache=cache.at(step))`, as `unet_caching.samplers.samplers.noise_predictor` calls it.
-    """
-
-    def __init__(self, unet: Network):
-        self.unet = unet
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor, *context: Tensor, cache: BlockCache) -> Tensor:
-        teacher = _Recorder(cache.reused)
-        if cache.reused:
-            self.unet(x, t, *context, cache=teacher)
-        self.meet(t, cache, teacher.values)
-        return self.unet(x, t, *context, cache=cache)
-
-    def meet(self, t: Tensor, cache: BlockCache, wanted: Mapping[str, Tensor]) -> None:
-        """Look at, or set, `cache.adjustment`. wanted: what the reused residuals should be; empty where none is."""
-        raise NotImplementedError
-
-
-class Distiller(_OnStudentsPath):
+class Distiller(OnRunsPath):
     """Trains a `ScaleShift` by an optimiser step at every network call that reuses something.
 
     The loss is the mean over the reused residuals of the squared error per squared teacher value.
     `losses`: (loss before the optimiser step, loss without adjustment) of every such call.
     """
 
-    def __init__(self, unet: NestedUNet, scale_shift: ScaleShift, optimizer: torch.optim.Optimizer):
+    def __init__(self, unet: Network, scale_shift: ScaleShift, embeddings: Tensor, optimizer: torch.optim.Optimizer):
         super().__init__(unet)
-        self.embedding = unet.embedding
-        self.scale_shift, self.optimizer = scale_shift, optimizer
+        self.scale_shift, self.embeddings, self.optimizer = scale_shift, embeddings, optimizer
         self.losses: list[tuple[float, float]] = []
 
-    def meet(self, t: Tensor, cache: BlockCache, wanted: Mapping[str, Tensor]) -> None:
-        emb = self.embedding(t[:1])[0].float()                                          # [emb_channels]
+    def meet(self, cache: Policy, wanted: Values, predict: Callable[[], Tensor]) -> Tensor:
+        assert isinstance(cache, BlockCache)
         if wanted:
+            emb = self.embeddings[cache.step]
             with torch.enable_grad():
                 loss = self._loss(self.scale_shift(emb), cache, wanted)
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
             self.losses.append((loss.item(), self._loss({}, cache, wanted).item()))
-        dtype = self.embedding(t[:1]).dtype
-        cache.adjustment = {name: (scale.to(dtype), shift.to(dtype))
-                            for name, (scale, shift) in self.scale_shift(emb).items()}
+            cache.adjustment = in_dtype_of(wanted, self.scale_shift(emb))
+        return predict()
 
     @staticmethod
-    def _loss(adjustment: Adjustment, cache: BlockCache, wanted: Mapping[str, Tensor]) -> Tensor:
+    def _loss(adjustment: Adjustment, cache: BlockCache, wanted: Values) -> Tensor:
         cache.adjustment = adjustment
-        errors = [(cache.reuse(key) - value.float()).square().mean() / value.float().square().mean()
-                  for key, value in wanted.items()]
+        errors = [(cache.reuse(key) - wanted[key].float()).square().mean() / wanted[key].float().square().mean()
+                  for key in wanted]
         return torch.stack(errors).mean()
 
 
-class LeastSquares(_OnStudentsPath):
+class LeastSquares(OnRunsPath):
     """Solves for the scale and shift of each step in closed form, as the run that it stands in comes to the step.
 
     For a fixed step the embedding is fixed too, and the best scale and shift of a channel are those of a line through
@@ -138,11 +116,18 @@ class LeastSquares(_OnStudentsPath):
         self.ridge = ridge
         self.table: list[Adjustment] = []
 
-    def meet(self, t: Tensor, cache: BlockCache, wanted: Mapping[str, Tensor]) -> None:
+    def meet(self, cache: Policy, wanted: Values, predict: Callable[[], Tensor]) -> Tensor:
+        assert isinstance(cache, BlockCache)
         cache.adjustment = {}
         self.table.append({key: best_line(cache.reuse(key), value, self.ridge) for key, value in wanted.items()})
-        cache.adjustment = {key: (scale.to(wanted[key].dtype), shift.to(wanted[key].dtype))
-                            for key, (scale, shift) in self.table[-1].items()}
+        cache.adjustment = in_dtype_of(wanted, self.table[-1])
+        return predict()
+
+
+def in_dtype_of(values: Values, adjustment: Adjustment) -> Adjustment:
+    """The part of an adjustment that is of some values, in their number format."""
+    return {key: (scale.to(values[key].dtype), shift.to(values[key].dtype))
+            for key, (scale, shift) in adjustment.items() if key in values}
 
 
 def best_line(value: Tensor, wanted: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -155,24 +140,68 @@ def best_line(value: Tensor, wanted: Tensor, ridge: float) -> tuple[Tensor, Tens
     return scale, y_mean - scale * x_mean
 
 
-class Comparison(_OnStudentsPath):
-    """How far reused residuals, adjusted as the run's cache says, are from those that the network would compute.
-
-    `errors`: for every network call that reuses something |reused - computed|_2 / |computed|_2, float32 [batch], the
-    mean over its reused residuals.
-    """
-
-    def __init__(self, unet: Network):
-        super().__init__(unet)
-        self.errors: list[Tensor] = []
-
-    def meet(self, t: Tensor, cache: BlockCache, wanted: Mapping[str, Tensor]) -> None:
-        if wanted:
-            self.errors.append(torch.stack([relative_distance(cache.reuse(key), value)
-                                            for key, value in wanted.items()]).mean(0))
+class Made(NamedTuple):
+    """What was learnt."""
+    table: list[Adjustment]
+    schedule: BlockSchedule
+    notes: dict[str, Any]
 
 
-def relative_distance(value: Tensor, exact: Tensor) -> Tensor:
-    """|value - exact|_2 / |exact|_2 of each row: [batch, ...] -> float32 [batch]."""
-    value, exact = value.float().flatten(1), exact.float().flatten(1)
-    return (value - exact).norm(dim=1) / exact.norm(dim=1)
+@dataclass(frozen=True)
+class ScaleShiftFit(Fit):
+    """The scale and shift of what a block schedule reuses."""
+    title = "the training"
+    suffix = ".safetensors"
+    caching = True
+    method: str = option("least-squares", "least-squares (default): solved step by step while all --seeds run as one "
+                                          "batch; adam: the paper's linear layers on the timestep embedding, a step "
+                                          "per network call, in batches of --batch-size",
+                         choices=("least-squares", "adam"))
+    lr: float = option(1e-3, "adam: at the start; it falls to 0 (default: %(default)s)")
+    ridge: float = option(1e-2, "least-squares: pull towards the identity (default: %(default)s)")
+
+    def check(self, model: ImageModel) -> None:
+        if not self.lr > 0 or not self.ridge >= 0:
+            raise UserError(f"--lr must be above 0 and --ridge 0 or more, got {self.lr:g} and {self.ridge:g}")
+        blocks = model.run.caching.of(PlannedBlocks)
+        if blocks is None or blocks.table is not None or len(model.run.caching.methods) > 1:
+            raise UserError("what is learnt is the scale and shift of a block schedule: give --block-schedule, and "
+                            "neither --scale-shift nor other caching options")
+        if all(len(steps) == blocks.schedule.calls for steps in blocks.blocks.values()):
+            raise UserError("the block schedule computes everything: there is nothing to adjust")
+
+    def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> Made:
+        blocks = model.run.caching.of(PlannedBlocks)
+        assert blocks is not None
+        learn = self.trained if self.method == "adam" else self.solved
+        table, notes = learn(model, blocks.schedule, seeds, batch_size)
+        return Made(table, blocks.schedule, {"method": self.method, "seeds": format_seeds(seeds), **notes})
+
+    def solved(self, model: ImageModel, schedule: BlockSchedule, seeds: list[int], batch_size: int
+               ) -> tuple[list[Adjustment], dict[str, Any]]:
+        """The closed form, in one run of all seeds as one batch."""
+        solver = LeastSquares(own_unet(model), self.ridge)
+        for batch, report in batches(seeds, len(seeds), "solving", model):
+            model.latents(batch, BlockCache(schedule.blocks), solver, report)
+        return solver.table, {"ridge": self.ridge}
+
+    def trained(self, model: ImageModel, schedule: BlockSchedule, seeds: list[int], batch_size: int
+                ) -> tuple[list[Adjustment], dict[str, Any]]:
+        """The paper's way: linear layers on the timestep embedding, learning while batches of runs are unrolled."""
+        shapes: dict[Hashable, torch.Size] = {key: one.shape for key, one in positions(model.run.asked).items()}
+        channels = {name: shapes[name][1 if len(shapes[name]) == 4 else -1] for name in schedule.blocks}
+        emb = embeddings(model)
+        scale_shift = ScaleShift(channels, emb.shape[1]).to(model.device)
+        optimizer = torch.optim.Adam(scale_shift.parameters(), self.lr)
+        distiller = Distiller(own_unet(model), scale_shift, emb, optimizer)
+        for batch, report in training_batches(seeds, batch_size, model, optimizer, self.lr):
+            model.latents(batch, BlockCache(schedule.blocks), distiller, report)
+        return scale_shift.table(emb), {"lr": self.lr, "batch_size": batch_size, "iterations": len(distiller.losses)}
+
+    def write(self, made: Made, path: Path) -> dict[str, Any]:
+        tensors = scale_shift_tensors(made.table, made.schedule)
+        save_tensors(tensors, path, scale_shift_metadata(made.schedule, made.notes))
+        return made.notes
+
+    def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:
+        return {"plain": with_file(model), "adjusted": with_file(model, scale_shift=path)}

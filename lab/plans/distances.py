@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lab.fit.fitting import batches
+from lab.fit.fit import batches
 from run.files import write_json
 from run.image_model import ImageModel
 from run.machine import Machine

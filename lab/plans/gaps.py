@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lab.fit.fitting import own_unet
+from lab.fit.fit import own_unet
 from lab.plans.distances import numbers, read_work
 from lab.plans.judge import CONVERGED, SPACING, Grid, Judge
 from run.files import write_json

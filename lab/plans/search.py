@@ -31,7 +31,7 @@ import torch
 from eval.cost.runs import costs_of
 from eval.cost.timing import interleave
 from eval.metrics.intervals import mean_estimate
-from lab.fit.fitting import check_out, own_unet
+from lab.fit.fit import check_out, own_unet
 from lab.plans import search_page
 from lab.plans.candidates import PLAN, Prices, Trial
 from lab.plans.distances import Distances, numbers, read_work

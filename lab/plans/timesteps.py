@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lab.fit.fitting import batches, own_unet
+from lab.fit.fit import batches, own_unet
 from lab.plans.dynamic_programming import best_marks
 from lab.plans.judge import Judge
 from run.files import write_json

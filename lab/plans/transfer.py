@@ -12,7 +12,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from lab.fit.fitting import check_out
+from lab.fit.fit import check_out
 from lab.plans.plans import bound_plan
 from run.cli import command
 from run.files import write_json

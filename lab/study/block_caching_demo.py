@@ -4,8 +4,8 @@
     python -m scripts.block_caching_demo --models ddpm --remake
 
 Two budgets, about 0.5 and 0.3 of the uncached MACs: exactly what DeepCache costs at the interval that comes nearest.
-Every other arm is given as much. First, what is not there of checkpoints/block_caching/ is made, by the verbs measure,
-schedule and train of scripts.block_caching, on seeds that are not sampled; these commands are printed. Then all arms
+Every other arm is given as much. First, what is not there of checkpoints/block_caching/ is made, by lab.fit (changes,
+block-schedule and scale-shift), on seeds that are not sampled; these commands are printed. Then all arms
 start from the same seeds. Images go to samples/block_caching/MODEL/ARM, results to results/block_caching/.
 """
 
@@ -19,13 +19,13 @@ from eval.metrics.registry import MEASURES
 from eval.tables.page import Page, Section
 from eval.tables.page import write as write_page
 from eval.tables.text import markdown
-from lab.fit.block_changes import BlockChanges, ScheduleMaker
-from lab.fit.block_plots import at_equal_cost
-from lab.fit.train_scale_shift import ARMS, metric_name
-from lab.fit.train_scale_shift import MEASURES as DISTANCES
+from lab.fit.block_schedule import ScheduleMaker
+from lab.fit.changes import BlockChanges
+from lab.fit.teacher import MEASURES as DISTANCES
 from lab.study import demo, pages
 from lab.study.arms import Arm, Given
 from lab.study.demo_report import distances, distances_of, pairs, panels
+from lab.study.equal_cost import at_equal_cost
 from lab.study.runner import judge_all, python, sample_on_all_cores
 from run import results
 from run.cli import command
@@ -39,8 +39,8 @@ SEEDS = 64, 32, 32              # measured, learnt from, judged on; the paper me
 
 
 def make(line: list[str], out: Path) -> None:
-    """A verb of scripts.block_caching that writes `out`. Raises UserError where it fails."""
-    line = ["-m", "scripts.block_caching", *line, "--out", str(out)]
+    """Something that lab.fit writes to `out`. Raises UserError where it fails."""
+    line = ["-m", "lab.fit", *line, "--out", str(out)]
     print("python", *line, flush=True)
     python(line, line[2])
 
@@ -67,20 +67,21 @@ class Files:
         return FILES / f"{self.name}_{name}{suffix}"
 
     def made(self, path: Path, *words: str, last: Path | None = None) -> Path:
-        """`path`, written by a verb, and `last` after it, unless all is there."""
+        """`path`, written by lab.fit, and `last` after it, unless all is there."""
         if self.remake or not ((ROOT / path).is_file() and (ROOT / (last or path)).is_file()):
             make(list(words), path)
         return path
 
     def changes(self) -> BlockChanges:
-        path = self.made(self.path("changes"), "measure", *self.run, "--seeds", self.seeds[0])
+        path = self.made(self.path("changes"), "changes", *self.run, "--seeds", self.seeds[0])
         return BlockChanges.load(ROOT / path)
 
     def schedule(self, name: str, *words: str) -> Path:
-        return self.made(self.path(name), "schedule", "--changes", str(self.path("changes")), *words)
+        return self.made(self.path(name), "block-schedule", "--changes", str(self.path("changes")), *words)
 
     def scale_shift(self, name: str) -> Path:
-        return self.made(self.path(name, ".safetensors"), "train", *self.run, "--schedule", str(self.path(name)),
+        return self.made(self.path(name, ".safetensors"), "scale-shift", *self.run, "--block-schedule",
+                         str(self.path(name)),
                          "--seeds", self.seeds[1], "--held-out-seeds", self.seeds[2],
                          last=self.path(name, ".scale_shift.json"))
 
@@ -155,7 +156,8 @@ def learnt(model: demo.Model) -> list[str]:
     for path in sorted((ROOT / FILES).glob(f"{model.name}_*.safetensors")):
         found = results.read(path.with_suffix(".scale_shift.json"))
         for measure in DISTANCES:
-            plain, adjusted, difference = (found.metrics[metric_name(measure, arm)] for arm in ARMS)
+            plain, adjusted, difference = (
+                found.metrics[f"{measure}, {arm}"] for arm in ("plain", "adjusted", "adjusted less plain"))
             rows.append((path.stem, measure, f"{plain.value:.4f}", f"{adjusted.value:.4f}",
                          "{:.4f} [{:.4f}, {:.4f}]".format(*difference.bounds)))
     return markdown(rows)

@@ -20,7 +20,7 @@ A sweep is a YAML file:
 
 Axes: model (a name in configs/, or a path), and any option of the sample commands for sampler and caching, such as
 interval, branch (a 0-based skip, or all), schedule, center, power, steps, sampler, block_schedule (a file of
-scripts.block_caching). The first point of a model, which its others are compared
+lab.fit). The first point of a model, which its others are compared
 with, is always its uncached run, with the first sampler, steps and timesteps of its first grid. A point is sampled into
 samples/MODEL/ under the name that the table scripts give these settings, and judged into results/runs/: models that
 were trained here against their training images and the uncached run (eval.quality, eval.fidelity), others as in the

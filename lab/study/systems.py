@@ -12,7 +12,7 @@ A study is a YAML file:
     converged: {sampler: unipc, steps: 100}
     common: {timesteps: trailing}       options of all runs; for text also prompts, images_per_prompt
     files:                      of what was fitted: how each is made. {common} is the config and the common options
-      FILE: lab.fit.train_adaptor {common} --sampler unipc --steps 48 --clock 4 --seeds 1000-1063 ...
+      FILE: lab.fit adaptor {common} --sampler unipc --steps 48 --clock 4 --seeds 1000-1063 ...
     systems:
     - {system: Clockwork, calls: 18, sampler: unipc, steps: 48, clock: 4}       calls: the budget, in full network calls
     - {system: plan, calls: [8, 12], plan: "checkpoints/plans/ldm_emoji_{calls}.json"}      {calls} is the budget here
@@ -38,7 +38,7 @@ import numpy as np
 from eval.cost.runs import in_full_calls
 from eval.quality import KID
 from eval.tables.text import align
-from lab.fit.calibrate_adaptive import spent_on
+from lab.fit.adaptive import spent_on
 from lab.plans.distances import Distances
 from lab.study import convergence, systems_page, systems_report
 from lab.study.arms import Arm, Given, of_run

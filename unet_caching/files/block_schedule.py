@@ -56,7 +56,7 @@ class BlockSchedule:
     @classmethod
     def load(cls, path: Path) -> "BlockSchedule":
         """Read a file. Raises ValueError where it is missing, damaged or changed by hand."""
-        schedule = read_signed(cls, path, KIND, FORMAT, "scripts.block_caching")
+        schedule = read_signed(cls, path, KIND, FORMAT, "lab.fit block-schedule")
         if not schedule.blocks:
             raise ValueError(f"{path} has no blocks")
         for name, steps in schedule.blocks.items():
@@ -98,7 +98,7 @@ def scale_shift_metadata(schedule: BlockSchedule, notes: Mapping[str, Any]) -> d
 def load_scale_shift(path: Path, schedule: BlockSchedule) -> Sequence[Adjustment]:
     """The adjustments of each step. Raises ValueError for a missing or damaged file, or one of another schedule."""
     if not Path(path).is_file():
-        raise ValueError(f"no scale-shift file {path}: python -m scripts.block_caching makes one")
+        raise ValueError(f"no scale-shift file {path}: python -m lab.fit scale-shift makes one")
     try:
         with safe_open(path, "pt") as file:
             made_for = (file.metadata() or {}).get("schedule_sha256")
@@ -167,8 +167,8 @@ class BlockCachingOptions(MethodOptions):
     """When each block is computed, and how reused ones are adjusted."""
     title = ("caching (Block Caching; together with --interval, of the blocks outside the level that DeepCache "
              "reuses)")
-    block_schedule: Path | None = option(None, "when each block is computed: a file that scripts.block_caching made "
-                                               "for this model, sampler and number of steps", metavar="FILE")
+    block_schedule: Path | None = option(None, "when each block is computed: a file that lab.fit made for this "
+                                               " model, sampler and number of steps", metavar="FILE")
     scale_shift: Path | None = option(None, "how reused blocks are adjusted, likewise", metavar="FILE")
 
     def planned(self, shape: RunShape, before: Sequence[Planned]) -> PlannedBlocks | None:

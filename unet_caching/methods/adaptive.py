@@ -63,7 +63,7 @@ class AdaptiveRule:
     @classmethod
     def load(cls, path: Path) -> "AdaptiveRule":
         """Read a file. Raises ValueError where it is missing, damaged or changed by hand."""
-        rule = read_signed(cls, path, KIND, FORMAT, "lab.fit.calibrate_adaptive")
+        rule = read_signed(cls, path, KIND, FORMAT, "lab.fit adaptive")
         typical, calls = rule.typical, len(rule.factors)
         if typical != sorted(set(typical)) or typical[:1] != [0] or typical[-1] >= calls:
             raise ValueError(f"{path}: its typical full steps must ascend from 0 and stay below {calls}, got {typical}")
@@ -199,7 +199,7 @@ class PlannedAdaptive(Planned):
 class AdaptiveOptions(MethodOptions):
     """A rule by which each image decides."""
     title = "caching (adaptive: each image decides while it is made when its feature is computed)"
-    adaptive: Path | None = option(None, "a rule that lab.fit.calibrate_adaptive made for this model, sampler and "
+    adaptive: Path | None = option(None, "a rule that lab.fit adaptive made for this model, sampler and "
                                          "number of steps", metavar="FILE")
 
     def planned(self, shape: RunShape, before: Sequence[Planned]) -> PlannedAdaptive | None:

@@ -85,7 +85,7 @@ class AdaptorFile:
     def load(cls, path: Path) -> "AdaptorFile":
         """Read a file. Raises ValueError where it is missing, damaged or of another kind."""
         if not Path(path).is_file():
-            raise ValueError(f"no adaptor {path}: python -m lab.fit.train_adaptor makes one")
+            raise ValueError(f"no adaptor {path}: python -m lab.fit adaptor makes one")
         found = read_tensors(path, KIND, FORMAT, lambda made_for, notes, tensors: cls(
             made_for["run"], made_for["branch"], made_for["full_steps"], tensors, tensors.pop("table"), notes))
         fault = found._fault()

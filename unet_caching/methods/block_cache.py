@@ -76,6 +76,7 @@ class BlockCache(Policy):
 
     def at(self, step: int) -> "BlockCache":
         """Choose what the next network call reuses: plain values and tensors, set outside any compiled region."""
+        self.step = step
         self.reused = frozenset(key for key, steps in self.schedule.items() if step not in steps)
         self.adjustment = self.adjust[step] if self.adjust is not None else {}
         absent = self.reused - self.values.keys()

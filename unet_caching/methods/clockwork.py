@@ -135,7 +135,7 @@ class ClockworkOptions(MethodOptions):
     clock_from: float = option(0.0, "share of the run before which all steps are full (default: 0)", metavar="SHARE")
     clock_preset: str | None = option(None, "clock and share of the paper's Stable Diffusion",
                                       choices=tuple(PRESETS))
-    adaptor: Path | None = option(None, "a learned adaptor: a file that lab.fit.train_adaptor made for this model, "
+    adaptor: Path | None = option(None, "a learned adaptor: a file that lab.fit adaptor made for this model, "
                                         "sampler, clock and branch (default: the identity)", metavar="FILE")
 
     def planned(self, shape: RunShape, before: Sequence[Planned]) -> PlannedClockwork | None:

@@ -1,0 +1,136 @@
+"""Learns Clockwork's adaptor (arXiv 2312.08128) for one model, sampler, clock and branch, on unrolled runs.
+
+    python -m lab.fit adaptor --config configs/ldm_emoji.yaml --sampler unipc --steps 50 --clock 4 \\
+        --seeds 1000-1063 --held-out-seeds 2000-2031 --out adaptor.safetensors
+    python -m ldm.sample --config configs/ldm_emoji.yaml --sampler unipc --steps 50 --clock 4 \\
+        --adaptor adaptor.safetensors --seeds 0-63 --out samples/clockwork
+
+The network is frozen, and teaches on the path of the run that goes on with the adaptor. The report compares what was
+learnt with the identity.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lab.fit.fit import Fit, check_float32, embeddings, own_unet, training_batches, with_file
+from lab.fit.teacher import OnRunsPath, Values
+from run.image_model import ImageModel
+from run.seeds import format_seeds
+from run.weights import save_tensors
+from unet_caching.errors import UserError
+from unet_caching.methods.adaptor import ROWS, Adaptor, AdaptorFile
+from unet_caching.methods.clockwork import Clockwork, PlannedClockwork
+from unet_caching.nest import Network
+from unet_caching.options import option
+from unet_caching.policy import Policy
+from unet_caching.trace import positions
+
+
+class TimeConditioning(nn.Module):
+    """Rows of the table from the timestep embedding: [emb_channels] and the feature's age in calls -> [3, width]."""
+
+    def __init__(self, emb_channels: int, width: int):
+        super().__init__()
+        self.layer = nn.Linear(emb_channels, ROWS * width)
+        nn.init.zeros_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, emb: Tensor, age: int) -> Tensor:
+        scale, shift, gain = self.layer(emb).chunk(ROWS)
+        return torch.stack([1 + scale, shift, age * (1 + gain)])
+
+
+class Training(OnRunsPath):
+    """Trains an adaptor by an optimiser step at every cached call; the runs must take `policy`.
+
+    The loss is the squared error of what the adaptor makes of the last feature, per squared feature of the teacher.
+    channels: of the feature. width: of the bottleneck. embeddings: of each network call, float32 [calls, emb_channels].
+    `losses`: (loss before the optimiser step, loss of the identity) of every cached call.
+    """
+
+    def __init__(self, unet: Network, branch: int, full_steps: Sequence[int], channels: int, width: int,
+                 embeddings: Tensor, lr: float):
+        super().__init__(unet)
+        self.branch, self.full_steps, self.embeddings = branch, list(full_steps), embeddings
+        self.adaptor = Adaptor(channels, width).to(embeddings.device)
+        self.conditioning = TimeConditioning(embeddings.shape[1], width).to(embeddings.device)
+        self.optimizer = torch.optim.Adam([*self.adaptor.parameters(), *self.conditioning.parameters()], lr)
+        self.losses: list[tuple[float, float]] = []
+
+    def policy(self) -> Clockwork:
+        """A fresh one for a batch, with the adaptor as it is by then."""
+        return Clockwork(self.branch, self.full_steps, self.adaptor)
+
+    def meet(self, cache: Policy, wanted: Values, predict: Callable[[], Tensor]) -> Tensor:
+        assert isinstance(cache, Clockwork)
+        if wanted:
+            assert cache.feature is not None
+            feature, exact = cache.feature.float(), wanted[self.branch].float()
+            size = exact.square().mean()
+            with torch.enable_grad():
+                loss = (self.adaptor(feature, self.row(cache.step)) - exact).square().mean() / size
+                self.optimizer.zero_grad()
+                loss.backward()
+            self.optimizer.step()
+            self.losses.append((loss.item(), ((feature - exact).square().mean() / size).item()))
+            cache.row = self.row(cache.step).detach()
+        return predict()
+
+    def row(self, step: int) -> Tensor:
+        """What the adaptor is told at a network call."""
+        return self.conditioning(self.embeddings[step], step - max(full for full in self.full_steps if full <= step))
+
+    @torch.no_grad()
+    def table(self) -> Tensor:
+        """The row of every network call, float32 [calls, 3, width]."""
+        return torch.stack([self.row(step) for step in range(len(self.embeddings))])
+
+
+@dataclass(frozen=True)
+class AdaptorFit(Fit):
+    """Clockwork's adaptor."""
+    title = "the training"
+    suffix = ".safetensors"
+    caching = True
+    channels: int = option(16, "channels of the adaptor's bottleneck (default: %(default)s)", least=1)
+    lr: float = option(3e-3, "Adam's at the start; it falls to 0 (default: %(default)s)")
+    passes: int = option(1, "how often the seeds are met (default: %(default)s)", least=1)
+
+    def check(self, model: ImageModel) -> None:
+        if not self.lr > 0:
+            raise UserError(f"--lr must be above 0, got {self.lr:g}")
+        clockwork = model.run.caching.of(PlannedClockwork)
+        if clockwork is None or clockwork.adaptor is not None or len(model.run.caching.methods) > 1:
+            raise UserError("what is trained is the adaptor of a clock: give --clock, and neither --adaptor nor other "
+                            "caching options")
+        check_float32(model)
+
+    def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> AdaptorFile:
+        clockwork = model.run.caching.of(PlannedClockwork)
+        assert clockwork is not None
+        channels = positions(model.run.asked)[clockwork.branch].shape[1]
+        torch.manual_seed(0)                    # the inner convolution starts at random
+        training = Training(own_unet(model), clockwork.branch, clockwork.full_steps, channels, self.channels,
+                            embeddings(model), self.lr)
+        for batch, report in training_batches(seeds * self.passes, batch_size, model, training.optimizer, self.lr):
+            model.latents(batch, training.policy(), training, report)
+        weights = {name: value.detach().cpu() for name, value in training.adaptor.state_dict().items()}
+        last = training.losses[-(len(training.losses) // 3 or 1):]
+        notes = {"seeds": format_seeds(seeds), "lr": self.lr, "batch_size": batch_size, "passes": self.passes,
+                 "iterations": len(training.losses), "parameters": sum(value.numel() for value in weights.values()),
+                 "loss, last third": sum(loss for loss, _ in last) / len(last),
+                 "loss of the identity there": sum(loss for _, loss in last) / len(last)}
+        return AdaptorFile(model.settings | {"fingerprint": model.run.fingerprint}, clockwork.branch,
+                           clockwork.full_steps, weights, training.table().cpu(), notes)
+
+    def write(self, made: AdaptorFile, path: Path) -> dict[str, Any]:
+        save_tensors(made.tensors(), path, made.metadata())
+        return made.notes
+
+    def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:
+        return {"identity": with_file(model), "learned": with_file(model, adaptor=path)}

@@ -1,0 +1,214 @@
+"""Makes block schedules (Block Caching, arXiv 2312.03209): when each residual of a run is computed.
+
+    python -m lab.fit block-schedule --changes changes.json --kinds all --macs 0.5 --out half.json
+    python -m lab.fit rhythm --config configs/sd_v15.yaml --steps 20 --computed 0,5,9,13,17 --out rhythm.json
+    python -m lab.fit show half.json --out half.png
+
+block-schedule: of measured changes, from a threshold or from a budget of MACs; together with --interval, of the blocks
+outside the level that DeepCache reuses. rhythm: the same steps for all, which needs no weights. show: prints a schedule
+and draws it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from eval.cost.macs import Macs, average, schedule_macs
+from eval.cost.runs import costs_of
+from lab.fit.block_plots import schedule_chart
+from lab.fit.changes import BlockChanges
+from lab.fit.fit import check_out
+from run.files import write_json
+from run.seeds import parse_seeds
+from run.spec import RunSpec, SamplerOptions
+from unet_caching.errors import UserError, as_user_error
+from unet_caching.files.block_schedule import BlockSchedule
+from unet_caching.files.fitted import BOUND
+from unet_caching.methods.block_cache import KINDS, outside, residual_names
+from unet_caching.methods.deepcache import DeepCacheOptions, PlannedDeepCache
+from unet_caching.options import RunShape, option, required
+
+PAPERS_DELTA = 0.5          # of its LDM-512
+
+
+def threshold_schedule(changes: Sequence[float], delta: float) -> list[int]:
+    """The steps at which a block is computed: at 0, and whenever its change since the last time exceeds delta.
+
+    changes[t]: from step t - 1 to step t; changes[0] is not looked at. delta 0 computes every step.
+    Raises ValueError for a negative delta or changes that are not finite.
+    """
+    if not delta >= 0:
+        raise ValueError(f"delta must be 0 or more, got {delta}")
+    steps, total = [0], 0.0
+    for t in range(1, len(changes)):
+        total += changes[t]
+        if not 0 <= total < float("inf"):
+            raise ValueError(f"the change of step {t} is {changes[t]}: changes are finite and not negative")
+        if total > delta or delta == 0:
+            steps.append(t)
+            total = 0.0
+    return steps
+
+
+class ScheduleMaker:
+    """Schedules of the residuals of some kind, at any threshold, and what a run costs with them.
+
+    level: DeepCache in the same run, if any: only the blocks outside its level have a schedule then.
+    """
+
+    def __init__(self, changes: BlockChanges, kinds: str, level: PlannedDeepCache | None = None):
+        self.changes, self.kinds = changes, kinds
+        self.measured = changes.of_kinds(kinds)
+        self.full = self.base = Macs(*changes.macs_full)
+        if level is not None:
+            self.measured = {name: self.measured[name]
+                             for name in outside(self.measured, len(changes.macs_cached), level.branch)}
+            if not self.measured:
+                raise UserError(f"no {kinds} blocks lie outside the level that DeepCache reuses at branch "
+                                f"{level.branch}")
+            self.base = average(self.full, Macs(*changes.macs_cached[level.branch]), level.full_steps, changes.calls)
+        self.residuals = {name: Macs(*changes.residuals[name].macs) for name in self.measured}
+
+    def blocks(self, delta: float) -> dict[str, list[int]]:
+        """The steps that compute each residual, by its name. Raises UserError for a negative threshold."""
+        with as_user_error():
+            return {name: threshold_schedule(values, delta) for name, values in self.measured.items()}
+
+    def macs(self, blocks: dict[str, list[int]]) -> Macs:
+        """The MACs per network call and row of a run with these blocks, and with DeepCache where it is there.
+
+        They are exact: the blocks outside DeepCache's level are asked for in full and in cached steps alike.
+        """
+        return schedule_macs(self.base, self.residuals, blocks, self.changes.calls)
+
+    def delta_for(self, fraction: float) -> float:
+        """The smallest threshold at which a run costs at most this fraction of an uncached one's MACs (hook).
+
+        The larger the threshold, the later each block is computed again: the cost never rises with it, so that it is
+        found by bisection. Raises UserError for a fraction that no threshold reaches.
+        """
+        if not 0 < fraction <= 1:
+            raise UserError(f"the MACs must be a fraction from 0 to 1 of those without caching, got {fraction:g}")
+
+        def cost(delta: float) -> float:
+            return self.macs(self.blocks(delta)).hook / self.full.hook
+
+        low, high = 0.0, max(sum(values[1:]) for values in self.measured.values())
+        if cost(low) <= fraction:
+            return low
+        if cost(high) > fraction:
+            raise UserError(f"{self.kinds} blocks, each computed once, leave {cost(high):.4f} of the MACs: "
+                            f"{fraction:g} cannot be reached; take more kinds of blocks, or a larger fraction")
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if cost(middle) <= fraction else (middle, high)
+        return high
+
+    def make(self, delta: float) -> BlockSchedule:
+        """The schedule at a threshold. Raises UserError for a negative one."""
+        blocks = self.blocks(delta)
+        return BlockSchedule(self.changes.run, self.changes.calls, self.kinds, delta, blocks, self.changes.measured,
+                             schedule_macs(self.full, self.residuals, blocks, self.changes.calls)._asdict(),
+                             self.full._asdict())
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What every schedule is made of."""
+    out: Path = required("JSON to write")
+    kinds: str = option("transformer", "of blocks that are cached (default: %(default)s, as in the paper)",
+                        choices=KINDS)
+
+
+@dataclass(frozen=True)
+class Measured(Blocks):
+    """A schedule of measured changes."""
+    changes: Path = required("what lab.fit changes wrote")
+    delta: float | None = option(None, f"the threshold (default: {PAPERS_DELTA}, the paper's)", one_of="aim")
+    macs: float | None = option(None, "the smallest threshold that leaves at most this fraction of the MACs",
+                                one_of="aim")
+    speedup: float | None = option(None, "the same as --macs 1/SPEEDUP", one_of="aim", least=1)
+
+
+@dataclass(frozen=True)
+class Given(Blocks):
+    """A schedule of one rhythm."""
+    config: Path = required("configs/*.yaml")
+    computed: str = required("steps that compute, like 0,5,9,13,17; 0 must be one", metavar="STEPS")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A schedule to look at."""
+    schedule: Path = required("a block schedule", word=True)
+    out: Path | None = option(None, "the chart, .png")
+
+
+def block_schedule(options: Measured, deepcache: DeepCacheOptions) -> None:
+    """When each residual is computed: OUT.json and a chart."""
+    check_out(options.out, ".json")
+    changes = BlockChanges.load(options.changes)
+    with as_user_error():
+        shape = RunShape(changes.run["steps"], changes.calls, len(changes.macs_cached), 0)
+        level = deepcache.planned(shape, ())
+    if level is not None and deepcache.branch is None:
+        raise UserError("--interval needs --branch here")
+    maker = ScheduleMaker(changes, options.kinds, level)
+    fraction = options.macs if options.speedup is None else 1 / options.speedup
+    delta = PAPERS_DELTA if options.delta is None else options.delta
+    schedule = maker.make(delta if fraction is None else maker.delta_for(fraction))
+    write(schedule, options.out)
+    if level is not None:
+        mean = maker.macs(schedule.blocks)
+        print(f"with DeepCache, {len(level.full_steps)} full steps, branch {level.branch}: "
+              f"{mean.hook / maker.full.hook:.4f} of the MACs ({mean.fc / maker.full.fc:.4f} with attention)")
+
+
+def rhythm(options: Given, sampling: SamplerOptions) -> None:
+    """All residuals computed on the same given steps, for any weights: OUT.json and a chart."""
+    check_out(options.out, ".json")
+    run = RunSpec.of(options.config, **vars(sampling)).open()
+    sampler, costs = run.sampler, costs_of(run)
+    steps = sorted(parse_seeds(options.computed, "--computed"))
+    if steps[0] != 0 or steps[-1] >= sampler.calls:
+        raise UserError(f"--computed must contain 0 and stay below the {sampler.calls} network calls, got "
+                        f"{options.computed}")
+    with as_user_error():
+        blocks = {name: steps for name in residual_names(run.unet, options.kinds)}
+    made_for = {"model": run.config.name, "unet": asdict(run.config.unet), "checkpoint_sha256": None,
+                **sampler.settings}
+    macs = schedule_macs(costs.full, {name: costs.values[name] for name in blocks}, blocks, sampler.calls)
+    write(BlockSchedule({key: made_for[key] for key in BOUND}, sampler.calls, options.kinds, None, blocks,
+                        {"rhythm": "given, not measured"}, macs._asdict(), costs.full._asdict()), options.out)
+
+
+def show(options: Shown) -> None:
+    """Print a schedule, and draw its chart."""
+    if options.out is not None:
+        check_out(options.out, ".png")
+    with as_user_error():
+        schedule = BlockSchedule.load(options.schedule)
+    print("\n".join(summary(schedule)))
+    if options.out is not None:
+        schedule_chart(schedule.blocks, schedule.calls, options.out)
+
+
+def write(schedule: BlockSchedule, path: Path) -> None:
+    """Write a schedule and its chart, and print it."""
+    write_json(path, schedule.to_json())
+    schedule_chart(schedule.blocks, schedule.calls, path.with_suffix(".png"))
+    print("\n".join([*summary(schedule), f"{path} and {path.with_suffix('.png')}"]))
+
+
+def summary(schedule: BlockSchedule) -> Iterable[str]:
+    """A schedule as lines of text."""
+    run, calls = schedule.run, schedule.calls
+    computed = sum(map(len, schedule.blocks.values()))
+    rule = "given" if schedule.delta is None else f"delta {schedule.delta:.6g}"
+    yield f"{run['model']}, {run['sampler']} {run['steps']} steps ({run['timesteps']}), {schedule.kinds} blocks, {rule}"
+    yield f"computed: {computed} of {calls * len(schedule.blocks)} times"
+    for name, steps in schedule.blocks.items():
+        yield f"  {name:44} {len(steps):4} of {calls}: {' '.join(map(str, steps))}"
+    for key, what in (("hook", "MACs, papers' convention"), ("fc", "MACs with attention")):
+        one, full = schedule.macs[key], schedule.macs_full[key]
+        yield f"{what:26} {one / 1e9:.4f} of {full / 1e9:.4f} G per step: {one / full:.4f}, speed-up {full / one:.2f}x"

@@ -1,0 +1,127 @@
+"""The teacher of what is fitted: the frozen network itself, on the path of a run that caches; and how far from it the
+run goes."""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.metrics.intervals import mean_estimate
+from lab.fit.fit import batches
+from run.image_model import ImageModel
+from run.results import Metric
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.nest import Network
+from unet_caching.policy import Policy
+
+MEASURES = ("feature", "latents", "pixels")
+OUTPUT = "output"           # of the network, among the keys of what it computes
+Values = Mapping[Any, Tensor]       # by key
+
+
+class OnRunsPath:
+    """Stands in for the U-Net while a run samples with a caching policy: `network(x, t, *context, cache=...)`, as
+    `unet_caching.samplers.samplers.noise_predictor` calls it.
+
+    At each network call the teacher computes, from the run's own input, what the student does without. Subclasses look
+    at that, learn from it, or change what the policy does; then the student predicts.
+    """
+
+    def __init__(self, unet: Network):
+        self.unet = unet
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor, *context: Tensor, cache: Policy) -> Tensor:
+        wanted: dict[Any, Tensor] = {}
+        keys = self.taught(cache)
+
+        def teacher(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+            value = compute()
+            if key in keys:
+                wanted[key] = value
+            return value
+
+        if keys:
+            output = self.unet(x, t, *context, cache=teacher)
+            wanted |= {OUTPUT: output} if OUTPUT in keys else {}
+        return self.meet(cache, wanted, lambda: self.unet(x, t, *context, cache=cache))
+
+    def taught(self, cache: Policy) -> Collection[Hashable]:
+        """The keys of what the teacher is to compute at this call, or OUTPUT; none: it does not run."""
+        return reused(cache)
+
+    def meet(self, cache: Policy, wanted: Values, predict: Callable[[], Tensor]) -> Tensor:
+        """What the run goes on with. wanted: what the teacher computed of the keys; empty where it did not run.
+        predict: the student's output, as the policy is by then."""
+        raise NotImplementedError
+
+
+def reused(cache: Policy) -> frozenset[Hashable]:
+    """What the coming call reuses; nothing where the policy does not know that beforehand."""
+    if isinstance(cache, DeepCache):
+        return frozenset() if cache.full else frozenset((cache.branch,))
+    return getattr(cache, "reused", frozenset())
+
+
+def value_of(cache: Any, key: Hashable) -> Tensor:
+    """What the coming call sees in place of a value that it reuses."""
+    return cache.reuse() if isinstance(cache, DeepCache) else cache.reuse(key)
+
+
+class Comparison(OnRunsPath):
+    """How far what calls reuse is from what the network would compute there.
+
+    `errors`: for every call that reuses something |reused - computed|_2 / |computed|_2, float32 [batch], the mean over
+    all that it reuses.
+    """
+
+    def __init__(self, unet: Network):
+        super().__init__(unet)
+        self.errors: list[Tensor] = []
+
+    def meet(self, cache: Policy, wanted: Values, predict: Callable[[], Tensor]) -> Tensor:
+        if wanted:
+            errors = [relative_distance(value_of(cache, key), value) for key, value in wanted.items()]
+            self.errors.append(torch.stack(errors).mean(0))
+        return predict()
+
+
+def held_out_distances(model: ImageModel, arms: Mapping[str, Callable[[], Policy]], seeds: Sequence[int],
+                       batch_size: int) -> dict[str, Metric]:
+    """The distances of policies to the network without caching, on the same seeds, by "measure, arm".
+
+    arms: functions that return a fresh policy. feature: from what calls reuse to what the network would compute there,
+    relative, the mean over calls and values, where the policy knows it beforehand. latents: between what sampling ends
+    on, relative. pixels: root mean square, of 255. Each has a 95 % interval over the seeds, and so have the paired
+    differences of each arm to the one before it, "measure, arm less arm before".
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for batch, report in batches(seeds, batch_size, "judging", model, work=1 + len(arms)):
+        exact = model.latents(batch, report=report)
+        images = model.decode(exact).astype(np.float32)
+        for arm, make in arms.items():
+            comparison = Comparison(model.unet)
+            latents = model.latents(batch, make(), comparison, report)
+            if comparison.errors:
+                of_rows = torch.stack(comparison.errors).mean(0)                    # both halves of guidance
+                found[f"feature, {arm}"] += of_rows.view(-1, len(batch)).mean(0).tolist()
+            found[f"latents, {arm}"] += relative_distance(latents, exact).tolist()
+            errors = np.square(model.decode(latents) - images).mean(axis=(1, 2, 3))
+            found[f"pixels, {arm}"] += np.sqrt(errors).tolist()
+    values = {name: np.array(of_seeds) for name, of_seeds in found.items()}
+    for measure in MEASURES:
+        for before, after in pairwise(arms):
+            names = f"{measure}, {before}", f"{measure}, {after}"
+            if all(name in values for name in names):
+                values[f"{names[1]} less {before}"] = values[names[1]] - values[names[0]]
+    return {name: Metric.of(mean_estimate(of_seeds)) for name, of_seeds in values.items()}
+
+
+def relative_distance(value: Tensor, exact: Tensor) -> Tensor:
+    """|value - exact|_2 / |exact|_2 of each row: [batch, ...] -> float32 [batch]."""
+    value, exact = value.float().flatten(1), exact.float().flatten(1)
+    return (value - exact).norm(dim=1) / exact.norm(dim=1)
