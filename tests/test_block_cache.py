@@ -12,9 +12,9 @@ from lab.fit.block_schedule import threshold_schedule
 from lab.fit.meters import ChangeMeter, SimilarityMeter
 from lab.fit.scale_shift import Distiller, ScaleShift
 from ldm.unet import UNet as LatentUNet
-from unet_caching.methods.block_cache import BlockCache, outside, residual_names
+from unet_caching.keep import Keep, joined
+from unet_caching.methods.block_cache import outside, residual_names
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.policy import Together
 from unet_caching.samplers.ddim import ddim, uniform_timesteps
 from unet_caching.samplers.diffusion import alphas_cumprod
 
@@ -144,7 +144,7 @@ def test_similarity_is_a_cosine(unet):
 @pytest.mark.parametrize("kinds", ["transformer", "resnet", "all"])
 def test_delta_0_equals_no_cache_bit_for_bit(unet, kinds):
     schedule = {name: threshold_schedule(c, 0) for name, c in measured(unet, kinds).items()}
-    assert torch.equal(run(unet, BlockCache(schedule)), run(unet))
+    assert torch.equal(run(unet, Keep(schedule)), run(unet))
 
 
 @pytest.mark.parametrize("kinds", ["transformer", "resnet", "all", "attention"])
@@ -153,7 +153,7 @@ def test_what_is_computed_is_what_the_schedule_says(unet, latent, kinds):
     changes = measured(unet, kinds, context=context)
     schedule = {name: threshold_schedule(c, 1.5 * max(c)) for name, c in changes.items()}
     assert any(len(steps) < STEPS for steps in schedule.values())
-    counting = Counting(BlockCache(schedule))
+    counting = Counting(Keep(schedule))
     run(unet, counting, context=context)
     for step, computed in enumerate(counting.computed):
         assert {key for key in computed if key in schedule} == {k for k, steps in schedule.items() if step in steps}
@@ -162,7 +162,7 @@ def test_what_is_computed_is_what_the_schedule_says(unet, latent, kinds):
 
 def test_reuse_changes_the_result_and_leaks_nothing(unet):
     schedule = {name: [0, 3] for name in residual_names(unet)}
-    cache, other = BlockCache(schedule), run(unet, seed=5)
+    cache, other = Keep(schedule), run(unet, seed=5)
     first = run(unet, cache)
     assert not torch.equal(first, run(unet))
     cache.reset()
@@ -170,13 +170,13 @@ def test_reuse_changes_the_result_and_leaks_nothing(unet):
     assert not torch.equal(other, first)
     cache.reset()
     assert torch.equal(run(unet, cache), first)         # of the run between, nothing is left
-    rows = [run(unet, BlockCache(schedule), batch=2)[:1], run(unet, BlockCache(schedule), batch=1)]
+    rows = [run(unet, Keep(schedule), batch=2)[:1], run(unet, Keep(schedule), batch=1)]
     assert relative_error(*rows) < 1e-5                 # and rows of a batch do not see each other
     cache.reset()
     with pytest.raises(RuntimeError, match="has not been computed"):
         cache.at(1)
     with pytest.raises(ValueError, match="must contain 0"):
-        BlockCache({"a": [1]})
+        Keep({"a": [1]})
 
 
 def test_identity_adjustment_equals_plain_reuse_bit_for_bit(unet):
@@ -185,7 +185,7 @@ def test_identity_adjustment_equals_plain_reuse_bit_for_bit(unet):
     channels = channels_of(unet, names)
     scale_shift = ScaleShift(channels, 128)
     table = scale_shift.table(unet.embedding(torch.arange(STEPS)))
-    assert torch.equal(run(unet, BlockCache(schedule, table)), run(unet, BlockCache(schedule)))
+    assert torch.equal(run(unet, Keep(schedule, adjust=table)), run(unet, Keep(schedule)))
 
 
 def channels_of(unet, names, context=()):
@@ -208,7 +208,7 @@ def test_macs_of_a_schedule_equal_those_counted_step_by_step(unet, latent):
         names = residual_names(net, kinds)
         schedule = {name: range(0, STEPS, 1 + i % 4) for i, name in enumerate(names)}
         full, residuals = residual_macs(net, inputs)
-        exact = run_macs(net, inputs, BlockCache(schedule), STEPS)
+        exact = run_macs(net, inputs, Keep(schedule), STEPS)
         assert schedule_macs(full, residuals, schedule, STEPS) == pytest.approx(exact, rel=1e-12)
         assert exact.hook < full.hook and exact.fc < full.fc
 
@@ -218,15 +218,15 @@ def test_deepcache_and_block_caching_together(unet):
     assert names and not any(name.startswith("middle") for name in names)
     schedule = {name: [0, 2, 4] for name in names}
     level = DeepCache(branch, [0, 3])
-    counting = Counting(Together(level, BlockCache(schedule)))
+    counting = Counting(joined(level, Keep(schedule)))
     run(unet, counting)
     for step, computed in enumerate(counting.computed):
         assert ("middle_block.0" in computed) == (step in (0, 3))
         assert {key for key in computed if key in schedule} == (set(schedule) if step in (0, 2, 4) else set())
-    everything = Together(DeepCache(branch, range(STEPS)), BlockCache({name: range(STEPS) for name in names}))
+    everything = joined(DeepCache(branch, range(STEPS)), Keep({name: range(STEPS) for name in names}))
     assert torch.equal(run(unet, everything), run(unet))
     alone = run(unet, DeepCache(branch, [0, 3]))
-    none = Together(DeepCache(branch, [0, 3]), BlockCache({}))
+    none = joined(DeepCache(branch, [0, 3]), Keep({}))
     assert torch.equal(run(unet, none), alone)
 
 
@@ -241,14 +241,14 @@ def test_scale_shift_learns_what_the_teacher_computes():
     embeddings = unet.embedding(torch.tensor(uniform_timesteps(STEPS, 1000)[::-1]))
     distiller = Distiller(unet, scale_shift, embeddings, torch.optim.Adam(scale_shift.parameters(), 3e-3))
     for seed in range(12):
-        run(unet, BlockCache(schedule), network=distiller, batch=8, seed=seed)
+        run(unet, Keep(schedule), network=distiller, batch=8, seed=seed)
     trained, plain = zip(*distiller.losses[-8:], strict=True)
     assert sum(trained) < 0.9 * sum(plain)
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
 
     table = scale_shift.table(embeddings)
     exact = run(unet, batch=8, seed=100)
-    error = [(run(unet, BlockCache(schedule, adjust), batch=8, seed=100) - exact).square().mean().item()
+    error = [(run(unet, Keep(schedule, adjust=adjust), batch=8, seed=100) - exact).square().mean().item()
              for adjust in (None, table)]
     assert error[1] < error[0]
 
@@ -263,10 +263,10 @@ def test_compiled_with_one_graph_for_each_set_of_reused_residuals(unet):
 
     torch._dynamo.reset()
     compiled = torch.compile(unet, backend=backend, fullgraph=True)
-    policy = BlockCache(schedule)
+    policy = Keep(schedule)
     sets = {policy_set(schedule, step) for step in range(STEPS)}
     with torch.no_grad():
-        result = run(unet, BlockCache(schedule), network=compiled)
+        result = run(unet, Keep(schedule), network=compiled)
     assert torch.equal(result, run(unet, policy))
     assert len(graphs) <= len(sets) + 1
 

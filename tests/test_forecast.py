@@ -9,12 +9,12 @@ from test_graphs import record
 from torch import nn
 
 from ldm.unet import UNet
-from unet_caching.forecast import newton_terms
-from unet_caching.methods.block_cache import BlockCache, residual_names
+from unet_caching.forecast import Forecast, newton_terms
+from unet_caching.keep import Keep, joined
+from unet_caching.methods.block_cache import residual_names
 from unet_caching.methods.deepcache import DeepCache, DeepCacheOptions, ZeroedCache
 from unet_caching.methods.forecast_options import ForecastOptions
 from unet_caching.options import RunShape
-from unet_caching.policy import Together
 from unet_caching.registry import plan
 from unet_caching.samplers.diffusion import Diffusion
 from unet_caching.samplers.noise import SeededNoise
@@ -177,7 +177,7 @@ def test_order_0_is_reuse_bit_for_bit(unet, branch):
     expected = sample(unet, Reuse())
     cache = DeepCache(branch, UNEVEN, forecast=0)
     assert torch.equal(sample(unet, cache), expected)
-    assert list(cache.kept) == [branch] and cache.history.older == ()
+    assert list(cache.kept) == [branch] and cache.held[branch].older == ()
 
 
 def test_reset_and_a_run_anew_forget_everything(unet):
@@ -230,7 +230,7 @@ def test_compiles_to_two_graphs(unet, order):
 
 def test_block_caching_compiles_to_as_many_graphs_as_without(unet):
     blocks = {name: [0, 4, 8, 12] for name in residual_names(unet)[:2]}
-    assert graphs(unet, lambda: BlockCache(blocks, forecast=1)) == graphs(unet, lambda: BlockCache(blocks))
+    assert graphs(unet, lambda: Keep(blocks, Forecast(1))) == graphs(unet, lambda: Keep(blocks))
 
 
 def policies(unet):
@@ -239,8 +239,8 @@ def policies(unet):
     outer = {name: steps for name, steps in blocks.items() if name.startswith(("input_blocks.1", "output_blocks.3"))}
     return {"order1": lambda: DeepCache(1, UNEVEN, 1),
             "order2": lambda: DeepCache(1, UNEVEN, 2, [0.1 * step for step in range(CALLS)]),
-            "blocks": lambda: BlockCache(blocks, forecast=2),
-            "together": lambda: Together(DeepCache(1, UNEVEN, 1), BlockCache(outer, forecast=1))}
+            "blocks": lambda: Keep(blocks, Forecast(2)),
+            "together": lambda: joined(DeepCache(1, UNEVEN, 1), Keep(outer, Forecast(1)))}
 
 
 @pytest.mark.parametrize("name", ["order1", "order2", "blocks", "together"])
@@ -267,7 +267,7 @@ def test_recorded_calls_are_the_network(unet, name):
 def test_residuals_are_exact_on_polynomials_each_on_its_own_schedule():
     schedule = {"a": UNEVEN, "b": [0, 4, 5], "c": range(CALLS)}
     features = {key: polynomial(2, sign) for key, sign in (("a", 1.0), ("b", -1.0), ("c", 1.0))}
-    policy = BlockCache(schedule, forecast=2)
+    policy = Keep(schedule, Forecast(2))
     for step in range(CALLS):
         policy.at(step)
         for key, feature in features.items():
@@ -281,14 +281,14 @@ def test_residuals_are_exact_on_polynomials_each_on_its_own_schedule():
 def test_residuals_are_forecast_before_they_are_adjusted():
     line = polynomial(1)
     adjust = [{"a": (torch.full((3,), 2.0).double(), torch.ones(3).double())}] * CALLS
-    policy = BlockCache({"a": [0, 2]}, adjust, forecast=1)
+    policy = Keep({"a": [0, 2]}, Forecast(1), adjust)
     seen = [policy.at(step)("a", lambda: line(step)) for step in range(5)]
     assert torch.allclose(seen[4], 2 * line(4) + 1) and torch.equal(seen[2], line(2))
 
 
 def test_blocks_of_order_0_are_reuse_bit_for_bit(unet):
     blocks = {name: [0, 2, 5, 9] for name in residual_names(unet, "all")}
-    plain, zero = BlockCache(blocks), BlockCache(blocks, forecast=0)
+    plain, zero = Keep(blocks), Keep(blocks, Forecast(0))
     assert torch.equal(sample(unet, plain), sample(unet, zero)) and plain.kept.keys() == zero.kept.keys() == set(blocks)
 
 
@@ -331,8 +331,8 @@ def test_options_that_cannot_be(options, words):
     (lambda: DeepCache(0, UNEVEN, -1), "whole number from 0"),
     (lambda: DeepCache(0, UNEVEN, 0.5), "whole number from 0"),
     (lambda: DeepCache(0, [0, 5], 2), "order 2 needs 3 full steps"),
-    (lambda: BlockCache({"a": [0, 5], "b": [0]}, forecast=2), "order 2 needs 3 full steps .* has 2"),
-    (lambda: BlockCache({"a": UNEVEN}, forecast=-2), "whole number"),
+    (lambda: Keep({"a": [0, 5], "b": [0]}, Forecast(2)), "order 2 needs 3 full steps .* has 2"),
+    (lambda: Keep({"a": UNEVEN}, Forecast(-2)), "whole number"),
     (lambda: DeepCache(0, UNEVEN, 1, math.nan), "finite"), (lambda: DeepCache(0, UNEVEN, 2, [[1.0]]), "as the order"),
     (lambda: DeepCache(0, UNEVEN, 1, [1.0] * 4), "none for call 5")])
 def test_bad_input_is_one_clear_error(make, words):
@@ -344,7 +344,7 @@ def test_bad_input_is_one_clear_error(make, words):
 
 def test_a_residual_that_few_steps_feed_takes_what_they_allow():
     line = polynomial(1)
-    policy = BlockCache({"a": UNEVEN, "b": [0]}, forecast=1)
+    policy = Keep({"a": UNEVEN, "b": [0]}, Forecast(1))
     for step, key in itertools.product(range(5), "ab"):
         value = policy.at(step)(key, lambda: line(step))
         expected = line(step) if key == "a" and step in (0, 2, 3, 4) else line(0)

@@ -6,9 +6,9 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ldm.unet import UNet
-from unet_caching.methods.block_cache import BlockCache, outside, residual_names
+from unet_caching.keep import Keep, joined
+from unet_caching.methods.block_cache import outside, residual_names
 from unet_caching.methods.deepcache import DeepCache, ZeroedCache
-from unet_caching.policy import Together
 from unet_caching.speed.accelerate import accelerated
 from unet_caching.speed.graphs import RecordedNetwork, cuda_recorder
 
@@ -34,8 +34,8 @@ def policies(unet: UNet) -> dict:
     adjust = [{} if step == 4 else {name: (torch.rand_like(bias), torch.rand_like(bias))
                                     for name, bias in biases.items()} for step in range(5)]
     return {"none": lambda: None, "deepcache": lambda: DeepCache(1, [0, 3]), "zeroed": lambda: ZeroedCache(1, [0, 3]),
-            "blocks": lambda: BlockCache(blocks), "adjusted": lambda: BlockCache(blocks, adjust),
-            "together": lambda: Together(DeepCache(1, [0, 3]), BlockCache({name: {0, 2} for name in around}, adjust))}
+            "blocks": lambda: Keep(blocks), "adjusted": lambda: Keep(blocks, adjust=adjust),
+            "together": lambda: joined(DeepCache(1, [0, 3]), Keep({name: {0, 2} for name in around}, adjust=adjust))}
 
 
 @pytest.mark.parametrize("name, kinds", [("none", 1), ("deepcache", 2), ("zeroed", 2), ("blocks", 3), ("adjusted", 4),

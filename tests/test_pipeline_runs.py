@@ -37,7 +37,8 @@ from stable_diffusion.unet import UNet
 from unet_caching.errors import UserError
 from unet_caching.files.block_schedule import BlockSchedule
 from unet_caching.files.plan_file import Plan
-from unet_caching.methods.block_cache import BlockCache, residual_names
+from unet_caching.keep import Keep, joined
+from unet_caching.methods.block_cache import residual_names
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.methods.plan import Call, PlanCache
 from unet_caching.pipelines.enable import disable_deepcache, enable_deepcache
@@ -45,7 +46,6 @@ from unet_caching.pipelines.loop import Timestep
 from unet_caching.pipelines.parts import num_skips
 from unet_caching.pipelines.parts import residual_names as of_diffusers
 from unet_caching.pipelines.scheduler import plan_scheduler
-from unet_caching.policy import Together
 from unet_caching.samplers.diffusion import Diffusion
 from unet_caching.samplers.samplers import Sampler, noise_predictor
 from unet_caching.schedules import uniform
@@ -511,9 +511,9 @@ def test_a_block_schedule_reuses_the_residuals_that_our_own_unet_does(parts, tmp
     plain = run(pipe, None, prompt_embeds=text, guidance_scale=1.0, latents=x)
     enable_deepcache(pipe, interval, block_schedule=str(tmp_path / "blocks.json"))
     theirs = run(pipe, None, prompt_embeds=text, guidance_scale=1.0, latents=x)
-    policy = BlockCache(blocks if interval == 1 else schedule.outside(1, num_skips(pipe.unet)))
+    policy = Keep(blocks if interval == 1 else schedule.outside(1, num_skips(pipe.unet)))
     diffusion = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
-    cache = policy if interval == 1 else Together(DeepCache(1, [0, 3]), policy)
+    cache = policy if interval == 1 else joined(DeepCache(1, [0, 3]), policy)
     predict = noise_predictor(ours, diffusion, torch.float32, cache, (text,))
     assert relative_error(theirs, Sampler("ddim", 6, "leading", 0.0, diffusion).run(predict, x)) < TOLERANCE
     assert relative_error(theirs, plain) > 50 * TOLERANCE

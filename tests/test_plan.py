@@ -19,6 +19,7 @@ from eval import macs, throughput
 from eval.cost.runs import call_macs, costs_of, macs_per_image, macs_per_step
 from eval.tables.results import cost
 from lab.plans import transfer
+from lab.plans.candidates import deepcache_calls
 from ldm.unet import UNet
 from run.families import build, example_inputs
 from run.folder import read_run
@@ -28,7 +29,7 @@ from unet_caching.errors import UserError
 from unet_caching.files.fitted import BOUND, fingerprint
 from unet_caching.files.plan_file import SAMPLING, Plan, PlanOptions
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.methods.plan import Call, PlanCache, deepcache_calls
+from unet_caching.methods.plan import Call, PlanCache
 from unet_caching.nest import no_cache
 from unet_caching.options import RunShape
 from unet_caching.registry import options_by_name, plan

@@ -11,7 +11,8 @@ from lab.fit.router import Budget, Router, Training
 from run import results
 from run.spec import RunSpec
 from unet_caching.files.block_schedule import BlockSchedule
-from unet_caching.methods.block_cache import BlockCache, residual_names
+from unet_caching.keep import Keep
+from unet_caching.methods.block_cache import residual_names
 from unet_caching.nest import no_cache
 
 SEEDS = ("--seeds", "10-25", "--held-out-seeds", "30-33")
@@ -38,7 +39,7 @@ def test_routers_at_1_are_no_cache_and_rounded_ones_a_block_schedule(unet):
     betas = [torch.ones(len(names)), *torch.randint(0, 2, (3, len(names))).float()]
     blocks = Budget(dict.fromkeys(names, 1.0), 100.0, 4).rounded(betas)
     assert all(blocks[name] == [step for step in range(4) if betas[step][i]] for i, name in enumerate(names))
-    router, schedule = Router(names, betas), BlockCache(blocks)
+    router, schedule = Router(names, betas), Keep(blocks)
     for step, one in enumerate(inputs(4)):
         assert torch.equal(unet(*one, cache=router.at(step)), unet(*one, cache=schedule.at(step)))
 

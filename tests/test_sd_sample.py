@@ -255,7 +255,7 @@ def test_caching_is_counted_by_call(sample, tmp_path, monkeypatch, capsys):
     """PLMS makes a call more than steps; the schedule is that of the steps."""
     full, forward = [], UNet.forward
     monkeypatch.setattr(UNet, "forward", lambda self, x, t, context, cache: (        # but for what is traced
-        x.is_meta or full.append(cache.full), forward(self, x, t, context, cache))[1])
+        x.is_meta or full.append(not cache.reused), forward(self, x, t, context, cache))[1])
     for name, mask in {"plms": "1001000", "ddim": "100100", "dpmpp": "100100"}.items():
         full.clear()
         assert sample("--sampler", name, "--interval", 3, "--seeds", 0, "--out", tmp_path / name) == 0

@@ -14,7 +14,7 @@ from ddpm import sample
 from ddpm.model import DDPM
 from eval.cost.runs import call_macs, costs_of, macs_per_image
 from lab.plans import candidates, search, tournament
-from lab.plans.candidates import Prices, deepened, lengths, neighbours, plans_of, uniform_trials
+from lab.plans.candidates import Prices, deepcache_calls, deepened, lengths, neighbours, plans_of, uniform_trials
 from lab.plans.distances import Distances, psnr_to
 from lab.plans.dynamic_programming import best_marks
 from lab.plans.gaps import GapMeasurements, Gaps
@@ -26,7 +26,7 @@ from run.spec import RunSpec
 from unet_caching.errors import UserError
 from unet_caching.files.plan_file import Plan
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.methods.plan import Call, PlanCache, deepcache_calls
+from unet_caching.methods.plan import Call, PlanCache
 
 UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
         "attn_resolutions": [4]}
@@ -173,14 +173,14 @@ def test_gaps_of_a_network(judge):
     gaps = measured.of(Grid(8))
     features = []
 
-    class Keep(PlanCache):
+    class Counted(PlanCache):
         def __call__(self, key, compute):
             value = compute()
             if key == 2:
                 features.append(value.clone())
             return value
 
-    judge.distances.latents(judge.run("unipc", Grid(8)), [1, 2], Keep([Call()] * 8))
+    judge.distances.latents(judge.run("unipc", Grid(8)), [1, 2], Counted([Call()] * 8))
     f = [value.double().flatten() for value in features]
     damping, error = gaps.fit(2, 5, [3, 1], 1)
     left = f[5] - f[3] - damping[0] * (f[3] - f[1])

@@ -12,7 +12,7 @@ part of a two-rate system; it is not of the papers.
 """
 
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -37,12 +37,12 @@ def newton_terms(step: int, steps: Sequence[int]) -> list[list[float]]:
 def forecast(latest: Tensor, older: Sequence[Tensor], weights: Tensor) -> Tensor:
     """latest + sum of weights[i] (older[i] - latest), i = 0, 1, ...
 
-    weights: [len(older)], of the values' device and dtype; as a tensor, so that a compiled or recorded network takes
-    those of any step.
+    weights: [len(older) or more], of the values' device and dtype; as a tensor, so that a compiled or recorded network
+    takes those of any step.
     """
     value = torch.lerp(latest, older[0], weights[0])
-    for weight, one in zip(weights[1:], older[1:], strict=True):
-        value = torch.addcmul(value, one - latest, weight)
+    for i, one in enumerate(older[1:], 1):
+        value = torch.addcmul(value, one - latest, weights[i])
     return value
 
 
@@ -90,6 +90,10 @@ class Forecast:
             given = given[step]
         return [given] * self.order if isinstance(given, int | float) else given
 
+    def extrapolates(self, step: int) -> bool:
+        """Whether it differs from reuse at a network call, given enough full steps."""
+        return any(self._damping(step))
+
     def weights(self, step: int, steps: Sequence[int]) -> list[float]:
         """What `forecast` takes at `step` after full steps `steps`, the latest first: as many as the order.
 
@@ -99,48 +103,6 @@ class Forecast:
         terms, damping = newton_terms(step, steps[:self.order + 1]), self._damping(step)
         found = [sum(w * term[j] for w, term in zip(damping, terms, strict=False)) for j in range(len(terms))]
         return found + [0.0] * (self.order - len(found))
-
-
-class History:
-    """The values of the last full steps of one key, but for the latest, which its policy holds.
-
-    A policy tells it before each network call what the call does. steps: the last full steps, the latest first, one
-    more of them than the order at most. older: their values without the latest, filled up on a cached step so that
-    compiled networks see as many tensors on all of them.
-    """
-
-    def __init__(self, order: int):
-        self.order = order
-        self.reset()
-
-    def reset(self) -> None:
-        self.steps: tuple[int, ...] = ()
-        self.older: tuple[Tensor, ...] = ()
-
-    def before_full(self, step: int, latest: Tensor | None) -> None:
-        """The step computes the value anew. latest: what it was last. A step that comes again replaces its own."""
-        if self.steps and step < self.steps[0]:
-            self.reset()
-        if self.steps[:1] == (step,):
-            return
-        if self.order and self.steps and latest is not None:
-            self.older = (latest, *self.older)[:self.order]
-        self.steps = (step, *self.steps)[:self.order + 1]
-
-    def before_cached(self, latest: Tensor) -> None:
-        """The step does not compute the value; what stands in for values that there are not yet has no weight."""
-        missing = self.order - len(self.older)
-        if missing:
-            self.older += tuple(latest.detach() for _ in range(missing))
-
-    def kept(self, key: Hashable) -> dict[Hashable, Tensor]:
-        """The older values by key, the oldest first: when they move up by one in fixed buffers, none is overwritten
-        before it has been read."""
-        return {(key, age): value for age, value in reversed([*enumerate(self.older, 1)])}
-
-    def put(self, key: Hashable, values: Mapping[Hashable, Tensor]) -> None:
-        """Other tensors in the places of those that `kept` gave."""
-        self.older = tuple(values.get((key, age), value) for age, value in enumerate(self.older, 1))
 
 
 def on_device(weights: object, like: Tensor) -> Tensor:

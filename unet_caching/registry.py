@@ -12,12 +12,13 @@ import torch
 
 from unet_caching.files.block_schedule import BlockCachingOptions
 from unet_caching.files.plan_file import PlanOptions
+from unet_caching.keep import Keep, joined
 from unet_caching.methods.adaptive import AdaptiveOptions
 from unet_caching.methods.clockwork import ClockworkOptions
 from unet_caching.methods.deepcache import DeepCacheOptions
 from unet_caching.methods.forecast_options import ForecastOptions
 from unet_caching.options import MethodOptions, Planned, RunShape
-from unet_caching.policy import Policy, Together
+from unet_caching.policy import Policy
 
 METHODS: tuple[type[MethodOptions], ...] = (DeepCacheOptions, BlockCachingOptions, PlanOptions, ClockworkOptions,
                                             AdaptiveOptions, ForecastOptions)
@@ -44,7 +45,9 @@ class CachePlan:
         """A fresh policy for one batch, or None without caching. device, dtype: of the network."""
         found = (method.policy(device, dtype) for method in self.methods)
         policies = [policy for policy in found if policy is not None]
-        return Together(*policies) if len(policies) > 1 else policies[0] if policies else None
+        if len(policies) < 2:
+            return policies[0] if policies else None
+        return joined(*(policy for policy in policies if isinstance(policy, Keep)))     # others run alone
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Let every method check the settings of the run (`Planned.check`). Raises ValueError."""

@@ -21,10 +21,10 @@ from run.results import Result
 from run.spec import Run
 from unet_caching.files.block_schedule import PlannedBlocks
 from unet_caching.files.plan_file import PlannedPlan
+from unet_caching.keep import Keep
 from unet_caching.methods.deepcache import PlannedDeepCache
 from unet_caching.methods.forecast_options import PlannedForecast
 from unet_caching.nest import Network, no_cache
-from unet_caching.policy import Together
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -114,7 +114,7 @@ def time_runs(runs: Sequence[Run], network: Network, inputs: Sequence[Tensor], r
 
     @torch.inference_mode()
     def at(run: Run, step: int) -> Callable[[], Tensor]:
-        policy = run.caching.policy(inputs[0].device, inputs[0].dtype) or Together()
+        policy = run.caching.policy(inputs[0].device, inputs[0].dtype) or Keep({})
         for before in range(step):              # what the call reuses or forecasts is there then
             network(*inputs, cache=policy.at(before))
         return lambda: network(*inputs, cache=policy.at(step))

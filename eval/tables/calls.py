@@ -4,10 +4,9 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from run.spec import Run
-from unet_caching.methods.block_cache import BlockCache
-from unet_caching.methods.deepcache import DeepCache
+from unet_caching.keep import Keep
 from unet_caching.methods.plan import Call, PlanCache
-from unet_caching.policy import Policy, Together
+from unet_caching.policy import Policy
 from unet_caching.trace import Asked, reused
 
 COMPUTED, REUSED, FORECAST = "computed", "reused", "forecast"
@@ -57,16 +56,9 @@ def _around(asked: Sequence[Asked], outer: frozenset[Hashable] = frozenset()
 def _forecasts(met: Sequence[frozenset[Hashable]], around: Mapping[Hashable, frozenset[Hashable]],
                policy: Policy | None) -> Iterator[set[Hashable]]:
     """Of each call, the reused values that are extrapolated: those that were computed twice or more before."""
-    policies = policy.policies if isinstance(policy, Together) else () if policy is None else (policy,)
+    held = policy.held if isinstance(policy, Keep) else {}
     before = dict.fromkeys(around, 0)
     for step, keys in enumerate(met):
-        yield {key for key in keys if before[key] > 1
-               and any(one.owns(key) and _extrapolates(one, step) for one in policies)}
+        yield {key for key in keys if before[key] > 1 and key in held and held[key].forecast.extrapolates(step)}
         for key, inside in around.items():
             before[key] += not keys & (inside | {key})
-
-
-def _extrapolates(policy: Policy, step: int) -> bool:
-    if isinstance(policy, PlanCache):
-        return any(policy.calls[step].damping)
-    return isinstance(policy, DeepCache | BlockCache) and policy.forecast.order > 0

@@ -44,7 +44,8 @@ from run.seeds import format_seeds
 from unet_caching.errors import UserError
 from unet_caching.files.block_schedule import BlockSchedule
 from unet_caching.files.fitted import BOUND
-from unet_caching.methods.block_cache import KINDS, BlockCache, residual_names
+from unet_caching.keep import Keep
+from unet_caching.methods.block_cache import KINDS, residual_names
 from unet_caching.nest import Network
 from unet_caching.options import option
 from unet_caching.policy import Policy
@@ -263,4 +264,4 @@ class RouterFit(Fit):
     def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:
         made, budget = BlockSchedule.load(path), self.budget(model)
         budget.spent = made.macs["hook"] * budget.calls
-        return {"evenly": partial(BlockCache, budget.even()), "routed": with_file(model, block_schedule=path)}
+        return {"evenly": partial(Keep, budget.even()), "routed": with_file(model, block_schedule=path)}

@@ -38,7 +38,7 @@ from unet_caching.files.block_schedule import (
     scale_shift_metadata,
     scale_shift_tensors,
 )
-from unet_caching.methods.block_cache import Adjustment, BlockCache
+from unet_caching.keep import Adjustment, Keep
 from unet_caching.nest import Network
 from unet_caching.options import option
 from unet_caching.policy import Policy
@@ -82,7 +82,7 @@ class Distiller(OnRunsPath):
         self.losses: list[tuple[float, float]] = []
 
     def meet(self, cache: Policy, wanted: Values, predict: Callable[[], Tensor]) -> Tensor:
-        assert isinstance(cache, BlockCache)
+        assert isinstance(cache, Keep)
         if wanted:
             emb = self.embeddings[cache.step]
             with torch.enable_grad():
@@ -95,7 +95,7 @@ class Distiller(OnRunsPath):
         return predict()
 
     @staticmethod
-    def _loss(adjustment: Adjustment, cache: BlockCache, wanted: Values) -> Tensor:
+    def _loss(adjustment: Adjustment, cache: Keep, wanted: Values) -> Tensor:
         cache.adjustment = adjustment
         errors = [(cache.reuse(key) - wanted[key].float()).square().mean() / wanted[key].float().square().mean()
                   for key in wanted]
@@ -117,7 +117,7 @@ class LeastSquares(OnRunsPath):
         self.table: list[Adjustment] = []
 
     def meet(self, cache: Policy, wanted: Values, predict: Callable[[], Tensor]) -> Tensor:
-        assert isinstance(cache, BlockCache)
+        assert isinstance(cache, Keep)
         cache.adjustment = {}
         self.table.append({key: best_line(cache.reuse(key), value, self.ridge) for key, value in wanted.items()})
         cache.adjustment = in_dtype_of(wanted, self.table[-1])
@@ -182,7 +182,7 @@ class ScaleShiftFit(Fit):
         """The closed form, in one run of all seeds as one batch."""
         solver = LeastSquares(own_unet(model), self.ridge)
         for batch, report in batches(seeds, len(seeds), "solving", model):
-            model.latents(batch, BlockCache(schedule.blocks), solver, report)
+            model.latents(batch, Keep(schedule.blocks), solver, report)
         return solver.table, {"ridge": self.ridge}
 
     def trained(self, model: ImageModel, schedule: BlockSchedule, seeds: list[int], batch_size: int
@@ -195,7 +195,7 @@ class ScaleShiftFit(Fit):
         optimizer = torch.optim.Adam(scale_shift.parameters(), self.lr)
         distiller = Distiller(own_unet(model), scale_shift, emb, optimizer)
         for batch, report in training_batches(seeds, batch_size, model, optimizer, self.lr):
-            model.latents(batch, BlockCache(schedule.blocks), distiller, report)
+            model.latents(batch, Keep(schedule.blocks), distiller, report)
         return scale_shift.table(emb), {"lr": self.lr, "batch_size": batch_size, "iterations": len(distiller.losses)}
 
     def write(self, made: Made, path: Path) -> dict[str, Any]:

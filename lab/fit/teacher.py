@@ -14,7 +14,7 @@ from eval.metrics.intervals import mean_estimate
 from lab.fit.fit import batches
 from run.image_model import ImageModel
 from run.results import Metric
-from unet_caching.methods.deepcache import DeepCache
+from unet_caching.keep import Keep
 from unet_caching.nest import Network
 from unet_caching.policy import Policy
 
@@ -51,25 +51,16 @@ class OnRunsPath:
         return self.meet(cache, wanted, lambda: self.unet(x, t, *context, cache=cache))
 
     def taught(self, cache: Policy) -> Collection[Hashable]:
-        """The keys of what the teacher is to compute at this call, or OUTPUT; none: it does not run."""
-        return reused(cache)
+        """The keys of what the teacher is to compute at this call, or OUTPUT; none: it does not run.
+
+        It is what the call reuses; nothing where the policy does not know that beforehand.
+        """
+        return cache.reused if isinstance(cache, Keep) else ()
 
     def meet(self, cache: Policy, wanted: Values, predict: Callable[[], Tensor]) -> Tensor:
         """What the run goes on with. wanted: what the teacher computed of the keys; empty where it did not run.
         predict: the student's output, as the policy is by then."""
         raise NotImplementedError
-
-
-def reused(cache: Policy) -> frozenset[Hashable]:
-    """What the coming call reuses; nothing where the policy does not know that beforehand."""
-    if isinstance(cache, DeepCache):
-        return frozenset() if cache.full else frozenset((cache.branch,))
-    return getattr(cache, "reused", frozenset())
-
-
-def value_of(cache: Any, key: Hashable) -> Tensor:
-    """What the coming call sees in place of a value that it reuses."""
-    return cache.reuse() if isinstance(cache, DeepCache) else cache.reuse(key)
 
 
 class Comparison(OnRunsPath):
@@ -85,7 +76,8 @@ class Comparison(OnRunsPath):
 
     def meet(self, cache: Policy, wanted: Values, predict: Callable[[], Tensor]) -> Tensor:
         if wanted:
-            errors = [relative_distance(value_of(cache, key), value) for key, value in wanted.items()]
+            assert isinstance(cache, Keep)
+            errors = [relative_distance(cache.reuse(key), value) for key, value in wanted.items()]
             self.errors.append(torch.stack(errors).mean(0))
         return predict()
 

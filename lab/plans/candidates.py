@@ -2,14 +2,14 @@
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from lab.plans.dynamic_programming import best_marks
 from lab.plans.gaps import Gaps
 from lab.plans.judge import Candidate, Grid
-from unet_caching.methods.plan import Call, deepcache_calls
+from unet_caching.methods.plan import Call
 from unet_caching.samplers.ddim import is_listed
 from unet_caching.schedules import uniform
 
@@ -21,6 +21,12 @@ STRETCH = (1.25, 1.6)       # plans have as many calls as those, or so many time
 MOST_CALLS = 100
 ORDER = 2                   # of the forecasts of plans; the damping that fits may leave little of the second term
 POWERS = (1.0, 0.5, 0.0)    # how much dynamic programming believes of what errors do to the image
+
+
+def deepcache_calls(branch: int, full_steps: Collection[int], calls: int, forecast: int = 0, damping: float = 1.0
+                    ) -> list[Call]:
+    """The plan that does what `unet_caching.methods.deepcache.DeepCache` does. calls: network calls of the run."""
+    return [Call() if step in full_steps else Call(branch, (damping,) * forecast) for step in range(calls)]
 
 
 @dataclass(frozen=True)

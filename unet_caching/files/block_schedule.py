@@ -17,8 +17,9 @@ from torch import Tensor
 
 from unet_caching.files.fitted import BOUND, file_sha256, read_signed, refuse_other_run
 from unet_caching.files.schema import AtLeast
-from unet_caching.forecast import Damping, check_order, usable
-from unet_caching.methods.block_cache import Adjustment, BlockCache, outside
+from unet_caching.forecast import Damping, Forecast, check_order, usable
+from unet_caching.keep import Adjustment, Keep
+from unet_caching.methods.block_cache import outside
 from unet_caching.methods.deepcache import PlannedDeepCache
 from unet_caching.options import MethodOptions, Planned, RunShape, option
 
@@ -141,7 +142,7 @@ class PlannedBlocks(Planned):
                         + (", with scale-shift" if table is not None else ""))
         self.forecast: tuple[int, Damping] = 0, 1.0
 
-    def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> BlockCache:
+    def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Keep:
         return block_cache(self.blocks, self.table, device, dtype, *self.forecast)
 
     def extrapolate(self, order: int, damping: Damping, calls: int) -> None:
@@ -190,9 +191,9 @@ class BlockCachingOptions(MethodOptions):
 
 def block_cache(blocks: Mapping[str, Sequence[int]], table: Sequence[Adjustment] | None,
                 device: torch.device | str, dtype: torch.dtype, forecast: int = 0, damping: Damping = 1.0
-                ) -> BlockCache:
+                ) -> Keep:
     """A fresh policy, with the adjustments on the network's device and in its dtype."""
     if table is not None:
         table = [{name: (scale.to(device, dtype), shift.to(device, dtype)) for name, (scale, shift) in step.items()}
                  for step in table]
-    return BlockCache(blocks, table, forecast, damping)
+    return Keep(blocks, Forecast(forecast, damping), table)

@@ -39,7 +39,7 @@ class Clockwork(DeepCache):
 
     def at(self, step: int) -> "Clockwork":
         super().at(step)
-        self.row = self.table[step] if self.table is not None and not self.full else None
+        self.row = self.table[step] if self.table is not None and self.reused else None
         return self
 
     def reset(self) -> None:
@@ -49,7 +49,7 @@ class Clockwork(DeepCache):
     @property
     def age(self) -> int:
         """How many calls ago the feature was computed."""
-        return self.step - max(step for step in self.full_steps if step <= self.step)
+        return self.step - self.held[self.branch].calls[0]
 
     @property
     def pattern(self) -> Hashable:
@@ -65,8 +65,8 @@ class Clockwork(DeepCache):
         DeepCache.kept.fset(self, values)               # type: ignore[attr-defined]
         self.row = values.get((self.branch, "row"))
 
-    def reuse(self) -> Tensor:
-        value = super().reuse()
+    def reuse(self, key: Hashable) -> Tensor:
+        value = super().reuse(key)
         return value if self.adaptor is None or self.row is None else self.adaptor(value, self.row)
 
 

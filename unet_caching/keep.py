@@ -1,0 +1,178 @@
+"""The cache that keeps: for each key, the network calls that compute its value, and what stands in on the others.
+
+DeepCache keeps the result of one level, a plan those of several, Block Caching residuals. Their keys are alike, and can
+share a seam. The network calls of a run are counted from 0.
+"""
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from unet_caching.forecast import Forecast, check_order, forecast, on_device, usable
+from unet_caching.policy import Policy
+
+Adjustment = Mapping[Any, tuple[Tensor, Tensor]]            # key -> (scale, shift) of its channels
+_WEIGHTS = "forecast weights"                               # beside the keys in `Keep.kept`
+
+
+class Held:
+    """What is held of one key between network calls."""
+
+    def __init__(self, computed: Collection[int], forecast: Forecast, place: int):
+        self.computed = frozenset(computed)     # the calls that compute it
+        self.forecast = forecast
+        self.place = place                      # its row of `Keep.weights`
+        self.reset()
+
+    def reset(self) -> None:
+        self.value: Tensor | None = None        # as it was last computed
+        self.older: tuple[Tensor, ...] = ()     # as it was before that, the latest first; as many as the order at most
+        self.calls: tuple[int, ...] = ()        # which computed these, the latest first
+
+    def before_computed(self, call: int) -> None:
+        """The call computes the value anew. One that comes again replaces its own; an earlier one begins a run."""
+        if self.calls and call < self.calls[0]:
+            self.older, self.calls = (), ()
+        if self.calls[:1] == (call,):
+            return
+        if self.calls and self.value is not None:
+            self.older = (self.value, *self.older)[:self.forecast.order]
+        self.calls = (call, *self.calls)[:self.forecast.order + 1]
+
+    def before_reused(self, latest: Tensor) -> None:
+        """The call does not compute it. What stands in for older values that there are not yet has no weight: compiled
+        networks see as many on all such calls, each a tensor of its own."""
+        self.older += tuple(latest.detach() for _ in range(self.forecast.order - len(self.older)))
+
+
+class Keep(Policy):
+    """Compute the value of each key on its own calls; reuse it on all others, or forecast it.
+
+    schedule: key -> the network calls that compute it; 0 must be one. Other keys are always computed.
+    forecasts: what stands in for reused values: for all keys, or for each; `Forecast()` is reuse, as in the papers.
+    adjust: for each call, what is done to reused values then: value * scale + shift, per channel.
+
+    `unet(x, t, cache=cache.at(step))` runs network call `step`. Between calls one tensor is held for each key, and one
+    more for each order. Raises ValueError for a schedule without call 0, or an order that it can feed to no key;
+    RuntimeError for a call that would reuse what was never computed.
+    """
+
+    def __init__(self, schedule: Mapping[Any, Collection[int]],
+                 forecasts: Forecast | Mapping[Any, Forecast] = Forecast(),  # noqa: B008  it is not changed
+                 adjust: Sequence[Adjustment] | None = None):
+        for key, calls in schedule.items():
+            if 0 not in calls:
+                raise ValueError(f"the schedule of {_named(key)} must contain 0: the first call has nothing to reuse")
+        if isinstance(forecasts, Forecast):
+            check_order(forecasts.order, max(map(usable, schedule.values()), default=None))
+            forecasts = dict.fromkeys(schedule, forecasts)
+        self.adjust = adjust
+        self.held = {key: Held(calls, forecasts[key], place) for place, (key, calls) in enumerate(schedule.items())}
+        self.order = max((held.forecast.order for held in self.held.values()), default=0)
+        self.reset()
+
+    def reset(self) -> None:
+        """Let go of all values, after the last call of a batch."""
+        self.step = 0
+        self.reused: frozenset[Hashable] = frozenset()      # by the call
+        self.weights: Tensor | None = None                  # of its forecasts, [keys, order]
+        self.adjustment: Adjustment = {}
+        for held in self.held.values():
+            held.reset()
+
+    def owns(self, key: Hashable) -> bool:
+        return key in self.held
+
+    def at(self, step: int) -> "Keep":
+        """Choose what the next network call does: plain values and tensors, set outside any compiled region."""
+        self.step, reused = step, list[Hashable]()
+        for key, held in self.held.items():
+            if step in held.computed:
+                held.before_computed(step)
+                continue
+            if held.value is None:
+                raise RuntimeError(f"call {step} is to reuse {_named(key)}, which has not been computed since the "
+                                   "start, or which the U-Net does not have")
+            reused.append(key)
+            if held.forecast.order:
+                held.before_reused(held.value)
+        self.reused = frozenset(reused)
+        self.adjustment = self.adjust[step] if self.adjust is not None else {}
+        self.weights = None
+        if self.order and self.reused:
+            rows = [self._weights(held, step) for held in self.held.values()]
+            self.weights = on_device(rows, next(held.value for held in self.held.values() if held.value is not None))
+        return self
+
+    def _weights(self, held: Held, step: int) -> list[float]:
+        found = [] if step in held.computed else held.forecast.weights(step, held.calls)
+        return found + [0.0] * (self.order - len(found))
+
+    def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        if key in self.reused:
+            return self.reuse(key)
+        value = compute()
+        if key in self.held:
+            self.held[key].value = value
+        return value
+
+    def reuse(self, key: Hashable) -> Tensor:
+        """What stands in for a value that is not computed."""
+        held = self.held[key]
+        value = held.value
+        assert value is not None                # `at` has seen to it
+        if self.weights is not None and held.forecast.order:
+            value = forecast(value, held.older, self.weights[held.place])
+        if key not in self.adjustment:
+            return value
+        scale, shift = (_like_channels(x, value) for x in self.adjustment[key])
+        return value * scale + shift
+
+    @property
+    def pattern(self) -> Hashable:
+        """Equal for calls that compute, keep, reuse and adjust the same."""
+        orders = tuple((key, held.forecast.order) for key, held in self.held.items())
+        return type(self).__name__, orders, self.reused, self._adjusted()
+
+    def _adjusted(self) -> frozenset[Hashable]:
+        return self.reused.intersection(self.adjustment)
+
+    @property
+    def kept(self) -> dict[Hashable, Tensor]:
+        """What a call reads and leaves: values by key, older ones by (key, age), (key, "scale") and (key, "shift"), the
+        weights of its forecasts. To assign to it puts other tensors in its place.
+        """
+        found: dict[Hashable, Tensor] = {}
+        for key, held in self.held.items():     # the oldest first: in fixed buffers each moves up before it is replaced
+            found |= {(key, age): value for age, value in reversed([*enumerate(held.older, 1)])}
+            if held.value is not None:
+                found[key] = held.value
+        for key in self._adjusted():
+            found[key, "scale"], found[key, "shift"] = self.adjustment[key]
+        return found if self.weights is None else found | {_WEIGHTS: self.weights}
+
+    @kept.setter
+    def kept(self, values: Mapping[Hashable, Tensor]) -> None:
+        for key, held in self.held.items():
+            held.value = values.get(key, held.value)
+            held.older = tuple(values.get((key, age), value) for age, value in enumerate(held.older, 1))
+        self.adjustment = {key: (values[key, "scale"], values[key, "shift"]) for key in self._adjusted()}
+        self.weights = values.get(_WEIGHTS)
+
+
+def joined(*caches: Keep) -> Keep:
+    """One cache that does what several do, whose keys differ. Only one of them may adjust."""
+    held = {key: one for cache in caches for key, one in cache.held.items()}
+    adjust = next((cache.adjust for cache in caches if cache.adjust is not None), None)
+    return Keep({key: one.computed for key, one in held.items()}, {key: one.forecast for key, one in held.items()},
+                adjust)
+
+
+def _named(key: Hashable) -> str:
+    return f"the level at branch {key}" if isinstance(key, int) else str(key)
+
+
+def _like_channels(x: Tensor, value: Tensor) -> Tensor:
+    """[..., channels] shaped to multiply a feature map [batch, channels, h, w] or tokens [batch, tokens, channels]."""
+    return x[..., None, None] if value.ndim == 4 else x[..., None, :]
