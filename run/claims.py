@@ -2,8 +2,11 @@
 
 import errno
 import fcntl
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+_TAKEN = (errno.EACCES, errno.EAGAIN)       # by another process
 
 
 class Claims:
@@ -31,5 +34,25 @@ class Claims:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
         except OSError as error:
-            return error.errno not in (errno.EACCES, errno.EAGAIN)
+            return error.errno not in _TAKEN
         return True
+
+
+@contextmanager
+def only_one(file: Path, byte: int = 0, waiting: str = "") -> Iterator[None]:
+    """A context in which one process at a time has a byte of a file that is there; the others say `waiting` and wait.
+
+    Nothing is written. Where the file system has no locks, or the file is read-only, nobody waits.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            lock = stack.enter_context(open(file, "ab"))
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+                if waiting:
+                    print(waiting, flush=True)
+                fcntl.lockf(lock, fcntl.LOCK_EX, 1, byte)
+        yield

@@ -11,11 +11,9 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from packaging.requirements import Requirement
 
 from eval.tables.paper import Table, find, tables
 from eval.tables.rows import of_table
@@ -23,8 +21,10 @@ from eval.tables.text import align
 from lab.study.arms import Arm, of_row
 from run.cli import command
 from run.families import families
+from run.files import ROOT
 from run.provenance import device_name
-from scripts.download import ROOT, Item, catalogue, digest_of, fits
+from scripts.download import Item, catalogue
+from scripts.requirements_met import unmet
 
 # The small models that come with a clone: what they are called, and their weights.
 SHIPPED = {"DDPM": "checkpoints/ddpm_emoji.safetensors", "LDM": "checkpoints/ldm_emoji.safetensors",
@@ -48,37 +48,25 @@ def machine() -> Iterator[str]:
     yield f"disk: {usage.free / 1e9:.0f} of {usage.total / 1e9:.0f} GB free"
 
 
-def packages() -> Iterator[str]:
-    """The requirements of requirements.txt that are missing or of another version, and how many are right."""
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    wanted, bad = [Requirement(line) for line in lines if line], 0
-    for requirement in wanted:
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            found = None
-        if found is None or not requirement.specifier.contains(found.split("+")[0], prereleases=True):
-            bad += 1
-            yield f"{requirement}: {'missing' if found is None else f'{found} is installed'}"
-    yield f"{len(wanted) - bad} of {len(wanted)} packages of requirements.txt are right"
+def packages() -> tuple[list[str], str]:
+    """What is wrong with the packages of requirements.txt, a line each, and how many are right."""
+    found = unmet(ROOT / "requirements.txt")
+    wrong = list(filter(None, found.values()))
+    return wrong, f"{len(found) - len(wrong)} of {len(found)} packages of requirements.txt are right"
 
 
 def state(item: Item, hashing: bool) -> str:
     """Here or missing; with `hashing`, whether the digests are right."""
-    absent = [file for file in item.files if not file.there(ROOT)]
-    if absent:
-        here = len(item.files) - len(absent)
+    here = sum(file.there(ROOT) for file in item.files)
+    if here < len(item.files):
         return f"missing, {here} of {len(item.files)} files here" if here else "missing"
-    known = [file for file in item.files if file.digest and file.unpack is None]
+    known = [file for file in item.files if file.digest and not file.unpack]
     if not known:
         return "here, no digest is published"
     if not hashing:
         return "here, not checked (--hash)"
-    for file in known:
-        if file.digest and not fits(ROOT / file.path, file.digest):
-            kind, _ = file.digest
-            return f"WRONG {kind}: {file.path} has {digest_of(ROOT / file.path, kind)}"
-    return "here, digest right"
+    wrong = [f"WRONG: {file.path} {fault}" for file in known if (fault := file.fault(ROOT / file.path))]
+    return next(iter(wrong), "here, digest right")
 
 
 def references() -> dict[str, Path]:
@@ -88,10 +76,9 @@ def references() -> dict[str, Path]:
 
 def named(path: Path, items: dict[str, Item]) -> str:
     """How to get what belongs at a path."""
-    for item in items.values():
-        for file in item.files:
-            if any(path == result or path in result.parents for result in file.results()):
-                return f"bash scripts/download.sh {item.name}"
+    for name, item in items.items():
+        if any(path == one or path in one.parents for file in item.files for one in file.results):
+            return f"bash scripts/download.sh {name}"
     for model, (images, where) in MADE_FROM.items():
         if path == references()[model]:
             fetch = f"bash scripts/download.sh {images} && "
@@ -107,29 +94,23 @@ def arms_of(table: Table) -> list[Arm]:
 
 def needs(table: Table, items: dict[str, Item]) -> Iterator[str]:
     """What a table still needs, a line each, and how to get it; first what sampling needs, then what judging needs."""
-    lines: dict[str, None] = {}
-    for arm in arms_of(table):
-        for option, path in arm.inputs_of_sampling().items():
-            if not (ROOT / path).exists():
-                lines[f"to sample: {option} {path}: {named(path, items)}"] = None
-    for arm in arms_of(table):
-        for option, path in arm.inputs.items():
-            if option != "--prompts" and not (ROOT / path).exists():
-                lines[f"to judge: {path}: {named(path, items)}"] = None
-    yield from lines
+    lines = {f"to sample: {option} {path}: {named(path, items)}": path for arm in arms_of(table)
+             for option, path in arm.inputs_of_sampling().items()}
+    lines |= {f"to judge: {path}: {named(path, items)}": path for arm in arms_of(table)
+              for option, path in arm.inputs.items() if option != "--prompts"}
+    yield from (line for line, path in lines.items()
+                if not ((ROOT / path).exists() or str(path).startswith("emoji:")))
 
 
-def can_run(table: Table) -> bool:
+def can_run(table: Table, items: dict[str, Item]) -> bool:
     """Whether everything that the rows of a table need to be sampled and judged is here."""
-    arms = arms_of(table)
-    return bool(arms) and all((ROOT / path).exists() or str(path).startswith("emoji:") for arm in arms
-                              for path in (*arm.inputs_of_sampling().values(), *arm.inputs.values()))
+    return bool(arms_of(table)) and not any(needs(table, items))
 
 
 def now_and_next(chosen: Sequence[Table], items: dict[str, Item], wrong: Sequence[str]) -> str:
     """What can be done right now, and the one next step, in a line. wrong: lines about packages that are not right."""
     shipped = [name for name, checkpoint in SHIPPED.items() if (ROOT / checkpoint).exists()]
-    ready = [table for table in chosen if can_run(table)]
+    ready = [table for table in chosen if can_run(table, items)]
     accelerated = torch.cuda.is_available()
     where = "a GPU" if accelerated else f"{os.cpu_count()} CPU cores"
     can = [f"sample, judge and time the small models ({', '.join(shipped)}) on {where}"] if shipped else []
@@ -154,10 +135,9 @@ def now_and_next(chosen: Sequence[Table], items: dict[str, Item], wrong: Sequenc
 
 def report(chosen: Sequence[Table], hashing: bool) -> str:
     """All of it, as text."""
-    items = catalogue()
-    *wrong, counted = packages()
+    items, (wrong, counted) = catalogue(), packages()
     parts = [now_and_next(chosen, items, wrong), "\n".join(machine()), "\n".join([*wrong, counted]),
-             align([["file or folder", "state"], *([item.name, state(item, hashing)] for item in items.values())])]
+             align([["file or folder", "state"], *([name, state(item, hashing)] for name, item in items.items())])]
     for table in chosen:
         lines = list(needs(table, items))
         if table.script is None:

@@ -10,30 +10,35 @@ import sys
 from pathlib import Path
 
 OLDEST = (3, 11)
+FILE = Path(__file__).parent.parent / "requirements.txt"
 
 
 def python_fits(version: tuple) -> bool:
     return tuple(version[:2]) >= OLDEST
 
 
-def packages_met(names: list) -> bool:
-    """Whether all lines of requirements.txt are met, or, where names are given, those of these packages."""
+def unmet(file: Path = FILE) -> "dict[str, str]":
+    """What is wrong with the packages of a file of requirements, by name; an empty text where nothing is."""
     from importlib.metadata import PackageNotFoundError, version
     try:
         from packaging.requirements import Requirement
     except ImportError:
         from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
 
-    lines = Path(__file__).parent.parent.joinpath("requirements.txt").read_text().splitlines()
-    wanted = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
-    asked = [requirement for requirement in wanted if not names or requirement.name in names]
-    try:
-        return len(asked) >= len(names) and all(
-            requirement.specifier.contains(version(requirement.name), prereleases=True) for requirement in asked)
-    except PackageNotFoundError:
-        return False
+    found = {}
+    for line in (line.split("#")[0].strip() for line in file.read_text().splitlines()):
+        if line:
+            wanted = Requirement(line)
+            try:
+                here = version(wanted.name)
+                fits = wanted.specifier.contains(here.split("+")[0], prereleases=True)
+                found[wanted.name] = "" if fits else f"{wanted}: {here} is installed"
+            except PackageNotFoundError:
+                found[wanted.name] = f"{wanted}: missing"
+    return found
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:]
-    sys.exit(not (python_fits(sys.version_info) and (asked == ["python"] or packages_met(asked))))
+    names = sys.argv[1:]
+    sys.exit(not (python_fits(sys.version_info)
+                  and (names == ["python"] or not any(unmet().get(name, "none") for name in names or unmet()))))
