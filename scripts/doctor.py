@@ -6,11 +6,11 @@ The first line says what can be done right now, and the one next step.
     python -m scripts.doctor --hash           compute the digests of files that have a published one; reads them all
 """
 
-import argparse
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from run.files import ROOT
 from run.provenance import device_name
 from scripts.download import Item, catalogue
 from scripts.requirements_met import unmet
+from unet_caching.options import option
 
 # The small models that come with a clone: what they are called, and their weights.
 SHIPPED = {"DDPM": "checkpoints/ddpm_emoji.safetensors", "LDM": "checkpoints/ldm_emoji.safetensors",
@@ -146,14 +147,17 @@ def report(chosen: Sequence[Table], hashing: bool) -> str:
     return "\n\n".join(parts)
 
 
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+    tables: tuple[str, ...] = option((), "table1 to table14, block_caching_table1 (default: all)", word=True,
+                                     metavar="TABLE")
+    hash: bool = option(False, "compute digests of what is here")
+
+
 @command
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE",
-                        help="table1 to table14, block_caching_table1 (default: all)")
-    parser.add_argument("--hash", action="store_true", help="compute digests of what is here")
-    args = parser.parse_args()
-    print(report([find(name) for name in args.tables] or list(tables().values()), args.hash))
+def main(options: Options) -> None:
+    print(report([find(name) for name in options.tables] or list(tables().values()), options.hash))
 
 
 if __name__ == "__main__":

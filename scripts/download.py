@@ -9,7 +9,6 @@ a file must at least be of its kind, and whole as far as that tells. Of several 
 one; the others wait for it.
 """
 
-import argparse
 import hashlib
 import http.client
 import json
@@ -32,6 +31,7 @@ from run.cli import command
 from run.files import ROOT
 from run.settings import read_yaml_dict
 from unet_caching.errors import UserError, one_line
+from unet_caching.options import option
 
 CATALOGUE = Path(__file__).with_name("downloads.yaml")
 _CHUNK = 1 << 20
@@ -277,28 +277,30 @@ def _transfer(file: File, part: Path) -> bool:
     return total is None or part.stat().st_size == total
 
 
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+    names: tuple[str, ...] = option((), "what to fetch (--list)", word=True, metavar="NAME")
+    listing: bool = option(False, "all names, and what is here", flag="list")
+    catalogue: Path = option(CATALOGUE, "another list (default: %(default)s)")
+    into: Path = option(ROOT, "another folder than the repository")
+
+
 @command
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="what to fetch (--list)")
-    parser.add_argument("--list", action="store_true", help="all names, and what is here")
-    parser.add_argument("--catalogue", type=Path, default=CATALOGUE, help="another list (default: %(default)s)")
-    parser.add_argument("--into", type=Path, default=ROOT, help="another folder than the repository")
-    args = parser.parse_args()
-    items = catalogue(args.catalogue)
-    if args.list == bool(args.names):
+def main(options: Options) -> None:
+    items = catalogue(options.catalogue)
+    if options.listing == bool(options.names):
         raise UserError("give names of what to fetch, or --list")
-    unknown = [name for name in args.names if name not in items]
-    if unknown:
+    if unknown := [name for name in options.names if name not in items]:
         raise UserError(f"there is no {', '.join(unknown)}: choose from {', '.join(items)}")
-    for name, item in items.items() if args.list else ():
-        state = "here" if item.there(args.into) else "missing"
+    for name, item in items.items() if options.listing else ():
+        state = "here" if item.there(options.into) else "missing"
         print(f"{name:24}{state:9}{item.about}{' (address unsure)' if item.unsure else ''}")
-    for name in args.names:
+    for name in options.names:
         if items[name].unsure:
             print(f"{name}: nobody has seen these files at their addresses; the host's pattern gave them", flush=True)
         for file in items[name].files:
-            print(fetch(file, args.into), flush=True)
+            print(fetch(file, options.into), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""What Slurm is asked and told: the settings of the jobs, the jobs that are there, and the lines for sbatch."""
+"""What goes to Slurm and comes from it: the settings of the jobs, the jobs that are there, and the lines for sbatch."""
 
-import contextlib
-import fcntl
 import os
 import re
 import shlex
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,18 +36,18 @@ class Settings:
     cpu: dict[str, Any] = field(default_factory=dict)
     tasks_at_once: int | None = None
 
-    def options(self, kind: str, limit: str) -> list[str]:
-        """The options of sbatch for a job on the gpu or cpu side with a time limit."""
-        given = {"account": self.account, **getattr(self, kind), "time": limit}
-        return [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()
+    def options(self, side: str, kind: str) -> list[str]:
+        """The options of sbatch for a job on the gpu or cpu side that samples, evaluates or writes a table."""
+        values = {"account": self.account, **getattr(self, side), "time": getattr(self.time, kind)}
+        return [f"--{key}" if value is True else f"--{key}={value}" for key, value in values.items()
                 if value is not None and value is not False]
 
 
 def read_settings(path: Path) -> Settings:
     """Read the settings. Raises UserError for a file that is wrong or has no sense."""
     settings = read_yaml(path, Settings)
-    for name, value in (("images_per_task", settings.images_per_task), ("tasks_at_once", settings.tasks_at_once)):
-        if value is not None and value < 1:
+    for name in ("images_per_task", "tasks_at_once"):
+        if (value := getattr(settings, name)) is not None and value < 1:
             raise UserError(f"{path}: {name} must be 1 or more, got {value}")
     for limit in vars(settings.time).values():
         seconds(limit)
@@ -82,26 +80,18 @@ class Live(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A job to be submitted.
-
-    name: says what it is for, so that `live_jobs` tells what need not be submitted again. title: for the user. options:
-    of sbatch. command: a script and its arguments. ok: names of steps that must succeed first; ended: ids of jobs that
-    must have ended.
-    """
-    name: str
-    title: str
-    options: list[str]
-    command: list[str]
-    ok: Sequence[str] = ()
-    ended: Sequence[str] = ()
+    """A job to be submitted."""
+    name: str                   # says what it is for, so that `live_jobs` tells what need not be submitted again
+    title: str                  # for the user
+    options: list[str]          # of sbatch
+    command: list[str]          # a script and its arguments
+    ok: Sequence[str] = ()      # names of steps that must succeed first
+    ended: Sequence[str] = ()   # ids of jobs that must have ended
 
     def words(self, ids: dict[str, str] | None = None) -> list[str]:
         """The words of the whole line, with the ids of the steps before it; without ids, without its dependency."""
-        after = []
-        if ids is not None and self.ok:
-            after.append(":".join(["afterok", *(ids[name] for name in self.ok)]))
-        if ids is not None and self.ended:
-            after.append(":".join(["afterany", *self.ended]))
+        after = [] if ids is None else [":".join(words) for words in (
+            ["afterok", *(ids[name] for name in self.ok)], ["afterany", *self.ended]) if len(words) > 1]
         dependency = [f"--dependency={','.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
         return ["--parsable", f"--job-name={self.name}", f"--chdir={ROOT}", *self.options, *dependency, *self.command]
 
@@ -115,19 +105,6 @@ def as_script(steps: Iterable[Step]) -> list[str]:
         lines += [f"# {step.title}", f"job{i}=$(sbatch {' '.join(words)})"]
         ids[step.name] = f"$job{i}"
     return lines
-
-
-@contextlib.contextmanager
-def only_one() -> Iterator[None]:
-    """A context in which one process of this folder is at a time: the next sees what the one before submitted.
-
-    Where the file system has no locks, or the folder is read-only, nobody waits.
-    """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            file = stack.enter_context(open(ROOT / SETTINGS, "ab"))     # any file that is there; nothing is written
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
 
 
 def submit(step: Step, ids: dict[str, str]) -> str:
@@ -144,26 +121,23 @@ def cancel(jobs: Sequence[str]) -> None:
 
 def check(steps: Sequence[Step]) -> None:
     """Check that the cluster would take the steps, as far as it says beforehand. Raises UserError."""
-    limits, default = {}, []
-    for line in _ask("sinfo", "-h", "-o", "%R|%l|%P").splitlines():
-        name, limits[name], marked = line.split("|")
-        default += [name] if marked.endswith("*") else []
-    config = dict(re.findall(r"^(\w+)\s*= (.*)$", _ask("scontrol", "show", "config"), re.MULTILINE))
-    largest = int(config["MaxArraySize"]) - 1
+    partitions = [line.split("|") for line in _ask("sinfo", "-h", "-o", "%R|%l|%P").splitlines()]
+    limits = {name: limit for name, limit, _ in partitions}
     for step in steps:
-        given = {key: value for key, _, value in (word.removeprefix("--").partition("=") for word in step.options)}
-        names = given["partition"].split(",") if "partition" in given else default
+        given = dict(word.removeprefix("--").partition("=")[::2] for word in step.options)
+        names = given["partition"].split(",") if "partition" in given else [
+            name for name, _, marked in partitions if marked.endswith("*")]
         for name in names:
             if name not in limits:
                 raise UserError(f"no partition {name!r} on this cluster: it has {', '.join(limits)}")
         if names and all(seconds(given["time"]) > seconds(limits[name]) for name in names):
             raise UserError(f"the time limit {given['time']} is beyond that of partition {' and '.join(names)}, "
                             f"{' and '.join(limits[name] for name in names)}")
-        tasks = max(map(int, re.findall(r"\d+", given.get("array", "0").split("%")[0])))
-        if tasks > largest:
-            raise UserError(f"{step.title} needs {tasks + 1:,} tasks, and an array of this cluster has "
-                            f"{largest + 1:,} at most (MaxArraySize): more images per task")
-        _ask("sbatch", "--test-only", *step.words())
+        try:
+            _ask("sbatch", "--test-only", *step.words())
+        except UserError as error:
+            raise UserError(f"{step.title}: {error}"
+                            + ("; more images per task make fewer tasks" if "array" in str(error) else "")) from None
 
 
 def live_jobs() -> list[Live]:
