@@ -1,11 +1,10 @@
-"""The down and up blocks of diffusers' U-Nets: the nest calls what is in them, never themselves.
+"""The down and up blocks of a U-Net: the nest runs their forwards layer by layer, and never calls them whole.
 
 What is hung on such a container runs when the first of its parts that a step needs runs, and after the last one: the
 hooks by which diffusers offloads groups of layers. What else would be around its forward is refused.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -15,8 +14,11 @@ from unet_caching.errors import UserError
 class Containers:
     """Enters a container before the first of its parts runs, and leaves it when a part of another one does."""
 
-    def __init__(self, unet: Any):
-        self.hooked = {block for block in (*unet.down_blocks, *unet.up_blocks) if "_diffusers_hook" in vars(block)}
+    def __init__(self, blocks: Iterable[nn.Module]):
+        self.hooked = []
+        for block in blocks:
+            if "_diffusers_hook" in block.__dict__:
+                self.hooked.append(block)
         self.inside: nn.Module | None = None
 
     def enter(self, block: nn.Module) -> None:

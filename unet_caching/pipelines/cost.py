@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from unet_caching.pipelines.forward import cached_forward
+from unet_caching.nest import Cache
+from unet_caching.pipelines.forward import argument_names, cached_forward
 from unet_caching.pipelines.parts import Caching
 from unet_caching.policy import Policy
 from unet_caching.trace import metered, reused
@@ -45,8 +46,10 @@ def run_macs(unet: nn.Module, args: tuple, kwargs: dict, policy: Policy | None, 
     on_meta = copy.deepcopy(unet, numbers)
     args, kwargs = tree_map_only(Tensor, lambda value: value.to("meta"), (args, kwargs))
     with torch.no_grad(), _Counter() as counter:
-        asked_for, counts = metered(lambda cache: cached_forward(on_meta, Caching(cache, asked), *args, **kwargs),
-                                    lambda: counter.macs)
+        def forward(cache: Cache) -> object:
+            return cached_forward(on_meta, argument_names(unet), Caching(cache, asked), *args, **kwargs)
+
+        asked_for, counts = metered(forward, lambda: counter.macs)
         full = counter.macs
     if policy is None:
         return full, [full] * calls

@@ -8,13 +8,13 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from unet_caching.errors import UserError
 from unet_caching.pipelines.containers import check_containers
-from unet_caching.pipelines.forward import cached_forward
-from unet_caching.pipelines.parts import DOWN, MIDDLE, UP, Caching
+from unet_caching.pipelines.forward import argument_names, cached_forward
+from unet_caching.pipelines.kinds import check_kind
+from unet_caching.pipelines.parts import Caching
 from unet_caching.pipelines.run import caching_of_call
 
 _wanted: "WeakKeyDictionary[nn.Module, WeakSet]" = WeakKeyDictionary()      # U-Net -> pipelines that cache with it
@@ -24,7 +24,7 @@ class CachedForward:
     """The forward of a U-Net: the nest's on the steps of a run, its own otherwise."""
 
     def __init__(self, unet: nn.Module):
-        self.unet = unet
+        self.unet, self.names = unet, argument_names(unet)
 
     def forward(self, *args: Any, caching: Caching | None = None, **kwargs: Any) -> Any:
         """As the U-Net's. caching: where the call was counted outside, as around a compiled network."""
@@ -32,7 +32,7 @@ class CachedForward:
             caching = caching_of_call(self.unet, args, kwargs)
         if caching is None:
             return type(self.unet).forward(self.unet, *args, **kwargs)
-        return cached_forward(self.unet, caching, *args, **kwargs)
+        return cached_forward(self.unet, self.names, caching, *args, **kwargs)
 
 
 class Counted:
@@ -53,16 +53,7 @@ def unwrapped(unet: Any) -> Any:
 
 def check(unet: Any) -> None:
     """Refuse what the nest cannot run. Raises UserError that says why."""
-    if not isinstance(unet, UNet2DConditionModel | UNet2DModel):
-        raise UserError(f"pipe.unet is a {type(unet).__name__} and should be a UNet2DConditionModel or UNet2DModel")
-    if type(unet).forward not in (UNet2DConditionModel.forward, UNet2DModel.forward):
-        raise UserError(f"pipe.unet is a {type(unet).__name__}, which has a forward of its own")
-    middle = [] if unet.mid_block is None else [unet.mid_block]
-    for known, blocks in ((DOWN, unet.down_blocks), (MIDDLE, middle), (UP, unet.up_blocks)):
-        for block in blocks:
-            if type(block).__name__ not in known:
-                raise UserError(f"pipe.unet has a {type(block).__name__}, which cannot be taken apart: "
-                                f"{', '.join(sorted(known))} can")
+    check_kind(unet)
     check_containers(unet)
     holder, name = _slot(unet)
     forward = vars(holder).get(name)

@@ -1,8 +1,9 @@
-"""diffusers' U-Nets taken apart: the modules between two skips are one callable, in the order of our branches.
+"""diffusers' U-Nets taken apart: what lies between two skips is one callable, in the order of our branches.
 
-The modules themselves are called, as their blocks call them (diffusers, models/unets/unet_2d_blocks.py): whatever was
-added to them runs, and nothing is copied. The residuals that Block Caching may keep have the names that they have in
-our own U-Nets: a block schedule fits both.
+A part is one layer of a block, in the block's own forward: it runs on a stand-in for the block that has this layer
+alone. How modules are called, FreeU, checkpointing and what differs from version to version stay diffusers' own, and
+nothing is copied. The residuals that Block Caching may keep have the names that they have in our own U-Nets: a block
+schedule fits both.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,20 +11,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.utils.torch_utils import apply_freeu
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from unet_caching.nest import Cache
 from unet_caching.pipelines.containers import Containers
 
-DOWN = {"DownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D", "SimpleCrossAttnDownBlock2D",
-        "ResnetDownsampleBlock2D"}
-UP = {"UpBlock2D", "CrossAttnUpBlock2D", "AttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"}
-MIDDLE = {"UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"}
 Theirs = Any                # a module of diffusers, whose attributes are made at run time
-_FREEU = ("s1", "s2", "b1", "b2")
 Down = Callable[[Tensor], Tensor]
 Up = Callable[[Tensor, Tensor, torch.Size], Tensor]         # inner, skip, size of the level above
+LAYER = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")    # in the order in which they run
+RESAMPLE = ("downsamplers", "upsamplers")
 
 
 class Caching(NamedTuple):
@@ -32,70 +30,71 @@ class Caching(NamedTuple):
     asked: frozenset[str] = frozenset()
 
 
+class StandIn:
+    """A module in the forward of its class: it has all that the module has, but for what is given here."""
+
+    def __init__(self, module: Theirs, **own: Any):
+        self.__dict__.update(module.__dict__)           # so that a step runs few functions in Python
+        self.__dict__.update(module._modules)
+        self.__dict__.update(own)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+Given = dict[Theirs, tuple[Tensor, tuple, dict[str, Any]]]     # what a U-Net calls each block with: on x, and the rest
+
+
 class Call(NamedTuple):
-    """What the modules of one network call are given besides their input.
-
-    emb: [batch, channels]. context: what cross-attention attends to, as the U-Net has processed it. masks: biases on
-    the attention to x and to the context. attention: cross_attention_kwargs. adapter: residuals of a T2I-Adapter.
-    sized: whether an upsampling is told its size, where some level does not halve.
-    """
+    """One network call. adapter: residuals of a T2I-Adapter."""
     caching: Caching
-    emb: Tensor
+    given: Given
     containers: Containers
-    context: Any = None
-    masks: tuple[Tensor | None, Tensor | None] = (None, None)
-    attention: dict[str, Any] | None = None
-    adapter: Sequence[Tensor] | None = None
-    sized: bool = False
+    adapter: Sequence[Tensor] = ()
 
 
-def down_parts(unet: Theirs, call: Call) -> list[Down]:
-    """The encoder: part k makes skip k of its input."""
-    parts: list[Down] = [unet.conv_in]
-    for index, block in enumerate(unet.down_blocks):
-        for resnet, attention in _layers(block):
-            parts.append(partial(_layer, call, block, resnet, attention, f"input_blocks.{len(parts)}"))
+def down_parts(blocks: Sequence[Theirs], call: Call) -> list[Down]:
+    """The encoder: part k makes skip k of its input; skip 0 is what conv_in has made."""
+    parts: list[Down] = [lambda x: x]
+    for index, block in enumerate(blocks):
+        for i in range(len(block._modules["resnets"]._modules)):
+            parts.append(partial(_down, call, block, i, f"input_blocks.{len(parts)}"))
         last = len(parts) - 1
-        for downsampler in block.downsamplers or ():
-            parts.append(partial(_resample, call, block, downsampler))
-        if call.adapter and index < len(call.adapter):      # it adds before the downsampling there, else after it
-            place = last if _crossing(block) else -1
+        if block._modules.get("downsamplers") is not None:
+            parts.append(partial(_downsample, call, block))
+        if index < len(call.adapter):       # it adds before the downsampling where there is cross-attention, else after
+            place = last if getattr(block, "has_cross_attention", False) else -1
             parts[place] = _adapted(parts[place], call.adapter[index])
     return parts
 
 
-def middle_part(unet: Theirs, call: Call) -> Down:
-    """The middle block, whole unless its residuals may be kept."""
-    block = unet.mid_block
-    extra = call.adapter[len(unet.down_blocks)] if call.adapter and len(call.adapter) > len(unet.down_blocks) else None
+def middle_part(block: Theirs, place: int, call: Call) -> Down:
+    """The middle block, whole unless its residuals may be kept. place: of what an adapter adds to it (T2I-Adapter XL).
+    """
+    extra = call.adapter[place] if place < len(call.adapter) else None
 
     def run(x: Tensor) -> Tensor:
         if block is None:
             return x
         call.containers.enter(block)
+        _, args, kwargs = call.given[block]
         if any(name.startswith("middle_block.") for name in call.caching.asked):
-            x = _resnet(call, block, block.resnets[0], "middle_block.0", x)
-            for i, (attention, resnet) in enumerate(zip(block.attentions, block.resnets[1:], strict=True)):
-                if attention is not None:
-                    x = _attend(call, block, attention, f"middle_block.{2 * i + 1}", x)
-                x = _resnet(call, block, resnet, f"middle_block.{2 * i + 2}", x)
-        elif _crossing(block):
-            x = block(x, call.emb, encoder_hidden_states=call.context, attention_mask=call.masks[0],
-                      cross_attention_kwargs=call.attention, encoder_attention_mask=call.masks[1])
+            lists = {name: [*modules] for name, modules in block.named_children()}
+            _keep(call, lists, _middle_residuals(block))
+            x = type(block).forward(StandIn(block, **lists), x, *args, **kwargs)
         else:
-            x = block(x, call.emb)
-        return x if extra is None or extra.shape != x.shape else x + extra      # T2I-Adapter XL
+            x = block(x, *args, **kwargs)
+        return x if extra is None or extra.shape != x.shape else x + extra
     return run
 
 
-def up_parts(unet: Theirs, call: Call) -> list[Up]:
+def up_parts(blocks: Sequence[Theirs], call: Call) -> list[Up]:
     """The decoder: part k takes skip k."""
     parts: list[Up] = []
-    for block in unet.up_blocks:
-        layers = list(_layers(block))
-        for i, (resnet, attention) in enumerate(layers):
-            upsamplers = block.upsamplers if i == len(layers) - 1 else None
-            parts.append(partial(_up, call, block, resnet, attention, upsamplers, f"output_blocks.{len(parts)}"))
+    for block in blocks:
+        for i in range(len(block._modules["resnets"]._modules)):
+            parts.append(partial(_up, call, block, i, f"output_blocks.{len(parts)}"))
     return parts[::-1]
 
 
@@ -103,67 +102,92 @@ def residual_names(unet: Theirs) -> Iterator[str]:
     """The residuals that a cache may keep: ResNet blocks and transformers, by the names that our own U-Nets give."""
     k = 1
     for block in unet.down_blocks:
-        for _, attention in _layers(block):
-            yield from _names(f"input_blocks.{k}", attention)
+        for i in range(num_layers(block)):
+            yield from (name for *_, name in _residuals(_layer(block, i), f"input_blocks.{k}"))
             k += 1
-        k += len(block.downsamplers or ())
+        k += block.downsamplers is not None
     if unet.mid_block is not None:
-        yield "middle_block.0"
-        for i, attention in enumerate(unet.mid_block.attentions):
-            yield from (f"middle_block.{2 * i + 1}",) if attention is not None else ()
-            yield f"middle_block.{2 * i + 2}"
+        yield from (name for *_, name in _middle_residuals(unet.mid_block))
     k = 0
     for block in unet.up_blocks:
-        for _, attention in _layers(block):
-            yield from _names(f"output_blocks.{k}", attention)
+        for i in range(num_layers(block)):
+            yield from (name for *_, name in _residuals(_layer(block, i), f"output_blocks.{k}"))
             k += 1
 
 
 def num_skips(unet: Theirs) -> int:
     """How many skips, or branches, a U-Net has."""
-    return sum(len(block.resnets) for block in unet.up_blocks)
+    return sum(map(num_layers, unet.up_blocks))
 
 
-def _names(part: str, attention: Theirs | None) -> Iterator[str]:
-    yield f"{part}.0"
-    if attention is not None:
-        yield f"{part}.1"
+def num_layers(block: Theirs) -> int:
+    """How many layers a down or up block has."""
+    return len(block._modules["resnets"]._modules)
 
 
-def _layers(block: Theirs) -> Iterator[tuple[Theirs, Theirs | None]]:
-    """The ResNet blocks of a block, each with the attention after it."""
-    attentions = getattr(block, "attentions", None)
-    return zip(block.resnets, [None] * len(block.resnets) if attentions is None else attentions, strict=True)
+def _layer(block: Theirs, i: int) -> dict[str, list]:
+    """The lists of a block with what its i-th layer has of them."""
+    lists, layers = {}, len(block._modules["resnets"]._modules)
+    for name, modules in block._modules.items():
+        if name not in RESAMPLE:
+            every = [*modules._modules.values()]
+            each = len(every) // layers         # AudioLDM2 has several attentions in a layer
+            lists[name] = every[i * each:(i + 1) * each]
+    return lists
 
 
-def _crossing(block: Theirs) -> bool:
-    return bool(getattr(block, "has_cross_attention", False))
+def _residuals(lists: dict[str, list], part: str) -> Iterator[tuple[str, int, str]]:
+    """Where the residuals of a layer are, and their names."""
+    places = [(kind, i) for kind in LAYER for i, module in enumerate(lists.get(kind, ())) if module is not None]
+    yield from ((*place, f"{part}.{j}") for j, place in enumerate(places))
 
 
-def _layer(call: Call, block: Theirs, resnet: Theirs, attention: Theirs | None, name: str,
-           x: Tensor) -> Tensor:
+def _middle_residuals(block: Theirs) -> Iterator[tuple[str, int, str]]:
+    """Those of a middle block of ResNet blocks with a transformer between any two."""
+    lists = dict(block.named_children())
+    if lists.keys() == {"resnets", "attentions"} and len(lists["attentions"]) == len(lists["resnets"]) - 1:
+        yield "resnets", 0, "middle_block.0"
+        for i, attention in enumerate(lists["attentions"]):
+            if attention is not None:
+                yield "attentions", i, f"middle_block.{2 * i + 1}"
+            yield "resnets", i + 1, f"middle_block.{2 * i + 2}"
+
+
+def _keep(call: Call, lists: dict[str, list], residuals: Iterator[tuple[str, int, str]]) -> None:
+    """Let the cache keep the residuals that it asked for."""
+    for kind, i, name in residuals:
+        if name in call.caching.asked:
+            lists[kind][i] = Kept(lists[kind][i], name, call.caching.cache)
+
+
+def _down(call: Call, block: Theirs, i: int, name: str, x: Tensor) -> Tensor:
     call.containers.enter(block)
-    x = _resnet(call, block, resnet, f"{name}.0", x)
-    return x if attention is None else _attend(call, block, attention, f"{name}.1", x)
+    lists, (_, args, kwargs) = _layer(block, i), call.given[block]
+    if call.caching.asked:
+        _keep(call, lists, _residuals(lists, name))
+    return type(block).forward(StandIn(block, downsamplers=None, **lists), x, *args, **kwargs)[0]
 
 
-def _up(call: Call, block: Theirs, resnet: Theirs, attention: Theirs | None, upsamplers: Theirs | None,
-        name: str, inner: Tensor, skip: Tensor, size: torch.Size) -> Tensor:
-    own = vars(block)
-    if own.get("s1") and all(own.get(key) for key in _FREEU) and block.resolution_idx in (0, 1):
-        # FreeU (arXiv 2309.11497) writes into its input, which may be a feature that is kept.
-        inner, skip = apply_freeu(block.resolution_idx, inner.clone(), skip, **{key: own[key] for key in _FREEU})
-    x = _layer(call, block, resnet, attention, name, torch.cat([inner, skip], dim=1))
-    for upsampler in upsamplers or ():
-        x = _resample(call, block, upsampler, x, size if call.sized else None)
+def _downsample(call: Call, block: Theirs, x: Tensor) -> Tensor:
+    call.containers.enter(block)
+    _, args, kwargs = call.given[block]
+    for module in block.downsamplers:       # by keyword, as FreeNoise's split inference has it
+        x = module(x, *args[:1] or [kwargs["temb"]]) if type(module) is ResnetBlock2D else module(hidden_states=x)
     return x
 
 
-def _resample(call: Call, block: Theirs, module: Theirs, x: Tensor, size: torch.Size | None = None) -> Tensor:
+def _up(call: Call, block: Theirs, i: int, name: str, inner: Tensor, skip: Tensor, size: torch.Size) -> Tensor:
     call.containers.enter(block)
-    if type(module).__name__ == "ResnetBlock2D":
-        return module(x, call.emb)
-    return module(x) if size is None else module(x, size)
+    lists, (_, args, kwargs) = _layer(block, i), call.given[block]
+    if call.caching.asked:
+        _keep(call, lists, _residuals(lists, name))
+    if i < len(block._modules["resnets"]._modules) - 1:
+        lists["upsamplers"] = None          # type: ignore[assignment]
+    if kwargs.get("upsample_size") is not None:         # where some level does not halve; frames stay as many
+        kwargs = kwargs | {"upsample_size": (*kwargs["upsample_size"][:-2], *size)}
+    if block.__dict__.get("s1"):
+        inner = inner.clone()               # FreeU (arXiv 2309.11497) writes into it, and it may be kept
+    return type(block).forward(StandIn(block, **lists), inner, (skip,), *args, **kwargs)
 
 
 def _adapted(part: Down, residual: Tensor) -> Down:
@@ -171,40 +195,32 @@ def _adapted(part: Down, residual: Tensor) -> Down:
     return lambda x: part(x) + residual
 
 
-def _resnet(call: Call, block: Theirs, resnet: Theirs, name: str, x: Tensor) -> Tensor:
-    def run() -> Tensor:
-        if torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
-            return block._gradient_checkpointing_func(resnet, x, call.emb)
-        return resnet(x, call.emb)
+class Kept:
+    """A module of which a cache may keep what it adds to its shortcut."""
 
-    def shortcut() -> Tensor:
-        return (x if resnet.conv_shortcut is None else resnet.conv_shortcut(x)) / resnet.output_scale_factor
-    return _kept(call, name, run, shortcut) if name in call.caching.asked else run()
+    def __init__(self, module: Theirs, name: str, cache: Cache):
+        self.module, self.name, self.cache = module, name, cache
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
 
-def _attend(call: Call, block: Theirs, attention: Theirs, name: str, x: Tensor) -> Tensor:
-    def run() -> Tensor:
-        kind = type(block).__name__
-        if not _crossing(block):            # a layer of self-attention; that of a middle block knows the timestep
-            return attention(x, temb=call.emb) if kind == "UNetMidBlock2D" else attention(x)
-        if "Simple" in kind:
-            mask = call.masks[0] if call.masks[0] is not None or call.context is None else call.masks[1]
-            return attention(x, encoder_hidden_states=call.context, attention_mask=mask, **(call.attention or {}))
-        return attention(x, encoder_hidden_states=call.context, cross_attention_kwargs=call.attention,
-                         attention_mask=call.masks[0], encoder_attention_mask=call.masks[1], return_dict=False)[0]
-    if name not in call.caching.asked:
-        return run()
-    return _kept(call, name, run, lambda: x / getattr(attention, "rescale_output_factor", 1.0))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["input_tensor" if "input_tensor" in kwargs else "hidden_states"]
+        listed = kwargs.get("return_dict") is False
+        computed: list[Tensor] = []
 
+        def residual() -> Tensor:
+            out = self.module(*args, **kwargs)
+            whole = out[0] if listed else out
+            computed.extend((whole, whole - self.shortcut(x)))
+            return computed[1]
 
-def _kept(call: Call, name: str, run: Callable[[], Tensor], shortcut: Callable[[], Tensor]) -> Tensor:
-    """What a module returns, of which the cache may keep the part beside its shortcut."""
-    found: list[Tensor] = []
+        value = self.cache(self.name, residual)
+        whole = computed[0] if computed and value is computed[1] else self.shortcut(x) + value
+        return (whole,) if listed else whole
 
-    def residual() -> Tensor:
-        whole = run()
-        found.extend((whole, whole - shortcut()))
-        return found[1]
-
-    value = call.caching.cache(name, residual)
-    return found[0] if found and value is found[1] else shortcut() + value
+    def shortcut(self, x: Tensor) -> Tensor:
+        resnet = getattr(self.module, "spatial_res_block", self.module)         # Stable Video Diffusion's
+        project = getattr(resnet, "conv_shortcut", None)
+        factor = getattr(resnet, "output_scale_factor", getattr(resnet, "rescale_output_factor", 1.0))
+        return (x if project is None else project(x)) / factor

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from unet_caching.nest import Cache, no_cache
+from unet_caching.pipelines.kinds import prove
 from unet_caching.pipelines.loop import Loop, Timestep
 from unet_caching.pipelines.parts import Caching, residual_names
 from unet_caching.policy import Policy
@@ -99,6 +100,7 @@ class Run:
         x, time = argument(args, kwargs, 0, "sample"), Timestep(argument(args, kwargs, 1, "timestep"))
         plan = self.plan or self.planned()
         if self.step < 0:
+            prove(self.unet, frozenset(), args, kwargs)
             plan.tell(args, kwargs)
         self.plan = plan
         if self.time is None or not time.same(self.time):
