@@ -9,36 +9,35 @@ Every visible glyph without a skin-tone modifier is rasterised at each size on w
 index.csv, into one lossless WebP mosaic per size. The split is by NAME, since one glyph recurs across styles.
 """
 
-import argparse
 import csv
 import hashlib
 import io
 import json
 import math
-import sys
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
+
+from run.cli import command
+from unet_caching.errors import UserError
+from unet_caching.options import option, required
 
 STYLES = ("noto", "noto-v1", "fluent-emoji-flat", "fluent-emoji", "twemoji")
 HELD_OUT_PERCENT = 12
 
 
-def read_package(folder: Path, style: str) -> tuple[dict, dict, str]:
-    """(icons.json, metadata.json, version) of the npm tarball of one style in `folder`."""
-    found = [p for p in folder.glob(f"iconify-json-{style}-[0-9]*.tgz")]
+def read_package(folder: Path, style: str) -> list[dict]:
+    """icons.json, metadata.json and package.json of the npm tarball of one style in `folder`. Raises UserError."""
+    found = list(folder.glob(f"iconify-json-{style}-[0-9]*.tgz"))
     if len(found) != 1:
-        sys.exit(f"error: expected one iconify-json-{style}-VERSION.tgz in {folder}, found {len(found)}; "
-                 f"fetch it with: npm pack @iconify-json/{style}")
+        raise UserError(f"expected one iconify-json-{style}-VERSION.tgz in {folder}, found {len(found)}; "
+                        f"fetch it with: npm pack @iconify-json/{style}")
     with tarfile.open(found[0]) as tar:
-        def load(name: str) -> Any:
-            member = tar.extractfile(f"package/{name}.json")
-            assert member, f"package/{name}.json is no file"
-            return json.load(member)
-        return load("icons"), load("metadata"), load("package")["version"]
+        return [json.loads(tar.extractfile(f"package/{name}.json").read())     # type: ignore[union-attr]
+                for name in ("icons", "metadata", "package")]
 
 
 def split_of(name: str) -> str:
@@ -63,44 +62,40 @@ def rasterise(source: str, size: int) -> Image.Image:
     return square.convert("RGB").resize((size, size), Image.Resampling.BOX)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, required=True, help="folder with the five iconify-json-*.tgz files")
-    parser.add_argument("--out", type=Path, default=Path("data/emoji"))
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="pixels per image")
-    args = parser.parse_args()
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+    packages: Path = required("folder with the five iconify-json-*.tgz files")
+    out: Path = option(Path("data/emoji"), "folder (default: %(default)s)")
+    sizes: tuple[int, ...] = option((32, 64), "pixels per image", least=1)
 
-    packages = {style: read_package(args.packages, style) for style in STYLES}
-    # name -> group; fluent-emoji has no groups of its own and takes those of the same name
-    groups: dict[str, str] = {}
-    for _, metadata, _ in packages.values():
-        for group, names in metadata.get("categories", {}).items():
-            for name in names:
-                groups.setdefault(name, group)
 
+@command
+def main(options: Options) -> None:
+    packages = {style: read_package(options.packages, style) for style in STYLES}
+    # style -> {name: group}; fluent-emoji has no groups of its own and takes those of the same name
+    groups = {style: {name: group for group, names in metadata.get("categories", {}).items() for name in names}
+              for style, (_, metadata, _) in packages.items()}
+    any_group = {name: group for own in reversed(groups.values()) for name, group in own.items()}
     rows, sources = [], []
-    for style, (sheet, metadata, _) in packages.items():
-        own = {name: group for group, names in metadata.get("categories", {}).items() for name in names}
-        for name in sorted(sheet["icons"]):
-            icon = sheet["icons"][name]
-            if icon.get("hidden") or "skin-tone" in name:
-                continue
-            rows.append((name, own.get(name, groups.get(name, "")), style, split_of(name)))
-            sources.append(svg(icon, sheet))
+    for style, (sheet, _, _) in packages.items():
+        for name, icon in sorted(sheet["icons"].items()):
+            if not icon.get("hidden") and "skin-tone" not in name:
+                rows.append((name, groups[style].get(name, any_group.get(name, "")), style, split_of(name)))
+                sources.append(svg(icon, sheet))
 
-    args.out.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     columns = math.ceil(math.sqrt(len(rows)))
-    for size in args.sizes:
+    for size in options.sizes:
         mosaic = Image.new("RGB", (columns * size, math.ceil(len(rows) / columns) * size), "white")
         for i, source in enumerate(tqdm(sources, desc=f"{size} px", unit="image")):
             mosaic.paste(rasterise(source, size), (i % columns * size, i // columns * size))
-        mosaic.save(args.out / f"emoji_{size}.webp", lossless=True, quality=100, method=6)
-    with open(args.out / "index.csv", "w", newline="") as file:
+        mosaic.save(options.out / f"emoji_{size}.webp", lossless=True, quality=100, method=6)
+    with open(options.out / "index.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("name", "group", "style", "split"))
-        writer.writerows(rows)
+        writer.writerows([("name", "group", "style", "split"), *rows])
     print(f"{len(rows)} images of {len({r[0] for r in rows})} names from",
-          ", ".join(f"@iconify-json/{style} {version}" for style, (_, _, version) in packages.items()))
+          ", ".join(f"@iconify-json/{style} {package['version']}" for style, (_, _, package) in packages.items()))
 
 
 if __name__ == "__main__":
