@@ -183,9 +183,9 @@ FITTING = ("--seeds", "0-3", "--held-out-seeds", "4-7")
 
 # A command that would run, and its numbers.
 NUMBERED = (
-    ("lab.plans.search", (*MODEL, *FITTING, "--calls", "3", "--out", "{}/p.json"),
+    ("lab.plans", ("search", *MODEL, *FITTING, "--calls", "3", "--out", "{}/p.json"),
      "attempts converged-steps jobs batch-size threads"),
-    ("lab.plans.search", (*MODEL, *FITTING, "--out", "{}/p.json"), "calls macs speedup seconds"),
+    ("lab.plans", ("search", *MODEL, *FITTING, "--out", "{}/p.json"), "calls macs speedup"),
     ("lab.fit", ("scale-shift", *MODEL, *FITTING, "--block-schedule", "{}/s.json", "--out", "{}/s.safetensors"),
      "lr ridge batch-size"),
     ("scripts.convergence", ("--config", "configs/studies/bf16_ldm.yaml", "--results", "{}/r", "--work", "{}/w"),
@@ -216,7 +216,7 @@ NUMBERED = (
 def of_other_numbers() -> Iterator[Case]:
     """The numbers of all commands but the sample commands."""
     for module, words, options in NUMBERED:
-        verb = words[0] if words[0] in ("run", "compare", "scale-shift") else ""
+        verb = words[0] if words[0] in ("run", "compare", "scale-shift", "search") else ""
         for option, value in itertools.product(options.split(), WRONG):
             fine = option in ("ridge", "images-per-hour") and value in WRONG[-2:]          # as much as there is
             yield Case(f"{module} {verb} --{option} {value!r}", module, (*words, f"--{option}={value}"),
@@ -424,13 +424,12 @@ def of_paths() -> Iterator[Case]:
                codes=(1, 2))
     for module, words in (("eval.macs", ()), ("ddpm.sample", ("--seeds", "0", "--out", "{}/o")),
                           ("eval.throughput", ()), ("scripts.sweep", ("--list",)), ("scripts.convergence", ("--list",)),
-                          ("lab.fit", ()),
-                          ("lab.plans.search", ("--out", "{}/o.json", "--seeds", "0", "--held-out-seeds", "1"))):
-        verb = ("changes",) if module == "lab.fit" else ()
-        tail = ("--out", "{}/o.json") if verb else ()
+                          ("lab.fit", ("--out", "{}/o.json")),
+                          ("lab.plans", ("--out", "{}/o.json", "--seeds", "0", "--held-out-seeds", "1"))):
+        verb = {"lab.fit": ("changes",), "lab.plans": ("search",)}.get(module, ())
         for name, path in (("missing", "{}/no.yaml"), ("a folder", "{}"), ("a device", "/dev/null"),
                            ("empty name", "")):
-            yield Case(f"{module}, config {name}", module, (*verb, "--config", path, *words, *tail))
+            yield Case(f"{module}, config {name}", module, (*verb, "--config", path, *words))
     for module, words in (("run.npz", ("--samples", "{world}/samples", "--seeds", "0-3", "--out", "{}/pipe")),
                           ("eval.quality", ("--samples", "{world}/samples", "--reference", "{world}/real.npz", "--dims",
                                             "2", "--repeats", "2", "--threads", "1", "--out", "{}/pipe"))):

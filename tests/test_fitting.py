@@ -6,7 +6,7 @@ from conftest import main_of, run_command
 from lab.fit.__main__ import FITS
 
 
-@pytest.mark.parametrize("program", [("lab.plans.search",), *(("lab.fit", kind) for kind in FITS)], ids=" ".join)
+@pytest.mark.parametrize("program", [("lab.plans", "search"), *(("lab.fit", kind) for kind in FITS)], ids=" ".join)
 @pytest.mark.parametrize("config", ["ddpm_cifar10", "ldm_cin256", "sd_v15", "sdxl"])
 def test_each_takes_the_options_of_every_model(program, config, capsys):
     """Its own beside those of sampling, under names that do not meet."""

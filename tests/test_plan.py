@@ -18,7 +18,7 @@ from ddpm.unet import UNet as PixelUNet
 from eval import macs, throughput
 from eval.cost.runs import call_macs, costs_of, macs_per_image, macs_per_step
 from eval.tables.results import cost
-from lab.plans import transfer
+from lab.plans.__main__ import main as plans_main
 from lab.plans.candidates import deepcache_calls
 from ldm.unet import UNet
 from run.families import build, example_inputs
@@ -430,7 +430,8 @@ PLAN_OF_LDM = "checkpoints/plans/ldm_emoji_12.json"
 def test_a_plan_is_written_for_another_model(tmp_path):
     """It does the same there, at its own cost, and is for any weights and guidance of that model alone."""
     out = tmp_path / "plan.json"
-    assert run_command(transfer.main, "--plan", PLAN_OF_LDM, "--config", "configs/sd_v15.yaml", "--out", out) == 0
+    words = ("--plan", PLAN_OF_LDM, "--config", "configs/sd_v15.yaml", "--out", out)
+    assert run_command(plans_main, "transfer", *words) == 0
     own, made = Plan.load(PLAN_OF_LDM), Plan.load(out)
     assert made.calls == own.calls and made.run["checkpoint_sha256"] is None and made.guidance is None
     assert made.distance is None and made.notes["found_on"] == "ldm_emoji"
@@ -448,5 +449,5 @@ def test_a_plan_too_deep_for_a_model_is_not_written(tmp_path, capsys):
     deep.calls[1] = Call(11)
     (tmp_path / "deep.json").write_text(json.dumps(deep.to_json()))
     words = ("--plan", tmp_path / "deep.json", "--config", "configs/sdxl.yaml", "--out", tmp_path / "plan.json")
-    assert run_command(transfer.main, *words) == 2
+    assert run_command(plans_main, "transfer", *words) == 2
     assert "branch 11, sdxl has branches 0 to 8" in capsys.readouterr().err and not (tmp_path / "plan.json").exists()

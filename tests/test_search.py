@@ -1,29 +1,30 @@
-"""lab.plans.search: gaps measured, schedules by dynamic programming, and the command on a tiny random model."""
+"""The search for plans: gaps measured, schedules by dynamic programming, and the command on a tiny random model."""
 
 import itertools
 import json
 import random
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_command, tiny_ddpm
 
-from ddpm import sample
 from ddpm.model import DDPM
 from eval.cost.runs import call_macs, costs_of, macs_per_image
 from lab.plans import candidates, search, tournament
-from lab.plans.candidates import Prices, deepcache_calls, deepened, lengths, neighbours, plans_of, uniform_trials
+from lab.plans.__main__ import main as plans_main
+from lab.plans.candidates import Prices, deepcache_calls, deepened, neighbours, plans_of, uniform_schedules
 from lab.plans.distances import Distances, psnr_to
 from lab.plans.dynamic_programming import best_marks
 from lab.plans.gaps import GapMeasurements, Gaps
 from lab.plans.judge import Candidate, Grid, Judge, run_of
+from lab.plans.timesteps import RULES
 from lab.plans.tournament import Tournament
 from run import results
 from run.machine import Machine
 from run.spec import RunSpec
-from unet_caching.errors import UserError
 from unet_caching.files.plan_file import Plan
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.methods.plan import Call, PlanCache
@@ -110,18 +111,19 @@ PRICES = Prices(5.0, {0: 0.1, 1: 0.3})
 
 
 def test_candidates_stay_within_the_budget(gaps):
-    plans, simple = list(plans_of(gaps, Grid(12), PRICES, "unipc")), list(uniform_trials(PRICES, "unipc"))
-    assert {trial.kind for trial in plans} == {"plan"}
+    plans, simple = list(plans_of(gaps, Grid(12), PRICES, "unipc")), list(uniform_schedules(PRICES, "unipc"))
+    assert {one.kind for one in plans} == {"plan"}
     assert {(trial.kind, trial.order) for trial in simple} == {
         ("DeepCache, uniform", 0), ("forecast, uniform", 1), ("forecast, uniform", 2)}
     for trial in [*plans, *simple]:
         assert PRICES.of(trial.depths) <= 5 + 1e-9 and trial.depths[0] is None
     assert all(PRICES.of(trial.depths) > 4.8 for trial in plans)        # what is left is spent
     # as many calls as the budget pays for: 4 full and 4 cached, 4 and 8, 4 and 10, 3 and 12
-    assert [trial.run for trial in simple if trial.order == 1] == [
-        Candidate("unipc", Grid(calls), tuple(deepcache_calls(0, range(0, calls, interval), calls, 1)))
+    assert [trial for trial in simple if trial.order == 1] == [
+        Candidate("forecast, uniform", "unipc", Grid(calls),
+                  tuple(deepcache_calls(0, range(0, calls, interval), calls, 1)), 1)
         for interval, calls in ((2, 8), (3, 12), (4, 14), (5, 15))]
-    assert lengths(PRICES) == [6, 7, 8, 12, 14, 15]
+    assert PRICES.lengths() == [6, 7, 8, 12, 14, 15]
 
 
 def test_what_is_left_goes_where_it_saves_most(gaps):
@@ -154,7 +156,7 @@ def judge(config, tmp_path_factory):
 
 
 def test_distances_are_those_of_the_runs_and_are_kept(config, judge):
-    candidate, distances = Candidate("dpmpp", Grid(9), tuple(deepcache_calls(1, [0, 3, 6], 9, 1))), judge.distances
+    candidate, distances = Candidate("x", "dpmpp", Grid(9), tuple(deepcache_calls(1, [0, 3, 6], 9, 1))), judge.distances
     found = judge.of(candidate, [5, 6, 7])
     run = RunSpec.of(config, sampler="dpmpp", steps=9, timesteps="trailing", interval=3, branch=1, forecast=1).open()
     assert isinstance(run.caching.policy(), DeepCache)
@@ -169,7 +171,7 @@ def test_distances_are_those_of_the_runs_and_are_kept(config, judge):
 
 def test_gaps_of_a_network(judge):
     """The error of the feature that a run would see, against features taken from the network itself."""
-    measured = GapMeasurements(judge, [0, 2], [1, 2], probe=6, nodes=3)
+    measured = GapMeasurements(judge, [0, 2], [1, 2], probe=Grid(6), nodes=3)
     gaps = measured.of(Grid(8))
     features = []
 
@@ -187,23 +189,16 @@ def test_gaps_of_a_network(judge):
     assert error == pytest.approx(gaps.weights[2][5] * left.norm().item(), rel=1e-3)
     assert all((gaps.weights[branch][1:] > 0).all() for branch in (0, 2))
     assert (gaps.flattened(0.5).weights[2] ** 2)[1:] == pytest.approx(gaps.weights[2][1:])
-    again = GapMeasurements(judge, [0, 2], [1, 2], probe=6, nodes=3).of(Grid(8))
+    again = GapMeasurements(judge, [0, 2], [1, 2], probe=Grid(6), nodes=3).of(Grid(8))
     assert (again.weights[2] == gaps.weights[2]).all()
 
 
 # The command
 
 @pytest.fixture
-def command(config):
-    return lambda main, *words: run_command(main, "--config", config, "--device", "cpu", *words)
-
-
-SEEDS = ("--seeds", "10-13", "--held-out-seeds", "20-23")
-QUICK = ("--converged-steps", 12, "--attempts", 4, "--threads", 1)
-
-
-class Killed(BaseException):
-    """Stands for a kill, at any moment."""
+def search_for(config):
+    return lambda *words: run_command(plans_main, "search", "--config", config, "--device", "cpu", "--seeds", "10-13",
+                                      "--held-out-seeds", "20-23", "--converged-steps", 8, "--attempts", 2, *words)
 
 
 @pytest.fixture
@@ -211,15 +206,20 @@ def few(monkeypatch):
     """Fewer candidates."""
     monkeypatch.setattr(candidates, "STRETCH", (1.5,))
     for part in (candidates, tournament):
-        monkeypatch.setattr(part, "INTERVALS", (2, 3))
+        monkeypatch.setattr(part, "INTERVALS", (3,))
+        monkeypatch.setattr(part, "POWERS", (1.0,))
+    monkeypatch.setattr(tournament, "RULES", RULES[:2])
     monkeypatch.setattr(search, "LEVELS", 2)
     monkeypatch.setattr(search, "SAMPLERS", ("unipc", "dpmpp3"))
 
 
-def test_a_killed_search_comes_to_the_same_plan(few, command, config, tmp_path, capsys, monkeypatch):
+class Killed(BaseException):
+    """Stands for a kill, at any moment."""
+
+
+def test_a_killed_search_comes_to_the_same_plan(few, search_for, config, tmp_path, capsys, monkeypatch):
     """To the last digit what one finds that is not killed, and measures in two processes."""
-    out = tmp_path / "plan.json"
-    real, left = DDPM.latents, [25]
+    out, real, left = tmp_path / "plan.json", DDPM.latents, [26]
 
     def until_killed(self, seeds, *args, **options):
         left[0] -= 1
@@ -228,111 +228,92 @@ def test_a_killed_search_comes_to_the_same_plan(few, command, config, tmp_path, 
         return real(self, seeds, *args, **options)
 
     monkeypatch.setattr(DDPM, "latents", until_killed)
-    words = ("--calls", 4, *SEEDS, *QUICK)
     with pytest.raises(Killed):
-        command(search.main, *words, "--out", out)
+        search_for("--calls", 4, "--out", out)
     assert not out.exists() and len(list((tmp_path / "plan.work").glob("*/runs/*.json"))) > 3
     left[0] = 10 ** 9
     capsys.readouterr()
-    assert command(search.main, *words, "--out", tmp_path / "again.json", "--jobs", 2) == 0
+    assert search_for("--calls", 4, "--out", tmp_path / "again.json", "--jobs", 2) == 0
     most = int(re.search(r"at most ([\d,]+) of them", capsys.readouterr().out)[1].replace(",", ""))
-    assert command(search.main, *words, "--out", out) == 0
+    assert search_for("--calls", 4, "--out", out) == 0
     assert out.read_text() == (tmp_path / "again.json").read_text()
     one, two = ({file.name: json.loads(file.read_text()) for file in (tmp_path / f"{name}.work").glob("*/runs/*")}
                 for name in ("plan", "again"))
-    assert one == two and len(one) > 20
+    assert one == two and len(one) > 15
     full = sum(len(run["psnr"]) * sum(branch is None for branch, *_ in run["calls"]) for run in one.values())
-    assert full + 12 * 12 < most < 3000                                 # as was announced
-    plan = Plan.load(out)
-
-    found = results.read(tmp_path / "plan.search.json")
-    assert found.images == 4 and found.details["reported_on"] == "24-27" and found.hashes["plan"] == plan.sha256
-    value = {name: metric.value for name, metric in found.metrics.items()}
-    kinds = {arm["kind"]: arm for arm in found.details["arms"]}
-    assert {kind.split(",")[0] for kind in kinds} == {"fewer steps", "DeepCache", "forecast"}
-    assert all(arm["full_calls"] <= 4 for arm in kinds.values())
-    few = found.details["on_few_seeds"]
-    tried = {(one["kind"], one["steps"]) for one in few}
-    assert all(0 < sum(one["kind"] == kind for one in few) <= 10 for kind in {one["kind"] for one in few})
-    assert {(f"fewer steps, {name}", 4) for name in ("unipc", "dpmpp3", "ddim")} <= tried
-    for kind in kinds:
-        assert value[f"plan less {kind}"] == pytest.approx(value["plan"] - value[kind])
-    assert plan.distance["mean"] == value["plan"] and plan.guidance is None
-
-    page = out.with_suffix(".html").read_text()
-    assert page.count("data:image/webp") == 4 * (1 + len({"plan", *kinds})) and f"--plan {out}" in page
-    assert f"{value['plan']:.2f} [" in page and "calls compute everything" in page
+    assert full + 12 * 8 < most < 2500                                  # as was announced
+    the_report_and_the_page_say_the_same(out)
 
     # it is a plan of the budget, and every program takes it
-    run = RunSpec.of(config, plan=out).open()
-    assert plan.cost <= 4 + 1e-9
+    plan, run = Plan.load(out), RunSpec.of(config, plan=out).open()
+    assert plan.cost <= 4 + 1e-9 and plan.guidance is None
     assert plan.macs == macs_per_image(run)._asdict() and plan.macs_full == costs_of(run).full._asdict()
     branches = [call.branch for call in plan.calls]
     assert [sorted(keys) for keys in run.reused] == [[] if branch is None else [branch] for branch in branches]
     assert len(call_macs(run)) == run.calls == len(plan.calls)
-    capsys.readouterr()
-    assert command(sample.main, "--plan", out, "--seeds", "0-1", "--out", tmp_path / "images") == 0
-    assert "of 4 network calls, a plan of" in capsys.readouterr().out or len(plan.calls) > 4
+
+
+def the_report_and_the_page_say_the_same(out):
+    plan, found = Plan.load(out), results.read(out.with_suffix(".search.json"))
+    assert found.images == 4 and found.details["reported_on"] == "24-27" and found.hashes["plan"] == plan.sha256
+    value = {name: metric.value for name, metric in found.metrics.items()}
+    tried = found.details["candidates"]
+    chosen, *others = tried[:found.details["reported"]]
+    assert {one["kind"].split(",")[0] for one in others} == {"fewer steps", "DeepCache", "forecast"}
+    assert chosen["branches"] == [call.branch for call in plan.calls] and plan.distance["mean"] == value["plan"]
+    for one in others:
+        assert value[f"plan less {one['kind']}"] == pytest.approx(value["plan"] - value[one["kind"]])
+    rest = Counter(one["kind"] for one in tried[len(others) + 1:])
+    assert all(one["full_calls"] <= 4 for one in tried) and max(rest.values()) <= 10
+    assert {f"fewer steps, {name}" for name in ("unipc", "dpmpp3", "ddim")} <= {one["kind"] for one in tried}
+
+    page = out.with_suffix(".html").read_text()
+    assert page.count("data:image/webp") == 4 * (1 + len({one["kind"] for one in (chosen, *others)}))
+    assert f"--plan {out}" in page and f"{value['plan']:.2f} [" in page and "calls compute everything" in page
 
 
 def test_the_best_of_each_group_takes_part(few, judge):
-    measured = GapMeasurements(judge, [0, 1], range(4), probe=6, nodes=2)
+    measured = GapMeasurements(judge, [0, 1], range(4), Grid(6), 2)
     prices = Prices(4.0, {0: 0.2, 1: 0.35})
-    searched = Tournament(judge, measured, prices, ("unipc", "plms"), range(8), 8, 4, (4, 1))
+    searched = Tournament(judge, measured, prices, ("unipc", "plms"), range(8), 4, 4, (4, 1))
     assert searched.sizes() == [4, 8]
     found = searched.run()
-    kinds = [trial.kind for trial in found]
-    assert sorted(trial.group for trial in found if trial.kind != "plan") == [
+    plans = [one for one in found if one.group == "plan"]
+    assert sorted(one.group for one in found if one.group != "plan") == [
         "DeepCache, uniform", "fewer steps", "fewer steps, fitted", "forecast, uniform"]
-    assert 1 <= kinds.count("plan") <= 2
-    plms = [trial for trial, _ in searched.first if trial.kind == "fewer steps, plms"]
+    plms = [one for one, _ in searched.first if one.kind == "fewer steps, plms"]
     # 3 steps do not divide the timesteps; a step more is called
-    assert [(trial.run.grid.steps, len(trial.depths)) for trial in plms] == [(2, 3), (1, 1)]
-    assert all(prices.of(trial.depths) <= 4 + 1e-9 for trial in found)
-
+    assert [(one.grid.steps, len(one.depths)) for one in plms] == [(2, 3), (1, 1)]
+    assert all(prices.of(one.depths) <= 4 + 1e-9 for one in found)
     # what is kept is the best of its group, and the improved plan is no worse than the one that was found
-    mean = {trial: judge.of(trial.run, range(8)).mean() for trial in found}
-    plans = [trial for trial in found if trial.kind == "plan"]
-    assert mean[plans[-1]] >= mean[plans[0]]
+    assert 1 <= len(plans) <= 2
+    assert judge.of(plans[-1], range(8)).mean() >= judge.of(plans[0], range(8)).mean()
 
 
 def test_a_budget_too_small_for_plans_is_spent_on_steps(few, judge):
-    measured = GapMeasurements(judge, [0, 1], range(4), probe=6, nodes=2)
+    measured = GapMeasurements(judge, [0, 1], range(4), Grid(6), 2)
     found = Tournament(judge, measured, Prices(2.0, {0: 0.2, 1: 0.35}), ("unipc",), range(4), 8, 4, (4, 1)).run()
-    assert {trial.group for trial in found} == {"fewer steps", "fewer steps, fitted"}
+    assert {one.group for one in found} == {"fewer steps", "fewer steps, fitted"}
 
 
 @pytest.mark.parametrize(("words", "why"), [
-    (("--calls", 1.5), "must be 2 full network calls"), (("--speedup", 0), "must be 2 full"),
-    (("--macs", 1e-9), "must be 2 full"), (("--calls", 4, "--held-out-seeds", "13-20"), "seed 13 is in two of"),
+    ((), "--calls, --macs or --speedup"), (("--calls", 1.5), "must be 2 full network calls"),
+    (("--speedup", 0), "must be 2 full"), (("--macs", 1e-9), "must be 2 full"),
+    (("--calls", 4, "--held-out-seeds", "13-20"), "seed 13 is in two of"),
     (("--calls", 4, "--report-seeds", "30-31"), "--report-seeds must be 4 or more"),
     (("--calls", 4, "--compile"), "are for sampling"), (("--calls", 4, "--attempts", -1), "--attempts must be 0"),
-    (("--calls", 4, "--jobs", 0), "--jobs must be 1"), (("--seconds", 0), "--seconds must be more than 0"),
-    (("--calls", 4, "--out", "nowhere/plan.json"), "in a folder that is there"),
-    (("--calls", 4, "--speedup", 2), "not allowed with")])
-def test_refusals(command, tmp_path, capsys, words, why):
-    assert command(search.main, *SEEDS, *QUICK, "--out", tmp_path / "plan.json", *words) == 2
+    (("--calls", 4, "--jobs", 0), "--jobs must be 1"), (("--calls", 4, "--speedup", 2), "not allowed with"),
+    (("--calls", 4, "--out", "nowhere/plan.json"), "in a folder that is there")])
+def test_refusals(search_for, tmp_path, capsys, words, why):
+    assert search_for("--out", tmp_path / "plan.json", *words) == 2
     assert why in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_budgets(config):
-    run, parser = RunSpec.of(config).open(), ("--config", config, *SEEDS, "--out", "x.json")
-    full = costs_of(run).full.hook
+    run = RunSpec.of(config).open()
 
-    def prices(*words, times=None):
-        words = list(map(str, (*parser, *words)))
-        return search.prices_of(run, search.build_parser(words).parse_args(words), times)
+    def budget(**given):
+        return search.Options(out=None, seeds="", held_out_seeds="", **given).prices(run).budget
 
-    assert prices("--calls", 4.5).budget == 4.5 and prices("--speedup", 4).budget == 5.0
-    assert prices("--macs", 6 * full / 1e9).budget == pytest.approx(6)
-    # in seconds, a cached call costs its time
-    times = search.StepTimes(0.02, {0: 0.25, 1: 0.5})
-    assert prices("--seconds", 0.1, times=times) == Prices(5.0, {0: 0.25, 1: 0.5})
-    with pytest.raises(UserError, match=r"this is 0\.5 at 20 ms each"):
-        prices("--seconds", 0.01, times=times)
-
-
-def test_step_times_are_measured_once(judge):
-    times = search.StepTimes.kept(judge.distances, [0, 2])
-    assert times.full > 0 and times.cached.keys() == {0, 2} and times.cached[0] < 1
-    assert search.StepTimes.kept(judge.distances, [0, 2]) == times
+    assert budget(calls=4.5) == 4.5 and budget(speedup=4) == 5.0
+    assert budget(macs=6 * costs_of(run).full.hook / 1e9) == pytest.approx(6)

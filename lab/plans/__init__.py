@@ -1,1 +1,1 @@
-"""Whatever is fitted to a model before it runs: change curves, block schedules, scale and shift, forecasts."""
+"""Plans for a budget: which timesteps, what each network call computes, and what is forecast."""

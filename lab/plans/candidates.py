@@ -2,18 +2,17 @@
 
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from lab.plans.dynamic_programming import best_marks
 from lab.plans.gaps import Gaps
-from lab.plans.judge import Candidate, Grid
+from lab.plans.judge import Candidate, Depths, Grid
 from unet_caching.methods.plan import Call
 from unet_caching.samplers.ddim import is_listed
 from unet_caching.schedules import uniform
 
-Depths = tuple[int | None, ...]         # the branch of each call; None computes everything
 PLAN, UNIFORM, FORECAST = "plan", "DeepCache, uniform", "forecast, uniform"
 FEWER, FITTED = "fewer steps", "fewer steps, fitted"
 INTERVALS = (2, 3, 4, 5)    # of the uniform schedules, each with as many calls as the budget pays for
@@ -31,114 +30,80 @@ def deepcache_calls(branch: int, full_steps: Collection[int], calls: int, foreca
 
 @dataclass(frozen=True)
 class Prices:
-    """The budget, and the costs of cached calls, in full network calls.
-
-    cached: branch -> the cost of a call that computes down to it.
-    """
+    """The budget, and the costs of cached calls, in full network calls."""
     budget: float
-    cached: Mapping[int, float]
+    cached: Mapping[int, float]         # branch -> the cost of a call that computes down to it
 
-    def of(self, depths: Sequence[int | None]) -> float:
+    @property
+    def cheapest(self) -> int:
+        """The branch at which a call costs least."""
+        return min(self.cached, key=self.cached.__getitem__)
+
+    def of(self, depths: Depths) -> float:
         return sum(1.0 if branch is None else self.cached[branch] for branch in depths)
 
-    def allow(self, depths: Sequence[int | None]) -> bool:
+    def allow(self, depths: Depths) -> bool:
         return self.of(depths) <= self.budget + 1e-9
 
-    def full_calls(self, calls: int, branch: int) -> int:
-        """How many of so many calls can be full where the others compute down to a branch."""
-        cached = self.cached[branch]
+    def full_calls(self, calls: int) -> int:
+        """How many of so many calls can be full where the others are the cheapest."""
+        cached = self.cached[self.cheapest]
         return min(calls, math.floor((self.budget - calls * cached) / (1 - cached) + 1e-9))
 
+    def uniform_calls(self, interval: int) -> int:
+        """The most calls of a uniform schedule that the budget pays for."""
+        calls = interval
+        while calls < MOST_CALLS and self.full_calls(calls + 1) >= len(uniform(calls + 1, interval)):
+            calls += 1
+        return calls
 
-@dataclass(frozen=True)
-class Trial:
-    """A candidate with where it comes from. kind: what a report calls it. order: of its forecasts."""
-    kind: str
-    run: Candidate
-    order: int
-
-    @property
-    def group(self) -> str:
-        """What it is compared among at first: fewer steps of all samplers are one group, and those fitted another."""
-        return next((group for group in (FITTED, FEWER) if self.kind.startswith(group)), self.kind)
-
-    @property
-    def depths(self) -> Depths:
-        return tuple(call.branch for call in self.run.calls)
-
-    def on(self, sampler: str) -> "Trial":
-        """The same with another sampler."""
-        kind = self.kind.replace(self.run.sampler, sampler) if self.group in (FEWER, FITTED) else self.kind
-        return replace(self, kind=kind, run=self.run._replace(sampler=sampler))
+    def lengths(self) -> list[int]:
+        """The numbers of calls that plans of this budget may have."""
+        cached = self.cached[self.cheapest]
+        found = {math.floor(self.budget / ((1 - cached) / stretch + cached)) for stretch in STRETCH}
+        found |= {self.uniform_calls(interval) for interval in INTERVALS}
+        return sorted(calls for calls in found if self.budget < calls <= MOST_CALLS and self.full_calls(calls) >= 2)
 
 
-def uniform_calls(prices: Prices, interval: int, branch: int) -> int:
-    """The most calls of a uniform schedule that the budget pays for."""
-    calls = interval
-    while calls < MOST_CALLS and prices.full_calls(calls + 1, branch) >= len(uniform(calls + 1, interval)):
-        calls += 1
-    return calls
-
-
-def lengths(prices: Prices) -> list[int]:
-    """The numbers of calls that plans of this budget may have."""
-    branch = min(prices.cached, key=prices.cached.__getitem__)
-    cheapest = prices.cached[branch]
-    found = {math.floor(prices.budget / ((1 - cheapest) / stretch + cheapest)) for stretch in STRETCH}
-    found |= {uniform_calls(prices, interval, branch) for interval in INTERVALS}
-    return sorted(calls for calls in found if prices.budget < calls <= MOST_CALLS
-                  and prices.full_calls(calls, branch) >= 2)
-
-
-def with_full_calls(full: Sequence[int], calls: int, branch: int) -> Depths:
-    """So many calls of which some are full, and all others compute down to a branch."""
-    return tuple(None if step in set(full) else branch for step in range(calls))
-
-
-def uniform_trials(prices: Prices, sampler: str) -> Iterator[Trial]:
+def uniform_schedules(prices: Prices, sampler: str) -> Iterator[Candidate]:
     """The papers' uniform schedules at the cheapest branch, reused and forecast, as long as the budget allows."""
-    branch = min(prices.cached, key=prices.cached.__getitem__)
     for interval in INTERVALS:
-        calls = uniform_calls(prices, interval, branch)
+        calls = prices.uniform_calls(interval)
         full = uniform(calls, interval)
-        if len(full) > prices.full_calls(calls, branch) or calls <= interval:
+        if len(full) > prices.full_calls(calls) or calls <= interval:
             continue
-        for kind, order in ((UNIFORM, 0), (FORECAST, 1), (FORECAST, 2)):
-            made = tuple(deepcache_calls(branch, full, calls, order))
-            yield Trial(kind, Candidate(sampler, Grid(calls), made), order)
+        for group, order in ((UNIFORM, 0), (FORECAST, 1), (FORECAST, 2)):
+            made = tuple(deepcache_calls(prices.cheapest, full, calls, order))
+            yield Candidate(group, sampler, Grid(calls), made, order)
 
 
-def plans_of(gaps: Gaps, grid: Grid, prices: Prices, sampler: str) -> Iterator[Trial]:
+def plans_of(gaps: Gaps, grid: Grid, prices: Prices, sampler: str) -> Iterator[Candidate]:
     """The plans over some steps: those that dynamic programming finds, and full calls evenly spread, both with
     the damping that fits best, and what is left of the budget spent on deeper calls."""
-    calls, branch = gaps.calls, min(prices.cached, key=prices.cached.__getitem__)
-    most = prices.full_calls(calls, branch)
+    calls, most = gaps.calls, prices.full_calls(gaps.calls)
     if most < 2:
         return
-    found = [best_marks(gaps.flattened(power).of_gaps(branch, coherent), most)[-1]
+    found = [best_marks(gaps.flattened(power).of_gaps(prices.cheapest, coherent), most)[-1]
              for power in POWERS for coherent in (True, False)]
     found.append([step * calls // most for step in range(most)])
-    for depths in dict.fromkeys(with_full_calls(full, calls, branch) for full in found):
+    for full in dict.fromkeys(map(tuple, found)):
+        depths = tuple(None if step in full else prices.cheapest for step in range(calls))
         depths = deepened(depths, gaps, prices, ORDER)
-        yield Trial(PLAN, Candidate(sampler, grid, gaps.fitted(depths, ORDER)), ORDER)
+        yield Candidate(PLAN, sampler, grid, gaps.fitted(depths, ORDER), ORDER)
 
 
-def fewer_steps(sampler: str, grid: Grid, calls: int) -> Trial:
+def fewer_steps(sampler: str, grid: Grid, calls: int) -> Candidate:
     """Such steps without caching. calls: of the network."""
-    kind = FITTED if is_listed(grid.timesteps) else FEWER
-    return Trial(f"{kind}, {sampler}", Candidate(sampler, grid, (Call(),) * calls), 0)
+    return Candidate(FITTED if is_listed(grid.timesteps) else FEWER, sampler, grid, (Call(),) * calls)
 
 
 def deepened(depths: Depths, gaps: Gaps, prices: Prices, order: int) -> Depths:
     """Spend what is left of the budget on cached calls, where one level deeper saves the most error for its price."""
-    branches, left = sorted(prices.cached), prices.budget - prices.of(depths)
-    deeper = dict(pairwise(branches))
-    offers = []
-    for level, below in deeper.items():
+    left, offers = prices.budget - prices.of(depths), []
+    for level, below in pairwise(sorted(prices.cached)):
         for step, branch in enumerate(depths):
             if branch == level:
-                _, now = gaps.fit(level, step, _before(depths, step, level), order)
-                _, then = gaps.fit(below, step, _before(depths, step, below), order)
+                now, then = (gaps.fit(one, step, _before(depths, step, one), order)[1] for one in (level, below))
                 price = prices.cached[below] - prices.cached[level]
                 offers.append(((now ** 2 - then ** 2) / price, price, step, below))
     found = list(depths)
@@ -156,7 +121,6 @@ def _before(depths: Depths, step: int, level: int) -> list[int]:
 def neighbours(depths: Depths, gaps: Gaps, prices: Prices, order: int, dice: random.Random) -> Iterator[Depths]:
     """Plans of the same length near this one and within the budget, without end: a full call moved, some call deeper or
     shallower, a full call given up for deeper others."""
-    cheapest = min(prices.cached, key=prices.cached.__getitem__)
     full = [step for step, branch in enumerate(depths) if branch is None and step]
     cached = [step for step, branch in enumerate(depths) if branch is not None]
     while full and cached:
@@ -173,9 +137,15 @@ def neighbours(depths: Depths, gaps: Gaps, prices: Prices, order: int, dice: ran
         elif move == "depth":
             found[dice.choice(cached)] = dice.choice(sorted(prices.cached))
         else:
-            found[dice.choice(full)] = cheapest
+            found[dice.choice(full)] = prices.cheapest
+        changed = tuple(found)
         if move != "depth":
             # What deeper calls cost may be needed elsewhere now: it is given out anew.
-            found = [branch if branch is None else cheapest for branch in found]
-        changed = tuple(found) if move == "depth" else deepened(tuple(found), gaps, prices, order)
+            flat = tuple(branch if branch is None else prices.cheapest for branch in found)
+            changed = deepened(flat, gaps, prices, order)
         yield changed if prices.allow(changed) else depths      # the caller counts attempts
+
+
+def with_depths(candidate: Candidate, depths: Depths, gaps: Gaps, order: int) -> Candidate:
+    """A plan with other depths, or another order of its forecasts, each with the damping that fits best."""
+    return replace(candidate, calls=gaps.fitted(depths, order), order=order)

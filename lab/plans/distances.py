@@ -7,12 +7,11 @@ that what was killed goes on where it was, and another study or search finds wha
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,14 +24,15 @@ from run.machine import Machine
 from run.psnr import psnr
 from run.spec import Run, RunSpec
 from run.weights import read_tensors, save_tensors, tensors_of
-from unet_caching.errors import UserError, as_user_error
-from unet_caching.files.schema import check, read_json
+from unet_caching.errors import UserError
+from unet_caching.files.schema import build, check, read_json
 from unet_caching.methods.plan import Call, PlanCache
 from unet_caching.nest import Network
 from unet_caching.policy import Policy
 from unet_caching.samplers.ddim import is_listed
 
 EXACT = 200.0               # dB, instead of infinity
+Kept = TypeVar("Kept")
 
 
 class Distances:
@@ -110,8 +110,7 @@ class Distances:
         shape = getattr(self.model, "shape", None) or self.run.family.shapes(self.run.config)[0]
         if (seeds.ndim, seeds.dtype, latents.dtype) != (1, torch.int64, torch.float32) or latents.shape != (
                 len(seeds), *shape) or not latents.isfinite().all():
-            raise UserError(f"{file} is damaged: it should hold seeds and of each finite latents {list(shape)}; delete "
-                            "it, and the same command makes it again")
+            raise damaged(file, f"it should hold seeds and of each finite latents {list(shape)}")
         return dict(zip(seeds.tolist(), latents, strict=True))
 
     def of(self, run: Run, seeds: Sequence[int], calls: Sequence[Call] | None = None, title: str | None = None,
@@ -154,10 +153,10 @@ class Distances:
         file = self._file(run, calls)
         if not file.is_file():
             return {}
-        content, about = read_work(file, _Measured), json.loads(json.dumps(_about(run, calls), default=str))
-        if (content["run"], content["calls"]) != (about["run"], about["calls"]):
+        content, about = read_kept(file, _Measured), json.loads(json.dumps(_about(run, calls), default=str))
+        if (content.run, content.calls) != (about["run"], about["calls"]):
             raise UserError(f"{file} is of another run: delete it, and the same command measures again")
-        return {seed: float(content["psnr"][str(seed)]) for seed in numbers(file, content["psnr"])}
+        return numbered(file, content.psnr)
 
     def _file(self, run: Run, calls: Sequence[Call] | None) -> Path:
         return self.folder / "runs" / f"{_digest(_about(run, calls))[:20]}.json"
@@ -165,30 +164,40 @@ class Distances:
 
 @dataclass
 class _Measured:
-    """A file of `Distances.of`: what decides a run's latents, and dB by seed."""
-    run: dict
+    """A file of `Distances.of`."""
+    run: dict                       # what decides its latents
     calls: list | None
-    psnr: dict[str, float]
+    psnr: dict[str, float]          # dB, by seed
 
 
-def read_work(path: Path, schema: Any) -> Any:
-    """What a file that was measured holds. schema: of files.schema. Raises UserError for one that is damaged."""
-    with as_user_error():
-        try:
-            content = read_json(path)
-            check(content, schema, path)
-        except ValueError as error:
-            raise ValueError(f"{error}; delete it, and the same command measures again") from None
-    return content
+def kept(path: Path, schema: type[Kept], measure: Callable[[], dict]) -> Kept:
+    """What is measured once, and read from a file of a schema from then on. Raises UserError for a damaged one."""
+    if not path.is_file():
+        write_json(path, measure())
+    return read_kept(path, schema)
 
 
-def numbers(path: Path, content: Mapping[str, object]) -> list[int]:
-    """The keys of what a file holds, which are whole numbers. Raises UserError."""
-    wrong = next((key for key in content if not re.fullmatch(r"\d{1,19}", key, re.ASCII)), None)
+def read_kept(path: Path, schema: type[Kept]) -> Kept:
+    """What a file that was measured holds. Raises UserError for one that is damaged."""
+    try:
+        content = read_json(path)
+        check(content, schema, path)
+        return build(content, schema)
+    except ValueError as error:
+        raise UserError(f"{error}; delete it, and the same command measures again") from None
+
+
+def damaged(path: Path, why: str) -> UserError:
+    """The error of a file that was measured and does not hold what it should."""
+    return UserError(f"{path} is damaged: {why}; delete it, and the same command measures again")
+
+
+def numbered(path: Path, values: Mapping[str, Kept]) -> dict[int, Kept]:
+    """The values of a file by the whole numbers that their keys are. Raises UserError."""
+    wrong = next((key for key in values if not (key.isascii() and key.isdigit() and len(key) < 20)), None)
     if wrong is not None:
-        raise UserError(f"{path} is damaged: {wrong[:40]!r} should be a whole number; delete it, and the same command "
-                        "measures again")
-    return [int(key) for key in content]
+        raise damaged(path, f"{wrong[:40]!r} should be a whole number")
+    return {int(key): value for key, value in values.items()}
 
 
 def psnr_to(converged: Tensor, latents: Tensor) -> np.ndarray:

@@ -10,22 +10,22 @@ import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lab.fit.fit import own_unet
-from lab.plans.distances import numbers, read_work
-from lab.plans.judge import CONVERGED, SPACING, Grid, Judge
-from run.files import write_json
+from lab.plans.distances import damaged, kept, numbered
+from lab.plans.judge import CONVERGED, SPACING, Depths, Grid, Judge
 from run.seeds import format_seeds, in_batches
-from unet_caching.errors import UserError
 from unet_caching.forecast import newton_terms
 from unet_caching.methods.plan import Call, PlanCache
 from unet_caching.nest import Network
 
 DAMPING = (0.0, 1.5)        # beyond, a fit to a few images is noise
+TINY = 1e-30
 
 
 class GapMeter:
@@ -37,11 +37,14 @@ class GapMeter:
     """
 
     def __init__(self, unet: Network, branches: Sequence[int]):
-        self.unet, self.branches = unet, list(branches)
-        self.features: dict[int, list[Tensor]] = {branch: [] for branch in branches}
-        self.errors: dict[int, list[float]] = {branch: [] for branch in branches}
+        self.unet, self.branches = unet, branches
         self.gram: dict[int, np.ndarray | float] = dict.fromkeys(branches, 0.0)
         self.output: dict[int, np.ndarray | float] = dict.fromkeys(branches, 0.0)
+        self.begin()
+
+    def begin(self) -> None:
+        self.features: dict[int, list[Tensor]] = {branch: [] for branch in self.branches}
+        self.errors: dict[int, list[float]] = {branch: [] for branch in self.branches}
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, *context: Tensor, cache: object) -> Tensor:
@@ -52,11 +55,11 @@ class GapMeter:
             return found[key]
 
         out = self.unet(x, t, *context, cache=keep)
-        for branch in self.branches:
-            before, error = self.features[branch], 0.0
+        for branch, before in self.features.items():
+            error = 0.0
             if before:
-                seen = self.unet(x, t, *context, cache=lambda key, compute, stale=before[-1], branch=branch:
-                                 stale if key == branch else compute())
+                seen = self.unet(x, t, *context,
+                                 cache=lambda key, compute: before[-1] if key == branch else compute())
                 error = (seen.float() - out.float()).square().sum().item()
             self.errors[branch].append(error)
             before.append(found[branch])
@@ -69,18 +72,14 @@ class GapMeter:
                 rows = torch.stack([value[row].flatten() for value in features]).double()
                 self.gram[branch] = self.gram[branch] + (rows @ rows.T).cpu().numpy()
             self.output[branch] = self.output[branch] + np.array(self.errors[branch])
-            features.clear()
-            self.errors[branch] = []
+        self.begin()
 
 
 @dataclass
 class Gaps:
-    """What is known of the gaps of runs with so many calls.
-
-    gram: branch -> [calls, calls]. weights: branch -> [calls], the error of the image per error of the feature there.
-    """
-    gram: Mapping[int, np.ndarray]
-    weights: Mapping[int, np.ndarray]
+    """What is known of the gaps of runs with so many calls."""
+    gram: Mapping[int, np.ndarray]          # branch -> [calls, calls]
+    weights: Mapping[int, np.ndarray]       # branch -> [calls], the error of the image per error of the feature there
     ridge: float = 1e-2
 
     def flattened(self, power: float) -> "Gaps":
@@ -97,8 +96,8 @@ class Gaps:
         """The best damping of a forecast at `step` through computed calls `steps`, the latest first, and the error of
         the image that it leaves."""
         gram = self.gram[branch]
-        lacking = np.zeros(self.calls)
-        lacking[step], lacking[steps[0]] = 1.0, -1.0
+        left = np.zeros(self.calls)                 # what the forecast is to make up for, as a sum of features
+        left[step], left[steps[0]] = 1.0, -1.0
         factors = newton_terms(step, steps[:order + 1])
         terms = np.zeros((len(factors), self.calls))
         for term, row in zip(terms, factors, strict=True):
@@ -107,34 +106,34 @@ class Gaps:
         damping: tuple[float, ...] = ()
         if len(terms):
             products = terms @ gram @ terms.T
-            pull = self.ridge * products.diagonal() + 1e-30
-            best = np.linalg.solve(products + np.diag(pull), terms @ gram @ lacking + pull)
+            pull = self.ridge * products.diagonal() + TINY
+            best = np.linalg.solve(products + np.diag(pull), terms @ gram @ left + pull)
             damping = tuple(round(float(w), 4) for w in best.clip(*DAMPING))
-        left = lacking - np.array(damping) @ terms if damping else lacking
+            left = left - np.array(damping) @ terms
         return damping, float(self.weights[branch][step] * np.sqrt(max(0.0, left @ gram @ left)))
 
-    def fitted(self, branches: Sequence[int | None], order: int) -> tuple[Call, ...]:
+    def fitted(self, depths: Depths, order: int) -> tuple[Call, ...]:
         """A plan of these depths, each forecast with the best damping."""
-        return tuple(Call(branch, damping)
-                     for branch, (damping, _) in zip(branches, self.forecasts(branches, order), strict=True))
+        forecasts = self.forecasts(depths, order)
+        return tuple(Call(branch, damping) for branch, (damping, _) in zip(depths, forecasts, strict=True))
 
-    def error(self, branches: Sequence[int | None], order: int) -> float:
+    def error(self, depths: Depths, order: int) -> float:
         """The squared error of the image that a plan of these depths is expected to have.
 
         Errors within a gap point the same way and add up; those of different gaps do not.
         """
         total = gap = 0.0
-        for branch, (_, error) in zip(branches, self.forecasts(branches, order), strict=True):
+        for branch, (_, error) in zip(depths, self.forecasts(depths, order), strict=True):
             if branch is None:
                 total, gap = total + gap ** 2, 0.0
             gap += error
         return total + gap ** 2
 
-    def forecasts(self, branches: Sequence[int | None], order: int) -> list[tuple[tuple[float, ...], float]]:
+    def forecasts(self, depths: Depths, order: int) -> list[tuple[tuple[float, ...], float]]:
         """The best damping of every call in a plan of these depths, and the error of the image that it leaves."""
         computed: dict[int, list[int]] = {level: [] for level in self.gram}
         found: list[tuple[tuple[float, ...], float]] = []
-        for step, branch in enumerate(branches):
+        for step, branch in enumerate(depths):
             found.append(((), 0.0) if branch is None else self.fit(branch, step, computed[branch], order))
             for level, steps in computed.items():
                 if Call(branch).refreshes(level):
@@ -157,13 +156,12 @@ class Gaps:
                     reach = (later - j) / (j - i)
                     line = reach ** 2 * (square[j] - 2 * gram[i, j] + square[i])
                     along = reach * (gram[later, j] - gram[later, i] - square[j] + gram[i, j])
-                    pull = self.ridge * line + 1e-30
+                    pull = self.ridge * line + TINY
                     w = ((along + pull) / (line + pull)).clip(*DAMPING)
                     left = apart - 2 * w * along + w ** 2 * line
                 errors = weight[later] * np.sqrt(left.clip(min=0))
-                sums = np.cumsum(errors) ** 2 if coherent else np.cumsum(errors ** 2)
                 found[i, j, j + 1] = 0.0
-                found[i, j, j + 2:] = sums
+                found[i, j, j + 2:] = np.cumsum(errors) ** 2 if coherent else np.cumsum(errors ** 2)
         return found
 
 
@@ -180,23 +178,18 @@ class _Image:
     image: dict[str, float]
 
 
-class GapMeasurements:
-    """Measures gaps of a model on some seeds, and keeps what it measured beside its distances.
-
-    branches: the levels that are looked at, the cheapest first. nodes: how many calls of a run of `probe` calls are
-    cached alone, to see what arrives in the image.
-    """
-
-    def __init__(self, judge: Judge, branches: Sequence[int], seeds: Sequence[int], probe: int = 20,
-                 nodes: int = 8):
-        self.judge, self.branches, self.seeds = judge, list(branches), list(seeds)
-        self.probe, self.nodes = Grid(probe), nodes
+class GapMeasurements(NamedTuple):
+    """Measures gaps of a model on some seeds, and keeps what it measured beside its distances."""
+    judge: Judge
+    branches: Sequence[int]     # the levels that are looked at, the cheapest first
+    seeds: Sequence[int]
+    probe: Grid = Grid(20)      # of the runs of which `nodes` calls are cached alone, to see what arrives in the image
+    nodes: int = 8
 
     def measure(self, grids: Sequence[Grid]) -> None:
         """Measure all that `of` needs for runs over such steps."""
-        about = self.branches, self.seeds, self.probe.steps, self.nodes
         wanted = [self.probe, *sorted({*grids} - {self.probe}, reverse=True)]           # the longest work first
-        self.judge.each(_measure, [(about, grid) for grid in wanted], "measuring gaps", "run")
+        self.judge.each(_measure, [(self[1:], grid) for grid in wanted], "measuring gaps")
 
     def network_calls(self, lengths: Sequence[int]) -> int:
         """How many full network calls it takes to measure runs of so many calls; what is cached is left out."""
@@ -204,57 +197,55 @@ class GapMeasurements:
 
     def of(self, grid: Grid) -> Gaps:
         """What gaps cost in runs over such steps."""
-        steps = grid.steps
         gram, output = self.measured(grid)
-        weights = {}
+        in_image, weights = self._image_per_output(grid), {}
         for branch in self.branches:
-            change = np.array([gram[branch][s, s] - 2 * gram[branch][s, s - 1] + gram[branch][s - 1, s - 1]
-                               for s in range(1, steps)])
-            arrives = np.sqrt(output[branch][1:] / change.clip(min=1e-30))
-            weights[branch] = np.concatenate([[0.0], arrives * self._image_per_output(grid)[1:]])
+            square, beside = gram[branch].diagonal(), gram[branch].diagonal(-1)
+            change = square[1:] - 2 * beside + square[:-1]
+            arrives = np.sqrt(output[branch][1:] / change.clip(min=TINY))
+            weights[branch] = np.concatenate([[0.0], arrives * in_image[1:]])
         return Gaps(gram, weights)
 
     def measured(self, grid: Grid) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
         """(Gram matrices, squared output errors of gaps of one call), by branch."""
-        file, steps = self._file(_named(grid)), grid.steps
-        if not file.is_file():
+        def measure() -> dict:
             meter = GapMeter(own_unet(self.judge.distances.model), self.branches)
             for batch in self._batches():
                 self.judge.distances.latents(self.judge.run(CONVERGED, grid), batch, network=meter)
                 meter.finish()
-            write_json(file, {"gram": {b: np.asarray(meter.gram[b]).tolist() for b in self.branches},
-                              "output": {b: np.asarray(meter.output[b]).tolist() for b in self.branches}})
-        content = read_work(file, _Measured)
-        gram, output = ({b: np.array(content[part][str(b)], np.float64) if str(b) in content[part] else np.empty(0)
-                         for b in self.branches} for part in ("gram", "output"))
-        if any(gram[b].shape != (steps, steps) or output[b].shape != (steps,) for b in self.branches):
-            raise UserError(f"{file} is damaged: it should hold {steps} x {steps} products and {steps} errors of the "
-                            f"branches {self.branches}; delete it, and the same command measures again")
+            return {name: {branch: np.asarray(value).tolist() for branch, value in values.items()}
+                    for name, values in (("gram", meter.gram), ("output", meter.output))}
+
+        file, steps = self._file(_named(grid)), grid.steps
+        content = kept(file, _Measured, measure)
+        gram, output = ({branch: np.array(part.get(str(branch), []), np.float64) for branch in self.branches}
+                        for part in (content.gram, content.output))
+        if any(gram[branch].shape != (steps, steps) or output[branch].shape != (steps,) for branch in self.branches):
+            raise damaged(file, f"it should hold {steps} x {steps} products and {steps} errors of the branches "
+                                f"{list(self.branches)}")
         return gram, output
 
     def _image_per_output(self, grid: Grid) -> np.ndarray:
         """The error of the image per error of the network's output at each call: [steps]."""
-        probe = self.probe.steps
-        branch, file = self.branches[0], self._file(f"image{probe}_{self.nodes}")
-        _, output = self.measured(self.probe)
-        if not file.is_file():
-            calls = sorted({int(call) for call in np.linspace(1, probe - 1, self.nodes).round()})
+        probe, branch = self.probe.steps, self.branches[0]
+        calls = sorted({int(call) for call in np.linspace(1, probe - 1, self.nodes).round()})
+
+        def measure() -> dict:
             found = dict.fromkeys(calls, 0.0)
             run, latents = self.judge.run(CONVERGED, self.probe), self.judge.distances.latents
             for batch in self._batches():
                 exact = latents(run, batch)
                 for call in calls:
                     alone = PlanCache([Call(branch if step == call else None) for step in range(probe)])
-                    cached = latents(run, batch, alone)
-                    found[call] += (cached - exact).double().square().sum().item()
-            write_json(file, {"image": found})
-        found = read_work(file, _Image)["image"]
-        image = {call: float(found[str(call)]) for call in numbers(file, found) if call < probe}
-        if not image:
-            raise UserError(f"{file} is damaged: image should have errors by call; delete it, and the same command "
-                            "measures again")
-        calls = sorted(image)
-        ratios = [np.log(max(image[call], 1e-30) / max(output[branch][call], 1e-30)) / 2 for call in calls]
+                    found[call] += (latents(run, batch, alone) - exact).double().square().sum().item()
+            return {"image": found}
+
+        _, output = self.measured(self.probe)
+        file = self._file(f"image{probe}_{self.nodes}")
+        image = numbered(file, kept(file, _Image, measure).image)
+        if image.keys() != set(calls):
+            raise damaged(file, f"it should hold errors of the calls {calls}")
+        ratios = [np.log(max(image[call], TINY) / max(output[branch][call], TINY)) / 2 for call in calls]
         sampler = self.judge.run(CONVERGED, grid).sampler
         whole = sampler.diffusion.num_timesteps
         times = np.array([*sampler.call_timesteps(), -1])
@@ -275,9 +266,8 @@ def _named(grid: Grid) -> str:
     return f"steps{grid.steps}{digest}"
 
 
-def _measure(judge: Judge, item: tuple[tuple[list[int], list[int], int, int], Grid]) -> None:
-    (branches, seeds, probe, nodes), grid = item
-    measurements = GapMeasurements(judge, branches, seeds, probe, nodes)
+def _measure(judge: Judge, item: tuple[tuple, Grid]) -> None:
+    measurements, grid = GapMeasurements(judge, *item[0]), item[1]
     if grid == measurements.probe:
         measurements.of(grid)
     else:

@@ -6,10 +6,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from unet_caching.methods.plan import Call
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+Depths = tuple[int | None, ...]         # the branch of each call; None computes everything
 SPACING = "trailing"        # runs of all lengths start at the same noise level and end on a clean image
 CONVERGED = "unipc"
 
@@ -33,15 +35,34 @@ class Grid(NamedTuple):
     timesteps: str = SPACING
 
 
-class Candidate(NamedTuple):
-    """A run that a search may choose. calls: what each of its network calls does."""
+@dataclass(frozen=True)
+class Candidate:
+    """A run that a search may choose."""
+    group: str                  # what it is compared among at first
     sampler: str
     grid: Grid
-    calls: tuple[Call, ...]
+    calls: tuple[Call, ...]     # what each of its network calls does
+    order: int = 0              # of its forecasts
+
+    @property
+    def kind(self) -> str:
+        """What a report calls it."""
+        return f"{self.group}, {self.sampler}" if self.group.startswith("fewer steps") else self.group
+
+    @property
+    def depths(self) -> Depths:
+        return tuple(call.branch for call in self.calls)
+
+    def __str__(self) -> str:
+        return f"{self.group}, {self.sampler}, {self.grid.steps} steps"
+
+    def on(self, sampler: str) -> "Candidate":
+        """The same with another sampler."""
+        return replace(self, sampler=sampler)
 
 
 class Judge:
-    """Measures candidates of a model, whose condition and weights are a run's. steps: of the converged run."""
+    """Measures candidates of a model, whose condition and weights are a run's."""
 
     def __init__(self, spec: RunSpec, distances: Distances):
         self.spec, self.distances = spec, distances
@@ -54,10 +75,9 @@ class Judge:
         if jobs == 1:
             yield self
             return
-        converged, folder = self.distances.run.spec, self.distances.folder.parent
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, _begin, (self.spec, converged, machine, folder, context.Value("i", -1))
-                                 ) as self.pool:
+        begun = self.spec, self.distances.run.spec, machine, self.distances.folder.parent, context.Value("i", -1)
+        with ProcessPoolExecutor(jobs, context, _begin, begun) as self.pool:
             try:
                 yield self
             finally:
@@ -67,10 +87,10 @@ class Judge:
     def run(self, sampler: str, grid: Grid) -> Run:
         """The run without caching over such steps. Raises UserError for some that the sampler cannot do."""
         if (sampler, grid) not in self._runs:
-            found = run_of(self.spec, sampler, grid).open()
-            self.distances.check(found)
-            _ = found.sampler
-            self._runs[sampler, grid] = found
+            run = run_of(self.spec, sampler, grid).open()
+            self.distances.check(run)
+            _ = run.sampler
+            self._runs[sampler, grid] = run
         return self._runs[sampler, grid]
 
     def calls(self, sampler: str, grid: Grid) -> int | None:
@@ -80,17 +100,15 @@ class Judge:
         except UserError:
             return None
 
-    def each(self, work: Callable[["Judge", Item], Found], items: Sequence[Item], title: str, unit: str
+    def each(self, work: Callable[["Judge", Item], Found], items: Sequence[Item], title: str, unit: str = "run"
              ) -> list[Found]:
         """work(judge, item) for every item, in all processes; a function of a module."""
         waiting: list[Future[Found]] = []
         if self.pool is not None:
             waiting = [self.pool.submit(_in_process, work, item) for item in items]
-        with tqdm(total=len(items), desc=title, unit=unit, disable=not items) as bar:
-            found = []
-            for number, item in enumerate(items):
-                found.append(waiting[number].result() if waiting else work(self, item))
-                bar.update()
+        found = []
+        for number, item in enumerate(tqdm(items, title, unit=unit, disable=not items)):
+            found.append(waiting[number].result() if waiting else work(self, item))
         return found
 
     def converge(self, seeds: Sequence[int]) -> None:
@@ -100,12 +118,11 @@ class Judge:
 
     def of(self, candidate: Candidate, seeds: Sequence[int]) -> np.ndarray:
         """PSNR to the converged latents, dB: float64 [seeds]."""
-        run = self.run(candidate.sampler, candidate.grid)
-        return self.distances.of(run, seeds, candidate.calls)
+        return self.distances.of(self.run(candidate.sampler, candidate.grid), seeds, candidate.calls)
 
     def measure(self, candidates: Sequence[Candidate], seeds: Sequence[int], title: str) -> list[np.ndarray]:
         """`of` for many."""
-        return self.each(_measure, [(candidate, list(seeds)) for candidate in candidates], title, "run")
+        return self.each(_measure, [(candidate, list(seeds)) for candidate in candidates], title)
 
 
 def _converge(judge: Judge, seeds: list[int]) -> None:
@@ -130,10 +147,10 @@ def _begin(spec: RunSpec, converged: RunSpec, machine: Machine, folder: Path, la
     with last.get_lock():
         last.value += 1
         os.environ["LOCAL_RANK"] = str(last.value)      # by which `run.machine.prepare_device` takes a GPU
-    parent = multiprocessing.parent_process()
+    parent: Any = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
-        wait([parent.sentinel])             # type: ignore[union-attr]
+        wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -13,7 +13,6 @@ All is linear in x and D, so that their inner products over one trajectory (the 
 step. An error of x is taken to reach the image as large as it is: here x always has about unit variance.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lab.fit.fit import batches, own_unet
+from lab.fit.fit import own_unet
+from lab.plans.distances import kept
 from lab.plans.dynamic_programming import best_marks
 from lab.plans.judge import Judge
-from run.files import write_json
-from run.seeds import format_seeds
+from run.seeds import format_seeds, in_batches
 from unet_caching.nest import Network
 from unet_caching.policy import Policy
 from unet_caching.samplers.diffusion import Diffusion, guided, predicted_noise
@@ -77,13 +76,10 @@ class TrajectoryMeter:
 
 @dataclass
 class Trajectory:
-    """What runs of many steps tell of shorter ones.
-
-    timesteps: of their n calls. alphas: alpha_bar of those. gram: see `TrajectoryMeter`, [2n + 1, 2n + 1].
-    """
-    timesteps: Sequence[int]
-    alphas: np.ndarray
-    gram: np.ndarray
+    """What runs of many steps tell of shorter ones."""
+    timesteps: Sequence[int]        # of their n calls
+    alphas: np.ndarray              # alpha_bar of those
+    gram: np.ndarray                # see `TrajectoryMeter`, [2n + 1, 2n + 1]
 
     def errors(self, order: int) -> np.ndarray:
         """The squared error of every step, [i, j, k]: from call j to k (n: the end) where the call before j is i, the
@@ -113,16 +109,24 @@ class Trajectory:
         return [",".join(str(self.timesteps[call]) for call in calls) for calls in best]
 
 
+@dataclass
+class _Measured:
+    """A file of `trajectory`."""
+    gram: list[list[float]]
+
+
 def trajectory(judge: Judge, seeds: Sequence[int]) -> Trajectory:
     """The trajectories of the converged run for some seeds; they are measured once, and kept beside its distances."""
     distances = judge.distances
     run = distances.run
-    file = distances.made("trajectories") / f"seeds{format_seeds(seeds)}.json"
-    if not file.is_file():
+
+    def measure() -> dict:
         meter = TrajectoryMeter(own_unet(distances.model), run.config.diffusion, run.guidance)
-        for batch, _ in batches(seeds, distances.machine.batch_size, None, distances.model):
+        for batch in in_batches(seeds, distances.machine.batch_size):
             meter.finish(distances.latents(run, batch, network=meter))
-        write_json(file, {"gram": np.asarray(meter.gram).tolist()})
+        return {"gram": np.asarray(meter.gram).tolist()}
+
+    content = kept(distances.made("trajectories") / f"seeds{format_seeds(seeds)}.json", _Measured, measure)
     timesteps = run.sampler.call_timesteps()
     alphas = run.config.diffusion.alphas_cumprod()[timesteps].double().numpy()
-    return Trajectory(timesteps, alphas, np.array(json.loads(file.read_text())["gram"]))
+    return Trajectory(timesteps, alphas, np.array(content.gram))

@@ -73,7 +73,7 @@ class Plan:
     def load(cls, path: Path | str) -> "Plan":
         """Read a file. Raises ValueError where it is missing, damaged, changed by hand, or holds what cannot be."""
         if not Path(path).is_file():
-            raise ValueError(f"no plan {path}: python -m lab.plans.search makes one")
+            raise ValueError(f"no plan {path}: python -m lab.plans search makes one")
         content = read_json(path)
         if not isinstance(content, dict) or (content.get("kind"), content.get("format")) != (KIND, FORMAT):
             raise ValueError(f"{path} is no plan of format {FORMAT}")
@@ -180,7 +180,7 @@ class PlannedPlan(Planned):
 @dataclass(frozen=True)
 class PlanOptions(MethodOptions):
     """A plan for all network calls, with the sampler, steps and timesteps that it was made for."""
-    title = "caching (a plan: what each network call computes, found for a budget by lab.plans.search)"
+    title = "caching (a plan: what each network call computes, found for a budget by lab.plans search)"
     plan: Path | None = option(None, "a file that was made for this model. Sampler, steps and timesteps are the "
                                      "plan's, unless given", metavar="FILE")
 

@@ -17,7 +17,7 @@ def plan_scheduler(plan: Path | str, scheduler: SchedulerMixin) -> SchedulerMixi
     """diffusers' scheduler of a plan's sampler, at the plan's timesteps: pipe.scheduler = plan_scheduler(plan,
     pipe.scheduler).
 
-    plan: a file of lab.plans.search. scheduler: the pipeline's own, whose noise levels and prediction it has. It is for
+    plan: a file of lab.plans search. scheduler: the pipeline's own, whose noise levels and prediction it has. It is for
     as many steps as the plan has, and refuses others where the pipeline sets them. Saved, it is the scheduler of
     diffusers without the list. Raises UserError for a file that is no plan, and where there is no such scheduler.
     """

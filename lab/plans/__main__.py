@@ -1,0 +1,30 @@
+"""Plans: the best images for a budget.
+
+    python -m lab.plans search      finds the plan of a model for a budget
+    python -m lab.plans transfer    writes a plan of one model for another
+"""
+
+import sys
+
+from lab.plans.plans import transfer
+from lab.plans.search import search
+from run import arguments
+from run.cli import command
+from unet_caching.errors import UserError
+
+
+@command
+def main() -> None:
+    verb, words = (sys.argv[1:] or [""])[0], sys.argv[2:]
+    if verb == "search":
+        search(words)
+    elif verb == "transfer":
+        arguments.call(transfer, words, "lab.plans transfer")
+    elif verb in ("-h", "--help"):
+        print(__doc__)
+    else:
+        raise UserError("say what to do: search or transfer (each has a --help)")
+
+
+if __name__ == "__main__":
+    main()
