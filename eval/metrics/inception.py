@@ -12,13 +12,12 @@ import io
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from run.weights import read_tensors, sha256, tensors_of
 from unet_caching.errors import UserError, one_line
@@ -34,6 +33,7 @@ _SPATIAL_CHANNELS = 7
 
 def tensorflow(x: Tensor) -> Tensor:
     """uint8 [n, 3, h, w] -> [n, 3, 299, 299] in [-1, 1): TensorFlow 1's bilinear, corner-anchored, no antialias."""
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
     x = interpolate_bilinear_2d_like_tensorflow1x(x.float(), size=(SIZE, SIZE), align_corners=False)
     return (x - 128) / 128
 
@@ -155,7 +155,7 @@ class Inception:
         return {name: found[name].cpu().numpy() for name in self.layers}
 
 
-def load(path: Path) -> FeatureExtractorInceptionV3:
+def load(path: Path) -> Any:
     """The network with the weights of a file, checked before they are used. Raises UserError that says what differs."""
     state = tensors_of(read_tensors(path), path, "Inception")
     fc = state.get("fc.weight")
@@ -165,6 +165,7 @@ def load(path: Path) -> FeatureExtractorInceptionV3:
                         f"{classes}; torchvision's, of 1000, is another network): get {WHERE}")
     # Counters that batch normalisation does not use; some files have them.
     state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # takes seconds
     buffer = io.BytesIO()
     torch.save({name: value.contiguous() for name, value in state.items()}, buffer)
     buffer.seek(0)

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.special import ndtr, stdtrit  # scipy.stats takes a second to import
 
 from run.results import Metric
 
@@ -20,7 +20,7 @@ class Estimate(NamedTuple):
 
     def json(self) -> dict:
         """With a 95% interval: normal, or Student's where the error itself is from few values."""
-        half = self.stderr * (1.96 if math.isinf(self.freedom) else float(t.ppf(0.975, self.freedom)))
+        half = self.stderr * (1.96 if math.isinf(self.freedom) else float(stdtrit(self.freedom, 0.975)))
         return {"value": self.value, "stderr": self.stderr, "interval": [self.value - half, self.value + half]}
 
     @property
@@ -74,7 +74,7 @@ def mean_interval(values: np.ndarray, seed: int = 0, repeats: int = 1000, groups
         return None, None
     means = _resampled_means(values, seed, repeats, groups)
     n = len(values) if groups is None else len(np.unique(groups))
-    tail = norm.cdf(math.sqrt(n / (n - 1)) * t.ppf(0.025, n - 1)) if n > 1 else 0.025
+    tail = ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.025)) if n > 1 else 0.025
     return float(values.mean()), [float(q) for q in np.quantile(means, (tail, 1 - tail))]
 
 

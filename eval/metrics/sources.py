@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.transforms.functional import center_crop, resize
 
 from eval.metrics.images import ImageSet, Stamp, batched, from_array, open_images, stamp_of
 from run.images import UNREADABLE
@@ -109,6 +108,7 @@ def cifar10(path: Path) -> ImageSet:
 
 def prepared(image: Image.Image, size: int) -> np.ndarray:
     """uint8 [size, size, 3]: the shorter side brought to `size`, then the centre."""
+    from torchvision.transforms.functional import center_crop, resize  # takes seconds
     return np.asarray(center_crop(resize(image.convert("RGB"), size), [size, size]))
 
 
