@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import slurm_node
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -95,6 +96,22 @@ def table_file(monkeypatch, tmp_path) -> Iterator[Callable[[str], None]]:
 
     yield write
     paper.tables.cache_clear()
+
+
+@pytest.fixture
+def submit_table(monkeypatch, capsys, tmp_path) -> Callable[..., str]:
+    """submit_table(*words): submit_table.sh without bash; returns what it printed. Its settings are slurm_node's."""
+    from scripts.slurm import submit
+    monkeypatch.chdir(HERE.parent)
+    (tmp_path / "settings.yaml").write_text(slurm_node.SETTINGS)
+
+    def submitted(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["submit", *words, *submitted.options])
+        submit.main()
+        return capsys.readouterr().out
+    submitted.options = [f"--settings={tmp_path / 'settings.yaml'}",
+                         *(f"--{name}={tmp_path / name}" for name in ("samples", "results", "logs"))]
+    return submitted
 
 
 def pytest_addoption(parser):

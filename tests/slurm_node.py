@@ -53,6 +53,14 @@ PartitionName=cpu Nodes={host} MaxTime=02:00:00 State=UP
 """
 
 
+SETTINGS = """
+gpu: {partition: gpu, gres: "gpu:1", cpus-per-task: 1, mem: 1G}
+cpu: {partition: cpu, cpus-per-task: 1, mem: 1G}
+time: {sample: "00:30:00", evaluate: "00:30:00", table: "00:30:00"}
+images_per_task: 4
+"""
+
+
 def why_not() -> str | None:
     """Why it cannot start here; None where it can."""
     lacking = [name for name in PROGRAMS if not shutil.which(name, path=_PATH)]
