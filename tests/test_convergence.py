@@ -14,7 +14,6 @@ from eval.metrics.images import from_array
 from eval.metrics.registry import EXTRACTORS
 from eval.metrics.sources import open_reference
 from eval.quality import quality
-from lab.plans.distances import Distances, psnr_to
 from lab.study import convergence
 from lab.study.convergence_report import LESS, PSNR, Point, orders, plan_calls, rival, rows
 from run import results
@@ -22,7 +21,6 @@ from run.files import ROOT
 from run.machine import Machine
 from run.results import Result
 from run.spec import RunSpec
-from unet_caching.errors import UserError
 from unet_caching.files.plan_file import Plan
 
 MACHINE = Machine(batch_size=2, device="cpu", threads=1)
@@ -140,56 +138,6 @@ def test_what_cannot_be_compared_is_refused(study, change, word, tmp_path, capsy
     assert word in capsys.readouterr().err and not list(tmp_path.rglob("*.json"))
 
 
-@pytest.fixture(scope="module")
-def two_steps(tmp_path_factory) -> Distances:
-    return Distances(RunSpec.of("ddpm_emoji", sampler="ddim", steps=2), MACHINE, tmp_path_factory.mktemp("two"))
-
-
-def test_converged_latents_are_made_once_and_batch_by_batch(two_steps):
-    first, files = two_steps.converged([3, 4, 5]), two_steps.folder / "converged"
-    stamps = {file: file.stat().st_mtime_ns for file in files.iterdir()}
-    assert sorted(file.name for file in files.iterdir()) == ["3.safetensors", "5.safetensors"]
-    again = Distances(two_steps.run.spec, MACHINE, two_steps.folder.parent)
-    assert again.missing([3, 5, 6]) == [6] and torch.equal(again.converged([5, 3]), first[[2, 0]])
-    assert stamps == {file: file.stat().st_mtime_ns for file in files.iterdir()}
-    assert two_steps.missing([6]) == [6] and (again.converged([6]) == two_steps.converged([6])).all()
-    with pytest.raises(UserError, match="eta 0"):
-        Distances(two_steps.run.spec.having(eta=1.0), MACHINE, two_steps.folder)
-
-
-def test_other_converged_runs_are_kept_apart(two_steps):
-    other = Distances(two_steps.run.spec.having(steps=3), MACHINE, two_steps.folder.parent)
-    assert other.folder != two_steps.folder and other.missing([3, 4]) == [3, 4]
-
-
-def test_a_run_that_is_stopped_goes_on_with_its_next_batch(two_steps, monkeypatch):
-    """Its distances are those of its latents, and the weights are read once for each dtype."""
-    run = RunSpec.of("ddpm_emoji", sampler="ddim", steps=4, interval=2, forecast=1, branch=0).open()
-    model, real, made = type(two_steps.model), type(two_steps.model).latents, []
-
-    def stopped(self, seeds, *args, **options):
-        if len(made) == 1 and made[0] != "again":
-            raise KeyboardInterrupt
-        made.append(seeds)
-        return real(self, seeds, *args, **options)
-
-    two_steps.converged(range(3, 9))
-    monkeypatch.setattr(model, "latents", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        two_steps.of(run, range(3, 9))
-    assert two_steps.known(run).keys() == {3, 4}
-    made[:] = ["again"]
-    found = two_steps.of(run, range(3, 9))
-    assert made == ["again", [5, 6], [7, 8]]
-    monkeypatch.undo()
-    opened = two_steps.on(run)
-    assert opened.unet is two_steps.model.unet
-    wanted = psnr_to(two_steps.converged([7]), opened.latents([7], opened.policy()))
-    assert found[4] == pytest.approx(wanted[0], abs=1e-3)
-    half, other = (two_steps.on(run.spec.having(dtype="bf16", steps=steps).open()) for steps in (4, 8))
-    assert half.unet is not opened.unet and half.unet is other.unet
-
-
 def points() -> list[Point]:
     """Errors of 1 / steps^2 with unipc, of 1 / steps with ddim; one cached run, half a decibel better than unipc 9."""
     def psnr(error: float) -> np.ndarray:
@@ -251,30 +199,6 @@ def test_what_the_calls_of_a_plan_compute():
     assert [t for t, _, _ in calls] == run.sampler.call_timesteps()
     assert [share == 1 for _, share, _ in calls] == [call.branch is None for call in plan.calls]
     assert plan_calls(RunSpec.of("ldm_emoji", interval=3).open()) is None
-
-
-def test_work_that_is_damaged_or_of_another_run_is_refused(tmp_path):
-    """By name, with what to do; and never measured against."""
-    spec = RunSpec.of("ddpm_emoji", sampler="unipc", timesteps="trailing", steps=3)
-    distances = Distances(spec, MACHINE, tmp_path)
-    runs = [spec.having(steps=steps).open() for steps in (1, 2)]
-    for run in runs:
-        distances.of(run, [5])
-    kept = {json.loads(path.read_text())["run"]["steps"]: path for path in distances.folder.glob("runs/*.json")}
-    good = kept[2].read_text()
-    for content, message in ((good[:40], "damaged"), ("[]", "should be keys with values"), ("{}", "has no run"),
-                             (good.replace('"5":', '"five":'), "'five' should be a whole number"),
-                             (good.replace('"psnr": {', '"psnr": {"6": "x",'), "psnr.6 is 'x' and should be a finite"),
-                             (kept[1].read_text(), "is of another run")):
-        kept[2].write_text(content)
-        with pytest.raises(UserError, match=f"{kept[2].name}.*{message}.*delete it"):
-            distances.of(runs[1], [5])
-    latents = next(distances.folder.glob("converged/*.safetensors"))
-    for tensors in ({"seeds": torch.tensor([5]), "latents": torch.zeros(1, 3, 8, 8)}, {"seeds": torch.tensor([5])},
-                    {"seeds": torch.tensor([5]), "latents": torch.full((1, 3, 32, 32), torch.nan)}):
-        save_file(tensors, latents)
-        with pytest.raises(UserError, match=r"000005|5.safetensors is damaged: .*\[3, 32, 32\]; delete it"):
-            Distances(spec, MACHINE, tmp_path).converged([5])
 
 
 def test_a_result_is_measured_again_when_the_weights_change(study, tmp_path, monkeypatch):

@@ -230,17 +230,17 @@ def test_a_killed_search_comes_to_the_same_plan(few, search_for, config, tmp_pat
     monkeypatch.setattr(DDPM, "latents", until_killed)
     with pytest.raises(Killed):
         search_for("--calls", 4, "--out", out)
-    assert not out.exists() and len(list((tmp_path / "plan.work").glob("*/runs/*.json"))) > 3
+    assert not out.exists() and len(list((tmp_path / "plan.work").glob("*/psnr/*.json"))) > 3
     left[0] = 10 ** 9
     capsys.readouterr()
     assert search_for("--calls", 4, "--out", tmp_path / "again.json", "--jobs", 2) == 0
     most = int(re.search(r"at most ([\d,]+) of them", capsys.readouterr().out)[1].replace(",", ""))
     assert search_for("--calls", 4, "--out", out) == 0
     assert out.read_text() == (tmp_path / "again.json").read_text()
-    one, two = ({file.name: json.loads(file.read_text()) for file in (tmp_path / f"{name}.work").glob("*/runs/*")}
+    one, two = ({file.name: json.loads(file.read_text()) for file in (tmp_path / f"{name}.work").glob("*/psnr/*")}
                 for name in ("plan", "again"))
     assert one == two and len(one) > 15
-    full = sum(len(run["psnr"]) * sum(branch is None for branch, *_ in run["calls"]) for run in one.values())
+    full = sum(len(run["found"]) * sum(branch is None for branch, *_ in run["about"]["calls"]) for run in one.values())
     assert full + 12 * 8 < most < 2500                                  # as was announced
     the_report_and_the_page_say_the_same(out)
 

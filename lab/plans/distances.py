@@ -7,11 +7,11 @@ that what was killed goes on where it was, and another study or search finds wha
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +25,13 @@ from run.psnr import psnr
 from run.spec import Run, RunSpec
 from run.weights import read_tensors, save_tensors, tensors_of
 from unet_caching.errors import UserError
-from unet_caching.files.schema import build, check, read_json
+from unet_caching.files.schema import read_json
 from unet_caching.methods.plan import Call, PlanCache
 from unet_caching.nest import Network
 from unet_caching.policy import Policy
 from unet_caching.samplers.ddim import is_listed
 
 EXACT = 200.0               # dB, instead of infinity
-Kept = TypeVar("Kept")
 
 
 class Distances:
@@ -92,7 +91,7 @@ class Distances:
         for batch, report in batches(missing, self.machine.batch_size, title, self.model):
             made = self.model.latents(batch, report=report).float().cpu()
             save_tensors({"seeds": torch.tensor(batch), "latents": made},
-                         self.made("converged") / f"{batch[0]}.safetensors")
+                         self._folder("converged") / f"{batch[0]}.safetensors")
             self._converged |= dict(zip(batch, made, strict=True))
         return torch.stack([self._converged[seed] for seed in seeds])
 
@@ -100,17 +99,18 @@ class Distances:
         """The seeds without converged latents."""
         if not self._converged.keys() >= set(seeds):        # another process may have made some
             for file in sorted((self.folder / "converged").glob("*.safetensors")):
-                self._converged |= self._read(file)
+                self._converged |= self._latents(file)
         return [seed for seed in seeds if seed not in self._converged]
 
-    def _read(self, file: Path) -> dict[int, Tensor]:
+    def _latents(self, file: Path) -> dict[int, Tensor]:
         """The latents of a file, by seed. Raises UserError for one that holds none."""
         tensors = tensors_of(read_tensors(file), file, "converged latents")
         seeds, latents = (tensors.get(name, torch.empty(0)) for name in ("seeds", "latents"))
         shape = getattr(self.model, "shape", None) or self.run.family.shapes(self.run.config)[0]
         if (seeds.ndim, seeds.dtype, latents.dtype) != (1, torch.int64, torch.float32) or latents.shape != (
                 len(seeds), *shape) or not latents.isfinite().all():
-            raise damaged(file, f"it should hold seeds and of each finite latents {list(shape)}")
+            raise UserError(f"{file} is damaged: it should hold seeds and of each finite latents {list(shape)}; delete "
+                            "it, and the same command makes it again")
         return dict(zip(seeds.tolist(), latents, strict=True))
 
     def of(self, run: Run, seeds: Sequence[int], calls: Sequence[Call] | None = None, title: str | None = None,
@@ -121,8 +121,8 @@ class Distances:
         keep: is given the latents of each batch, in the order of the seeds; all are made then.
         """
         known = {} if keep else self.known(run, calls)
-        model = self.on(run) if any(seed not in known for seed in seeds) else self.model
         missing = [seed for seed in seeds if seed not in known]
+        model = self.on(run) if missing else self.model
         for batch, report in batches(missing, self.machine.batch_size, title, model):
             policy = model.policy() if calls is None else PlanCache(calls)
             latents = model.latents(batch, policy, report=report)
@@ -136,68 +136,51 @@ class Distances:
         """Keep how near the latents of a run are, which were made elsewhere; what is known of it then, by seed."""
         found = psnr_to(self.converged(seeds), latents.float().cpu())
         known = self.known(run, calls) | {seed: min(float(db), EXACT) for seed, db in zip(seeds, found, strict=True)}
-        self.made("runs")
-        write_json(self._file(run, calls), _about(run, calls) | {"psnr": known})
+        self._write("psnr", _about(run, calls), known)
         return known
 
-    def made(self, part: str) -> Path:
-        """A folder of what is measured, made where it is not there, with a note of what it was measured on."""
+    def known(self, run: Run, calls: Sequence[Call] | None = None) -> dict[int, float]:
+        """What has been measured of a run, by seed."""
+        found = self._read("psnr", _about(run, calls)) or {}
+        return {int(seed): db for seed, db in found.items()}
+
+    def kept(self, part: str, about: object, measure: Callable[[], Any]) -> Any:
+        """What is measured once, and read from then on, as JSON has it.
+
+        part: of the folder. about: what decides what is measured, beside what all runs share. Raises UserError.
+        """
+        found = self._read(part, about)
+        if found is None:
+            self._write(part, about, measure())
+            found = self._read(part, about)
+        return found
+
+    def _write(self, part: str, about: object, found: object) -> None:
+        file, found = self._file(part, about), json.loads(json.dumps(found))
+        self._folder(part)
+        write_json(file, {"about": about, "found": found, "sha256": _digest([about, found])})
+
+    def _read(self, part: str, about: object) -> Any:
+        """None where nothing is there. Raises UserError for a file that is damaged or of something else."""
+        file = self._file(part, about)
+        if not file.is_file():
+            return None
+        with suppress(ValueError, KeyError, TypeError):
+            content = read_json(file)
+            if content["sha256"] == _digest([about, content["found"]]):
+                return content["found"]
+        raise UserError(f"{file} is damaged, or of another run: delete it, and the same command measures again")
+
+    def _file(self, part: str, about: object) -> Path:
+        return self.folder / part / f"{_digest(about)[:20]}.json"
+
+    def _folder(self, part: str) -> Path:
+        """A part of the folder, made where it is not there, with a note of what is measured on."""
         if not (self.folder / "model.json").is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "model.json", json.loads(json.dumps(self.model.settings, default=str)))
         (self.folder / part).mkdir(exist_ok=True)
         return self.folder / part
-
-    def known(self, run: Run, calls: Sequence[Call] | None = None) -> dict[int, float]:
-        """What has been measured of a run, by seed."""
-        file = self._file(run, calls)
-        if not file.is_file():
-            return {}
-        content, about = read_kept(file, _Measured), json.loads(json.dumps(_about(run, calls), default=str))
-        if (content.run, content.calls) != (about["run"], about["calls"]):
-            raise UserError(f"{file} is of another run: delete it, and the same command measures again")
-        return numbered(file, content.psnr)
-
-    def _file(self, run: Run, calls: Sequence[Call] | None) -> Path:
-        return self.folder / "runs" / f"{_digest(_about(run, calls))[:20]}.json"
-
-
-@dataclass
-class _Measured:
-    """A file of `Distances.of`."""
-    run: dict                       # what decides its latents
-    calls: list | None
-    psnr: dict[str, float]          # dB, by seed
-
-
-def kept(path: Path, schema: type[Kept], measure: Callable[[], dict]) -> Kept:
-    """What is measured once, and read from a file of a schema from then on. Raises UserError for a damaged one."""
-    if not path.is_file():
-        write_json(path, measure())
-    return read_kept(path, schema)
-
-
-def read_kept(path: Path, schema: type[Kept]) -> Kept:
-    """What a file that was measured holds. Raises UserError for one that is damaged."""
-    try:
-        content = read_json(path)
-        check(content, schema, path)
-        return build(content, schema)
-    except ValueError as error:
-        raise UserError(f"{error}; delete it, and the same command measures again") from None
-
-
-def damaged(path: Path, why: str) -> UserError:
-    """The error of a file that was measured and does not hold what it should."""
-    return UserError(f"{path} is damaged: {why}; delete it, and the same command measures again")
-
-
-def numbered(path: Path, values: Mapping[str, Kept]) -> dict[int, Kept]:
-    """The values of a file by the whole numbers that their keys are. Raises UserError."""
-    wrong = next((key for key in values if not (key.isascii() and key.isdigit() and len(key) < 20)), None)
-    if wrong is not None:
-        raise damaged(path, f"{wrong[:40]!r} should be a whole number")
-    return {int(key): value for key, value in values.items()}
 
 
 def psnr_to(converged: Tensor, latents: Tensor) -> np.ndarray:
@@ -211,9 +194,10 @@ def psnr_to(converged: Tensor, latents: Tensor) -> np.ndarray:
     return psnr((errors / spans.square()).numpy(), span=1.0)
 
 
-def _about(run: Run, calls: Sequence[Call] | None) -> dict[str, object]:
-    """What decides the latents of a run, beside what all runs share."""
-    return {"run": run.told, "calls": None if calls is None else [[call.branch, *call.damping] for call in calls]}
+def _about(run: Run, calls: Sequence[Call] | None) -> Any:
+    """What decides the latents of a run, beside what all runs share, as JSON has it."""
+    about = {"run": run.told, "calls": None if calls is None else [[call.branch, *call.damping] for call in calls]}
+    return json.loads(json.dumps(about, default=str))
 
 
 def _digest(content: object) -> str:

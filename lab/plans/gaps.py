@@ -6,10 +6,8 @@ How much of a feature's error arrives in the network's output is measured beside
 the image on a few runs with a single cached call.
 """
 
-import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +15,7 @@ import torch
 from torch import Tensor
 
 from lab.fit.fit import own_unet
-from lab.plans.distances import damaged, kept, numbered
-from lab.plans.judge import CONVERGED, SPACING, Depths, Grid, Judge
+from lab.plans.judge import CONVERGED, Depths, Grid, Judge
 from run.seeds import format_seeds, in_batches
 from unet_caching.forecast import newton_terms
 from unet_caching.methods.plan import Call, PlanCache
@@ -165,19 +162,6 @@ class Gaps:
         return found
 
 
-@dataclass
-class _Measured:
-    """A file of `GapMeasurements.measured`, by branch."""
-    gram: dict[str, list[list[float]]]
-    output: dict[str, list[float]]
-
-
-@dataclass
-class _Image:
-    """A file of errors of the image, by call."""
-    image: dict[str, float]
-
-
 class GapMeasurements(NamedTuple):
     """Measures gaps of a model on some seeds, and keeps what it measured beside its distances."""
     judge: Judge
@@ -208,21 +192,17 @@ class GapMeasurements(NamedTuple):
 
     def measured(self, grid: Grid) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
         """(Gram matrices, squared output errors of gaps of one call), by branch."""
-        def measure() -> dict:
+        def measure() -> list:
             meter = GapMeter(own_unet(self.judge.distances.model), self.branches)
             for batch in self._batches():
                 self.judge.distances.latents(self.judge.run(CONVERGED, grid), batch, network=meter)
                 meter.finish()
-            return {name: {branch: np.asarray(value).tolist() for branch, value in values.items()}
-                    for name, values in (("gram", meter.gram), ("output", meter.output))}
+            return [[np.asarray(values[branch]).tolist() for branch in self.branches]
+                    for values in (meter.gram, meter.output)]
 
-        file, steps = self._file(_named(grid)), grid.steps
-        content = kept(file, _Measured, measure)
-        gram, output = ({branch: np.array(part.get(str(branch), []), np.float64) for branch in self.branches}
-                        for part in (content.gram, content.output))
-        if any(gram[branch].shape != (steps, steps) or output[branch].shape != (steps,) for branch in self.branches):
-            raise damaged(file, f"it should hold {steps} x {steps} products and {steps} errors of the branches "
-                                f"{list(self.branches)}")
+        about = [*grid, *self.branches, format_seeds(self.seeds)]
+        found = self.judge.distances.kept("gaps", about, measure)
+        gram, output = (dict(zip(self.branches, map(np.array, values), strict=True)) for values in found)
         return gram, output
 
     def _image_per_output(self, grid: Grid) -> np.ndarray:
@@ -230,22 +210,20 @@ class GapMeasurements(NamedTuple):
         probe, branch = self.probe.steps, self.branches[0]
         calls = sorted({int(call) for call in np.linspace(1, probe - 1, self.nodes).round()})
 
-        def measure() -> dict:
-            found = dict.fromkeys(calls, 0.0)
+        def measure() -> list:
+            errors = dict.fromkeys(calls, 0.0)
             run, latents = self.judge.run(CONVERGED, self.probe), self.judge.distances.latents
             for batch in self._batches():
                 exact = latents(run, batch)
                 for call in calls:
                     alone = PlanCache([Call(branch if step == call else None) for step in range(probe)])
-                    found[call] += (latents(run, batch, alone) - exact).double().square().sum().item()
-            return {"image": found}
+                    errors[call] += (latents(run, batch, alone) - exact).double().square().sum().item()
+            return list(errors.values())
 
-        _, output = self.measured(self.probe)
-        file = self._file(f"image{probe}_{self.nodes}")
-        image = numbered(file, kept(file, _Image, measure).image)
-        if image.keys() != set(calls):
-            raise damaged(file, f"it should hold errors of the calls {calls}")
-        ratios = [np.log(max(image[call], TINY) / max(output[branch][call], TINY)) / 2 for call in calls]
+        output = self.measured(self.probe)[1][branch]
+        image = self.judge.distances.kept("image", [probe, branch, *calls, format_seeds(self.seeds)], measure)
+        ratios = [np.log(max(error, TINY) / max(output[call], TINY)) / 2
+                  for call, error in zip(calls, image, strict=True)]
         sampler = self.judge.run(CONVERGED, grid).sampler
         whole = sampler.diffusion.num_timesteps
         times = np.array([*sampler.call_timesteps(), -1])
@@ -254,16 +232,6 @@ class GapMeasurements(NamedTuple):
 
     def _batches(self) -> list[list[int]]:
         return in_batches(self.seeds, self.judge.distances.machine.batch_size)
-
-    def _file(self, name: str) -> Path:
-        about = f"branches{'_'.join(map(str, self.branches))}_seeds{format_seeds(self.seeds)}"
-        return self.judge.distances.made("gaps") / f"{name}_{about}.json"
-
-
-def _named(grid: Grid) -> str:
-    """What a file of a grid is called; a list of timesteps may be longer than a name can be."""
-    digest = "" if grid.timesteps == SPACING else f"_{hashlib.sha256(grid.timesteps.encode()).hexdigest()[:16]}"
-    return f"steps{grid.steps}{digest}"
 
 
 def _measure(judge: Judge, item: tuple[tuple, Grid]) -> None:

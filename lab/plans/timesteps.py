@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from lab.fit.fit import own_unet
-from lab.plans.distances import kept
 from lab.plans.dynamic_programming import best_marks
 from lab.plans.judge import Judge
 from run.seeds import format_seeds, in_batches
@@ -109,24 +108,18 @@ class Trajectory:
         return [",".join(str(self.timesteps[call]) for call in calls) for calls in best]
 
 
-@dataclass
-class _Measured:
-    """A file of `trajectory`."""
-    gram: list[list[float]]
-
-
 def trajectory(judge: Judge, seeds: Sequence[int]) -> Trajectory:
     """The trajectories of the converged run for some seeds; they are measured once, and kept beside its distances."""
     distances = judge.distances
     run = distances.run
 
-    def measure() -> dict:
+    def measure() -> list:
         meter = TrajectoryMeter(own_unet(distances.model), run.config.diffusion, run.guidance)
         for batch in in_batches(seeds, distances.machine.batch_size):
             meter.finish(distances.latents(run, batch, network=meter))
-        return {"gram": np.asarray(meter.gram).tolist()}
+        return np.asarray(meter.gram).tolist()
 
-    content = kept(distances.made("trajectories") / f"seeds{format_seeds(seeds)}.json", _Measured, measure)
+    gram = np.array(distances.kept("trajectory", format_seeds(seeds), measure))
     timesteps = run.sampler.call_timesteps()
     alphas = run.config.diffusion.alphas_cumprod()[timesteps].double().numpy()
-    return Trajectory(timesteps, alphas, np.array(content.gram))
+    return Trajectory(timesteps, alphas, gram)
