@@ -1,18 +1,124 @@
-"""The fault program in short (tests/faults.py; its long form: --slow, or python tests/faults.py --kills 100)."""
+"""Faults: processes killed at any moment, disks that are full or read-only, files cut short, two writers at a time.
 
+    pytest tests/test_faults.py             a few kills of each kind; a hundred with --slow
+
+Real commands on tiny models: sampling, the conversion of a checkpoint, packing, evaluation and the making of
+references. Each is run once undisturbed; then it is killed and started again, several times in one folder, until a last
+run may end. Whatever lies there in between must be whole and right, and the end must equal the undisturbed run to the
+last bit, with nothing missing, doubled or left over. A process is killed (SIGKILL) at a random time or at one of its
+operations on files, chosen at random, or (SIGXFSZ) in the middle of writing a file.
+"""
+
+import json
+import os
 import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
-from faults import DAMAGE, Models, damaged, full_disk, kill_often, read_only, two_writers
+import torch
+import yaml
+from conftest import run_command, tiny_ddpm
+from forked import Forked
+from torch import nn
 
+from ddpm import sample as ddpm_sample
 from eval.metrics import extract
+from ldm import checkpoint as ldm_checkpoint
+from ldm import first_stage
+from ldm import unet as ldm_unet
 
-KILLS = {"sampling": 4, "two ranks": 3, "conversion and sampling": 3, "packing": 4, "evaluation": 2}
+IMAGES = 10
+SEEDS = f"0-{IMAGES - 1}"
+DDPM = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1], "num_res_blocks": 1,
+        "attn_resolutions": []}
+LDM = {"name": "tiny", "num_classes": 3, "checkpoint": "given",
+       "unet": {"in_channels": 3, "out_channels": 3, "model_channels": 32, "channel_mult": [1], "num_res_blocks": 1,
+                "attention_resolutions": [], "num_heads": 1, "context_dim": 8},
+       "first_stage": {"resolution": 8, "ch": 32, "ch_mult": [1], "num_res_blocks": 1, "z_channels": 3, "n_embed": 16},
+       "sampler": {"steps": 2, "eta": 0.0, "guidance": 1.5, "branch": 0, "images": IMAGES}}
+
+
+class Case(NamedTuple):
+    """A command that works in a folder."""
+    name: str
+    words: list                                     # module, arguments; '{}' is the folder
+    result: Callable[[Path], dict[str, bytes]]      # what it must end with, by name
+    needs: tuple[Path, ...] = ()                    # copied into the folder before
+    ranks: int = 1                                  # processes that share the work
+
+    def make(self, folder: Path) -> Path:
+        """The folder before the command."""
+        folder.mkdir(exist_ok=True)
+        for path in self.needs:
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, folder / path.name)
+        return folder
+
+    def start(self, folder: Path, log: Path, rank: int = 0, before: Callable[[], None] = lambda: None) -> Forked:
+        module, *args = (str(word).replace("{}", str(folder)) for word in self.words)
+        env = {} if self.ranks == 1 else {"RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
+        return Forked(module, *args, log=log, env=env, before=before)
+
+    def finish(self, folder: Path, log: Path) -> dict[str, bytes]:
+        """Run to the end; the result."""
+        processes = [self.start(folder, Path(f"{log}{rank}"), rank) for rank in range(self.ranks)]
+        for process in processes:
+            assert process.wait() == 0, process.output
+        return self.result(folder)
+
+
+def files(*patterns: str) -> Callable[[Path], dict[str, bytes]]:
+    return lambda folder: {str(path.relative_to(folder)): path.read_bytes()
+                           for pattern in patterns for path in folder.glob(pattern)}
+
+
+def judged(folder: Path) -> dict[str, bytes]:
+    found = {path.name: json.loads(path.read_text()) for path in folder.glob("result.json")}
+    return {name: json.dumps([one["metrics"], one["details"]["FD-EffLite0"]]).encode() for name, one in found.items()}
+
+
+def reference(folder: Path) -> dict[str, bytes]:
+    return {key: value.tobytes() for path in folder.glob("reference.npz") for key, value in np.load(path).items()
+            if key != "source"}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return Models(tmp_path_factory.mktemp("faults") / "models")
+def cases(tmp_path_factory, request) -> dict[str, Case]:
+    """Tiny models with random weights, and the cases on them, by name."""
+    inception = request.getfixturevalue("inception_file") if request.config.getoption("--slow") else ""
+    folder = tmp_path_factory.mktemp("models")
+    ddpm = ["ddpm.sample", "--config", tiny_ddpm(folder, DDPM, steps=2), "--threads", 1]
+    model = ldm_checkpoint.Model(ldm_unet.UNet(**LDM["unet"]), first_stage.build(**LDM["first_stage"]),
+                                 nn.Embedding(LDM["num_classes"] + 1, 8))
+    torch.save({"state_dict": ldm_checkpoint.published_state_dict(model)}, folder / "ldm.ckpt")
+    (folder / "ldm.yaml").write_text(yaml.safe_dump(LDM))
+    samples, real = folder / "samples", folder / "reference"
+    for out, seeds in ((samples, SEEDS), (real, f"100-{99 + IMAGES}")):
+        assert run_command(ddpm_sample.main, *ddpm[1:], "--seeds", seeds, "--out", out) == 0
+    sampling = [*ddpm, "--seeds", SEEDS, "--batch-size", 1, "--out", "{}/out"]
+    found = [
+        Case("sampling", sampling, files("out/*/*.png")),
+        Case("two ranks", sampling, files("out/*/*.png"), ranks=2),
+        Case("conversion and sampling",
+             ["ldm.sample", "--config", folder / "ldm.yaml", "--checkpoint", "{}/ldm.ckpt", "--seeds", "0-3",
+              "--batch-size", 1, "--threads", 1, "--out", "{}/out"],
+             files("out/*/*.png", "ldm.safetensors"), (folder / "ldm.ckpt",)),
+        Case("packing", ["run.npz", "--samples", samples, "--seeds", SEEDS, "--out", "{}/x.npz"], files("x.npz")),
+        Case("evaluation", ["eval.quality", "--samples", "{}/samples", "--reference", "{}/reference", "--repeats", 2,
+                            "--dims", 4, "--threads", 1, "--out", "{}/result.json"], judged, (samples, real)),
+        Case("reference", ["eval.fid", "make-reference", "--from", "{}/samples", "--inception", inception,
+                           "--threads", 1, "--out", "{}/reference.npz"], reference, (samples,))]
+    return {case.name: case for case in found}
 
 
 @pytest.fixture(autouse=True)
@@ -20,33 +126,186 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(extract, "PART", 3)
 
 
-@pytest.mark.parametrize(("name", "kills"), KILLS.items())
-def test_killed_at_any_moment(models, name, kills, tmp_path):
-    assert kill_often(models.cases()[name], kills, tmp_path, random.Random(name)).total() >= kills
+def compare(found: dict[str, bytes], expected: dict[str, bytes], folder: Path | None = None) -> None:
+    """What is there is as expected; with a folder, at the end, all is there, and nothing is left over."""
+    assert not [name for name, content in found.items() if expected.get(name) != content]
+    if folder:
+        assert found.keys() == expected.keys()
+        assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+# ---- kills
+
+FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir"}
+
+
+def at_operation(folder: Path, number: int) -> Callable[[], None]:
+    """In a fork: die just before the file operation of that number below `folder`."""
+    left = [number]
+
+    def hook(event: str, args: tuple) -> None:
+        if event in FILE_EVENTS and isinstance(args[0], str | os.PathLike) and str(folder) in os.fspath(args[0]):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+    return lambda: sys.addaudithook(hook)
+
+
+def in_file(size: int) -> Callable[[], None]:
+    """In a fork: die where a file would grow beyond `size` bytes, with so much of it written."""
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return limit
+
+
+def killed(case: Case, folder: Path, log: Path, seconds: float, rng: random.Random) -> bool:
+    """Start the case (of several ranks: all, one of which is the victim) and kill it; False where it was done before.
+
+    seconds: that an undisturbed run takes.
+    """
+    victim = rng.randrange(case.ranks)
+    others = [case.start(folder, Path(f"{log}{rank}"), rank) for rank in range(case.ranks) if rank != victim]
+    how = rng.choice(["time", "operation", "write"])
+    if how == "time":
+        process = case.start(folder, log, victim)
+        time.sleep(rng.uniform(0, 1.1 * seconds))
+        process.send(signal.SIGKILL)
+    elif how == "operation":
+        # Few of the first, where a run is set up, and many more later on.
+        process = case.start(folder, log, victim, at_operation(folder, int(2 ** rng.uniform(0, 6.5))))
+    else:
+        # From a few bytes to more than the largest file has; the output, a file too, is not kept.
+        process = case.start(folder, Path(os.devnull), victim, in_file(int(2 ** rng.uniform(2, 18))))
+    code = process.wait()
+    assert all(other.wait() == 0 for other in others), [other.output for other in others]
+    assert code in (0, -signal.SIGKILL, -signal.SIGXFSZ), f"killed at {how}: {process.output}"
+    return code != 0
+
+
+def kill_often(case: Case, kills: int, work: Path, rng: random.Random) -> None:
+    log, plain = work / "log", case.make(work / "undisturbed")
+    started = time.monotonic()
+    expected = case.finish(plain, log)
+    seconds, done, run = time.monotonic() - started, 0, 0
+    while done < kills:
+        folder = case.make(work / str(run))
+        for _ in range(rng.randint(1, 6)):
+            dead = killed(case, folder, log, seconds, rng)
+            compare(case.result(folder), expected)
+            if not dead:
+                break
+            done += 1
+        compare(case.finish(folder, log), expected, folder)
+        shutil.rmtree(folder)
+        run += 1
+
+
+KILLS = {"sampling": 4, "two ranks": 3, "conversion and sampling": 3, "packing": 4, "evaluation": 2, "reference": 0}
+
+
+@pytest.mark.parametrize("name", [name for name, kills in KILLS.items() if kills])
+def test_killed_at_any_moment(cases, name, tmp_path):
+    kill_often(cases[name], KILLS[name], tmp_path, random.Random(name))
 
 
 @pytest.mark.slow
-def test_killed_a_hundred_times(models, tmp_path):
-    models.add_inception()
-    cases = models.cases().values()
-    assert len(cases) == 6
-    assert sum(kill_often(case, 17, tmp_path, random.Random(case.name)).total() for case in cases) >= 100
+@pytest.mark.parametrize("name", KILLS)
+def test_killed_a_hundred_times(cases, name, tmp_path):
+    kill_often(cases[name], 17, tmp_path, random.Random(name))
 
 
-@pytest.mark.parametrize(("name", "pattern", "heals"), DAMAGE)
-def test_a_file_cut_short(models, name, pattern, heals, tmp_path):
-    damaged(models.cases()[name], pattern, heals, tmp_path, random.Random(pattern), cuts=1)
+# ---- disks, damaged files, two writers
 
 
-@pytest.mark.parametrize("name", ["sampling", "conversion and sampling", "packing"])
-def test_two_writers(models, name, tmp_path):
-    two_writers(models.cases()[name], tmp_path)
-
-
-@pytest.mark.parametrize("name", ["sampling", "conversion and sampling", "packing"])
-def test_disks_that_are_full_or_read_only(models, name, tmp_path):
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A tmpfs of so many bytes, where one can be mounted."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True,
+                             text=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
     try:
-        assert full_disk(models.cases()[name], tmp_path) > 0
-        read_only(models.cases()[name], tmp_path)
-    except PermissionError as error:
-        pytest.skip(str(error))
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def ended(process: Forked, codes: tuple[int, ...], words: str = "") -> int:
+    """The exit code, which is one of the codes; beside 0 there is one clear line with the words."""
+    code, output = process.wait(), process.output
+    line = output.strip().splitlines()[-1] if output.strip() else ""
+    assert code in codes, output
+    assert not code or (line.startswith("error: ") and "Traceback" not in output and words in line), output
+    return code
+
+
+@pytest.mark.parametrize("name", ["sampling", "conversion and sampling", "packing"])
+def test_a_full_disk(cases, name, tmp_path):
+    """With ever more room until the case ends, in one folder."""
+    case, log, refused, room = cases[name], tmp_path / "log", 0, 0
+    plain = case.make(tmp_path / "with room")
+    expected = case.finish(plain, log)
+    needed = sum(path.stat().st_blocks * 512 for path in plain.rglob("*"))
+    with small_disk(tmp_path / "disk", 2 * needed + 2 ** 20) as disk:
+        case.make(disk)
+        while True:
+            filler = disk / "filler"
+            filler.write_bytes(b"")
+            free = shutil.disk_usage(disk).free
+            with open(filler, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, free - room))
+            code = ended(case.start(disk, log), (0, 1, 2))
+            filler.unlink()
+            if not code:
+                break
+            compare(case.result(disk), expected)
+            refused += 1
+            room += max(4096, needed // 8)
+        compare(case.result(disk), expected, disk)
+    assert refused > 0
+
+
+@pytest.mark.parametrize("name", ["sampling", "conversion and sampling", "packing"])
+def test_a_read_only_disk(cases, name, tmp_path):
+    """One clear line, and nothing happened; later it goes on."""
+    with small_disk(tmp_path / "disk", 2 ** 27) as disk:
+        cases[name].make(disk)
+        for mode, codes in (("ro", (1, 2)), ("rw", (0,))):
+            subprocess.run(["mount", "-o", f"remount,{mode}", disk], check=True)
+            ended(cases[name].start(disk, tmp_path / "log"), codes)
+
+
+@pytest.mark.parametrize(("name", "pattern", "heals"), [
+    ("sampling", "out/000/000003.png", True), ("sampling", "out/sessions.jsonl", True),
+    ("sampling", "out/run.json", False),
+    ("conversion and sampling", "ldm.safetensors", False), ("conversion and sampling", "ldm.ckpt", False),
+    ("conversion and sampling", "ldm.safetensors.sha256", True), ("conversion and sampling", "out/images.csv", True),
+    ("evaluation", "samples/.features/*/*.npz", True), ("evaluation", "samples/000/000003.png", False),
+    ("evaluation", "samples/run.json", False)])
+def test_a_file_cut_short(cases, name, pattern, heals, tmp_path):
+    """Either all is as it was after the same command, or the file is named in one clear line."""
+    case, rng = cases[name], random.Random(pattern)
+    folder = case.make(tmp_path / "folder")
+    expected = case.finish(folder, tmp_path / "log")
+    path = min(folder.glob(pattern))
+    whole = path.read_bytes()
+    for size in (0, rng.randrange(1, len(whole) - 1)):
+        path.write_bytes(whole[:size])
+        # A PNG that lacks no more than its last bytes has all its pixels.
+        if not ended(case.start(folder, tmp_path / "log"), (0,) if heals else (0, 2), "" if heals else path.name):
+            compare(case.result(folder), expected, folder)
+
+
+@pytest.mark.parametrize("name", ["sampling", "conversion and sampling", "packing"])
+def test_two_writers(cases, name, tmp_path):
+    """The same command twice at the same time: both end well, and no image is made twice."""
+    case, folder = cases[name], cases[name].make(tmp_path / "twice")
+    both = [case.start(folder, tmp_path / f"log{i}") for i in range(2)]
+    for process in both:
+        ended(process, (0,))
+    made = [int(number) for process in both for number in re.findall(r"(\d+) made now", process.output)]
+    assert not made or sum(made) == len(list(folder.glob("out/*/*.png")))
+    compare(case.result(folder), case.finish(case.make(tmp_path / "once"), tmp_path / "log"), folder)
