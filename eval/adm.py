@@ -14,114 +14,49 @@ of them (--groups), of IS from its blocks (Student's), of precision binomial.
 Features are kept beside the images (0.02 MB an image), so that a second call takes minutes.
 """
 
-import argparse
-import time
-import zipfile
-import zlib
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from eval.metrics import evaluator
-from eval.metrics.extract import extract
+from eval.metrics.evaluator import Extraction, OfSets, Real, few, judge, read_statistics
 from eval.metrics.images import ImageSet, open_images
-from eval.metrics.inception import DIMS, Inception
-from eval.metrics.measure import Sets
-from eval.tables.results import of_samples
-from run import results
-from run.cli import command, warn
-from run.machine import check_counts, prepare_device
-from run.seeds import rank_and_world
-from run.weights import sha256
-from unet_caching.errors import UserError, one_line
+from run.cli import command
+from run.machine import Device
+from unet_caching.errors import UserError
+from unet_caching.options import required
 
 LAYERS = ("pool", "logits", "spatial")
 _KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
-class Reference(NamedTuple):
-    """images: arr_0. statistics: (mean, covariance) by layer as the file has them; None where it has none."""
-    images: ImageSet
-    statistics: dict[str, tuple[np.ndarray, np.ndarray]] | None
+@dataclass(frozen=True)
+class Options(OfSets):
+    reference: Path = required("reference npz of ADM")
 
 
-def open_reference(path: Path) -> Reference:
+def open_reference(path: Path, samples: ImageSet) -> Real:
     """A reference file of ADM: arr_0 uint8 NHWC, and mu, sigma, mu_s, sigma_s, all of them or none.
 
-    Raises UserError for a file that is damaged or has other shapes.
+    Raises UserError for a file that is damaged, has other shapes, or images of another size than the samples.
     """
     if not path.is_file():
         raise UserError(f"no reference {path}: ADM's for ImageNet 256 is VIRTUAL_imagenet256_labeled.npz, at "
                         "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
                         "VIRTUAL_imagenet256_labeled.npz")
     images = open_images(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            wanted = [key for keys in _KEYS.values() for key in keys]
-            missing = [key for key in wanted if key not in file]
-            if len(missing) == len(wanted):
-                return Reference(images, None)
-            if missing:
-                raise UserError(f"{path} lacks {', '.join(missing)}: a reference of ADM has {', '.join(wanted)} and "
-                                "arr_0")
-            found = {layer: (file[mu], file[sigma]) for layer, (mu, sigma) in _KEYS.items()}
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged: {one_line(error)}") from None
-    for layer, (mu, sigma) in found.items():
-        d = DIMS[layer]
-        if mu.shape != (d,) or sigma.shape != (d, d) or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
-            raise UserError(f"{path}: {' and '.join(_KEYS[layer])} are {list(mu.shape)} and {list(sigma.shape)}: "
-                            f"expected [{d}] and [{d}, {d}], all finite")
-    return Reference(images, found)
-
-
-def table(scores: evaluator.Scores, samples: int, reference: int, name: Callable[[str], str] = str) -> str:
-    """For people. name: what a number may be called."""
-    lines = {name(said): line for said, line in scores.lines.items()}
-    width = 2 + max(map(len, lines))
-    return "\n".join([f"{samples} samples; precision, recall and KID against {reference} images",
-                      *(f"{said:{width}}{line}" for said, line in lines.items())])
+    if images.size != samples.size:
+        h, w = images.size
+        raise UserError(f"the samples are {samples.size[1]}x{samples.size[0]} pixels and {path} is {w}x{h}: "
+                        "take the reference of the samples' size")
+    statistics, notes = read_statistics(path, _KEYS), []
+    if statistics is None:
+        notes = [f"{path} has no mu and sigma: those of its {len(images)} images are used",
+                 *few(len(images), "reference images")]
+    return Real(path, "adm", LAYERS, statistics, images, notes=notes, details={"reference_images": len(images)})
 
 
 @command
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    evaluator.add_sample_options(parser)
-    parser.add_argument("--reference", type=Path, required=True, help="reference npz of ADM")
-    evaluator.add_options(parser)
-    args = parser.parse_args()
-    check_counts(batch_size=args.batch_size)
-    started, device = time.time(), prepare_device(args.device, args.threads)
-    samples, notes = evaluator.open_samples(args)
-    reference = open_reference(args.reference)
-    if reference.images.size != samples.size:
-        h, w = reference.images.size
-        raise UserError(f"the samples are {samples.size[1]}x{samples.size[0]} pixels and {args.reference} is {w}x{h}: "
-                        "take the reference of the samples' size")
-    inception = Inception(args.inception, "adm", LAYERS, device)
-    if not reference.statistics:
-        notes.append(f"{args.reference} has no mu and sigma: those of its {len(reference.images)} images are used")
-        notes += evaluator.few(len(reference.images), DIMS["pool"], "reference images")
-    notes += evaluator.few(len(samples), DIMS["pool"], "images") + inception.notes
-    rank, _ = rank_and_world()
-    if not rank:
-        warn(notes)
-    x, y = (extract(images, inception, args.batch_size, args.features, share=True)
-            for images in (samples, reference.images))
-    if x is None or y is None:          # the work of rank 0
-        return
-    scores = evaluator.score("adm", Sets(x, reference.statistics, y, args.groups))
-    print(table(scores, len(samples), len(reference.images), inception.name))
-    if args.out:
-        metrics = {inception.name(name): metric for name, metric in scores.metrics.items()}
-        results.write(args.out, of_samples(
-            "adm", samples, metrics, device, started=started, inputs={"reference": str(args.reference)},
-            hashes={"reference": sha256(args.reference), "extractor": inception.sha256, "images": x.images_sha256},
-            details={**scores.details, "unavailable": scores.unavailable, "notes": notes, "extractor": inception.id,
-                     "reference_images": len(reference.images), "groups": args.groups}))
-        print(f"wrote {args.out}")
+def main(options: Options, extraction: Extraction, where: Device) -> None:
+    judge("adm", options, extraction, where, lambda samples: open_reference(options.reference, samples))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from eval.metrics.images import ImageSet, open_images
 from eval.metrics.intervals import mean_estimate
 from eval.metrics.registry import CLIP_SCORE
-from eval.tables.results import of_samples
+from eval.metrics.results import of_samples
 from run import arguments, results
 from run.cli import command, warn
 from run.machine import check_counts, prepare_device

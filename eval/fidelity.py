@@ -30,8 +30,8 @@ from eval.metrics.images import ImageSet, check_paired, open_to_judge
 from eval.metrics.intervals import mean_interval
 from eval.metrics.lpips import BACKBONE, Lpips
 from eval.metrics.registry import FEATURE_DISTANCE, PAIRS, PIXELS, RMSE_TO_CONVERGED
+from eval.metrics.results import of_samples
 from eval.tables.plots import distributions, worst_pairs
-from eval.tables.results import of_samples
 from run import arguments, results
 from run.cli import command, warn
 from run.machine import check_counts, prepare_device

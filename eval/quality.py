@@ -26,9 +26,9 @@ from eval.metrics.features import SmallExtractor, features_of
 from eval.metrics.images import ImageSet, check_paired, open_to_judge
 from eval.metrics.measure import Measure, shown
 from eval.metrics.registry import EXTRACTORS, SMALL_MEASURES, SMALL_SETS
+from eval.metrics.results import of_samples
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_neighbours, real_floor
 from eval.metrics.sources import open_reference
-from eval.tables.results import of_samples
 from run import arguments, results
 from run.cli import command, warn
 from run.machine import check_counts, prepare_device

@@ -2,26 +2,26 @@
 
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from cleanfid import inception_pytorch
+from conftest import run_command
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.kid import poly_mmd
 
 from eval import adm
-from eval.adm import LAYERS, main, open_reference
+from eval.adm import LAYERS, open_reference
 from eval.metrics import evaluator, inception_scores
 from eval.metrics.frechet import GROUPS, Moments, frechet_distance, frechet_of_parts
 from eval.metrics.images import open_images
 from eval.metrics.inception import MODES, Inception, load
 from eval.metrics.intervals import Share, jackknife
 from eval.metrics.kernel import kid_of_subsets
-from eval.metrics.measure import Sets
+from eval.metrics.measure import Sets, Unavailable
 from run.npz import pack
 from unet_caching.errors import UserError
 
@@ -245,11 +245,6 @@ def save(folder, pixels):
     return folder
 
 
-def run(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["eval.adm", *map(str, args)])
-    main()
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Samples, and a reference in ADM's layout: images of another distribution, and statistics of more of them."""
@@ -263,10 +258,10 @@ def files(tmp_path_factory):
     return save(folder / "x", PIXELS), folder / "ref.npz", arrays
 
 
-def test_command_from_images_to_json(tmp_path, monkeypatch, capsys, files, inception_file, inception, found):
+def test_command_from_images_to_json(tmp_path, capsys, files, inception_file, inception, found):
     samples, reference, arrays = files
     common = ("--reference", reference, "--inception", inception_file, "--allow-fewer", "--groups", 0)
-    run(monkeypatch, "--samples", samples, *common, "--out", tmp_path / "results" / "x.json")
+    assert run_command(adm.main, "--samples", samples, *common, "--out", tmp_path / "results" / "x.json") == 0
     printed = capsys.readouterr()
     result = json.loads((tmp_path / "results" / "x.json").read_text())
     # these weights are not the published ones, and so no number may pass for an FID
@@ -290,8 +285,7 @@ def test_command_from_images_to_json(tmp_path, monkeypatch, capsys, files, incep
     notes = " ".join(result["details"]["notes"])
     assert "6 images where 50000 are expected" in notes and "not the published file" in notes
     assert "6 images for 2048 dimensions" in notes and notes.split()[0] in printed.err and "sFID" in printed.out
-    said = printed.out.splitlines()[1:-1]
-    assert all(", other weights" in line for line in said)
+    assert all(", other weights" in line for line in printed.out.splitlines()[1:-1])
 
 
 def test_samples_packed_for_adm_are_read_as_they_are(tmp_path, files):
@@ -305,13 +299,13 @@ def test_samples_packed_for_adm_are_read_as_they_are(tmp_path, files):
     (("--count", 7), None, "6 of the 7 images expected"),
     (("--count", 6, "--groups", 1), None, "--groups must be 2 or more"),
     (("--count", 6), lambda a: a.update(arr_0=PIXELS[:, :20]), "samples are 40x40 pixels and .* is 40x20"),
-    (("--count", 6), lambda a: a.pop("mu_s"), "lacks mu_s"),
+    (("--count", 6), lambda a: a.pop("mu_s"), "has no mu_s"),
     (("--count", 6), lambda a: a.update(mu=np.zeros(64)), r"mu and sigma are \[64\]"),
     (("--count", 6), lambda a: a.pop("arr_0"), "no arr_0"),
     (("--count", 6), lambda a: a.update(mu=np.full(2048, np.nan)), "finite"),
     (("--count", 6, "--inception", "missing.pth"), lambda a: None, "no Inception weights missing.pth: get"),
 ])
-def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, capsys, files, inception_file, args, change, message):
+def test_bad_input_ends_in_one_line(tmp_path, capsys, files, inception_file, args, change, message):
     samples, reference, arrays = files
     if change:
         content = {"arr_0": PIXELS[:5], **arrays}
@@ -320,23 +314,23 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, capsys, files, incept
         change(content)
         reference = tmp_path / "ref.npz"
         np.savez(reference, **content)
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, "--samples", samples, "--reference", reference, "--inception", inception_file, *args,
-            "--out", tmp_path / "x.json")
+    assert run_command(adm.main, "--samples", samples, "--reference", reference, "--inception", inception_file, *args,
+                       "--out", tmp_path / "x.json") == 2
     error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
+    assert error.count("\n") == 1 and error.startswith("error: ")
     assert re.search(message, error)
     assert not (tmp_path / "x.json").exists()
 
 
-def test_a_truncated_reference_is_refused(tmp_path):
+def test_a_truncated_reference_is_refused(tmp_path, files):
+    samples = open_images(files[0])
     np.savez(tmp_path / "ref.npz", arr_0=PIXELS)
     whole = (tmp_path / "ref.npz").read_bytes()
     (tmp_path / "ref.npz").write_bytes(whole[:-400])
     with pytest.raises(UserError, match="truncated or not an npz"):
-        open_reference(tmp_path / "ref.npz")
+        open_reference(tmp_path / "ref.npz", samples)
     with pytest.raises(UserError, match=r"VIRTUAL_imagenet256_labeled\.npz"):
-        open_reference(tmp_path / "nothing.npz")
+        open_reference(tmp_path / "nothing.npz", samples)
 
 
 def test_a_reference_without_statistics_is_judged_by_its_images(tmp_path):
@@ -355,9 +349,8 @@ def test_a_reference_without_statistics_is_judged_by_its_images(tmp_path):
             return self.values[layer]
 
     x, y = Known(40), Known(30)
-    scores = evaluator.score("adm", Sets(x, None, y, GROUPS))
+    found = {name: score for name, _, score in evaluator.scores("adm", Sets(x, None, y, GROUPS))}
     expected = frechet_of_parts([x.all("spatial")], *Moments([y.all("spatial")]).statistics())
-    assert scores.metrics["sFID"].value == pytest.approx(expected.value) and scores.metrics["sFID"].interval
-    few = evaluator.score("adm", Sets(Known(3), None, y, GROUPS))
-    assert "precision" not in few.metrics and "more than 3" in few.unavailable["recall"]
-    assert "-   (they need" in adm.table(few, 3, 30)
+    assert found["sFID"].metric.value == pytest.approx(expected.value) and found["sFID"].metric.interval
+    few = {name: score for name, _, score in evaluator.scores("adm", Sets(Known(3), None, y, GROUPS))}
+    assert isinstance(few["precision"], Unavailable) and "more than 3" in str(few["recall"])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ddpm import sample
 from eval.cost.runs import call_macs
-from eval.tables.results import cost
+from eval.metrics.results import cost
 from lab.fit.__main__ import main as fit_main
 from lab.fit.adaptor import TimeConditioning
 from lab.fit.fit import frozen, weights_sha256

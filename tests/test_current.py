@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from ddpm import sample as ddpm_sample
 from eval import quality
 from eval import table as table_command
-from eval.metrics import evaluator
+from eval.metrics.results import VERSION
 from eval.tables import current
 from eval.tables.current import Wanted
 from eval.tables.paper import find
@@ -192,7 +192,7 @@ def test_another_inception_or_reference_is_told_by_content(tmp_path):
 
 
 def test_an_evaluator_of_another_version_is_asked_again(monkeypatch, wanted):
-    monkeypatch.setattr(current, "VERSION", evaluator.VERSION + 1)
+    monkeypatch.setattr(current, "VERSION", VERSION + 1)
     assert wanted.fault(result_of(wanted)) == "judged by an older evaluator"
 
 

@@ -1,6 +1,6 @@
 """eval.fid: preparation of images in every mode, references and where they come from, the commands."""
 
-import json
+import copy
 import pickle
 import sys
 import types
@@ -10,14 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cleanfid.resize import build_resizer
+from conftest import run_command
 from PIL import Image
 
 from eval import fid
+from eval.metrics.evaluator import scores
 from eval.metrics.extract import extract
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.images import from_array, open_images
 from eval.metrics.inception import MODES, Inception
+from eval.metrics.measure import Sets
 from eval.metrics.sources import cifar10, open_source
+from run import results
 from unet_caching.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -41,11 +45,6 @@ def made(tmp_path_factory, inception):
     return folder / "x.npz", folder / "ref.npz"
 
 
-def run(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["eval.fid", *map(str, args)])
-    fid.main()
-
-
 # Preparing images
 
 def test_every_mode_prepares_images_as_its_library_does():
@@ -65,20 +64,31 @@ def test_every_mode_prepares_images_as_its_library_does():
     assert all((a - b).abs().max() > 0.05 for i, a in enumerate(distinct) for b in distinct[:i])
 
 
+def with_mode(inception, mode):
+    other = copy.copy(inception)
+    other.mode = mode
+    return other
+
+
 def test_modes_keep_their_features_apart(inception):
-    ids = {mode: inception.in_mode(mode).id for mode in ("pytorch-fid", "clean", "adm", "legacy_tensorflow")}
+    ids = {mode: with_mode(inception, mode).id for mode in ("pytorch-fid", "clean", "adm", "legacy_tensorflow")}
     assert len(set(ids.values())) == 3 and ids["adm"] == ids["legacy_tensorflow"]
 
 
 # References
 
+def opened(path, samples, mode=None):
+    return fid.open_reference(path, mode, open_images(samples))
+
+
 def test_a_reference_remembers_what_it_is_of(made, inception):
-    reference = fid.read_reference(made[1])
-    features = inception.features(PIXELS[5:])["pool"].astype(np.float64)
-    assert np.allclose(reference.mu, features.mean(0), rtol=1e-5, atol=1e-8)
-    assert np.allclose(reference.sigma, np.cov(features, rowvar=False), rtol=1e-3, atol=1e-8)
-    assert (reference.mode, reference.count, reference.size) == ("pytorch-fid", 4, (40, 40))
-    assert reference.extractor_sha256 == inception.sha256 and np.allclose(reference.features, features, atol=1e-5)
+    samples, path = made
+    reference, features = opened(path, samples), inception.features(PIXELS[5:])["pool"].astype(np.float64)
+    mu, sigma = reference.statistics["pool"]
+    assert np.allclose(mu, features.mean(0), rtol=1e-5, atol=1e-8)
+    assert np.allclose(sigma, np.cov(features, rowvar=False), rtol=1e-3, atol=1e-8)
+    assert (reference.mode, reference.details["reference_images"]) == ("pytorch-fid", 4)
+    assert reference.weights == inception.sha256 and np.allclose(reference.images, features, atol=1e-5)
 
 
 def test_a_reference_keeps_some_features_of_many_images(tmp_path, monkeypatch, made, inception):
@@ -86,7 +96,7 @@ def test_a_reference_keeps_some_features_of_many_images(tmp_path, monkeypatch, m
     real = open_images(made[0].with_name("real.npz"))
     features = extract(real, inception)
     fid.write_reference(tmp_path / "ref.npz", real, features, inception)
-    kept = fid.read_reference(tmp_path / "ref.npz").features
+    kept = opened(tmp_path / "ref.npz", made[0]).images
     assert len(kept) == 2 and all((row == features.values).all(1).any() for row in kept)
 
 
@@ -98,8 +108,7 @@ def write(path, **content):
 @pytest.mark.parametrize("change, mode, message", [
     ({"mu": None}, None, "has no mu"),
     ({"mu": np.zeros(64)}, None, r"mu and sigma are \[64\]"),
-    ({"sigma": np.full((2048, 2048), np.inf)}, None, "not finite"),
-    ({"extractor_sha256": "f" * 64}, None, "other Inception weights"),
+    ({"sigma": np.full((2048, 2048), np.inf)}, None, "finite"),
     ({"size": np.array([256, 256])}, None, "samples are 40x40 pixels and .* is of 256x256"),
     ({}, "clean", "is of mode pytorch-fid, not clean"),
     ({"mode": "other"}, None, "none of pytorch-fid, clean"),
@@ -107,76 +116,76 @@ def write(path, **content):
     ({"features": None}, None, "damaged or no reference"),
     ({"format": None, "arr_0": PIXELS[:2, :9]}, None, "is a reference of ADM's evaluator"),
 ])
-def test_a_reference_that_does_not_fit_is_refused(tmp_path, made, inception, change, mode, message):
+def test_a_reference_that_does_not_fit_is_refused(tmp_path, made, change, mode, message):
     with np.load(made[1]) as file:
         reference = write(tmp_path / "ref.npz", **{**file, **change})
     with pytest.raises(UserError, match=message) as caught:
-        fid.plan([fid.read_reference(reference)], mode, open_images(made[0]), inception.sha256)
+        opened(reference, made[0], mode)
     assert "\n" not in str(caught.value)
-
-
-def test_two_references_of_one_mode_are_refused(made, inception):
-    reference = fid.read_reference(made[1])
-    with pytest.raises(UserError, match="two references of mode pytorch-fid"):
-        fid.plan([reference, reference], None, open_images(made[0]), inception.sha256)
 
 
 def test_a_truncated_reference_is_refused(tmp_path, made):
     (tmp_path / "ref.npz").write_bytes(made[1].read_bytes()[:100_000])
     with pytest.raises(UserError, match="damaged or no reference"):
-        fid.read_reference(tmp_path / "ref.npz")
+        opened(tmp_path / "ref.npz", made[0])
 
 
-def test_bad_arguments_end_in_one_line(tmp_path, monkeypatch, capsys, made, inception_file):
-    common = ("--inception", inception_file)
+def test_bad_arguments_end_in_one_line(tmp_path, capsys, made, inception_file):
     for args, message in (
             (("--samples", made[0], "--reference", made[1]), "5 of the 50000 images expected"),
             (("--samples", made[0], "--reference", tmp_path / "no.npz", "--allow-fewer"), "make-reference"),
             (("make-reference", "--from", tmp_path / "no", "--out", tmp_path / "r.npz"), "no images at"),
             (("make-reference", "--from", made[0], "--count", 6, "--out", tmp_path / "r.npz"), "from 2 to 5, got 6"),
             (("make-reference", "--from", made[1], "--size", 64, "--out", tmp_path / "no" / "r.npz"), "no arr_0")):
-        with pytest.raises(SystemExit) as caught:
-            run(monkeypatch, *args, *common)
+        assert run_command(fid.main, *args, "--inception", inception_file) == 2
         error = capsys.readouterr().err
-        assert caught.value.code == 2 and error.count("\n") == 1 and message in error
+        assert error.count("\n") == 1 and message in error
     assert not list(tmp_path.iterdir())
 
 
 # The commands
 
-def test_commands_from_real_images_to_json(tmp_path, monkeypatch, capsys, made, inception_file, inception):
-    """A published file, one of make-reference, and a column whose library is broken."""
-    real = made[0].with_name("real.npz")
-    monkeypatch.setattr(Inception, "name", lambda _, metric: metric)        # as with the published weights
-    run(monkeypatch, "make-reference", "--from", real, "--out", tmp_path / "tf.npz", "--mode", "legacy_tensorflow",
-        "--inception", inception_file)
+def test_commands_from_real_images_to_json(tmp_path, capsys, made, inception_file, inception):
+    samples, _ = made
+    reference, out = tmp_path / "new" / "tf.npz", tmp_path / "out" / "x.json"
+    assert run_command(fid.main, "make-reference", "--from", samples.with_name("real.npz"), "--out", reference,
+                       "--mode", "legacy_tensorflow", "--inception", inception_file) == 0
     assert "4 images of 40x40" in capsys.readouterr().out
-    with np.load(made[1]) as file:
-        published = write(tmp_path / "published.npz", mu=file["mu"], sigma=file["sigma"] + 0.01 * np.eye(2048))
-        broken = write(tmp_path / "clean.npz", **{**file, "mode": "clean"})
-    monkeypatch.setitem(sys.modules, "cleanfid.resize", None)
-    run(monkeypatch, "--samples", made[0], "--reference", published, tmp_path / "tf.npz", broken, "--inception",
-        inception_file, "--count", 5, "--groups", 0, "--out", tmp_path / "out" / "x.json")
-    printed = capsys.readouterr()
-    assert "other weights" not in printed.out
-    result = json.loads((tmp_path / "out" / "x.json").read_text())
-    tensorflow = "(clean-fid, legacy_tensorflow)"
-    assert set(result["metrics"]) == {"FID", f"FID {tensorflow}", f"KID {tensorflow}"}
-    assert "clean-fid is not installed" in result["details"]["unavailable"]["clean-FID"] and "clean-FID" in printed.out
-    assert "no features" in result["details"]["unavailable"]["KID"]
-    assert "published.npz does not say which network" in printed.err
-    x = inception.features(PIXELS[:5])["pool"].astype(np.float64)
-    reference = fid.read_reference(published)
+    assert run_command(fid.main, "--samples", samples, "--reference", reference, "--inception", inception_file,
+                       "--groups", 0, "--count", 5, "--out", out) == 0
+    printed, result = capsys.readouterr(), results.read(out)
+    name = "FID (clean-fid, legacy_tensorflow), other weights"
+    assert set(result.metrics) == {name, name.replace("FID", "KID", 1)} and name in printed.out
+    x = with_mode(inception, "legacy_tensorflow").features(PIXELS[:5])["pool"].astype(np.float64)
+    mu, sigma = opened(reference, samples).statistics["pool"]
     centred = (x - x.mean(0)) / 2
-    shared = np.sqrt(np.clip(np.linalg.eigvalsh(centred @ reference.sigma @ centred.T), 0, None)).sum()
-    expected = (((x.mean(0) - reference.mu) ** 2).sum() + np.trace(reference.sigma) + (centred ** 2).sum() - 2 * shared)
-    assert result["metrics"]["FID"]["value"] == pytest.approx(expected, rel=1e-6)
-    assert result["kind"] == "fid" and result["images"] == 5 and len(result["hashes"]["images"]) == 64
-    assert {"reference published.npz", "reference tf.npz", "extractor"} <= set(result["hashes"])
+    shared = np.sqrt(np.clip(np.linalg.eigvalsh(centred @ sigma @ centred.T), 0, None)).sum()
+    expected = ((x.mean(0) - mu) ** 2).sum() + np.trace(sigma) + (centred ** 2).sum() - 2 * shared
+    assert result.metrics[name].value == pytest.approx(expected, rel=1e-6)
+    assert result.kind == "fid" and result.images == 5 and len(result.hashes["images"]) == 64
+    assert {"reference", "extractor"} <= set(result.hashes) and "not the published file" in printed.err
 
-    with pytest.raises(SystemExit) as caught:       # the only column
-        run(monkeypatch, "--samples", made[0], "--reference", broken, "--inception", inception_file, "--allow-fewer")
-    assert caught.value.code == 2 and "clean-fid is not installed" in capsys.readouterr().err
+
+def test_a_published_file_serves_for_the_distance_alone(tmp_path, made):
+    with np.load(made[1]) as file:
+        reference = opened(write(tmp_path / "x.npz", mu=file["mu"], sigma=file["sigma"]), made[0], "clean")
+    assert reference.name == "clean-{}" and "x.npz does not say which network" in reference.notes[0]
+    found = {name: score for name, _, score in scores("fid", Sets(
+        types.SimpleNamespace(parts=lambda _: [np.eye(3, 4)], all=lambda _: np.eye(3, 4)),
+        {"pool": (np.zeros(4), np.eye(4))}, reference.images, 0))}
+    assert found["FID"].metric.value > 0 and str(found["KID"]) == "no features of real images"
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"mode": "clean"}, "clean-fid is not installed"), ({"extractor_sha256": "f" * 64}, "other Inception weights")])
+def test_a_reference_needs_its_library_and_its_network(tmp_path, monkeypatch, capsys, made, inception_file, change,
+                                                       message):
+    monkeypatch.setitem(sys.modules, "cleanfid.resize", None)
+    with np.load(made[1]) as file:
+        reference = write(tmp_path / "x.npz", **{**file, **change})
+    assert run_command(fid.main, "--samples", made[0], "--reference", reference, "--inception", inception_file,
+                       "--allow-fewer") == 2
+    assert message in capsys.readouterr().err
 
 
 def test_frechet_of_singular_and_regular_covariances_agree():
@@ -286,8 +295,8 @@ def test_lsun_is_cropped_as_for_ddim(tmp_path, monkeypatch):
         list(open_source(tmp_path, size=16).batches(2))
 
 
-def test_photographs_of_any_size_become_a_reference(tmp_path, monkeypatch, capsys, inception_file):
-    """COCO's are of mixed sizes, some of them grey; the folder of the reference is made."""
+def test_photographs_of_any_size_become_a_reference(tmp_path):
+    """COCO's are of mixed sizes, some of them grey."""
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for name, shape in (("a.jpg", (60, 90, 3)), ("b.jpg", (80, 50)), ("c.png", (48, 48, 3))):
@@ -296,10 +305,6 @@ def test_photographs_of_any_size_become_a_reference(tmp_path, monkeypatch, capsy
     pixels = np.concatenate(list(images.batches(2)))
     assert pixels.shape == (3, 48, 48, 3) and (pixels[1, ..., 0] == pixels[1, ..., 2]).all()
     assert np.array_equal(pixels[2], np.asarray(Image.open(tmp_path / "photos/c.png")))
-    run(monkeypatch, "make-reference", "--from", tmp_path / "photos", "--size", 48, "--out", tmp_path / "new/r.npz",
-        "--inception", inception_file)
-    assert "3 images of 48x48" in capsys.readouterr().out
-    assert fid.read_reference(tmp_path / "new/r.npz").size == (48, 48)
     with pytest.raises(UserError, match=r"images of 48x48 pixels, which --size does not change"):
         np.savez(tmp_path / "x.npz", pixels)
         open_source(tmp_path / "x.npz", 32)

@@ -17,7 +17,7 @@ from ddpm import sample as sample_command
 from ddpm.unet import UNet as PixelUNet
 from eval import macs, throughput
 from eval.cost.runs import call_macs, costs_of, macs_per_image, macs_per_step
-from eval.tables.results import cost
+from eval.metrics.results import cost
 from lab.plans.__main__ import main as plans_main
 from lab.plans.candidates import deepcache_calls
 from ldm.unet import UNet

@@ -16,13 +16,13 @@ from eval.cost.macs import run_macs
 from eval.cost.runs import macs_per_step, pruned
 from eval.cost.timing import kinds_of
 from eval.metrics.extract import pixels_sha256
+from eval.metrics.results import cost
 from eval.metrics.sources import open_reference
 from eval.tables import paper as paper_tables
 from eval.tables import render as table
 from eval.tables import rows
 from eval.tables.current import reference_of, weights_sha256
 from eval.tables.paper import COLUMNS, FOLDER, Table, find, tables
-from eval.tables.results import cost
 from run import results
 from run.families import build, example_inputs
 from run.results import Metric, Result

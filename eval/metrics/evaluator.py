@@ -1,103 +1,189 @@
-"""What the evaluators on Inception features share: command-line options, their checks, and scoring two sets."""
+"""What the evaluators share: the options of what is judged, and the judging of two sets on Inception features."""
 
-import argparse
+import contextlib
 import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
-import torch
+import numpy as np
 
+from eval.metrics.extract import extract
 from eval.metrics.frechet import GROUPS
 from eval.metrics.images import ImageSet, open_to_judge
-from eval.metrics.measure import Sets, Unavailable
+from eval.metrics.inception import DIMS, Inception
+from eval.metrics.measure import Score, Sets, Unavailable
 from eval.metrics.registry import SETS
-from run import arguments
-from run.results import Metric
-from run.seeds import parse_seeds
-from unet_caching.errors import UserError
+from eval.metrics.results import of_samples
+from run import arguments, results
+from run.cli import warn
+from run.machine import Device
+from run.results import Metric, Result
+from run.seeds import parse_seeds, rank_and_world
+from run.weights import sha256
+from unet_caching.errors import UserError, one_line
+from unet_caching.options import option, required
 
-VERSION = 1         # of all evaluators: another one where a number of the same images would be another
 COUNT = 50_000      # images behind the published numbers
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """--inception, --features, --batch-size, --device, --threads: of the extraction."""
-    parser.add_argument("--inception", type=Path, required=True,
-                        help="weights of the Inception network, a local file (eval/metrics/inception.py names two)")
-    parser.add_argument("--features", type=Path, help="folder to keep features in (default: beside the images)")
-    parser.add_argument("--batch-size", type=arguments.whole, default=64,
-                        help="images at a time (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda, cuda:1 (default: %(default)s; under torchrun cuda is each process's own)")
-    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
+@dataclass(frozen=True)
+class Judged:
+    """Which images are judged, and where the number goes."""
+    title: ClassVar[str] = "what is judged"
+    samples: Path = required("sample folder, folder of images, or npz (arr_0)")
+    seeds: str | None = option(None, "exactly these, like 0-49999, whatever else is there (default: all)")
+    allow_fewer: bool = option(False, "judge fewer images, or an unfinished folder; the result says so")
+    out: Path | None = option(None, "JSON to write (run/results.py)", type=arguments.out_file)
+
+    def open(self, path: Path | None = None, count: int | None = None) -> tuple[ImageSet, list[str]]:
+        """The images (of another path, for what they are compared with), and what must be said about them.
+
+        count: at least so many must be there. Raises UserError.
+        """
+        return open_to_judge(path or self.samples, parse_seeds(self.seeds) if self.seeds else None, count,
+                             self.allow_fewer)
+
+    def write(self, result: Result) -> None:
+        if self.out:
+            results.write(self.out, result)
+            print(f"wrote {self.out}")
 
 
-def add_sample_options(parser: argparse.ArgumentParser) -> None:
-    """--samples, --seeds, --count, --allow-fewer, --groups, --out: of what is judged."""
-    parser.add_argument("--samples", type=Path, required=True, help="sample folder, folder of images, or npz (arr_0)")
-    parser.add_argument("--seeds", help="exactly these, like 0-49999, whatever else is there (default: all)")
-    parser.add_argument("--count", type=arguments.whole, default=COUNT,
-                        help="images that must be there (default: %(default)s)")
-    parser.add_argument("--allow-fewer", action="store_true",
-                        help="judge fewer images, or an unfinished folder: not comparable with published numbers")
-    parser.add_argument("--groups", type=arguments.whole, default=GROUPS,
-                        help="of the jackknife for the errors of FID, sFID, recall (default: %(default)s; 0: none)")
-    parser.add_argument("--out", type=arguments.out_file, help="JSON to write (run/results.py)")
+@dataclass(frozen=True)
+class OfSets(Judged):
+    """A set of images that is judged as a whole."""
+    count: int = option(COUNT, "images that must be there (default: %(default)s)", least=2)
+    groups: int = option(GROUPS, "of the jackknife for the errors of FID, sFID, recall (default: %(default)s; 0: none)",
+                         least=0)
+
+    def open_all(self) -> tuple[ImageSet, list[str]]:
+        """As `open`; raises UserError for fewer images than --count without --allow-fewer, and for fewer than two."""
+        if self.groups == 1:
+            raise UserError("--groups must be 2 or more, or 0 for no error, got 1")
+        images, notes = self.open()
+        n = len(images)
+        if n < 2:
+            raise UserError(f"{images.description} has {n} image: a distance of sets needs at least 2")
+        if n < self.count and not self.allow_fewer:
+            raise UserError(f"{images.description} has {n} of the {self.count} images expected: sample the rest first, "
+                            "name another --count, or pass --allow-fewer for a number that is not comparable")
+        if n != self.count:
+            notes.append(f"{n} images where {self.count} are expected: FID, sFID and recall of another number of "
+                         "images are not comparable")
+        return images, [*notes, *few(n, "images")]
 
 
-def open_samples(args: argparse.Namespace) -> tuple[ImageSet, list[str]]:
-    """The images to judge, and what must be said about them.
-
-    Raises UserError for a folder that is unfinished, fewer than --count images without --allow-fewer, fewer than two.
-    """
-    if args.groups < 0 or args.groups == 1:
-        raise UserError(f"--groups must be 2 or more, or 0 for no error, got {args.groups}")
-    if args.count < 2:
-        raise UserError(f"--count must be 2 or more, got {args.count}")
-    images, notes = open_to_judge(args.samples, parse_seeds(args.seeds) if args.seeds else None,
-                                  allow_fewer=args.allow_fewer)
-    n = len(images)
-    if n < 2:
-        raise UserError(f"{images.description} has {n} image: a distance of sets needs at least 2")
-    if n < args.count and not args.allow_fewer:
-        raise UserError(f"{images.description} has {n} of the {args.count} images expected: sample the rest first, "
-                        "name another --count, or pass --allow-fewer for a number that is not comparable")
-    if n != args.count:
-        notes.append(f"{n} images where {args.count} are expected: FID, sFID and recall of another number of images "
-                     "are not comparable")
-    return images, notes
+@dataclass(frozen=True)
+class Extraction:
+    """How Inception features are computed."""
+    title: ClassVar[str] = "the features"
+    inception: Path = required("weights of the Inception network, a local file (eval/metrics/inception.py names two)")
+    features: Path | None = option(None, "folder to keep features in (default: beside the images)")
+    batch_size: int = option(64, "images at a time (default: %(default)s)", least=1)
 
 
-def few(n: int, dims: int, what: str) -> list[str]:
-    """A note where a covariance is singular."""
+def few(n: int, what: str) -> list[str]:
+    """A note where the covariance of n images is singular."""
+    dims = DIMS["pool"]
     return [f"{n} {what} for {dims} dimensions: the covariance is singular, and the Frechet distance mostly bias"
             ] if n <= dims else []
 
 
-class Scores(NamedTuple):
-    """metrics by name. details: what else there is to say of some, JSON-compatible. unavailable: reasons, by name.
-    lines: all of it for the screen, by what a measure is called there.
+@dataclass
+class Real:
+    """Real images that others are judged against. Raises UserError, where it is opened, for what cannot be that."""
+    path: Path
+    mode: str                                   # how images are prepared, of eval.metrics.inception.MODES
+    layers: tuple[str, ...]                     # of Inception
+    statistics: Mapping[str, tuple[np.ndarray, np.ndarray]] | None      # (mean, covariance) by layer; of the images
+    images: ImageSet | np.ndarray | None        # themselves, or vectors [n, d] of layer pool
+    name: str = "{}"                            # of a metric
+    weights: str | None = None                  # sha256 of the network that the statistics are of, where known
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of an npz. Raises UserError for a file that is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            yield file
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, AttributeError, zlib.error) as error:
+        raise UserError(f"{path} is damaged or no reference: {one_line(error)[:200]}") from None
+
+
+def read_statistics(path: Path, keys: Mapping[str, tuple[str, str]]) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
+    """(mean, covariance) by layer, from an npz; None where it has none. keys: by layer, how they are called there.
+
+    Raises UserError for a file that has some of them, of other shapes, or not finite.
     """
-    metrics: dict[str, Metric]
-    details: dict[str, Any]
-    unavailable: dict[str, str]
-    lines: dict[str, str]
+    with opened(path) as file:
+        missing = [key for pair in keys.values() for key in pair if key not in file]
+        if len(missing) == 2 * len(keys):
+            return None
+        if missing:
+            raise UserError(f"{path} has no {' and '.join(missing)}, which belong to the others of a reference")
+        found = {layer: (file[mu], file[sigma]) for layer, (mu, sigma) in keys.items()}
+    for layer, (mu, sigma) in found.items():
+        d = DIMS[layer]
+        if mu.shape != (d,) or sigma.shape != (d, d) or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+            raise UserError(f"{path}: {' and '.join(keys[layer])} are {list(mu.shape)} and {list(sigma.shape)}: "
+                            f"expected [{d}] and [{d}, {d}], all finite")
+    return found
 
 
-def score(command: str, sets: Sets) -> Scores:
-    """All that a command of eval/, adm or fid, prints of two sets."""
-    found = Scores({}, {}, {}, {})
+def scores(command: str, sets: Sets) -> Iterator[tuple[str, str, Score | Unavailable]]:
+    """All that a command of eval/, adm or fid, tells of two sets: (name, what the screen calls it, the score)."""
     for one in (one for one in SETS if command in one.commands):
         names = [measure.name for measure in one.measures]
         if sys.stderr.isatty():
             print(f"computing {' and '.join(names)}{one.slow}", file=sys.stderr, flush=True)
         try:
-            scores = one.of(sets)
+            found: list[Score | Unavailable] = [*one.of(sets)]
         except Unavailable as reason:
-            found.unavailable.update(dict.fromkeys(names, str(reason)))
-            found.lines.update({one.said.get(name, name): f"-   ({reason})" for name in names})
-            continue
-        for name, of in zip(names, scores, strict=True):
-            found.metrics[name], found.lines[one.said.get(name, name)] = of.metric, of.line
-            found.details.update({name: of.details} if of.details else {})
-    return found
+            found = [reason] * len(names)
+        yield from ((name, one.said.get(name, name), score) for name, score in zip(names, found, strict=True))
+
+
+def judge(command: str, options: OfSets, extraction: Extraction, where: Device,
+          open_real: Callable[[ImageSet], Real]) -> None:
+    """Score samples against real images, print it and write it: eval.adm and eval.fid. Raises UserError."""
+    started, device = time.time(), where.prepare()
+    samples, notes = options.open_all()
+    real = open_real(samples)
+    inception = Inception(extraction.inception, real.mode, real.layers, device)
+    if real.weights not in (None, inception.sha256):
+        raise UserError(f"{real.path} was made with other Inception weights (sha256 {real.weights[:16]}; "
+                        f"--inception is {inception.sha256[:16]}): make it anew with these, or take its own")
+    notes += [*real.notes, *inception.notes]
+    first = rank_and_world()[0] == 0
+    if first:
+        warn(notes)
+    x, y = (extract(images, inception, extraction.batch_size, extraction.features, share=True)
+            if isinstance(images, ImageSet) else images for images in (samples, real.images))
+    if not first:
+        return
+    assert x is not None and not isinstance(x, np.ndarray)      # this is rank 0
+    metrics: dict[str, Metric] = {}
+    details, unavailable, lines = dict(real.details), dict[str, str](), dict[str, str]()
+    for name, said, score in scores(command, Sets(x, real.statistics, y, options.groups)):
+        called, label = real.name.format(name), inception.name(real.name.format(said))
+        if isinstance(score, Unavailable):
+            unavailable[called], lines[label] = str(score), f"-   ({score})"
+        else:
+            metrics[inception.name(called)], lines[label] = score.metric, score.line
+            details |= {called: score.details} if score.details else {}
+    width = 2 + max(map(len, lines))
+    print("\n".join([f"{len(samples)} samples against {real.path}",
+                     *(f"{name:{width}}{line}" for name, line in lines.items())]))
+    options.write(of_samples(
+        command, samples, metrics, device, started=started, inputs={"reference": str(real.path)},
+        hashes={"reference": sha256(real.path), "extractor": inception.sha256, "images": x.images_sha256},
+        details={**details, "unavailable": unavailable, "notes": notes, "extractor": inception.id,
+                 "groups": options.groups}))

@@ -7,7 +7,6 @@ start of its sha256), TensorFlow's weights in the layout of torchvision:
 Which number an image set gets depends on how the images are brought to 299 pixels, so each way has a name (MODES).
 """
 
-import copy
 import io
 import warnings
 from collections.abc import Callable, Mapping
@@ -60,25 +59,15 @@ def _clean_fid(mode: str, x: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(x.device)
 
 
-class NoLibrary(UserError):
-    """A library that only one column needs is not there, or broken."""
-
-
 def clean_fid_resizer(mode: str) -> Callable[[np.ndarray], np.ndarray]:
-    """clean-fid's function uint8 [h, w, 3] -> float32 [299, 299, 3]. Raises NoLibrary where it does not load."""
+    """clean-fid's function uint8 [h, w, 3] -> float32 [299, 299, 3]. Raises UserError where it does not load."""
     try:
         from cleanfid.resize import build_resizer
         return build_resizer(mode)
     except ModuleNotFoundError as error:
-        raise NoLibrary(f"clean-fid is not installed ({error.name} is missing): pip install clean-fid") from None
+        raise UserError(f"clean-fid is not installed ({error.name} is missing): pip install clean-fid") from None
     except Exception as error:      # a library that breaks while it is imported may raise anything
-        raise NoLibrary(f"clean-fid does not load here: {type(error).__name__}: {one_line(error)[:200]}") from None
-
-
-def _check_library(mode: str) -> None:
-    if mode in ("clean", "legacy_pytorch"):
-        with warnings.catch_warnings():
-            clean_fid_resizer(mode)
+        raise UserError(f"clean-fid does not load here: {type(error).__name__}: {one_line(error)[:200]}") from None
 
 
 # The network behind legacy_tensorflow and clean is clean-fid's torchscript file in clean-fid, the same weights here.
@@ -94,12 +83,12 @@ class Inception:
     spatial: [n, 2023], the first 7 channels of Mixed_6d.branch1x1, after its ReLU, in (row, column, channel) order:
     sFID's (Nash et al., arXiv 2103.03841; openai/guided-diffusion evaluator.py, mixed_6/conv).
     mode: how images are prepared, of MODES. published: whether the file is the one that everybody uses.
-    Raises UserError for weights that are missing or of another network, NoLibrary for a mode that needs clean-fid.
+    Raises UserError for weights that are missing or of another network, and for a mode without its library.
     """
 
     def __init__(self, weights: Path, mode: str, layers: tuple[str, ...] = ("pool",),
                  device: torch.device | str = "cpu"):
-        _check_library(mode)
+        MODES[mode](torch.zeros(1, 3, 8, 8, dtype=torch.uint8))      # fails now, if its library is missing
         self.weights, self.mode, self.device = Path(weights), mode, torch.device(device)
         self.layers: Mapping[str, int] = {name: DIMS[name] for name in layers}
         if not self.weights.is_file():
@@ -107,13 +96,6 @@ class Inception:
         self.net = load(self.weights).to(self.device)       # before any image is read: it may not fit
         self.sha256 = sha256(self.weights)
         self.published = self.sha256 == PUBLISHED
-
-    def in_mode(self, mode: str) -> "Inception":
-        """The same network on images that are prepared in another way. Raises NoLibrary as above."""
-        _check_library(mode)
-        other = copy.copy(self)
-        other.mode = mode
-        return other
 
     @property
     def id(self) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 
 from eval.cost import bk_sdm
 from eval.cost.runs import pruned
-from eval.metrics.evaluator import VERSION
 from eval.metrics.extract import pixels_sha256
 from eval.metrics.features import EffLite0
 from eval.metrics.images import open_images
 from eval.metrics.inception import DIMS
 from eval.metrics.registry import FID
+from eval.metrics.results import VERSION
 from eval.metrics.sources import open_reference
 from run.families import Config, families
 from run.files import ROOT, stamp

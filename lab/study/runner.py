@@ -26,9 +26,9 @@ from eval.metrics.extract import pixels_sha256
 from eval.metrics.features import EffLite0, SmallExtractor
 from eval.metrics.images import ImageSet, open_images
 from eval.metrics.registry import EXTRACTORS
+from eval.metrics.results import of_samples
 from eval.metrics.small_sets import FrechetInBasis
 from eval.tables.current import COMMANDS, trained_on
-from eval.tables.results import of_samples
 from lab.study.arms import Arm
 from run import results
 from run.files import ROOT

@@ -14,7 +14,6 @@ import torch
 
 from eval.cost.macs import Macs, average, mean
 from eval.cost.runs import costs_of
-from eval.metrics.evaluator import VERSION
 from eval.metrics.images import ImageSet
 from run.files import ROOT
 from run.provenance import provenance
@@ -23,6 +22,7 @@ from run.seeds import format_seeds
 from run.spec import RunSpec
 from unet_caching.methods.deepcache import DeepCache
 
+VERSION = 1         # of all evaluators: another one where a number of the same images would be another
 _CONFIGS = ROOT / "configs"
 
 
