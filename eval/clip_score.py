@@ -11,11 +11,10 @@ With --against RESULT.json, the mean difference between the images of equal seed
 prompt to prompt than from run to run: the interval of the difference leaves that out.
 """
 
-import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -26,27 +25,36 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from eval.metrics.evaluator import Judged
 from eval.metrics.images import ImageSet, open_images
 from eval.metrics.intervals import mean_estimate
 from eval.metrics.registry import CLIP_SCORE
 from eval.metrics.results import of_samples
-from run import arguments, results
+from run import results
 from run.cli import command, warn
-from run.machine import check_counts, prepare_device
+from run.machine import Device
 from run.prompts import prompts_sha256, read_prompts
 from run.results import Metric, Result
 from run.seeds import format_some, parse_seeds
 from run.weights import read_tensors, sha256
 from unet_caching.errors import UserError, one_line
+from unet_caching.options import option, required
 
 MODEL, PAPER_TAG = "ViT-g-14", "laion2b_s34b_b88k"      # of DeepCache's released evaluation
 # of open_clip_pytorch_model.bin, as the repository of these weights on Hugging Face states it
 PUBLISHED = "9ef136f407986fb607cd37a823eba38a3b6f95e8ec702b3d1687252985d84750"
 
 
-def precision(device: torch.device) -> str:
-    """Of the features: float16 autocast on a GPU, as in the released evaluation."""
-    return "fp16 autocast" if device.type == "cuda" else "fp32"
+@dataclass(frozen=True)
+class Options(Judged):
+    prompts: Path = required("the file that was sampled (run/prompts.py)")
+    weights: Path = required("the model's, a local file; never downloaded")
+    model: str = option(MODEL, "architecture of open_clip (default: %(default)s); OpenAI's own weights need the one "
+                               "that ends in -quickgelu")
+    tag: str | None = option(None, "open_clip's name of the weights, where it asks for it")
+    images_per_prompt: int | None = option(None, "seed s has prompt s // this (default: run.json's, or 1)", least=1)
+    against: Path | None = option(None, "JSON of another run with the same seeds: print the difference")
+    batch_size: int = option(16, "images at a time (default: %(default)s)", least=1)
 
 
 class ImageText(NamedTuple):
@@ -80,16 +88,13 @@ def import_open_clip() -> ModuleType:
     return open_clip
 
 
-def check_model(name: str, weights: Path, tag: str | None = None, config: Path | None = None) -> tuple[str, dict]:
-    """The model's name, and how its images are prepared (mean, std, interpolation, resize_mode where known).
+def check_model(name: str, weights: Path, tag: str | None = None) -> dict[str, Any]:
+    """How the images of an architecture are prepared (mean, std, interpolation, resize_mode where known).
 
-    name: an architecture of open_clip; config: a JSON of the same form for another one, instead.
     tag: which of open_clip's pretrained weights the file holds; needed only where they were trained on images that
     were prepared differently. Raises UserError for what is not there, before any weights are read.
     """
     open_clip = import_open_clip()
-    if config is not None:
-        name = _add_config(open_clip, config)
     if name not in open_clip.list_models():
         near = [known for known in open_clip.list_models() if known.lower().startswith(name.lower()[:5])]
         raise UserError(f"open_clip has no model {name!r}; near it: {', '.join(near[:12]) or 'none'} "
@@ -109,23 +114,7 @@ def check_model(name: str, weights: Path, tag: str | None = None, config: Path |
     if any(way != next(iter(ways.values())) for way in ways.values()):
         raise UserError(f"the weights of {name} differ in how images are prepared: say which yours are with --tag, "
                         f"one of {', '.join(tags)}")
-    return name, next(iter(ways.values()), {})
-
-
-def _add_config(open_clip: ModuleType, config: Path) -> str:
-    try:
-        keys = json.loads(Path(config).read_text()).keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--model-config {config} cannot be read: {one_line(error)}") from None
-    missing = {"embed_dim", "vision_cfg", "text_cfg"} - keys
-    if missing:
-        raise UserError(f"--model-config {config} has no {', '.join(sorted(missing))}: it should be like the files in "
-                        "open_clip's model_configs")
-    if config.suffix != ".json" or config.stem in open_clip.list_models():
-        raise UserError(f"--model-config {config}: its name becomes the model's; it should end in .json and not be a "
-                        "model of open_clip")
-    open_clip.add_model_config(config)
-    return config.stem
+    return next(iter(ways.values()), {})
 
 
 def load_model(name: str, weights: Path, preparation: dict, device: torch.device | str = "cpu") -> ImageText:
@@ -214,65 +203,40 @@ def difference(ours: Result, other: Result) -> dict:
 
 
 @command
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
-    parser.add_argument("--prompts", type=Path, required=True, help="the file that was sampled (run/prompts.py)")
-    parser.add_argument("--weights", type=Path, required=True, help="the model's, a local file; never downloaded")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", default=MODEL, help="architecture of open_clip (default: %(default)s); OpenAI's own "
-                                                      "weights need the one that ends in -quickgelu")
-    which.add_argument("--model-config", type=Path, help="JSON of another architecture, like open_clip's model_configs")
-    parser.add_argument("--tag", help="open_clip's name of the weights, where it asks for it")
-    parser.add_argument("--seeds", help="exactly these, like 0-1631, whatever else is there (default: all)")
-    parser.add_argument("--images-per-prompt", type=arguments.whole,
-                        help="seed s has prompt s // this (default: run.json's, or 1)")
-    parser.add_argument("--allow-fewer", action="store_true", help="score what is there; the result says so")
-    parser.add_argument("--against", type=Path, help="JSON of another run with the same seeds: print the difference")
-    parser.add_argument("--out", type=Path, help="JSON to write")
-    parser.add_argument("--batch-size", type=arguments.whole, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
-    args = parser.parse_args()
-    check_counts(batch_size=args.batch_size)
-    started, device = time.time(), prepare_device(args.device, args.threads)
-    prompts = read_prompts(args.prompts)
-    images = open_images(args.samples, parse_seeds(args.seeds) if args.seeds else None)
-    index, per = prompts_of_seeds(images, prompts, args.images_per_prompt, args.allow_fewer)
-    name, preparation = check_model(args.model, args.weights, args.tag, args.model_config)
-    digest = sha256(args.weights)
-    notes = check_weights(name, args.tag, args.weights, digest)
+def main(options: Options, where: Device) -> None:
+    started, device, prompts = time.time(), where.prepare(), read_prompts(options.prompts)
+    images = open_images(options.samples, parse_seeds(options.seeds) if options.seeds else None)
+    index, per = prompts_of_seeds(images, prompts, options.images_per_prompt, options.allow_fewer)
+    preparation = check_model(options.model, options.weights, options.tag)
+    digest = sha256(options.weights)
+    notes = check_weights(options.model, options.tag, options.weights, digest)
     warn(notes)
     expected = len(prompts) * per
     result = of_samples(
         "clip_score", images, {}, device,
-        inputs={"prompts": str(args.prompts), "weights": str(args.weights)},
+        inputs={"prompts": str(options.prompts), "weights": str(options.weights)},
         hashes={"prompts": prompts_sha256(prompts), "weights": digest},
-        details={"model": name, "tag": args.tag, "precision": precision(device), "images_per_prompt": per,
-                 "expected": expected, "complete": len(images) == expected, "notes": notes,
-                 "per_image": {"seed": images.seeds}})
-    if args.against:
-        other = results.read(args.against)
+        details={"model": options.model, "tag": options.tag, "images_per_prompt": per, "expected": expected,
+                 "precision": "fp16 autocast" if device.type == "cuda" else "fp32",
+                 "complete": len(images) == expected, "notes": notes, "per_image": {"seed": images.seeds}})
+    other = results.read(options.against) if options.against else None
+    if other:
         check_comparable(result, other)
-    model = load_model(name, args.weights, preparation, device)
-    scores = image_scores(images, [prompts[i] for i in index], model, args.batch_size)
-    mean = mean_estimate(scores, groups=index)
-    result.metrics = {metric_name(name, args.tag, args.model_config, digest): Metric.of(mean)}
+    model = load_model(options.model, options.weights, preparation, device)
+    scores = image_scores(images, [prompts[i] for i in index], model, options.batch_size)
+    result.metrics = {metric_name(options.model, options.tag, digest): Metric.of(mean_estimate(scores, groups=index))}
     result.details["per_image"]["score"] = [round(score, 5) for score in scores.tolist()]
     result.details["clamped"] = int((scores == 0).sum())
-    if args.against:
-        result.details["difference"] = {"against": str(args.against), **difference(result, other)}
-    result.duration_s = round(time.time() - started, 3)
+    if other:
+        result.details["difference"] = {"against": str(options.against), **difference(result, other)}
+    result = result.stamped(started)
     print(table(result))
-    if args.out:
-        results.write(args.out, result)
+    options.write(result)
 
 
-def metric_name(model: str, tag: str | None, config: Path | None, digest: str) -> str:
+def metric_name(model: str, tag: str | None, digest: str) -> str:
     """'CLIP score' is that of the papers' weights alone, known by the sha256 of their file or named by the user; others
-    carry what they are, and own models have another word."""
-    if config is not None:
-        return f"image-text score, {model}"
+    carry what they are."""
     tag = tag or (PAPER_TAG if digest == PUBLISHED else None)
     of_the_papers = (model, tag) == (MODEL, PAPER_TAG)
     return CLIP_SCORE.name if of_the_papers else f"{CLIP_SCORE.name}, {model} {tag or f'sha256 {digest[:12]}'}"

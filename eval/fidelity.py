@@ -14,60 +14,50 @@ of twice as many. It is converged where the error to either is the same to withi
 is no such number.
 """
 
-import argparse
-import heapq
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from eval.metrics.evaluator import Judged
 from eval.metrics.features import EffLite0, features_of
-from eval.metrics.images import ImageSet, check_paired, open_to_judge
+from eval.metrics.images import ImageSet, check_paired
 from eval.metrics.intervals import mean_interval
 from eval.metrics.lpips import BACKBONE, Lpips
 from eval.metrics.registry import FEATURE_DISTANCE, PAIRS, PIXELS, RMSE_TO_CONVERGED
 from eval.metrics.results import of_samples
 from eval.tables.plots import distributions, worst_pairs
-from run import arguments, results
 from run.cli import command, warn
-from run.machine import check_counts, prepare_device
+from run.machine import Device
 from run.results import Metric
-from run.seeds import parse_seeds
 from unet_caching.errors import UserError
+from unet_caching.options import option, required
 
 WITHIN = 0.05       # a run has converged where twice its steps change the error to it by no more than this fraction
 
 
-class WorstPairs:
-    """The `count` pairs with the lowest PSNR of those shown to it. pairs: (PSNR, seed, image, its partner)."""
-
-    def __init__(self, count: int):
-        self.count = count
-        self._heap: list[tuple] = []        # of the negative PSNR: the best pair comes first, and leaves first
-
-    def add(self, seeds: list[int], psnr: np.ndarray, images: np.ndarray, partners: np.ndarray) -> None:
-        for pair in zip(-psnr, seeds, images, partners, strict=True):
-            if np.isfinite(pair[0]):        # not of identical images
-                heapq.heappush(self._heap, pair)        # seeds differ, so images are never compared
-                if len(self._heap) > self.count:
-                    heapq.heappop(self._heap)
-
-    def pairs(self) -> list[tuple[float, int, np.ndarray, np.ndarray]]:
-        """The worst first."""
-        return [(-low, *rest) for low, *rest in sorted(self._heap, key=lambda pair: -pair[0])]
+@dataclass(frozen=True)
+class Options(Judged):
+    against: Path = required("folder or npz with the same seeds, uncached")
+    twice: Path | None = option(None, "where --against is a run of many steps, one of twice as many: for the error to "
+                                      "a converged run")
+    within: float = option(WITHIN, "what twice the steps may change of it (default: %(default)s)")
+    lpips_backbone: Path | None = option(None, f"{BACKBONE}, torchvision's AlexNet, for LPIPS")
+    worst: int = option(8, "pairs in the picture of the worst (default: %(default)s)", least=1)
+    batch_size: int = option(32, "images at a time (default: %(default)s)", least=1)
 
 
 def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_size: int = 32, seed: int = 0,
-             lpips: Lpips | None = None, worst: WorstPairs | None = None) -> dict:
+             lpips: Lpips | None = None) -> dict:
     """PSNR, SSIM, feature distance and, with `lpips`, LPIPS of each image to its partner of the same seed, and means.
 
     Returns {images, identical, psnr, ssim, feature_distance, lpips: {mean, interval, unrelated}, per_image: {seed,
     psnr, ...}}. interval: 95%, bootstrap over seeds, a pair drawn as one. unrelated: the same between images of
-    different seeds. worst: is shown every pair on the way.
+    different seeds.
     The PSNR of identical images is infinite: None per image, and left out of the mean; `identical` counts them.
     Raises UserError when an image has no partner, the sizes differ, or the images are too small.
     """
@@ -76,16 +66,12 @@ def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_si
         measure.check_size(samples.size)
     batches: dict[str, list[np.ndarray]] = {}
     strangers: dict[str, list[np.ndarray]] = {}
-    done = 0
     with tqdm(total=len(seeds), unit="img", desc=f"{samples.description}, pairs", leave=False, disable=None) as bar:
         for x, y in zip(samples.batches(batch_size), against.batches(batch_size), strict=True):
             for measured, other in ((batches, y), (strangers, np.roll(y, 1, 0))):
                 if measured is batches or len(y) > 1:
                     for measure in measures:
                         measured.setdefault(measure.key, []).append(measure.of(x, other))
-            if worst is not None:
-                worst.add(seeds[done:done + len(x)], batches["psnr"][-1], x, y)
-            done += len(x)
             bar.update(len(x))
     found, unrelated = ({name: np.concatenate(values) for name, values in measured.items()}
                         for measured in (batches, strangers))
@@ -189,61 +175,47 @@ def table(result: dict) -> str:
 
 
 @command
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
-    parser.add_argument("--against", type=Path, required=True, help="folder or npz with the same seeds, uncached")
-    parser.add_argument("--twice", type=Path,
-                        help="where --against is a run of many steps, one of twice as many: for the error to a "
-                             "converged run")
-    parser.add_argument("--within", type=arguments.finite, default=WITHIN,
-                        help="what twice the steps may change of it (default: %(default)s)")
-    parser.add_argument("--seeds", help="exactly these must be in both, like 0-255 (default: whatever is there)")
-    parser.add_argument("--allow-fewer", action="store_true", help="judge unfinished folders; the result says so")
-    parser.add_argument("--lpips-backbone", type=Path, help=f"{BACKBONE}, torchvision's AlexNet, for LPIPS")
-    parser.add_argument("--out", type=Path, help="JSON to write, and the pictures beside it")
-    parser.add_argument("--worst", type=arguments.whole, default=8,
-                        help="pairs in the picture of the worst (default: %(default)s)")
-    parser.add_argument("--batch-size", type=arguments.whole, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the networks")
-    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
-    args = parser.parse_args()
-    check_counts(batch_size=args.batch_size)
-    started, device = time.time(), prepare_device(args.device, args.threads)
-    if args.worst < 1:
-        raise UserError(f"--worst must be 1 or more, got {args.worst}")
-    if not 0 < args.within < 1:
-        raise UserError(f"--within must be between 0 and 1, got {args.within}")
-    seeds = parse_seeds(args.seeds) if args.seeds else None
-    opened = [open_to_judge(path, seeds, allow_fewer=args.allow_fewer)
-              for path in (args.samples, args.against, args.twice) if path is not None]
+def main(options: Options, where: Device) -> None:
+    started, device = time.time(), where.prepare()
+    if not 0 < options.within < 1:
+        raise UserError(f"--within must be between 0 and 1, got {options.within}")
+    opened = [options.open(path) for path in (options.samples, options.against, options.twice) if path is not None]
     (samples, against, *twice), notes = [one for one, _ in opened], [note for _, some in opened for note in some]
     for images in twice:
         check_twice(against, images)
     warn(notes)
     extractor = EffLite0(device)
-    lpips = Lpips(args.lpips_backbone, device) if args.lpips_backbone else None
-    worst = WorstPairs(args.worst)
-    result = fidelity(samples, against, extractor, args.batch_size, lpips=lpips, worst=worst)
+    lpips = Lpips(options.lpips_backbone, device) if options.lpips_backbone else None
+    result = fidelity(samples, against, extractor, options.batch_size, lpips=lpips)
     for images in twice:
-        by = to_converged(samples, against, images, args.within, args.batch_size)
+        by = to_converged(samples, against, images, options.within, options.batch_size)
         result["per_image"][RMSE_TO_CONVERGED.key] = by.pop("per_image")["rmse"]
         if by["converged"]:
             result[RMSE_TO_CONVERGED.key] = {name: by[name] for name in ("mean", "interval", "unrelated")}
         result["convergence"] = by
     print(table(result))
-    if args.out:
-        hashes = {"images": result["images_sha256"]["samples"], "against": result["images_sha256"]["against"],
-                  "extractor": extractor.id} | ({"lpips": lpips.sha256} if lpips else {})
-        results.write(args.out, of_samples(
-            "fidelity", samples, metrics(result), device, hashes=hashes, started=started,
-            inputs={"against": against.description, **({"twice": twice[0].description} if twice else {})},
-            details={**result, "against_run": against.run(), **({"twice_run": twice[0].run()} if twice else {}),
-                     **({"notes": notes} if notes else {})}))
-        pictures(result, worst, args.out)
+    hashes = {"images": result["images_sha256"]["samples"], "against": result["images_sha256"]["against"],
+              "extractor": extractor.id} | ({"lpips": lpips.sha256} if lpips else {})
+    options.write(of_samples(
+        "fidelity", samples, metrics(result), device, hashes=hashes, started=started,
+        inputs={"against": against.description, **({"twice": twice[0].description} if twice else {})},
+        details={**result, "against_run": against.run(), **({"twice_run": twice[0].run()} if twice else {}),
+                 **({"notes": notes} if notes else {})}))
+    if options.out:
+        pictures(result, worst_of(samples, against, result["per_image"], options.worst), options.out)
 
 
-def pictures(result: dict, worst: WorstPairs, out: Path) -> None:
+def worst_of(samples: ImageSet, against: ImageSet, per_image: dict[str, list], count: int
+             ) -> list[tuple[float, int, np.ndarray, np.ndarray]]:
+    """The pairs with the lowest PSNR, the worst first: (PSNR, seed, image, its partner). None of identical images."""
+    chosen = sorted((value, place) for place, value in enumerate(per_image["psnr"]) if value is not None)[:count]
+    ranges = [range(place, place + 1) for place in sorted(place for _, place in chosen)]
+    images = {some.start: (x[0], y[0]) for some, x, y in zip(
+        ranges, samples.batches(1, ranges), against.batches(1, ranges), strict=True)}
+    return [(value, per_image["seed"][place], *images[place]) for value, place in chosen]
+
+
+def pictures(result: dict, worst: Sequence[tuple[float, int, np.ndarray, np.ndarray]], out: Path) -> None:
     """The two pictures beside the JSON `out`; of the worst pairs only where some are not identical."""
     measures: dict[str, Sequence[float]] = {}
     unrelated: dict[str, float | None] = {}
@@ -253,8 +225,8 @@ def pictures(result: dict, worst: WorstPairs, out: Path) -> None:
         label = measure.label + (f", without {left_out} identical pairs" if left_out else "")
         measures[label], unrelated[label] = values, result[measure.key]["unrelated"]
     distributions(measures, out.with_name(f"{out.stem}_distribution.png"), unrelated)
-    if pairs := worst.pairs():
-        worst_pairs(pairs, out.with_name(f"{out.stem}_worst.png"))
+    if worst:
+        worst_pairs(worst, out.with_name(f"{out.stem}_worst.png"))
 
 
 if __name__ == "__main__":

@@ -10,29 +10,23 @@ DeepCache's released code, which counts biases and norms (those of torch's own c
 `macs_fc` is PyTorch's FlopCounterMode / 2: convolutions, linear layers and attention products, no biases, no norms.
 """
 
-import argparse
 import json
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 from eval.cost.macs import branch_macs, giga, mean
 from eval.cost.runs import call_macs, costs_of, macs_per_step
-from run import arguments
 from run.cli import command
 from run.families import example_inputs
-from run.spec import Run, RunSpec
+from run.image_model import parse_run
+from run.spec import Run, SamplerOptions
 from unet_caching.files.block_schedule import PlannedBlocks
-from unet_caching.registry import METHODS
+from unet_caching.methods.deepcache import DeepCacheOptions
+from unet_caching.options import MethodOptions, option
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
-    parser.add_argument("--steps", type=arguments.whole, help="network calls per image (default: the config's)")
-    parser.add_argument("--json", action="store_true", help="print JSON, in MACs, instead of text, in G")
-    for method in METHODS:
-        arguments.add(parser, method)
-    return parser
+@dataclass(frozen=True)
+class Options:
+    json: bool = option(False, "print JSON, in MACs, instead of text, in G")
 
 
 def of_branches(run: Run, branch: int | None) -> tuple[dict, list[str]]:
@@ -75,12 +69,12 @@ def of_run(run: Run) -> tuple[dict, list[str]]:
 
 @command
 def main() -> None:
-    args = build_parser().parse_args()
-    options = {name: value for method in METHODS for name, value in vars(arguments.chosen(method, args)).items()}
-    run = RunSpec.of(args.config, steps=args.steps, **options).open()
+    spec, options = parse_run(__doc__, Options, parts=(SamplerOptions, MethodOptions))
+    run = spec.open()
     run.refuse_foreign({"model": run.config.name, "unet": asdict(run.config.unet), "steps": run.steps})
-    result, text = of_run(run) if run.caching else of_branches(run, args.branch)
-    print(json.dumps(result, indent=1) if args.json else "\n".join(text))
+    branch = next(method.branch for method in spec.caching if isinstance(method, DeepCacheOptions))
+    result, text = of_run(run) if run.caching else of_branches(run, branch)
+    print(json.dumps(result, indent=1) if options.json else "\n".join(text))
 
 
 if __name__ == "__main__":

@@ -12,31 +12,42 @@ With --against FOLDER of the same seeds, such as the uncached run: by how much t
 interval that knows of the pairs. Two runs may differ for certain although their own intervals overlap widely.
 """
 
-import argparse
 import time
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from eval.metrics.evaluator import Judged
 from eval.metrics.extract import extract
 from eval.metrics.features import SmallExtractor, features_of
-from eval.metrics.images import ImageSet, check_paired, open_to_judge
+from eval.metrics.images import ImageSet, check_paired
 from eval.metrics.measure import Measure, shown
 from eval.metrics.registry import EXTRACTORS, SMALL_MEASURES, SMALL_SETS
 from eval.metrics.results import of_samples
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_neighbours, real_floor
 from eval.metrics.sources import open_reference
-from run import arguments, results
 from run.cli import command, warn
-from run.machine import check_counts, prepare_device
+from run.machine import Device
 from run.results import Metric
-from run.seeds import parse_seeds, rank_and_world
+from run.seeds import rank_and_world
 from unet_caching.errors import UserError
+from unet_caching.options import option, required
 
 FD, KID = FrechetInBasis.named("EffLite0").name, KernelDistance.named("EffLite0").name
+
+
+@dataclass(frozen=True)
+class Options(Judged):
+    reference: str = required("emoji:GROUP (or GROUP,GROUP or all), a folder of PNGs, or an npz")
+    against: Path | None = option(None, "folder or npz of the same seeds: print the difference, too")
+    count: int | None = option(None, "at least so many images must be there")
+    extractor: str = option("efflite0", "network of the features (default: %(default)s)", choices=tuple(EXTRACTORS))
+    dims: int = option(64, "principal directions of FD (default: %(default)s)")
+    repeats: int = option(200, "subsets per error bar (default: %(default)s)", least=2)
+    batch_size: int = option(32, "images at a time (default: %(default)s)", least=1)
 
 
 def quality(samples: ImageSet, reference: ImageSet, extractor: SmallExtractor, held_out: ImageSet | None = None,
@@ -136,55 +147,35 @@ def table(result: dict) -> str:
 
 
 @command
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=Path, required=True, help="folder or npz to judge")
-    parser.add_argument("--reference", required=True, help="emoji:GROUP (or GROUP,GROUP or all), a folder of "
-                                                            "PNGs, or an npz")
-    parser.add_argument("--against", type=Path, help="folder or npz of the same seeds: print the difference, too")
-    parser.add_argument("--seeds", help="exactly these must be there, like 0-255 (default: whatever is there)")
-    parser.add_argument("--count", type=arguments.whole, help="at least so many images must be there")
-    parser.add_argument("--allow-fewer", action="store_true", help="judge an unfinished folder; the result says so")
-    parser.add_argument("--extractor", choices=EXTRACTORS, default="efflite0",
-                        help="network of the features (default: %(default)s)")
-    parser.add_argument("--dims", type=arguments.whole, default=64, help="principal directions of FD (default: 64)")
-    parser.add_argument("--repeats", type=arguments.whole, default=200, help="subsets per error bar (default: 200)")
-    parser.add_argument("--out", type=Path, help="JSON to write")
-    parser.add_argument("--batch-size", type=arguments.whole, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the features")
-    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
-    args = parser.parse_args()
-    check_counts(batch_size=args.batch_size)
-    started, device = time.time(), prepare_device(args.device, args.threads)
-    if args.repeats < 2:
-        raise UserError(f"--repeats must be 2 or more, got {args.repeats}")
+def main(options: Options, where: Device) -> None:
+    started, device = time.time(), where.prepare()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    seeds = parse_seeds(args.seeds) if args.seeds else None
-    samples, notes = open_to_judge(args.samples, seeds, args.count, args.allow_fewer)
-    against, of_against = open_to_judge(args.against, seeds, None, args.allow_fewer) if args.against else (None, [])
-    if against:
+    samples, notes = options.open(count=options.count)
+    against = None
+    if options.against:
+        against, of_against = options.open(options.against)
         check_paired(samples, against)
-    reference, held_out = open_reference(args.reference, samples.size)
+        notes += of_against
+    reference, held_out = open_reference(options.reference, samples.size)
     if len(samples) < 3:
-        raise UserError(f"{args.samples} has {len(samples)} images: distances with errors need at least 3")
-    extractor, notes = EXTRACTORS[args.extractor](device), [*notes, *of_against]
-    if rank_and_world()[0] == 0:
+        raise UserError(f"{options.samples} has {len(samples)} images: distances with errors need at least 3")
+    extractor, (rank, world) = EXTRACTORS[options.extractor](device), rank_and_world()
+    if not rank:
         warn(notes)
-    if rank_and_world() != (0, 1):
+    if world > 1:
         for images in filter(None, (samples, against, reference)):
             if images.root is not None:
-                extract(images, extractor, args.batch_size, share=True)
-        if rank_and_world()[0]:
-            return
-    result = quality(samples, reference, extractor, held_out, args.dims, args.repeats, args.batch_size)
+                extract(images, extractor, options.batch_size, share=True)
+    if rank:
+        return
+    how = options.dims, options.repeats, options.batch_size
+    result = quality(samples, reference, extractor, held_out, *how)
     if against:
-        result["difference"] = difference(samples, against, reference, extractor, args.dims, args.repeats,
-                                          args.batch_size)
+        result["difference"] = difference(samples, against, reference, extractor, *how)
     print(table(result))
-    if args.out:
-        results.write(args.out, of_samples("quality", samples, metrics(result), device, hashes=hashes(result),
-                                           inputs={"reference": args.reference},
-                                           details=result | ({"notes": notes} if notes else {}), started=started))
+    options.write(of_samples("quality", samples, metrics(result), device, hashes=hashes(result), started=started,
+                             inputs={"reference": options.reference},
+                             details=result | ({"notes": notes} if notes else {})))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ network calls take turns in one process, so that a busy machine slows them alike
 over the rounds, before the seconds. What to expect is the ratio of the MACs.
 """
 
-import argparse
 import itertools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,23 +30,23 @@ from eval.cost.timing import Times, time_runs
 from eval.tables import grid
 from run import arguments, results
 from run.cli import command
-from run.families import Config, at_resolution, build, example_inputs, family_named_by, load_unet
-from run.image_model import add_run, check_compiled, config_among, spec_of
+from run.families import Config, at_resolution, build, example_inputs, load_unet
+from run.image_model import check_compiled, parse_run
 from run.machine import Machine
 from run.provenance import provenance
 from run.results import Result
 from run.spec import NetworkOptions, Run, RunSpec
-from unet_caching.errors import UserError, as_user_error
-from unet_caching.options import option
+from unet_caching.errors import as_user_error
+from unet_caching.options import option, required
 from unet_caching.speed.accelerate import accelerated, place
 
 
 @dataclass(frozen=True)
 class TimingOptions:
-    """How often, and where the result goes."""
+    """How often."""
     title: ClassVar[str] = "the timing"
-    repeats: int = option(20, "timed rounds (default: %(default)s)")
-    warmup: int = option(2, "untimed rounds before them (default: %(default)s)")
+    repeats: int = option(20, "timed rounds (default: %(default)s)", least=1)
+    warmup: int = option(2, "untimed rounds before them (default: %(default)s)", least=1)
     out: Path | None = option(None, "JSON file for the result, written after the timing")
 
 
@@ -58,13 +57,13 @@ def random_inputs(config: Config, rows: int, device: torch.device, dtype: torch.
             for value in example_inputs(config, rows, device, dtype)]
 
 
-def timed(runs: Sequence[tuple[Mapping[str, Any], Run]], args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+def timed(runs: Sequence[tuple[Mapping[str, Any], Run]], settings: Mapping[str, Any], machine: Machine,
+          timing: TimingOptions) -> None:
     """Time all kinds of calls of some runs of one model, print what that comes to, and write it.
 
     runs: each with what tells it from the others. settings: of the result, beside those of the timing.
     """
-    started, machine, timing = time.time(), arguments.chosen(Machine, args), arguments.chosen(TimingOptions, args)
-    run = runs[0][1]
+    started, run = time.time(), runs[0][1]
     for _, one in runs:
         one.refuse_foreign(one.told | {"unet": asdict(one.config.unet)})
         check_compiled(one, machine)
@@ -127,62 +126,48 @@ def table(found: Mapping[str, Any]) -> str:
 
 def time_a_run(words: Sequence[str]) -> None:
     """`eval.throughput run`: the kinds of network calls that a run has, whatever its caching."""
-    config = config_among(words)
-    if config is None:
-        raise UserError("eval.throughput run needs --config, which brings the options of a run")
-    family = family_named_by(config)
-    parser = argparse.ArgumentParser(prog="eval.throughput run", description=time_a_run.__doc__)
-    add_run(parser, family)
-    for options in (Machine, TimingOptions):
-        arguments.add(parser, options)
-    args = parser.parse_args(words)
-    run = spec_of(args, family).open()
-    timed([({}, run)], args, run.told)
+    spec, machine, timing = parse_run(time_a_run.__doc__, Machine, TimingOptions, words=words,
+                                      defaults={"batch_size": 8}, prog="eval.throughput run")
+    run = spec.open()
+    timed([({}, run)], run.told, machine, timing)
 
 
-def time_steps(words: Sequence[str]) -> None:
-    """Without a verb: full and cached steps, and whole runs made of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
-    parser.add_argument("--branch", type=arguments.whole, nargs="+",
-                        help="0-based skips (default: the paper's for this model)")
-    parser.add_argument("--interval", type=arguments.whole, nargs="+", default=[2, 3, 5, 10],
-                        help="N of 1:N of the whole runs (default: 2 3 5 10)")
-    parser.add_argument("--forecast", type=arguments.whole, nargs="+", default=[0], metavar="ORDER",
-                        help="time cached steps that forecast, with these orders; 0 = reuse (default)")
-    parser.add_argument("--steps", type=arguments.whole,
-                        help="network calls per image of the whole runs (default: the config's)")
-    parser.add_argument("--resolution", type=arguments.whole, metavar="PIXELS",
-                        help="of the images (default: the config's)")
-    for options in (NetworkOptions, Machine, TimingOptions):
-        arguments.add(parser, options)
-    args = parser.parse_args(words)
-    spec = RunSpec.of(args.config, checkpoint=args.checkpoint, dtype=args.dtype, steps=args.steps)
-    plain = spec.open()
-    branches = dict.fromkeys(args.branch or [plain.config.sampler.branch])
-    runs = []
-    for branch, order, interval in itertools.product(branches, dict.fromkeys(args.forecast), args.interval):
+@dataclass(frozen=True)
+class Steps:
+    """Full and cached steps, and whole runs made of them."""
+    config: Path = required("configs/*.yaml")
+    branch: tuple[int, ...] = option((), "0-based skips (default: the paper's for this model)")
+    interval: tuple[int, ...] = option((2, 3, 5, 10), "N of 1:N of the whole runs (default: 2 3 5 10)")
+    forecast: tuple[int, ...] = option((0,), "time cached steps that forecast, with these orders; 0 = reuse (default)",
+                                       metavar="ORDER")
+    steps: int | None = option(None, "network calls per image of the whole runs (default: the config's)")
+    resolution: int | None = option(None, "of the images (default: the config's)", metavar="PIXELS")
+
+
+def time_steps(options: Steps, network: NetworkOptions, machine: Machine, timing: TimingOptions) -> None:
+    spec = RunSpec.of(options.config, steps=options.steps, **vars(network))
+    config, runs = spec.open().config, []
+    branches = dict.fromkeys(options.branch or [config.sampler.branch])
+    for branch, order, interval in itertools.product(branches, dict.fromkeys(options.forecast), options.interval):
         run = spec.having(branch=branch, interval=interval, forecast=order if interval > 1 else 0).open()
         runs.append(({"branch": branch, "forecast": order, "interval": interval, "steps": run.steps}, run))
-    if args.resolution is not None:
-        config = at_resolution(plain.config, args.resolution)
+    if options.resolution is not None:
+        config = at_resolution(config, options.resolution)
         unet = build(config)
         for _, run in runs:
             run.config, run.unet = config, unet
-    timed(runs, args, {} if args.resolution is None else {"resolution": args.resolution})
+    timed(runs, {} if options.resolution is None else {"resolution": options.resolution}, machine, timing)
 
 
 @command
 def main() -> None:
+    if sys.argv[1:2] == ["run"]:
+        return time_a_run(sys.argv[2:])
+    verbs: dict[str, Callable[..., None]] = {"grid": grid.run}
     if sys.argv[1:2] == ["compare"]:
         from eval.cost import compare_speed  # which imports diffusers
-        compare_speed.run(sys.argv[2:])
-    elif sys.argv[1:2] == ["grid"]:
-        grid.run(sys.argv[2:])
-    elif sys.argv[1:2] == ["run"]:
-        time_a_run(sys.argv[2:])
-    else:
-        time_steps(sys.argv[1:])
+        verbs["compare"] = compare_speed.run
+    arguments.call_verb(verbs, time_steps)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,19 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import slurm_node
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import unet_caching.samplers  # noqa: F401  before diffusers, see unet_caching/samplers/libraries.py
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
 from eval.tables import paper
+from run.folder import image_path
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)       # the networks here are tiny: a second thread costs more than it brings
@@ -50,6 +53,18 @@ def run_command(main: Callable[[], None], *words: object) -> int:
         except SystemExit as stop:
             return stop.code
     return 0
+
+
+def save_samples(folder: Path, pixels: np.ndarray, first: int = 0, settings: dict | None = None) -> Path:
+    """A sample folder with images, uint8 [n, height, width, 3], of the seeds from `first`; settings: of its run.json,
+    which there is not without them."""
+    for seed, image in enumerate(pixels, first):
+        path = image_path(folder, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    if settings is not None:
+        (folder / "run.json").write_text(json.dumps({"settings": settings}))
+    return folder
 
 
 def tiny_ddpm(folder: Path, unet: dict, steps: int) -> Path:

@@ -5,22 +5,18 @@ import re
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from cleanfid import inception_pytorch
-from conftest import run_command
+from conftest import run_command, save_samples
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torchmetrics.image.kid import poly_mmd
 
 from eval import adm
 from eval.adm import LAYERS, open_reference
-from eval.metrics import evaluator, inception_scores
-from eval.metrics.frechet import GROUPS, Moments, frechet_distance, frechet_of_parts
+from eval.metrics import evaluator
+from eval.metrics.frechet import GROUPS, Moments, frechet_of_parts
 from eval.metrics.images import open_images
 from eval.metrics.inception import MODES, Inception, load
-from eval.metrics.intervals import Share, jackknife
-from eval.metrics.kernel import kid_of_subsets
 from eval.metrics.measure import Sets, Unavailable
 from run.npz import pack
 from unet_caching.errors import UserError
@@ -139,111 +135,7 @@ def test_weights_that_are_missing_or_run_code_are_refused(tmp_path):
         Inception(tmp_path / "code.pth", "adm")
 
 
-# Metrics on random features
-
-def gaussians(n, d, rng):
-    return (rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) + rng.normal(size=d)).astype(np.float32)
-
-
-def in_parts(x, size=70):
-    return [x[i:i + size] for i in range(0, len(x), size)]
-
-
-def test_moments_are_numpys_however_the_features_are_cut():
-    x = gaussians(500, 12, np.random.default_rng(1)) + 1000
-    for size in (70, 500, 1):
-        mu, sigma = Moments(in_parts(x, size), groups=5).statistics()
-        assert np.allclose(mu, x.astype(np.float64).mean(0), rtol=1e-12)
-        assert np.allclose(sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-8)
-    moments = Moments([x], groups=4)
-    assert moments.counts.tolist() == [125] * 4
-    without = [moments.statistics(g)[0] for g in range(4)]
-    assert np.allclose(np.mean(without, 0), x.astype(np.float64).mean(0), rtol=1e-12)
-
-
-def test_frechet_agrees_with_scipy_and_the_closed_form():
-    rng = np.random.default_rng(2)
-    x, y = (gaussians(400, 16, rng) for _ in range(2))
-    mu1, cov1, mu2, cov2 = (f(a.astype(np.float64)) for a in (x, y)
-                            for f in (lambda a: a.mean(0), lambda a: np.cov(a, rowvar=False)))
-    expected = ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2) - 2 * np.trace(scipy.linalg.sqrtm(cov1 @ cov2)).real
-    assert frechet_of_parts(in_parts(x), mu2, cov2).value == pytest.approx(expected, rel=1e-8)
-    # y = scale * x + shift, whose covariances commute
-    scaled = frechet_of_parts(in_parts(x), 3 * mu1 + 1, 9 * cov1).value
-    assert scaled == pytest.approx(((2 * mu1 + 1) ** 2).sum() + 4 * np.trace(cov1), rel=1e-8)
-
-
-@pytest.mark.parametrize("ranks", [(120, 20), (20, 120), (20, 20), (0, 20)])
-def test_frechet_of_singular_covariances_by_the_nuclear_norm(ranks):
-    rng = np.random.default_rng(9)
-    a, b = (rng.normal(size=(150, rank)) for rank in ranks)
-    mu, scale = np.zeros(150), (a ** 2).sum() + (b ** 2).sum()
-    expected = scale - 2 * np.linalg.svd(a.T @ b, compute_uv=False).sum()
-    assert frechet_distance(mu, a @ a.T, mu, b @ b.T) == pytest.approx(expected, abs=1e-12 * scale)
-
-
-def test_the_jackknife_is_the_spread_over_new_samples():
-    rng = np.random.default_rng(3)
-    draws = [(rng.normal(size=(400, 6)) * 1.3 + 0.4).astype(np.float32) for _ in range(100)]
-    found = [frechet_of_parts(in_parts(x), np.zeros(6), np.eye(6)) for x in draws[:30]]
-    spread = np.std([frechet_of_parts([x], np.zeros(6), np.eye(6), groups=0).value for x in draws])
-    assert 0.75 < np.mean([estimate.stderr for estimate in found]) / spread < 1.35
-    values = rng.normal(size=20)
-    assert jackknife([np.delete(values, i).mean() for i in range(20)]) == pytest.approx(
-        values.std(ddof=1) / 20 ** 0.5)
-    assert np.isnan(frechet_of_parts([draws[0]], np.zeros(6), np.eye(6), groups=0).stderr)
-
-
-def test_inception_score_by_hand_and_its_dependence_on_order():
-    logits = 3 * np.random.default_rng(4).normal(size=(23, 7)).astype(np.float32)
-    p = np.exp(logits.astype(np.float64))
-    p /= p.sum(1, keepdims=True)
-    blocks = [p[:10], p[10:20], p[20:]]
-    scores = [np.exp(np.mean(np.sum(b * (np.log(b) - np.log(b.mean(0))), 1))) for b in blocks]
-    found = inception_scores.inception_score(in_parts(logits, 4), split=10)
-    assert found.blocks == pytest.approx(scores, rel=1e-10)
-    assert found.mean == pytest.approx(np.mean(scores)) and found.deviation == pytest.approx(np.std(scores))
-    assert found.estimate.stderr == pytest.approx(np.std(scores, ddof=1) / 3 ** 0.5)
-    by_class = logits[np.argsort(logits.argmax(1), kind="stable")]
-    assert inception_scores.inception_score([by_class], split=10).mean < 0.8 * found.mean
-
-
-def test_precision_and_recall_by_brute_force(monkeypatch):
-    rng = np.random.default_rng(5)
-    x, y = rng.normal(size=(60, 4)), rng.normal(size=(43, 4)) * 0.8 + 1
-    monkeypatch.setattr(inception_scores, "_PR_ROWS", 7)
-
-    def inside(points, balls):
-        radii = [sorted(np.linalg.norm(balls - ball, axis=1))[3] for ball in balls]       # itself is the nearest
-        return np.mean([any(np.linalg.norm(point - ball) <= r for ball, r in zip(balls, radii, strict=True))
-                        for point in points])
-
-    precision, recall = inception_scores.precision_recall(x.astype(np.float32), y.astype(np.float32))
-    assert 0.1 < precision.value < 0.95 and 0.1 < recall.value < 0.95
-    assert precision.value == pytest.approx(inside(x, y), abs=1e-6)
-    assert recall.value == pytest.approx(inside(y, x), abs=1e-6)
-    assert precision.of == 60 and np.isnan(recall.stderr)
-    low, high = Share(1.0, 100).interval
-    assert 0.95 < low < 0.97 and high == pytest.approx(1)
-
-
-def test_kid_agrees_with_torchmetrics():
-    rng = np.random.default_rng(6)
-    x, y = (gaussians(80, 9, rng) / 3 for _ in range(2))
-    expected = poly_mmd(*(torch.from_numpy(a).double() for a in (x, y)), degree=3, gamma=None, coef=1.0).item()
-    found = kid_of_subsets(x, y)        # a subset is the whole set here
-    assert found.size == 80 and found.mean == pytest.approx(expected, rel=1e-9)
-
-
 # The command
-
-def save(folder, pixels):
-    for seed, image in enumerate(pixels):
-        (folder / "000").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / "000" / f"{seed:06d}.png")
-    (folder / "run.json").write_text(json.dumps({"settings": {"model": "x", "steps": 4}}))
-    return folder
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -255,7 +147,7 @@ def files(tmp_path_factory):
         root = rng.normal(size=(d, 8))
         arrays |= {keys[0]: rng.normal(size=d), keys[1]: np.diag(rng.uniform(0.1, 1, d)) + root @ root.T / 8}
     np.savez(folder / "ref.npz", arr_0=255 - PIXELS[:5], **arrays)
-    return save(folder / "x", PIXELS), folder / "ref.npz", arrays
+    return save_samples(folder / "x", PIXELS, settings={"model": "x", "steps": 4}), folder / "ref.npz", arrays
 
 
 def test_command_from_images_to_json(tmp_path, capsys, files, inception_file, inception, found):
@@ -343,7 +235,7 @@ def test_a_reference_without_statistics_is_judged_by_its_images(tmp_path):
             self.values = {name: value.astype(np.float32) for name, value in self.values.items()}
 
         def parts(self, layer):
-            return in_parts(self.values[layer], 9)
+            return [self.values[layer][:9], self.values[layer][9:]]
 
         def all(self, layer):
             return self.values[layer]

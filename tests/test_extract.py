@@ -1,18 +1,18 @@
-"""Features kept in parts: resumed, shared out, invalidated by pixels alone; sets of images that are no good."""
+"""Features kept in parts: resumed, shared out, invalidated by pixels alone."""
 
-import json
 import os
 import shutil
 import time
 
 import numpy as np
 import pytest
+from conftest import save_samples
 from PIL import Image
 
 from eval.metrics import extract as extraction
 from eval.metrics.extract import extract
 from eval.metrics.frechet import Moments
-from eval.metrics.images import check_finished, open_images
+from eval.metrics.images import open_images
 from unet_caching.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (14, 8, 10, 3), np.uint8)
@@ -41,14 +41,6 @@ def small_parts(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
-def save(folder, pixels, first=0):
-    for seed, image in enumerate(pixels, first):
-        path = folder / f"{seed // 1000:03d}" / f"{seed:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-    return folder
-
-
 def expected(layer):
     return Extractor().features(PIXELS)[layer]
 
@@ -57,7 +49,7 @@ def expected(layer):
 def test_features_are_those_of_the_images_in_order(tmp_path, kind):
     path = tmp_path / "x.npz"
     if kind == "folder":
-        path = save(tmp_path / "x", PIXELS)
+        path = save_samples(tmp_path / "x", PIXELS)
     else:
         (np.savez if kind == "npz" else np.savez_compressed)(path, PIXELS)
     for _ in range(2):
@@ -82,7 +74,7 @@ def test_a_stopped_extraction_goes_on_where_it_stopped(tmp_path):
 
 
 def test_pixels_decide_what_is_computed_again(tmp_path):
-    folder = save(tmp_path / "x", PIXELS[:12])
+    folder = save_samples(tmp_path / "x", PIXELS[:12])
     first = extract(open_images(folder), Extractor())
 
     def again(path=folder):
@@ -96,11 +88,11 @@ def test_pixels_decide_what_is_computed_again(tmp_path):
     copied = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)
     assert again(copied)[1] == 0
 
-    save(folder, PIXELS[12:], first=12)         # grown
+    save_samples(folder, PIXELS[12:], first=12)         # grown
     grown, computed = again()
     assert computed == 2 and np.allclose(grown.all("wide"), expected("wide"), rtol=1e-5)
 
-    save(folder, PIXELS[:1], first=5)           # another image
+    save_samples(folder, PIXELS[:1], first=5)           # another image
     other, computed = again()
     assert computed == 4 and other.images_sha256 != grown.images_sha256
     assert np.allclose(other.all("wide")[5], expected("wide")[0], rtol=1e-5)
@@ -121,7 +113,7 @@ def replaced(path, by):
 
 @pytest.mark.parametrize("pause", [0, 0.2])     # within a tick of the clock; with everything settled
 def test_other_images_of_equal_size_and_time_are_seen(tmp_path, monkeypatch, pause):
-    npz, folder = tmp_path / "x.npz", save(tmp_path / "x", PIXELS // 255)
+    npz, folder = tmp_path / "x.npz", save_samples(tmp_path / "x", PIXELS // 255)
     np.savez(npz, PIXELS)
     for path in folder.glob("000/*.png"):        # all of one size, as uncompressed images are
         path.write_bytes(path.read_bytes().ljust(400, b"\0"))
@@ -165,7 +157,7 @@ def test_rank_0_trusts_no_part_that_is_in_doubt(tmp_path, monkeypatch):
 
 
 def test_a_damaged_part_is_computed_again(tmp_path):
-    folder = save(tmp_path / "x", PIXELS)
+    folder = save_samples(tmp_path / "x", PIXELS)
     extract(open_images(folder), Extractor())
     part = next(folder.glob(".features/*/part-00001.npz"))
     part.write_bytes(part.read_bytes()[:200])
@@ -207,47 +199,17 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
             return {name: values + np.nan for name, values in super().features(pixels).items()}
 
     with pytest.raises(UserError, match=r"wide features .* not finite"):
-        extract(open_images(save(tmp_path / "x", PIXELS)), Broken())
+        extract(open_images(save_samples(tmp_path / "x", PIXELS)), Broken())
     assert not list(tmp_path.rglob("part-*"))
 
 
 def test_images_that_change_meanwhile_are_refused(tmp_path):
-    folder = save(tmp_path / "x", PIXELS)
+    folder = save_samples(tmp_path / "x", PIXELS)
 
     class Grows(Extractor):
         def features(self, pixels):
-            save(folder, PIXELS[:1], first=99)
+            save_samples(folder, PIXELS[:1], first=99)
             return super().features(pixels)
 
     with pytest.raises(UserError, match="changed while it was read: it is still being written"):
         extract(open_images(folder), Grows())
-
-
-def test_an_unfinished_folder_is_refused(tmp_path):
-    folder = save(tmp_path / "x", PIXELS[:5])
-    sessions = [{"seeds": "0-3"}, {"seeds": "4-9"}]
-    (folder / "sessions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sessions) + '{"se')
-    with pytest.raises(UserError, match=r"lacks 5 images .* seeds 5-9: it is still being written, or was interrupted"):
-        check_finished(open_images(folder))
-    assert "seeds 5-9" in check_finished(open_images(folder), allow_fewer=True)
-    save(folder, PIXELS[5:10], first=5)
-    assert check_finished(open_images(folder)) is None
-
-
-def test_a_plain_folder_holds_png_and_jpeg_and_no_other_kind(tmp_path):
-    Image.fromarray(PIXELS[0]).save(tmp_path / "b.png")
-    Image.fromarray(PIXELS[1]).save(tmp_path / "a.JPG", quality=100)
-    (tmp_path / "notes.txt").write_text("not an image")
-    assert open_images(tmp_path).names == ["a.JPG", "b.png"]
-    Image.fromarray(PIXELS[2]).save(tmp_path / "c.webp")
-    with pytest.raises(UserError, match=r"c.webp .* of a kind that is not read here"):
-        open_images(tmp_path)
-
-
-@pytest.mark.parametrize("ranges", [[range(0, 14)], [range(3, 5), range(9, 14)], [range(13, 14)]])
-def test_ranges_of_images(tmp_path, ranges):
-    np.savez_compressed(tmp_path / "x.npz", PIXELS)
-    for path in (tmp_path / "x.npz", save(tmp_path / "x", PIXELS)):
-        batches = list(open_images(path).batches(3, ranges))
-        assert np.array_equal(np.concatenate(batches), np.concatenate([PIXELS[r.start:r.stop] for r in ranges]))
-        assert max(map(len, batches)) <= 3

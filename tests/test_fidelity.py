@@ -1,7 +1,7 @@
-"""LPIPS from a file, and the pictures of eval.fidelity; its numbers are tested in test_eval_quality.py."""
+"""eval.fidelity: numbers of pairs, LPIPS from a file, the pictures, the error to a converged run."""
 
 import json
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,12 @@ import pytest
 import torch
 import torchmetrics.functional.image
 import torchvision
-from PIL import Image
+from conftest import run_command, save_samples
+from PIL import Image, ImageFilter
 
 from eval import fidelity
+from eval.metrics.features import EffLite0
+from eval.metrics.images import from_array, open_images
 from eval.metrics.lpips import Lpips
 from eval.metrics.measure import PixelMeasure
 from eval.tables.plots import worst_pairs
@@ -33,13 +36,6 @@ def alexnet(tmp_path_factory):
 
 def pixels(n, size=40, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), np.uint8)
-
-
-def save(folder, images):
-    (folder / "000").mkdir(parents=True)
-    for seed, image in enumerate(images):
-        Image.fromarray(image).save(folder / "000" / f"{seed:06d}.png")
-    return folder
 
 
 def by_hand(net, x, y):
@@ -95,33 +91,82 @@ def test_lpips_refuses_what_is_no_alexnet(tmp_path, alexnet):
     assert len(measure.of(pixels(1, 31), pixels(1, 31, 1))) == 1
 
 
-def test_the_command_writes_numbers_and_pictures(tmp_path, monkeypatch, capsys, alexnet):
+@pytest.fixture(scope="module")
+def extractor():
+    return EffLite0()
+
+
+def test_numbers_of_known_differences(tmp_path, extractor):
+    base, off = pixels(8), (pixels(8) // 2 + 60).astype(np.uint8)
+    against = open_images(save_samples(tmp_path / "base", base))
+    result = fidelity.fidelity(open_images(save_samples(tmp_path / "half", np.concatenate([base[:4], off[4:]]))),
+                               against, extractor, batch_size=3)
+    psnr = 10 * np.log10(255 ** 2 / ((off[4:].astype(float) - base[4:]) ** 2).mean((1, 2, 3)))
+    assert result["identical"] == 4 and result["per_image"]["psnr"][:4] == [None] * 4
+    assert result["per_image"]["psnr"][4:] == pytest.approx(psnr, abs=1e-4)
+    assert result["psnr"]["mean"] == pytest.approx(psnr.mean(), abs=1e-4)
+    assert result["per_image"]["ssim"][:4] == pytest.approx([1] * 4, abs=1e-5)
+    assert result["per_image"]["feature_distance"][:4] == pytest.approx([0] * 4, abs=1e-6)
+    for name, worse in (("psnr", min), ("ssim", min), ("feature_distance", max)):
+        low, high = result[name]["interval"]
+        assert low <= result[name]["mean"] <= high
+        assert worse(result[name]["unrelated"], result[name]["mean"]) == result[name]["unrelated"]
+
+    itself = fidelity.fidelity(against, against, extractor)
+    assert itself["identical"] == 8 and itself["psnr"]["mean"] is None and "inf" in fidelity.table(itself)
+    json.dumps(itself, allow_nan=False)
+
+
+def test_all_numbers_fall_with_blur(tmp_path, extractor):
+    base = np.stack([np.asarray(Image.fromarray(image).resize((40, 40))) for image in pixels(6, 8)])
+    against = open_images(save_samples(tmp_path / "base", base))
+    found = []
+    for radius in (0.5, 1, 2):
+        soft = np.stack([np.asarray(Image.fromarray(a).filter(ImageFilter.GaussianBlur(radius))) for a in base])
+        samples = open_images(save_samples(tmp_path / f"blur{radius}", soft))
+        found.append(fidelity.fidelity(samples, against, extractor))
+    for name, sign in (("psnr", -1), ("ssim", -1), ("feature_distance", 1)):
+        values = [sign * result[name]["mean"] for result in found]
+        assert values == sorted(values) and len(set(values)) == 3
+
+
+def test_images_without_a_partner_are_refused(tmp_path, extractor):
+    small, large = (open_images(save_samples(tmp_path / name, pixels(n))) for name, n in (("small", 3), ("large", 5)))
+    for pair in ((small, large), (large, small)):
+        with pytest.raises(UserError, match=r"2 of the 5 images in .*large have no partner in .*small: seeds 3-4"):
+            fidelity.fidelity(*pair, extractor)
+    with pytest.raises(UserError, match="40x20"):
+        fidelity.fidelity(open_images(save_samples(tmp_path / "cropped", pixels(3)[:, :20])), small, extractor)
+
+
+def test_the_command_writes_numbers_and_pictures(tmp_path, capsys, alexnet):
     base = pixels(9)
     noise = np.random.default_rng(1).normal(size=base.shape) * np.array([0, 9, 3, 60, 5, 1, 90, 30, 2])[:, None, None,
                                                                                                         None]
-    samples = save(tmp_path / "samples", (base + noise).clip(0, 255).astype(np.uint8))
-    out = tmp_path / "results" / "x.json"
-    monkeypatch.setattr(sys, "argv", list(map(str, (
-        "prog", "--samples", samples, "--against", save(tmp_path / "base", base), "--out", out, "--worst", 3,
-        "--lpips-backbone", alexnet[0], "--device", "cpu", "--batch-size", 4))))
-    fidelity.main()
+    noisy, out = (base + noise).clip(0, 255).astype(np.uint8), tmp_path / "results" / "x.json"
+    samples, against = (save_samples(tmp_path / name, images, settings={"name": name})
+                        for name, images in (("samples", noisy), ("base", base)))
+    assert run_command(fidelity.main, "--samples", samples, "--against", against, "--out", out, "--worst", 3,
+                       "--lpips-backbone", alexnet[0], "--device", "cpu", "--batch-size", 4, "--seeds", "0-8") == 0
     written = results.read(out)
     result = written.details
     assert written.metrics["PSNR"].value == result["psnr"]["mean"] and written.images == 9
+    assert result["psnr"]["mean"] == pytest.approx(np.mean(result["per_image"]["psnr"][1:]), rel=1e-6)
+    assert written.settings == {"name": "samples"} and result["against_run"] == {"settings": {"name": "base"}}
     assert "LPIPS" not in written.metrics and written.metrics["not LPIPS (backbone)"].interval[0] > 0
     assert result["identical"] == 1 and result["per_image"]["lpips_other_backbone"][0] == 0
-    assert result["per_image"]["lpips_other_backbone"] == pytest.approx(
-        by_hand(alexnet[1], (base + noise).clip(0, 255).astype(np.uint8), base), rel=1e-3, abs=1e-6)
+    assert result["per_image"]["lpips_other_backbone"] == pytest.approx(by_hand(alexnet[1], noisy, base), rel=1e-3,
+                                                                        abs=1e-6)
     low, high = result["lpips_other_backbone"]["interval"]
     assert low < result["lpips_other_backbone"]["mean"] < high < result["lpips_other_backbone"]["unrelated"]
-    assert "not LPIPS (backbone)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not LPIPS (backbone)" in printed and "PSNR (dB)" in printed
     assert sorted(path.name for path in out.parent.iterdir()) == ["x.json", "x_distribution.png", "x_worst.png"]
 
     # Three columns, and no more: seeds 6, 3 and 7, found again by their pixels.
     with Image.open(out.parent / "x_worst.png") as picture:
         sheet = np.asarray(picture)
-    found = [seed for seed in range(9) if contains(sheet, base[seed], scale=4)]
-    assert found == [3, 6, 7]
+    assert [seed for seed in range(9) if contains(sheet, base[seed], scale=4)] == [3, 6, 7]
 
 
 def contains(sheet, image, scale):
@@ -132,15 +177,14 @@ def contains(sheet, image, scale):
                for r, c in zip(rows, columns, strict=True))
 
 
-def test_worst_pairs_are_kept_whatever_the_batches():
-    psnr = np.array([30, 12, np.inf, 25, 8, 40, 11.0])
+def test_the_worst_pairs_are_those_of_lowest_psnr():
     images = pixels(7, 12)
-    for split in (1, 3, 7):
-        worst = fidelity.WorstPairs(3)
-        for i in range(0, 7, split):
-            worst.add(list(range(7))[i:i + split], psnr[i:i + split], images[i:i + split], images[i:i + split] // 2)
-        assert [(p, seed) for p, seed, *_ in worst.pairs()] == [(8, 4), (11, 6), (12, 1)]
-        assert all(np.array_equal(x, images[s]) and np.array_equal(y, images[s] // 2) for _, s, x, y in worst.pairs())
+    samples, against = (replace(from_array(some, "x", [f"{i}.png" for i in range(7)]), seeds=list(range(10, 17)))
+                        for some in (images, images // 2))
+    per_image = {"seed": samples.seeds, "psnr": [30, 12, None, 25, 8, 40, 11.0]}
+    worst = fidelity.worst_of(samples, against, per_image, 3)
+    assert [pair[:2] for pair in worst] == [(8, 14), (11, 16), (12, 11)]
+    assert all(np.array_equal(x, images[s - 10]) and np.array_equal(y, images[s - 10] // 2) for _, s, x, y in worst)
 
 
 def test_small_differences_are_amplified_and_large_ones_are_not(tmp_path):
@@ -154,37 +198,42 @@ def test_small_differences_are_amplified_and_large_ones_are_not(tmp_path):
 def test_identical_runs_have_a_distribution_and_no_worst_pairs(tmp_path):
     result = {"images": 2, "per_image": {"seed": [0, 1], "psnr": [None, None], "ssim": [1.0, 1.0]}}
     result |= {name: {"unrelated": 0.3} for name in ("psnr", "ssim")}
-    fidelity.pictures(result, fidelity.WorstPairs(3), tmp_path / "x.json")
+    fidelity.pictures(result, [], tmp_path / "x.json")
     assert [path.name for path in tmp_path.iterdir()] == ["x_distribution.png"]
 
 
-def test_a_command_with_bad_input_says_so_before_any_work(tmp_path, monkeypatch, capsys):
-    a, b = (save(tmp_path / name, pixels(2, 20)) for name in "ab")
-    for args, message in ((["--worst", "0"], "--worst must be 1 or more"), (["--batch-size", "0"], "--batch-size"),
+def test_a_command_with_bad_input_says_so_before_any_work(tmp_path, capsys):
+    a, b = (save_samples(tmp_path / name, pixels(2, 20)) for name in "ab")
+    for args, message in ((["--worst", 0], "--worst must be 1 or more"), (["--batch-size", 0], "--batch-size"),
                           (["--lpips-backbone", "no.pth"], "no file no.pth"), (["--device", "cuda:99"], "cuda:99")):
-        monkeypatch.setattr(sys, "argv", ["prog", "--samples", str(a), "--against", str(b),
-                                          "--out", str(tmp_path / "x.json"), *args])
-        with pytest.raises(SystemExit) as caught:
-            fidelity.main()
+        assert run_command(fidelity.main, "--samples", a, "--against", b, "--out", tmp_path / "x.json", *args) == 2
         error = capsys.readouterr().err
-        assert caught.value.code == 2 and message in error and error.count("\n") == 1
-        assert not (tmp_path / "x.json").exists()
+        assert message in error and error.count("\n") == 1 and not (tmp_path / "x.json").exists()
 
 
-def test_the_error_to_a_converged_run_and_how_that_is_decided(tmp_path, monkeypatch, capsys):
-    base = pixels(4) // 2
+def test_unfinished_runs_are_judged_only_on_request(tmp_path, capsys):
+    samples = save_samples(tmp_path / "x", pixels(3, 16), settings={})
+    (samples / "sessions.jsonl").write_text('{"seeds": "0-3"}\n')
+    words = "--samples", samples, "--against", samples
+    assert run_command(fidelity.main, *words) == 2
+    assert "lacks 1 images that its runs were asked for, seeds 3" in capsys.readouterr().err
+    assert run_command(fidelity.main, *words, "--allow-fewer", "--out", tmp_path / "x.json") == 0
+    assert "warning: " in capsys.readouterr().err
+    assert "seeds 3" in results.read(tmp_path / "x.json").details["notes"][0]
+    assert run_command(fidelity.main, *words, "--seeds", "0-2") == 0        # just what is meant
+
+
+def test_the_error_to_a_converged_run_and_how_that_is_decided(tmp_path, capsys):
+    base = pixels(4, 16) // 2
     runs = {"x": (base + 20, 10, {"interval": 5}), "near": (base + 1, 400, {"interval": 1}),
             "far": (base + 8, 400, {}), "twice": (base, 800, {}), "other": (base, 800, {"interval": 2})}
     for name, (images, steps, cache) in runs.items():
-        settings = {"model": "m", "steps": steps, "cache": cache}
-        (save(tmp_path / name, images) / "run.json").write_text(json.dumps({"settings": settings}))
+        save_samples(tmp_path / name, images, settings={"model": "m", "steps": steps, "cache": cache})
 
     def judged(against, twice, *words):
         out = tmp_path / "out" / "x.json"
-        monkeypatch.setattr(sys, "argv", list(map(str, (
-            "prog", "--samples", tmp_path / "x", "--against", tmp_path / against, "--twice", tmp_path / twice, "--out",
-            out, "--device", "cpu", *words))))
-        fidelity.main()
+        assert run_command(fidelity.main, "--samples", tmp_path / "x", "--against", tmp_path / against, "--twice",
+                           tmp_path / twice, "--out", out, "--device", "cpu", *words) == 0
         return results.read(out), capsys.readouterr().out
 
     found, said = judged("near", "twice", "--within", 0.06)         # 19 to 20: 5 %
@@ -198,9 +247,8 @@ def test_the_error_to_a_converged_run_and_how_that_is_decided(tmp_path, monkeypa
     assert "RMSE to converged" not in found.metrics and "NOT converged" in said
     for against, twice, message in (("twice", "near", "has 400 steps: twice the 800"), ("near", "other", "cached run"),
                                     ("near", "x", "cached run")):
-        with pytest.raises(SystemExit):
-            judged(against, twice)
-        assert message in capsys.readouterr().err
+        with pytest.raises(UserError, match=message):
+            fidelity.check_twice(*(open_images(tmp_path / name) for name in (against, twice)))
 
 
 def test_a_measure_that_is_registered_is_computed_kept_and_printed(tmp_path, monkeypatch, capsys):
@@ -208,11 +256,9 @@ def test_a_measure_that_is_registered_is_computed_kept_and_printed(tmp_path, mon
                          of=lambda x, y: np.abs(x.astype(float) - y).mean((1, 2, 3)))
     monkeypatch.setattr(fidelity, "PIXELS", (*fidelity.PIXELS, error))
     monkeypatch.setattr(fidelity, "PAIRS", (*fidelity.PAIRS, error))
-    base = pixels(4)
-    monkeypatch.setattr(sys, "argv", list(map(str, (
-        "prog", "--samples", save(tmp_path / "samples", base // 2), "--against", save(tmp_path / "base", base), "--out",
-        tmp_path / "x.json", "--device", "cpu"))))
-    fidelity.main()
+    base = pixels(4, 16)
+    samples, against = (save_samples(tmp_path / name, images) for name, images in (("a", base // 2), ("b", base)))
+    assert run_command(fidelity.main, "--samples", samples, "--against", against, "--out", tmp_path / "x.json") == 0
     metric = results.read(tmp_path / "x.json").metrics["mean error"]
     assert metric.value == pytest.approx(np.abs(base // 2 - base.astype(float)).mean()) and metric.interval
     assert "\nerror " in capsys.readouterr().out

@@ -12,10 +12,10 @@ is a JSON file in --out, written as soon as it is measured: settings that are th
 of all that are there. What to expect of a cached step is the ratio of the MACs.
 """
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,16 +30,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from eval.cost.macs import branch_macs
 from eval.cost.timing import interleave
-from run import arguments, results
+from run import results
 from run.families import Config, at_resolution, build, example_inputs, family, load_config, rows_per_image
 from run.files import ROOT, write_atomically
-from run.machine import prepare_device
+from run.machine import Device
 from run.provenance import provenance
 from run.results import Result
 from run.spec import DTYPES
 from unet_caching.errors import UserError
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.nest import Network
+from unet_caching.options import option
 from unet_caching.schedules import uniform
 from unet_caching.speed.accelerate import place
 from unet_caching.speed.compiled import compiled
@@ -203,46 +204,31 @@ def report(folder: Path) -> str:
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=list(BATCH_SIZES), metavar="NAME",
-                        help=f"configs/NAME.yaml (default: {' '.join(BATCH_SIZES)})")
-    parser.add_argument("--batch-size", type=arguments.whole, nargs="+",
-                        help="images at a time; with guidance each takes two rows (default: those of the model)")
-    parser.add_argument("--resolution", type=arguments.whole, metavar="PIXELS",
-                        help="of the images (default: the models' own)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="(default: fp32 bf16)")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"], help="(default: eager)")
-    parser.add_argument("--repeats", type=arguments.whole, default=10, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--warmup", type=arguments.whole, default=1,
-                        help="untimed rounds before them (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda, cuda:1 (default: %(default)s)")
-    parser.add_argument("--threads", type=arguments.whole, help="CPU threads (default: all cores)")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "throughput" / "compare",
-                        help="folder (default: results/throughput/compare)")
-    return parser
+@dataclass(frozen=True)
+class Options:
+    model: tuple[str, ...] = option(tuple(BATCH_SIZES), f"configs/NAME.yaml (default: {' '.join(BATCH_SIZES)})",
+                                    metavar="NAME")
+    batch_size: tuple[int, ...] = option((), "images at a time; with guidance each takes two rows (default: those of "
+                                             "the model)", least=1)
+    resolution: int | None = option(None, "of the images (default: the models' own)", metavar="PIXELS")
+    dtype: tuple[str, ...] = option(("fp32", "bf16"), "(default: fp32 bf16)", choices=tuple(DTYPES))
+    mode: tuple[str, ...] = option(("eager",), "(default: eager)", choices=MODES)
+    repeats: int = option(10, "timed rounds (default: %(default)s)", least=1)
+    warmup: int = option(1, "untimed rounds before them (default: %(default)s)", least=1)
+    out: Path = option(ROOT / "results" / "throughput" / "compare", "folder (default: results/throughput/compare)")
 
 
-def run(words: Sequence[str]) -> None:
-    """`eval.throughput compare` with these options. Raises UserError."""
-    args = _parser().parse_args(words)
+def run(args: Options, where: Device) -> None:
     configs = [load_config(ROOT / "configs" / f"{name}.yaml") for name in args.model]
     if args.resolution is not None:
         configs = [at_resolution(config, args.resolution) for config in configs]
-    if args.repeats < 1 or args.warmup < 1:
-        raise UserError(f"--repeats and --warmup must be 1 or more, got {args.repeats} and {args.warmup}")
-    if args.batch_size is not None and min(args.batch_size) < 1:
-        raise UserError(f"--batch-size must be 1 or more, got {min(args.batch_size)}")
-    device = prepare_device(args.device, args.threads)
-    if device.type == "meta":
-        raise UserError("--device meta computes nothing that could be timed: use cpu or cuda")
+    device = where.prepare()
     if "graphs" in args.mode and device.type != "cuda":
         raise UserError(f"--mode graphs needs a GPU, --device is {device}: use eager or compiled")
     args.out.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
-    where = provenance(device)
-    where["versions"]["DeepCache"] = version("DeepCache")
+    measured_by = provenance(device)
+    measured_by["versions"]["DeepCache"] = version("DeepCache")
     for config in configs:
         for mode, dtype, size in itertools.product(args.mode, args.dtype,
                                                    args.batch_size or BATCH_SIZES.get(config.name, (1,))):
@@ -257,6 +243,6 @@ def run(words: Sequence[str]) -> None:
             settings = {"batch_size": size, "rows": size * rows_per_image(config), "dtype": dtype, "mode": mode,
                         "branch": config.sampler.branch, "repeats": args.repeats, "warmup": args.warmup,
                         "weights": "random", **({} if args.resolution is None else {"resolution": args.resolution})}
-            results.write(path, Result("compare_speed", config.name, settings, throughput=found, provenance=where
+            results.write(path, Result("compare_speed", config.name, settings, throughput=found, provenance=measured_by
                                        ).stamped(started))
     print(report(args.out))

@@ -8,8 +8,8 @@
 MACs are of the whole network without weights, whatever was measured. A forecast has those of reuse.
 """
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from eval.cost.macs import Macs, branch_macs, giga
@@ -19,6 +19,7 @@ from run import results
 from run.families import at_resolution, build, example_inputs, load_config
 from run.results import Result
 from unet_caching.errors import UserError
+from unet_caching.options import required
 from unet_caching.schedules import uniform
 
 
@@ -65,12 +66,13 @@ def table(measured: Result, full: Macs, cached: Mapping[int, Macs]) -> str:
     return "\n".join(markdown(rows(measured, full, cached)))
 
 
-def run(words: Sequence[str]) -> None:
-    """`eval.throughput grid` with these options. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="eval.throughput grid", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("times", type=Path, metavar="FILE", help="what eval.throughput wrote with --out, or compare")
-    measured = results.read(parser.parse_args(words).times)
+@dataclass(frozen=True)
+class File:
+    times: Path = required("what eval.throughput wrote with --out, or compare", word=True, metavar="FILE")
+
+
+def run(options: File) -> None:
+    measured = results.read(options.times)
     if not _ratios(measured):
         raise UserError("grid is of the times of full and cached steps: eval.throughput --config C --out FILE")
     config = load_config(str(measured.model))
