@@ -152,7 +152,7 @@ def test_neighbours_are_other_plans_of_the_budget(gaps):
 @pytest.fixture(scope="module")
 def judge(config, tmp_path_factory):
     spec = RunSpec.of(config)
-    return Judge(spec, Distances(run_of(spec, "unipc", Grid(30)), CPU, tmp_path_factory.mktemp("work")))
+    return Judge(Distances(run_of(spec, "unipc", Grid(30)), CPU, tmp_path_factory.mktemp("work")))
 
 
 def test_distances_are_those_of_the_runs_and_are_kept(config, judge):
@@ -164,7 +164,7 @@ def test_distances_are_those_of_the_runs_and_are_kept(config, judge):
     model = distances.on(run)
     assert found == pytest.approx(psnr_to(distances.converged([5, 6, 7]), model.latents([5, 6, 7], model.policy())),
                                   abs=1e-3)
-    other = Judge(RunSpec.of(config), Distances(distances.run.spec, CPU, distances.folder.parent))
+    other = Judge(Distances(distances.run.spec, CPU, distances.folder.parent))
     other.distances.on = None                                           # nothing is run again
     assert (other.of(candidate, [7, 5]) == found[[2, 0]]).all()
 

@@ -64,7 +64,7 @@ def test_fitted_timesteps_are_those_of_least_error(made, rule):
 def test_a_run_makes_no_error_on_its_own_steps(sampler, order, tmp_path):
     """What is measured of a network with guidance is what the sampler steps through."""
     spec = RunSpec.of("configs/ldm_emoji.yaml")
-    judge = Judge(spec, Distances(run_of(spec, sampler, Grid(8)), CPU, tmp_path))
+    judge = Judge(Distances(run_of(spec, sampler, Grid(8)), CPU, tmp_path))
     found = trajectory(judge, [0, 1])
     errors, size = found.errors(order), found.gram[8, 8]
     assert found.timesteps == judge.run(sampler, Grid(8)).sampler.call_timesteps()
@@ -77,7 +77,7 @@ def test_a_run_makes_no_error_on_its_own_steps(sampler, order, tmp_path):
 
 def test_fitted_timesteps_come_nearer_than_spread_ones(tmp_path):
     spec = RunSpec.of("configs/ldm_emoji.yaml")
-    judge = Judge(spec, Distances(run_of(spec, "unipc", Grid(20)), CPU, tmp_path))
+    judge = Judge(Distances(run_of(spec, "unipc", Grid(20)), CPU, tmp_path))
     fitted = trajectory(judge, range(2)).fitted(Rule(2, False), 6)[-1]
     runs = [judge.run("unipc", grid) for grid in (Grid(6), Grid(6, fitted))]
     spread, found = (judge.distances.of(run, [4, 5]).mean() for run in runs)

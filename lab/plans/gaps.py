@@ -8,7 +8,7 @@ the image on a few runs with a single cached call.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -173,7 +173,7 @@ class GapMeasurements(NamedTuple):
     def measure(self, grids: Sequence[Grid]) -> None:
         """Measure all that `of` needs for runs over such steps."""
         wanted = [self.probe, *sorted({*grids} - {self.probe}, reverse=True)]           # the longest work first
-        self.judge.each(_measure, [(self[1:], grid) for grid in wanted], "measuring gaps")
+        self.judge.each(_measure, [(grid, *self[1:]) for grid in wanted], "measuring gaps")
 
     def network_calls(self, lengths: Sequence[int]) -> int:
         """How many full network calls it takes to measure runs of so many calls; what is cached is left out."""
@@ -234,8 +234,8 @@ class GapMeasurements(NamedTuple):
         return in_batches(self.seeds, self.judge.distances.machine.batch_size)
 
 
-def _measure(judge: Judge, item: tuple[tuple, Grid]) -> None:
-    measurements, grid = GapMeasurements(judge, *item[0]), item[1]
+def _measure(judge: Judge, grid: Grid, *about: Any) -> None:
+    measurements = GapMeasurements(judge, *about)
     if grid == measurements.probe:
         measurements.of(grid)
     else:

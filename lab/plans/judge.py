@@ -22,7 +22,6 @@ from run.spec import Run, RunSpec
 from unet_caching.errors import UserError
 from unet_caching.methods.plan import Call
 
-Item = TypeVar("Item")
 Found = TypeVar("Found")
 Depths = tuple[int | None, ...]         # the branch of each call; None computes everything
 SPACING = "trailing"        # runs of all lengths start at the same noise level and end on a clean image
@@ -62,24 +61,24 @@ class Candidate:
 
 
 class Judge:
-    """Measures candidates of a model, whose condition and weights are a run's."""
+    """Measures candidates of a model by their distances, in this process or in several."""
 
-    def __init__(self, spec: RunSpec, distances: Distances):
-        self.spec, self.distances = spec, distances
+    def __init__(self, distances: Distances):
+        self.distances = distances
         self.pool: ProcessPoolExecutor | None = None
         self._runs: dict[tuple[str, Grid], Run] = {}
 
     @contextmanager
-    def processes(self, jobs: int, machine: Machine) -> Iterator["Judge"]:
+    def processes(self, jobs: int) -> Iterator[None]:
         """Measure in so many processes from here on, in a `with` statement: the GPUs are dealt out among them."""
         if jobs == 1:
-            yield self
+            yield
             return
-        context = multiprocessing.get_context("spawn")
-        begun = self.spec, self.distances.run.spec, machine, self.distances.folder.parent, context.Value("i", -1)
-        with ProcessPoolExecutor(jobs, context, _begin, begun) as self.pool:
+        context, distances = multiprocessing.get_context("spawn"), self.distances
+        same = distances.run.spec, distances.machine, distances.folder.parent
+        with ProcessPoolExecutor(jobs, context, _begin, (*same, context.Value("i", -1))) as self.pool:
             try:
-                yield self
+                yield
             finally:
                 self.pool.shutdown(cancel_futures=True)
                 self.pool = None
@@ -87,7 +86,7 @@ class Judge:
     def run(self, sampler: str, grid: Grid) -> Run:
         """The run without caching over such steps. Raises UserError for some that the sampler cannot do."""
         if (sampler, grid) not in self._runs:
-            run = run_of(self.spec, sampler, grid).open()
+            run = run_of(self.distances.run.spec, sampler, grid).open()
             self.distances.check(run)
             _ = run.sampler
             self._runs[sampler, grid] = run
@@ -100,21 +99,21 @@ class Judge:
         except UserError:
             return None
 
-    def each(self, work: Callable[["Judge", Item], Found], items: Sequence[Item], title: str, unit: str = "run"
-             ) -> list[Found]:
-        """work(judge, item) for every item, in all processes; a function of a module."""
+    def each(self, work: Callable[..., Found], items: Sequence[tuple], title: str, unit: str = "run") -> list[Found]:
+        """work(judge, *item) for every item, in all processes; work: a function that other processes can import."""
         waiting: list[Future[Found]] = []
         if self.pool is not None:
             waiting = [self.pool.submit(_in_process, work, item) for item in items]
-        found = []
-        for number, item in enumerate(tqdm(items, title, unit=unit, disable=not items)):
-            found.append(waiting[number].result() if waiting else work(self, item))
-        return found
+        return [waiting[number].result() if waiting else work(self, *item)
+                for number, item in enumerate(tqdm(items, title, unit=unit, disable=not items))]
 
     def converge(self, seeds: Sequence[int]) -> None:
         """Make the converged latents that are missing."""
         missing = in_batches(self.distances.missing(seeds), self.distances.machine.batch_size)
-        self.each(_converge, missing, "converged images", "batch")
+        self.each(Judge._converge, [(batch,) for batch in missing], "converged images", "batch")
+
+    def _converge(self, batch: list[int]) -> None:
+        self.distances.converged(batch, title=None)
 
     def of(self, candidate: Candidate, seeds: Sequence[int]) -> np.ndarray:
         """PSNR to the converged latents, dB: float64 [seeds]."""
@@ -122,15 +121,7 @@ class Judge:
 
     def measure(self, candidates: Sequence[Candidate], seeds: Sequence[int], title: str) -> list[np.ndarray]:
         """`of` for many."""
-        return self.each(_measure, [(candidate, list(seeds)) for candidate in candidates], title)
-
-
-def _converge(judge: Judge, seeds: list[int]) -> None:
-    judge.distances.converged(seeds, title=None)
-
-
-def _measure(judge: Judge, item: tuple[Candidate, list[int]]) -> np.ndarray:
-    return judge.of(*item)
+        return self.each(Judge.of, [(candidate, list(seeds)) for candidate in candidates], title)
 
 
 def run_of(spec: RunSpec, sampler: str, grid: Grid) -> RunSpec:
@@ -143,7 +134,7 @@ def run_of(spec: RunSpec, sampler: str, grid: Grid) -> RunSpec:
 _judges: list[Judge] = []
 
 
-def _begin(spec: RunSpec, converged: RunSpec, machine: Machine, folder: Path, last: "Synchronized[int]") -> None:
+def _begin(converged: RunSpec, machine: Machine, folder: Path, last: "Synchronized[int]") -> None:
     with last.get_lock():
         last.value += 1
         os.environ["LOCAL_RANK"] = str(last.value)      # by which `run.machine.prepare_device` takes a GPU
@@ -154,8 +145,8 @@ def _begin(spec: RunSpec, converged: RunSpec, machine: Machine, folder: Path, la
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _judges.append(Judge(spec, Distances(converged, machine, folder)))
+    _judges.append(Judge(Distances(converged, machine, folder)))
 
 
-def _in_process(work: Callable[[Judge, Item], Found], item: Item) -> Found:
-    return work(_judges[0], item)
+def _in_process(work: Callable[..., Found], item: tuple) -> Found:
+    return work(_judges[0], *item)

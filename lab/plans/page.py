@@ -50,10 +50,10 @@ def write_page(metrics: Mapping[str, Metric], found: Sequence[Candidate], judge:
         note = f"{of_all.value:.2f} dB at {cost:.2f} full calls\nseeds {format_seeds(seeds)}"
         lines.append(Line(str(one), [Mark(cost, *of_all.bounds, note)]))
     wanted = list(seeds)[:SEEN]
-    config = str(judge.spec.config)
-    sample = ["python", "-m", judge.distances.run.family.command, "--config", config, "--plan", str(out)]
+    run = judge.distances.run
+    sample = ["python", "-m", run.family.command, "--config", str(run.spec.config), "--plan", str(out)]
     section = Section(
-        judge.spec.config.stem, [f"A budget of {prices.budget:.4g} full calls; {len(seeds)} seeds that nothing was "
+        run.spec.config.stem, [f"A budget of {prices.budget:.4g} full calls; {len(seeds)} seeds that nothing was "
                                  f"chosen on: {format_seeds(seeds)}."],
         rows, [Plot("Cost against distance", "full calls per image", UNIT, lines)],
         pictures_among(images(named, judge, wanted), wanted),

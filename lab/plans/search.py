@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -44,6 +45,7 @@ from run.results import Metric, Result
 from run.seeds import format_seeds, parse_seeds
 from run.spec import NetworkOptions, Run
 from unet_caching.errors import UserError
+from unet_caching.files.plan_file import Plan
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.options import option, required
 
@@ -113,10 +115,6 @@ class Seeds(NamedTuple):
             raise UserError(f"seed {seed} is in two of --seeds, --held-out-seeds and --report-seeds: take others")
         return cls(learn, choose, report)
 
-    @property
-    def all(self) -> list[int]:
-        return [*self.learn, *self.choose, *self.report]
-
 
 def announce(tournament: Tournament, seeds: Seeds, jobs: int) -> None:
     """Say how much there is to compute, before it begins."""
@@ -126,21 +124,11 @@ def announce(tournament: Tournament, seeds: Seeds, jobs: int) -> None:
                             distances.run.dtype)
     seconds = interleave({"full": lambda: unet(*inputs)}, distances.model.device, 5, 1)["full"].median / size
     others = (6 * len(seeds.choose) + 4 * (len(seeds.report) + page.SEEN)) * budget
-    calls = len(distances.missing(seeds.all)) * distances.run.calls + tournament.network_calls() + others
+    calls = len(distances.missing([*chain(*seeds)])) * distances.run.calls + tournament.network_calls() + others
     print(f"{budget:.4g} full network calls per image, {distances.run.calls} for a converged one: at most "
           f"{calls:,.0f} of them, of one image each, take about {calls * seconds / jobs / 60:.2g} minutes at "
           f"{1e3 * seconds:.3g} ms in {jobs} process{'es' if jobs > 1 else ''}; what was measured before is not "
           "measured again", flush=True)
-
-
-def report(found: Sequence[Candidate], judge: Judge, seeds: list[int]) -> dict[str, Metric]:
-    """The distances of the plan, the first, and of all others on the same seeds, and the paired differences."""
-    ours, *theirs = judge.measure(found, seeds, "the report")
-    metrics = {"plan": Metric.of(mean_estimate(ours))}
-    for other, psnr in zip(found[1:], theirs, strict=True):
-        metrics[other.kind] = Metric.of(mean_estimate(psnr))
-        metrics[f"plan less {other.kind}"] = Metric.of(mean_estimate(ours - psnr))
-    return metrics
 
 
 def noted(found: Sequence[Candidate], first: Sequence[tuple[Candidate, float]], prices: Prices) -> list[dict[str, Any]]:
@@ -166,43 +154,57 @@ def search(words: Sequence[str]) -> None:
         raise UserError("--compile and --cuda-graphs are for sampling: runs here are short and all different")
     seeds, own = Seeds.of(options), spec.open()
     prices = options.prices(own)
-    own.family.open(own, machine).check_seeds(seeds.all)
-    distances = Distances(run_of(spec, CONVERGED, Grid(options.converged_steps)), machine,
-                          options.work or options.out.with_suffix(".work"))
-    judge = Judge(spec, distances)
-    with judge.processes(options.jobs, machine):
-        measured = GapMeasurements(judge, sorted(prices.cached), seeds.learn[:GAP_SEEDS])
-        samplers = tuple(dict.fromkeys([*SAMPLERS, own.default_sampler]))
-        tournament = Tournament(judge, measured, prices, samplers, seeds.learn, options.attempts)
-        announce(tournament, seeds, options.jobs)
-        judge.converge(seeds.learn)
-        best = tournament.run()
-        judge.converge(seeds.choose)
-        scores = judge.measure(best, seeds.choose, "choosing")
-        chosen = max(zip(best, scores, strict=True), key=lambda pair: pair[1].mean())[0]
-        found = [chosen, *(one for one in best if one.group != PLAN)]
-        judge.converge(seeds.report)
-        metrics = report(found, judge, seeds.report)
-
+    own.family.open(own, machine).check_seeds([*chain(*seeds)])
+    judge = Judge(Distances(run_of(spec, CONVERGED, Grid(options.converged_steps)), machine,
+                            options.work or options.out.with_suffix(".work")))
+    samplers = tuple(dict.fromkeys([*SAMPLERS, own.default_sampler]))
+    measured = GapMeasurements(judge, sorted(prices.cached), seeds.learn[:GAP_SEEDS])
+    tournament = Tournament(judge, measured, prices, samplers, seeds.learn, options.attempts)
+    announce(tournament, seeds, options.jobs)
+    with judge.processes(options.jobs):
+        found, metrics = decide(tournament, seeds)
     notes = {"budget": prices.budget, "learnt_on": format_seeds(seeds.learn), "chosen_on": format_seeds(seeds.choose),
-             "kind": chosen.kind, "order": chosen.order}
-    distance = {"what": MEASURED, "converged": f"{CONVERGED}, {options.converged_steps} {SPACING} steps",
-                "seeds": format_seeds(seeds.report), "mean": metrics["plan"].value,
-                "interval": metrics["plan"].interval}
-    run = judge.run(chosen.sampler, chosen.grid)
-    settings = distances.on(run).settings
-    guidance = [run.guidance / GUIDANCE_RANGE, run.guidance * GUIDANCE_RANGE] if "guidance" in settings else None
-    plan = bound_plan(run, settings, chosen.calls, guidance, distance, notes)
+             "kind": found[0].kind, "order": found[0].order}
+    plan = plan_of(found[0], judge, metrics["plan"], seeds.report, notes)
+    details = {**notes, "reported_on": format_seeds(seeds.report), "reported": len(found),
+               "candidates": noted(found, tournament.first, prices)}
     results.write(options.out.with_suffix(".search.json"), Result(
-        "plan search", run.config.name, run.told, len(seeds.report), metrics,
-        hashes={"checkpoint": plan.run["checkpoint_sha256"], "plan": plan.sha256},
-        provenance=provenance(distances.model.device),
-        details={**notes, "reported_on": format_seeds(seeds.report), "reported": len(found),
-                 "candidates": noted(found, tournament.first, prices)}).stamped(started))
+        "plan search", own.config.name, judge.run(found[0].sampler, found[0].grid).told, len(seeds.report), metrics,
+        hashes={"checkpoint": plan.run["checkpoint_sha256"], "plan": plan.sha256}, details=details,
+        provenance=provenance(judge.distances.model.device)).stamped(started))
     write_json(options.out, plan.to_json())
     page.write_page(metrics, found, judge, prices, seeds.report, options.out, words)
     print(f"{len(seeds.report)} seeds that nothing was chosen on; {MEASURED}, 95% intervals:")
     for name, one in metrics.items():
         print("{:40} {:7.2f} [{:.2f}, {:.2f}]".format(name, *one.bounds))
-    print(f"{options.out}: {chosen}, {plan.cost:.2f} full calls ({chosen.depths.count(None)} calls compute "
+    print(f"{options.out}: {found[0]}, {plan.cost:.2f} full calls ({found[0].depths.count(None)} calls compute "
           f"everything); to look at: {options.out.with_suffix('.html')}")
+
+
+def decide(tournament: Tournament, seeds: Seeds) -> tuple[list[Candidate], dict[str, Metric]]:
+    """The plan and what it is compared with, and their distances on seeds that nothing was chosen on: of all of them,
+    and by how much the plan comes nearer, paired."""
+    judge = tournament.judge
+    judge.converge(seeds.learn)
+    best = tournament.run()
+    judge.converge(seeds.choose)
+    scores = judge.measure(best, seeds.choose, "choosing")
+    chosen = max(zip(best, scores, strict=True), key=lambda pair: pair[1].mean())[0]
+    found = [chosen, *(one for one in best if one.group != PLAN)]
+    judge.converge(seeds.report)
+    ours, *theirs = judge.measure(found, seeds.report, "the report")
+    metrics = {"plan": Metric.of(mean_estimate(ours))}
+    for other, psnr in zip(found[1:], theirs, strict=True):
+        metrics[other.kind] = Metric.of(mean_estimate(psnr))
+        metrics[f"plan less {other.kind}"] = Metric.of(mean_estimate(ours - psnr))
+    return found, metrics
+
+
+def plan_of(chosen: Candidate, judge: Judge, metric: Metric, seeds: list[int], notes: dict[str, Any]) -> Plan:
+    """The file of what was chosen. metric: its distance on some seeds."""
+    run, converged = judge.run(chosen.sampler, chosen.grid), judge.distances.run
+    settings = judge.distances.on(run).settings
+    guidance = [run.guidance / GUIDANCE_RANGE, run.guidance * GUIDANCE_RANGE] if "guidance" in settings else None
+    distance = {"what": MEASURED, "converged": f"{CONVERGED}, {converged.steps} {SPACING} steps",
+                "seeds": format_seeds(seeds), "mean": metric.value, "interval": metric.interval}
+    return bound_plan(run, settings, chosen.calls, guidance, distance, notes)
