@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from run.folder import image_path
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)       # the networks here are tiny: a second thread costs more than it brings
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # in processes that tests start, too
 
 
 def relative_error(value: torch.Tensor, golden: torch.Tensor) -> float:
