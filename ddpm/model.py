@@ -10,8 +10,6 @@ from ddpm.config import Config
 from run.families import Condition
 from run.folder import to_uint8
 from run.image_model import ImageModel
-from run.machine import Machine
-from run.spec import Run
 from run.weights import check_md5, sha256
 from unet_caching.nest import Network
 from unet_caching.policy import Policy
@@ -22,11 +20,6 @@ from unet_caching.speed.accelerate import place
 
 class DDPM(ImageModel[Config, Condition]):
     """An unconditional model in pixels: its latents are the images."""
-
-    def __init__(self, run: Run, machine: Machine):
-        super().__init__(run, machine)
-        self.images = self.config.sampler.images
-        self.settings = dict(run.settings)
 
     def load(self) -> None:
         path = self.run.checkpoint
@@ -39,8 +32,11 @@ class DDPM(ImageModel[Config, Condition]):
     def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None,
                 report: Callable[[float], None] | None = None) -> Tensor:
         unet, noise = self.config.unet, SeededNoise(seeds, self.device)
-        predict = noise_predictor(self.unet if network is None else network, self.config.diffusion, self.dtype, policy)
+        predict = noise_predictor(network or self.unet, self.config.diffusion, self.dtype, policy)
         return self.sampler.run(predict, noise((unet.in_channels, unet.resolution, unet.resolution)), noise, report)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         return to_uint8(latents)
+
+
+MODEL = DDPM

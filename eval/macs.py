@@ -17,8 +17,7 @@ from eval.cost.macs import branch_macs, giga, mean
 from eval.cost.runs import call_macs, costs_of, macs_per_step
 from run.cli import command
 from run.families import example_inputs
-from run.image_model import parse_run
-from run.spec import Run, SamplerOptions
+from run.spec import Run, SamplerOptions, parse_run
 from unet_caching.files.block_schedule import PlannedBlocks
 from unet_caching.methods.deepcache import DeepCacheOptions
 from unet_caching.options import MethodOptions, option

@@ -18,7 +18,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,11 +31,11 @@ from eval.tables import grid
 from run import arguments, results
 from run.cli import command
 from run.families import Config, at_resolution, build, example_inputs, load_unet
-from run.image_model import check_compiled, parse_run
+from run.image_model import check_compiled
 from run.machine import Machine
 from run.provenance import provenance
 from run.results import Result
-from run.spec import NetworkOptions, Run, RunSpec
+from run.spec import NetworkOptions, Run, RunSpec, parse_run
 from unet_caching.errors import as_user_error
 from unet_caching.options import option, required
 from unet_caching.speed.accelerate import accelerated, place
@@ -65,7 +65,7 @@ def timed(runs: Sequence[tuple[Mapping[str, Any], Run]], settings: Mapping[str, 
     """
     started, run = time.time(), runs[0][1]
     for _, one in runs:
-        one.refuse_foreign(one.told | {"unet": asdict(one.config.unet)})
+        one.refuse_foreign(one.settings)
         check_compiled(one, machine)
     device, checkpoint = machine.prepare(), run.spec.network.checkpoint
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ def time_a_run(words: Sequence[str]) -> None:
     spec, machine, timing = parse_run(time_a_run.__doc__, Machine, TimingOptions, words=words,
                                       defaults={"batch_size": 8}, prog="eval.throughput run")
     run = spec.open()
-    timed([({}, run)], run.told, machine, timing)
+    timed([({}, run)], run.brief, machine, timing)
 
 
 @dataclass(frozen=True)

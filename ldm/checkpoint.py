@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from ldm import first_stage
 from ldm.config import Config
+from ldm.diffusers_layout import diffusers_unet as diffusers_unet
 from ldm.unet import UNet
 from run import weights
 from run.files import write_atomically
 from run.weights import load_strict, read_tensors, sha256, write_tensors
 from unet_caching.errors import UserError
 
-UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", first_stage.PREFIX, "cond_stage_model."
 
 
 class Model(NamedTuple):
@@ -71,6 +72,11 @@ def load_checkpoint(config: Config, path: Path) -> Model:
     for network in model:
         network.float().eval().requires_grad_(False)
     return model
+
+
+def load_unet(config: Config, path: Path) -> UNet:
+    """The U-Net of `load_checkpoint` alone. Raises UserError."""
+    return load_checkpoint(config, path).unet
 
 
 def published_state_dict(model: Model) -> dict[str, Tensor]:

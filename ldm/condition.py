@@ -1,17 +1,24 @@
 """What an image of LDM shows: the options of a run beside those that all models share."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from run.families import Condition
+from ldm.config import Config
+from run.families import Guided
+from run.labels import Labels
 from unet_caching.options import option
 
 
 @dataclass(frozen=True)
-class ClassCondition(Condition):
+class ClassCondition(Guided):
     """Which class each image shows."""
-    guidance: float | None = option(None, "classifier-free guidance; 1 = none, anything else doubles the batch")
     labels: str = option("balanced", "balanced (default): seed mod the number of classes; random: uniform, from the "
                                      "seed; or a list like 207,360 or 0-9, taken in turn")
 
-    def name(self) -> tuple[list[str], list[str]]:
-        return [], [] if self.guidance is None else [f"guidance{self.guidance:g}"]
+    def check(self, config: Config) -> None:
+        Labels.parse(self.labels, config.num_classes)
+
+    def settings(self, config: Config) -> dict[str, Any]:
+        labels = Labels.parse(self.labels, config.num_classes)
+        return {"unet": asdict(config.unet), "first_stage": asdict(config.first_stage), "labels": labels.rule,
+                "num_classes": config.num_classes, "first_stage_dtype": "fp32"}

@@ -1,12 +1,9 @@
 """The YAML files of configs/ for LDM, checked against this schema: an unknown or missing key is an error."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from torch import Tensor
-
-from run.settings import read_yaml
-from run.training.loop import TrainConfig
+from run import families
+from run.training import loop
 from unet_caching.samplers import diffusion
 
 
@@ -33,6 +30,11 @@ class FirstStage:
     z_channels: int
     n_embed: int
 
+    @property
+    def downsampling(self) -> int:
+        """How many pixels, in each direction, make one latent."""
+        return 2 ** (len(self.ch_mult) - 1)
+
 
 @dataclass
 class Diffusion(diffusion.Diffusion):
@@ -42,55 +44,42 @@ class Diffusion(diffusion.Diffusion):
     beta_end: float = 0.0195
 
 
-@dataclass
-class Sampler:
-    """The paper's sampling settings: the defaults of `ldm.sample`."""
+@dataclass(kw_only=True)
+class Sampling(families.Sampling):
     steps: int = 250
-    timesteps: str = "offset"           # unet_caching.samplers.ddim.SPACINGS
-    eta: float = 0.0
-    guidance: float = 1.5
+    timesteps: str = "offset"
+    guidance: float | None = 1.5
     branch: int = 0
-    images: int = 50_000                # seeds 0 to images - 1
 
 
-@dataclass
-class TrainFirstStage:
-    """Data and settings of `ldm.train_first_stage`: all emoji."""
+@dataclass(kw_only=True)
+class TrainFirstStage(loop.Section):
+    """Of `ldm.train_first_stage`, on all emoji."""
     noise: float = 0.05                 # standard deviation of what is added to the latents while training
     penalty: float = 1e-3               # weight of the mean squared latent, so that the noise cannot be outgrown
-    bf16: bool = True
-    loop: TrainConfig = field(default_factory=TrainConfig)
 
 
-@dataclass
-class Train:
-    """Data and settings of `ldm.train`."""
+@dataclass(kw_only=True)
+class Train(loop.Section):
+    """Of `ldm.train`."""
     groups: list[str]                   # of data/emoji/index.csv; a class is a group in one style
     drop_label: float = 0.1             # fraction of the labels that become the unconditional one
     dropout: float = 0.0
-    bf16: bool = True
-    loop: TrainConfig = field(default_factory=TrainConfig)
 
 
-@dataclass
-class Config:
-    """One model. Labels are 0 to num_classes - 1; label num_classes is the unconditional one."""
-    name: str
+@dataclass(kw_only=True)
+class Config(families.Config):
+    """Labels are 0 to num_classes - 1; label num_classes is the unconditional one."""
     unet: Unet
     first_stage: FirstStage
     num_classes: int
-    checkpoint: str                     # path, relative to the repository
     class_names: str | None = None      # text file, a name per line in the order of the labels, for listings only
     diffusion: Diffusion = field(default_factory=Diffusion)
-    sampler: Sampler = field(default_factory=Sampler)
+    sampler: Sampling = field(default_factory=Sampling)
     train_first_stage: TrainFirstStage | None = None
     train: Train | None = None
 
-    def alphas_cumprod(self) -> Tensor:
-        """The alpha_bar of each timestep: float32 [num_timesteps]."""
-        return self.diffusion.alphas_cumprod()
-
-
-def load_config(path: Path) -> Config:
-    """Read one YAML file. Raises UserError that names the key which is unknown, missing or of the wrong type."""
-    return read_yaml(path, Config)
+    @property
+    def latent_size(self) -> int:
+        """Width and height of the latents."""
+        return self.first_stage.resolution // self.first_stage.downsampling

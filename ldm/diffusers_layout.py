@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.unet import Downsample, ResBlock, SpatialTransformer, UNet
+from run.families import Config
 from unet_caching.errors import UserError
 from unet_caching.nest import Upsample
 
@@ -135,9 +137,9 @@ def _per_level(value: object, levels: int) -> list:
     return list(value) if isinstance(value, list | tuple) else [value] * levels
 
 
-def diffusers_unet(arguments: Mapping, unet: UNet) -> nn.Module:
-    """diffusers' U-Net on the very weights of ours, which was made with these arguments."""
+def diffusers_unet(config: Config, unet: UNet, **more: Any) -> UNet2DConditionModel:
+    """diffusers' U-Net on the very weights of ours. config: of LDM or Stable Diffusion. more: for its class."""
     with torch.device("meta"):
-        theirs = UNet2DConditionModel(**diffusers_arguments(arguments))
+        theirs = UNet2DConditionModel(**diffusers_arguments(config.unet_arguments), **more)
     theirs.load_state_dict(diffusers_state_dict(unet), assign=True)
     return theirs.eval().requires_grad_(False)

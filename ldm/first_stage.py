@@ -2,12 +2,17 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from diffusers import VQModel
 from torch import Tensor
 
-from run.weights import load_strict
+from ldm.config import FirstStage
+from run.weights import load_strict, read_tensors, tensors_of
+from unet_caching.errors import UserError
+
+PREFIX = "first_stage_model."       # in a whole checkpoint
 
 
 def build(resolution: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int,
@@ -17,11 +22,6 @@ def build(resolution: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int,
     return VQModel(down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
                    block_out_channels=tuple(ch * mult for mult in ch_mult), layers_per_block=num_res_blocks,
                    latent_channels=z_channels, sample_size=resolution, num_vq_embeddings=n_embed)
-
-
-def downsampling(vq: VQModel) -> int:
-    """How many pixels, in each direction, make one latent."""
-    return 2 ** (len(vq.config.block_out_channels) - 1)
 
 
 @torch.no_grad()
@@ -74,10 +74,25 @@ def load_state_dict(vq: VQModel, state_dict: dict[str, Tensor]) -> None:
 
     Raises UserError that names every missing, extra or misshapen tensor; the model is left untouched then.
     """
-    state_dict = {name.removeprefix("first_stage_model."): value for name, value in state_dict.items()}
+    state_dict = {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
     flat = {name: value[:, :, 0, 0] if _is_projection(name) and value.shape[2:] == (1, 1) else value
             for name, value in state_dict.items()}
     load_strict(vq, flat, lambda name: published_name(name, len(vq.config.block_out_channels)))
+
+
+def load(sizes: FirstStage, path: Path) -> VQModel:
+    """A first stage with its weights, in evaluation mode. path: of a whole checkpoint, or of the first stage alone.
+
+    Raises UserError that names the file.
+    """
+    vq = build(**vars(sizes))
+    tensors = tensors_of(read_tensors(path), path, "first stage")
+    part = {name: value for name, value in tensors.items() if name.startswith(PREFIX)}
+    try:
+        load_state_dict(vq, part or tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return vq.eval().requires_grad_(False)
 
 
 def _is_projection(name: str) -> bool:

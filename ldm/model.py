@@ -47,14 +47,14 @@ def names_of_classes(config: Config) -> list[str] | None:
 def check_sizes(config: Config) -> int:
     """The width and height of the latents. Raises UserError where the U-Net and the first stage do not fit together."""
     stage, levels = config.first_stage, len(config.unet.channel_mult)
-    factor = 2 ** (len(stage.ch_mult) - 1)
+    factor = stage.downsampling
     if not config.unet.in_channels == config.unet.out_channels == stage.z_channels:
         raise UserError(f"the U-Net has {config.unet.in_channels} channels in and {config.unet.out_channels} out, the "
                         f"latents have {stage.z_channels}")
     if stage.resolution % (factor * 2 ** (levels - 1)):
         raise UserError(f"images of {stage.resolution} pixels are not divisible by {factor} in the first stage and "
                         f"{2 ** (levels - 1)} in the U-Net")
-    return stage.resolution // factor
+    return config.latent_size
 
 
 class LDM(ImageModel[Config, ClassCondition]):
@@ -63,11 +63,9 @@ class LDM(ImageModel[Config, ClassCondition]):
     def __init__(self, run: Run, machine: Machine):
         super().__init__(run, machine)
         config = self.config
-        self.images = config.sampler.images
         self.labels = Labels.parse(self.condition.labels, config.num_classes)
         self.names = names_of_classes(config)
         self.size = check_sizes(config)
-        self.settings = dict(run.settings)
 
     def load(self) -> None:
         model = load_checkpoint(self.config, self.run.checkpoint)
@@ -85,7 +83,7 @@ class LDM(ImageModel[Config, ClassCondition]):
         if self.run.guidance != 1:
             label = torch.cat([torch.full_like(label, self.config.num_classes), label])     # [uncond, cond]
         context = self.classes(label)[:, None]                                  # [batch, 1 token, context_dim]
-        predict = noise_predictor(self.unet if network is None else network, self.config.diffusion, self.dtype, policy,
+        predict = noise_predictor(network or self.unet, self.config.diffusion, self.dtype, policy,
                                   [context], self.run.guidance)
         return self.sampler.run(predict, noise((self.config.unet.in_channels, self.size, self.size)), noise, report)
 
@@ -98,3 +96,6 @@ class LDM(ImageModel[Config, ClassCondition]):
 
     def write_listing(self, folder: RunFolder) -> None:
         write_listing(folder, self.labels, self.names)
+
+
+MODEL = LDM

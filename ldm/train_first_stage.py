@@ -17,29 +17,28 @@ import torch.nn.functional as F
 from diffusers import VQModel
 from torch import Tensor
 
-from ldm.config import load_config
-from ldm.first_stage import build, decode, downsampling, encode, published_state_dict
+from ldm.family import FAMILY
+from ldm.first_stage import build, decode, encode, published_state_dict
 from run.cli import command
 from run.folder import to_uint8
 from run.machine import Device
 from run.psnr import psnr
 from run.training import emoji
 from run.training.loop import Grid, Loss, train
-from run.weights import save_tensors
-from unet_caching.errors import UserError
-from unet_caching.options import option, required
+from run.training.program import Training, begin, mirrored, parameters, to_float, write_weights
+from unet_caching.options import option
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 -> -1..1."""
-    return images.float() / 127.5 - 1
+@dataclass(frozen=True)
+class Options(Training):
+    config: Path = option(Path("configs/ldm_emoji.yaml"), "with a `train_first_stage` section (default: %(default)s)")
+    data: Path = option(emoji.FOLDER, "folder with emoji_SIZE.webp and index.csv")
 
 
 def reconstruction_loss(noise: float, penalty: float, autocast: bool) -> Loss[VQModel]:
     """The absolute error of the pixels and of their differences to the right and below, which keep edges sharp."""
     def loss(vq: VQModel, batch: Tensor, generator: torch.Generator) -> Tensor:
-        flip = torch.rand(len(batch), generator=generator, device=batch.device) < 0.5
-        x = to_float(torch.where(flip[:, None, None, None], batch.flip(-1), batch))
+        x = to_float(mirrored(batch, generator))
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
             z = vq.encode(x).latents.float()
             noisy = z + noise * torch.randn(z.shape, generator=generator, device=z.device)
@@ -101,44 +100,31 @@ def finish(vq: VQModel, images: Tensor, held_out: Tensor, target: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(vectors), generator=generator)[:12 * vq.config.num_vq_embeddings]
     fit_codebook(vq.quantize.embedding.weight, standardise(vq, vectors)[chosen.to(vectors.device)], generator)
-    weights = {name: value.half() for name, value in published_state_dict(vq).items()}
+    weights = published_state_dict(vq)
     vq.load_state_dict({name: value.half().float() for name, value in vq.state_dict().items()})
     print(f"held-out PSNR {reconstruction_psnr(vq, held_out, quantize=False):.2f} dB continuous, "
           f"{reconstruction_psnr(vq, held_out, quantize=True):.2f} dB quantised")
-    save_tensors(weights, target)
-    print(f"wrote {target}, {target.stat().st_size / 2**20:.1f} MiB")
-
-
-@dataclass(frozen=True)
-class Options:
-    config: Path = option(Path("configs/ldm_emoji.yaml"), "with a `train_first_stage` section (default: %(default)s)")
-    out: Path = required("folder of the training run; resumed if it has one")
-    data: Path = option(emoji.FOLDER, "folder with emoji_SIZE.webp and index.csv")
+    write_weights(weights, target)
 
 
 @command
-def main(args: Options, where: Device) -> None:
-    where.prepare()
-
-    config = load_config(args.config)
-    settings = config.train_first_stage
-    if settings is None:
-        raise UserError(f"{args.config} has no train_first_stage section: it is a published model")
-    torch.manual_seed(settings.loop.seed)
-    vq = build(**vars(config.first_stage))
-    size = config.first_stage.resolution
+def main(options: Options, where: Device) -> None:
+    device = where.prepare()
+    config = FAMILY.load_config(options.config)
+    settings, sizes = begin(config.train_first_stage, options.config, "train_first_stage"), config.first_stage
+    vq = build(**vars(sizes))
 
     def load(split: str) -> Tensor:
-        images, _ = emoji.load(size, split, folder=args.data)
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(where.device)
+        images, _ = emoji.load(sizes.resolution, split, folder=options.data)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
 
     images, held_out = load("train"), load("held-out")
-    print(f"{len(images)} images of {size} pixels, {size // downsampling(vq)}x{size // downsampling(vq)}x"
-          f"{config.first_stage.z_channels} latents, {sum(p.numel() for p in vq.parameters()):,} parameters")
+    print(f"{len(images)} images of {sizes.resolution} pixels, {config.latent_size}x{config.latent_size}x"
+          f"{sizes.z_channels} latents, {parameters(vq)}")
     some = held_out[:: len(held_out) // 50][:50]
     ema = train(vq, reconstruction_loss(settings.noise, settings.penalty, settings.bf16), images, settings.loop,
-                args.out, comparison_grid(some), where.device)
-    finish(ema, images, held_out, args.out / "first_stage.safetensors")
+                options.out, comparison_grid(some), where.device)
+    finish(ema, images, held_out, options.out / "first_stage.safetensors")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +14,37 @@ from run.files import ROOT, stamp
 from run.settings import load_yaml, read_yaml
 from unet_caching.errors import UserError, one_line
 from unet_caching.nest import NestedUNet
+from unet_caching.options import option
 from unet_caching.samplers.diffusion import Diffusion
-
-if TYPE_CHECKING:
-    from run.image_model import ImageModel
-    from run.machine import Machine
-    from run.spec import Run
 
 PACKAGES = ("ddpm", "ldm", "stable_diffusion")
 
 
-class Config(Protocol):
-    """What the configs of all families say. Each family has a schema of its own for them, a dataclass.
+@dataclass(kw_only=True)
+class Sampling:
+    """The paper's settings of a model: the defaults of its sample command."""
+    sampler: str = "ddim"
+    steps: int
+    timesteps: str
+    eta: float = 0.0
+    guidance: float | None = None       # None: the model is not guided
+    branch: int
+    images: int = 50_000                # seeds 0 to images - 1
 
-    unet: arguments of its U-Net. sampler: the paper's settings, steps, timesteps, branch and more.
-    """
+
+@dataclass(kw_only=True)
+class Config:
+    """One model, as a YAML file of configs/ describes it; each family has its own sizes beside."""
     name: str
-    checkpoint: str
-    unet: Any
-    sampler: Any
+    unet: Any                           # a dataclass of the U-Net's arguments
+    checkpoint: str                     # path, relative to the repository
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    sampler: Sampling
 
     @property
-    def diffusion(self) -> Diffusion:
-        """What the network was trained for."""
+    def unet_arguments(self) -> dict[str, Any]:
+        """All arguments of the U-Net."""
+        return vars(self.unet)
 
 
 Schema = TypeVar("Schema", bound=Config)
@@ -45,7 +53,7 @@ Net = TypeVar("Net", bound=NestedUNet)
 
 @dataclass(frozen=True)
 class Condition:
-    """What an image shows, beside what its seed decides. Families with a choice there add fields (options.py).
+    """What an image shows, beside what its seed decides. Families with a choice there add fields.
 
     Raises UserError for options that do not go together.
     """
@@ -55,41 +63,67 @@ class Condition:
         """The parts of a sample folder's name that come first, and those that come last."""
         return [], []
 
+    def check(self, config: Any) -> None:
+        """Refuse what a model of this config cannot show. Raises UserError."""
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        """What run.json says of a model of this config and of what is shown, as far as it is known without weights."""
+        return {"unet": asdict(config.unet)}
+
+
+@dataclass(frozen=True)
+class Guided(Condition):
+    """What a model with classifier-free guidance shows."""
+    guidance: float | None = option(None, "classifier-free guidance; 1 = none, anything else doubles the batch")
+
+    def name(self) -> tuple[list[str], list[str]]:
+        return [], [] if self.guidance is None else [f"guidance{self.guidance:g}"]
+
 
 @dataclass(frozen=True)
 class Family(Generic[Schema, Net]):
-    """All that other programs need of a model package.
+    """A model package as other programs know it.
 
-    name: the first word of its configs' names; aliases: others. command: the module of its sample command. schema: the
-    dataclass of its configs. condition: its own options. flags: the flags of options that have not the option's name.
-    batch_size: how many images at a time, unless the user says more.
-    unet(config): the U-Net with random weights, on the device that is in force; raises ValueError.
-    shapes(config): the shapes of x and, where there is one, of the context, for one image.
-    resolution(config): the pixels of a side. load_unet(config, path): the U-Net with the weights of a checkpoint, on
-    the CPU. open(run, machine): the whole model. theirs(config, unet): diffusers' U-Net on the very weights of ours.
-    settings(run): what run.json says of a run, sampler and dtype aside, as far as it is known without weights.
-    checkpoint_sha256(path): what it says of the weights.
-    judge: the evaluator of the papers' tables, a command of eval/. packed: whether it reads an npz. references: what it
-    compares with, by the model's name.
+    Its modules `checkpoint` and `model` take seconds to import, and are when they are needed.
     """
-    name: str
-    command: str
-    schema: type[Schema]
-    unet: Callable[[Schema], Net]
-    shapes: Callable[[Schema], list[tuple[int, ...]]]
-    resolution: Callable[[Schema], int]
-    load_unet: Callable[[Schema, Path], Net]
-    open: Callable[["Run", "Machine"], "ImageModel"]
-    settings: Callable[["Run"], dict[str, Any]]
-    checkpoint_sha256: Callable[[Path], str]
-    theirs: Callable[[Schema, Net], nn.Module]
-    batch_size: int
-    judge: str
+    name: str                                           # the first word of its configs' names
+    package: str
+    schema: type[Schema]                                # of its configs
+    unet: Callable[[Schema], Net]                       # random weights, on the device in force; raises ValueError
+    shapes: Callable[[Schema], list[tuple[int, ...]]]   # of x and of what is beside it (not t), for one image
+    resolution: Callable[[Schema], int]                 # the pixels of a side
+    batch_size: int                                     # images at a time, unless the user says more
+    judge: str                                          # the evaluator of the papers' tables, a command of eval/
+    packed: bool = False                                # whether that reads an npz
+    references: Mapping[str, Path] = field(default_factory=dict)    # what it compares with, by the model's name
     condition: type[Condition] = Condition
-    flags: Mapping[str, str] = field(default_factory=dict)
-    references: Mapping[str, Path] = field(default_factory=dict)
-    packed: bool = False
-    aliases: Sequence[str] = ()
+    flags: Mapping[str, str] = field(default_factory=dict)          # of options that have not the option's name
+    aliases: Sequence[str] = ()                         # other first words
+
+    @property
+    def command(self) -> str:
+        """The module of its sample command."""
+        return f"{self.package}.sample"
+
+    def load_config(self, path: Path | str) -> Schema:
+        """Read a config file. Raises UserError for a key that is wrong."""
+        return read_yaml(find_config(path), self.schema)
+
+    def load_unet(self, config: Schema, path: Path) -> Net:
+        """The U-Net with the weights of a checkpoint, in evaluation mode, float32 on the CPU. Raises UserError."""
+        return self._checkpoint.load_unet(config, path)
+
+    def checkpoint_sha256(self, path: Path) -> str:
+        """What run.json says of the weights."""
+        return self._checkpoint.checkpoint_sha256(path)
+
+    def theirs(self, config: Schema, unet: Net) -> nn.Module:
+        """diffusers' U-Net on the very weights of ours."""
+        return self._checkpoint.diffusers_unet(config, unet)
+
+    @property
+    def _checkpoint(self) -> Any:
+        return importlib.import_module(f"{self.package}.checkpoint")
 
 
 @cache
@@ -116,7 +150,7 @@ def family_named_by(path: Path | str) -> Family:
 @cache
 def _named_by(path: Path, *seen: int) -> str:
     name = load_yaml(path).get("name")
-    words = {word: family for family in families().values() for word in (family.name, *family.aliases)}
+    words = {word: known for known in families().values() for word in (known.name, *known.aliases)}
     known = words.get(str(name).split("_")[0])
     if known is None:
         prefixes = " or ".join(f"{word}_" for word in words)
@@ -124,9 +158,9 @@ def _named_by(path: Path, *seen: int) -> str:
     return known.name
 
 
-def load_config(path: Path | str, family: Family | None = None) -> Config:
-    """Read a config file of a family; None: that which its name says. Raises UserError for a key that is wrong."""
-    return read_yaml(find_config(path), (family or family_named_by(path)).schema)
+def load_config(path: Path | str) -> Config:
+    """Read a config file of the family that its name says. Raises UserError for a key that is wrong."""
+    return family_named_by(path).load_config(path)
 
 
 def at_resolution(config: Config, pixels: int) -> Config:
@@ -137,7 +171,7 @@ def at_resolution(config: Config, pixels: int) -> Config:
     unit = downsampling * 2 ** (len(config.unet.channel_mult) - 1)
     if pixels < unit or pixels % unit:
         raise UserError(f"{config.name} makes images of a multiple of {unit} pixels, got {pixels}")
-    return cast(Config, replace(cast(Any, config), resolution=pixels))
+    return replace(config, resolution=pixels)       # type: ignore[call-arg]  # which it has, with `downsampling`
 
 
 def family(config: Config) -> Family:
@@ -172,4 +206,4 @@ def rows_per_image(config: Config) -> int:
 
     The papers' MACs count one row.
     """
-    return 1 if getattr(config.sampler, "guidance", 1) == 1 else 2
+    return 1 if config.sampler.guidance in (None, 1) else 2

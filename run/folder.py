@@ -49,10 +49,19 @@ def read_run(folder: Path) -> dict:
 
 
 @dataclass
+class _Command:
+    """The options of a sample command, by name."""
+    family: str
+    config: str
+    options: dict
+
+
+@dataclass
 class _Record:
     """What run.json holds."""
-    settings: dict
-    provenance: dict = field(default_factory=dict)
+    settings: dict                  # that decide the pixels
+    provenance: dict = field(default_factory=dict)      # of the first images
+    run: _Command | None = None     # the options that gave the settings; None in folders from before they were kept
     format: int = FORMAT
 
 
@@ -99,11 +108,12 @@ class RunFolder:
     """A folder of images that all come from the same settings.
 
     settings: what decides the pixels, JSON-compatible. A folder that holds other settings, or images without a
-    run.json, is refused with a UserError that says what differs. provenance: where this process runs; recorded only.
+    run.json, is refused with a UserError that says what differs. provenance: where this process runs; run: the options
+    that gave the settings, as `RunSpec.to_json` writes them; both are recorded only.
     Several processes may work on one folder: every file appears whole or not at all.
     """
 
-    def __init__(self, path: Path, settings: dict, provenance: dict):
+    def __init__(self, path: Path, settings: dict, provenance: dict, run: dict | None = None):
         self.path = Path(path)
         settings = json.loads(json.dumps(settings))
         if self.path.exists() and not self.path.is_dir():
@@ -114,7 +124,7 @@ class RunFolder:
             if any(self.path.glob("[0-9][0-9][0-9]*/*.png")):
                 raise UserError(f"{self.path} has images but no run.json, so their settings are unknown: "
                                 "use another folder")
-            self._create({"format": FORMAT, "settings": settings, "provenance": provenance})
+            self._create({"format": FORMAT, "settings": settings, "provenance": provenance, "run": run})
         unlike = differences(read_run(self.path)["settings"], settings)
         if unlike:
             raise UserError(f"{self.path} holds images of other settings ({'; '.join(unlike)}): "

@@ -1,11 +1,15 @@
 """A run as a value. All that decides the image of a seed is in a RunSpec: its options, defaults, checks and names are
-said here and in the dataclasses that it is made of, and nowhere else.
+said here and in the dataclasses that it is made of, and nowhere else. Opened, it is a Run.
 
     RunSpec.of("configs/ddpm_cifar10.yaml", interval=5, branch=2).open().settings
+    Run.of_folder("samples/cifar10_n5").calls
 """
 
+import argparse
 import hashlib
-from collections.abc import Hashable, Mapping
+import json
+import sys
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -15,23 +19,14 @@ from weakref import WeakKeyDictionary
 import torch
 
 from run import arguments
-from run.families import (
-    Condition,
-    Config,
-    Family,
-    build,
-    example_inputs,
-    families,
-    family_named_by,
-    find_config,
-    load_config,
-)
-from run.files import stamp
+from run.families import Condition, Config, Family, build, example_inputs, families, family_named_by, find_config
+from run.files import ROOT, stamp
+from run.folder import differences, read_run
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.files.fitted import fingerprint
-from unet_caching.methods.deepcache import PlannedDeepCache
+from unet_caching.methods.deepcache import DeepCacheOptions, PlannedDeepCache
 from unet_caching.nest import NestedUNet
-from unet_caching.options import MethodOptions, RunShape, option
+from unet_caching.options import MethodOptions, RunShape, option, required
 from unet_caching.registry import METHODS, CachePlan, plan
 from unet_caching.samplers.ddim import is_listed
 from unet_caching.samplers.samplers import (
@@ -40,7 +35,6 @@ from unet_caching.samplers.samplers import (
     TIMESTEPS,
     TIMESTEPS_HELP,
     Sampler,
-    num_calls,
     timesteps_for,
 )
 from unet_caching.trace import Asked, positions, reused, trace
@@ -48,6 +42,14 @@ from unet_caching.trace import Asked, positions, reused, trace
 MOST_STEPS, MOST_GUIDANCE = 10_000, 1000
 _TRACED: WeakKeyDictionary[NestedUNet, list[Asked]] = WeakKeyDictionary()      # what a call asks its cache for
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BRIEF = ("model", "sampler", "steps", "dtype", "timesteps", "eta", "guidance", "cache")
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """The model that a command is about."""
+    title: ClassVar[str] = "the model"
+    config: Path = required("configs/*.yaml; brings more options")
 
 
 @dataclass(frozen=True)
@@ -70,22 +72,22 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run of a model of a family (run/families.py). config: a file of configs/, or another of their kind.
-
-    Options that are not given are the config's, which are the paper's.
-    """
+    """One run of a model of a family (run/families.py). Options that are not given are the config's, the paper's."""
     family: str
-    config: Path
+    config: Path                    # a file of configs/, or another of their kind
     network: NetworkOptions = NetworkOptions()
     condition: Condition = Condition()
     sampler: SamplerOptions = SamplerOptions()
     caching: tuple[MethodOptions, ...] = field(default_factory=lambda: tuple(method() for method in METHODS))
 
     @classmethod
-    def of(cls, config: Path | str, **options: Any) -> "RunSpec":
-        """A run of a config with options by name. Raises UserError for one that the model does not have."""
-        family = family_named_by(config)
-        return cls(family.name, Path(config), condition=family.condition()).having(**options)
+    def of(cls, config: Path | str, family: str | None = None, **options: Any) -> "RunSpec":
+        """A run of a config with options by name. Raises UserError for one that the model does not have.
+
+        family: whose config it is; None: that which its name says.
+        """
+        known = families()[family] if family else family_named_by(config)
+        return cls(known.name, Path(config), condition=known.condition()).having(**options)
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -94,25 +96,31 @@ class RunSpec:
 
     def having(self, **options: Any) -> "RunSpec":
         """The same run with some options changed; paths may be text. Raises UserError."""
+        known = [name for part in self.parts for name in arguments.names(part)]
+        if unknown := options.keys() - set(known):
+            raise UserError(f"{self.config} has no option {', '.join(sorted(unknown))}: there are {', '.join(known)}")
+
         def changed(part: Any) -> Any:
-            own = {name: arguments.typed(type(part), name, options.pop(name)) for name in list(options)
+            own = {name: arguments.typed(type(part), name, value) for name, value in options.items()
                    if name in arguments.names(part)}
             return replace(part, **own)
 
-        found = RunSpec(self.family, self.config, changed(self.network), changed(self.condition), changed(self.sampler),
-                        tuple(changed(part) for part in self.caching))
-        if options:
-            known = ", ".join(name for part in self.parts for name in arguments.names(part))
-            raise UserError(f"{self.config} has no option {', '.join(options)}: there are {known}")
-        return found
+        condition, network, sampler, *caching = map(changed, self.parts)
+        return replace(self, condition=condition, network=network, sampler=sampler, caching=tuple(caching))
 
-    def given(self) -> dict[str, Any]:
+    @property
+    def options(self) -> dict[str, Any]:
         """The options that are not as they are by default, by name."""
         return {name: value for part in self.parts for name, value in arguments.given(part).items()}
 
     def words(self) -> list[str]:
         """The options of the sample command that make this run."""
-        return ["--config", str(self.config), *arguments.words(self.given(), families()[self.family].flags)]
+        return ["--config", str(self.config), *arguments.words(self.options, families()[self.family].flags)]
+
+    def to_json(self) -> dict[str, Any]:
+        """What run.json keeps to open the run again: paths below the repository are relative to it."""
+        options = {name: _portable(value) if isinstance(value, Path) else value for name, value in self.options.items()}
+        return {"family": self.family, "config": _portable(find_config(self.config)), "options": options}
 
     def open(self) -> "Run":
         """Read the config, and check the run as far as that goes without weights. Raises UserError."""
@@ -122,37 +130,59 @@ class RunSpec:
 class Run:
     """A RunSpec together with the config of its model, and what follows from both.
 
-    Raises UserError for options that do not go together. caching: its methods, checked. unet: on the meta device.
+    Raises UserError for options that do not go together.
     """
 
     def __init__(self, spec: RunSpec):
         self.spec = spec
         self.family: Family = families()[spec.family]
         file = find_config(spec.config)
-        self.config, self.unet = _open(spec.family, file, *stamp(file))
-        defaults = self.config.sampler
-        self.default_sampler: str = getattr(defaults, "sampler", "ddim")
-        chosen = _chosen_sampling(spec)
-        self.sampler_name: str = chosen.get("sampler", self.default_sampler)
-        with as_user_error():
-            self.timesteps: str = chosen.get("timesteps") or timesteps_for(self.sampler_name, defaults.timesteps)
-        own = is_listed(self.timesteps)
-        if not own and self.timesteps not in TIMESTEPS:
-            raise UserError(f"--timesteps must be one of {', '.join(TIMESTEPS)}, or a list like 999,750,400,120, got "
-                            f"{self.timesteps[:40]!r}")
-        self.steps: int = chosen.get("steps", self.timesteps.count(",") + 1 if own else defaults.steps)
-        given = getattr(spec.condition, "guidance", None)
-        self.guidance: float = getattr(defaults, "guidance", 1.0) if given is None else given
+        self.config, self.unet = _open(spec.family, file, *stamp(file))     # the U-Net on the meta device
+        spec.condition.check(self.config)
+        usual, chosen = self.config.sampler.guidance, getattr(spec.condition, "guidance", None)
+        self.guidance: float = chosen if chosen is not None else 1.0 if usual is None else usual
         if not 0 <= self.guidance <= MOST_GUIDANCE:         # beyond, numbers overflow and images are noise
             raise UserError(f"--guidance must be from 0 to {MOST_GUIDANCE}, got {self.guidance:g}")
         if spec.network.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {spec.network.dtype!r}")
-        if not 1 <= self.steps <= MOST_STEPS:
-            _ = self.sampler        # which says how many it takes
-            raise UserError(f"--steps must be from 1 to {MOST_STEPS}, got {self.steps}")
+        self.sampler = _sampler(spec, self.config)
         with as_user_error():
-            self.caching: CachePlan = plan(spec.caching, RunShape(self.steps, self.calls, self.unet.num_branches,
-                                                                  defaults.branch))
+            shape = RunShape(self.steps, self.calls, self.unet.num_branches, self.config.sampler.branch)
+            self.caching: CachePlan = plan(spec.caching, shape)
+
+    @classmethod
+    def of_folder(cls, folder: Path | str) -> "Run":
+        """The run of a sample folder. Raises UserError where its options do not give it any more, or never did here."""
+        content = read_run(Path(folder))
+        kept = content.get("run")
+        if kept is None:        # made before the options were kept
+            return cls.of_settings(content["settings"])
+        return RunSpec.of(kept["config"], kept["family"], **kept["options"]).open()._checked(content["settings"])
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> "Run":
+        """A run without caching, or with DeepCache, by its settings. Raises UserError for one that is not."""
+        cache = settings.get("cache") or {}
+        names = (*arguments.names(SamplerOptions), "dtype", "guidance")
+        options = {name: settings[name] for name in names if name in settings}
+        options |= {name: cache[name] for name in arguments.names(DeepCacheOptions) if name in cache}
+        return RunSpec.of(str(settings.get("model")), **options).open()._checked(settings)
+
+    def _checked(self, settings: Mapping[str, Any]) -> "Run":
+        """The run itself. Raises UserError where settings are of another one."""
+        ours = self.brief
+        if unlike := differences({key: settings.get(key) for key in ours}, json.loads(json.dumps(ours))):
+            raise UserError(f"{self.spec.config} gives another run now: {'; '.join(unlike)}")
+        return self
+
+    @property
+    def steps(self) -> int:
+        return self.sampler.steps
+
+    @property
+    def calls(self) -> int:
+        """Network calls per image."""
+        return self.sampler.calls
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,43 +194,24 @@ class Run:
         return self.spec.network.checkpoint or Path(self.config.checkpoint)
 
     @property
-    def calls(self) -> int:
-        """Network calls per image."""
-        return num_calls(self.sampler_name, self.steps)
-
-    @property
     def rows_per_image(self) -> int:
         """Rows of the network's batch: 2 with classifier-free guidance, else 1."""
         return 1 if self.guidance == 1 else 2
 
     @cached_property
-    def sampler(self) -> Sampler:
-        """The sampler with its settings. Raises UserError where they do not go together."""
-        with as_user_error():
-            return Sampler(self.sampler_name, self.steps, self.timesteps, self.eta, self.config.diffusion)
-
-    @property
-    def eta(self) -> float:
-        if self.spec.sampler.eta is not None:
-            return self.spec.sampler.eta
-        return getattr(self.config.sampler, "eta", 0.0) if self.sampler_name == "ddim" else 0.0
-
-    @property
-    def told(self) -> dict[str, Any]:
-        """What run.json of its images says, as far as that is known without weights, prompts and device."""
-        guided = {"guidance": self.guidance} if hasattr(self.config.sampler, "guidance") else {}
-        return {"model": self.config.name, "sampler": self.sampler_name, "steps": self.steps,
-                "dtype": self.spec.network.dtype, "timesteps": self.timesteps, "eta": self.eta, **guided,
-                "cache": self.caching.settings}
-
-    @cached_property
     def settings(self) -> dict[str, Any]:
-        """All that run.json of its images says, as far as it is known without weights; the caching aside.
+        """What decides the pixels, as run.json says it, as far as it is known without weights.
 
-        Raises UserError where sampler, size or prompts cannot be.
+        Raises UserError for prompts that cannot be read; those that are not there are left out.
         """
-        return {"model": self.config.name, **self.family.settings(self), **self.sampler.settings,
-                "dtype": self.spec.network.dtype}
+        guided = {} if self.config.sampler.guidance is None else {"guidance": self.guidance}
+        return {"model": self.config.name, **self.spec.condition.settings(self.config), **guided,
+                **self.sampler.settings, "dtype": self.spec.network.dtype, "cache": self.caching.settings}
+
+    @property
+    def brief(self) -> dict[str, Any]:
+        """The settings that tell runs of one model on the same seeds apart."""
+        return {key: value for key, value in self.settings.items() if key in BRIEF}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -246,25 +257,36 @@ class Run:
     @property
     def name(self) -> str:
         """The sample folder's name: uncached, steps59, uniform_n5, parti_centered_n5_c10_p1.5, uniform_n10_zeroed."""
-        defaults = self.config.sampler
+        usual, sampler = self.config.sampler, self.sampler
         first, last = self.spec.condition.name()
-        weights, usual = self.spec.network.checkpoint, timesteps_for(self.sampler_name, defaults.timesteps)
+        weights = self.spec.network.checkpoint
         parts = [*([weights.name] if weights else []),
                  *(part for method in self.caching.methods for part in method.name),
-                 *([self.sampler_name] if self.sampler_name != self.default_sampler else []),
-                 *([f"steps{self.steps}"] if self.steps != defaults.steps else []),
-                 *([_short(self.timesteps)] if self.timesteps != usual else []), *last]
+                 *([sampler.name] if sampler.name != usual.sampler else []),
+                 *([f"steps{self.steps}"] if self.steps != usual.steps else []),
+                 *([_short(sampler.timesteps)] if sampler.timesteps != timesteps_for(sampler.name, usual.timesteps)
+                   else []), *last]
         return "_".join([*first, *(parts or ["uncached"])])
 
 
-def _chosen_sampling(spec: RunSpec) -> dict[str, Any]:
-    """The sampler's settings that do not come from the config: the user's, then those of what was fitted to a run.
-
-    Raises UserError for a file that cannot be read.
-    """
+def _sampler(spec: RunSpec, config: Config) -> Sampler:
+    """The sampler of a run: as the user says, else as what was fitted to a run does, else the config. Raises UserError,
+    also for a fitted file that cannot be read."""
+    usual = config.sampler
     with as_user_error():
         fitted = {name: value for method in spec.caching for name, value in method.sampling().items()}
-    return fitted | arguments.given(spec.sampler)
+        chosen = fitted | arguments.given(spec.sampler)
+        name = chosen.get("sampler", usual.sampler)
+        timesteps = chosen.get("timesteps") or timesteps_for(name, usual.timesteps)
+        if not is_listed(timesteps) and timesteps not in TIMESTEPS:
+            raise UserError(f"--timesteps must be one of {', '.join(TIMESTEPS)}, or a list like 999,750,400,120, got "
+                            f"{timesteps[:40]!r}")
+        steps = chosen.get("steps", timesteps.count(",") + 1 if is_listed(timesteps) else usual.steps)
+        eta = spec.sampler.eta if spec.sampler.eta is not None else usual.eta if name == "ddim" else 0.0
+        sampler = Sampler(name, steps, timesteps, eta, config.diffusion)        # which says how many steps it takes
+    if not 1 <= steps <= MOST_STEPS:
+        raise UserError(f"--steps must be from 1 to {MOST_STEPS}, got {steps}")
+    return sampler
 
 
 def _short(timesteps: str) -> str:
@@ -272,8 +294,43 @@ def _short(timesteps: str) -> str:
     return f"times{hashlib.sha256(timesteps.encode()).hexdigest()[:8]}" if is_listed(timesteps) else timesteps
 
 
+def _portable(path: Path) -> str:
+    """A path relative to the repository, where it is below."""
+    whole = path.absolute()
+    return str(whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else whole)
+
+
 @cache
 def _open(family: str, path: Path, *seen: int) -> tuple[Config, NestedUNet]:
     """The config and the U-Net of a model: the same for all its runs, as long as its file does not change."""
-    config = load_config(path, families()[family])
+    config = families()[family].load_config(path)
     return config, build(config)
+
+
+def config_among(words: Sequence[str]) -> Path | None:
+    """The config that a command line names, before its other options, which that decides, are known."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    return first.parse_known_args(words)[0].config
+
+
+def parse_run(doc: str | None, *kinds: type, family: Family | None = None, words: Sequence[str] | None = None,
+              parts: Sequence[type] | None = None, defaults: Mapping[str, Any] | None = None,
+              prog: str | None = None) -> list[Any]:
+    """The RunSpec that a command line asks for, and an object of each of other dataclasses of options.
+
+    family: whose config it takes; None: of any, and --config says which. parts: the options of a run that the command
+    has, by their dataclasses (None: all). defaults: of this command, instead of the options' own; --batch-size has the
+    family's. Raises UserError.
+    """
+    words = sys.argv[1:] if words is None else words
+    config = config_among(words) if family is None else None
+    if family is None and config is None:       # which ends in an error or in a help of what is known
+        arguments.parse(doc, ConfigFile, *kinds, words=words, defaults=defaults, prog=prog)
+    family = family or family_named_by(config or "")
+    spec = RunSpec(family.name, Path(), condition=family.condition())
+    own = [type(part) for part in spec.parts if parts is None or isinstance(part, tuple(parts))]
+    first, *objects = arguments.parse(doc, ConfigFile, *own, *kinds, words=words, flags=family.flags, prog=prog,
+                                      defaults={"batch_size": family.batch_size, **(defaults or {})})
+    options = {name: value for part in objects[:len(own)] for name, value in vars(part).items()}
+    return [replace(spec, config=first.config).having(**options), *objects[len(own):]]

@@ -16,6 +16,7 @@ from transformers import BertModel, CLIPTextModel, CLIPTextModelWithProjection, 
 
 from ldm import first_stage
 from ldm.diffusers_layout import diffusers_names, unet_arguments
+from ldm.diffusers_layout import diffusers_unet as diffusers_unet
 from run.weights import load_strict, read_tensors, sha256, split, tensors_of
 from stable_diffusion.config import Config
 from stable_diffusion.text import VIT_L_14, Encoder, clip, clip_tokenizer, minilm, minilm_folder

@@ -1,9 +1,14 @@
 """What an image of Stable Diffusion shows: the options of a run beside those that all models share."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from run.families import Condition
+from run import arguments
+from run.families import Guided
+from run.prompts import prompts_sha256, read_prompts
+from stable_diffusion.config import Config
 from unet_caching.errors import UserError
 from unet_caching.options import option
 
@@ -11,11 +16,37 @@ SIZED = ("original_size", "crop", "target_size")
 
 
 @dataclass(frozen=True)
-class TextCondition(Condition):
+class Prompts:
+    """The prompt of each seed: seed s has prompt s // per, or, where `per` is None, every seed has the only one."""
+    prompts: list[str]
+    per: int | None
+
+    @property
+    def images(self) -> int:
+        """How many images all prompts make: one of a single prompt, unless --seeds says more."""
+        return len(self.prompts) * (self.per or 1)
+
+    def place(self, seed: int) -> int:
+        """The place of a seed's prompt among them."""
+        return 0 if self.per is None else seed // self.per
+
+    def of(self, seed: int) -> str:
+        """The prompt of a seed."""
+        return self.prompts[self.place(seed)]
+
+    def check(self, seeds: Sequence[int]) -> None:
+        """Refuse a seed that has no prompt. Raises UserError."""
+        if self.per is not None and max(seeds) >= self.images:
+            raise UserError(f"seed {max(seeds)} has no prompt: {len(self.prompts)} prompts, {self.per} image(s) of "
+                            f"each, are seeds 0-{self.images - 1}")
+
+
+@dataclass(frozen=True)
+class TextCondition(Guided):
     """Which prompt each image shows, its size, and how strongly it is led there."""
     prompts: Path | None = option(None, "a file of prompts, one for each seed")
     prompt: str | None = option(None, "one prompt, for every seed")
-    images_per_prompt: int = option(1, "seed s has prompt s // this (default: 1)")
+    images_per_prompt: int = option(1, "seed s has prompt s // this (default: 1)", least=1)
     negative_prompt: str = option("", "what guidance leads away from (default: the empty one)")
     height: int | None = option(None, "of the images, in pixels (default: the config's resolution)")
     width: int | None = option(None, "likewise")
@@ -25,7 +56,6 @@ class TextCondition(Condition):
                                     "(default)", metavar="TOP,LEFT")
     target_size: str | None = option(None, "SDXL: the size after that (default: that of the images)",
                                      metavar="HEIGHT,WIDTH")
-    guidance: float | None = option(None, "classifier-free guidance; 1 = none, anything else doubles the batch")
     released_noise: bool = option(False, "the released evaluation's noise, the same in every batch: seed 42 is set "
                                   "again for each; an image depends on its place in the batch then, and on "
                                   "--batch-size, --dtype and the kind of --device")
@@ -33,13 +63,11 @@ class TextCondition(Condition):
                                          "(BK-SDM)")
 
     def __post_init__(self) -> None:
-        if self.images_per_prompt < 1:
-            raise UserError(f"--images-per-prompt must be 1 or more, got {self.images_per_prompt}")
+        arguments.check(self)
         if self.prompts is not None and self.prompt is not None:
             raise UserError("give --prompts, a file, or --prompt, a text: not both")
         if self.prompt is not None and self.images_per_prompt != 1:
             raise UserError("--images-per-prompt is for --prompts; with --prompt every seed of --seeds has the same")
-
         for text in (self.prompt or "", self.negative_prompt):
             try:
                 text.encode()
@@ -48,15 +76,49 @@ class TextCondition(Condition):
         for name in SIZED:
             _pair(name, getattr(self, name))
 
-    def sizes(self, height: int, width: int) -> list[int]:
-        """What SDXL is told of the sizes of images, its micro-conditioning: pixels, as `unet.XLUNet` takes them."""
-        defaults = {"original_size": [height, width], "crop": [0, 0], "target_size": [height, width]}
-        return [number for name in SIZED for number in _pair(name, getattr(self, name)) or defaults[name]]
-
     def name(self) -> tuple[list[str], list[str]]:
         each = f"_x{self.images_per_prompt}" if self.images_per_prompt != 1 else ""
-        return ([self.prompts.stem.removeprefix("captions_") + each] if self.prompts else [],
-                [] if self.guidance is None else [f"guidance{self.guidance:g}"])
+        first = [self.prompts.stem.removeprefix("captions_") + each] if self.prompts else []
+        return first, super().name()[1]
+
+    def check(self, config: Config) -> None:
+        self.latent_size(config)
+        if config.xl is None and any(getattr(self, name) is not None for name in SIZED):
+            raise UserError(f"--original-size, --crop and --target-size are for SDXL: {config.name} knows of no sizes")
+
+    def settings(self, config: Config) -> dict[str, Any]:
+        height, width = (pixels * config.downsampling for pixels in self.latent_size(config))
+        xl = {} if config.xl is None else {"xl": asdict(config.xl), "sizes": self.sizes(config)}
+        rule = {"prompts_rule": "one for all seeds"} if self.prompts is None else {
+            "prompts_rule": "seed // images_per_prompt", "images_per_prompt": self.images_per_prompt}
+        known = self.prompt is not None or (self.prompts is not None and self.prompts.exists())
+        return {"unet": asdict(config.unet), "height": height, "width": width, **xl, **rule,
+                **({"prompts_sha256": prompts_sha256(self.read_prompts().prompts)} if known else {}),
+                "negative_prompt": self.negative_prompt, **({} if self.released_noise else {"noise": "per seed"}),
+                "first_stage_dtype": "fp32", "text_encoder_dtype": "fp32"}
+
+    def read_prompts(self) -> Prompts:
+        """The prompts. Raises UserError for an unreadable file, and without file and prompt."""
+        if self.prompts is not None:
+            return Prompts(read_prompts(self.prompts), self.images_per_prompt)
+        if self.prompt is None:
+            raise UserError("what should the images show? Give --prompts, a file, or --prompt, a text")
+        return Prompts([self.prompt], None)
+
+    def latent_size(self, config: Config) -> tuple[int, int]:
+        """The height and width of the latents of the images. Raises UserError."""
+        found = [config.resolution if pixels is None else pixels for pixels in (self.height, self.width)]
+        for side, pixels in zip(("height", "width"), found, strict=True):
+            if pixels < 1 or pixels % config.downsampling:
+                raise UserError(f"--{side} must be a multiple of {config.downsampling} pixels, by which the "
+                                f"autoencoder downsamples, got {pixels}")
+        return found[0] // config.downsampling, found[1] // config.downsampling
+
+    def sizes(self, config: Config) -> list[int]:
+        """What SDXL is told of the sizes of images, its micro-conditioning: pixels, as `unet.XLUNet` takes them."""
+        size = [pixels * config.downsampling for pixels in self.latent_size(config)]
+        defaults = {"original_size": size, "crop": [0, 0], "target_size": size}
+        return [number for name in SIZED for number in _pair(name, getattr(self, name)) or defaults[name]]
 
 
 def _pair(name: str, text: str | None) -> list[int] | None:

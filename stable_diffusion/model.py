@@ -1,72 +1,30 @@
 """Stable Diffusion from seeds and prompts to images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from run.folder import RunFolder, quoted
+from run.folder import RunFolder, check_finite, quoted, to_uint8
 from run.image_model import ImageModel
 from run.machine import Machine
-from run.prompts import prompts_sha256, read_prompts
 from run.spec import Run
 from stable_diffusion.checkpoint import checkpoint_sha256, load_checkpoint
-from stable_diffusion.condition import SIZED, TextCondition
+from stable_diffusion.condition import TextCondition
 from stable_diffusion.config import Config
-from stable_diffusion.text_to_image import TextToImage, check_text_to_image, latent_size
 from stable_diffusion.unet import UNet
 from unet_caching.errors import UserError
-from unet_caching.nest import Network
+from unet_caching.nest import Cache, Network, no_cache
 from unet_caching.policy import Policy
 from unet_caching.samplers.noise import SeededNoise
+from unet_caching.samplers.samplers import noise_predictor
+from unet_caching.speed.accelerate import place
 
 RELEASED_SEED = 42      # of the released evaluation (github horseee/DeepCache, 1691a3a)
-
-
-class Prompts:
-    """The prompt of each seed: seed s has prompt s // per, or, where `per` is None, every seed has the only one."""
-
-    def __init__(self, prompts: list[str], per: int | None):
-        self.prompts, self.per = prompts, per
-
-    @classmethod
-    def chosen(cls, condition: TextCondition) -> "Prompts":
-        """The prompts that a run asks for. Raises UserError for an unreadable file, and without file and prompt."""
-        if condition.prompts is not None:
-            return cls(read_prompts(condition.prompts), condition.images_per_prompt)
-        if condition.prompt is None:
-            raise UserError("what should the images show? Give --prompts, a file, or --prompt, a text")
-        return cls([condition.prompt], None)
-
-    @property
-    def images(self) -> int:
-        """How many images all prompts make: one of a single prompt, unless --seeds says more."""
-        return len(self.prompts) * (self.per or 1)
-
-    @property
-    def settings(self) -> dict:
-        """What run.json says of them; eval.clip_score compares it with its prompts."""
-        if self.per is None:
-            return {"prompts_sha256": prompts_sha256(self.prompts), "prompts_rule": "one for all seeds"}
-        return {"prompts_sha256": prompts_sha256(self.prompts), "prompts_rule": "seed // images_per_prompt",
-                "images_per_prompt": self.per}
-
-    def place(self, seed: int) -> int:
-        """The place of a seed's prompt among them."""
-        return 0 if self.per is None else seed // self.per
-
-    def of(self, seed: int) -> str:
-        """The prompt of a seed."""
-        return self.prompts[self.place(seed)]
-
-    def check(self, seeds: Sequence[int]) -> None:
-        """Refuse a seed that has no prompt. Raises UserError."""
-        if self.per is not None and max(seeds) >= self.images:
-            raise UserError(f"seed {max(seeds)} has no prompt: {len(self.prompts)} prompts, {self.per} image(s) of "
-                            f"each, are seeds 0-{self.images - 1}")
+DECODED_AT_ONCE = 4     # images; what the autoencoder needs for more would decide the batch size
 
 
 class ReleasedNoise:
@@ -100,86 +58,130 @@ class ReleasedNoise:
         return torch.stack(rows).float()
 
 
-def describe_dropped(dropped: dict[int, int], limit: int) -> str:
-    """A warning about prompts that are cut, with how much of them is lost."""
-    some = ", ".join(f"{tokens} of prompt {i}" for i, tokens in list(dropped.items())[:5])
-    return (f"warning: {len(dropped)} prompt(s) longer than {limit} tokens, start and end included; not read are the "
-            f"last {some} tokens{', ...' if len(dropped) > 5 else ''}")
+class DiffusersUNet(nn.Module):
+    """diffusers' U-Net, called as ours: the baseline for pruned layouts (BK-SDM). It cannot be cached."""
 
+    def __init__(self, unet: UNet2DConditionModel):
+        super().__init__()
+        self.unet = unet
 
-def settings(run: Run) -> dict[str, Any]:
-    """What run.json says of a run: prompts that are not there yet, and what hangs on the machine, are left out."""
-    config, asked = cast(Config, run.config), cast(TextCondition, run.spec.condition)
-    height, width = latent_size(config, asked.height, asked.width)
-    absent = asked.prompts is not None and not asked.prompts.exists()
-    prompts = Prompts([], asked.images_per_prompt) if absent else Prompts.chosen(asked)
-    height, width = height * config.downsampling, width * config.downsampling
-    of_sizes = {} if config.xl is None else {"xl": asdict(config.xl), "sizes": asked.sizes(height, width)}
-    return {"unet": asdict(config.unet), "height": height, "width": width, **of_sizes,
-            **{key: value for key, value in prompts.settings.items() if not (absent and key == "prompts_sha256")},
-            "negative_prompt": asked.negative_prompt, "guidance": run.guidance,
-            **({} if asked.released_noise else {"noise": "per seed"}), "first_stage_dtype": "fp32",
-            "text_encoder_dtype": "fp32"}
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, *added: Tensor, cache: Cache = no_cache) -> Tensor:
+        of_sdxl = dict(zip(("text_embeds", "time_ids"), added, strict=True)) if added else None
+        return self.unet(x, t, context, added_cond_kwargs=of_sdxl, return_dict=False)[0]
 
 
 class StableDiffusion(ImageModel[Config, TextCondition]):
-    """A model conditional on a prompt, in the latents of an autoencoder."""
+    """A model conditional on a prompt, in the latents of an autoencoder.
+
+    The U-Net has the run's dtype. Text encoders and autoencoder are in float32, whatever that is: they run once for
+    all the steps, and the autoencoders of 1.x and SDXL overflow in float16.
+    """
 
     def __init__(self, run: Run, machine: Machine):
         super().__init__(run, machine)
-        config, asked = self.config, self.condition
-        if asked.released_noise and self.sampler.eta != 0:
+        config, condition = self.config, self.condition
+        if config.unet.in_channels != config.unet.out_channels:
+            raise UserError(f"{config.name} takes {config.unet.in_channels} channels and predicts "
+                            f"{config.unet.out_channels}: it needs an image besides the prompt; use it from Python, in "
+                            "a diffusers pipeline (unet_caching/pipelines/enable.py)")
+        if condition.released_noise and self.sampler.eta != 0:
             raise UserError("--released-noise is the noise that sampling starts from: it needs --eta 0")
-        if asked.diffusers_unet and run.caching:
+        if condition.diffusers_unet and run.caching:
             raise UserError("--diffusers-unet runs a U-Net of any layout through diffusers, where nothing is cached: "
                             "it needs --interval 1, and no --block-schedule")
-        self.negative_prompt = asked.negative_prompt
-        self.prompts = Prompts.chosen(asked)
+        self.prompts = condition.read_prompts()
         self.images = self.prompts.images
-        check_text_to_image(config)
-        height, width = latent_size(config, asked.height, asked.width)
-        self.shape = (config.unet.in_channels, height, width)
-        self.sizes = asked.sizes(height * config.downsampling, width * config.downsampling)
-        if config.xl is None and any(getattr(asked, name) is not None for name in SIZED):
-            raise UserError(f"--original-size, --crop and --target-size are for SDXL: {config.name} knows of no sizes")
+        self.shape = (config.unet.in_channels, *condition.latent_size(config))
         self.released = None
-        if asked.released_noise:
+        if condition.released_noise:
             self.released = ReleasedNoise(machine.batch_size, None if self.prompts.per is None else self.images,
                                           self.device, self.dtype)
-        self.settings = run.settings | ({"noise": self.released.settings} if self.released else {})
+            self.settings["noise"] = self.released.settings
 
     def load(self) -> None:
-        loaded = load_checkpoint(self.config, self.run.checkpoint, self.condition.diffusers_unet)
+        model = load_checkpoint(self.config, self.run.checkpoint, self.condition.diffusers_unet)
         self.settings["checkpoint_sha256"] = checkpoint_sha256(self.run.checkpoint)
-        if not isinstance(loaded.unet, UNet):
-            self.settings["unet"] = {"diffusers": layout(loaded.unet.config)}
-        self.model = TextToImage(loaded, self.config, self.device, self.dtype, self.sizes)
-        self.unet = self.model.unet
+        if not isinstance(model.unet, UNet):
+            layout = {key: value for key, value in model.unet.config.items() if not key.startswith("_")}
+            self.settings["unet"] = {"diffusers": layout}
+        unet = model.unet if isinstance(model.unet, UNet) else DiffusersUNet(model.unet)
+        self.unet = place(unet, self.device, self.dtype)
+        self.vae = place(model.vae, self.device)
+        self.text_encoder = model.text_encoder.to(self.device)
+        self.tokenizer, self.second = model.tokenizer, model.second
+        if self.second is not None:
+            self.second.text_encoder.to(self.device)
 
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """What the U-Net is given of texts, in its dtype: the context [prompts, tokens, context_dim]; SDXL's also the
+        second encoder's summary [prompts, channels]. Equal prompts are encoded once.
+        """
+        distinct = sorted(set(prompts))
+        batch = self._tokens(self.tokenizer, distinct)
+        if self.second is None:
+            # As diffusers' pipelines: CLIP attends to the padding too.
+            masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+            encoded = [self.text_encoder(batch.input_ids, attention_mask=batch.attention_mask if masked else None)[0]]
+        else:                               # both attended to before their last layers, side by side
+            first = self.text_encoder(batch.input_ids, output_hidden_states=True)
+            second = self.second.text_encoder(self._tokens(self.second.tokenizer, distinct).input_ids,
+                                              output_hidden_states=True)
+            encoded = [torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds]
+        places = [distinct.index(prompt) for prompt in prompts]
+        return [value[places].to(self.dtype) for value in encoded]
+
+    def _tokens(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:
+        return tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                         return_tensors="pt").to(self.device)
+
+    def conditions(self, prompts: Sequence[str]) -> list[Tensor]:
+        """What the U-Net is given beside x and t: `encode` of the prompts, and what SDXL is told of sizes.
+
+        With guidance of the doubled batch [uncond, cond].
+        """
+        given, negative = self.encode(prompts), self.condition.negative_prompt
+        if self.run.guidance != 1:
+            nothing = self.encode([negative])
+            if self.second is not None and self.second.zeros and not negative:
+                nothing = [torch.zeros_like(value) for value in nothing]
+            given = [torch.cat([none.expand_as(own), own]) for none, own in zip(nothing, given, strict=True)]
+        if self.second is not None:
+            sizes = torch.tensor([self.condition.sizes(self.config)], device=self.device)
+            given.append(sizes.float().repeat(len(given[0]), 1))
+        return given
+
+    @torch.no_grad()
     def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None,
                 report: Callable[[float], None] | None = None) -> Tensor:
         noise = SeededNoise(seeds, self.device)
         x = self.released.draw(seeds, self.shape) if self.released else noise(self.shape)
-        return self.model.latents(self.sampler, x, [self.prompts.of(seed) for seed in seeds], self.negative_prompt,
-                                  self.run.guidance, policy, noise, report, network)
+        context = self.conditions([self.prompts.of(seed) for seed in seeds])
+        predict = noise_predictor(network or self.unet, self.config.diffusion, self.dtype, policy, context,
+                                  self.run.guidance)
+        return check_finite(self.sampler.run(predict, x, noise, report))
 
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        return self.model.decode(latents)
+        parts = (latents / self.vae.config.scaling_factor).split(DECODED_AT_ONCE)
+        return np.concatenate([to_uint8(self.vae.decode(part).sample) for part in parts])
 
     def check_seeds(self, seeds: Sequence[int]) -> None:
         self.prompts.check(seeds)
 
     def describe(self, seeds: Sequence[int]) -> list[str]:
-        places = sorted({self.prompts.place(seed) for seed in seeds})
-        dropped = self.model.dropped_tokens([self.prompts.prompts[i] for i in places])
-        dropped = {places[i]: tokens for i, tokens in dropped.items()}
-        lines = [describe_dropped(dropped, self.model.tokenizer.model_max_length)] if dropped else []
-        return [*lines, *(["released noise: the same in every batch"] if self.released else [])]
+        return [*self._cut_prompts(seeds), *(["released noise: the same in every batch"] if self.released else [])]
+
+    def _cut_prompts(self, seeds: Sequence[int]) -> list[str]:
+        """A warning about prompts that are longer than the text encoder takes, with how many tokens are not read."""
+        places, limit = sorted({self.prompts.place(seed) for seed in seeds}), self.tokenizer.model_max_length
+        tokens = self.tokenizer([self.prompts.prompts[i] for i in places], verbose=False).input_ids
+        cut = [f"{len(ids) - limit} of prompt {i}" for i, ids in zip(places, tokens, strict=True) if len(ids) > limit]
+        return [f"warning: {len(cut)} prompt(s) longer than {limit} tokens, start and end included; not read are the "
+                f"last {', '.join(cut[:5])} tokens{', ...' if len(cut) > 5 else ''}"] if cut else []
 
     def write_listing(self, folder: RunFolder) -> None:
         folder.write_listing("prompts.csv", "seed,prompt", lambda seed: f"{seed},{quoted(self.prompts.of(seed))}")
 
 
-def layout(config: dict) -> dict:
-    """diffusers' config of a U-Net, without what says where it comes from."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+MODEL = StableDiffusion

@@ -2,18 +2,12 @@
 
 from pathlib import Path
 
-import torch
-from diffusers import (
-    DDIMScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from ldm.diffusers_layout import diffusers_arguments, diffusers_state_dict
+from ldm.diffusers_layout import diffusers_unet
 from stable_diffusion.checkpoint import load_checkpoint
 from stable_diffusion.config import Config, Diffusion
+from stable_diffusion.unet import UNet
 from unet_caching.pipelines.enable import disable_deepcache, enable_deepcache
 
 __all__ = ["disable_deepcache", "enable_deepcache", "load_pipeline", "scheduler"]
@@ -27,11 +21,10 @@ def load_pipeline(config: Config, path: Path) -> StableDiffusionPipeline | Stabl
     the v of different timesteps. There is no safety checker.
     """
     model = load_checkpoint(config, path)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=config.latent_size, **diffusers_arguments(config.unet_arguments))
-    unet.load_state_dict(diffusers_state_dict(model.unet), assign=True)
+    assert isinstance(model.unet, UNet)
+    unet = diffusers_unet(config, model.unet, sample_size=config.latent_size)
     parts = {"vae": model.vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer,
-             "unet": unet.eval().requires_grad_(False), "scheduler": scheduler(config.diffusion)}
+             "unet": unet, "scheduler": scheduler(config.diffusion)}
     if model.second is not None:
         return StableDiffusionXLPipeline(
             **parts, text_encoder_2=model.second.text_encoder, tokenizer_2=model.second.tokenizer,

@@ -18,6 +18,7 @@ from lab.study import convergence
 from lab.study.convergence_report import LESS, PSNR, Point, orders, plan_calls, rival, rows
 from run import results
 from run.files import ROOT
+from run.image_model import open_model
 from run.machine import Machine
 from run.results import Result
 from run.spec import RunSpec
@@ -64,7 +65,7 @@ def test_a_study_is_measured_once(study, tmp_path):
     machine, latents = Machine(batch_size=4, device="cpu", threads=1), {}
     for name, options in (("converged", {"steps": 8}), ("run", {"steps": 6, "interval": 2, "forecast": 1})):
         run = RunSpec.of("ddpm_emoji", sampler="unipc", timesteps="trailing", branch=0, **options).open()
-        model = run.family.open(run, machine)
+        model = open_model(run, machine)
         model.load()
         latents[name] = model.latents([12], model.policy()).double()
     span = latents["converged"].max() - latents["converged"].min()
@@ -109,7 +110,7 @@ grids:
     assert study(text, "--list")[0].count(" yes") == 2
 
     model = RunSpec.of("ddpm_emoji", sampler="unipc", steps=3, timesteps="trailing").open()
-    model = model.family.open(model, MACHINE)
+    model = open_model(model, MACHINE)
     model.load()
     images = model.decode(torch.cat([model.latents(seeds) for seeds in ([10, 11], [12, 13], [14, 15])]))
     images = from_array(images, "images", [f"{seed}.png" for seed in range(10, 16)])

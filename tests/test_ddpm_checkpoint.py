@@ -12,10 +12,9 @@ from conftest import HERE, relative_error
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from safetensors.torch import save_file
 
-from ddpm.checkpoint import load_checkpoint, load_state_dict, published_state_dict
-from ddpm.config import load_config
-from ddpm.diffusers_layout import diffusers_unet
+from ddpm.checkpoint import diffusers_unet, load_checkpoint, load_state_dict, published_state_dict
 from ddpm.unet import UNet
+from run.families import load_config
 from run.weights import check_md5
 from unet_caching.errors import UserError
 from unet_caching.samplers.diffusion import Diffusion
@@ -47,7 +46,7 @@ def test_published_configs_have_the_papers_settings():
         sampler = config.sampler
         assert (sampler.steps, sampler.timesteps, sampler.eta, sampler.branch) == (100, timesteps, 0.0, 2)
         assert config.checkpoint.startswith("checkpoints/") and len(config.md5) == 32
-        assert config.alphas_cumprod()[-1].item() == pytest.approx(4.036e-5, rel=1e-3)
+        assert config.diffusion.alphas_cumprod()[-1].item() == pytest.approx(4.036e-5, rel=1e-3)
 
 
 def make(seed: int) -> UNet:

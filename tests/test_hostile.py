@@ -204,8 +204,6 @@ NUMBERED = (
      "images-per-prompt batch-size threads"),
     ("scripts.slurm.submit", ("table_emoji", "--dry-run", "--samples", "{}/s", "--results", "{}/r"),
      "images-per-task images-per-hour time batch-size"),
-    ("stable_diffusion.compare", ("--config", "configs/sd_emoji.yaml", "--prompt", "cat face", "--out", "{}/c.png"),
-     "seed steps guidance"),
     ("ddpm.train", ("--out", "{}/t"), "threads"), ("ldm.train_first_stage", ("--out", "{}/t"), "threads"))
 
 

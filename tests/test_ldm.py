@@ -27,8 +27,9 @@ from ldm.checkpoint import (
     published_state_dict,
     split,
 )
-from ldm.config import Config, FirstStage, Unet, load_config
+from ldm.config import Config, FirstStage, Unet
 from ldm.unet import ResBlock, SpatialTransformer, UNet, timestep_embedding
+from run.families import load_config
 from run.weights import sha256
 from unet_caching.errors import UserError
 from unet_caching.methods.deepcache import DeepCache
@@ -108,7 +109,7 @@ def test_trajectory(model, golden, run):
         uncond, cond = both.chunk(2)
         return uncond + run["scale"] * (cond - uncond)
 
-    alphas = SMALL.alphas_cumprod()
+    alphas = SMALL.diffusion.alphas_cumprod()
     ddim(predict, io["traj.x_T"], [t + 1 for t in uniform_timesteps(steps)], alphas, final_alpha=alphas[0].item(),
          progress=lambda step, x: states.append(x))
     for state, expected in zip(states, io[f"{run['name']}.xs"][1:], strict=True):
@@ -116,7 +117,7 @@ def test_trajectory(model, golden, run):
 
 
 def test_noise_schedule(golden):
-    assert torch.allclose(SMALL.alphas_cumprod(), golden.io["sched.alphas_cumprod"], rtol=1e-5, atol=0)
+    assert torch.allclose(SMALL.diffusion.alphas_cumprod(), golden.io["sched.alphas_cumprod"], rtol=1e-5, atol=0)
 
 
 def test_class_embeddings(model, golden):
@@ -216,7 +217,7 @@ def test_cin256_config_has_the_papers_settings():
     config = load_config(CONFIGS / "ldm_cin256.yaml")
     assert (config.sampler.steps, config.sampler.eta, config.sampler.guidance, config.sampler.branch) \
         == (250, 0.0, 1.5, 0)
-    assert first_stage.downsampling(first_stage.build(64, 32, [1, 1, 1], 1, 3, 8)) == 4
+    assert FirstStage(64, 32, [1, 1, 1], 1, 3, 8).downsampling == 4
     assert config.diffusion == SMALL.diffusion             # whose alphas are compared with the released code's
 
 

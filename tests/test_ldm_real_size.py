@@ -21,8 +21,8 @@ from torch import nn
 
 from ldm import first_stage
 from ldm.checkpoint import Model, published_state_dict
-from ldm.config import load_config
 from ldm.unet import UNet
+from run.families import load_config
 
 ROOT = HERE.parent
 CONFIG = ROOT / "configs" / "ldm_cin256.yaml"
@@ -39,7 +39,7 @@ def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status
 LOAD = f"""{PEAK}
 import sys
 from ldm.checkpoint import load_checkpoint
-from ldm.config import load_config
+from run.families import load_config
 before = peak()
 model = load_checkpoint(load_config(Path(sys.argv[1])), Path(sys.argv[2]))
 weights = [p for network in model for p in network.parameters()]

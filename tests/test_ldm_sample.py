@@ -261,8 +261,8 @@ def test_run_json_and_listing(sample, tmp_path, capsys):
 
 
 def test_the_shipped_models_classes_have_names():
-    from ldm.config import load_config
     from ldm.model import names_of_classes
+    from run.families import load_config
     names = names_of_classes(load_config(HERE.parent / "configs" / "ldm_emoji.yaml"))
     assert len(names) == 5 and names[0].startswith("Smileys & Emotion, ")
     assert names_of_classes(load_config(HERE.parent / "configs" / "ldm_cin256.yaml")) is None

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm.config import load_config
 from ddpm.unet import UNet
 from eval import macs
 from eval.cost.macs import Macs, average, branch_macs, count, on_meta, run_macs, step_macs
-from run.families import build, example_inputs
+from run.families import build, example_inputs, load_config
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.nest import no_cache
 from unet_caching.policy import Policy

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm import sample as sample_command
 from ddpm.unet import UNet as PixelUNet
 from eval import macs, throughput
-from eval.cost.runs import call_macs, costs_of, macs_per_image, macs_per_step
-from eval.metrics.results import cost
+from eval.cost.runs import call_macs, costs_of, macs_per_image
 from lab.plans.__main__ import main as plans_main
 from lab.plans.candidates import deepcache_calls
 from ldm.unet import UNet
@@ -26,7 +25,7 @@ from run.folder import read_run
 from run.seeds import parse_seeds
 from run.spec import RunSpec
 from unet_caching.errors import UserError
-from unet_caching.files.fitted import BOUND, fingerprint
+from unet_caching.files.fitted import fingerprint
 from unet_caching.files.plan_file import SAMPLING, Plan, PlanOptions
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.methods.plan import Call, PlanCache
@@ -284,25 +283,16 @@ def test_macs_are_those_of_a_real_run(config, file):
     assert run.full_calls == 3 and [sorted(keys) for keys in run.reused[:4]] == [[], [1], [2], [0]]
 
 
-def test_results_of_images_have_the_macs_of_the_plan(tmp_path):
-    run = RunSpec.of("ldm_emoji", sampler="dpmpp", steps=16, timesteps="trailing").open()
-    bound = {key: run.told.get(key) for key in BOUND} | {"unet": {}}
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps(Plan(bound, None, MIXED, {"hook": 1, "fc": 1}, {"hook": 1, "fc": 1}).to_json()))
-    planned = RunSpec.of("ldm_emoji", plan=path).open()
-    assert tuple(vars(cost(planned.told)).values()) == pytest.approx(macs_per_step(planned))
-
-
 def test_a_plan_brings_its_sampler_and_is_refused_by_another(config, file):
     run = RunSpec.of(config, plan=str(file)).open()
-    assert (run.sampler_name, run.steps, run.timesteps, run.calls) == ("dpmpp", 16, "trailing", 16)
+    assert (run.sampler.name, run.steps, run.sampler.timesteps, run.calls) == ("dpmpp", 16, "trailing", 16)
     assert run.name == "plan_best_dpmpp_steps16_trailing"
-    assert RunSpec.of(config, **run.spec.given()).open().name == run.name
+    assert RunSpec.of(config, **run.spec.options).open().name == run.name
     with pytest.raises(UserError, match="steps 16 there, 12 here"):
         RunSpec.of(config, plan=file, steps=12).open()
     other = RunSpec.of(config, plan=file, sampler="unipc").open()
     with pytest.raises(UserError, match="sampler dpmpp there, unipc here"):
-        other.refuse_foreign(other.told)
+        other.refuse_foreign(other.brief)
     with pytest.raises(UserError, match=r"no plan .*nowhere\.json"):
         RunSpec.of(config, plan="nowhere.json").open()
 
@@ -415,7 +405,7 @@ def test_plans_that_are_shipped(file):
     found = Plan.load(file)
     run = RunSpec.of(found.run["model"], plan=file).open()
     assert found.run["checkpoint_sha256"] == run.family.checkpoint_sha256(run.checkpoint)
-    run.refuse_foreign(run.told)
+    run.refuse_foreign(run.brief)
     assert macs_per_image(run).hook == pytest.approx(found.macs["hook"] * run.rows_per_image)
     assert found.cost <= found.notes["budget"] + 1e-9 and found.distance["interval"]
     assert not set(parse_seeds(found.distance["seeds"])) & {
@@ -436,7 +426,7 @@ def test_a_plan_is_written_for_another_model(tmp_path):
     assert made.calls == own.calls and made.run["checkpoint_sha256"] is None and made.guidance is None
     assert made.distance is None and made.notes["found_on"] == "ldm_emoji"
     run = RunSpec.of("configs/sd_v15.yaml", plan=out, prompt="a dog", guidance=9.0).open()
-    assert (run.sampler_name, run.steps, run.timesteps) == tuple(own.run[key] for key in SAMPLING)
+    assert (run.sampler.name, run.steps, run.sampler.timesteps) == tuple(own.run[key] for key in SAMPLING)
     assert [one / 2 for one in macs_per_image(run)] == list(made.macs.values()) and made.cost > own.cost
     run.refuse_foreign(run.settings | {"checkpoint_sha256": "any"})
     other = RunSpec.of("ldm_emoji", plan=out).open()

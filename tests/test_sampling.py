@@ -29,10 +29,10 @@ from run.claims import Claims
 from run.cli import command
 from run.families import load_config
 from run.folder import RunFolder, to_uint8
-from run.image_model import fill
+from run.image_model import fill, open_model
 from run.machine import Machine
 from run.seeds import format_seeds, parse_seeds
-from run.spec import RunSpec
+from run.spec import Run, RunSpec
 from unet_caching.errors import UserError
 from unet_caching.samplers.ddim import (
     ddim,
@@ -203,6 +203,26 @@ def test_run_json_tells_everything(tiny, tmp_path, monkeypatch):
     assert json.loads((out / "sessions.jsonl").read_text())["seeds"] == "0-3"
 
 
+def test_a_folder_opens_as_its_run(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    words = ["--config", tiny, "--interval", 2, "--branch", 0, "--sampler", "unipc", "--seeds", 0, "--out", out]
+    assert in_process(monkeypatch, *words) == 0
+    whole, run = json.loads((out / "run.json").read_text()), Run.of_folder(out)
+    assert run.spec == RunSpec.of(tiny, "ddpm", interval=2, branch=0, sampler="unipc") and run.settings == {
+        key: value for key, value in whole["settings"].items() if key != "checkpoint_sha256"}
+
+    # Made before the options were kept: the settings say as much, and the folder goes on.
+    (out / "run.json").write_text(json.dumps({key: value for key, value in whole.items() if key != "run"}))
+    assert in_process(monkeypatch, *words[:-4], "--seeds", "0-1", "--out", out) == 0
+    assert len(images(out)) == 2
+    settings = RunSpec.of("ddpm_emoji", interval=3, steps=12).open().settings
+    assert Run.of_settings(json.loads(json.dumps(settings))).name == "uniform_n3_steps12"
+    for changed in ({"steps": 7}, {"cache": {"plan": {}}}, {"model": "nobodys"}):
+        (out / "run.json").write_text(json.dumps(whole | {"settings": whole["settings"] | changed}))
+        with pytest.raises(UserError):
+            Run.of_folder(out)
+
+
 def test_slices_and_resume_equal_one_run(tiny, tmp_path, monkeypatch):
     common = ["--config", tiny, "--interval", 3, "--eta", 1, "--batch-size", 1, "--threads", 1]
     assert in_process(monkeypatch, *common, "--seeds", "0-5", "--out", tmp_path / "whole") == 0
@@ -296,7 +316,7 @@ def test_a_program_of_several_runs_stops_between_them(tiny, tmp_path):
     def main():
         for name in "ab":
             machine, run = Machine(device="cpu"), RunSpec("ddpm", tiny).having(steps=2).open()
-            model = run.family.open(run, machine)
+            model = open_model(run, machine)
             decode = model.decode
             model.decode = lambda latents: os.kill(os.getpid(), signal.SIGTERM) or decode(latents)
             fill(model, [0, 1], tmp_path / name, machine)

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm import first_stage
 from ldm.diffusers_layout import diffusers_arguments, diffusers_state_dict, unet_arguments
+from run.families import load_config
 from run.weights import sha256
 from stable_diffusion import checkpoint, text
 from stable_diffusion.checkpoint import (
@@ -28,7 +29,7 @@ from stable_diffusion.checkpoint import (
     load_unet,
     published_state_dict,
 )
-from stable_diffusion.config import Config, Unet, load_config
+from stable_diffusion.config import Config, Unet
 from stable_diffusion.text import clip_tokenizer
 from stable_diffusion.unet import UNet
 from unet_caching.errors import UserError

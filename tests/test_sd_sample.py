@@ -1,4 +1,4 @@
-"""`stable_diffusion.sample` and `compare` through the command line, on tiny random models in diffusers' layout."""
+"""`stable_diffusion.sample` through the command line, on tiny random models in diffusers' layout."""
 
 import csv
 import json
@@ -26,14 +26,11 @@ from safetensors.torch import load_file, save_file
 from test_ldm_sample import pixels, same
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import stable_diffusion.compare
-from eval.cost.macs import step_macs
 from lab.fit.__main__ import main as fit_main
 from run.folder import image_path
 from run.prompts import prompts_sha256
-from stable_diffusion.model import ReleasedNoise
+from stable_diffusion.model import ReleasedNoise, StableDiffusion
 from stable_diffusion.sample import main
-from stable_diffusion.text_to_image import TextToImage
 from stable_diffusion.unet import UNet
 
 TOLERANCE = 2e-5
@@ -97,12 +94,12 @@ def sample(tiny):
 @pytest.fixture
 def ended(monkeypatch) -> list[torch.Tensor]:
     """The latents that each batch ends with."""
-    found, latents = [], TextToImage.latents
+    found, latents = [], StableDiffusion.latents
 
     def watched(self, *args):
         found.append(latents(self, *args))
         return found[-1]
-    monkeypatch.setattr(TextToImage, "latents", watched)
+    monkeypatch.setattr(StableDiffusion, "latents", watched)
     return found
 
 
@@ -353,46 +350,3 @@ def test_nan_is_reported_and_not_saved(sample, tiny, tmp_path, capsys, part):
     save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, file)
     assert fails(capsys, sample("--model", folder, "--steps", 2, "--out", tmp_path / "x"), "not finite", "--dtype")
     assert not list((tmp_path / "x").glob("*/*.png"))
-
-
-# compare
-
-@pytest.fixture
-def compare(tiny):
-    """The command within this process; returns its exit code."""
-    def run(*args, config=tiny) -> int:
-        return run_command(stable_diffusion.compare.main, "--config", config, "--threads", 1, "--device", "cpu",
-                           "--prompt", "moon", *args)
-    return run
-
-
-def test_compare_shows_what_sampling_gives(sample, compare, tmp_path, capsys):
-    out = tmp_path / "both.png"
-    assert compare("--interval", 3, "--seed", 4, "--out", out) == 0
-    printed, result = capsys.readouterr().out, json.loads(out.with_suffix(".json").read_text())
-    assert "2 / 7" in printed and "7 / 7" in printed and "speed-up" in printed and "PSNR" in printed
-    sheet = np.asarray(Image.open(out)).astype(int)
-    arms = {"a": (0, 1), "b": (sheet.shape[1] - 256, 3)}
-    for name, (left, interval) in arms.items():
-        assert sample("--prompt", "moon", "--seeds", 4, "--interval", interval, "--out", tmp_path / name) == 0
-        tile = sheet[8:256:16, left + 8:left + 256:16]                  # enlarged from 16 to 256 pixels
-        assert np.abs(pixels(tmp_path / name)[4] - tile).max() <= 1
-    a, b = (pixels(tmp_path / name)[4] for name in arms)
-    assert result["psnr_db"] == pytest.approx(10 * np.log10(255 ** 2 / ((a - b) ** 2).mean()), abs=0.5)
-
-    unet = UNet(**UNET)
-    inputs = torch.zeros(1, 4, SIZE // 2, SIZE // 2), torch.zeros(1), torch.zeros(1, TOKENS, 16)
-    full, cached = step_macs(unet, inputs, 1)
-    assert result["uncached"]["macs"] == 2 * 7 * full.hook
-    assert result["cached"]["macs_fc"] == pytest.approx(2 * (2 * full.fc + 5 * cached.fc))
-    assert result["speed_up"]["macs"] == pytest.approx(7 * full.hook / (2 * full.hook + 5 * cached.hook))
-    assert result["speed_up"]["seconds"] == result["uncached"]["seconds"] / result["cached"]["seconds"]
-
-
-@pytest.mark.parametrize(("change", "word"), [
-    (["--interval", "1"], "2 or more"), (["--seed", "-1"], "--seed"), (["--out", "nowhere/x.png"], "nowhere/x.png"),
-    (["--out", "x.jpg"], ".png"), (["--model", "nowhere"], "nowhere"), (["--interval", "7"], "interval")])
-def test_compare_refuses(compare, tmp_path, monkeypatch, capsys, change, word):
-    monkeypatch.chdir(tmp_path)
-    assert fails(capsys, compare(*change), word)
-    assert not list(tmp_path.iterdir())

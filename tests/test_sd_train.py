@@ -18,7 +18,7 @@ from run.training import emoji
 from stable_diffusion import train
 from stable_diffusion.autoencoder import from_first_stage
 from stable_diffusion.checkpoint import load_checkpoint
-from stable_diffusion.config import load_config
+from stable_diffusion.family import FAMILY
 from stable_diffusion.text import minilm
 
 FIRST_STAGE = {"resolution": 32, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 3, "n_embed": 8}
@@ -41,7 +41,7 @@ def test_captions_say_the_name_and_perhaps_the_style():
 
 
 def test_the_prompts_are_names_of_both_splits():
-    groups = load_config(HERE.parent / "configs" / "sd_emoji.yaml").train.groups
+    groups = FAMILY.load_config(HERE.parent / "configs" / "sd_emoji.yaml").train.groups
     names = {split: {caption for row in emoji.read_index() if row.group in groups and row.split == split
                      for caption in (row.caption(), row.caption(style=False))} for split in ("train", "held-out")}
     prompts = read_prompts(HERE.parent / "data" / "emoji" / "prompts.txt")
@@ -82,8 +82,8 @@ class Reads(nn.Module):
 @pytest.mark.parametrize("drop_text, drop_style, used", [(1.0, 0.0, {0}), (0.0, 1.0, {2, 4}), (0.0, 0.0, {1, 3})])
 def test_texts_are_dropped_as_configured(tmp_path, drop_text, drop_style, used):
     """Each text is a column that only a batch with its index reads."""
-    config = load_config(write(tmp_path, train=CONFIG["train"] | {"drop_text": drop_text, "drop_style": drop_style,
-                                                                  "bf16": False}))
+    settings = {"drop_text": drop_text, "drop_style": drop_style, "bf16": False}
+    config = FAMILY.load_config(write(tmp_path, train=CONFIG["train"] | settings))
     texts = torch.full((5, 2, 3), float("nan"))
     texts[list(used)] = 1.0
     loss = train.squared_error(config, config.train, torch.zeros(2, 3, 4, 4), texts, torch.tensor([[1, 2], [3, 4]]))
@@ -136,7 +136,7 @@ def trained(inputs) -> Path:
 
 def test_training_writes_a_folder_that_diffusers_samples_with(trained):
     folder = trained / "out" / "tiny"
-    ours = load_checkpoint(load_config(trained / "tiny.yaml"), folder)
+    ours = load_checkpoint(FAMILY.load_config(trained / "tiny.yaml"), folder)
     theirs = UNet2DConditionModel.from_pretrained(folder / "unet").float().eval()
     x, context = torch.randn(2, 3, 16, 16), torch.randn(2, 12, 384)
     t = torch.tensor([10, 900])
@@ -157,7 +157,7 @@ def test_training_was_resumed_and_drew_its_prompts(trained):
     assert (trained / "out" / "grid-00000016.png").is_file() and not (trained / "out" / "grid-00000008.png").exists()
     state = torch.load(trained / "out" / "state.pt", weights_only=True)
     assert state["seen"] == 16
-    weights = load_checkpoint(load_config(trained / "tiny.yaml"), trained / "out" / "tiny").unet.state_dict()
+    weights = load_checkpoint(FAMILY.load_config(trained / "tiny.yaml"), trained / "out" / "tiny").unet.state_dict()
     assert all(torch.equal(value.half(), weights[name].half()) for name, value in state["ema"].items())
 
 

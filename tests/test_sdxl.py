@@ -25,7 +25,6 @@ from test_sd_sample import BETAS, SCHEDULERS, ended, fails, settings_of  # noqa:
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import eval.macs
-import stable_diffusion.compare
 from eval import throughput
 from eval.cost.macs import branch_macs, count
 from eval.cost.runs import costs_of
@@ -36,7 +35,6 @@ from run.spec import RunSpec
 from stable_diffusion.checkpoint import load_state_dict
 from stable_diffusion.pipeline import load_pipeline
 from stable_diffusion.sample import main
-from stable_diffusion.unet import XLUNet
 from unet_caching.errors import UserError
 from unet_caching.files.fitted import BOUND, fingerprint
 from unet_caching.files.plan_file import Plan
@@ -96,9 +94,9 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture
 def sample(tiny):
     """The command within this process; returns its exit code."""
-    def run(*args, command=main, config=tiny) -> int:
+    def run(*args, config=tiny) -> int:
         prompts = [] if "--prompt" in args else ["--prompts", tiny.with_name("prompts.txt")]
-        return run_command(command, "--config", config, "--threads", 1, "--device", "cpu", *prompts, *args)
+        return run_command(main, "--config", config, "--threads", 1, "--device", "cpu", *prompts, *args)
     return run
 
 
@@ -214,7 +212,7 @@ def test_a_plan_in_every_door(sample, theirs, tiny, tmp_path, ended, capsys):  #
     costs = costs_of(run)
     macs = {name: sum(getattr(one, name) for one in costs.calls(PlanCache(calls), 6)) for name in ("hook", "fc")}
     context = run.config.unet.context_dim
-    bound = {key: run.told.get(key) for key in BOUND} | {
+    bound = {key: run.brief.get(key) for key in BOUND} | {
         "checkpoint_sha256": None, "unet": vars(run.config.unet), "fingerprint": fingerprint(run.unet, 4, context)}
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(Plan(bound, [1.0, 5.0], calls, macs, costs.full._asdict()).to_json()))
@@ -280,20 +278,6 @@ def test_diffusers_unet_gives_the_same_images(sample, tmp_path):
     for name, flags in (("ours", []), ("theirs", ["--diffusers-unet"])):
         assert sample("--steps", 3, *flags, "--out", tmp_path / name) == 0
     assert same(tmp_path / "ours", tmp_path / "theirs", tolerance=1)
-
-
-def test_compare(sample, tmp_path, capsys):
-    out = tmp_path / "both.png"
-    words = ["--prompt", "moon", "--steps", 4, "--interval", 3, "--out", out]
-    assert sample(*words, command=stable_diffusion.compare.main) == 0
-    result = json.loads(out.with_suffix(".json").read_text())
-    unet = XLUNet(**UNET, **XL)
-    inputs = (torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, TOKENS, 40), torch.zeros(1, POOLED),
-              torch.zeros(1, 6))
-    full, cached = branch_macs(unet, inputs, [1])
-    assert result["uncached"]["macs"] == 2 * 4 * full.hook
-    assert result["cached"]["macs_fc"] == pytest.approx(2 * (2 * full.fc + 2 * cached[1].fc))
-    assert result["psnr_db"] > 0 and "2 / 4" in capsys.readouterr().out
 
 
 def test_a_plan_of_another_depth_is_refused(sample, tiny, tmp_path, capsys):

@@ -92,7 +92,7 @@ def test_uncached_run_has_the_first_steps_and_sampler(tmp_path, tiny):
     path = written(tmp_path, {"images": 5, "grids": [{"model": str(tiny), "steps": [3, 2], "interval": 2,
                                                       "sampler": "dpmpp"}]})
     first, *others = points_of(path)
-    assert (first.run.steps, first.run.sampler_name, bool(first.run.caching)) == (3, "dpmpp", False)
+    assert (first.run.steps, first.run.sampler.name, bool(first.run.caching)) == (3, "dpmpp", False)
     assert [arm.run.steps for arm in others] == [3, 2]
 
 

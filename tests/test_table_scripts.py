@@ -20,8 +20,9 @@ from lab.study import arms, plan, runner
 from run import results
 from run.families import example_inputs
 from run.folder import read_run
-from run.image_model import Images, parse_run
+from run.image_model import Images
 from run.machine import Machine
+from run.spec import parse_run
 from run.weights import sha256
 from unet_caching.errors import UserError
 

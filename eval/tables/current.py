@@ -66,7 +66,7 @@ class Wanted:
         """Whether it is of another row altogether: another evaluator, model, sampler, or way to cache."""
         if result.kind != self.kind:
             return f"judged by eval.{result.kind}"
-        ours, theirs = self.run.told, result.settings
+        ours, theirs = self.run.brief, result.settings
         keys = ("model", "sampler", "steps", "timesteps", "eta", "guidance")
         if any(theirs.get(key) != ours.get(key) for key in keys if key in ours or key in theirs):
             return "another run"
@@ -82,7 +82,7 @@ class Wanted:
 
     def of_other_settings(self, result: Result) -> str | None:
         """What of the run itself is not as asked for."""
-        ours = json.loads(json.dumps(self.run.settings))
+        ours = json.loads(json.dumps({**self.run.settings, "cache": None}))
         theirs = {key: value for key, value in result.settings.items() if key not in ("cache", "checkpoint_sha256")}
         if pruned(self.run) is not None:
             ours.pop("unet", None)

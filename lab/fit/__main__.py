@@ -32,12 +32,12 @@ from lab.fit.teacher import held_out_distances
 from run import arguments, results
 from run.cli import command
 from run.families import Condition
-from run.image_model import parse_run
+from run.image_model import open_model
 from run.machine import Machine
 from run.provenance import provenance
 from run.results import Metric, Result
 from run.seeds import format_seeds, parse_seeds
-from run.spec import NetworkOptions, SamplerOptions
+from run.spec import NetworkOptions, SamplerOptions, parse_run
 from run.weights import sha256
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.options import required
@@ -75,7 +75,7 @@ def fit(kind: str, words: list[str]) -> None:
         raise UserError(f"seed {min(both)} is to be learnt from and held out: take other seeds")
     if machine.compile or machine.cuda_graphs:
         raise UserError("--compile and --cuda-graphs are for sampling: every network call is looked at here")
-    model = spec.open().family.open(spec.open(), machine)
+    model = open_model(spec.open(), machine)
     with as_user_error():
         what.check(model)
         model.run.refuse_foreign(model.settings)

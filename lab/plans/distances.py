@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lab.fit.fit import batches
 from run.files import write_json
-from run.image_model import ImageModel
+from run.image_model import ImageModel, open_model
 from run.machine import Machine
 from run.psnr import psnr
 from run.spec import Run, RunSpec
@@ -43,13 +43,14 @@ class Distances:
 
     def __init__(self, converged: RunSpec, machine: Machine, folder: Path):
         self.run, self.machine = converged.open(), machine
-        if self.run.caching or self.run.eta:
+        if self.run.caching or self.run.sampler.eta:
             raise UserError("what others are compared with must be a run without caching and with eta 0")
-        self.model = self.run.family.open(self.run, machine)
+        self.model = open_model(self.run, machine)
         self.model.load()
         self._models: dict[torch.dtype, ImageModel] = {self.run.dtype: self.model}
         self._converged: dict[int, Tensor] = {}
-        self.folder = folder / f"{self.run.config.name}_{_digest(self.model.settings)[:12]}"
+        uncached = {key: value for key, value in self.model.settings.items() if key != "cache"}
+        self.folder = folder / f"{self.run.config.name}_{_digest(uncached)[:12]}"
 
     @property
     def checkpoint_sha256(self) -> str:
@@ -58,21 +59,21 @@ class Distances:
     def check(self, run: Run) -> None:
         """Refuse a run that does not come to the same images with ever more steps. Raises UserError."""
         own, other = ({"model": one.config.name, "checkpoint": one.checkpoint, "guidance": one.guidance,
-                       "timesteps": one.timesteps, "condition": one.spec.condition} for one in (self.run, run))
-        if is_listed(run.timesteps) and run.sampler.call_timesteps()[0] == self.run.sampler.call_timesteps()[0]:
+                       "timesteps": one.sampler.timesteps, "condition": one.spec.condition} for one in (self.run, run))
+        if is_listed(run.sampler.timesteps) and run.sampler.call_timesteps()[0] == self.run.sampler.call_timesteps()[0]:
             del own["timesteps"], other["timesteps"]
         differing = [name for name in own if own[name] != other[name]]
         if differing:
             raise UserError(f"{run.name} cannot be compared with {self.run.name}: they differ in "
                             f"{', '.join(differing)} (with leading timesteps each number of steps even starts at a "
                             "noise level of its own; a list of timesteps must begin where the converged run does)")
-        if run.eta:
+        if run.sampler.eta:
             raise UserError(f"{run.name} cannot be compared with converged images: its eta makes it random")
 
     def on(self, run: Run) -> ImageModel:
         """The model with a run's settings; its weights are read once for each dtype."""
         if run.dtype not in self._models:
-            self._models[run.dtype] = run.family.open(run, self.machine)
+            self._models[run.dtype] = open_model(run, self.machine)
             self._models[run.dtype].load()
         model = copy(self._models[run.dtype])
         model.run, model.sampler = run, run.sampler
@@ -196,7 +197,7 @@ def psnr_to(converged: Tensor, latents: Tensor) -> np.ndarray:
 
 def _about(run: Run, calls: Sequence[Call] | None) -> Any:
     """What decides the latents of a run, beside what all runs share, as JSON has it."""
-    about = {"run": run.told, "calls": None if calls is None else [[call.branch, *call.damping] for call in calls]}
+    about = {"run": run.brief, "calls": None if calls is None else [[call.branch, *call.damping] for call in calls]}
     return json.loads(json.dumps(about, default=str))
 
 

@@ -38,12 +38,12 @@ from lab.plans.tournament import Tournament
 from run import results
 from run.families import Condition, example_inputs, family_named_by
 from run.files import write_json
-from run.image_model import config_among, parse_run
+from run.image_model import open_model
 from run.machine import Machine
 from run.provenance import provenance
 from run.results import Metric, Result
 from run.seeds import format_seeds, parse_seeds
-from run.spec import NetworkOptions, Run
+from run.spec import NetworkOptions, Run, config_among, parse_run
 from unet_caching.errors import UserError
 from unet_caching.files.plan_file import Plan
 from unet_caching.methods.deepcache import DeepCache
@@ -154,10 +154,10 @@ def search(words: Sequence[str]) -> None:
         raise UserError("--compile and --cuda-graphs are for sampling: runs here are short and all different")
     seeds, own = Seeds.of(options), spec.open()
     prices = options.prices(own)
-    own.family.open(own, machine).check_seeds([*chain(*seeds)])
+    open_model(own, machine).check_seeds([*chain(*seeds)])
     judge = Judge(Distances(run_of(spec, CONVERGED, Grid(options.converged_steps)), machine,
                             options.work or options.out.with_suffix(".work")))
-    samplers = tuple(dict.fromkeys([*SAMPLERS, own.default_sampler]))
+    samplers = tuple(dict.fromkeys([*SAMPLERS, own.config.sampler.sampler]))
     measured = GapMeasurements(judge, sorted(prices.cached), seeds.learn[:GAP_SEEDS])
     tournament = Tournament(judge, measured, prices, samplers, seeds.learn, options.attempts)
     announce(tournament, seeds, options.jobs)
@@ -169,7 +169,7 @@ def search(words: Sequence[str]) -> None:
     details = {**notes, "reported_on": format_seeds(seeds.report), "reported": len(found),
                "candidates": noted(found, tournament.first, prices)}
     results.write(options.out.with_suffix(".search.json"), Result(
-        "plan search", own.config.name, judge.run(found[0].sampler, found[0].grid).told, len(seeds.report), metrics,
+        "plan search", own.config.name, judge.run(found[0].sampler, found[0].grid).brief, len(seeds.report), metrics,
         hashes={"checkpoint": plan.run["checkpoint_sha256"], "plan": plan.sha256}, details=details,
         provenance=provenance(judge.distances.model.device)).stamped(started))
     write_json(options.out, plan.to_json())

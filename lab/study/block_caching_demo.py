@@ -130,7 +130,7 @@ def plan(model: demo.Model, given: Given, files: Files) -> Iterator[Arm]:
                           block_schedule=path)
                 break
         fewer = round(fraction * model.steps)
-        yield arm(f"steps{fewer}", f"{whole.run.sampler_name.upper()} {fewer}", "fewer steps", steps=fewer)
+        yield arm(f"steps{fewer}", f"{whole.run.sampler.name.upper()} {fewer}", "fewer steps", steps=fewer)
 
 
 def rows(arms: Sequence[Result]) -> list[tuple[str, ...]]:

@@ -126,7 +126,7 @@ def check_names(runs: list[RunSpec], path: Path) -> None:
     known: dict[str, Run] = {}
     for spec in runs:
         run = spec.open()
-        if known.setdefault(run.name, run).told != run.told:
+        if known.setdefault(run.name, run).brief != run.brief:
             raise UserError(f"{path}: two different runs would both be called {run.name}")
 
 
@@ -159,7 +159,7 @@ def measured(run: Run, distances: Distances, seeds: list[int], judged: Judged | 
     started, latents = time.time(), list[Tensor]()
     psnr = distances.of(run, seeds, title=run.name, keep=latents.append if judged else None)
     found = {PSNR: Metric.of(mean_estimate(psnr))} | (judged.of(latents, run.name) if judged else {})
-    return Result(KIND, run.config.name, run.told, len(psnr), found,
+    return Result(KIND, run.config.name, run.brief, len(psnr), found,
                   inputs={"reference": judged.text} if judged else {},
                   hashes={"checkpoint": distances.checkpoint_sha256}, macs=Cost(*macs_per_step(run)),
                   provenance=provenance(distances.model.device),
@@ -169,7 +169,7 @@ def measured(run: Run, distances: Distances, seeds: list[int], judged: Judged | 
 
 def of(run: Run, distances: Distances, seeds: list[int]) -> dict[str, Any]:
     """What a result says of the comparison."""
-    return {"name": run.name, "seeds": format_seeds(seeds), "converged": distances.run.told,
+    return {"name": run.name, "seeds": format_seeds(seeds), "converged": distances.run.brief,
             "full_calls": in_full_calls(run),
             "condition": {name: str(value) for name, value in arguments.given(run.spec.condition).items()}}
 
@@ -183,9 +183,9 @@ def fault(run: Run, path: Path, converged: Run, seeds: list[int], judged: str | 
     if not path.is_file():
         return "no"
     found = results.read(path)
-    if found.settings != json.loads(json.dumps(run.told)):
+    if found.settings != json.loads(json.dumps(run.brief)):
         return "measured with other settings"
-    if found.details.get("converged") != json.loads(json.dumps(converged.told)):
+    if found.details.get("converged") != json.loads(json.dumps(converged.brief)):
         return "compared with another converged run"
     psnr = found.details.get("psnr", [0] * len(seeds))          # of twice the steps it is in the metrics alone
     if wrong := schema.fault(psnr, list[float], "details.psnr"):
@@ -232,10 +232,10 @@ def measure_twice(study: Study, place: Place, distances: Distances, seeds: list[
     if not seeds or there(run, path, distances.run, seeds):
         return
     psnr = distances.of(run, seeds, title=run.name)
-    results.write(path, Result("converged", run.config.name, run.told, len(seeds),
+    results.write(path, Result("converged", run.config.name, run.brief, len(seeds),
                                {PSNR: Metric.of(mean_estimate(psnr))}, provenance=provenance(distances.model.device),
                                hashes={"checkpoint": distances.checkpoint_sha256},
-                               details={"converged": distances.run.told, "seeds": format_seeds(seeds)}
+                               details={"converged": distances.run.brief, "seeds": format_seeds(seeds)}
                                ).stamped(started))
 
 

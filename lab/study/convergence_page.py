@@ -15,7 +15,7 @@ from eval.tables.svg import Line, Mark, Plot
 from lab.study import pages
 from lab.study.convergence_report import PSNR, Point, fronts, rows
 from run.folder import missing_seeds
-from run.image_model import fill
+from run.image_model import fill, open_model
 from run.machine import Machine
 from run.spec import Run
 
@@ -59,7 +59,7 @@ def make_images(shown: Shown, points: Sequence[Point], machine: Machine) -> None
     chosen = examples(points)
     for run in (shown.converged, *(shown.runs[point.name] for point in chosen)):
         if missing_seeds(shown.folder(run), seeds_of(shown, chosen)):
-            fill(run.family.open(run, machine), seeds_of(shown, chosen), shown.folder(run), machine)
+            fill(open_model(run, machine), seeds_of(shown, chosen), shown.folder(run), machine)
 
 
 def pictures(shown: Shown, chosen: Sequence[Point]) -> list[Pictures]:

@@ -48,7 +48,7 @@ class Point:
     def of(cls, run: Run, cost: float, times: Mapping[str, Any] | None, psnr: np.ndarray,
            metrics: Mapping[str, Metric]) -> "Point":
         interval = run.caching.settings.get("interval") if run.caching else None
-        return cls(run.name, run.sampler_name, kind_of(run), run.steps, interval, cost, time_of(run, times), psnr,
+        return cls(run.name, run.sampler.name, kind_of(run), run.steps, interval, cost, time_of(run, times), psnr,
                    metrics, plan_calls(run))
 
     def on(self, seeds: slice) -> Metric:
@@ -69,7 +69,7 @@ def plan_calls(run: Run) -> Calls | None:
 def kind_of(run: Run) -> str:
     """The name of what a run does to be cheaper."""
     if not run.caching:
-        return f"fewer steps, {'fitted, ' if is_listed(run.timesteps) else ''}{run.sampler_name}"
+        return f"fewer steps, {'fitted, ' if is_listed(run.sampler.timesteps) else ''}{run.sampler.name}"
     if own := [method.system for method in run.caching.methods if method.system]:
         return ", ".join(own)
     cache = run.caching.settings

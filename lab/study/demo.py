@@ -83,7 +83,7 @@ def plan(model: Model, given: Given) -> list[Arm]:
         return model.arm(given, "demo", name, label, style, others(), **options)
 
     def fewer(name: str, style: str, steps: int) -> Arm:
-        return arm(name, f"{whole.run.sampler_name.upper()} {steps}", style, steps=steps)
+        return arm(name, f"{whole.run.sampler.name.upper()} {steps}", style, steps=steps)
 
     intervals, center = model.intervals, round(CENTER * model.steps)
     whole = arm("uncached", "no cache", "uncached")
@@ -94,7 +94,7 @@ def plan(model: Model, given: Given) -> list[Arm]:
     of_full = [macs_per_step(cached.run).hook / macs_per_step(whole.run).hook for cached in uniform]
     arms += [fewer(f"equal{n}", "fewer steps", round(model.steps * fraction))
              for n, fraction in zip(intervals, of_full, strict=True)]
-    arms.append(fewer(f"{whole.run.sampler_name}10", "ablation", 10))
+    arms.append(fewer(f"{whole.run.sampler.name}10", "ablation", 10))
     arms.append(arm("n10_zeroed", "N=10, cache zeroed", "ablation", interval=10, zero_cache=True))
     return arms
 

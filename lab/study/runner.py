@@ -33,7 +33,7 @@ from lab.study.arms import Arm
 from run import results
 from run.files import ROOT
 from run.folder import missing_seeds
-from run.image_model import fill, summary
+from run.image_model import fill, open_model, summary
 from run.results import Cost, Metric, Result
 from unet_caching.errors import UserError
 
@@ -50,7 +50,7 @@ def python(line: Sequence[str], what: str) -> None:
 
 def sample(arm: Arm) -> None:
     """Fill the sample folder of an arm, in this process."""
-    made = fill(arm.run.family.open(arm.run, arm.on), range(arm.images), arm.folder, arm.on)
+    made = fill(open_model(arm.run, arm.on), range(arm.images), arm.folder, arm.on)
     print(summary(arm.run, arm.folder, arm.images, made), flush=True)
 
 

@@ -235,8 +235,8 @@ def with_converged(arms: Sequence[Arm], sweep: Sweep, path: Path, said: Given) -
                                                for run in runs if run.sampler.calls)
         except UserError as error:
             raise UserError(f"{path}, converged, {arm.run.config.name}: {error}") from None
-        if runs[0].eta:
-            raise UserError(f"{path}: converged has eta {runs[0].eta}: what is random comes to no image")
+        if runs[0].sampler.eta:
+            raise UserError(f"{path}: converged has eta {runs[0].sampler.eta}: what is random comes to no image")
     return [replace(arm, converged=found.get(arm.run.config.name, ())) for arm in arms]
 
 

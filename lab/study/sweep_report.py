@@ -70,11 +70,11 @@ def times_path(folder: Path, model: str) -> Path:
 
 def axes_of(run: Run) -> dict[str, Any]:
     """The settings of a run by axis; None where an axis has no meaning for it."""
-    cache, schedule = run.caching.settings, run.spec.given().get("block_schedule")
+    cache, schedule = run.caching.settings, run.spec.options.get("block_schedule")
     own = {name for part in (run.spec.sampler, *run.spec.caching) for name in arguments.names(part)}
-    others = {name: value.stem if isinstance(value, Path) else value for name, value in run.spec.given().items()
+    others = {name: value.stem if isinstance(value, Path) else value for name, value in run.spec.options.items()
               if name in own - {*AXES, "block_schedule"}}
-    return {"sampler": run.sampler_name, "steps": run.steps, "interval": cache["interval"],
+    return {"sampler": run.sampler.name, "steps": run.steps, "interval": cache["interval"],
             **{axis: cache.get(axis) for axis in ("branch", "schedule", "center", "power")},
             "block schedule": schedule.stem if schedule else None, **others}
 
@@ -140,8 +140,8 @@ def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
 def label(p: Point, points: Sequence[Point], varying: Sequence[str]) -> str:
     """A point of a model in the fewest words: N=5 b2."""
     if not p.run.caching:
-        one_way = len({(q.run.sampler_name, q.run.steps) for q in points}) == 1
-        return "uncached" if one_way else f"{p.run.sampler_name} {p.run.steps}"
+        one_way = len({(q.run.sampler.name, q.run.steps) for q in points}) == 1
+        return "uncached" if one_way else f"{p.run.sampler.name} {p.run.steps}"
     short = dict.fromkeys(AXES, "") | {"interval": "N=", "branch": "b", "center": "c", "power": "p"}
     return " ".join(f"{short.get(axis, f'{axis} ')}{value}" for axis, value in p.axes.items()
                     if value is not None and (axis in varying or (axis == "interval" and value > 1)))

@@ -171,7 +171,7 @@ def opened(found: Sequence[Entry], study: Study, path: Path) -> list[tuple[Entry
     known: dict[str, Run] = {}
     there = [(entry, entry.open(study)) for entry in found if not entry.missing]
     for _, run in there:
-        if known.setdefault(run.name, run).told != run.told:
+        if known.setdefault(run.name, run).brief != run.brief:
             raise UserError(f"{path}: two different runs would both be called {run.name}")
     return there
 

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +49,13 @@ class TrainConfig:
         for name in ("cooldown", "ema"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
+
+
+@dataclass(kw_only=True)
+class Section:
+    """The section of a config that says how a model is trained, beside its data."""
+    bf16: bool = True               # autocast
+    loop: TrainConfig = field(default_factory=TrainConfig)
 
 
 WHEN = ("images", "save_every", "grid_every")       # of a run that may change when it goes on

@@ -1,0 +1,80 @@
+"""What the training programs share, around the loop: options, the config's section, grids, the weights they write."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from run.folder import to_uint8
+from run.training.loop import Grid, Section
+from run.weights import save_tensors
+from unet_caching.errors import UserError
+from unet_caching.nest import Network
+from unet_caching.options import required
+from unet_caching.samplers.noise import SeededNoise
+from unet_caching.samplers.samplers import Sampler, noise_predictor
+
+Part = TypeVar("Part", bound=Section)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Where a training program writes."""
+    title: ClassVar[str] = "the training run"
+    out: Path = required("its folder; resumed if it has one")
+
+
+def begin(section: Part | None, path: Path, name: str = "train") -> Part:
+    """The section of a config that says how a model is trained, once its seed is set. Raises UserError without one."""
+    if section is None:
+        raise UserError(f"{path} has no {name} section: it is a published model")
+    torch.manual_seed(section.loop.seed)
+    return section
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> -1..1."""
+    return images.float() / 127.5 - 1
+
+
+def mirrored(batch: Tensor, generator: torch.Generator) -> Tensor:
+    """A batch of images, each mirrored at random."""
+    flip = torch.rand(len(batch), generator=generator, device=batch.device) < 0.5
+    return torch.where(flip[:, None, None, None], batch.flip(-1), batch)
+
+
+def sample_grid(sampler: Sampler, count: int, shape: Sequence[int],
+                network: Callable[[Any], tuple[Network, Sequence[Tensor]]], guidance: float | None = None,
+                decode: Callable[[Tensor], Tensor] = lambda x: x) -> Grid[Any]:
+    """A function of the EMA model that samples the images of seeds 0..count-1.
+
+    network(model): the network that predicts, and the context that it is given (of the doubled batch with guidance).
+    """
+    @torch.no_grad()
+    def grid(model: nn.Module) -> np.ndarray:
+        noise = SeededNoise(range(count), next(model.parameters()).device)
+        unet, context = network(model)
+        predict = noise_predictor(unet, sampler.diffusion, torch.float32, None, context,
+                                  1.0 if guidance is None else guidance)
+        return to_uint8(decode(sampler.run(predict, noise(shape), noise)))
+    return grid
+
+
+def parameters(model: nn.Module) -> str:
+    """How many parameters a model has, in words."""
+    return f"{sum(value.numel() for value in model.parameters()):,} parameters"
+
+
+def of_latents(latents: Tensor) -> str:
+    """The shape and the spread of latents, in words."""
+    return (f"latents {list(latents.shape[1:])} of mean {latents.mean():.3f} and deviation {latents.std():.3f}")
+
+
+def write_weights(tensors: Mapping[str, Tensor], target: Path) -> None:
+    """Write tensors in float16, and say so."""
+    save_tensors({name: value.half() for name, value in tensors.items()}, target)
+    print(f"wrote {target}, {target.stat().st_size / 2**20:.1f} MiB")
