@@ -27,7 +27,7 @@ from eval.metrics.images import ImageSet, check_paired
 from eval.metrics.measure import Measure, shown
 from eval.metrics.registry import EXTRACTORS, SMALL_MEASURES, SMALL_SETS
 from eval.metrics.results import of_samples
-from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_neighbours, real_floor
+from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_distances, real_floor
 from eval.metrics.sources import open_reference
 from run.cli import command, warn
 from run.machine import Device
@@ -104,7 +104,7 @@ def difference(samples: ImageSet, against: ImageSet, reference: ImageSet, extrac
 
 def _nearest(features: np.ndarray, reference: np.ndarray) -> dict:
     """Quantiles of the distance to the nearest reference image: far below those of held-out images = copied."""
-    _, found = nearest_neighbours(features, reference)
+    found = nearest_distances(features, reference)
     quantiles = {"min": 0, "5%": 0.05, "median": 0.5, "95%": 0.95}
     return {name: float(np.quantile(found, q)) for name, q in quantiles.items()}
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from eval.metrics.extract import extract
 from eval.metrics.frechet import GROUPS
-from eval.metrics.images import ImageSet, open_to_judge
+from eval.metrics.images import ImageSet, check_finished, open_images
 from eval.metrics.inception import DIMS, Inception
 from eval.metrics.measure import Score, Sets, Unavailable
 from eval.metrics.registry import SETS
@@ -43,10 +43,14 @@ class Judged:
     def open(self, path: Path | None = None, count: int | None = None) -> tuple[ImageSet, list[str]]:
         """The images (of another path, for what they are compared with), and what must be said about them.
 
-        count: at least so many must be there. Raises UserError.
+        count: at least so many must be there. Raises UserError for fewer, and for an unfinished folder unless --seeds
+        says that just these are meant; --allow-fewer takes both as they are.
         """
-        return open_to_judge(path or self.samples, parse_seeds(self.seeds) if self.seeds else None, count,
-                             self.allow_fewer)
+        images = open_images(path or self.samples, parse_seeds(self.seeds) if self.seeds else None)
+        if count is not None and len(images) < count and not self.allow_fewer:
+            raise UserError(f"{images.description} has {len(images)} of the {count} images expected: sample the rest "
+                            "first, name another --count, or pass --allow-fewer for a number that is not comparable")
+        return images, [] if self.seeds else check_finished(images, self.allow_fewer)
 
     def write(self, result: Result) -> None:
         if self.out:
@@ -65,13 +69,10 @@ class OfSets(Judged):
         """As `open`; raises UserError for fewer images than --count without --allow-fewer, and for fewer than two."""
         if self.groups == 1:
             raise UserError("--groups must be 2 or more, or 0 for no error, got 1")
-        images, notes = self.open()
+        images, notes = self.open(count=self.count)
         n = len(images)
         if n < 2:
             raise UserError(f"{images.description} has {n} image: a distance of sets needs at least 2")
-        if n < self.count and not self.allow_fewer:
-            raise UserError(f"{images.description} has {n} of the {self.count} images expected: sample the rest first, "
-                            "name another --count, or pass --allow-fewer for a number that is not comparable")
         if n != self.count:
             notes.append(f"{n} images where {self.count} are expected: FID, sFID and recall of another number of "
                          "images are not comparable")

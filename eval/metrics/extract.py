@@ -37,19 +37,18 @@ T = TypeVar("T")
 
 
 class Extractor(Protocol):
-    """A network that turns images into features.
-
-    id: what decides the features: network, weights, preprocessing. layers: dimensions by name.
-    """
-    @property
-    def id(self) -> str: ...
+    """A network that turns images into features."""
 
     @property
-    def layers(self) -> Mapping[str, int]: ...
+    def id(self) -> str:
+        """What decides the features: network, weights, preprocessing."""
+
+    @property
+    def layers(self) -> Mapping[str, int]:
+        """Dimensions by name."""
 
     def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 [n, height, width, 3] -> float32 [n, dims] of every layer."""
-        ...
 
 
 class Features:
@@ -61,7 +60,7 @@ class Features:
     def __init__(self, parts: Sequence[Mapping[str, np.ndarray] | Path], digests: Sequence[str], names: Sequence[str],
                  layers: Mapping[str, int]):
         self._parts, self._digests, self.count, self.layers = parts, digests, len(names), dict(layers)
-        self.images_sha256 = hashlib.sha256("\n".join([*names, *digests]).encode()).hexdigest()
+        self.images_sha256 = _sha256_of_all(names, digests)
 
     def parts(self, layer: str | None = None) -> Iterator[np.ndarray]:
         """float32 [at most 1000, dims] of a layer (default: the only one), in the order of the images."""
@@ -79,8 +78,7 @@ class Features:
     def all(self, layer: str | None = None) -> np.ndarray:
         """float32 [n, dims]: the whole layer in memory, 410 MB for 50,000 images and 2048 dimensions."""
         layer = layer or self._only()
-        out = np.empty((self.count, self.layers[layer]), np.float32)
-        first = 0
+        out, first = np.empty((self.count, self.layers[layer]), np.float32), 0
         for part in self.parts(layer):
             out[first:first + len(part)] = part
             first += len(part)
@@ -96,6 +94,14 @@ class Features:
         return name
 
 
+def _sha256_of_all(names: Sequence[str], digests: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join([*names, *digests]).encode()).hexdigest()
+
+
+def _parts(images: ImageSet) -> list[range]:
+    return [range(first, min(first + PART, len(images))) for first in range(0, len(images), PART)]
+
+
 @overload
 def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store: Path | None = None) -> Features: ...
 @overload
@@ -109,41 +115,38 @@ def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store:
     share: with torchrun's other processes, which get None when their parts are there; rank 0 waits for all of them.
     Raises UserError for images that cannot be used, that change meanwhile, and for a folder that cannot be written.
     """
-    rank, world = rank_and_world() if share else (0, 1)
-    parts = [range(first, min(first + PART, len(images))) for first in range(0, len(images), PART)]
+    (rank, world), parts = rank_and_world() if share else (0, 1), _parts(images)
     folder = _folder(images, extractor, store, world)
     if folder is None:
-        found = dict(_compute(images, extractor, parts, batch_size))
+        found = [(values, digest) for _, values, digest in _computed(images, extractor, parts, batch_size)]
         check_unchanged(images)
-        return Features([values for values, _ in found.values()], [digest for _, digest in found.values()],
-                        images.names, extractor.layers)
-    paths = [folder / f"part-{index:05d}.npz" for index in range(len(parts))]
-    kept = {part: _Kept(path, images, part, extractor) for part, path in zip(parts, paths, strict=True)}
-    mine = list(deal(parts)) if share else parts
-    moved = [part for part in mine if kept[part].digest and not kept[part].valid]
-    for part, digest in _digests(images, moved, batch_size):
+        return Features([values for values, _ in found], [digest for _, digest in found], images.names,
+                        extractor.layers)
+    kept = {part: _Kept(folder / f"part-{i:05d}.npz", images, part, extractor) for i, part in enumerate(parts)}
+    own = list(deal(parts)) if share else parts
+    for part, digest in _digests(images, [part for part in own if kept[part].digest and not kept[part].valid],
+                                 batch_size):
         kept[part].confirm(digest)
-    for part, (values, digest) in _compute(images, extractor, [part for part in mine if not kept[part].valid],
-                                           batch_size):
+    for part, values, digest in _computed(images, extractor, [part for part in own if not kept[part].valid],
+                                          batch_size):
         kept[part].write(values, digest)
     if rank:
         return None
     _wait({part: one for part, one in kept.items() if not one.valid}, images, batch_size)
     check_unchanged(images)
-    return Features(paths, [part.digest or "" for part in kept.values()], images.names, extractor.layers)
+    return Features([one.path for one in kept.values()], [one.digest or "" for one in kept.values()], images.names,
+                    extractor.layers)
 
 
 def _folder(images: ImageSet, extractor: Extractor, store: Path | None, world: int) -> Path | None:
     """Where these features are kept, made and ready to be written to; None: in memory."""
     if images.root is None:
         return None
+    of_set = (images.root / ".features" if images.root.is_dir()
+              else images.root.with_name(f"{images.root.name}.features"))
     if store is not None:
         root = images.root.resolve()        # many files are called samples.npz
         of_set = store / f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
-    elif images.root.is_dir():
-        of_set = images.root / ".features"
-    else:
-        of_set = images.root.with_name(f"{images.root.name}.features")
     folder = of_set / hashlib.sha256(extractor.id.encode()).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,64 +169,52 @@ def pixels_sha256(images: ImageSet) -> str:
 
     Those of a folder are noted in it, for files that are not touched: reading 50,000 images takes minutes.
     """
-    note = images.root / ".features" / "pixels.json" if images.root and images.root.is_dir() else None
-    known = _noted(note)
+    note, known = None, dict[str, str]()        # fingerprint -> digest
+    if images.root and images.root.is_dir():
+        note = images.root / ".features" / "pixels.json"
+        with suppress(ValueError):              # a note that is not there, or damaged
+            content = read_json(note)
+            known = content if fault(content, dict[str, str]) is None else {}
     if images.fingerprint in known:
         return known[images.fingerprint]
-    every = range(len(images))
-    parts = [every[first:first + PART] for first in range(0, len(images), PART)]
-    seen, digests = images.stamp(every), [digest for _, digest in _digests(images, parts, 32)]
+    seen = images.stamp(range(len(images)))
+    found = _sha256_of_all(images.names, [digest for _, digest in _digests(images, _parts(images), 32)])
     check_unchanged(images)
-    found = hashlib.sha256("\n".join([*images.names, *digests]).encode()).hexdigest()
     if note is not None and time.time() - seen.changed > _DOUBT:
         with suppress(OSError):         # a folder that cannot be written to: they are read again the next time
             note.parent.mkdir(exist_ok=True)
-            latest = dict(list(known.items())[-9:])
-            write_json(note, latest | {images.fingerprint: found})
+            write_json(note, dict(list(known.items())[-9:]) | {images.fingerprint: found})
     return found
 
 
-def _noted(path: Path | None) -> dict[str, str]:
-    """What `pixels_sha256` has noted: fingerprint -> digest; nothing where that is damaged."""
-    if path is None or not path.is_file():
-        return {}
-    try:
-        content = read_json(path)
-    except ValueError:
-        return {}
-    return content if fault(content, dict[str, str]) is None else {}
-
-
 class _Kept:
-    """One part on disk. digest: of its images' pixels, None without a usable file. valid: the images are the same, as
-    far as their files tell. in_doubt: they tell nothing, since they had just been written."""
+    """One part on disk."""
 
     def __init__(self, path: Path, images: ImageSet, part: range, extractor: Extractor):
-        self.path, self.extractor, self.size = path, extractor, len(part)
+        self.path, self.extractor = path, extractor
+        self.shapes = {name: (len(part), dims) for name, dims in extractor.layers.items()}
         seen = images.stamp(part)
         self.stamp = seen.text if time.time() - seen.changed > _DOUBT else ""
-        self.digest: str | None = None
-        self.valid = self.in_doubt = False
         self.read()
 
     def read(self) -> None:
-        self.digest, self.valid, self.in_doubt = None, False, False
-        try:
-            with np.load(self.path, allow_pickle=False) as kept:
-                shapes = {name: kept[name].shape for name in self.extractor.layers}
-                if str(kept["extractor"]) == self.extractor.id and shapes == {
-                        name: (self.size, dims) for name, dims in self.extractor.layers.items()}:
-                    self.digest, stamp = str(kept["pixels_sha256"]), str(kept["stamp"])
-                    self.in_doubt = "" in (stamp, self.stamp)
-                    self.valid = stamp == self.stamp and not self.in_doubt
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass        # not there or damaged: it is only kept to save work
+        self.digest: str | None = None          # of its images' pixels; None without a usable file
+        self.valid = False                      # the images are the same, as far as their files tell
+        self.in_doubt = False                   # they tell nothing, since they had just been written
+        # What is not there or damaged is computed again: it is only kept to save work.
+        with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), \
+                np.load(self.path, allow_pickle=False) as kept:
+            if str(kept["extractor"]) == self.extractor.id and self.shapes == {
+                    name: kept[name].shape for name in self.shapes}:
+                digest, stamp = str(kept["pixels_sha256"]), str(kept["stamp"])
+                self.digest, self.in_doubt = digest, "" in (stamp, self.stamp)
+                self.valid = stamp == self.stamp and not self.in_doubt
 
     def confirm(self, digest: str) -> None:
         """The files were touched: with the same pixels in them, only what was seen of them is written anew."""
         if digest == self.digest:
             with np.load(self.path, allow_pickle=False) as kept:
-                self.write({name: kept[name] for name in self.extractor.layers}, digest)
+                self.write({name: kept[name] for name in self.shapes}, digest)
 
     def write(self, values: Mapping[str, np.ndarray], digest: str) -> None:
         content: dict[str, Any] = {"extractor": self.extractor.id, "stamp": self.stamp, "pixels_sha256": digest,
@@ -236,52 +227,49 @@ class _Kept:
         self.digest, self.valid = digest, True
 
 
-def _compute(images: ImageSet, extractor: Extractor, parts: Sequence[range], batch_size: int
-             ) -> Iterator[tuple[range, tuple[dict[str, np.ndarray], str]]]:
-    """(part, (features by layer, sha256 of the pixels)) of each part."""
-    def batch(pixels: np.ndarray) -> dict[str, np.ndarray]:
-        features = extractor.features(pixels)
-        for name, values in features.items():
-            if not np.isfinite(values).all():
-                raise UserError(f"the {name} features of an image in {images.description} are not finite: the weights "
-                                "of the extractor are damaged")
-        return features
-
-    for part, pixels in _by_part(images, parts, batch_size, "features"):
-        digest, found = hashlib.sha256(), []
-        for some in pixels:
-            digest.update(np.ascontiguousarray(some).data)
-            found.append(batch(some))
-        yield part, ({name: np.concatenate([f[name] for f in found]) for name in extractor.layers}, digest.hexdigest())
+def _computed(images: ImageSet, extractor: Extractor, parts: Sequence[range], batch_size: int
+              ) -> Iterator[tuple[range, dict[str, np.ndarray], str]]:
+    """(part, features by layer, sha256 of the pixels) of each part."""
+    for part, batches, digest in _by_part(images, parts, batch_size, "features"):
+        found = []
+        for pixels in batches:
+            found.append(extractor.features(pixels))
+            for name, values in found[-1].items():
+                if not np.isfinite(values).all():
+                    raise UserError(f"the {name} features of an image in {images.description} are not finite: the "
+                                    "weights of the extractor are damaged")
+        yield part, {name: np.concatenate([f[name] for f in found]) for name in extractor.layers}, digest.hexdigest()
 
 
 def _digests(images: ImageSet, parts: Sequence[range], batch_size: int) -> Iterator[tuple[range, str]]:
-    for part, pixels in _by_part(images, parts, batch_size, "checking"):
-        digest = hashlib.sha256()
-        for some in pixels:
-            digest.update(np.ascontiguousarray(some).data)
+    """(part, sha256 of the pixels) of each part."""
+    for part, batches, digest in _by_part(images, parts, batch_size, "checking"):
+        for _ in batches:
+            pass
         yield part, digest.hexdigest()
 
 
 def _by_part(images: ImageSet, parts: Sequence[range], batch_size: int, title: str
-             ) -> Iterator[tuple[range, Iterator[np.ndarray]]]:
-    """(part, its batches), all in one pass through the images, with progress. The batches must be used up."""
+             ) -> Iterator[tuple[range, Iterator[np.ndarray], Any]]:
+    """(part, its batches, the sha256 of those that were used up), all in one pass through the images, with progress."""
     if not parts:
         return
     rank, world = rank_and_world()
-    batches = _ahead(images.batches(batch_size, parts))
+    following = _ahead(images.batches(batch_size, parts))
     with tqdm(total=sum(map(len, parts)), unit="img", leave=False, disable=True if rank else None,
               desc=f"{title} of {images.description}" + (f", 1 of {world} processes" if world > 1 else "")) as bar:
-        def of(part: range) -> Iterator[np.ndarray]:
-            left = len(part)
-            while left:
-                pixels = next(batches)
-                left -= len(pixels)
-                yield pixels
-                bar.update(len(pixels))
-
         for part in parts:
-            yield part, of(part)
+            digest = hashlib.sha256()
+
+            def batches(left: int = len(part), digest: Any = digest) -> Iterator[np.ndarray]:
+                while left:
+                    pixels = next(following)
+                    left -= len(pixels)
+                    digest.update(np.ascontiguousarray(pixels).data)
+                    yield pixels
+                    bar.update(len(pixels))
+
+            yield part, batches(), digest
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
@@ -310,9 +298,8 @@ def _wait(missing: dict[range, _Kept], images: ImageSet, batch_size: int) -> Non
                 since = time.monotonic()
                 bar.update(len(missing) - len(left))
             elif time.monotonic() - since > _PATIENCE:
-                folder = next(iter(left.values())).path.parent
-                raise UserError(f"{len(left)} parts are still missing in {folder}, and no process has added one for "
-                                f"{_PATIENCE // 60} minutes: run the same command again")
+                raise UserError(f"{len(left)} parts are still missing in {next(iter(left.values())).path.parent}, and "
+                                f"no process has added one for {_PATIENCE // 60} minutes: run the same command again")
             missing = left
             if missing:
                 time.sleep(1)

@@ -5,19 +5,18 @@ pictures whose shorter side is 256 already, as in the published lmdb files, that
 such as COCO's, are brought to a size in the same way, grey ones among them as RGB.
 """
 
-import hashlib
 import importlib
 import io
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
-from eval.metrics.images import ImageSet, Stamp, batched, from_array, open_images, stamp_of
+from eval.metrics.images import SUFFIXES, ImageSet, from_array, one_by_one, open_images, stamp_of
 from run.images import UNREADABLE
 from run.training import emoji
 from unet_caching.errors import UserError, one_line
@@ -32,13 +31,12 @@ def open_source(path: Path, size: int | None = None, count: int | None = None) -
     (default: all).
     Raises UserError for what is none of these, or has fewer.
     """
-    path = Path(path)
     if (path / "data.mdb").is_file():
         return lsun(path, size or 256, count)
+    if (path / "cifar-10-batches-py" / _CIFAR10[0]).is_file():
+        path /= "cifar-10-batches-py"
     if (path / _CIFAR10[0]).is_file():
         images = cifar10(path)
-    elif (path / "cifar-10-batches-py" / _CIFAR10[0]).is_file():
-        images = cifar10(path / "cifar-10-batches-py")
     elif path.is_dir() and size is not None:
         images = photographs(path, size)
     else:
@@ -46,19 +44,17 @@ def open_source(path: Path, size: int | None = None, count: int | None = None) -
     if size is not None and images.size != (size, size):
         raise UserError(f"{images.description} has images of {images.size[1]}x{images.size[0]} pixels, which --size "
                         "does not change: leave it out")
-    _check_count(images.description, len(images), count)
-    return images if count in (None, len(images)) else _first(images, count)
+    count = _checked(images.description, len(images), count)
+    return images if count == len(images) else replace(
+        images, description=f"{images.description} (the first {count})", names=images.names[:count],
+        seeds=images.seeds and images.seeds[:count])
 
 
-def _check_count(what: str, there: int, count: int | None) -> None:
+def _checked(what: str, there: int, count: int | None) -> int:
+    """How many images to take. Raises UserError for more than there are."""
     if count is not None and not 2 <= count <= there:
         raise UserError(f"{what} has {there} images, so --count must be from 2 to {there}, got {count}")
-
-
-def _first(images: ImageSet, count: int) -> ImageSet:
-    return ImageSet(f"{images.description} (the first {count})", images.names[:count],
-                    images.seeds and images.seeds[:count], images.size, images.fingerprint, images.root,
-                    lambda n, ranges: images.read(n, ranges), images.stamp, images.reopen)
+    return count or there
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -78,8 +74,7 @@ def cifar10(path: Path) -> ImageSet:
     Raises UserError for a batch that is missing, damaged, or a pickle of anything but arrays.
     """
     files = [path / name for name in _CIFAR10]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
+    if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{path} lacks {', '.join(missing)} of CIFAR-10's python version")
     pixels = []
     for file in files:
@@ -93,51 +88,35 @@ def cifar10(path: Path) -> ImageSet:
             raise UserError(f"{file} is not CIFAR-10's: no uint8 data of 3072 columns")
         pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     names = [f"{file.name}/{i}" for file, some in zip(files, pixels, strict=True) for i in range(len(some))]
-    everything = np.concatenate(pixels)
-
-    def read(n: int, ranges: Sequence[range]) -> Iterator[np.ndarray]:
-        for some in batched(ranges, n):
-            yield everything[some.start:some.stop]
-
-    def stamp(some: range) -> Stamp:
-        return Stamp(hashlib.sha256(everything[some.start:some.stop].tobytes()).hexdigest())
-
-    return ImageSet(f"{path} (CIFAR-10, training)", names, None, (32, 32), stamp(range(len(names))).text, path, read,
-                    stamp)
+    return from_array(np.concatenate(pixels), f"{path} (CIFAR-10, training)", names, path)
 
 
-def prepared(image: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: the shorter side brought to `size`, then the centre."""
+def prepared(file: Path | IO[bytes], size: int, what: str) -> np.ndarray:
+    """uint8 [size, size, 3]: a picture's shorter side brought to `size`, then the centre.
+
+    what: names it. Raises UserError where it cannot be read.
+    """
     from torchvision.transforms.functional import center_crop, resize  # takes seconds
-    return np.asarray(center_crop(resize(image.convert("RGB"), size), [size, size]))
+    try:
+        with Image.open(file) as image:
+            return np.asarray(center_crop(resize(image.convert("RGB"), size), [size, size]))
+    except UNREADABLE as error:
+        raise UserError(f"{what} is damaged, or of a format that is not read here ({one_line(error)})") from None
 
 
 def photographs(path: Path, size: int) -> ImageSet:
     """The images that lie in a folder, of any size, in the order of their names. Raises UserError where one is none."""
-    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in (".png", ".jpg", ".jpeg")
+    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES
              and not file.name.startswith(".")]
     if not files:
         raise UserError(f"no images in {path}")
+    if other := [file for file in files if not file.is_file()]:
+        raise UserError(f"{other[0]} is no regular file: move it elsewhere")
     names = [file.name for file in files]
-
-    def read_one(i: int) -> np.ndarray:
-        if not files[i].is_file():
-            raise UserError(f"{files[i]} is no regular file: move it elsewhere")
-        try:
-            with Image.open(files[i]) as image:
-                return prepared(image, size)
-        except UNREADABLE as error:
-            raise UserError(f"{files[i]} is damaged or not an image ({one_line(error)})") from None
-
-    def read(n: int, ranges: Sequence[range]) -> Iterator[np.ndarray]:
-        with ThreadPoolExecutor() as pool:
-            for some in batched(ranges, n):
-                yield np.stack(list(pool.map(read_one, some)))
-
-    def stamp(some: range) -> Stamp:
-        return stamp_of(files[some.start:some.stop], [f"{size} {name}" for name in names[some.start:some.stop]])
-
-    return ImageSet(f"{path} (at {size})", names, None, (size, size), stamp(range(len(files))).text, path, read, stamp,
+    return ImageSet(f"{path} (at {size})", names, None, (size, size), path,
+                    one_by_one(lambda i: prepared(files[i], size, str(files[i]))),
+                    lambda some: stamp_of(files[some.start:some.stop],
+                                          [f"{size} {name}" for name in names[some.start:some.stop]]),
                     lambda: photographs(path, size))
 
 
@@ -152,37 +131,24 @@ def lsun(path: Path, size: int = 256, count: int | None = None) -> ImageSet:
         raise UserError(f"{path} is an lmdb, and the package lmdb is not installed ({one_line(error)}): "
                         "pip install lmdb, or export the pictures to a folder") from None
     try:
-        env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=1)
+        env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=64)
         with env.begin() as transaction:
             there = transaction.stat()["entries"]
-            _check_count(str(path), there, count)
-            count = count or there
-            keys = [key for key, _ in zip(transaction.cursor().iternext(values=False), range(count), strict=False)]
+            taken = range(_checked(str(path), there, count))
+            keys = [key for key, _ in zip(transaction.cursor().iternext(values=False), taken, strict=False)]
     except lmdb.Error as error:
         raise UserError(f"{path} cannot be read as an lmdb: {one_line(error)}") from None
     if not keys:
         raise UserError(f"no images in {path}")
+    names = [key.decode(errors="replace") for key in keys]
 
-    def prepare(item: tuple[bytes, bytes]) -> np.ndarray:
-        key, data = item
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                return prepared(image, size)
-        except UNREADABLE as error:
-            raise UserError(f"{path}: the picture {key.decode(errors='replace')} is damaged or of a format that is not "
-                            f"read here ({one_line(error)})") from None
+    def load(i: int) -> np.ndarray:
+        with env.begin() as transaction:
+            return prepared(io.BytesIO(transaction.get(keys[i]) or b""), size, f"{path}: the picture {names[i]}")
 
-    def read(n: int, ranges: Sequence[range]) -> Iterator[np.ndarray]:
-        with ThreadPoolExecutor() as pool, env.begin() as transaction:
-            for some in batched(ranges, n):
-                items = [(keys[i], transaction.get(keys[i])) for i in some]
-                yield np.stack(list(pool.map(prepare, items)))
-
-    def stamp(some: range) -> Stamp:
-        return stamp_of([path / "data.mdb"], [f"{size} {some.start}-{some.stop}"])
-
-    return ImageSet(f"{path} (LSUN at {size}, {len(keys)} of {there})", [key.decode(errors="replace") for key in keys],
-                    None, (size, size), stamp(range(len(keys))).text, path, read, stamp,
+    return ImageSet(f"{path} (LSUN at {size}, {len(keys)} of {there})", names, None, (size, size), path,
+                    one_by_one(load),
+                    lambda some: stamp_of([path / "data.mdb"], [f"{size} {some.start}-{some.stop}"]),
                     lambda: lsun(path, size, count))
 
 
