@@ -362,7 +362,7 @@ def test_what_cannot_be_is_refused_with_the_reason(parts):  # noqa: F811
         with pytest.raises(UserError, match=message):
             run(pipe)
         disable_deepcache(pipe)
-    with pytest.raises(UserError, match="Linear has no U-Net"):
+    with pytest.raises(UserError, match="Linear has no pipe.unet"):
         enable_deepcache(nn.Linear(1, 1))
 
 
@@ -460,7 +460,7 @@ def test_a_plan_in_a_pipeline_is_that_of_our_own_sampler(parts, tmp_path, sample
     path, macs = tmp_path / "plan.json", {"hook": 1, "fc": 1}
     path.write_text(json.dumps(Plan(made_for, None, each, macs, macs).to_json()))
     enable_deepcache(pipe, plan=path)
-    with pytest.raises(UserError, match="made for other timesteps than this pipeline's scheduler has, 999,900,700"):
+    with pytest.raises(UserError, match=f"made for {sampler} at other timesteps .* 999,900,700"):
         run(pipe, None, steps=6, **given)
 
     pipe.scheduler = plan_scheduler(path, pipe.scheduler)

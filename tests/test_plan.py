@@ -355,7 +355,7 @@ def test_diffusers_pipelines_take_a_plan(tmp_path):
     torch.manual_seed(0)
     unet = UNet2DModel(16, layers_per_block=1, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
                        up_block_types=("UpBlock2D",) * 2).eval()
-    pipe = DDIMPipeline(unet, DDIMScheduler(clip_sample=False))
+    pipe = DDIMPipeline(unet, DDIMScheduler(clip_sample=False, steps_offset=1))
     pipe.set_progress_bar_config(disable=True)
 
     def run(steps=6, **options):

@@ -1,62 +1,71 @@
-"""How much a run saves: exact multiply-accumulates of the very U-Net that it runs, attention's included.
+"""How much a run saves: exact multiply-accumulates of the calls that it makes, attention's included.
 
-They are counted on a copy without numbers, on the meta device: with its adapters, for the shapes of this run. The hooks
-by which eval.cost.macs counts are of all modules of the process; here other threads may be at work.
+They are counted in these very calls, in one of each kind, as PyTorch dispatches their operations in this thread:
+nothing runs that would not run anyhow, and nothing is copied.
 """
 
-import copy
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from unet_caching.nest import Cache
-from unet_caching.pipelines.forward import argument_names, cached_forward
-from unet_caching.pipelines.parts import Caching
-from unet_caching.policy import Policy
-from unet_caching.trace import metered, reused
+FULL = "full"           # the kind of a call that computes everything
 
 
-class _Counter(TorchDispatchMode):
-    """Counts the operations of matrix products and convolutions in this thread."""
+class Meter:
+    """The network calls of a run; those of one kind in one place compute the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, unet: nn.Module):
+        compiled = any("_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
+                       for module in unet.modules())
+        self.fault = "the U-Net is compiled" if compiled else ""        # why they are not counted
+        self.macs: dict[Hashable, int] = {}
+        self.calls: list[tuple[tuple[int, torch.Size], Hashable]] = []
+
+    def call(self, place: tuple[int, torch.Size], kind: Hashable) -> AbstractContextManager:
+        """What a network call is made in. place: which one of its step, on what. kind: None where it is not known."""
+        key = place, len(self.calls) if kind is None else kind
+        self.calls.append(key)
+        return nullcontext() if self.fault or key in self.macs else Counter(self, key)
+
+    def report(self, settings: str) -> str:
+        """What the run did and what that saved, in one line."""
+        begin = f"caching in {len(self.calls)} network calls"
+        if self.fault:
+            return f"{begin}: {settings}; multiply-accumulates were not counted ({self.fault})"
+        shapes = [shape for (_, shape), _ in self.calls]
+        full, each = [self.macs[place, FULL] for place, _ in self.calls], [self.macs[key] for key in self.calls]
+        rows = sum(shape[0] for shape in shapes) * 1e9
+        return (f"{begin}, {sum(map(int.__eq__, full, each))} of them full: {settings}; {sum(each) / rows:.1f} of "
+                f"{sum(full) / rows:.1f} GMACs per call and {'video' if len(shapes[0]) > 4 else 'image'}: "
+                f"{sum(full) / sum(each):.2f} times as fast by them")
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations of matrix products, convolutions and attention."""
+
+    def __init__(self, meter: Meter, key: Hashable):
         super().__init__()
-        self.macs = 0
+        self.meter, self.key = meter, key
+        meter.macs[key] = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **kwargs or {})
-        count = flop_registry.get(function._overloadpacket)
-        if count is not None:
-            self.macs += count(*args, **kwargs or {}, out_val=out) // 2
+        kwargs, name, known = kwargs or {}, function._schema.name, flop_registry.get(function._overloadpacket)
+        attention = name.startswith("aten::_scaled_dot_product")
+        if known is None and not attention:
+            with self:                      # in inference mode operations that consist of others arrive whole
+                out = function.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = function(*args, **kwargs)
+        if known is not None:
+            self.meter.macs[self.key] += known(*args, **kwargs, out_val=out) // 2
+        elif attention:
+            self.meter.macs[self.key] += sdpa_flop_count(*(value.shape for value in args[:3])) // 2
+        elif not name.startswith(("aten::", "prim")) or any(word in name for word in ("mm", "conv", "linear")):
+            self.meter.fault = f"{name} is not known"
         return out
-
-
-def run_macs(unet: nn.Module, args: tuple, kwargs: dict, policy: Policy | None, asked: frozenset[str],
-             calls: int) -> tuple[int, list[int]]:
-    """The multiply-accumulates of a call that computes everything, and of each call of a run; for the whole batch.
-
-    args, kwargs: of one network call. policy: for the meta device. asked: the residuals that it may keep.
-    Raises whatever a copy of the U-Net on the meta device raises.
-    """
-    numbers = {id(value): _empty(value) for value in (*unet.parameters(), *unet.buffers())}
-    on_meta = copy.deepcopy(unet, numbers)
-    args, kwargs = tree_map_only(Tensor, lambda value: value.to("meta"), (args, kwargs))
-    with torch.no_grad(), _Counter() as counter:
-        def forward(cache: Cache) -> object:
-            return cached_forward(on_meta, argument_names(unet), Caching(cache, asked), *args, **kwargs)
-
-        asked_for, counts = metered(forward, lambda: counter.macs)
-        full = counter.macs
-    if policy is None:
-        return full, [full] * calls
-    values = {key: after - before for key, (before, after) in counts.items()}
-    return full, [full - sum(values[key] for key in keys) for keys in reused(asked_for, policy, calls)]
-
-
-def _empty(value: Tensor) -> Tensor:
-    empty = torch.empty_like(value, device="meta")
-    return nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty

@@ -5,7 +5,7 @@ pipelines want it there is kept beside, by weak references.
 """
 
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -15,9 +15,7 @@ from unet_caching.pipelines.containers import check_containers
 from unet_caching.pipelines.forward import argument_names, cached_forward
 from unet_caching.pipelines.kinds import check_kind
 from unet_caching.pipelines.parts import Caching
-from unet_caching.pipelines.run import caching_of_call
-
-_wanted: "WeakKeyDictionary[nn.Module, WeakSet]" = WeakKeyDictionary()      # U-Net -> pipelines that cache with it
+from unet_caching.pipelines.run import caching_of_call, wanted
 
 
 class CachedForward:
@@ -32,7 +30,10 @@ class CachedForward:
             caching = caching_of_call(self.unet, args, kwargs)
         if caching is None:
             return type(self.unet).forward(self.unet, *args, **kwargs)
-        return cached_forward(self.unet, self.names, caching, *args, **kwargs)
+        if caching.meter is None:
+            return cached_forward(self.unet, self.names, caching, *args, **kwargs)
+        with caching.meter:
+            return cached_forward(self.unet, self.names, caching, *args, **kwargs)
 
 
 class Counted:
@@ -43,7 +44,9 @@ class Counted:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         caching = caching_of_call(self.unet, args, kwargs)
-        return self.compiled(*args, **kwargs) if caching is None else self.compiled(*args, caching=caching, **kwargs)
+        if caching is None:
+            return self.compiled(*args, **kwargs)
+        return self.compiled(*args, caching=caching._replace(meter=None), **kwargs)
 
 
 def unwrapped(unet: Any) -> Any:
@@ -75,7 +78,7 @@ def install(pipe: Any) -> None:
     for holder, name in _compiled(pipe.unet):
         if not isinstance(vars(holder)[name], Counted):
             setattr(holder, name, Counted(unet, vars(holder)[name]))
-    _wanted.setdefault(unet, WeakSet()).add(pipe)
+    wanted.setdefault(unet, WeakSet()).add(pipe)
 
 
 def uninstall(pipe: Any) -> None:
@@ -83,12 +86,12 @@ def uninstall(pipe: Any) -> None:
 
     They are the one that it has and those that it had.
     """
-    unets = [unet for unet, pipes in list(_wanted.items()) if pipe in pipes]
+    unets = [unet for unet, pipes in list(wanted.items()) if pipe in pipes]
     now = getattr(pipe, "unet", None)
     if isinstance(now, nn.Module):
         unets.append(unwrapped(now))
     for unet in unets:
-        others = _wanted.get(unet, WeakSet())
+        others = wanted.get(unet, WeakSet())
         others.discard(pipe)
         if not others:
             _restore(unet)

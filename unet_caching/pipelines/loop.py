@@ -10,8 +10,10 @@ a loop makes a tensor of its own for each call, values are compared.
 """
 
 import inspect
+from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +50,24 @@ class Loop:
         method = inspect.getattr_static(self.kind, code.co_name, None)
         method = getattr(method, "__func__", method)
         return getattr(inspect.unwrap(method) if callable(method) else None, "__code__", None) is code
+
+
+def num_calls(pipe: Any, loop: Loop, iterable: Any, total: int | None) -> int:
+    """How often a loop will call the network. iterable, total: what it gives to the progress bar."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if hasattr(iterable, "__len__"):
+        times, kind = [float(t) for t in iterable] if isinstance(iterable, Tensor) else [], type(scheduler).__name__
+        if kind == "RePaintScheduler":      # steps back add noise, and make no call
+            return 1 + sum(later < sooner for sooner, later in pairwise(times))
+        return 2 * len(iterable) - 1 if kind == "KarrasVeScheduler" else len(iterable)
+    number = getattr(pipe, "_num_timesteps", None)
+    if number is not None and "_num_timesteps" in loop.code.co_names:       # else it is of an older run
+        return number
+    assert total is not None
+    steps, timesteps = getattr(scheduler, "num_inference_steps", None), getattr(scheduler, "timesteps", ())
+    if steps is None:                       # another scheduler counts, that of an inversion, say
+        return total
+    return max(total, len(timesteps) - getattr(scheduler, "order", 1) * (steps - total))
 
 
 class Timestep:

@@ -7,6 +7,7 @@ schedule fits both.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,9 +26,12 @@ RESAMPLE = ("downsamplers", "upsamplers")
 
 
 class Caching(NamedTuple):
-    """What a network call is given to cache by. asked: the residuals that the cache may keep, by name."""
+    """What a network call is given to cache by. asked: the residuals that the cache may keep, by name. meter: what the
+    call is made in, where it is counted.
+    """
     cache: Cache
     asked: frozenset[str] = frozenset()
+    meter: AbstractContextManager | None = None
 
 
 class StandIn:

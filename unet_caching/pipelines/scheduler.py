@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import SchedulerMixin
+from torch import Tensor
 from torch import device as Device
 
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.files.plan_file import SAMPLING, Plan
-from unet_caching.samplers.ddim import is_listed, listed
+from unet_caching.samplers.ddim import is_listed, listed, make_timesteps
 from unet_caching.samplers.solvers import OfDiffusers, set_listed, solver
 
 
@@ -25,16 +27,12 @@ def plan_scheduler(plan: Path | str, scheduler: SchedulerMixin) -> SchedulerMixi
         found = Plan.load(plan)
         sampler, steps, timesteps = (found.run[key] for key in SAMPLING)
         chosen = solver(sampler)
-    betas, config = getattr(scheduler, "betas", None), getattr(scheduler, "config", {})
-    if betas is None:
-        raise UserError(f"a {type(scheduler).__name__} has no betas: a plan needs the noise levels of a diffusion "
-                        "model, which DDIMScheduler has, say")
-    prediction = config.get("prediction_type", "epsilon")
+    betas, prediction = _betas(scheduler), getattr(scheduler, "config", {}).get("prediction_type", "epsilon")
     if not isinstance(chosen, OfDiffusers) or (not chosen.takes_lists and prediction != "epsilon"):
         raise UserError(f"the plan is of {sampler}, and for a network that predicts {prediction} no scheduler of "
                         f"diffusers is that: set one of your own, with {steps} {timesteps} timesteps")
     with as_user_error():
-        chosen.make(steps, timesteps, betas.float())            # which refuses what cannot be
+        chosen.make(steps, timesteps, betas)        # which refuses what cannot be
         own = listed(timesteps, steps, len(betas)) if is_listed(timesteps) else None
     kind = getattr(diffusers, chosen.scheduler)
 
@@ -48,19 +46,42 @@ def plan_scheduler(plan: Path | str, scheduler: SchedulerMixin) -> SchedulerMixi
             set_listed(self, own)
 
     made = type(kind.__name__, (kind,), {"set_timesteps": set_timesteps, "__module__": kind.__module__})
-    return chosen.build(made, timesteps, betas.float(), prediction_type=prediction)
+    return chosen.build(made, timesteps, betas, prediction_type=prediction)
 
 
-def refuse_other_timesteps(plan: Plan, scheduler: Any) -> None:
-    """Refuse a pipeline's scheduler, its timesteps set, that does not go through those which a plan lists.
+def _betas(scheduler: Any) -> Tensor:
+    """The noise levels of a diffusion model, [num_timesteps]. Raises UserError for a scheduler that has others."""
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    betas, bars = (getattr(scheduler, key, None) for key in ("betas", "alphas_cumprod"))
+    if betas is None or bars is None or config.get("use_flow_sigmas"):
+        raise UserError(f"a {name} has no betas: a plan needs the noise levels of a diffusion model, which "
+                        "DDIMScheduler has, say")
+    betas = betas.float().clone()
+    if betas[-1] == 1:                      # zero terminal SNR (arXiv 2305.08891)
+        if config.get("prediction_type") == "epsilon":
+            raise UserError(f"this {name} has zero terminal SNR, where a network that predicts noise tells nothing")
+        betas[-1] = 1 - 2 ** -24 / (1 - betas[:-1]).prod()      # diffusers' bound: the first sigma stays finite
+    if not torch.allclose((1 - betas).cumprod(0), bars.float(), rtol=1e-3, atol=1e-6):
+        raise UserError(f"the betas of a {name} are not its noise levels: a plan needs those of DDIMScheduler, say")
+    return betas
+
+
+def refuse_other_sampling(plan: Plan, scheduler: Any) -> None:
+    """Refuse a pipeline's scheduler, its timesteps set, that is not the plan's sampler at the plan's timesteps.
 
     Raises UserError.
     """
-    _, steps, timesteps = (plan.run[key] for key in SAMPLING)
-    if not is_listed(timesteps):
-        return
-    there = getattr(scheduler, "timesteps", None)
-    if there is None or [round(float(t)) for t in there] != [int(word) for word in timesteps.split(",")]:
-        raise UserError(f"the plan was made for other timesteps than this pipeline's scheduler has, {timesteps}: "
-                        "pipe.scheduler = plan_scheduler(FILE, pipe.scheduler) gives it those "
-                        f"(from unet_caching import plan_scheduler), and the call num_inference_steps={steps}")
+    sampler, steps, timesteps = (plan.run[key] for key in SAMPLING)
+    chosen, config = solver(sampler), getattr(scheduler, "config", {})
+    if isinstance(chosen, OfDiffusers):
+        same = type(scheduler).__name__ == chosen.scheduler and all(
+            config.get(name, value) == value for name, value in chosen.arguments.items())
+        expected = chosen.make(steps, timesteps, _betas(scheduler)).timesteps.tolist() if same else []
+    else:
+        same = type(scheduler).__name__ == "DDIMScheduler" and not is_listed(timesteps)
+        expected = make_timesteps(timesteps, steps, config.get("num_train_timesteps", 1000))[::-1]
+    if not same or [round(float(t)) for t in scheduler.timesteps] != expected:
+        remedy = ("pipe.scheduler = plan_scheduler(FILE, pipe.scheduler) (from unet_caching import plan_scheduler)"
+                  if isinstance(chosen, OfDiffusers) else f"a DDIMScheduler that begins {expected[:3]}, say")
+        raise UserError(f"the plan was made for {sampler} at other timesteps than this pipeline's scheduler has, "
+                        f"{timesteps}: it needs {remedy}, and num_inference_steps={steps} in the call")
