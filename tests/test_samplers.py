@@ -24,6 +24,7 @@ from unet_caching.samplers.samplers import (
     timesteps_for,
 )
 from unet_caching.samplers.solvers import SOLVERS
+from unet_caching.samplers.table import Table, table_of
 
 DIFFUSION = Diffusion("scaled_linear", 1000, 0.00085, 0.012)
 SHAPE = (2, 4, 4)
@@ -106,13 +107,62 @@ def test_listed_timesteps_are_those_that_a_spacing_has(name):
 
 @pytest.mark.parametrize(("listed", "steps", "message"), [
     ("999,500", 3, "3 steps, but 2 timesteps are listed"), ("500,999", 2, "must fall"), ("500,500", 2, "must fall"),
-    ("1000,3", 2, "from 999 at most"), ("999,x", 2, "is like 999,750"), ("999,", 2, "is like 999,750")])
+    ("1000,3", 2, "from 999 at most"), ("999.5,3", 2, "from 999 at most"), ("999,.5", 2, "is like 999,750"),
+    ("999,x", 2, "is like 999,750"), ("999,", 2, "is like 999,750")])
 def test_lists_that_cannot_be(listed, steps, message):
     for name in ("ddim", "unipc"):
         with pytest.raises(ValueError, match=message):
             Sampler(name, steps, listed, 0.0, DIFFUSION)
     with pytest.raises(ValueError, match="plms takes timesteps leading or trailing, got '999,500'"):
         Sampler("plms", 2, "999,500", 0.0, DIFFUSION)
+
+
+FRACTIONS = "999,940.5,850.25,700,500.75,280.5,110.125,30"
+
+
+@pytest.mark.parametrize("name", [name for name in THEIRS if name != "plms"])
+def test_timesteps_may_be_fractions(name):
+    """Between two timesteps log-SNR is a line: a list half way in it is half way in images, to second order."""
+    def images(by):
+        listed = ",".join(f"{t - by:g}" if t < 999 else "999" for t in map(int, LIST.split(",")))
+        return Sampler(name, 8, listed, 0.0, DIFFUSION).run(curved, noise())
+
+    assert Sampler(name, 8, FRACTIONS, 0.0, DIFFUSION).call_timesteps() == [float(t) for t in FRACTIONS.split(",")]
+    assert apart(images(0.5), (images(0) + images(1)) / 2) < 0.2 * apart(images(0.5), images(0))
+
+
+@pytest.mark.parametrize("diffusion", [DIFFUSION, Diffusion("cosine")], ids=lambda one: one.beta_schedule)
+@pytest.mark.parametrize(("spacing", "steps"), [("trailing", 1), ("trailing", 20), ("karras", 9), (FRACTIONS, 8)])
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_a_table_is_its_solver(name, spacing, steps, diffusion):
+    timesteps, table = table_of(name, steps, spacing, diffusion)
+    expected = Sampler(name, steps, spacing, 0.0, diffusion).run(curved, noise())
+    ours = Sampler(name, steps, ",".join(map(str, timesteps)), 0.0, diffusion, table)
+    assert apart(ours.run(curved, noise()), expected) < 5e-6 and ours.call_timesteps() == timesteps
+
+
+def test_the_table_of_ddim_and_tables_that_cannot_be():
+    timesteps, table = table_of("ddim", 20, "trailing", DIFFUSION)
+    ours = Sampler("ddim", 20, ",".join(map(str, timesteps)), 0.0, DIFFUSION, table).run(curved, noise())
+    assert apart(ours, Sampler("ddim", 20, "trailing", 0.0, DIFFUSION).run(curved, noise())) < 5e-6
+    with pytest.raises(ValueError, match="plms has no table"):
+        table_of("plms", 5, "leading", DIFFUSION)
+    with pytest.raises(ValueError, match="a solver of 2 network calls"):
+        Sampler("unipc", 2, "999,500", 0.0, DIFFUSION, Table((1.0,), ((1.0,),)))
+    with pytest.raises(ValueError, match="finite"):
+        Sampler("unipc", 1, "999", 0.0, DIFFUSION, Table((float("inf"),), ((1.0,),)))
+
+
+def test_timesteps_that_others_recommend():
+    karras, ays = (Sampler("unipc", 10, name, 0.0, DIFFUSION).call_timesteps() for name in ("karras", "ays"))
+    theirs = UniPCMultistepScheduler(**BETAS, use_karras_sigmas=True)
+    theirs.set_timesteps(10)
+    assert karras == pytest.approx(theirs.timesteps.tolist(), abs=0.51)         # theirs are rounded
+    assert ays == [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
+    assert Sampler("dpmpp", 10, "karras", 0.0, Diffusion("cosine")).call_timesteps()[:2] == [999, pytest.approx(984.37)]
+    for steps, diffusion in ((9, DIFFUSION), (10, Diffusion("cosine"))):
+        with pytest.raises(ValueError, match="ays are 10 timesteps, for a model with the noise schedule of Stable"):
+            Sampler("unipc", steps, "ays", 0.0, diffusion)
 
 
 @pytest.mark.parametrize("name", [name for name in THEIRS if name != "plms"])     # its rule is of noises here
@@ -207,7 +257,8 @@ def test_leading_and_offset_timesteps_agree_where_the_steps_divide():
     (("plms", 0, "leading", 0.0), "1 to 999"), (("dpmpp", 1000, "leading", 0.0), "1 to 999"),
     (("plms", 7, "trailing", 0.0), "divides 1000"), (("plms", 5, "linspace", 0.0), "linspace"),
     (("ddim", 5, "linspace", 0.0), "linspace"), (("ddim", 5, "leading", 2.0), "eta"),
-    (("dpmpp", 5, "uniform", 0.0), "dpmpp takes timesteps leading, linspace, trailing, or a list, got 'uniform'"),
+    (("dpmpp", 5, "uniform", 0.0), "dpmpp takes timesteps leading, linspace, trailing, karras, ays, or a list, got "
+                                   "'uniform'"),
     (("unipc", 5, "quad", 0.0), "unipc takes"), (("deis", 5, "leading", 0.5), "deis is deterministic: eta is for ddim"),
     (("plms", 5, "uniform", 0.0), "plms takes timesteps leading or trailing, got 'uniform'")])
 def test_settings_that_do_not_go_together(settings, word):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 Cache = Callable[[Hashable, Callable[[], Tensor]], Tensor]
 Network = Callable[..., Tensor]         # network(x, t, *context, cache=cache): a U-Net, or what stands in for one
+WHOLE = -1                              # the key of all levels together, of which the head makes the output
 
 
 def no_cache(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
@@ -119,7 +120,7 @@ def nest(x: Tensor, down: Sequence[Callable[[Tensor], Tensor]], middle: Callable
     def controlled(x: Tensor, k: int) -> Tensor:
         return x if control is None else x + control[k]
 
-    return level(0, x)
+    return cache(WHOLE, lambda: level(0, x))
 
 
 def nested_forward(x: Tensor, input_blocks: nn.ModuleList, middle_block: Block, output_blocks: nn.ModuleList,

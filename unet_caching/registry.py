@@ -17,11 +17,12 @@ from unet_caching.methods.adaptive import AdaptiveOptions
 from unet_caching.methods.clockwork import ClockworkOptions
 from unet_caching.methods.deepcache import DeepCacheOptions
 from unet_caching.methods.forecast_options import ForecastOptions
+from unet_caching.methods.output import OutputOptions
 from unet_caching.options import MethodOptions, Planned, RunShape
 from unet_caching.policy import Policy
 
 METHODS: tuple[type[MethodOptions], ...] = (DeepCacheOptions, BlockCachingOptions, PlanOptions, ClockworkOptions,
-                                            AdaptiveOptions, ForecastOptions)
+                                            AdaptiveOptions, OutputOptions, ForecastOptions)
 Kind = TypeVar("Kind", bound=Planned)
 
 

@@ -239,7 +239,7 @@ def lines_of_kinds(panels: Sequence[tuple[str, dict[str, list[tuple[float, float
     save(figure, path, 120)
 
 
-def calls_of_runs(runs: Sequence[tuple[str, Sequence[tuple[int, float, int]]]], path: Path) -> None:
+def calls_of_runs(runs: Sequence[tuple[str, Sequence[tuple[float, float, int]]]], path: Path) -> None:
     """One row per run: a mark for each network call at its timestep, the higher the more it computes.
 
     runs: (label, [(timestep, share of a full call's MACs, order of the forecast), ...]).

@@ -27,7 +27,7 @@ from lab.plans.judge import Judge
 from run.seeds import format_seeds, in_batches
 from unet_caching.nest import Network
 from unet_caching.policy import Policy
-from unet_caching.samplers.diffusion import Diffusion, guided, predicted_noise
+from unet_caching.samplers.diffusion import Diffusion, alpha_at, guided, predicted_noise
 
 
 class Rule(NamedTuple):
@@ -76,7 +76,7 @@ class TrajectoryMeter:
 @dataclass
 class Trajectory:
     """What runs of many steps tell of shorter ones."""
-    timesteps: Sequence[int]        # of their n calls
+    timesteps: Sequence[float]      # of their n calls
     alphas: np.ndarray              # alpha_bar of those
     gram: np.ndarray                # see `TrajectoryMeter`, [2n + 1, 2n + 1]
 
@@ -121,5 +121,6 @@ def trajectory(judge: Judge, seeds: Sequence[int]) -> Trajectory:
 
     gram = np.array(distances.kept("trajectory", format_seeds(seeds), measure))
     timesteps = run.sampler.call_timesteps()
-    alphas = run.config.diffusion.alphas_cumprod()[timesteps].double().numpy()
+    levels = run.config.diffusion.alphas_cumprod()
+    alphas = np.array([alpha_at(levels, t).item() for t in timesteps])
     return Trajectory(timesteps, alphas, gram)

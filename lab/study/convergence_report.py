@@ -21,7 +21,7 @@ from unet_caching.files.plan_file import PlannedPlan
 from unet_caching.samplers.ddim import is_listed
 
 PSNR = "PSNR to converged"
-Calls = tuple[tuple[int, float, int], ...]      # timestep, share of a full call, order of the forecast; of each call
+Calls = tuple[tuple[float, float, int], ...]      # timestep, share of a full call, order of the forecast; of each call
 LESS = " less that of the converged images"
 EQUAL = 0.98                # what costs so much of a run's cost or more is no cheaper than it
 

@@ -11,7 +11,7 @@ from torch import device as Device
 
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.files.plan_file import SAMPLING, Plan
-from unet_caching.samplers.ddim import is_listed, listed, make_timesteps
+from unet_caching.samplers.ddim import is_listed, make_timesteps
 from unet_caching.samplers.solvers import OfDiffusers, set_listed, solver
 
 
@@ -33,7 +33,7 @@ def plan_scheduler(plan: Path | str, scheduler: SchedulerMixin) -> SchedulerMixi
                         f"diffusers is that: set one of your own, with {steps} {timesteps} timesteps")
     with as_user_error():
         chosen.make(steps, timesteps, betas)        # which refuses what cannot be
-        own = listed(timesteps, steps, len(betas)) if is_listed(timesteps) else None
+        own = chosen.own_timesteps(timesteps, steps, betas)
     kind = getattr(diffusers, chosen.scheduler)
 
     def set_timesteps(self: Any, num_inference_steps: int | None = None, device: str | Device | None = None,
@@ -80,7 +80,7 @@ def refuse_other_sampling(plan: Plan, scheduler: Any) -> None:
     else:
         same = type(scheduler).__name__ == "DDIMScheduler" and not is_listed(timesteps)
         expected = make_timesteps(timesteps, steps, config.get("num_train_timesteps", 1000))[::-1]
-    if not same or [round(float(t)) for t in scheduler.timesteps] != expected:
+    if not same or [round(float(t), 2) for t in scheduler.timesteps] != [round(t, 2) for t in expected]:
         remedy = ("pipe.scheduler = plan_scheduler(FILE, pipe.scheduler) (from unet_caching import plan_scheduler)"
                   if isinstance(chosen, OfDiffusers) else f"a DDIMScheduler that begins {expected[:3]}, say")
         raise UserError(f"the plan was made for {sampler} at other timesteps than this pipeline's scheduler has, "

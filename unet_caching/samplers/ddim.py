@@ -1,10 +1,13 @@
 """DDIM (Song et al., arXiv 2010.02502) over any list of timesteps."""
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from unet_caching.samplers.diffusion import Predict, alpha_at
 
 
 def uniform_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
@@ -63,13 +66,13 @@ SPACINGS = {"uniform": uniform_timesteps, "quad": quadratic_timesteps, "offset":
             "leading": leading_timesteps, "trailing": trailing_timesteps}
 
 
-def make_timesteps(spacing: str, num_steps: int, num_timesteps: int = 1000) -> list[int]:
+def make_timesteps(spacing: str, num_steps: int, num_timesteps: int = 1000) -> list[float]:
     """Timesteps of a named spacing (SPACINGS), or `listed` ones: ascending. Raises ValueError for anything else."""
     if is_listed(spacing):
         return listed(spacing, num_steps, num_timesteps)
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing of timesteps {spacing!r}: choose from {', '.join(SPACINGS)}, or list them")
-    return SPACINGS[spacing](num_steps, num_timesteps)
+    return [*SPACINGS[spacing](num_steps, num_timesteps)]
 
 
 def is_listed(spacing: str) -> bool:
@@ -77,17 +80,17 @@ def is_listed(spacing: str) -> bool:
     return spacing[:1].isdigit()
 
 
-def listed(text: str, num_steps: int, num_timesteps: int) -> list[int]:
-    """The timesteps of a list as runs go through them, '999,750,400,120': ascending.
+def listed(text: str, num_steps: int, num_timesteps: int) -> list[float]:
+    """The timesteps of a list as runs go through them, '999,750,400.5,120': ascending.
 
-    Sampling ends on a clean image after the last one. Raises ValueError unless they fall, each below num_timesteps, and
-    there are num_steps of them.
+    They may be fractions (`samplers.diffusion.alpha_at`). Sampling ends on a clean image after the last one. Raises
+    ValueError unless they fall, none above the last timestep, and there are num_steps of them.
     """
     words = text.split(",")
-    if not all(word.isascii() and word.isdigit() and len(word) < 8 for word in words):
+    if not all(re.fullmatch(r"\d{1,7}(\.\d{1,9})?", word, re.ASCII) for word in words):
         raise ValueError(f"a list of timesteps is like 999,750,400,120, got {text[:40]!r}")
-    found = [int(word) for word in reversed(words)]
-    if found != sorted(set(found)) or found[-1] >= num_timesteps:
+    found = [float(word) if "." in word else int(word) for word in reversed(words)]
+    if found != sorted(set(found)) or found[-1] > num_timesteps - 1:
         raise ValueError(f"timesteps must fall from step to step, from {num_timesteps - 1} at most, got {text[:40]}")
     if len(found) != num_steps:
         raise ValueError(f"{num_steps} steps, but {len(found)} timesteps are listed: leave --steps out")
@@ -105,7 +108,7 @@ def _check(num_steps: int, num_timesteps: int) -> None:
 
 
 @torch.no_grad()
-def ddim(predict: Callable[[Tensor, int, int], Tensor], x: Tensor, timesteps: Sequence[int], alphas_cumprod: Tensor,
+def ddim(predict: Predict, x: Tensor, timesteps: Sequence[float], alphas_cumprod: Tensor,
          eta: float = 0.0, noise: Callable[[Sequence[int]], Tensor] | None = None, final_alpha: float = 1.0,
          progress: Callable[[int, Tensor], None] | None = None) -> Tensor:
     """Sample x_0 from x_T by DDIM.
@@ -117,7 +120,7 @@ def ddim(predict: Callable[[Tensor, int, int], Tensor], x: Tensor, timesteps: Se
     ValueError.
     progress: called after each step with (step, x).
     """
-    bars = torch.tensor([final_alpha, *(alphas_cumprod[t].item() for t in timesteps)], dtype=torch.float64)
+    bars = torch.tensor([final_alpha, *(alpha_at(alphas_cumprod, t).item() for t in timesteps)], dtype=torch.float64)
     if noise is None and eta > 0:
         raise ValueError("eta above 0 needs noise to draw from")
     for step, i in enumerate(reversed(range(len(timesteps)))):

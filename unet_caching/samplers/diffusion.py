@@ -1,10 +1,16 @@
 """What a network was trained for: the noise schedule, and whether it predicts the noise or v."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# predict(x, t, step) -> the predicted noise; step = 0, 1, ... is the number of the network call, t its timestep: a
+# number, or, where it is to be learned, a tensor without dimensions.
+Predict = Callable[[Tensor, Any, int], Tensor]
 
 
 def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -31,6 +37,17 @@ def alphas_cumprod(schedule: str, num_timesteps: int, beta_start: float = 1e-4, 
     """The product of (1 - beta) up to each timestep: float32 [num_timesteps]. Arguments as of `make_betas`."""
     # The released DDPM code holds the betas in float32 and multiplies in float32; its trajectories depend on it.
     return (1 - make_betas(schedule, num_timesteps, beta_start, beta_end)).cumprod(0)
+
+
+def alpha_at(alphas: Tensor, t: float | Tensor) -> Tensor:
+    """Alpha_bar at a timestep, which may be a fraction: there log(alpha / (1 - alpha)) lies on a line between its two
+    neighbours. alphas: [num_timesteps]. Differentiable where t is a tensor without dimensions.
+    """
+    if not isinstance(t, Tensor) and t == int(t):
+        return alphas[int(t)]
+    low = min(int(t), len(alphas) - 2)
+    log_snr = torch.logit(alphas[low:low + 2].double())
+    return torch.sigmoid(torch.lerp(log_snr[0], log_snr[1], t - low)).to(alphas.dtype)
 
 
 PREDICTIONS = ("noise", "v")

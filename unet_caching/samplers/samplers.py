@@ -9,9 +9,11 @@ from torch import Tensor
 
 from unet_caching.nest import Network, no_cache
 from unet_caching.policy import Policy
-from unet_caching.samplers.diffusion import Diffusion, guided, predicted_noise
+from unet_caching.samplers.ddim import listed
+from unet_caching.samplers.diffusion import Diffusion, Predict, alpha_at, guided, predicted_noise
 from unet_caching.samplers.noise import SeededNoise
 from unet_caching.samplers.solvers import SOLVERS, solver
+from unet_caching.samplers.table import Table
 
 SAMPLERS = tuple(SOLVERS)
 TIMESTEPS = tuple(dict.fromkeys(spacing for one in SOLVERS.values() for spacing in one.spacings))
@@ -26,7 +28,7 @@ def _timesteps_help() -> str:
 
 
 TIMESTEPS_HELP = ("how the steps spread over the noise levels (the config's by default, or leading where the sampler "
-                  f"does not take that); {_timesteps_help()}; or a list of them, like 999,750,400,120 (not plms)")
+                  f"does not take that); {_timesteps_help()}; or a list of them, like 999,750,400.5,120 (not plms)")
 
 
 def num_calls(sampler: str, num_steps: int) -> int:
@@ -54,6 +56,7 @@ class Sampler:
     timesteps: str
     eta: float
     diffusion: Diffusion
+    table: Table | None = None      # coefficients in the place of the sampler's own
 
     def __post_init__(self) -> None:
         chosen = solver(self.name)
@@ -63,17 +66,19 @@ class Sampler:
             stochastic = ", ".join(name for name, one in SOLVERS.items() if one.takes_eta)
             raise ValueError(f"{self.name} is deterministic: eta is for {stochastic}")
         chosen.check(self.steps, self.timesteps, self.diffusion.betas())
+        if self.table is not None:
+            self.table.check(self.steps)
 
     @property
     def calls(self) -> int:
         """Network calls of a run."""
         return num_calls(self.name, self.steps)
 
-    def call_timesteps(self) -> list[int]:
+    def call_timesteps(self) -> list[float]:
         """The timestep of each network call, in their order."""
         found = []
 
-        def predict(x: Tensor, t: int, step: int) -> Tensor:
+        def predict(x: Tensor, t: float, step: int) -> Tensor:
             found.append(t)
             return x
 
@@ -86,7 +91,7 @@ class Sampler:
         return {"diffusion": asdict(self.diffusion), "sampler": self.name, "steps": self.steps,
                 "timesteps": self.timesteps, "eta": self.eta}
 
-    def run(self, predict: Callable[[Tensor, int, int], Tensor], x: Tensor, noise: SeededNoise | None = None,
+    def run(self, predict: Predict, x: Tensor, noise: SeededNoise | None = None,
             progress: Callable[[float], None] | None = None) -> Tensor:
         """Sample x_0 from x_T.
 
@@ -97,11 +102,14 @@ class Sampler:
             if progress:
                 progress((step + 1) / self.calls)
 
+        if self.table is not None:
+            timesteps = listed(self.timesteps, self.steps, self.diffusion.num_timesteps)[::-1]
+            return self.table.sample(predict, x, timesteps, self.diffusion.alphas_cumprod(), report)
         return solver(self.name).run(predict, x, self.steps, self.timesteps, self.diffusion, self.eta, noise, report)
 
 
 def noise_predictor(network: Network, diffusion: Diffusion, dtype: torch.dtype, cache: Policy | None,
-                    context: Sequence[Tensor] = (), guidance: float = 1.0) -> Callable[[Tensor, int, int], Tensor]:
+                    context: Sequence[Tensor] = (), guidance: float = 1.0) -> Predict:
     """What samplers call: predict(x, t, step) -> the predicted noise, both float32.
 
     network: is given x in `dtype`.
@@ -110,12 +118,13 @@ def noise_predictor(network: Network, diffusion: Diffusion, dtype: torch.dtype, 
     """
     alphas = diffusion.alphas_cumprod()
 
-    def predict(x: Tensor, t: int, step: int) -> Tensor:
+    def predict(x: Tensor, t: float | Tensor, step: int) -> Tensor:
         batch = x if guidance == 1 else torch.cat([x, x])
-        t_batch = torch.full((len(batch),), t, device=x.device)
+        t_batch = t.to(x).expand(len(batch)) if isinstance(t, Tensor) else torch.full((len(batch),), t, device=x.device)
         at_step = no_cache if cache is None else cache.at(step)
         output = network(batch.to(dtype), t_batch, *context, cache=at_step).float()
         if guidance != 1:
             output = guided(output, guidance)
-        return predicted_noise(diffusion.prediction, output, x, alphas[t].item())
+        alpha = alpha_at(alphas, t)
+        return predicted_noise(diffusion.prediction, output, x, alpha if isinstance(t, Tensor) else alpha.item())
     return predict

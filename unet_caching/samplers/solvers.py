@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from unet_caching.samplers.ddim import SPACINGS, ddim, final_alpha, is_listed, listed, make_timesteps
-from unet_caching.samplers.diffusion import Diffusion
+from unet_caching.samplers.diffusion import Diffusion, Predict, alpha_at
+from unet_caching.samplers.lists import LISTS
 
-Predict = Callable[[Tensor, int, int], Tensor]
 Progress = Callable[[int, Tensor], None]
 Noise = Callable[[Sequence[int]], Tensor]
 
@@ -26,6 +26,7 @@ class Solver:
     name: str
     about: str
     takes_eta: ClassVar[bool] = False
+    takes_lists: ClassVar[bool] = True
 
     @property
     def spacings(self) -> Sequence[str]:
@@ -48,7 +49,6 @@ class Solver:
             noise: Noise | None = None, progress: Progress | None = None) -> Tensor:
         """Sample x_0 from x_T.
 
-        predict(x, t, step) -> the predicted noise; t is the timestep, step = 0, 1, ... the number of the network call.
         x: [batch, channels, height, width], standard normal. noise: draws per image, needed where eta > 0.
         progress: called after each network call with (step, x). Raises ValueError as `check` does.
         """
@@ -82,7 +82,9 @@ class Ddim(Solver):
 MULTISTEP: Mapping[str, Mapping[str, Any]] = {
     "leading": {"timestep_spacing": "leading", "steps_offset": 1},
     "linspace": {"timestep_spacing": "linspace"},
-    "trailing": {"timestep_spacing": "trailing"}}
+    "trailing": {"timestep_spacing": "trailing"},
+    "karras": {"timestep_spacing": "trailing"},         # samplers/lists.py
+    "ays": {"timestep_spacing": "trailing"}}
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,6 @@ class OfDiffusers(Solver):
     scheduler: str
     arguments: Mapping[str, Any]
     by_spacing: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MULTISTEP)
-    takes_lists: ClassVar[bool] = True
 
     @property
     def spacings(self) -> Sequence[str]:
@@ -113,7 +114,7 @@ class OfDiffusers(Solver):
         """
         import diffusers
 
-        own = listed(spacing, steps, len(betas)) if self.takes_lists and is_listed(spacing) else None
+        own = self.own_timesteps(spacing, steps, betas)
         self.check_steps(steps, spacing if own is None else "trailing", len(betas))
         made = self.build(getattr(diffusers, self.scheduler), spacing, betas)
         made.set_timesteps(steps)
@@ -127,6 +128,12 @@ class OfDiffusers(Solver):
             raise ValueError(f"{self.name} cannot take {steps} {spacing} timesteps of {len(betas)}: diffusers makes "
                              f"{len(timesteps)} of them, from {max(timesteps)} to {min(timesteps)}")
         return made
+
+    def own_timesteps(self, spacing: str, steps: int, betas: Tensor) -> list[float] | None:
+        """Timesteps that are set after diffusers' own, ascending; None where those stay. Raises ValueError."""
+        if self.takes_lists and is_listed(spacing):
+            return listed(spacing, steps, len(betas))
+        return LISTS[spacing](steps, betas) if spacing in LISTS and spacing in self.by_spacing else None
 
     def check_steps(self, steps: int, spacing: str, num_timesteps: int) -> None:
         """Check what can be known before the timesteps are. Raises ValueError."""
@@ -143,23 +150,32 @@ class OfDiffusers(Solver):
     @torch.no_grad()
     def run(self, predict: Predict, x: Tensor, steps: int, spacing: str, diffusion: Diffusion, eta: float = 0.0,
             noise: Noise | None = None, progress: Progress | None = None) -> Tensor:
-        rule = self.make(steps, spacing, diffusion.betas())
-        for step, t in enumerate(rule.timesteps.tolist()):
+        betas = diffusion.betas()
+        rule, own = self.make(steps, spacing, betas), self.own_timesteps(spacing, steps, betas)
+        timesteps = rule.timesteps.tolist() if own is None else own[::-1]
+        if x.dtype == torch.float64:            # for the tables of samplers/table.py
+            rule.sigmas = torch.cat([_sigmas(rule.alphas_cumprod.double(), timesteps), rule.sigmas[-1:]])
+        for step, t in enumerate(timesteps):
             x = rule.step(predict(x, t, step), t, x).prev_sample
             if progress:
                 progress(step, x)
         return x
 
 
-def set_listed(scheduler: Any, timesteps: Sequence[int]) -> None:
+def set_listed(scheduler: Any, timesteps: Sequence[float]) -> None:
     """Give a multistep scheduler of diffusers timesteps of its own, ascending, after its set_timesteps for as many.
 
     It is what set_timesteps does for those of a spacing; few of the schedulers take a list themselves.
     """
     own, device = list(timesteps)[::-1], scheduler.timesteps.device
-    levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5
     scheduler.timesteps, scheduler.num_inference_steps = torch.tensor(own, device=device), len(own)
-    scheduler.sigmas = torch.cat([levels[own].to(scheduler.sigmas), scheduler.sigmas[-1:]]).float()
+    levels = _sigmas(scheduler.alphas_cumprod, own)
+    scheduler.sigmas = torch.cat([levels.to(scheduler.sigmas), scheduler.sigmas[-1:]]).float()
+
+
+def _sigmas(alphas: Tensor, timesteps: Sequence[float]) -> Tensor:
+    at = torch.stack([alpha_at(alphas, t) for t in timesteps])
+    return ((1 - at) / at) ** 0.5
 
 
 class Plms(OfDiffusers):

@@ -1,0 +1,51 @@
+"""The whole network computed on some calls alone; what it made then is reused on the others, or forecast.
+
+It is what methods do that skip network calls: SADA, Spectrum and, with a threshold in the place of the interval,
+TeaCache (arXiv 2411.19108). A skipped call costs next to nothing, so that many of them fit into a budget; the schedule
+here is uniform. What is kept is what the head of the U-Net makes the output of: reused, that is the output itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from unet_caching.forecast import Damping, Forecast, check_order, usable
+from unet_caching.keep import Keep
+from unet_caching.nest import WHOLE
+from unet_caching.options import MethodOptions, Planned, RunShape, option
+from unet_caching.schedules import uniform
+
+
+class PlannedOutput(Planned):
+    """Skipped network calls in a run."""
+    system = "whole output"
+
+    def __init__(self, interval: int, calls: int):
+        self.full_steps = uniform(calls, interval)
+        self.settings = {"full_steps": self.full_steps, "output": {"interval": interval}}
+        self.name = [f"output_n{interval}"]
+        self.summary = "the whole output reused"
+        self.forecast = Forecast()
+
+    def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Keep:
+        return Keep({WHOLE: self.full_steps}, self.forecast)
+
+    def extrapolate(self, order: int, damping: Damping, calls: int) -> None:
+        check_order(order, usable(self.full_steps, calls))
+        self.forecast = Forecast(order, damping)
+
+
+@dataclass(frozen=True)
+class OutputOptions(MethodOptions):
+    """How often the network is computed."""
+    title = "caching (the whole output of the network; not of the papers)"
+    output_interval: int = option(1, "the network is computed once in so many calls, and its whole output reused, or "
+                                     "forecast, on the others; 1 = no caching (default)", metavar="N", least=1)
+
+    def planned(self, shape: RunShape, before: Sequence[Planned]) -> PlannedOutput | None:
+        if self.output_interval == 1:
+            return None
+        if before:
+            raise ValueError("--output-interval skips whole calls: leave out the other caching options")
+        return PlannedOutput(self.output_interval, shape.calls)
