@@ -1,0 +1,301 @@
+"""Whatever a person may type or have on the disk that is wrong, as command lines; see test_hostile.py."""
+
+import io
+import itertools
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
+        "attn_resolutions": []}
+DEEP = "[" * 100_000
+
+
+class Case(NamedTuple):
+    """A command line in which something is wrong."""
+    name: str
+    words: list[str]                # {} is the folder of the case, {world} that of what all cases find
+    says: str = ""                  # what its last line must hold
+    make: Callable[[Path], object] = lambda folder: None        # what lies in the folder before
+    codes: tuple[int, ...] = (2,)   # that are right
+    env: dict[str, str] = {}        # noqa: RUF012  never changed
+
+
+def case(name: str, line: str, *more: str, says: str = "", make: Callable[[Path], object] = lambda folder: None,
+         codes: tuple[int, ...] = (2,), env: dict[str, str] | None = None) -> Case:
+    """A case whose words are those of a line, with {model} and {samples} for options that many need, and more."""
+    line = line.replace("{model}", "--config {world}/ddpm.yaml").replace("{samples}", "--samples {world}/samples")
+    return Case(name, [*line.split(), *more], says, make, codes, env or {})
+
+
+def written(name: str, content: str | bytes) -> Callable[[Path], None]:
+    """Make a file of a case."""
+    def make(folder: Path) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return make
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG that claims a size, without its pixels."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+
+
+JSONS = {"empty": "", "a list": "[]", "an object": "{}", "null": "null", "text": '"x"', "cut": '{"a": ', "deep": DEEP,
+         "NaN": "NaN", "no UTF-8": b"\xff\xfe{", "zeros": b"\0" * 64}
+YAMLS = {"empty": "", "a list": "- a\n- b\n", "a number": "5", "cut": "{a: [", "deep": DEEP,
+         "no UTF-8": b"\xff\xfea: 1",
+         "tabs": "a:\n\t- b", "python": "a: !!python/object/apply:os.system [true]", "zeros": b"\0" * 64}
+NUMBERS = ("0", "-1", "x", "", "1e308", "nan", "inf", "99999999999999999999", "0.5", "1_0", "٣")
+SEEDS = ("", "x", "-1", "3-1", "1,1", "0-", "18446744073709551616", "0-999999999", "0-9999999999999999999", "1.5",
+         "1e3", "٣", "0--5", ",", "9223372036854775808")
+
+
+SAMPLE = "ddpm.sample {model} --seeds 0 --device cpu --out {}/o"
+TABLE = "scripts.plan table6 --samples {}/s --results {}/r"
+SWEEP = "scripts.sweep --config {}/f.yaml --list --samples {}/s"
+STUDY = "scripts.convergence --config {}/f.yaml --results {}/r"
+TEXT = "stable_diffusion.sample --config configs/sd_emoji.yaml --out {}/o"
+
+
+def of_numbers() -> Iterator[Case]:
+    """Numbers of the command line, in every sample option and in commands that have their own."""
+    needed = {"center": "--interval 2 --schedule centered --power 1.2",
+              "power": "--interval 2 --schedule centered --center 1", "branch": "--interval 2",
+              "forecast": "--interval 2", "forecast-damping": "--interval 2 --forecast 1", "clock-from": "--clock 2"}
+    for option, value in itertools.product(
+            ("steps", "interval", "branch", "center", "power", "eta", "batch-size", "threads", "forecast",
+             "forecast-damping", "clock", "clock-from"), NUMBERS):
+        yield case(f"--{option} {value!r}", f"{SAMPLE} {needed.get(option, '')}", f"--{option}={value}",
+                   codes=(0, 2) if value in ("0", "0.5", "1_0", "٣", "-1", "") else (2,))
+    for option, value in itertools.product(("images", "batch-size", "threads"), ("0", "-1", "x", "9" * 20, "1e3")):
+        yield case(f"tables --{option} {value}", f"{TABLE} --dry-run --{option}={value}")
+    for option, value in itertools.product(("delta", "macs", "speedup"), ("nan", "inf", "x", "-1", "1e400")):
+        yield case(f"schedule --{option} {value}",
+                   f"lab.fit block-schedule --changes {{}}/c.json --{option}={value} --out {{}}/o.json")
+    for value in ("10000000000", "-5", "x"):
+        yield case(f"slurm --images {value}", f"scripts.slurm.submit table6_shallow_net --images={value} --dry-run "
+                   "--samples {}/s --results {}/r", codes=(1, 2))
+
+
+WRONG = ("x", "", "nan", "inf", "-1", "1e308", "99999999999999999999")      # what no number of a command may be
+FIT = "{model} --seeds 0-3 --held-out-seeds 4-7"
+NUMBERED = (        # a command that would run, and its numbers
+    (f"lab.plans search {FIT} --calls 3 --out {{}}/p.json", "attempts converged-steps jobs batch-size threads"),
+    (f"lab.plans search {FIT} --out {{}}/p.json", "calls macs speedup"),
+    (f"lab.fit scale-shift {FIT} --block-schedule {{}}/s.json --out {{}}/s.safetensors", "lr ridge batch-size"),
+    ("scripts.convergence --config configs/studies/bf16_ldm.yaml --results {}/r --work {}/w", "batch-size threads"),
+    ("scripts.sweep --config configs/sweeps/ddpm_emoji_interval_branch.yaml --samples {}/s --results {}/r",
+     "images batch-size threads share"),
+    ("eval.throughput {model} --device cpu --repeats 1 --warmup 1",
+     "repeats warmup branch interval forecast steps batch-size threads"),
+    ("eval.throughput run {model} --device cpu --interval 2 --repeats 1", "repeats warmup batch-size threads"),
+    ("eval.throughput compare --model ddpm_emoji --device cpu --out {}/c", "repeats warmup batch-size threads"),
+    ("eval.macs {model}", "steps interval branch"),
+    ("eval.quality {samples} --reference {world}/real.npz --device cpu",
+     "dims repeats count batch-size threads seeds"),
+    ("eval.fidelity {samples} --against {world}/samples --device cpu", "within worst batch-size threads"),
+    ("eval.clip_score {samples} --prompts {world}/prompts.txt --weights {}/w.bin",
+     "images-per-prompt batch-size threads"),
+    ("scripts.slurm.submit table_emoji --dry-run --samples {}/s --results {}/r",
+     "images-per-task images-per-hour time batch-size"),
+    ("ddpm.train --out {}/t", "threads"), ("ldm.train_first_stage --out {}/t", "threads"))
+
+
+def of_other_numbers() -> Iterator[Case]:
+    """The numbers of all commands but the sample commands."""
+    for line, options in NUMBERED:
+        for option, value in itertools.product(options.split(), WRONG):
+            fine = option in ("ridge", "images-per-hour") and value in WRONG[-2:]          # as much as there is
+            yield case(f"{' '.join(line.split()[:2])} --{option} {value!r}", line, f"--{option}={value}",
+                       codes=(0, 2) if fine else (2,))
+
+
+def sweep(**grid: object) -> Callable[[Path], None]:
+    return written("f.yaml", yaml.safe_dump({"images": 90, "grids": [{"model": "configs/ddpm_emoji.yaml"} | grid]}))
+
+
+def of_size() -> Iterator[Case]:
+    """More than a machine can hold, or than anybody waits for."""
+    yield case("a batch that fits no memory", "eval.throughput {model} --device cpu --interval 2 --batch-size 99999999",
+               says="out of memory", codes=(1,))
+    many = {"schedule": "centered", "interval": list(range(2, 12)), "center": list(range(20, 40))}
+    powers = [round(1.2 + 0.05 * i, 2) for i in range(11)]
+    yield case("a sweep of 2,000 points", SWEEP, says="GB", make=sweep(**many, power=powers[:10]), codes=(0,))
+    yield case("a sweep of 2,200 points", SWEEP, says="at most 2,000", make=sweep(**many, power=powers))
+    yield case("a sweep of many steps", SWEEP, says="too many to plan", make=sweep(
+        steps=list(range(900, 1001)), timesteps="uniform", interval=list(range(1, 11))))
+
+
+def of_damaged_work() -> Iterator[Case]:
+    """What studies and searches keep, damaged or of another run, and the files that they read."""
+    study = {"model": "ddpm_emoji", "seeds": "0-5", "chosen_on": 3, "converged": {"steps": 4},
+             "grids": [{"steps": 2, "sampler": "unipc"}]}
+    for key, value in (("seeds", "x"), ("chosen_on", 0), ("chosen_on", "x"), ("twice", -1), ("twice", "many"),
+                       ("converged", {"steps": "x"}), ("converged", {"stepz": 5}), ("converged", [1]), ("grids", 5),
+                       ("grids", []), ("grids", [5]), ("common", {"steps": [1]}), ("common", {"eta": "x"}),
+                       ("model", 5), ("model", "../x"), ("surprise", 1)):
+        yield case(f"study with {key} {value}", f"{STUDY} --list",
+                   make=written("f.yaml", yaml.safe_dump(study | {key: value})))
+    for name, content in JSONS.items():
+        yield case(f"study, result {name}", f"{STUDY} --render", make=lambda folder, content=content: (
+            written("f.yaml", yaml.safe_dump(study))(folder),
+            written("r/convergence/f/unipc_steps2.json", content)(folder)))
+        yield case(f"Stable Diffusion's index, JSON {name}", f"{TEXT} --checkpoint {{}}/m --prompt cat --seeds 0",
+                   make=written("m/model_index.json", content))
+
+
+def of_seeds() -> Iterator[Case]:
+    for value in SEEDS:
+        yield case(f"sample --seeds {value!r}", SAMPLE, f"--seeds={value}")
+        yield case(f"npz --seeds {value!r}", "run.npz {samples} --out {}/o.npz", f"--seeds={value}")
+        yield case(f"fidelity --seeds {value!r}", "eval.fidelity {samples} --against {world}/samples --out {}/o.json",
+                   f"--seeds={value}", codes=(0, 2) if value == "" else (2,))
+    for value in ("0-99999999", "x", "1000", "-1", ""):
+        yield case(f"--labels {value!r}", "ldm.sample --config configs/ldm_emoji.yaml --seeds 0 --out {}/o",
+                   f"--labels={value}")
+    for name, value in itertools.product(("RANK", "WORLD_SIZE"), ("", "x", "-1", "1.5", "99999999999")):
+        yield case(f"{name}={value!r}", SAMPLE, env={name: value})
+    yield case("WORLD_SIZE=0", "eval.quality {samples} --reference {world}/real.npz", says="WORLD_SIZE",
+               env={"WORLD_SIZE": "0"})
+
+
+def of_files() -> Iterator[Case]:
+    """Files that people edit: of every kind, for every command that reads it."""
+    for name, content in YAMLS.items():
+        for line in ("ddpm.sample --config {}/f.yaml --seeds 0 --out {}/o", "eval.macs --config {}/f.yaml",
+                     "eval.throughput --config {}/f.yaml", SWEEP, f"{STUDY} --list",
+                     "scripts.systems --config {}/f.yaml --list", f"{TABLE} --config {{}}/f.yaml --dry-run",
+                     "scripts.download x --catalogue {}/f.yaml --into {}"):
+            yield case(f"{line.split()[0]}, YAML {name}", line, make=written("f.yaml", content))
+    for name, content in JSONS.items():
+        for what, line in (("plan", f"{SAMPLE} --plan"), ("adaptive rule", f"{SAMPLE} --adaptive"),
+                           ("block schedule", f"{SAMPLE} --block-schedule"),
+                           ("changes", "lab.fit block-schedule --out {}/o.json --changes"),
+                           ("schedule to show", "lab.fit show")):
+            yield case(f"{what}, JSON {name}", line, "{}/f.json", make=written("f.json", content))
+        yield case(f"result, JSON {name}", "eval.table 6 --results {}", make=written("f.json", content))
+        yield case(f"run.json {name}", SAMPLE, says="run.json", make=written("o/run.json", content))
+        yield case(f"run.json {name}, packed", "run.npz --samples {}/o --seeds 0 --out {}/o.npz",
+                   make=written("o/run.json", content))
+    for name, settings in (("null", None), ("a list", []), ("text", "x")):
+        yield case(f"settings {name}", SAMPLE, says="settings",
+                   make=written("o/run.json", json.dumps({"format": 1, "settings": settings})))
+    for name, content in {"no UTF-8": b"a\xff\n", "empty": b"", "a blank line": b"a\n\nb\n"}.items():
+        yield case(f"prompts {name}", f"{TEXT} --prompts {{}}/p.txt", make=written("p.txt", content))
+    for name, content in {"half a pair": '["\\ud800"]', "deep": DEEP, "numbers": "[1]",
+                          "no captions": '{"images": 1}', "odd captions": '{"images": [1], "annotations": 5}'}.items():
+        yield case(f"prompts, JSON {name}", f"{TEXT} --prompts {{}}/p.json", make=written("p.json", content))
+
+
+def of_configs() -> Iterator[Case]:
+    """A config with one value that cannot be."""
+    for key, value in (("ch", -32), ("ch", 0), ("ch", "x"), ("ch_mult", []), ("ch_mult", [0]), ("ch_mult", -1),
+                       ("resolution", 0), ("resolution", -8), ("in_channels", 0), ("num_res_blocks", -1),
+                       ("num_res_blocks", 0.5), ("attn_resolutions", 5), ("surprise", 1)):
+        content = {"name": "ddpm_x", "unet": UNET | {key: value}, "diffusion": {"beta_schedule": "linear"},
+                   "checkpoint": "none.safetensors", "sampler": {"steps": 4, "branch": 0, "images": 4}}
+        yield case(f"unet.{key}: {value}", "ddpm.sample --config {}/f.yaml --seeds 0 --out {}/o",
+                   make=written("f.yaml", yaml.safe_dump(content)))
+    for grid in ({"interval": 10 ** 9}, {"steps": 10 ** 9}, {"branch": -1}, {"interval": [[1]]}, {"power": 1e308},
+                 {"schedule": "centered", "interval": 2, "center": 1, "power": 1e308}, {"model": 5}, {"steps": True}):
+        yield case(f"sweep {grid}", SWEEP, make=sweep(**grid))
+
+
+def of_weights(world: Path) -> Iterator[Case]:
+    """Checkpoints that hold something else."""
+    tensors = load_file(world / "tiny.safetensors")
+    first, value = next(iter(tensors.items()))
+    rest = {name: one for name, one in tensors.items() if name != first}
+
+    def saved(content: object, name: str = "w.pt") -> Callable[[Path], None]:
+        return lambda folder: torch.save(content, folder / name)
+
+    changed = {"int": value.int(), "bool": value > 0, "complex": value.cfloat(), "meta": value.to("meta"),
+               "sparse": value.to_sparse(), "a number": 5, "another shape": value[:1],
+               "quantised": torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)}
+    files = {name: saved(tensors | {first: other}) for name, other in changed.items()}
+    files |= {"int keys": saved(tensors | {5: value}), "missing": saved(rest), "empty": saved({}),
+              "empty file": written("w.pt", b""), "text": written("w.pt", "no weights"),
+              "zip": written("w.pt", b"PK\3\4"), "a folder": lambda folder: (folder / "w.pt").mkdir(),
+              "a pipe": lambda folder: os.mkfifo(folder / "w.pt"), "nothing": lambda folder: None}
+    for name, make in files.items():
+        yield case(f"weights: {name}", f"{SAMPLE} --checkpoint {{}}/w.pt", make=make)
+    for name, content in {"fc a number": {"fc.weight": 5}, "fc flat": {"fc.weight": torch.tensor(5.0)}, "a list": [1],
+                          "fc alone": {"fc.weight": torch.zeros(1008, 2048)}, "empty": None}.items():
+        yield case(f"Inception: {name}", "eval.fid make-reference --from {world}/real.npz --inception {}/i.pth "
+                   "--out {}/o.npz", make=written("i.pth", b"") if content is None else saved(content, "i.pth"))
+
+
+def of_images() -> Iterator[Case]:
+    """Images that are none, and others than are asked for."""
+    def folder_with(content: bytes | None) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            (folder / "s").mkdir()
+            for i in (0, 2):
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / "s" / f"{i}.png")
+            path = folder / "s" / "1.png"
+            path.write_bytes(content) if content is not None else os.mkfifo(path)
+        return make
+
+    def encoded(mode: str, form: str = "PNG", size: tuple[int, int] = (8, 8)) -> bytes:
+        with io.BytesIO() as buffer:
+            Image.new(mode, size).save(buffer, format=form)
+            return buffer.getvalue()
+
+    odd = {"claims 60000 pixels": png(60_000, 60_000), "claims 0": png(0, 0), "claims 9000": png(9_000, 9_000),
+           "no pixels": png(8, 8), "empty": b"", "text": b"x", "a pipe": None, "grey": encoded("L"),
+           "palette": encoded("P"), "16 bits": encoded("I;16"), "another size": encoded("RGB", size=(9, 9)),
+           "a GIF": encoded("RGB", "GIF", (9, 9))}
+    packed = {"empty": b"", "text": b"x", "cut": b"PK\3\4", "a pickle": b"\x80\x04N."}
+    for command in ("eval.fidelity --against", "eval.quality --reference"):
+        for name, content in odd.items():
+            yield case(f"{command}, image {name}", f"{command} {{}}/s --samples {{}}/s --threads 1",
+                       make=folder_with(content))
+        for name, content in packed.items():
+            yield case(f"{command}, npz {name}", f"{command} {{world}}/real.npz --samples {{}}/x.npz",
+                       make=written("x.npz", content))
+    yield case("a stray copy", SAMPLE, make=written("o/note.txt", "x"), codes=(0,))
+
+
+def of_paths() -> Iterator[Case]:
+    """Places that are not there, or are something else."""
+    yield case("--out a file", SAMPLE, "--out", "{}/f", make=written("f", "x"))
+    yield case("--out below a file", SAMPLE, "--out", "{}/f/o", make=written("f", "x"), codes=(1, 2))
+    for line in ("eval.macs", "ddpm.sample --seeds 0 --out {}/o", "eval.throughput", "scripts.sweep --list",
+                 "scripts.convergence --list", "lab.fit changes --out {}/o.json",
+                 "lab.plans search --out {}/o.json --seeds 0 --held-out-seeds 1"):
+        for name, path in (("missing", "{}/no.yaml"), ("a folder", "{}"), ("a device", "/dev/null"),
+                           ("empty name", "")):
+            yield case(f"{line.split()[0]}, config {name}", line, "--config", path)
+    for line in ("run.npz {samples} --seeds 0-3", "eval.quality {samples} --reference {world}/real.npz --dims 2 "
+                 "--repeats 2 --threads 1"):
+        yield case(f"{line.split()[0]} --out a pipe", f"{line} --out {{}}/pipe", says="no regular file",
+                   make=lambda folder: os.mkfifo(folder / "pipe"))
+    for table in ("", "0", "table99", "../x"):
+        yield case(f"table {table!r}", "eval.table --results {world}/results", table)
+        yield case(f"plan {table!r}", "scripts.plan", table, "--dry-run")
+    for words in ("--only nobody", "--reference {}/no", "--inception {}/no", "--device abacus", "--checkpoint {}/no",
+                  "--config {}/no"):
+        yield case(f"table6 {words}", f"{TABLE} {words}")
+
+
+def all_cases(world: Path) -> list[Case]:
+    """Every case, no name twice."""
+    found = [*of_numbers(), *of_other_numbers(), *of_size(), *of_damaged_work(), *of_seeds(), *of_files(),
+             *of_configs(), *of_weights(world), *of_images(), *of_paths()]
+    assert len({case.name for case in found}) == len(found)
+    return found
