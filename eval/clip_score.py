@@ -28,6 +28,7 @@ from tqdm import tqdm
 from eval.metrics.evaluator import Judged
 from eval.metrics.images import ImageSet, open_images
 from eval.metrics.intervals import mean_estimate
+from eval.metrics.libraries import needed
 from eval.metrics.registry import CLIP_SCORE
 from eval.metrics.results import of_samples
 from run import results
@@ -77,13 +78,9 @@ class ImageText(NamedTuple):
 def import_open_clip() -> ModuleType:
     """The library, told never to download. Raises UserError where it is not installed or does not load."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
+    with needed("open_clip_torch"):
         import huggingface_hub.constants
         import open_clip
-    except ModuleNotFoundError as error:
-        raise UserError(f"open_clip is not installed ({error.name} is missing): pip install open_clip_torch") from None
-    except Exception as error:      # a library that breaks while it is imported may raise anything
-        raise UserError(f"open_clip does not load here: {type(error).__name__}: {one_line(error)[:200]}") from None
     huggingface_hub.constants.HF_HUB_OFFLINE = True     # read from the environment only at its first import
     return open_clip
 

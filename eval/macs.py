@@ -13,10 +13,9 @@ DeepCache's released code, which counts biases and norms (those of torch's own c
 import json
 from dataclasses import asdict, dataclass
 
-from eval.cost.macs import branch_macs, giga, mean
+from eval.cost.macs import giga, mean
 from eval.cost.runs import call_macs, costs_of, macs_per_step
 from run.cli import command
-from run.families import example_inputs
 from run.spec import Run, SamplerOptions, parse_run
 from unet_caching.files.block_schedule import PlannedBlocks
 from unet_caching.methods.deepcache import DeepCacheOptions
@@ -31,7 +30,8 @@ class Options:
 def of_branches(run: Run, branch: int | None) -> tuple[dict, list[str]]:
     """One step: full, and cached at a branch or at all of them."""
     branches = range(run.unet.num_branches) if branch is None else [branch]
-    full, counted = branch_macs(run.unet, example_inputs(run.config), branches)
+    costs = costs_of(run)
+    full, counted = costs.full, {one: costs.cached(one) for one in branches}
     result = {"model": run.config.name, "macs_full": full.hook, "macs_fc_full": full.fc,
               "branches": [{"branch": one, "macs_cached": cached.hook, "macs_fc_cached": cached.fc}
                            for one, cached in counted.items()]}
@@ -58,7 +58,7 @@ def of_run(run: Run) -> tuple[dict, list[str]]:
                  + (f", {len(level.full_steps)} full steps, branch {level.branch}" if level else "")
                  + f"; one of {run.calls} network calls, in G")
     if alone and level:
-        cached = branch_macs(run.unet, example_inputs(run.config), [level.branch])[1][level.branch]
+        cached = costs_of(run).cached(level.branch)
         shown = {"full": full, "cached": cached, "average": average}
         result |= {"macs_cached": cached.hook, "macs_fc_cached": cached.fc}
         title = f"{run.config.name}: {len(level.full_steps)} full of {run.steps} steps, branch {level.branch}, in G"

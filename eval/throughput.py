@@ -165,7 +165,7 @@ def main() -> None:
         return time_a_run(sys.argv[2:])
     verbs: dict[str, Callable[..., None]] = {"grid": grid.run}
     if sys.argv[1:2] == ["compare"]:
-        from eval.cost import compare_speed  # which imports diffusers
+        from eval import compare_speed  # which imports diffusers
         verbs["compare"] = compare_speed.run
     arguments.call_verb(verbs, time_steps)
 

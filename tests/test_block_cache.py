@@ -7,7 +7,7 @@ import torch
 from conftest import relative_error
 
 from ddpm.unet import UNet
-from eval.cost.macs import residual_macs, run_macs, schedule_macs
+from eval.cost.macs import costs, mean, schedule_macs
 from lab.fit.block_schedule import threshold_schedule
 from lab.fit.meters import ChangeMeter, SimilarityMeter
 from lab.fit.scale_shift import Distiller, ScaleShift
@@ -208,10 +208,10 @@ def test_macs_of_a_schedule_equal_those_counted_step_by_step(unet, latent):
         inputs = (torch.zeros(1, 3, 16, 16), torch.zeros(1), *context)
         names = residual_names(net, kinds)
         schedule = {name: range(0, STEPS, 1 + i % 4) for i, name in enumerate(names)}
-        full, residuals = residual_macs(net, inputs)
-        exact = run_macs(net, inputs, Keep(schedule), STEPS)
-        assert schedule_macs(full, residuals, schedule, STEPS) == pytest.approx(exact, rel=1e-12)
-        assert exact.hook < full.hook and exact.fc < full.fc
+        found = costs(net, inputs)
+        exact = mean(found.calls(Keep(schedule), STEPS))
+        assert schedule_macs(found.full, found.values, schedule, STEPS) == pytest.approx(exact, rel=1e-12)
+        assert exact.hook < found.full.hook and exact.fc < found.full.fc
 
 
 def test_deepcache_and_block_caching_together(unet):

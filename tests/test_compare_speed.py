@@ -5,7 +5,7 @@ import torch
 from conftest import run_command
 
 from eval import throughput
-from eval.cost.compare_speed import compare, full_calls, peak_memory
+from eval.compare_speed import compare, full_calls, peak_memory
 from run import results
 from run.families import load_config
 from run.files import ROOT

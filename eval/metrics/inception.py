@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eval.metrics.libraries import needed
 from run.weights import read_tensors, sha256, tensors_of
 from unet_caching.errors import UserError, one_line
 
@@ -53,21 +54,11 @@ def legacy_pytorch(x: Tensor) -> Tensor:
 
 
 def _clean_fid(mode: str, x: Tensor) -> Tensor:
-    with warnings.catch_warnings():     # its functions silence all warnings for good
-        resize = clean_fid_resizer(mode)
+    with warnings.catch_warnings(), needed("clean-fid"):        # its functions silence all warnings for good
+        from cleanfid.resize import build_resizer
+        resize = build_resizer(mode)                            # uint8 [h, w, 3] -> float32 [299, 299, 3]
         images = [resize(image) for image in x.permute(0, 2, 3, 1).cpu().numpy()]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(x.device)
-
-
-def clean_fid_resizer(mode: str) -> Callable[[np.ndarray], np.ndarray]:
-    """clean-fid's function uint8 [h, w, 3] -> float32 [299, 299, 3]. Raises UserError where it does not load."""
-    try:
-        from cleanfid.resize import build_resizer
-        return build_resizer(mode)
-    except ModuleNotFoundError as error:
-        raise UserError(f"clean-fid is not installed ({error.name} is missing): pip install clean-fid") from None
-    except Exception as error:      # a library that breaks while it is imported may raise anything
-        raise UserError(f"clean-fid does not load here: {type(error).__name__}: {one_line(error)[:200]}") from None
 
 
 # The network behind legacy_tensorflow and clean is clean-fid's torchscript file in clean-fid, the same weights here.

@@ -5,7 +5,6 @@ need the vectors themselves (820 MB for 100,000 images).
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,29 +22,22 @@ _NEAR = 64                  # neighbours of a sample among which those outside a
 _PR_ROWS = 1000             # of the distance matrix held at a time: 200 MB against 50,000 images, and as much to sort
 
 
-class InceptionScore(NamedTuple):
-    """mean: over the blocks. deviation: of the blocks (ddof 0, as usually printed). blocks: their scores."""
-    mean: float
-    deviation: float
-    blocks: list[float]
-
-    @property
-    def estimate(self) -> Estimate:
-        """With the standard error of the mean over blocks; nan for a single block."""
-        n = len(self.blocks)
-        return Estimate(self.mean, float(np.std(self.blocks, ddof=1) / np.sqrt(n)) if n > 1 else float("nan"), n - 1)
-
-
-def inception_score(parts: Iterable[np.ndarray], split: int = SPLIT) -> InceptionScore:
-    """exp of the mean KL divergence of p(y|x) from p(y), in consecutive blocks, as ADM's evaluator (torch-fidelity).
+def inception_score(parts: Iterable[np.ndarray], split: int = SPLIT) -> list[float]:
+    """exp of the mean KL divergence of p(y|x) from p(y) of each consecutive block, as ADM's evaluator (torch-fidelity).
 
     parts: logits [any, classes] in the order of the images. Nothing is shuffled and the last block may be shorter, so
     the score depends on the order: of images sorted by class it is far lower.
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
-    scores = [isc_features_to_metric(torch.from_numpy(block), splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN]
-              for block in _blocks(parts, split)]
-    return InceptionScore(float(np.mean(scores)), float(np.std(scores)), scores)
+    return [isc_features_to_metric(torch.from_numpy(block), splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN]
+            for block in _blocks(parts, split)]
+
+
+def mean_of_blocks(scores: list[float]) -> Estimate:
+    """With the standard error of the mean; nan for a single block."""
+    n = len(scores)
+    error = float(np.std(scores, ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+    return Estimate(float(np.mean(scores)), error, n - 1)
 
 
 def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -111,11 +103,10 @@ def _frechet(layer: str) -> Callable[[Sets], list[Score]]:
 
 
 def _inception_score(sets: Sets) -> list[Score]:
-    found = inception_score(sets.samples.parts("logits"))
-    metric = found.estimate.metric
-    blocks = f"{len(found.blocks)} blocks in order, deviation {found.deviation:.2f}"
-    return [Score(metric, f"{shown(metric, 2)}   ({blocks})",
-                  {"deviation": found.deviation, "blocks": found.blocks, "images_per_block": SPLIT,
+    blocks = inception_score(sets.samples.parts("logits"))
+    metric, deviation = mean_of_blocks(blocks).metric, float(np.std(blocks))       # as usually printed
+    return [Score(metric, f"{shown(metric, 2)}   ({len(blocks)} blocks in order, deviation {deviation:.2f})",
+                  {"deviation": deviation, "blocks": blocks, "images_per_block": SPLIT,
                    "order": "as the samples lie, not shuffled"})]
 
 
@@ -132,11 +123,9 @@ def _precision_recall(sets: Sets) -> list[Score]:
 
 
 def _kid(sets: Sets) -> list[Score]:
-    found = kid_of_subsets(sets.vectors, sets.real_vectors)
-    return [Score(Metric(found.mean), f"{1000 * found.mean:.4f}   (deviation of a subset of {found.size}: "
-                                      f"{1000 * found.deviation:.4f})",
-                  {"deviation": found.deviation, "images_per_subset": found.size,
-                   "against": "the features of real images"})]
+    mean, deviation, size = kid_of_subsets(sets.vectors, sets.real_vectors)
+    return [Score(Metric(mean), f"{1000 * mean:.4f}   (deviation of a subset of {size}: {1000 * deviation:.4f})",
+                  {"deviation": deviation, "images_per_subset": size, "against": "the features of real images"})]
 
 
 FID = SetMeasure((Measure("FID", "fid", "FID"),), _frechet("pool"), ("adm", "fid"))

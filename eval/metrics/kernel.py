@@ -4,8 +4,6 @@ Its expectation does not depend on the number of images, which the Frechet dista
 number: over all pairs of images, and, as the literature prints it, over random subsets of 1000.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
@@ -40,20 +38,14 @@ def _pair_sums(x: torch.Tensor, wx: torch.Tensor, y: torch.Tensor, wy: torch.Ten
     return total
 
 
-class SubsetKid(NamedTuple):
-    """mean and deviation over the subsets; the deviation is of a subset, not of the mean. size: images of a subset."""
-    mean: float
-    deviation: float
-    size: int
-
-
-def kid_of_subsets(samples: np.ndarray, reference: np.ndarray) -> SubsetKid:
+def kid_of_subsets(samples: np.ndarray, reference: np.ndarray) -> tuple[float, float, int]:
     """KID of features [n, d] and [m, d] as it is usually printed: torch-fidelity's.
 
-    100 random subsets of 1000 images of each (of all images where there are fewer).
+    Over 100 random subsets of 1000 images of each (of all images where there are fewer): (mean, deviation of a subset,
+    images of a subset).
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
     size = min(_SIZE, len(samples), len(reference))
     found = kid_features_to_metric(torch.from_numpy(samples).double(), torch.from_numpy(reference).double(),
                                    kid_subsets=_SUBSETS, kid_subset_size=size, verbose=False)
-    return SubsetKid(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD], size)
+    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD], size

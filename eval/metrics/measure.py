@@ -15,17 +15,13 @@ from unet_caching.errors import UserError
 
 @dataclass(frozen=True)
 class Measure:
-    """A number with a name in results (run/results.py).
-
-    column: in the papers' tables (configs/papers/*.yaml); None where they have none. heading, decimals: of that column;
-    scale: what a value is multiplied by there. higher: whether that is better.
-    """
+    """A number with a name in results (run/results.py)."""
     name: str
-    column: str | None = None
-    heading: str = ""
-    decimals: int = 2
-    scale: float = 1
-    higher: bool = False
+    column: str | None = None       # in the papers' tables (configs/papers/*.yaml); None where they have none
+    heading: str = ""               # of that column,
+    decimals: int = 2               # how it is shown there,
+    scale: float = 1                # and what a value is multiplied by
+    higher: bool = False            # whether that is better
 
     @property
     def better(self) -> str:
@@ -35,19 +31,16 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class PairMeasure(Measure):
-    """How like an image is to its partner of the same seed. key: in the JSON of eval.fidelity. label: with its unit."""
-    key: str
-    label: str
+    """How like an image is to its partner of the same seed."""
+    key: str                        # in the JSON of eval.fidelity
+    label: str                      # with its unit
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelMeasure(PairMeasure):
-    """The same, told by the pixels alone.
-
-    of(x, y): float64 [n] of uint8 [n, height, width, 3] twice. smallest: pixels that a side must have.
-    """
-    of: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    smallest: int = 1
+    """The same, told by the pixels alone."""
+    of: Callable[[np.ndarray, np.ndarray], np.ndarray]      # float64 [n] of uint8 [n, height, width, 3] twice
+    smallest: int = 1                                       # pixels that a side must have
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises UserError for images (height, width) that are too small."""
@@ -93,24 +86,20 @@ class Sets:
 
 
 class Score(NamedTuple):
-    """A number of two sets. details: what else there is to say of it, JSON-compatible. line: the same on the screen."""
+    """A number of two sets."""
     metric: Metric
-    line: str
-    details: dict[str, Any] = {}        # noqa: RUF012  never changed
+    line: str                           # the same on the screen
+    details: dict[str, Any] = {}        # noqa: RUF012  never changed; what else there is to say, JSON-compatible
 
 
 @dataclass(frozen=True)
 class SetMeasure:
-    """Numbers of two sets of Inception features that are found together.
-
-    of(sets): a Score for each of `measures`, in their order; raises Unavailable. commands: of eval/, which print them.
-    said: what the screen says of each instead of its name. slow: what is said while they are computed.
-    """
+    """Numbers of two sets of Inception features that are found together."""
     measures: tuple[Measure, ...]
-    of: Callable[[Sets], list[Score]]
-    commands: tuple[str, ...] = ("adm",)
-    said: Mapping[str, str] = field(default_factory=dict)
-    slow: str = ""
+    of: Callable[[Sets], list[Score]]                   # one for each of them, in order; raises Unavailable
+    commands: tuple[str, ...] = ("adm",)                # of eval/, which print them
+    said: Mapping[str, str] = field(default_factory=dict)       # what the screen says of each instead of its name
+    slow: str = ""                                      # what is said while they are computed
 
 
 def shown(found: Metric, digits: int = 4, scale: float = 1) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from eval.metrics.images import SUFFIXES, ImageSet, from_array, one_by_one, open_images, stamp_of
+from eval.metrics.libraries import needed
 from run.images import UNREADABLE
 from run.training import emoji
 from unet_caching.errors import UserError, one_line
@@ -125,11 +126,8 @@ def lsun(path: Path, size: int = 256, count: int | None = None) -> ImageSet:
 
     Raises UserError where the package lmdb is missing or broken, and for an lmdb that cannot be read.
     """
-    try:
+    with needed("lmdb"):
         import lmdb
-    except ImportError as error:
-        raise UserError(f"{path} is an lmdb, and the package lmdb is not installed ({one_line(error)}): "
-                        "pip install lmdb, or export the pictures to a folder") from None
     try:
         env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=64)
         with env.begin() as transaction:

@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from eval.cost.macs import branch_macs
 from eval.cost.timing import interleave
+from eval.tables.text import markdown
 from run import results
 from run.families import Config, at_resolution, build, example_inputs, family, load_config, rows_per_image
 from run.files import ROOT, write_atomically
@@ -156,41 +157,38 @@ def _named(result: Result) -> str:
     return str(result.model) if pixels is None else f"{result.model}, {pixels} px"
 
 
-def table(found: Sequence[Result]) -> str:
-    """All settings, in Markdown."""
-    def seconds(side: dict) -> float:           # of the run
-        return side["full"]["median"] * full_calls(side["cached_over_full"])
-
-    lines = ["| model | batch | dtype | mode | full step, s | cached / full | by macs | by macs_fc | N = 5 speed-up "
-             "| by macs_fc | diffusers / ours, full | helper / ours, cached | helper / ours, N = 5 |",
-             "|---" * 13 + "|"]
+def table(found: Sequence[Result]) -> list[list[str]]:
+    """The time of all settings, head first."""
+    rows = [["model", "batch", "dtype", "mode", "full step, s", "cached / full", "by macs", "by macs_fc",
+             "N = 5 speed-up", "by macs_fc", "diffusers / ours, full", "helper / ours, cached", "helper / ours, N = 5"]]
     for result in found:
         settings, sides, expected = result.settings, result.times["sides"], result.times["expected"]
         ours, helper = sides["ours"], sides.get("helper")
-        cells = [_named(result), settings["batch_size"], settings["dtype"], settings["mode"],
-                 f"{ours['full']['median']:.3g}", f"{ours['cached_over_full']:.3f}",
-                 f"{expected['macs']:.3f}", f"{expected['macs_fc']:.3f}",
-                 *(f"{STEPS / full_calls(ratio):.2f}" for ratio in (ours["cached_over_full"], expected["macs_fc"])),
-                 f"{sides['diffusers']['full']['over_ours']:.2f}",
-                 f"{helper['cached']['over_ours']:.2f}" if helper else "-",
-                 f"{seconds(helper) / seconds(ours):.2f}" if helper else "-"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        ratios = ours["cached_over_full"], expected["macs_fc"]
+        rows.append([
+            *map(str, (_named(result), settings["batch_size"], settings["dtype"], settings["mode"])),
+            f"{ours['full']['median']:.3g}", f"{ours['cached_over_full']:.3f}", f"{expected['macs']:.3f}",
+            f"{expected['macs_fc']:.3f}", *(f"{STEPS / full_calls(ratio):.2f}" for ratio in ratios),
+            f"{sides['diffusers']['full']['over_ours']:.2f}", *(["-", "-"] if helper is None else [
+                f"{helper['cached']['over_ours']:.2f}", f"{seconds(helper) / seconds(ours):.2f}"])])
+    return rows
 
 
-def memory_table(found: Sequence[Result]) -> str:
-    """The table of the peak memory of all settings where it was measured, in Markdown."""
-    lines = ["| model | batch | dtype | ours, without cache | ours, cached | the feature | diffusers "
-             "| helper |",
-             "|---" * 8 + "|"]
+def seconds(side: dict) -> float:
+    """Of the run, from the times of its steps."""
+    return side["full"]["median"] * full_calls(side["cached_over_full"])
+
+
+def memory_table(found: Sequence[Result]) -> list[list[str]]:
+    """The peak memory of all settings where it was measured, head first."""
+    rows = [["model", "batch", "dtype", "ours, without cache", "ours, cached", "the feature", "diffusers", "helper"]]
     for result in found:
-        if memory := result.times["memory"]:
-            megabytes = [memory["ours"]["dense"], memory["ours"]["run"], memory["feature"],
-                         memory["diffusers"]["dense"], memory["helper"]["run"]]
-            cells = [_named(result), result.settings["batch_size"], result.settings["dtype"],
-                     *(f"{value / 1e6:.1f}" for value in megabytes)]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        if of := result.times["memory"]:
+            megabytes = (of["ours"]["dense"], of["ours"]["run"], of["feature"], of["diffusers"]["dense"],
+                         of["helper"]["run"])
+            rows.append([_named(result), str(result.settings["batch_size"]), result.settings["dtype"],
+                         *(f"{value / 1e6:.1f}" for value in megabytes)])
+    return rows
 
 
 def report(folder: Path) -> str:
@@ -199,7 +197,8 @@ def report(folder: Path) -> str:
     found = sorted((result for _, result in results.read_all(folder)),
                    key=lambda result: (order.get(str(result.model), len(order)), MODES.index(result.settings["mode"]),
                                        result.settings["dtype"], result.settings["batch_size"]))
-    text = f"{table(found)}\n\nPeak memory beside the weights, MB of PyTorch's tensors:\n\n{memory_table(found)}"
+    text = "\n".join([*markdown(table(found)), "", "Peak memory beside the weights, MB of PyTorch's tensors:", "",
+                      *markdown(memory_table(found))])
     write_atomically(folder / "table.md", lambda path: path.write_text(text + "\n"))
     return text
 
