@@ -16,6 +16,7 @@ class ClassCondition(Guided):
                                      "seed; or a list like 207,360 or 0-9, taken in turn")
 
     def check(self, config: Config) -> None:
+        config.check_sizes()
         Labels.parse(self.labels, config.num_classes)
 
     def settings(self, config: Config) -> dict[str, Any]:

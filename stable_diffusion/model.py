@@ -1,6 +1,7 @@
 """Stable Diffusion from seeds and prompts to images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,19 +9,17 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from run.folder import RunFolder, check_finite, quoted, to_uint8
+from run.folder import RunFolder, quoted, to_uint8
 from run.image_model import ImageModel
 from run.machine import Machine
 from run.spec import Run
-from stable_diffusion.checkpoint import checkpoint_sha256, load_checkpoint
+from stable_diffusion.checkpoint import load_checkpoint
 from stable_diffusion.condition import TextCondition
 from stable_diffusion.config import Config
 from stable_diffusion.unet import UNet
 from unet_caching.errors import UserError
-from unet_caching.nest import Cache, Network, no_cache
-from unet_caching.policy import Policy
+from unet_caching.nest import Cache, no_cache
 from unet_caching.samplers.noise import SeededNoise
-from unet_caching.samplers.samplers import noise_predictor
 from unet_caching.speed.accelerate import place
 
 RELEASED_SEED = 42      # of the released evaluation (github horseee/DeepCache, 1691a3a)
@@ -98,9 +97,8 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
                                           self.device, self.dtype)
             self.settings["noise"] = self.released.settings
 
-    def load(self) -> None:
-        model = load_checkpoint(self.config, self.run.checkpoint, self.condition.diffusers_unet)
-        self.settings["checkpoint_sha256"] = checkpoint_sha256(self.run.checkpoint)
+    def read(self, checkpoint: Path) -> None:
+        model = load_checkpoint(self.config, checkpoint, self.condition.diffusers_unet)
         if not isinstance(model.unet, UNet):
             layout = {key: value for key, value in model.unet.config.items() if not key.startswith("_")}
             self.settings["unet"] = {"diffusers": layout}
@@ -112,7 +110,6 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
         if self.second is not None:
             self.second.text_encoder.to(self.device)
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """What the U-Net is given of texts, in its dtype: the context [prompts, tokens, context_dim]; SDXL's also the
         second encoder's summary [prompts, channels]. Equal prompts are encoded once.
@@ -135,12 +132,12 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
         return tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
                          return_tensors="pt").to(self.device)
 
-    def conditions(self, prompts: Sequence[str]) -> list[Tensor]:
-        """What the U-Net is given beside x and t: `encode` of the prompts, and what SDXL is told of sizes.
+    def noise(self, seeds: Sequence[int], draws: SeededNoise) -> Tensor:
+        return self.released.draw(seeds, self.shape) if self.released else super().noise(seeds, draws)
 
-        With guidance of the doubled batch [uncond, cond].
-        """
-        given, negative = self.encode(prompts), self.condition.negative_prompt
+    def context(self, seeds: Sequence[int]) -> Sequence[Tensor]:
+        """`encode` of the prompts, and what SDXL is told of sizes."""
+        given, negative = self.encode([self.prompts.of(seed) for seed in seeds]), self.condition.negative_prompt
         if self.run.guidance != 1:
             nothing = self.encode([negative])
             if self.second is not None and self.second.zeros and not negative:
@@ -150,16 +147,6 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
             sizes = torch.tensor([self.condition.sizes(self.config)], device=self.device)
             given.append(sizes.float().repeat(len(given[0]), 1))
         return given
-
-    @torch.no_grad()
-    def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None,
-                report: Callable[[float], None] | None = None) -> Tensor:
-        noise = SeededNoise(seeds, self.device)
-        x = self.released.draw(seeds, self.shape) if self.released else noise(self.shape)
-        context = self.conditions([self.prompts.of(seed) for seed in seeds])
-        predict = noise_predictor(network or self.unet, self.config.diffusion, self.dtype, policy, context,
-                                  self.run.guidance)
-        return check_finite(self.sampler.run(predict, x, noise, report))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:

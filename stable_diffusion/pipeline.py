@@ -1,16 +1,13 @@
-"""A Stable Diffusion checkpoint as a diffusers pipeline; caching in any pipeline is of pipelines/enable.py."""
+"""A Stable Diffusion checkpoint as a diffusers pipeline; caching in it is of unet_caching/pipelines/enable.py."""
 
 from pathlib import Path
 
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ldm.diffusers_layout import diffusers_unet
-from stable_diffusion.checkpoint import load_checkpoint
+from stable_diffusion.checkpoint import load_checkpoint, scheduler_config
 from stable_diffusion.config import Config, Diffusion
 from stable_diffusion.unet import UNet
-from unet_caching.pipelines.enable import disable_deepcache, enable_deepcache
-
-__all__ = ["disable_deepcache", "enable_deepcache", "load_pipeline", "scheduler"]
 
 
 def load_pipeline(config: Config, path: Path) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
@@ -34,11 +31,7 @@ def load_pipeline(config: Config, path: Path) -> StableDiffusionPipeline | Stabl
 
 def scheduler(diffusion: Diffusion) -> PNDMScheduler | DDIMScheduler:
     """diffusers' scheduler for a network's noise schedule and prediction."""
-    cosine = diffusion.beta_schedule == "cosine"
-    noise = {"num_train_timesteps": diffusion.num_timesteps,
-             "beta_schedule": "squaredcos_cap_v2" if cosine else diffusion.beta_schedule,
-             **({} if cosine else {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}),
-             "steps_offset": 1, "set_alpha_to_one": False}
+    settings = scheduler_config(diffusion) | {"steps_offset": 1, "set_alpha_to_one": False}
     if diffusion.prediction == "v":
-        return DDIMScheduler(prediction_type="v_prediction", clip_sample=False, **noise)
-    return PNDMScheduler(skip_prk_steps=True, **noise)
+        return DDIMScheduler(clip_sample=False, **settings)
+    return PNDMScheduler(skip_prk_steps=True, **settings)

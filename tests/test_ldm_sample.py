@@ -215,7 +215,7 @@ def test_the_command_follows_the_released_code(sample, tmp_path, monkeypatch, ru
     config = write_config(tmp_path / "golden.yaml", weights, **{
         key: asdict(getattr(SMALL, key)) for key in ("unet", "first_stage")}, num_classes=10)
     decode = first_stage.decode
-    monkeypatch.setattr("ldm.model.SeededNoise", lambda seeds, device: lambda shape: golden.io["traj.x_T"])
+    monkeypatch.setattr("run.image_model.SeededNoise", lambda seeds, device: lambda shape: golden.io["traj.x_T"])
     monkeypatch.setattr(first_stage, "decode", lambda vq, z: (ended.append(z), decode(vq, z))[1])
     labels = ",".join(map(str, golden.io["cond.labels"].tolist()))
     schedule = ["--schedule", "released-ldm", "--power", run["pow"]] if run.get("nonuniform") else []

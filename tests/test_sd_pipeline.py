@@ -29,7 +29,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stable_diffusion.config import Config, Diffusion, Unet
-from stable_diffusion.pipeline import disable_deepcache, enable_deepcache, load_pipeline
+from stable_diffusion.pipeline import load_pipeline
+from unet_caching import disable_deepcache, enable_deepcache
 from unet_caching.errors import UserError
 from unet_caching.schedules import centered
 
