@@ -14,7 +14,7 @@ from lab.study.arms import Arm
 from run.files import ROOT
 from scripts.slurm import cluster, submit
 from scripts.slurm.cluster import Live
-from scripts.slurm.submit import Slices, arrays
+from scripts.slurm.submit import Slices
 from unet_caching.errors import UserError
 
 
@@ -28,25 +28,10 @@ def no_slurm(monkeypatch, tmp_path):
 
 
 def test_slices_cover_every_seed_once_and_are_told_by_their_name():
-    slices = Slices("samples/a:b/c", 10, 99, 25)
-    seeds = [seed for task in slices.tasks(range(10, 100)) for seed in slices.seeds(task)]
-    assert seeds == list(range(10, 100)) and slices.tasks([34, 35, 99]) == [0, 1, 3]
+    slices = Slices("samples/a:b/c", 89, 25)
+    seeds = [seed for task in slices.tasks(range(90)) for seed in slices.seeds(task)]
+    assert seeds == list(range(90)) and slices.tasks([24, 25, 89]) == [0, 1, 3]
     assert Slices.named(slices.name) == slices and Slices.named("evaluate:x") is None
-
-
-def made_by(found: list[tuple[Slices, list[int]]]) -> list[int]:
-    return [seed for slices, tasks in found for task in tasks for seed in slices.seeds(task)]
-
-
-def test_arrays_hold_what_is_missing_and_nothing_that_is_on_its_way():
-    assert arrays("f", 100, 10, [], set()) == []
-    assert arrays("f", 100, 10, [3, 5, 47, 99], set()) == [(Slices("f", 0, 99, 10), [0, 4, 9])]
-    assert arrays("f", 105, 10, [104], {*range(50)}) == [(Slices("f", 0, 104, 10), [10])]
-    # Others, of another size, have 20 to 29 and 45 to 59.
-    taken = {*range(20, 30), *range(45, 60)}
-    found = arrays("f", 100, 8, [seed for seed in range(10, 100) if seed not in taken], taken)
-    assert sorted(made_by(found)) == [seed for seed in range(10, 100) if seed not in taken]
-    assert len(found) == 3
 
 
 def test_times_are_read_as_slurm_writes_them():
@@ -100,7 +85,7 @@ def test_a_table_has_its_jobs(submit_table, no_slurm, all_files_there, name):
 
 def test_what_is_on_its_way_is_waited_for_and_what_waits_in_vain_is_replaced(submit_table, monkeypatch, tmp_path):
     """Tasks 0 and 1 of 4 run, 2 and 3 were cancelled: the evaluation that waits for all four must be another."""
-    array = Slices(str(tmp_path / "samples/ddpm_emoji/steps10"), 0, 15, 4).name
+    array = Slices(str(tmp_path / "samples/ddpm_emoji/steps10"), 15, 4).name
     evaluation = f"evaluate:{tmp_path / 'results/runs/ddpm_emoji/steps10_16_quality.json'}"
     table = f"table:{tmp_path / 'results/runs/table_emoji_16.txt'}"
     waiting = [Live("78", None, evaluation, True), Live("79", None, table, True)]
@@ -111,6 +96,11 @@ def test_what_is_on_its_way_is_waited_for_and_what_waits_in_vain_is_replaced(sub
     out = submit_table(*words)
     assert "--array=2-3 " in out and "--dependency=afterok:$job1,afterany:77 " in out
     assert "# on their way already: 77\n" in out and out.endswith("scancel 78\nscancel 79\n")
+
+    other = Slices(str(tmp_path / "samples/ddpm_emoji/steps10"), 15, 3).name            # of another size: 9 to 11
+    monkeypatch.setattr(cluster, "live_jobs", lambda: [*live, Live("81", 3, other, True)])
+    out = submit_table(*words)
+    assert "--array=2-3 " in out and "--dependency=afterok:$job1,afterany:77:81 " in out
 
     rest = [Live("80", task, array, True) for task in (2, 3)]
     monkeypatch.setattr(cluster, "live_jobs", lambda: live + rest + waiting)

@@ -11,7 +11,7 @@ import contextlib
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -36,46 +36,28 @@ _SHARE = 0.8        # of the time limit that a task's images may take; the rest 
 
 
 class Slices(NamedTuple):
-    """What an array samples: its task i the seeds first + i size to first + (i + 1) size - 1, but not beyond last."""
+    """What an array samples: its task i the seeds i size to (i + 1) size - 1, but not beyond last."""
     folder: str
-    first: int
     last: int
     size: int
 
     @property
     def name(self) -> str:
         """The name of the array's jobs."""
-        return f"sample:{self.folder}:{self.first}-{self.last}/{self.size}"
+        return f"sample:{self.folder}:0-{self.last}/{self.size}"
 
     @classmethod
     def named(cls, name: str) -> "Slices | None":
         """The inverse of `name`; None for other jobs."""
-        match = re.fullmatch(r"sample:(.*):(\d+)-(\d+)/(\d+)", name)
-        return cls(match[1], *map(int, match.groups()[1:])) if match else None
+        match = re.fullmatch(r"sample:(.*):0-(\d+)/(\d+)", name)
+        return cls(match[1], int(match[2]), int(match[3])) if match else None
 
     def seeds(self, task: int) -> range:
-        start = self.first + task * self.size
-        return range(start, min(start + self.size, self.last + 1))
+        return range(task * self.size, min((task + 1) * self.size, self.last + 1))
 
-    def tasks(self, seeds: Sequence[int]) -> list[int]:
+    def tasks(self, seeds: Iterable[int]) -> list[int]:
         """The tasks that have any of the seeds."""
-        return sorted({(seed - self.first) // self.size for seed in seeds})
-
-
-def arrays(folder: str, images: int, size: int, todo: Sequence[int], taken: set[int]) -> list[tuple[Slices, list[int]]]:
-    """Arrays, with the tasks that are needed, for the seeds `todo` and none of those that live jobs have `taken`."""
-    whole = Slices(folder, 0, images - 1, size)
-    tasks = whole.tasks(todo)
-    if not tasks or not any(seed in taken for task in tasks for seed in whole.seeds(task)):
-        return [(whole, tasks)] if tasks else []
-    # Slices of another size are on their way: an array for each stretch that they leave.
-    runs: list[list[int]] = []
-    for before, seed in zip([None, *todo], todo, strict=False):
-        if before is None or any(other in taken for other in range(before, seed)):
-            runs.append([])
-        runs[-1].append(seed)
-    stretches = [Slices(folder, run[0], run[-1], size) for run in runs]
-    return [(stretch, stretch.tasks(run)) for stretch, run in zip(stretches, runs, strict=True)]
+        return sorted({seed // self.size for seed in seeds})
 
 
 def missing_images(arm: Arm) -> set[int]:
@@ -107,12 +89,14 @@ class Graph:
         self.keep += sorted(arriving)
         label = f"{arm.run.config.name}_{arm.folder.name}"
         sampled = []
-        for slices, tasks in arrays(str(arm.folder), arm.images, size, sorted(missing - taken), taken):
+        # A task may have seeds that another job has too: samplers in one folder share them.
+        slices = Slices(str(arm.folder), arm.images - 1, size)
+        if tasks := slices.tasks(missing - taken):
             throttle = f"%{self.settings.tasks_at_once}" if self.settings.tasks_at_once else ""
             sampled.append(self._add(
                 slices.name, f"sample {arm.label}, {len(tasks)} task{'s' if len(tasks) > 1 else ''}", self.side,
-                "sample", f"sample_{label}_%A_%a", ["sample.sbatch", f"{slices.first}-{slices.last}", str(slices.size),
-                                                    sys.executable, *arm.command(seeds="")],
+                "sample", f"sample_{label}_%A_%a", ["sample.sbatch", f"0-{slices.last}", str(size), sys.executable,
+                                                    *arm.command(seeds="")],
                 more=[f"--array={format_seeds(tasks)}{throttle}"]))
 
         lines = [] if arm.packed() else [arm.npz_command()]
