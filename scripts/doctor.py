@@ -49,13 +49,6 @@ def machine() -> Iterator[str]:
     yield f"disk: {usage.free / 1e9:.0f} of {usage.total / 1e9:.0f} GB free"
 
 
-def packages() -> tuple[list[str], str]:
-    """What is wrong with the packages of requirements.txt, a line each, and how many are right."""
-    found = unmet(ROOT / "requirements.txt")
-    wrong = list(filter(None, found.values()))
-    return wrong, f"{len(found) - len(wrong)} of {len(found)} packages of requirements.txt are right"
-
-
 def state(item: Item, hashing: bool) -> str:
     """Here or missing; with `hashing`, whether the digests are right."""
     here = sum(file.there(ROOT) for file in item.files)
@@ -103,20 +96,18 @@ def needs(table: Table, items: dict[str, Item]) -> Iterator[str]:
                 if not ((ROOT / path).exists() or str(path).startswith("emoji:")))
 
 
-def can_run(table: Table, items: dict[str, Item]) -> bool:
-    """Whether everything that the rows of a table need to be sampled and judged is here."""
-    return bool(arms_of(table)) and not any(needs(table, items))
+def now_and_next(lacking: Sequence[tuple[Table, list[str]]], wrong: Sequence[str]) -> str:
+    """What can be done right now, and the one next step, in a line.
 
-
-def now_and_next(chosen: Sequence[Table], items: dict[str, Item], wrong: Sequence[str]) -> str:
-    """What can be done right now, and the one next step, in a line. wrong: lines about packages that are not right."""
+    lacking: what each table needs. wrong: lines about packages that are not right.
+    """
     shipped = [name for name, checkpoint in SHIPPED.items() if (ROOT / checkpoint).exists()]
-    ready = [table for table in chosen if can_run(table, items)]
+    ready = [table for table, needed in lacking if not needed and arms_of(table)]
     accelerated = torch.cuda.is_available()
     where = "a GPU" if accelerated else f"{os.cpu_count()} CPU cores"
     can = [f"sample, judge and time the small models ({', '.join(shipped)}) on {where}"] if shipped else []
     can += ["cache in any diffusers pipeline of yours"]
-    can += [f"{len(ready)} of {len(chosen)} tables of the papers" + ("" if accelerated else ", in weeks without a GPU")
+    can += [f"{len(ready)} of {len(lacking)} tables of the papers" + ("" if accelerated else ", in weeks without a GPU")
             if ready else "no table of the papers yet, whose weights are not here"]
     if wrong:
         can, step = ["little before the packages are right"], f"{sys.executable} -m pip install -r requirements.txt"
@@ -129,21 +120,22 @@ def now_and_next(chosen: Sequence[Table], items: dict[str, Item], wrong: Sequenc
     elif ready:
         step = f"bash scripts/{ready[0].script}"
     else:
-        lacking = [lines for table in chosen if table.script and (lines := list(needs(table, items)))]
-        step = min(lacking, key=len)[0].rpartition(": ")[2] if lacking else "bash scripts/all_tables.sh --dry-run"
+        lines = min((needed for table, needed in lacking if table.script and needed), key=len, default=None)
+        step = lines[0].rpartition(": ")[2] if lines else "bash scripts/all_tables.sh --dry-run"
     return f"Right now: {'; '.join(can)}. Next: {step}."
 
 
 def report(chosen: Sequence[Table], hashing: bool) -> str:
     """All of it, as text."""
-    items, (wrong, counted) = catalogue(), packages()
-    parts = [now_and_next(chosen, items, wrong), "\n".join(machine()), "\n".join([*wrong, counted]),
+    items, met = catalogue(), unmet(ROOT / "requirements.txt")
+    wrong = list(filter(None, met.values()))
+    lacking = [(table, list(needs(table, items))) for table in chosen]
+    parts = [now_and_next(lacking, wrong), "\n".join(machine()),
+             "\n".join([*wrong, f"{len(met) - len(wrong)} of {len(met)} packages of requirements.txt are right"]),
              align([["file or folder", "state"], *([name, state(item, hashing)] for name, item in items.items())])]
-    for table in chosen:
-        lines = list(needs(table, items))
-        if table.script is None:
-            lines = ["nothing can be run: its model is not public"]
-        parts.append("\n".join([f"{table.heading}", *(f"  {line}" for line in lines or ["nothing is missing"])]))
+    for table, lines in lacking:
+        lines = lines or ["nothing is missing"] if table.script else ["nothing can be run: its model is not public"]
+        parts.append("\n".join([table.heading, *(f"  {line}" for line in lines)]))
     return "\n\n".join(parts)
 
 

@@ -27,7 +27,7 @@ def test_every_file_of_the_tables_has_a_download():
 def test_the_doctor_says_what_a_table_needs(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["scripts.doctor", "3", "9"])
     monkeypatch.setattr(doctor, "ROOT", Path("/nowhere"))
-    monkeypatch.setattr(doctor, "packages", lambda: ([], "no packages"))
+    monkeypatch.setattr(doctor, "unmet", lambda file: {})
     monkeypatch.setattr(doctor, "machine", lambda: iter(["no machine"]))
     doctor.main()
     out = capsys.readouterr().out
@@ -39,10 +39,10 @@ def test_the_doctor_says_what_a_table_needs(monkeypatch, capsys):
     assert out.count("bash scripts/download.sh") == 7 and "Table 9" in out and "nothing is missing" in out
 
 
-def first_line(monkeypatch, folder: Path, wrong: tuple[str, ...] = (), gpu: bool = False) -> str:
+def first_line(monkeypatch, folder: Path, wrong: str = "", gpu: bool = False) -> str:
     """What the doctor says first of Table 2 where a folder is the repository."""
     monkeypatch.setattr(doctor, "ROOT", folder)
-    monkeypatch.setattr(doctor, "packages", lambda: (wrong, "so many are right"))
+    monkeypatch.setattr(doctor, "unmet", lambda file: {"numpy": wrong})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     said = doctor.report([find("2")], False).splitlines()
     assert said[1] == "" and said[0].startswith("Right now: ")
@@ -50,7 +50,7 @@ def first_line(monkeypatch, folder: Path, wrong: tuple[str, ...] = (), gpu: bool
 
 
 def test_the_first_line_says_what_can_be_done_and_the_next_step(monkeypatch, tmp_path):
-    assert first_line(monkeypatch, tmp_path, ("numpy>=2: missing",)).endswith("-m pip install -r requirements.txt.")
+    assert first_line(monkeypatch, tmp_path, "numpy>=2: missing").endswith("-m pip install -r requirements.txt.")
     assert "Next: git checkout -- checkpoints" in first_line(monkeypatch, tmp_path)
 
     def put(path: Path | str) -> None:
@@ -88,11 +88,3 @@ def test_states_of_what_is_here(monkeypatch, tmp_path):
     assert said(File("u", Path("x"), "0" * 32)) == "WRONG: x has another md5 than the published " + "0" * 32
     assert said(File("u", Path("x")), File("u", Path("y"))) == "missing, 1 of 2 files here"
     assert said(File("u", Path("y"))) == "missing"
-
-
-def test_packages_that_are_missing_or_old_are_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "ROOT", tmp_path)
-    (tmp_path / "requirements.txt").write_text("# these\ntorch>=1\nnumpy<1\nno-such-package==1\n")
-    wrong, counted = doctor.packages()
-    assert wrong[0].startswith("numpy<1: ") and wrong[0].endswith(" is installed")
-    assert wrong[1:] == ["no-such-package==1: missing"] and counted == "1 of 3 packages of requirements.txt are right"

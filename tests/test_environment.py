@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from run.files import ROOT
-from scripts.requirements_met import OLDEST, python_fits
+from scripts.requirements_met import OLDEST, python_fits, unmet
 
 # An interpreter that says what it was asked, has what $HAS lists, and makes environments that are like itself.
 FAKE = """#!/bin/bash
@@ -95,3 +95,10 @@ def test_this_interpreter_is_told_what_it_has():
 
     assert asked("python") == asked("torch") == asked("numpy", "torch") == 0
     assert asked("no-such-package") == asked("torch", "no-such-package") == 1
+
+
+def test_packages_that_are_missing_or_old_are_named(tmp_path):
+    (tmp_path / "requirements.txt").write_text("# these\ntorch>=1\nnumpy<1\nno-such-package==1\n")
+    found = unmet(tmp_path / "requirements.txt")
+    assert found["torch"] == "" and found["no-such-package"] == "no-such-package==1: missing"
+    assert found["numpy"].startswith("numpy<1: ") and found["numpy"].endswith(" is installed")
