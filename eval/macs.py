@@ -17,7 +17,7 @@ from eval.cost.macs import giga, mean
 from eval.cost.runs import call_macs, costs_of, macs_per_step
 from run.cli import command
 from run.spec import Run, SamplerOptions, parse_run
-from unet_caching.files.block_schedule import PlannedBlocks
+from unet_caching.methods.block_caching import BlockCachingMethod
 from unet_caching.methods.deepcache import DeepCacheOptions
 from unet_caching.options import MethodOptions, option
 
@@ -44,7 +44,7 @@ def of_branches(run: Run, branch: int | None) -> tuple[dict, list[str]]:
 
 def of_run(run: Run) -> tuple[dict, list[str]]:
     """The average over a run with caching, beside a full step and, where there is one kind of others, a cached one."""
-    blocks, level, full = run.caching.of(PlannedBlocks), run.deepcache, costs_of(run).full
+    blocks, level, full = run.caching.of(BlockCachingMethod), run.deepcache, costs_of(run).full
     alone = level is not None and len(run.caching.methods) == 1
     average = macs_per_step(run) if alone else mean(call_macs(run))
     shown = {"full": full, "average": average}

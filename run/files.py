@@ -1,7 +1,6 @@
 """Files that appear whole or not at all."""
 
 import glob
-import json
 import os
 import re
 import socket
@@ -9,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from unet_caching.errors import UserError
+from unet_caching.files.schema import readable
 
 ROOT = Path(__file__).resolve().parent.parent       # of the repository
 
@@ -59,13 +59,9 @@ def remove_leftovers(temporaries: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-_NUMBERS = re.compile(r"\[\s+(-?\d[\d.e+-]*(?:,\s+-?\d[\d.e+-]*)*)\s+\]")
-
-
 def write_json(path: Path, content: dict) -> None:
-    """Write readable JSON, atomically; lists of numbers on one line each."""
-    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(content, indent=1))
-    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
+    """Write readable JSON, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(readable(content) + "\n"))
 
 
 def _alive(pid: int) -> bool:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,10 +24,10 @@ from run.files import ROOT, stamp
 from run.folder import differences, read_run
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.files.fitted import fingerprint
-from unet_caching.methods.deepcache import DeepCacheOptions, PlannedDeepCache
+from unet_caching.methods.deepcache import DeepCacheMethod, DeepCacheOptions
 from unet_caching.nest import NestedUNet
 from unet_caching.options import MethodOptions, RunShape, option, required
-from unet_caching.registry import METHODS, CachePlan, plan
+from unet_caching.registry import METHODS, Methods, bind
 from unet_caching.samplers.ddim import is_listed
 from unet_caching.samplers.samplers import (
     SAMPLERS,
@@ -148,7 +148,7 @@ class Run:
         self.sampler = _sampler(spec, self.config)
         with as_user_error():
             shape = RunShape(self.steps, self.calls, self.unet.num_branches, self.config.sampler.branch)
-            self.caching: CachePlan = plan(spec.caching, shape)
+            self.caching: Methods = bind(spec.caching, shape)
 
     @classmethod
     def of_folder(cls, folder: Path | str) -> "Run":
@@ -220,9 +220,9 @@ class Run:
         return fingerprint(self.unet, x.shape[1], context[0].shape[-1] if context else None)
 
     @property
-    def deepcache(self) -> PlannedDeepCache | None:
+    def deepcache(self) -> DeepCacheMethod | None:
         """DeepCache in this run, or None."""
-        return self.caching.of(PlannedDeepCache)
+        return self.caching.of(DeepCacheMethod)
 
     @cached_property
     def reused(self) -> list[frozenset[Hashable]]:
@@ -243,10 +243,16 @@ class Run:
         """The network calls of an image that run all levels of the U-Net."""
         return sum(not any(isinstance(key, int) for key in keys) for keys in self.reused)
 
+    def made_for(self, checkpoint_sha256: str | None = None) -> dict[str, Any]:
+        """What a file that is fitted to this run says of it (`Fitted.made_for`); without weights it is for any."""
+        return {"model": self.config.name, "unet": asdict(self.config.unet), "checkpoint_sha256": checkpoint_sha256,
+                "sampler": self.sampler.name, "steps": self.steps, "timesteps": self.sampler.timesteps,
+                "fingerprint": self.fingerprint}
+
     def refuse_foreign(self, settings: Mapping[str, Any]) -> None:
         """Refuse settings, as far as they are known, that the caching was not fitted to. Raises UserError."""
         with as_user_error():
-            self.caching.check(settings)
+            self.caching.check({"fingerprint": self.fingerprint, **settings})
             if self.caching:
                 self.caching.check_network(self._channels())
 

@@ -83,6 +83,10 @@ def tiny_ddpm(folder: Path, unet: dict, steps: int) -> Path:
 TINY_UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
              "attn_resolutions": [4]}
 
+# What a file that was fitted to such a network says of its runs (unet_caching/files/fitted.py).
+MADE_FOR = {"model": "tiny", "unet": {"ch": 32}, "checkpoint_sha256": "abc", "sampler": "ddim", "steps": 4,
+            "timesteps": "trailing", "fingerprint": "12"}
+
 
 @pytest.fixture
 def unet() -> UNet:

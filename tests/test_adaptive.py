@@ -1,6 +1,5 @@
 """Adaptive caching: every image decides for itself, whatever it is batched with, by a rule that was calibrated."""
 
-import json
 
 import numpy as np
 import pytest
@@ -108,8 +107,8 @@ def test_the_threshold_is_moved_until_real_runs_cost_the_budget():
 def test_a_budget_comes_out_on_held_out_seeds(rule, config):
     made, report = AdaptiveRule.load(rule), results.read(rule.with_suffix(".adaptive.json"))
     assert made.watched == WATCHED and made.branch == 1 and made.typical[0] == 0
-    assert report.metrics["full calls, as it came out"].value == pytest.approx(made.measured["spent"]["mean"])
-    assert 0.85 * 5 < made.measured["spent"]["mean"] < 1.15 * 5
+    assert report.metrics["full calls, as it came out"].value == pytest.approx(made.notes["spent"]["mean"])
+    assert 0.85 * 5 < made.notes["spent"]["mean"] < 1.15 * 5
     run = RunSpec.of(config, adaptive=rule).open()
     assert run.full_calls == len(made.typical) and run.reused[0] == frozenset()
     assert call_macs(run) == costs_of(run).calls(DeepCache(1, made.typical), 9)
@@ -130,17 +129,6 @@ def test_samples_with_a_rule(run, rule, tmp_path, capsys):
 def test_foreign_rules_are_refused(run, rule, tmp_path, capsys, words, why):
     assert run(sample.main, "--adaptive", rule, *words, "--out", tmp_path / "no") == 2
     assert why in capsys.readouterr().err and not (tmp_path / "no").exists()
-
-
-@pytest.mark.parametrize(("change", "why"), [
-    ({"threshold": 0.5}, "changed since it was made"), ({"threshold": -1}, "0 or more"), ({"factors": []}, "changed"),
-    ({"kind": "plan"}, "no adaptive rule of format"), ({"typical": "0"}, "typical is '0'"), (None, "no adaptive rule")])
-def test_damaged_rules_are_refused(rule, tmp_path, change, why):
-    path = tmp_path / "rule.json"
-    if change is not None:
-        path.write_text(json.dumps(json.loads(rule.read_text()) | change))
-    with pytest.raises(ValueError, match=why):
-        AdaptiveRule.load(path)
 
 
 @pytest.mark.parametrize(("words", "why"), [

@@ -13,7 +13,7 @@ from lab.fit.meters import ChangeMeter, SimilarityMeter
 from lab.fit.scale_shift import Distiller, ScaleShift
 from ldm.unet import UNet as LatentUNet
 from unet_caching.keep import Keep, joined
-from unet_caching.methods.block_cache import outside, residual_names
+from unet_caching.methods.block_caching import outside, residual_names
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.nest import WHOLE
 from unet_caching.samplers.ddim import ddim, uniform_timesteps

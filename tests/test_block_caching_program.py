@@ -1,7 +1,7 @@
 """Block Caching through the commands: measure, schedule, train, show, and samples made with what they write."""
 
-import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from conftest import HERE, run_command
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -29,7 +28,7 @@ from ldm.checkpoint import Model
 from ldm.checkpoint import published_state_dict as ldm_tensors
 from ldm.unet import UNet as LatentUNet
 from run import results
-from unet_caching.files.block_schedule import BlockSchedule, load_scale_shift
+from unet_caching.methods.block_caching import BlockSchedule, ScaleShiftTable
 from unet_caching.methods.deepcache import DeepCacheOptions
 from unet_caching.options import RunShape
 
@@ -101,7 +100,7 @@ def settings(path) -> dict:
 
 def test_measured(made):
     changes = BlockChanges.load(made / "changes.json")
-    assert changes.calls == STEPS and changes.run["model"] == "ddpm_tiny" and changes.measured["seeds"] == "0-3"
+    assert changes.calls == STEPS and changes.made_for["model"] == "ddpm_tiny" and changes.notes["seeds"] == "0-3"
     kinds = {one.kind for one in changes.residuals.values()}
     assert kinds == {"transformer", "resnet"}
     assert all(one.changes[0] == 0 and min(one.changes[1:]) > 0 for one in changes.residuals.values())
@@ -171,7 +170,7 @@ def test_together_with_deepcache(made, tmp_path, capsys):
     assert run_command(macs.main, "--config", made / "ddpm.yaml", *words, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["macs"] <= 0.7 * found["macs_full"]
-    maker = ScheduleMaker(changes, "all", DeepCacheOptions(2, 1).planned(RunShape(STEPS, STEPS, 6, 1), ()))
+    maker = ScheduleMaker(changes, "all", DeepCacheOptions(2, 1).bind(RunShape(STEPS, STEPS, 6, 1), ()))
     assert found["macs"] == pytest.approx(maker.macs(outer.blocks).hook)
     assert sample(made, tmp_path / "both", *words) == 0
     assert sample(made, tmp_path / "level", *words[2:]) == 0
@@ -207,7 +206,7 @@ def test_a_rhythm_needs_no_weights_and_fits_any(made, tmp_path, fails):
     make = ["rhythm", "--config", made / "ddpm.yaml", "--kinds", "all", "--out", tmp_path / "rhythm.json"]
     assert program(*make, "--computed", "0,2") == 0
     rhythm = BlockSchedule.load(tmp_path / "rhythm.json")
-    assert set(map(tuple, rhythm.blocks.values())) == {(0, 2)} and rhythm.run["checkpoint_sha256"] is None
+    assert set(map(tuple, rhythm.blocks.values())) == {(0, 2)} and rhythm.made_for["checkpoint_sha256"] is None
     assert sample(made, tmp_path / "images", "--block-schedule", tmp_path / "rhythm.json") == 0
     assert sample(made, tmp_path / "plain") == 0
     assert (pixels(tmp_path / "images") != pixels(tmp_path / "plain")).any()
@@ -235,64 +234,35 @@ def test_other_runs_are_refused(made, tmp_path, fails):
     assert not out.exists()
 
 
-def test_damaged_files(made, tmp_path, fails):
-    content, bad = json.loads((made / "half.json").read_text()), tmp_path / "bad.json"
-    edited = json.loads(json.dumps(content))
-    edited["blocks"][next(iter(edited["blocks"]))] = [0]
-    for text, why in (("{", "damaged"), ("[]", "no block schedule"), ("{}", "no block schedule"),
-                      (json.dumps(edited), "changed"),
-                      (json.dumps({k: v for k, v in content.items() if k != "calls"}), "has no calls")):
-        bad.write_text(text)
+def test_files_that_do_not_fit_are_refused(made, tmp_path, fails):
+    """In one line; what any file of its kind is refused for is in test_fitted.py."""
+    half, adjust = made / "half.json", made / "half.safetensors"
+    schedule, bad = BlockSchedule.load(half), tmp_path / "bad.json"
+    for change, why in (({"blocks": {"nobody's": [0]}}, "names nobody's, and this U-Net has no such block"),
+                        ({"calls": STEPS + 1}, "is of 6 network calls, and this run makes 5")):
+        replace(schedule, **change).save(bad)
         assert fails(sample(made, tmp_path / "no", "--block-schedule", bad), why)
-    assert fails(sample(made, tmp_path / "no", "--block-schedule", tmp_path / "none.json"), "no block schedule")
-    schedule = BlockSchedule.load(made / "half.json")
-    assert program("block-schedule", "--changes", made / "changes.json", "--kinds", "all", "--macs", 0.7,
-                   "--out", tmp_path / "more.json") == 0
-    more = BlockSchedule.load(tmp_path / "more.json")
-    with pytest.raises(ValueError, match="another block schedule"):
-        load_scale_shift(made / "half.safetensors", more)
-    (tmp_path / "cut.safetensors").write_bytes((made / "half.safetensors").read_bytes()[:200])
-    with pytest.raises(ValueError, match="damaged"):
-        load_scale_shift(tmp_path / "cut.safetensors", schedule)
+    replace(schedule, blocks=schedule.blocks | {name: [0] for name in list(schedule.blocks)[:1]}).save(bad)
+    assert fails(sample(made, tmp_path / "no", "--block-schedule", bad, "--scale-shift", adjust), "for another block")
+    for path, why in ((made / "changes.json", "is no block schedule"), (tmp_path / "none.json", "no block schedule")):
+        assert fails(sample(made, tmp_path / "no", "--block-schedule", path), why)
+    table = ScaleShiftTable.load(adjust)
+    name = next(iter(table.tensors))
+    for change, why in ((lambda value: value[:, :, :1], "has 1 channels for"),
+                        (lambda value: value[:1], "one scale and shift for each reused residual")):
+        replace(table, tensors=table.tensors | {name: change(table.tensors[name])}).save(tmp_path / "bad.safetensors")
+        assert fails(sample(made, tmp_path / "no", "--block-schedule", half, "--scale-shift",
+                            tmp_path / "bad.safetensors"), why)
     bad.write_text("{")
+    assert fails(sample(made, tmp_path / "no", "--block-schedule", bad), "damaged")
     assert fails(program("block-schedule", "--changes", bad, "--out", tmp_path / "no.json"), "damaged")
 
 
-@pytest.mark.parametrize(("change", "why"), [
-    (lambda c, name: c["blocks"].update({name: ["0"]}), "is '0' and should be a whole number"),
-    (lambda c, name: c["blocks"].update({name: 5}), "is 5 and should be a list"),
-    (lambda c, name: c.update(blocks={}), "has no blocks"),
-    (lambda c, name: c.update(blocks={"nobody's": [0]}), "names nobody's, and this U-Net has no such block"),
-    (lambda c, name: c.update(calls=STEPS + 1), "is of 6 network calls, and this run makes 5"),
-    (lambda c, name: c.update(calls=0), "calls is 0 and should be 1 or more"),
-    (lambda c, name: c.update(run=None), "run is None and should be keys with values"),
-    (lambda c, name: c.update(surprise=1), "unknown key surprise")])
-def test_schedules_that_were_signed_anew_are_still_checked(made, tmp_path, fails, change, why):
-    content = json.loads((made / "half.json").read_text())
-    change(content, next(iter(content["blocks"])))
-    signed = {key: content[key] for key in ("run", "calls", "blocks")}
-    content["sha256"] = hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
-    (tmp_path / "bad.json").write_text(json.dumps(content))
-    assert fails(sample(made, tmp_path / "no", "--block-schedule", tmp_path / "bad.json"), why)
-
-
-@pytest.mark.parametrize(("change", "why"), [
-    (lambda value: value[:, :, :1], "has 1 channels for"), (lambda value: value[:, 0], "should be [reusing steps, 2"),
-    (lambda value: value * float("nan"), "all finite"), (lambda value: value[0], "should be [reusing steps, 2")])
-def test_a_scale_shift_file_of_other_shapes_is_refused(made, tmp_path, fails, change, why):
-    with safe_open(made / "half.safetensors", "pt") as file:
-        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()     # noqa: SIM118
-    name = next(iter(tensors))
-    save_file(tensors | {name: change(tensors[name]).contiguous()}, tmp_path / "bad.safetensors", about)
-    assert fails(sample(made, tmp_path / "no", "--block-schedule", made / "half.json", "--scale-shift",
-                        tmp_path / "bad.safetensors"), why)
-
-
 def test_changes_that_are_not_finite_are_neither_written_nor_read(made, tmp_path, fails, monkeypatch):
-    content = json.loads((made / "changes.json").read_text())
-    name = next(iter(content["residuals"]))
-    content["residuals"][name]["changes"][1] = float("nan")
-    (tmp_path / "nan.json").write_text(json.dumps(content))
+    changes = BlockChanges.load(made / "changes.json")
+    name = next(iter(changes.residuals))
+    changes.residuals[name].changes[1] = float("nan")
+    changes.save(tmp_path / "nan.json")
     schedule = ["block-schedule", "--changes", tmp_path / "nan.json", "--kinds", "all", "--out", tmp_path / "no.json"]
     assert fails(program(*schedule), "changes[1] is nan and should be a finite number")
     real = ChangeMeter.changes
@@ -323,7 +293,7 @@ def test_scale_shift_brings_held_out_seeds_nearer(made, tmp_path, method):
     found = results.read(tmp_path / "x.scale_shift.json")
     assert found.details["method"] == method and found.details["held_out_seeds"] == "20-27" and found.images == 8
     assert found.metrics["feature, adjusted less plain"].interval[1] < 0
-    assert len(load_scale_shift(out, BlockSchedule.load(made / "half.json"))) == STEPS
+    assert len(ScaleShiftTable.load(out).adjustments(BlockSchedule.load(made / "half.json"))) == STEPS
 
 
 def test_bad_training_is_refused(made, tmp_path, fails):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import TINY_UNET, run_command, tiny_ddpm
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from safetensors.torch import load_file, save_file
 
 from ddpm import sample
 from eval.cost.runs import call_macs
@@ -19,8 +18,7 @@ from run.image_model import open_model
 from run.machine import Machine
 from run.spec import RunSpec
 from unet_caching.errors import UserError
-from unet_caching.methods.adaptor import Adaptor, AdaptorFile
-from unet_caching.methods.clockwork import Clockwork, clocked
+from unet_caching.methods.clockwork import Adaptor, AdaptorFile, Clockwork, clocked
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.pipelines.enable import enable_deepcache
 
@@ -139,7 +137,7 @@ def test_a_pipeline_takes_a_clock_and_refuses_the_adaptor_of_another_network(tra
     with enable_deepcache(pipe, interval=3, branch=1):
         assert (images() == clocked).all()
     with (enable_deepcache(pipe, clock=3, clock_branch=1, adaptor=trained),
-          pytest.raises(UserError, match="unet differs")):
+          pytest.raises(UserError, match="the U-Net of ddpm_tiny there, another here")):
         images()
 
 
@@ -152,31 +150,9 @@ def test_foreign_adaptors_are_refused(run, trained, tmp_path, capsys, words, why
     assert why in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
-def test_damaged_adaptors_are_refused(trained, tmp_path):
-    found = AdaptorFile.load(trained)
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(trained.read_bytes()[:-100])
-    other = tmp_path / "other.safetensors"
-    save_file({"x": torch.zeros(1)}, other)
-    for name, change in (("outer.weight", lambda value: value[:, :1]), ("table", lambda value: value[0]),
-                         ("inner.bias", lambda value: value * float("nan")), ("table", None)):
-        content = load_file(trained)
-        if change is None:
-            del content[name]
-        else:
-            content[name] = change(content[name]).contiguous()
-        save_file(content, tmp_path / "bad.safetensors", found.metadata())
-        with pytest.raises(ValueError, match="is damaged"):
-            AdaptorFile.load(tmp_path / "bad.safetensors")
-    for path, why in ((cut, "damaged"), (other, "holds no clockwork adaptor"), (tmp_path / "none", "no adaptor")):
-        with pytest.raises(ValueError, match=why):
-            AdaptorFile.load(path)
-
-
 def test_an_adaptor_of_other_channels_is_refused(run, trained, tmp_path, capsys):
     found = AdaptorFile.load(trained)
-    wide = replace(found, weights=Adaptor(32, 8).state_dict())
-    save_file(wide.tensors(), tmp_path / "wide.safetensors", wide.metadata())
+    replace(found, tensors={**Adaptor(32, 8).state_dict(), "table": found.table}).save(tmp_path / "wide.safetensors")
     assert run(sample.main, *RUN, "--adaptor", tmp_path / "wide.safetensors", "--out", tmp_path / "no") == 2
     assert "of 32 channels, and the feature at branch 1 of this U-Net has 64" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

@@ -22,7 +22,7 @@ from run.image_model import open_model
 from run.machine import Machine
 from run.results import Result
 from run.spec import RunSpec
-from unet_caching.files.plan_file import Plan
+from unet_caching.methods.plan import Plan
 
 MACHINE = Machine(batch_size=2, device="cpu", threads=1)
 STUDY = """

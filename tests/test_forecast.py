@@ -11,11 +11,11 @@ from torch import nn
 from ldm.unet import UNet
 from unet_caching.forecast import Forecast, newton_terms
 from unet_caching.keep import Keep, joined
-from unet_caching.methods.block_cache import residual_names
+from unet_caching.methods.block_caching import residual_names
 from unet_caching.methods.deepcache import DeepCache, DeepCacheOptions, ZeroedCache
-from unet_caching.methods.forecast_options import ForecastOptions
+from unet_caching.methods.forecast import ForecastOptions
 from unet_caching.options import RunShape
-from unet_caching.registry import plan
+from unet_caching.registry import bind
 from unet_caching.samplers.diffusion import Diffusion
 from unet_caching.samplers.noise import SeededNoise
 from unet_caching.samplers.samplers import Sampler, noise_predictor
@@ -298,17 +298,17 @@ SHAPE = RunShape(CALLS, CALLS, 4, 1)
 
 
 def test_options_make_the_policy_that_forecasts(unet):
-    planned = plan((DeepCacheOptions(interval=4), ForecastOptions(1, 0.5)), SHAPE)
-    assert planned.settings["forecast"] == {"order": 1, "damping": 0.5, "weights_sha256": None}
-    assert [part for method in planned.methods for part in method.name] == ["uniform_n4", "forecast1", "damped0.5"]
+    methods = bind((DeepCacheOptions(interval=4), ForecastOptions(1, 0.5)), SHAPE)
+    assert methods.settings["forecast"] == {"order": 1, "damping": 0.5, "weights_sha256": None}
+    assert [part for method in methods.methods for part in method.name] == ["uniform_n4", "forecast1", "damped0.5"]
     expected = sample(unet, DeepCache(1, range(0, CALLS, 4), 1, 0.5))
-    assert torch.equal(sample(unet, planned.policy()), expected)
+    assert torch.equal(sample(unet, methods.policy()), expected)
 
 
 def test_without_a_forecast_nothing_is_said_of_it():
-    planned = plan((DeepCacheOptions(interval=4), ForecastOptions()), SHAPE)
-    assert "forecast" not in planned.settings and len(planned.methods) == 1
-    assert not plan((DeepCacheOptions(), ForecastOptions()), SHAPE)
+    methods = bind((DeepCacheOptions(interval=4), ForecastOptions()), SHAPE)
+    assert "forecast" not in methods.settings and len(methods.methods) == 1
+    assert not bind((DeepCacheOptions(), ForecastOptions()), SHAPE)
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -323,7 +323,7 @@ def test_without_a_forecast_nothing_is_said_of_it():
     ((DeepCacheOptions(interval=4, zero_cache=True), ForecastOptions(1)), "zero-cache")])
 def test_options_that_cannot_be(options, words):
     with pytest.raises(ValueError, match=words) as raised:
-        plan(options, SHAPE)
+        bind(options, SHAPE)
     assert "\n" not in str(raised.value)
 
 

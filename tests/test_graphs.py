@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ldm.unet import UNet
 from unet_caching.keep import Keep, joined
-from unet_caching.methods.block_cache import outside, residual_names
+from unet_caching.methods.block_caching import outside, residual_names
 from unet_caching.methods.deepcache import DeepCache, ZeroedCache
 from unet_caching.speed.accelerate import accelerated
 from unet_caching.speed.graphs import RecordedNetwork, cuda_recorder

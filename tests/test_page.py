@@ -19,6 +19,7 @@ from eval.tables.calls import COMPUTED, FORECAST, REUSED, calls_of
 from eval.tables.page import Page, Section, pictures_among
 from eval.tables.svg import Line, Mark, Plot, ticks
 from run.spec import RunSpec
+from unet_caching.methods.block_caching import BlockSchedule
 
 ROOT = HERE.parent
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
@@ -106,7 +107,7 @@ def test_calls_of_runs():
 
 def test_calls_of_single_blocks():
     file = ROOT / "checkpoints" / "block_caching" / "ldm_all_50.json"
-    schedule = json.loads(file.read_text())["blocks"]
+    schedule = BlockSchedule.load(file).blocks
     found = calls(sampler=None, steps=50, block_schedule=file)
     assert set(found.parts) >= set(schedule)
     for name, row in zip(found.parts, found.states, strict=True):

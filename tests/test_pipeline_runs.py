@@ -1,7 +1,6 @@
 """What is a step of a run in a pipeline, and what is not: threads, callbacks, loops of one's own, shared U-Nets."""
 
 import copy
-import json
 import logging
 import pickle
 import sys
@@ -35,12 +34,10 @@ from torch import Tensor, nn
 from ldm.diffusers_layout import diffusers_state_dict, unet_arguments
 from stable_diffusion.unet import UNet
 from unet_caching.errors import UserError
-from unet_caching.files.block_schedule import BlockSchedule
-from unet_caching.files.plan_file import Plan
 from unet_caching.keep import Keep, joined
-from unet_caching.methods.block_cache import residual_names
+from unet_caching.methods.block_caching import BlockSchedule, residual_names
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.methods.plan import Call, PlanCache
+from unet_caching.methods.plan import Call, Plan, PlanCache
 from unet_caching.pipelines.enable import disable_deepcache, enable_deepcache
 from unet_caching.pipelines.loop import Timestep
 from unet_caching.pipelines.parts import num_skips
@@ -458,7 +455,7 @@ def test_a_plan_in_a_pipeline_is_that_of_our_own_sampler(parts, tmp_path, sample
     made_for = {"model": "sd_tiny", "unet": {}, "checkpoint_sha256": None, "sampler": sampler, "steps": 6,
                 "timesteps": times}
     path, macs = tmp_path / "plan.json", {"hook": 1, "fc": 1}
-    path.write_text(json.dumps(Plan(made_for, None, each, macs, macs).to_json()))
+    Plan(made_for, each, None, macs, macs).save(path)
     enable_deepcache(pipe, plan=path)
     with pytest.raises(UserError, match=f"made for {sampler} at other timesteps .* 999,900,700"):
         run(pipe, None, steps=6, **given)
@@ -484,14 +481,14 @@ def test_schedulers_of_plans_that_cannot_be(tmp_path):
     made_for = {"model": "sd_tiny", "unet": {}, "checkpoint_sha256": None, "sampler": "ddim", "steps": 2,
                 "timesteps": "999,500"}
     path, macs = tmp_path / "plan.json", {"hook": 1, "fc": 1}
-    path.write_text(json.dumps(Plan(made_for, None, [Call(), Call(0)], macs, macs).to_json()))
+    Plan(made_for, [Call(), Call(0)], None, macs, macs).save(path)
     with pytest.raises(UserError, match="of ddim, and for a network that predicts epsilon no scheduler"):
         plan_scheduler(path, DDIMScheduler())
     with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler has no betas"):
         plan_scheduler(path, FlowMatchEulerDiscreteScheduler())
     with pytest.raises(UserError, match="no plan nowhere"):
         plan_scheduler("nowhere.json", DDIMScheduler())
-    path.write_text(json.dumps(Plan(made_for | {"sampler": "unipc"}, None, [Call(), Call(0)], macs, macs).to_json()))
+    Plan(made_for | {"sampler": "unipc"}, [Call(), Call(0)], None, macs, macs).save(path)
     with pytest.raises(UserError, match="from step to step, from 499 at most"):
         plan_scheduler(path, DDIMScheduler(num_train_timesteps=500))
 
@@ -505,8 +502,8 @@ def test_a_block_schedule_reuses_the_residuals_that_our_own_unet_does(parts, tmp
     blocks = {name: [0, 2, 4] if i % 2 else [0, 3] for i, name in enumerate(names)}
     made_for = {"model": "sd_tiny", "unet": {}, "checkpoint_sha256": None, "sampler": "ddim", "steps": 6,
                 "timesteps": "leading"}
-    schedule = BlockSchedule(made_for, 6, "all", None, blocks, {}, {}, {})
-    (tmp_path / "blocks.json").write_text(json.dumps(schedule.to_json()))
+    schedule = BlockSchedule(made_for, 6, "all", None, blocks, {}, {})
+    schedule.save(tmp_path / "blocks.json")
     x, text = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 12, 16)
     plain = run(pipe, None, prompt_embeds=text, guidance_scale=1.0, latents=x)
     enable_deepcache(pipe, interval, block_schedule=str(tmp_path / "blocks.json"))

@@ -10,9 +10,8 @@ from lab.fit.fit import weights_sha256
 from lab.fit.router import Budget, Router, Training
 from run import results
 from run.spec import RunSpec
-from unet_caching.files.block_schedule import BlockSchedule
 from unet_caching.keep import Keep
-from unet_caching.methods.block_cache import residual_names
+from unet_caching.methods.block_caching import BlockSchedule, residual_names
 from unet_caching.nest import no_cache
 
 SEEDS = ("--seeds", "10-25", "--held-out-seeds", "30-33")

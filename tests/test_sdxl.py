@@ -36,9 +36,8 @@ from stable_diffusion.checkpoint import load_state_dict
 from stable_diffusion.pipeline import load_pipeline
 from stable_diffusion.sample import main
 from unet_caching.errors import UserError
-from unet_caching.files.fitted import BOUND, fingerprint
-from unet_caching.files.plan_file import Plan
-from unet_caching.methods.plan import Call, PlanCache
+from unet_caching.files.fitted import fingerprint
+from unet_caching.methods.plan import Call, Plan, PlanCache
 from unet_caching.pipelines.enable import enable_deepcache
 
 SDXL = load_config(HERE.parent / "configs" / "sdxl.yaml")
@@ -212,10 +211,8 @@ def test_a_plan_in_every_door(sample, theirs, tiny, tmp_path, ended, capsys):  #
     costs = costs_of(run)
     macs = {name: sum(getattr(one, name) for one in costs.calls(PlanCache(calls), 6)) for name in ("hook", "fc")}
     context = run.config.unet.context_dim
-    bound = {key: run.brief.get(key) for key in BOUND} | {
-        "checkpoint_sha256": None, "unet": vars(run.config.unet), "fingerprint": fingerprint(run.unet, 4, context)}
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps(Plan(bound, [1.0, 5.0], calls, macs, costs.full._asdict()).to_json()))
+    Plan(run.made_for(), calls, [1.0, 5.0], macs, costs.full._asdict()).save(path)
     assert sample("--plan", path, "--out", tmp_path / "x") == 0
     expected = theirs(caching={"plan": str(path)})
     assert relative_error(ended[0], expected) < TOLERANCE < 1e-3 < relative_error(theirs(), expected)
@@ -234,7 +231,7 @@ def test_a_plan_in_every_door(sample, theirs, tiny, tmp_path, ended, capsys):  #
         theirs(caching={"plan": str(path)}, num_inference_steps=5)
     with torch.device("meta"):
         other = UNet2DConditionModel(**LEVELS | {"transformer_layers_per_block": (1, 2, 2)})
-    assert fingerprint(other, 4, context) != bound["fingerprint"]
+    assert fingerprint(other, 4, context) != run.fingerprint
 
 
 SIZED = ["--height", 24, "--width", 8, "--original-size", "64,48", "--crop", "3,5", "--target-size", "32,30"]

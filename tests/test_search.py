@@ -25,9 +25,8 @@ from lab.plans.tournament import Tournament
 from run import results
 from run.machine import Machine
 from run.spec import RunSpec
-from unet_caching.files.plan_file import Plan
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.methods.plan import Call, PlanCache
+from unet_caching.methods.plan import Call, Plan, PlanCache
 
 UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
         "attn_resolutions": [4]}
@@ -260,7 +259,8 @@ def the_report_and_the_page_say_the_same(out):
     tried = found.details["candidates"]
     chosen, *others = tried[:found.details["reported"]]
     assert {one["kind"].split(",")[0] for one in others} == {"fewer steps", "DeepCache", "forecast"}
-    assert chosen["branches"] == [call.branch for call in plan.calls] and plan.distance["mean"] == value["plan"]
+    assert chosen["branches"] == [call.branch for call in plan.calls]
+    assert plan.notes["distance"]["mean"] == value["plan"]
     for one in others:
         assert value[f"plan less {one['kind']}"] == pytest.approx(value["plan"] - value[one["kind"]])
     rest = Counter(one["kind"] for one in tried[len(others) + 1:])

@@ -73,7 +73,7 @@ def test_every_option_of_a_registered_method_is_an_axis(tmp_path, tiny):
     path = written(tmp_path, {"images": 5, "grids": [
         {"model": str(tiny), "interval": 2, "forecast": [0, 1], "forecast_damping": [1, 0.5]},
         {"model": str(tiny), "interval": 2, "zero_cache": True}]})
-    with pytest.raises(UserError, match=r"forecast 0, forecast_damping 0.5.*--forecast-damping and"):
+    with pytest.raises(UserError, match=r"forecast 0, forecast_damping 0.5.*--forecast-damping needs"):
         points_of(path)
     path = written(tmp_path, {"images": 5, "grids": [
         {"model": str(tiny), "interval": 2, "forecast": 1, "forecast_damping": [1, 0.5]},
@@ -134,11 +134,9 @@ def test_bad_sweeps_are_refused_in_one_line(tmp_path, monkeypatch, capsys, conte
 
 
 def test_block_schedule_of_another_model_is_refused(tmp_path, monkeypatch, capsys):
-    from unet_caching.files.block_schedule import BlockSchedule
-    run = {"model": "ldm_emoji", "unet": {}, "checkpoint_sha256": "0", "sampler": "ddim", "steps": 50,
-           "timesteps": "trailing"}
-    schedule = BlockSchedule(run, 50, "all", 0.5, {"mid": [0]}, {}, {}, {})
-    (tmp_path / "other.json").write_text(json.dumps(schedule.to_json()))
+    from unet_caching.methods.block_caching import BlockSchedule
+    made_for = RunSpec.of("ldm_emoji").open().made_for("0")
+    BlockSchedule(made_for, 50, "all", 0.5, {"mid": [0]}, {}, {}).save(tmp_path / "other.json")
     path = written(tmp_path, {"images": 90, "grids": [{"model": "ddpm_emoji",
                                                        "block_schedule": str(tmp_path / "other.json")}]})
     with pytest.raises(SystemExit):

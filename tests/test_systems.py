@@ -17,8 +17,8 @@ from run.machine import Machine
 from run.results import Metric
 from run.spec import RunSpec
 from run.weights import sha256
-from unet_caching.methods.adaptive import PlannedAdaptive
-from unet_caching.methods.adaptor import AdaptorFile
+from unet_caching.methods.adaptive import AdaptiveMethod
+from unet_caching.methods.clockwork import AdaptorFile
 
 STUDY = """
 model: CONFIG
@@ -69,7 +69,7 @@ def test_a_study_makes_what_it_can_and_leaves_out_the_rest(study, tmp_path):
     assert code == 0 and told.count("left out") == 1
     note = results.read(folder / "made" / "learned.safetensors.json")
     assert note.details["cpu_s"] > 0 and "--clock 3" in note.details["command"]
-    assert AdaptorFile.load(tmp_path / "made" / "learned.safetensors").run["steps"] == 6
+    assert AdaptorFile.load(tmp_path / "made" / "learned.safetensors").made_for["steps"] == 6
     text = (folder / "table.md").read_text()
     assert "Clockwork, learned" in text and "## 3 calls" in text and "Left out: plan" in text
     calls = results.read(folder / "runs" / "adaptive_rule_unipc_steps6_trailing.json").details["spent"]
@@ -171,8 +171,8 @@ def test_shipped_studies_compare_at_equal_cost(path):
     for entry, run in systems.opened(found, study, path):
         if entry.calls == 8 or "plan" in entry.options:
             cost = systems.cost_of(run)
-            if adaptive := run.caching.of(PlannedAdaptive):     # what it was settled to; held-out seeds come near that
-                of = adaptive.rule.measured
+            if adaptive := run.caching.of(AdaptiveMethod):     # what it was settled to; held-out seeds come near that
+                of = adaptive.rule.notes
                 assert cost <= 1.05 * entry.calls, run.name
                 cost = of["full calls"] + of["cached call"] * (run.calls - of["full calls"])
             assert 0.89 * entry.calls < cost <= 1.02 * entry.calls, run.name

@@ -29,8 +29,8 @@ from run.families import build, example_inputs
 from run.results import Metric, Result
 from run.spec import Run, RunSpec
 from unet_caching.errors import UserError
-from unet_caching.files.block_schedule import PlannedBlocks
 from unet_caching.keep import Keep
+from unet_caching.methods.block_caching import BlockCachingMethod
 
 ROOT = HERE.parent
 SCRIPTED = [found for found in tables().values() if found.script]
@@ -278,7 +278,7 @@ def test_times_of_block_schedules_become_throughput():
     assert cell(paper, found, "DPM 14 steps", "speedup")[1] == "1.43"          # over 20 steps,
     assert cell(paper, found, "DPM 30 steps", "speedup")[1] == "1.67"          # over 50 steps
     inputs = example_inputs(rhythm.run.config)
-    blocks = rhythm.run.caching.of(PlannedBlocks).schedule.blocks
+    blocks = rhythm.run.caching.of(BlockCachingMethod).schedule.blocks
     counted = mean(costs(build(rhythm.run.config), inputs).calls(Keep(blocks), 20))
     assert float(cell(paper, found, rhythm.label, "macs_G")[1]) == pytest.approx(counted.hook / 1e9, abs=0.005)
 

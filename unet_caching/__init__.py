@@ -15,8 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unet_caching.files.plan_file import Plan
     from unet_caching.methods.deepcache import DeepCache
+    from unet_caching.methods.plan import Plan
     from unet_caching.pipelines.enable import disable_deepcache, enable_deepcache
     from unet_caching.pipelines.scheduler import plan_scheduler
     from unet_caching.schedules import centered, released_ldm, uniform
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 __all__ = ["DeepCache", "Plan", "__version__", "centered", "disable_deepcache", "enable_deepcache", "plan_scheduler",
            "released_ldm", "uniform"]
 _PLACES = {"enable_deepcache": "pipelines.enable", "disable_deepcache": "pipelines.enable",
-           "plan_scheduler": "pipelines.scheduler", "DeepCache": "methods.deepcache", "Plan": "files.plan_file",
+           "plan_scheduler": "pipelines.scheduler", "DeepCache": "methods.deepcache", "Plan": "methods.plan",
            "uniform": "schedules", "centered": "schedules", "released_ldm": "schedules"}
 
 

@@ -6,7 +6,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
-from unet_caching.forecast import Damping
+from unet_caching.files.fitted import Fitted
+from unet_caching.forecast import Forecast
 from unet_caching.policy import Policy
 
 Value = TypeVar("Value")
@@ -27,48 +28,32 @@ def required(help: str, **more: Any) -> Any:
 
 
 class RunShape(NamedTuple):
-    """What methods need to know of a run.
-
-    steps: how many schedules are made for. calls: how often the network is called, once more for PLMS. num_branches:
-    skips of the U-Net. branch: the one that is cached unless the user says otherwise.
-    """
-    steps: int
-    calls: int
-    num_branches: int
-    branch: int
+    """What methods need to know of a run."""
+    steps: int              # how many schedules are made for
+    calls: int              # how often the network is called, once more for PLMS
+    num_branches: int       # skips of the U-Net
+    branch: int             # the one that is cached unless the user says otherwise
 
 
-class Planned:
-    """A method's options, checked against a run.
-
-    settings: for run.json, under `cache`; those of the first method stand there bare, others under their name.
-    name: what it adds to the name of a sample folder, in parts. summary: the same for the last line of a command.
-    system: what tables and legends call it, where its settings do not say. online: whether what a call computes is
-    only known when it runs. fitted: whether it is of a file that belongs to one model.
-    """
-    settings: Mapping[str, Any]
-    name: Sequence[str] = ()
-    summary: str = ""
-    system: str = ""
-    online: bool = False
-    fitted: bool = False
+class Method:
+    """A method of caching in a run: its options, checked against it."""
+    settings: Mapping[str, Any]         # for run.json, under `cache`
+    name: Sequence[str] = ()            # what it adds to the name of a sample folder, in parts
+    summary: str = ""                   # what the last line of a command says
+    system: str = ""                    # what tables and legends call it, where its settings do not say
+    online: bool = False                # whether what a call computes is only known when it runs
+    files: Sequence[Fitted] = ()        # what was fitted, which belongs to one model
 
     def policy(self, device: torch.device | str, dtype: torch.dtype) -> Policy | None:
         """A fresh policy for one batch of a network on a device and in a dtype; None where the method has none."""
         raise NotImplementedError
 
-    def extrapolate(self, order: int, damping: Damping, calls: int) -> None:
-        """Forecast what is reused, from now on (`unet_caching.forecast`). calls: network calls of the run.
+    def extrapolate(self, forecast: Forecast, calls: int) -> None:
+        """Forecast what is reused, from now on. calls: network calls of the run.
 
         Raises ValueError where the method cannot.
         """
         raise ValueError("--forecast is not for the other caching options")
-
-    def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse a run that what was fitted was not made for; settings that are not known yet may be left out.
-
-        Raises ValueError that says what differs.
-        """
 
     def check_network(self, channels: Mapping[Hashable, int]) -> None:
         """Refuse a U-Net that lacks what is cached, or has another number of channels there. Raises ValueError.
@@ -79,8 +64,8 @@ class Planned:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """The options of one method; subclasses add their fields by `option`. title: what --help calls their group."""
-    title: ClassVar[str] = "caching"
+    """The options of one method; subclasses add their fields by `option`."""
+    title: ClassVar[str] = "caching"    # what --help calls their group
 
     def sampling(self) -> Mapping[str, Any]:
         """Settings of the sampler (sampler, steps, timesteps) that a run has unless its user says others.
@@ -89,9 +74,9 @@ class MethodOptions:
         """
         return {}
 
-    def planned(self, shape: RunShape, before: Sequence[Planned]) -> Planned | None:
-        """Check the options against a run; None where they ask for nothing.
+    def bind(self, shape: RunShape, others: Sequence[Method]) -> Method | None:
+        """The method in a run; None where the options ask for nothing.
 
-        before: what the methods ahead of it do in the same run. Raises ValueError.
+        others: the methods ahead of it in the same run. Raises ValueError for options that cannot be.
         """
         raise NotImplementedError

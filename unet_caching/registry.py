@@ -1,7 +1,7 @@
 """The registry of caching methods.
 
 A method that is listed here can be reached from the sample commands, MACs, throughput, sweeps, tables, graphs and
-diffusers pipelines: all of them go by the fields of its options and by its `Planned` (unet_caching/options.py).
+diffusers pipelines: all of them go by the fields of its options and by its `Method` (unet_caching/options.py).
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -10,26 +10,26 @@ from typing import Any, TypeVar
 
 import torch
 
-from unet_caching.files.block_schedule import BlockCachingOptions
-from unet_caching.files.plan_file import PlanOptions
 from unet_caching.keep import Keep, joined
 from unet_caching.methods.adaptive import AdaptiveOptions
+from unet_caching.methods.block_caching import BlockCachingOptions
 from unet_caching.methods.clockwork import ClockworkOptions
 from unet_caching.methods.deepcache import DeepCacheOptions
-from unet_caching.methods.forecast_options import ForecastOptions
+from unet_caching.methods.forecast import ForecastOptions
 from unet_caching.methods.output import OutputOptions
-from unet_caching.options import MethodOptions, Planned, RunShape
+from unet_caching.methods.plan import PlanOptions
+from unet_caching.options import Method, MethodOptions, RunShape
 from unet_caching.policy import Policy
 
 METHODS: tuple[type[MethodOptions], ...] = (DeepCacheOptions, BlockCachingOptions, PlanOptions, ClockworkOptions,
                                             AdaptiveOptions, OutputOptions, ForecastOptions)
-Kind = TypeVar("Kind", bound=Planned)
+Kind = TypeVar("Kind", bound=Method)
 
 
 @dataclass(frozen=True)
-class CachePlan:
-    """The methods of one run, checked against it; a run without any does not cache."""
-    methods: tuple[Planned, ...] = ()
+class Methods:
+    """The methods of one run; a run without any does not cache."""
+    methods: tuple[Method, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.methods)
@@ -51,12 +51,13 @@ class CachePlan:
         return joined(*(policy for policy in policies if isinstance(policy, Keep)))     # others run alone
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Let every method check the settings of the run (`Planned.check`). Raises ValueError."""
+        """Refuse a run that what was fitted was not made for (`Fitted.check`). Raises ValueError."""
         for method in self.methods:
-            method.check(settings)
+            for file in method.files:
+                file.check(settings)
 
     def check_network(self, channels: Mapping[Hashable, int]) -> None:
-        """Let every method check what the U-Net has (`Planned.check_network`). Raises ValueError."""
+        """Let every method check what the U-Net has (`Method.check_network`). Raises ValueError."""
         for method in self.methods:
             method.check_network(channels)
 
@@ -65,19 +66,19 @@ class CachePlan:
         return next((method for method in self.methods if isinstance(method, kind)), None)
 
 
-def plan(options: Sequence[MethodOptions], shape: RunShape) -> CachePlan:
-    """Check the options of several methods against a run. Raises ValueError."""
-    found: list[Planned] = []
+def bind(options: Sequence[MethodOptions], shape: RunShape) -> Methods:
+    """The methods that options ask for in a run. Raises ValueError for options that do not go together."""
+    found: list[Method] = []
     for one in sorted(options, key=lambda one: METHODS.index(type(one))):
-        planned = one.planned(shape, found)
-        if planned is not None:
-            found.append(planned)
-    return CachePlan(tuple(found))
+        method = one.bind(shape, found)
+        if method is not None:
+            found.append(method)
+    return Methods(tuple(found))
 
 
-def options_by_name(given: Mapping[str, Any]) -> list[MethodOptions]:
+def options_by_name(values: Mapping[str, Any]) -> list[MethodOptions]:
     """The options of all methods, from some of them by name. Raises ValueError for a name that no method has."""
-    left = dict(given)
+    left = dict(values)
     found = [method(**{one.name: left.pop(one.name) for one in fields(method) if one.name in left})
              for method in METHODS]
     if left:

@@ -8,7 +8,7 @@ from eval.cost import bk_sdm
 from eval.cost.macs import Costs, Macs, costs, mean
 from run.families import example_inputs
 from run.spec import Run
-from unet_caching.methods.deepcache import PlannedDeepCache
+from unet_caching.methods.deepcache import DeepCacheMethod
 
 _COUNTED: WeakKeyDictionary[nn.Module, Costs] = WeakKeyDictionary()
 
@@ -56,4 +56,4 @@ def in_full_calls(run: Run) -> float:
 
 def told_by_steps(run: Run) -> bool:
     """Whether the times of DeepCache's steps are those of a run's calls; others are timed run by run."""
-    return all(isinstance(method, PlannedDeepCache) for method in run.caching.methods)
+    return all(isinstance(method, DeepCacheMethod) for method in run.caching.methods)

@@ -19,11 +19,11 @@ from eval.cost.macs import Macs
 from eval.cost.runs import call_macs, costs_of
 from run.results import Result
 from run.spec import Run
-from unet_caching.files.block_schedule import PlannedBlocks
-from unet_caching.files.plan_file import PlannedPlan
 from unet_caching.keep import Keep
-from unet_caching.methods.deepcache import PlannedDeepCache
-from unet_caching.methods.forecast_options import PlannedForecast
+from unet_caching.methods.block_caching import BlockCachingMethod
+from unet_caching.methods.deepcache import DeepCacheMethod
+from unet_caching.methods.forecast import ForecastMethod
+from unet_caching.methods.plan import PlanMethod
 from unet_caching.nest import Network, no_cache
 
 Name = TypeVar("Name", bound=Hashable)
@@ -91,7 +91,7 @@ class Kind(NamedTuple):
 
 def kinds_of(run: Run) -> list[Kind]:
     """The kind of every network call of an image."""
-    plan = run.caching.of(PlannedPlan)
+    plan = run.caching.of(PlanMethod)
     order = run.caching.settings.get("forecast", {}).get("order", 0)
     orders = [len(call.damping) for call in plan.plan.calls] if plan else [order] * run.calls
     return [Kind(tuple(sorted(map(str, keys))), order if keys else 0)
@@ -136,7 +136,7 @@ def time_runs(runs: Sequence[Run], network: Network, inputs: Sequence[Tensor], r
 def told_by_kinds(run: Run) -> bool:
     """Whether all that its calls do is to reuse and to forecast, so that calls of one kind take the same time in all
     runs. Scale-shift belongs to it: on Stable Diffusion v1.5 it added 0.005 %."""
-    plain = PlannedDeepCache, PlannedBlocks, PlannedPlan, PlannedForecast
+    plain = DeepCacheMethod, BlockCachingMethod, PlanMethod, ForecastMethod
     return all(isinstance(method, plain) for method in run.caching.methods)
 
 

@@ -25,14 +25,12 @@ from eval.cost.runs import costs_of
 from eval.metrics.intervals import mean_estimate
 from lab.fit.fit import Fit, batches, evenly, with_file
 from lab.fit.meters import changes_of
-from run.files import write_json
 from run.image_model import ImageModel
 from run.results import Metric
 from run.seeds import format_seeds
 from unet_caching.errors import UserError
-from unet_caching.files.fitted import bound
 from unet_caching.methods.adaptive import AdaptiveCache, AdaptiveRule
-from unet_caching.methods.block_cache import outside, residual_names
+from unet_caching.methods.block_caching import outside, residual_names
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.options import option, required
 from unet_caching.policy import Policy
@@ -93,7 +91,7 @@ def full_on(model: ImageModel, policy: AdaptiveCache, seeds: list[int], batch_si
 def spent_on(model: ImageModel, rule: AdaptiveRule, seeds: list[int], batch_size: int) -> np.ndarray:
     """What the rule costs each seed, in full calls, as it comes out: float64 [seeds]."""
     share = full_on(model, rule.policy(), seeds, batch_size).mean(0)        # of the rows of a seed, by call
-    return (share + rule.measured["cached call"] * (1 - share)).sum(1)
+    return (share + rule.notes["cached call"] * (1 - share)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -134,21 +132,21 @@ class AdaptiveFit(Fit):
         threshold, full = settled(lambda wanted: round(threshold_for(inputs * factors, wanted), 6), run, full_calls)
         counts = full.sum(-1)
         typical = full.reshape(-1, total)[np.abs(counts - counts.mean()).argmin()]
-        return AdaptiveRule(bound(model.settings | {"fingerprint": model.run.fingerprint}), branch, watched, factors,
+        return AdaptiveRule(model.run.made_for(model.settings["checkpoint_sha256"]), branch, watched, factors,
                             threshold, np.flatnonzero(typical).tolist(),
-                            {"seeds": format_seeds(seeds), "budget": self.calls, "cached call": ratio,
-                             "full calls": float(counts.mean())})
+                            notes={"seeds": format_seeds(seeds), "budget": self.calls, "cached call": ratio,
+                                   "full calls": float(counts.mean())})
 
     def measure(self, model: ImageModel, made: AdaptiveRule, seeds: list[int], batch_size: int) -> dict[str, Metric]:
         """What the rule costs, which is only known when it has run."""
         spent = spent_on(model, made, seeds, batch_size)
-        made.measured |= {"held_out_seeds": format_seeds(seeds), "spent": {
+        made.notes |= {"held_out_seeds": format_seeds(seeds), "spent": {
             "mean": float(spent.mean()), "least": float(spent.min()), "most": float(spent.max())}}
         return {"full calls, as it came out": Metric.of(mean_estimate(spent))}
 
     def write(self, made: AdaptiveRule, path: Path) -> dict[str, Any]:
-        write_json(path, made.to_json())
-        return made.measured
+        made.save(path)
+        return made.notes
 
     def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:
         made = AdaptiveRule.load(path)

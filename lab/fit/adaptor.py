@@ -21,10 +21,8 @@ from lab.fit.fit import Fit, check_float32, embeddings, own_unet, training_batch
 from lab.fit.teacher import OnRunsPath, Values
 from run.image_model import ImageModel
 from run.seeds import format_seeds
-from run.weights import save_tensors
 from unet_caching.errors import UserError
-from unet_caching.methods.adaptor import ROWS, Adaptor, AdaptorFile
-from unet_caching.methods.clockwork import Clockwork, PlannedClockwork
+from unet_caching.methods.clockwork import ROWS, Adaptor, AdaptorFile, Clockwork, ClockworkMethod
 from unet_caching.nest import Network
 from unet_caching.options import option
 from unet_caching.policy import Policy
@@ -104,14 +102,14 @@ class AdaptorFit(Fit):
     def check(self, model: ImageModel) -> None:
         if not self.lr > 0:
             raise UserError(f"--lr must be above 0, got {self.lr:g}")
-        clockwork = model.run.caching.of(PlannedClockwork)
+        clockwork = model.run.caching.of(ClockworkMethod)
         if clockwork is None or clockwork.adaptor is not None or len(model.run.caching.methods) > 1:
             raise UserError("what is trained is the adaptor of a clock: give --clock, and neither --adaptor nor other "
                             "caching options")
         check_float32(model)
 
     def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> AdaptorFile:
-        clockwork = model.run.caching.of(PlannedClockwork)
+        clockwork = model.run.caching.of(ClockworkMethod)
         assert clockwork is not None
         channels = positions(model.run.asked)[clockwork.branch].shape[1]
         torch.manual_seed(0)                    # the inner convolution starts at random
@@ -125,11 +123,11 @@ class AdaptorFit(Fit):
                  "iterations": len(training.losses), "parameters": sum(value.numel() for value in weights.values()),
                  "loss, last third": sum(loss for loss, _ in last) / len(last),
                  "loss of the identity there": sum(loss for _, loss in last) / len(last)}
-        return AdaptorFile(model.settings | {"fingerprint": model.run.fingerprint}, clockwork.branch,
-                           clockwork.full_steps, weights, training.table().cpu(), notes)
+        return AdaptorFile(model.run.made_for(model.settings["checkpoint_sha256"]), clockwork.branch,
+                           clockwork.full_steps, tensors={**weights, "table": training.table().cpu()}, notes=notes)
 
     def write(self, made: AdaptorFile, path: Path) -> dict[str, Any]:
-        save_tensors(made.tensors(), path, made.metadata())
+        made.save(path)
         return made.notes
 
     def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:

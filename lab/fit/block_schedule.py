@@ -10,7 +10,7 @@ and draws it.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from eval.cost.macs import Macs, average, schedule_macs
@@ -18,14 +18,11 @@ from eval.cost.runs import costs_of
 from lab.fit.block_plots import schedule_chart
 from lab.fit.changes import BlockChanges
 from lab.fit.fit import check_out
-from run.files import write_json
 from run.seeds import parse_seeds
 from run.spec import RunSpec, SamplerOptions
 from unet_caching.errors import UserError, as_user_error
-from unet_caching.files.block_schedule import BlockSchedule
-from unet_caching.files.fitted import BOUND
-from unet_caching.methods.block_cache import KINDS, outside, residual_names
-from unet_caching.methods.deepcache import DeepCacheOptions, PlannedDeepCache
+from unet_caching.methods.block_caching import KINDS, BlockSchedule, outside, residual_names
+from unet_caching.methods.deepcache import DeepCacheMethod, DeepCacheOptions
 from unet_caching.options import RunShape, option, required
 
 PAPERS_DELTA = 0.5          # of its LDM-512
@@ -56,7 +53,7 @@ class ScheduleMaker:
     level: DeepCache in the same run, if any: only the blocks outside its level have a schedule then.
     """
 
-    def __init__(self, changes: BlockChanges, kinds: str, level: PlannedDeepCache | None = None):
+    def __init__(self, changes: BlockChanges, kinds: str, level: DeepCacheMethod | None = None):
         self.changes, self.kinds = changes, kinds
         self.measured = changes.of_kinds(kinds)
         self.full = self.base = Macs(*changes.macs_full)
@@ -107,9 +104,9 @@ class ScheduleMaker:
     def make(self, delta: float) -> BlockSchedule:
         """The schedule at a threshold. Raises UserError for a negative one."""
         blocks = self.blocks(delta)
-        return BlockSchedule(self.changes.run, self.changes.calls, self.kinds, delta, blocks, self.changes.measured,
-                             schedule_macs(self.full, self.residuals, blocks, self.changes.calls)._asdict(),
-                             self.full._asdict())
+        macs = schedule_macs(self.full, self.residuals, blocks, self.changes.calls)
+        return BlockSchedule(self.changes.made_for, self.changes.calls, self.kinds, delta, blocks, macs._asdict(),
+                             self.full._asdict(), notes=self.changes.notes)
 
 
 @dataclass(frozen=True)
@@ -147,10 +144,10 @@ class Shown:
 def block_schedule(options: Measured, deepcache: DeepCacheOptions) -> None:
     """When each residual is computed: OUT.json and a chart."""
     check_out(options.out, ".json")
-    changes = BlockChanges.load(options.changes)
     with as_user_error():
-        shape = RunShape(changes.run["steps"], changes.calls, len(changes.macs_cached), 0)
-        level = deepcache.planned(shape, ())
+        changes = BlockChanges.load(options.changes)
+        shape = RunShape(changes.made_for["steps"], changes.calls, len(changes.macs_cached), 0)
+        level = deepcache.bind(shape, ())
     if level is not None and deepcache.branch is None:
         raise UserError("--interval needs --branch here")
     maker = ScheduleMaker(changes, options.kinds, level)
@@ -175,11 +172,9 @@ def rhythm(options: Given, sampling: SamplerOptions) -> None:
                         f"{options.computed}")
     with as_user_error():
         blocks = {name: steps for name in residual_names(run.unet, options.kinds)}
-    made_for = {"model": run.config.name, "unet": asdict(run.config.unet), "checkpoint_sha256": None,
-                **sampler.settings}
     macs = schedule_macs(costs.full, {name: costs.values[name] for name in blocks}, blocks, sampler.calls)
-    write(BlockSchedule({key: made_for[key] for key in BOUND}, sampler.calls, options.kinds, None, blocks,
-                        {"rhythm": "given, not measured"}, macs._asdict(), costs.full._asdict()), options.out)
+    write(BlockSchedule(run.made_for(), sampler.calls, options.kinds, None, blocks, macs._asdict(),
+                        costs.full._asdict(), notes={"rhythm": "given, not measured"}), options.out)
 
 
 def show(options: Shown) -> None:
@@ -195,14 +190,14 @@ def show(options: Shown) -> None:
 
 def write(schedule: BlockSchedule, path: Path) -> None:
     """Write a schedule and its chart, and print it."""
-    write_json(path, schedule.to_json())
+    schedule.save(path)
     schedule_chart(schedule.blocks, schedule.calls, path.with_suffix(".png"))
     print("\n".join([*summary(schedule), f"{path} and {path.with_suffix('.png')}"]))
 
 
 def summary(schedule: BlockSchedule) -> Iterable[str]:
     """A schedule as lines of text."""
-    run, calls = schedule.run, schedule.calls
+    run, calls = schedule.made_for, schedule.calls
     computed = sum(map(len, schedule.blocks.values()))
     rule = "given" if schedule.delta is None else f"delta {schedule.delta:.6g}"
     yield f"{run['model']}, {run['sampler']} {run['steps']} steps ({run['timesteps']}), {schedule.kinds} blocks, {rule}"

@@ -6,7 +6,7 @@
 Block Caching's schedules (arXiv 2312.03209) are made of that alone; they need no weights.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,18 +16,14 @@ from eval.cost.runs import costs_of
 from lab.fit.block_plots import change_curves, similarity_maps
 from lab.fit.fit import Fit, batches, own_unet
 from lab.fit.meters import SimilarityMeter, changes_of
-from run.files import write_json
 from run.image_model import ImageModel
 from run.provenance import provenance
 from run.seeds import format_seeds
-from unet_caching.errors import UserError, as_user_error
-from unet_caching.files.fitted import BOUND
-from unet_caching.files.schema import check, read_json
-from unet_caching.methods.block_cache import KINDS
+from unet_caching.errors import UserError
+from unet_caching.files.fitted import Fitted
+from unet_caching.methods.block_caching import KINDS
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.options import option
-
-KIND, FORMAT = "block changes", 1
 
 
 @dataclass
@@ -35,50 +31,31 @@ class Residual:
     """What is known of one residual."""
     kind: str                   # of `KINDS`
     changes: list[float]        # of each call from the one before
-    macs: list[float]           # hook, fc
+    macs: tuple[float, float]   # hook, fc
 
 
 @dataclass
-class BlockChanges:
+class BlockChanges(Fitted):
     """The changes of all residuals of a run, with the MACs of one network call and one row."""
-    run: dict[str, Any]                 # the settings under BOUND
+    kind = "table of block changes"
+    maker = "python -m lab.fit changes"
     calls: int
-    measured: dict[str, Any]            # what the changes come from
-    residuals: dict[str, Residual]      # by name
-    macs_full: list[float]              # of a full call
-    macs_cached: list[list[float]]      # of DeepCache's cached call at each branch
+    residuals: dict[str, Residual]              # by name
+    macs_full: tuple[float, float]              # hook, fc: of a full call
+    macs_cached: list[tuple[float, float]]      # of DeepCache's cached call at each branch
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON, atomically."""
-        write_json(path, {"kind": KIND, "format": FORMAT, **asdict(self)})
-
-    @classmethod
-    def load(cls, path: Path) -> "BlockChanges":
-        """Read a file. Raises UserError where it is missing or damaged."""
-        if not Path(path).is_file():
-            raise UserError(f"no measured changes {path}: python -m lab.fit changes makes them")
-        with as_user_error():
-            content = read_json(path)
-            known = content if isinstance(content, dict) else {}
-            if (known.pop("kind", None), known.pop("format", None)) != (KIND, FORMAT):
-                raise UserError(f"{path} holds no block changes of format {FORMAT}")
-            check(content, cls, path)
-        residuals = {name: Residual(**one) for name, one in content.pop("residuals").items()}
-        changes = cls(**content, residuals=residuals)
-        wrong = [name for name, one in residuals.items() if len(one.changes) != changes.calls or len(one.macs) != 2]
-        if wrong or not all(len(macs) == 2 for macs in (changes.macs_full, *changes.macs_cached)):
-            raise UserError(f"{path} is damaged: it should hold {changes.calls} changes of each residual, and MACs in "
-                            "two conventions")
-        return changes
+    def fault(self) -> str | None:
+        wrong = next((name for name, one in self.residuals.items() if len(one.changes) != self.calls), None)
+        return None if wrong is None else f"{wrong} does not have a change for each of {self.calls} calls"
 
     def of_kinds(self, kinds: str) -> dict[str, list[float]]:
-        """The changes of the residuals of `methods.block_cache.KINDS`. Raises UserError where there are none."""
+        """The changes of the residuals of `methods.block_caching.KINDS`. Raises UserError where there are none."""
         if kinds not in KINDS:
             raise UserError(f"unknown kind of blocks {kinds!r}: choose from {', '.join(KINDS)}")
         wanted = ("transformer", "resnet") if kinds == "all" else (kinds,)
         found = {name: one.changes for name, one in self.residuals.items() if one.kind in wanted}
         if not found:
-            raise UserError(f"{self.run['model']} has no {kinds} blocks that could be cached")
+            raise UserError(f"{self.made_for['model']} has no {kinds} blocks that could be cached")
         return found
 
 
@@ -112,10 +89,10 @@ class ChangesFit(Fit):
         costs = costs_of(model.run)
         cached = [costs.calls(DeepCache(branch, [0]), 2)[1] for branch in branches]
         notes = {"seeds": format_seeds(seeds), "settings": model.settings, "provenance": provenance(model.device)}
-        residuals = {name: Residual(kind, changes[name].double().mean(0).tolist(), list(costs.values[name]))
+        residuals = {name: Residual(kind, changes[name].double().mean(0).tolist(), costs.values[name])
                      for name, kind in kinds.items()}
-        made = BlockChanges({key: model.settings[key] for key in BOUND}, model.sampler.calls, notes, residuals,
-                            list(costs.full), [list(macs) for macs in cached])
+        made = BlockChanges(model.run.made_for(model.settings["checkpoint_sha256"]), model.sampler.calls, residuals,
+                            costs.full, list(cached), notes=notes)
         return Made(made, similar.similarities())
 
     def write(self, made: Made, path: Path) -> dict[str, Any]:
@@ -124,4 +101,4 @@ class ChangesFit(Fit):
             change_curves(made.changes.of_kinds(kind), path.with_name(f"{path.stem}_{kind}.png"))
         if made.similar:
             similarity_maps(made.similar, path.with_name(f"{path.stem}_similarity.png"))
-        return made.changes.measured
+        return made.changes.notes

@@ -38,14 +38,11 @@ from eval.cost.runs import costs_of
 from lab.fit.fit import Fit, check_float32, evenly, frozen, training_batches, with_file
 from lab.fit.teacher import OUTPUT, OnRunsPath, Values
 from run.families import load_unet
-from run.files import write_json
 from run.image_model import ImageModel
 from run.seeds import format_seeds
 from unet_caching.errors import UserError
-from unet_caching.files.block_schedule import BlockSchedule
-from unet_caching.files.fitted import BOUND
 from unet_caching.keep import Keep
-from unet_caching.methods.block_cache import KINDS, residual_names
+from unet_caching.methods.block_caching import KINDS, BlockSchedule, residual_names
 from unet_caching.nest import Network
 from unet_caching.options import option
 from unet_caching.policy import Policy
@@ -254,12 +251,13 @@ class RouterFit(Fit):
                  "batch_size": batch_size, "iterations": len(training.losses), "budget": self.calls,
                  "calls before rounding": round(training.share, 4),
                  "full_calls": macs.hook * budget.calls / costs.full.hook}
-        return BlockSchedule({key: model.settings[key] for key in BOUND}, budget.calls, self.kinds, None, blocks,
-                             {"system": "Learning-to-Cache", "training": notes}, macs._asdict(), costs.full._asdict())
+        return BlockSchedule(model.run.made_for(model.settings["checkpoint_sha256"]), budget.calls, self.kinds, None,
+                             blocks, macs._asdict(), costs.full._asdict(),
+                             notes={"system": "Learning-to-Cache", "training": notes})
 
     def write(self, made: BlockSchedule, path: Path) -> dict[str, Any]:
-        write_json(path, made.to_json())
-        return made.measured["training"]
+        made.save(path)
+        return made.notes["training"]
 
     def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:
         made, budget = BlockSchedule.load(path), self.budget(model)

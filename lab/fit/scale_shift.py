@@ -21,7 +21,7 @@ results/block_caching/study/table.md. The index does matter, by a tenth of the d
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +30,13 @@ from lab.fit.fit import Fit, batches, embeddings, own_unet, training_batches, wi
 from lab.fit.teacher import OnRunsPath, Values
 from run.image_model import ImageModel
 from run.seeds import format_seeds
-from run.weights import save_tensors
 from unet_caching.errors import UserError
-from unet_caching.files.block_schedule import (
-    BlockSchedule,
-    PlannedBlocks,
-    scale_shift_metadata,
-    scale_shift_tensors,
-)
 from unet_caching.keep import Adjustment, Keep
+from unet_caching.methods.block_caching import (
+    BlockCachingMethod,
+    BlockSchedule,
+    ScaleShiftTable,
+)
 from unet_caching.nest import Network
 from unet_caching.options import option
 from unet_caching.policy import Policy
@@ -140,13 +138,6 @@ def best_line(value: Tensor, wanted: Tensor, ridge: float) -> tuple[Tensor, Tens
     return scale, y_mean - scale * x_mean
 
 
-class Made(NamedTuple):
-    """What was learnt."""
-    table: list[Adjustment]
-    schedule: BlockSchedule
-    notes: dict[str, Any]
-
-
 @dataclass(frozen=True)
 class ScaleShiftFit(Fit):
     """The scale and shift of what a block schedule reuses."""
@@ -163,19 +154,21 @@ class ScaleShiftFit(Fit):
     def check(self, model: ImageModel) -> None:
         if not self.lr > 0 or not self.ridge >= 0:
             raise UserError(f"--lr must be above 0 and --ridge 0 or more, got {self.lr:g} and {self.ridge:g}")
-        blocks = model.run.caching.of(PlannedBlocks)
+        blocks = model.run.caching.of(BlockCachingMethod)
         if blocks is None or blocks.table is not None or len(model.run.caching.methods) > 1:
             raise UserError("what is learnt is the scale and shift of a block schedule: give --block-schedule, and "
                             "neither --scale-shift nor other caching options")
         if all(len(steps) == blocks.schedule.calls for steps in blocks.blocks.values()):
             raise UserError("the block schedule computes everything: there is nothing to adjust")
 
-    def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> Made:
-        blocks = model.run.caching.of(PlannedBlocks)
+    def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> ScaleShiftTable:
+        blocks = model.run.caching.of(BlockCachingMethod)
         assert blocks is not None
         learn = self.trained if self.method == "adam" else self.solved
         table, notes = learn(model, blocks.schedule, seeds, batch_size)
-        return Made(table, blocks.schedule, {"method": self.method, "seeds": format_seeds(seeds), **notes})
+        made = ScaleShiftTable.of(table, blocks.schedule)
+        made.notes = {"method": self.method, "seeds": format_seeds(seeds), **notes}
+        return made
 
     def solved(self, model: ImageModel, schedule: BlockSchedule, seeds: list[int], batch_size: int
                ) -> tuple[list[Adjustment], dict[str, Any]]:
@@ -198,9 +191,8 @@ class ScaleShiftFit(Fit):
             model.latents(batch, Keep(schedule.blocks), distiller, report)
         return scale_shift.table(emb), {"lr": self.lr, "batch_size": batch_size, "iterations": len(distiller.losses)}
 
-    def write(self, made: Made, path: Path) -> dict[str, Any]:
-        tensors = scale_shift_tensors(made.table, made.schedule)
-        save_tensors(tensors, path, scale_shift_metadata(made.schedule, made.notes))
+    def write(self, made: ScaleShiftTable, path: Path) -> dict[str, Any]:
+        made.save(path)
         return made.notes
 
     def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:

@@ -8,46 +8,41 @@ cost; docs/planning.md says what is known of how well that does. Nothing is meas
 its guidance may be any. Depths are branches, counted from the outside, which both models must have.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.cost.runs import costs_of
 from lab.fit.fit import check_out
-from run.files import write_json
 from run.spec import Run, RunSpec
 from unet_caching.errors import UserError, as_user_error
-from unet_caching.files.fitted import BOUND
-from unet_caching.files.plan_file import SAMPLING, Plan
-from unet_caching.methods.plan import Call, PlanCache
+from unet_caching.methods.plan import SAMPLING, Call, Plan, PlanCache
 from unet_caching.options import required
 
 
-def bound_plan(run: Run, settings: Mapping[str, Any], calls: Sequence[Call], guidance: list[float] | None,
-               distance: dict[str, Any] | None, notes: dict[str, Any]) -> Plan:
+def bound_plan(run: Run, checkpoint_sha256: str | None, calls: Sequence[Call], guidance: list[float] | None,
+               notes: dict[str, Any]) -> Plan:
     """The plan of these calls for a model.
 
-    run: with the sampler, steps and timesteps of the plan, and without caching. settings: of the model, as far as plans
-    are bound to it (`files.fitted.BOUND`); any weights will do where they do not name some. The rest: see `Plan`.
+    run: with the sampler, steps and timesteps of the plan, and without caching. checkpoint_sha256: of its weights;
+    None: any will do. The rest: see `Plan`.
     """
     costs = costs_of(run)
     of_calls = costs.calls(PlanCache(calls), len(calls))
-    return Plan({**{key: settings.get(key) for key in BOUND}, "fingerprint": run.fingerprint}, guidance, list(calls),
-                {name: sum(getattr(one, name) for one in of_calls) for name in ("hook", "fc")},
-                costs.full._asdict(), distance, notes)
+    macs = {name: sum(getattr(one, name) for one in of_calls) for name in ("hook", "fc")}
+    return Plan(run.made_for(checkpoint_sha256), list(calls), guidance, macs, costs.full._asdict(), notes=notes)
 
 
 def transferred(plan: Plan, config: Path) -> Plan:
     """The plan for the model of a config. Raises UserError where that has too few branches, or no such timesteps."""
-    run = RunSpec.of(config, **{key: plan.run[key] for key in SAMPLING}, eta=None).open()
+    run = RunSpec.of(config, **{key: plan.made_for[key] for key in SAMPLING}, eta=None).open()
     _ = run.sampler
     if plan.deepest >= run.unet.num_branches:
         raise UserError(f"the plan has branch {plan.deepest}, {run.config.name} has branches 0 to "
                         f"{run.unet.num_branches - 1}")
-    settings = {"model": run.config.name, "unet": asdict(run.config.unet), **run.sampler.settings}
-    notes = {**plan.notes, "found_on": plan.run["model"], "found_sha256": plan.sha256}
-    return bound_plan(run, settings, plan.calls, None, None, notes)
+    notes = {**plan.notes, "distance": None, "found_on": plan.made_for["model"], "found_sha256": plan.sha256}
+    return bound_plan(run, None, plan.calls, None, notes)
 
 
 @dataclass(frozen=True)
@@ -63,6 +58,7 @@ def transfer(options: Transfer) -> None:
     with as_user_error():
         plan = Plan.load(options.plan)
     made = transferred(plan, options.config)
-    write_json(options.out, made.to_json())
-    print(f"{options.out}: {made.run['model']}, {made.run['sampler']}, {made.run['steps']} steps, {made.cost:.2f} full "
-          f"calls ({plan.cost:.2f} on {plan.run['model']}); not measured on this model")
+    made.save(options.out)
+    model, sampler, steps = (made.made_for[key] for key in ("model", "sampler", "steps"))
+    print(f"{options.out}: {model}, {sampler}, {steps} steps, {made.cost:.2f} full calls ({plan.cost:.2f} on "
+          f"{plan.made_for['model']}); not measured on this model")

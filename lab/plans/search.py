@@ -37,7 +37,6 @@ from lab.plans.plans import bound_plan
 from lab.plans.tournament import Tournament
 from run import results
 from run.families import Condition, example_inputs, family_named_by
-from run.files import write_json
 from run.image_model import open_model
 from run.machine import Machine
 from run.provenance import provenance
@@ -45,8 +44,8 @@ from run.results import Metric, Result
 from run.seeds import format_seeds, parse_seeds
 from run.spec import NetworkOptions, Run, config_among, parse_run
 from unet_caching.errors import UserError
-from unet_caching.files.plan_file import Plan
 from unet_caching.methods.deepcache import DeepCache
+from unet_caching.methods.plan import Plan
 from unet_caching.options import option, required
 
 SAMPLERS = ("unipc", "dpmpp", "dpmpp3", "deis", "ddim")
@@ -170,9 +169,9 @@ def search(words: Sequence[str]) -> None:
                "candidates": noted(found, tournament.first, prices)}
     results.write(options.out.with_suffix(".search.json"), Result(
         "plan search", own.config.name, judge.run(found[0].sampler, found[0].grid).brief, len(seeds.report), metrics,
-        hashes={"checkpoint": plan.run["checkpoint_sha256"], "plan": plan.sha256}, details=details,
+        hashes={"checkpoint": plan.made_for["checkpoint_sha256"], "plan": plan.sha256}, details=details,
         provenance=provenance(judge.distances.model.device)).stamped(started))
-    write_json(options.out, plan.to_json())
+    plan.save(options.out)
     page.write_page(metrics, found, judge, prices, seeds.report, options.out, words)
     print(f"{len(seeds.report)} seeds that nothing was chosen on; {MEASURED}, 95% intervals:")
     for name, one in metrics.items():
@@ -207,4 +206,4 @@ def plan_of(chosen: Candidate, judge: Judge, metric: Metric, seeds: list[int], n
     guidance = [run.guidance / GUIDANCE_RANGE, run.guidance * GUIDANCE_RANGE] if "guidance" in settings else None
     distance = {"what": MEASURED, "converged": f"{CONVERGED}, {converged.steps} {SPACING} steps",
                 "seeds": format_seeds(seeds), "mean": metric.value, "interval": metric.interval}
-    return bound_plan(run, settings, chosen.calls, guidance, distance, notes)
+    return bound_plan(run, settings["checkpoint_sha256"], chosen.calls, guidance, {**notes, "distance": distance})

@@ -17,7 +17,7 @@ from lab.study.sweep_report import front
 from run.files import write_atomically
 from run.results import Metric
 from run.spec import Run
-from unet_caching.files.plan_file import PlannedPlan
+from unet_caching.methods.plan import PlanMethod
 from unet_caching.samplers.ddim import is_listed
 
 PSNR = "PSNR to converged"
@@ -58,7 +58,7 @@ class Point:
 
 def plan_calls(run: Run) -> Calls | None:
     """What the calls of a plan do; None for other runs."""
-    planned = run.caching.of(PlannedPlan)
+    planned = run.caching.of(PlanMethod)
     if planned is None:
         return None
     shares = [macs.hook / costs_of(run).full.hook for macs in call_macs(run)]
@@ -74,7 +74,7 @@ def kind_of(run: Run) -> str:
         return ", ".join(own)
     cache = run.caching.settings
     if "plan" in cache:
-        plan = run.caching.of(PlannedPlan)
+        plan = run.caching.of(PlanMethod)
         return "plan of another model" if plan is not None and "found_on" in plan.plan.notes else "plan"
     blocks, forecast = cache.get("block_caching"), cache.get("forecast")
     parts = [] if blocks is None else ["blocks, scale-shift" if blocks["scale_shift_sha256"] else "blocks"]

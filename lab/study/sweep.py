@@ -58,7 +58,7 @@ from run.prompts import read_prompts
 from run.settings import read_yaml
 from run.spec import DTYPES, RunSpec, SamplerOptions
 from unet_caching.errors import UserError
-from unet_caching.files.plan_file import SAMPLING
+from unet_caching.methods.plan import SAMPLING
 from unet_caching.registry import METHODS
 
 OTHERS = tuple(name for name, kind in EXTRACTORS.items() if kind is not EffLite0)

@@ -57,7 +57,7 @@ from run.settings import read_yaml
 from run.spec import Run, RunSpec
 from run.weights import sha256
 from unet_caching.errors import UserError
-from unet_caching.methods.adaptive import PlannedAdaptive
+from unet_caching.methods.adaptive import AdaptiveMethod
 
 KIND, MADE = "systems", "fitted file"
 SPENT = "spent"              # in details: what each seed cost, in full network calls, where each image decides
@@ -257,7 +257,7 @@ def run_all(study: Study, place: Place, machine: Machine, runs: Sequence[Run], q
         known = found = convergence.there(run, place.result(run), distances.run, seeds)
         if found is None:
             found = replace(convergence.measured(run, distances, seeds), kind=KIND)
-        if (adaptive := run.caching.of(PlannedAdaptive)) and SPENT not in found.details:
+        if (adaptive := run.caching.of(AdaptiveMethod)) and SPENT not in found.details:
             spent = spent_on(distances.on(run), adaptive.rule, seeds, machine.batch_size).round(4).tolist()
             found = replace(found, details=found.details | {SPENT: spent})
         if not quick and KID not in found.metrics and (by := arm.measured() or judge(arm, whole)):
@@ -288,8 +288,8 @@ def brief(found: Result) -> dict[str, Any]:
 
 def cost_of(run: Run) -> float:
     """Of an image, in full network calls; where each image decides, its mean on held-out seeds."""
-    adaptive = run.caching.of(PlannedAdaptive)
-    found = adaptive.rule.measured.get("spent") if adaptive else None
+    adaptive = run.caching.of(AdaptiveMethod)
+    found = adaptive.rule.notes.get("spent") if adaptive else None
     return found["mean"] if found else in_full_calls(run)
 
 

@@ -1,97 +1,163 @@
-"""Files of what was fitted to the runs of one model: they say which runs, and are refused by any other."""
+"""Files of what was fitted to the runs of one model. They say which runs, and are refused by any other.
+
+JSON where there are no tensors, safetensors otherwise, with the same in their metadata: `kind`, `format`, `made_for`,
+`values`, `notes`, and the digest of all but the notes. Errors are ValueErrors here, which say what was wrong with which
+file.
+"""
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from unet_caching.files.schema import check, read_json
+from unet_caching.files.schema import build, check, parse_json, read_json, readable
 
-SignedFile = TypeVar("SignedFile", bound="Signed")
-TensorFile = TypeVar("TensorFile")
-
-# What of a run's settings a fitted file is made for. Guidance, prompts and number format may differ: it is measured
-# over many images, and small changes of the trajectory move it little.
-BOUND = ("model", "unet", "checkpoint_sha256", "sampler", "steps", "timesteps")
+FORMAT = 2
+Kind = TypeVar("Kind", bound="Fitted")
 
 
-def bound(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's settings a file is made for: those under BOUND, and the U-Net's `fingerprint` where it is known.
+@dataclass
+class Fitted:
+    """What was fitted to the runs of one model. Kinds of it are dataclasses, whose own fields decide what runs do; one
+    that is None by default is left out of files and digests while it is None.
     """
-    return {key: run[key] for key in (*BOUND, "fingerprint") if key in BOUND or key in run}
-
-
-class Signed(Protocol):
-    """A dataclass that is kept as JSON, with the digest of what decides the pixels. run: the settings under BOUND."""
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-    run: dict[str, Any]
+    kind: ClassVar[str]                     # what messages call it
+    maker: ClassVar[str]                    # the command that makes one
+    has_tensors: ClassVar[bool] = False
+    made_for: dict[str, Any]                # the settings under `MadeFor`
+    tensors: dict[str, Tensor] = field(default_factory=dict, kw_only=True)      # float32; in files half precision
+    notes: dict[str, Any] = field(default_factory=dict, kw_only=True)           # how it came about
+    known_as: str | None = field(default=None, kw_only=True)    # its sha256 in an earlier format, which runs recorded
 
     @property
-    def sha256(self) -> str: ...
+    def sha256(self) -> str:
+        """By which runs know it: the digest of what decides what they do."""
+        return self.known_as or self._digest()
+
+    def _values(self) -> dict[str, Any]:
+        values = asdict(replace(self, tensors={}))
+        optional = {one.name for one in fields(self) if one.default is None}
+        return {name: value for name, value in values.items()
+                if name not in _COMMON and not (value is None and name in optional)}
+
+    def _digest(self) -> str:
+        content = [self.kind, self.made_for, self._values(), self.known_as,
+                   {name: hashlib.sha256(_half(value).numpy().tobytes()).hexdigest()
+                    for name, value in self.tensors.items()}]
+        numbers = json.loads(json.dumps(content), parse_int=float)      # 5 and 5.0 are one
+        return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: Path | str) -> None:
+        """Write a file: whole, or not at all."""
+        about = {"kind": self.kind, "format": FORMAT, "sha256": self._digest(), "made_for": self.made_for,
+                 "values": self._values(), "notes": self.notes,
+                 **({} if self.known_as is None else {"known_as": self.known_as})}
+        content = f"{readable(about)}\n".encode()
+        if self.has_tensors:
+            halves = {name: _half(value) for name, value in self.tensors.items()}
+            content = save(halves, {"fitted": json.dumps(about)})
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"{path} is no regular file: nothing is written there; name another")
+        temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls: type[Kind], path: Path | str) -> Kind:
+        """Read a file. Raises ValueError where it is missing, damaged, changed by hand or of another kind."""
+        if not Path(path).is_file():
+            raise ValueError(f"no {cls.kind} {path}: {cls.maker} makes one")
+        about, tensors = _tensors(path) if cls.has_tensors else (read_json(path), {})
+        if not isinstance(about, dict) or (about.get("kind"), about.get("format")) != (cls.kind, FORMAT):
+            raise ValueError(f"{path} is no {cls.kind} of format {FORMAT}: {cls.maker} makes one")
+        check(about, _File, path)
+        if both := about["values"].keys() & _COMMON:
+            raise ValueError(f"{path} is damaged: it has an unknown key {min(both)}")
+        content = {**about["values"], "made_for": about["made_for"], "notes": about["notes"],
+                   "known_as": about.get("known_as")}
+        check(content, cls, path)
+        found = replace(build(content, cls), tensors=tensors)
+        if (fault := found.fault()) is not None:
+            raise ValueError(f"{path} is damaged: {fault}")
+        if about["sha256"] != found._digest():
+            raise ValueError(f"{path} has been changed since it was made: its sha256 does not fit")
+        return found
+
+    def fault(self) -> str | None:
+        """What is wrong with it, beyond what types say; None where nothing is."""
+        return None if all(value.isfinite().all() for value in self.tensors.values()) else "its numbers are not finite"
+
+    def bounds(self) -> dict[str, Any]:
+        """The settings of the runs that it is for."""
+        return self.made_for
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a run of other settings than it was made for; those not known yet may be left out.
+
+        Raises ValueError that says what differs.
+        """
+        bounds = self.bounds()
+        differing = [key for key, value in bounds.items()
+                     if key in settings and value != settings[key] and value is not None]
+        if differing:
+            shown = (f"the U-Net of {bounds['model']} there, another here" if key in ("unet", "fingerprint") else
+                     f"{key} {bounds[key]} there, {settings[key]} here" for key in differing)
+            raise ValueError(f"the {self.kind} was made for another run: {'; '.join(dict.fromkeys(shown))}")
 
 
-def read_signed(cls: type[SignedFile], path: Path, kind: str, number: int, program: str) -> SignedFile:
-    """Read a JSON file of a kind and format. program: which makes one.
-
-    Raises ValueError where it is missing, damaged, changed by hand, or does not say which runs it was made for.
+@dataclass
+class MadeFor:
+    """What of a run's settings a file is made for. Guidance, prompts and number format may differ: what is fitted is
+    measured over many images, and small changes of the trajectory move it little.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"no {kind} {path}: python -m {program} makes one")
-    content = read_json(path)
-    if not isinstance(content, dict) or (content.get("kind"), content.get("format")) != (kind, number):
-        raise ValueError(f"{path} is no {kind} of format {number}")
-    values = {key: value for key, value in content.items() if key not in ("kind", "format", "sha256")}
-    check(values, cls, path)
-    found = cls(**values)
-    if content.get("sha256") != found.sha256:
-        raise ValueError(f"{path} has been changed since it was made: its sha256 does not fit")
-    check_bound(found.run, path)
-    return found
+    model: str
+    unet: dict
+    checkpoint_sha256: str | None       # None: any weights
+    sampler: str
+    steps: int
+    timesteps: str
+    fingerprint: str | None = None      # of the U-Net, by which pipelines know it; None where it was not known
 
 
-def read_tensors(path: Path, kind: str, number: str, make: Callable[[dict, dict, dict[str, Tensor]], TensorFile]
-                 ) -> TensorFile:
-    """Read a safetensors file of a kind and format. make(made_for, notes, tensors): float32 tensors, by name.
+@dataclass
+class _File:
+    """What is in a file beside tensors."""
+    kind: str
+    format: int
+    sha256: str
+    made_for: MadeFor
+    values: dict
+    notes: dict
+    known_as: str | None = None
 
-    Raises ValueError where it is damaged, of another kind, or does not say which runs it was made for.
-    """
+
+_COMMON = {one.name for one in fields(Fitted)}
+
+
+def _half(value: Tensor) -> Tensor:
+    """As it is in files, where the error is far below that of what it stands for."""
+    return value.detach().cpu().half().contiguous()
+
+
+def _tensors(path: Path | str) -> tuple[Any, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            if (about.get("kind"), about.get("format")) != (kind, number):
-                raise ValueError(f"{path} holds no {kind} of format {number}")
+            about = (file.metadata() or {}).get("fitted", "{}")
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}     # noqa: SIM118  it is no dict
-        made_for = json.loads(about["made_for"])
-        found = make(made_for, json.loads(about["notes"]), tensors)
-        check_bound(made_for["run"], path)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
-    return found
-
-
-def check_bound(run: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError for a file that does not say which runs it was made for."""
-    if missing := [key for key in BOUND if key not in run]:
-        raise ValueError(f"{path} does not say for which {', '.join(missing)} it was made")
-
-
-def refuse_other_run(what: str, made_for: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse a run of other settings than a file was made for; those not known yet may be left out.
-
-    what: how the message begins, "the block schedule was made". made_for: the settings under BOUND, and more; a
-    checkpoint_sha256 of None stands for any weights. Raises ValueError that says what differs.
-    """
-    differing = [key for key in made_for if key in settings and made_for[key] != settings[key]
-                 and not (key == "checkpoint_sha256" and made_for[key] is None)]
-    if differing:
-        shown = ("unet differs" if key in ("unet", "fingerprint") else
-                 f"{key} {made_for[key]} there, {settings[key]} here" for key in differing)
-        raise ValueError(f"{what} for another run: {'; '.join(shown)}")
+    return parse_json(about, path), tensors
 
 
 def fingerprint(unet: nn.Module, in_channels: int, context: int | None) -> str:
@@ -104,9 +170,3 @@ def fingerprint(unet: nn.Module, in_channels: int, context: int | None) -> str:
     layers = Counter(module.normalized_shape[0] for module in unet.modules() if isinstance(module, nn.LayerNorm))
     content = [in_channels, context, sorted(groups.items()), sorted(layers.items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def file_sha256(path: Path) -> str:
-    """The hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,6 +5,7 @@ Errors name the key and what would be right; they are ValueErrors here.
 
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false",
                           Path: "a path", dict: "keys with values", list: "a list", tuple: "a list",
                           types.NoneType: "null"}
+_NUMBERS = re.compile(r"\[\s+(-?\d[\d.e+-]*(?:,\s+-?\d[\d.e+-]*)*)\s+\]")
 Built = TypeVar("Built")
 
 
@@ -26,21 +28,33 @@ class AtLeast(NamedTuple):
 def read_json(path: Path | str) -> Any:
     """What a JSON file holds. Raises ValueError, naming it, for one that is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_json(text, path)
+
+
+def parse_json(text: str | bytes, path: Path | str) -> Any:
+    """What JSON in a file stands for. Raises ValueError, naming the file, where it is damaged."""
+    try:
+        return json.loads(text)
     except RecursionError:
         raise ValueError(f"{path} is damaged: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
+def readable(content: object) -> str:
+    """JSON, with lists of numbers on one line each."""
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(content, indent=1))
+
+
 def fault(value: object, wanted: Any, where: str = "") -> str | None:
     """What is wrong with a value from a JSON file, with the place of it; None where it is of a type.
 
-    wanted: a type of JSON's values, list[...], tuple[a, b], dict[str, ...], a union, Annotated[..., AtLeast(n)], Path
-    (text), or a dataclass, whose keys must be its fields. Numbers must be finite. where: what the value is, for the
-    message.
+    wanted: a type of JSON's values, list[...], tuple[a, b], tuple[a, ...], dict[str, ...], a union, Annotated[...,
+    AtLeast(n)], Path (text), or a dataclass, whose keys must be its fields. Numbers must be finite. where: what the
+    value is, for the message.
     """
     return next(_faults(value, wanted, where), None)
 
@@ -71,7 +85,7 @@ def _built(value: Any, wanted: Any) -> Any:
     if origin is list:
         return [_built(one, args[0]) for one in value]
     if origin is tuple:
-        return tuple(map(_built, value, args))
+        return tuple(map(_built, value, args[:1] * len(value) if ... in args else args))
     if origin is dict:
         return {key: _built(one, args[1]) for key, one in value.items()}
     return wanted(value) if wanted in (float, Path) else value
@@ -95,12 +109,15 @@ def _faults(value: object, wanted: Any, where: str) -> Iterator[str]:
             yield f"{_named(where)} is {value} and should be {args[1].value} or more"
     elif is_dataclass(wanted):
         yield from _of_dataclass(value, wanted, where)
-    elif not _is(value, origin or wanted) or (origin is tuple and len(typing.cast(list, value)) != len(args)):
+    elif not _is(value, origin or wanted):
         yield _said(value, wanted, where)
-    elif origin is tuple:
+    elif origin is tuple and ... not in args:
+        if len(typing.cast(list, value)) != len(args):
+            yield _said(value, wanted, where)
+            return
         for i, (one, kind) in enumerate(zip(typing.cast(list, value), args, strict=True)):
             yield from _faults(one, kind, f"{where}[{i}]")
-    elif origin is list:
+    elif origin in (list, tuple):
         for i, one in enumerate(typing.cast(list, value)):
             yield from _faults(one, args[0], f"{where}[{i}]")
     elif origin is dict:
@@ -150,6 +167,6 @@ def _words(wanted: Any) -> str:
         return " or ".join(map(_words, args))
     if origin is typing.Annotated:
         return _words(args[0])
-    if origin is tuple:
+    if origin is tuple and ... not in args:
         return f"a list of {len(args)}"
     return "keys with values" if is_dataclass(wanted) else _WORDS[origin or wanted]

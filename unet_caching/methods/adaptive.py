@@ -11,76 +11,47 @@ batched with. A call of a batch runs the whole U-Net as soon as one of its rows 
 own feature: the rule saves time in batches of few images. What it costs is only known when it has run; before, costs
 are those of the calibration run that is nearest to their mean (`typical`).
 
-A file (JSON) belongs to one model, sampler and number of steps, and is refused by any other run.
+A rule belongs to one model, sampler and number of steps.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from unet_caching.files.fitted import bound, read_signed, refuse_other_run
+from unet_caching.files.fitted import Fitted
 from unet_caching.files.schema import AtLeast
-from unet_caching.methods.block_cache import outside
-from unet_caching.options import MethodOptions, Planned, RunShape, option
+from unet_caching.methods.block_caching import outside
+from unet_caching.options import Method, MethodOptions, RunShape, option
 from unet_caching.policy import Policy
-
-KIND, FORMAT = "adaptive rule", 1
 
 
 @dataclass
-class AdaptiveRule:
-    """When an image computes its deep feature, and where that comes from.
+class AdaptiveRule(Fitted):
+    """When an image computes its deep feature."""
+    kind = "adaptive rule"
+    maker = "python -m lab.fit adaptive"
+    branch: Annotated[int, AtLeast(0)]                  # the skip whose inner level is cached
+    watched: str                                        # the residual that is watched, by name
+    factors: list[Annotated[float, AtLeast(0)]]         # of each call, how much more the feature changes than that
+    threshold: Annotated[float, AtLeast(0)]             # of the sum of changes
+    typical: list[int]              # the full steps of the calibration run that is nearest to their mean
 
-    run: the settings of `files.fitted.bound`. branch: the skip whose inner level is cached. watched: the residual
-    that is watched, by name. factors: of each network call, how many times as much the feature changes as what is
-    watched. threshold: of the sum of changes. typical: the full steps of the calibration run that is nearest to their
-    mean. measured: what it comes from, and the budget as it came out.
-    """
-    run: dict
-    branch: Annotated[int, AtLeast(0)]
-    watched: str
-    factors: list[float]
-    threshold: Annotated[float, AtLeast(0)]
-    typical: list[int]
-    measured: dict
-
-    @property
-    def sha256(self) -> str:
-        """The digest of what decides the pixels."""
-        content = {key: value for key, value in asdict(self).items() if key != "measured"}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def to_json(self) -> dict[str, Any]:
-        """What `load` reads."""
-        return {"kind": KIND, "format": FORMAT, "sha256": self.sha256, **asdict(self)}
-
-    @classmethod
-    def load(cls, path: Path) -> "AdaptiveRule":
-        """Read a file. Raises ValueError where it is missing, damaged or changed by hand."""
-        rule = read_signed(cls, path, KIND, FORMAT, "lab.fit adaptive")
-        typical, calls = rule.typical, len(rule.factors)
+    def fault(self) -> str | None:
+        typical, calls = self.typical, len(self.factors)
         if typical != sorted(set(typical)) or typical[:1] != [0] or typical[-1] >= calls:
-            raise ValueError(f"{path}: its typical full steps must ascend from 0 and stay below {calls}, got {typical}")
-        if not all(factor >= 0 for factor in rule.factors):
-            raise ValueError(f"{path}: its factors must be 0 or more")
-        return rule
+            return f"its typical full steps must ascend from 0 and stay below {calls}, got {typical}"
+        return None
+
+    def bounds(self) -> dict[str, Any]:
+        return {**self.made_for, "calls": len(self.factors)}
 
     def policy(self) -> "AdaptiveCache":
         """A fresh cache that decides by it."""
         return AdaptiveCache(self.branch, self.watched, self.factors, self.threshold, self.typical)
-
-    def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse a run of other settings than it was calibrated on; those not known yet may be left out.
-
-        Raises ValueError that says what differs.
-        """
-        refuse_other_run("the adaptive rule was calibrated", bound(self.run), settings)
 
 
 class AdaptiveCache(Policy):
@@ -170,14 +141,13 @@ def relative_change(value: Tensor, previous: Tensor) -> Tensor:
     return torch.where(change == 0, 0.0, change / size)
 
 
-class PlannedAdaptive(Planned):
+class AdaptiveMethod(Method):
     """An adaptive rule in a run."""
-    fitted = True
     system = "adaptive"
     online = True
 
     def __init__(self, rule: AdaptiveRule, file: Path):
-        self.rule = rule
+        self.rule, self.files = rule, (rule,)
         self.settings = {"full_steps": rule.typical, "adaptive": {
             "sha256": rule.sha256, "branch": rule.branch, "threshold": rule.threshold}}
         self.name = [f"adaptive_{Path(file).stem}"]
@@ -185,9 +155,6 @@ class PlannedAdaptive(Planned):
 
     def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> AdaptiveCache:
         return self.rule.policy()
-
-    def check(self, settings: Mapping[str, Any]) -> None:
-        self.rule.check(settings)
 
     def check_network(self, channels: Mapping[Hashable, int]) -> None:
         for key in (self.rule.watched, self.rule.branch):
@@ -202,16 +169,14 @@ class AdaptiveOptions(MethodOptions):
     adaptive: Path | None = option(None, "a rule that lab.fit adaptive made for this model, sampler and "
                                          "number of steps", metavar="FILE")
 
-    def planned(self, shape: RunShape, before: Sequence[Planned]) -> PlannedAdaptive | None:
+    def bind(self, shape: RunShape, others: Sequence[Method]) -> AdaptiveMethod | None:
         if self.adaptive is None:
             return None
-        if before:
+        if others:
             raise ValueError("--adaptive decides itself what is computed: leave out the other caching options")
         rule = AdaptiveRule.load(self.adaptive)
-        rule.check({"steps": shape.steps})
-        if len(rule.factors) != shape.calls:
-            raise ValueError(f"{self.adaptive} is of {len(rule.factors)} network calls, this run makes {shape.calls}")
+        rule.check({"steps": shape.steps, "calls": shape.calls})
         if rule.branch >= shape.num_branches or not outside([rule.watched], shape.num_branches, rule.branch):
             raise ValueError(f"{self.adaptive} was made for another model: {rule.watched} does not run at branch "
                              f"{rule.branch} of {shape.num_branches}")
-        return PlannedAdaptive(rule, self.adaptive)
+        return AdaptiveMethod(rule, self.adaptive)

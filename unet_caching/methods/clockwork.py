@@ -3,7 +3,17 @@ feature.
 
 With the identity as the adaptor it is DeepCache at a deep branch, to the last bit, and the released code has no other
 (github Qualcomm-AI-research/clockwork-diffusion, 12db4b4); there the part ends with its upsampling, which in networks
-of two blocks per level is the level inside skip 2. A learned one (methods/adaptor.py) costs its own convolutions.
+of two blocks per level is the level inside skip 2.
+
+A learned adaptor, which costs its own convolutions, is a bottleneck of two of them on the last feature of that part,
+told the timestep and how old the feature is:
+
+    F -> F + outer(gain * silu(scale * inner(normalised F) + shift))
+
+Scale, shift and gain are of the bottleneck's channels. A linear layer makes them of the timestep embedding while it
+learns; a run of given steps needs one row of them for each network call, and that table is what is kept. The gain grows
+with the age of the feature, in calls. It starts as the identity: `outer` is zero. Its shape, and the age, are ours; the
+paper has residual blocks there that are told the timestep alone.
 """
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -12,27 +22,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from unet_caching.files.fitted import file_sha256
-from unet_caching.methods.adaptor import Adaptor, AdaptorFile
+from unet_caching.files.fitted import Fitted
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.options import MethodOptions, Planned, RunShape, option
+from unet_caching.options import Method, MethodOptions, RunShape, option
 
 BRANCH = 2              # see above
+ROWS = 3                # of the table of an adaptor, for each network call: scale, shift, gain
 # The paper's Stable Diffusion: full steps once in four, in the later part of the run; where that begins is ours.
 PRESETS: Mapping[str, Mapping[str, Any]] = {"stable-diffusion": {"clock": 4, "clock_from": 0.5}}
+
+
+class Adaptor(nn.Module):
+    """Makes the feature of a cached step of the last one: [batch, channels, height, width], and a row of the table,
+    [3, width]. width: channels of the bottleneck. It starts as the identity.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels, affine=False)
+        self.inner = nn.Conv2d(channels, width, 3, padding=1)
+        self.outer = nn.Conv2d(width, channels, 1)
+        for value in self.outer.parameters():
+            nn.init.zeros_(value)
+
+    def forward(self, feature: Tensor, row: Tensor) -> Tensor:
+        scale, shift, gain = row[:, :, None, None]                              # [width, 1, 1] each
+        h = F.silu(self.inner(self.norm(feature)) * scale + shift) * gain       # [batch, width, height, width]
+        return feature + self.outer(h)
 
 
 class Clockwork(DeepCache):
     """DeepCache whose cached steps see its feature through an adaptor.
 
-    adaptor, table: what `methods.adaptor.AdaptorFile` holds, on the network's device; None is the identity.
+    adaptor, table [calls, 3, width]: of `AdaptorFile`, on the network's device; None is the identity.
     `row`: of the table, what the next call is told. The rest is as in `DeepCache`.
     """
 
     def __init__(self, branch: int, full_steps: Collection[int], adaptor: Adaptor | None = None,
-                 table: Sequence[Tensor] | Tensor | None = None):
+                 table: Tensor | None = None):
         super().__init__(branch, full_steps)
         self.adaptor, self.table = adaptor, table
         self.row: Tensor | None = None
@@ -83,28 +113,65 @@ def clocked(calls: int, clock: int, share: float) -> list[int]:
     return [*range(start), *range(start, calls, clock)]
 
 
-class PlannedClockwork(Planned):
+@dataclass
+class AdaptorFile(Fitted):
+    """A trained adaptor. tensors: its weights, and its table [network calls, 3, width]."""
+    kind = "adaptor"
+    maker = "python -m lab.fit adaptor"
+    has_tensors = True
+    branch: int
+    full_steps: list[int]
+
+    @property
+    def table(self) -> Tensor:
+        return self.tensors["table"]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.tensors.items() if name != "table"}
+
+    @property
+    def channels(self) -> int:
+        """Of the feature."""
+        return len(self.tensors["outer.weight"])
+
+    def adaptor(self, device: torch.device | str, dtype: torch.dtype) -> Adaptor:
+        """The module, on a device, with nothing left to train."""
+        made = Adaptor(self.channels, self.table.shape[-1])
+        made.load_state_dict(self.weights)
+        return made.to(device, dtype).eval().requires_grad_(False)
+
+    def bounds(self) -> dict[str, Any]:
+        return {**self.made_for, "branch": self.branch, "full_steps": self.full_steps, "calls": len(self.table)}
+
+    def fault(self) -> str | None:
+        shapes = {name: list(value.shape) for name, value in self.tensors.items()}
+        table, channels = shapes.get("table", []), shapes.get("outer.weight", [0])[0]
+        if len(table) != 3 or table[1] != ROWS or 0 in table:
+            return f"its table is {table} and should be [network calls, {ROWS}, width]"
+        known = Adaptor(channels, table[2]).state_dict().items() if channels else ()
+        wanted = {name: list(value.shape) for name, value in known} | {"table": table}
+        if shapes != wanted:
+            return f"its tensors are {shapes} and should be those of an adaptor, {wanted}"
+        return super().fault()
+
+
+class ClockworkMethod(Method):
     """Clockwork in a run."""
     system = "Clockwork"
 
-    def __init__(self, branch: int, clock: int, share: float, steps: Sequence[int], file: Path | None,
-                 adaptor: AdaptorFile | None):
-        self.branch, self.full_steps, self.adaptor = branch, list(steps), adaptor
-        self.clock, self.share = clock, share
+    def __init__(self, branch: int, clock: int, share: float, full_steps: Sequence[int], file: Path | None):
+        self.branch, self.full_steps = branch, list(full_steps)
+        self.adaptor = None if file is None else AdaptorFile.load(file)
         self.settings = {"full_steps": self.full_steps, "clockwork": {
             "clock": clock, "branch": branch, "from": share,
-            "adaptor_sha256": None if file is None else file_sha256(file)}}
+            "adaptor_sha256": None if self.adaptor is None else self.adaptor.sha256}}
         self.name = [f"clock{clock}", *([f"from{share:g}"] if share else []),
                      *([f"branch{branch}"] if branch != BRANCH else []), *([file.stem] if file is not None else [])]
-        self.summary = f"clock {clock} at branch {branch}, {'a learned' if adaptor else 'the identity as'} adaptor"
-        if adaptor is not None:
-            self.system, self.fitted = "Clockwork, learned", True
+        self.summary = f"clock {clock} at branch {branch}, {'a learned' if self.adaptor else 'the identity as'} adaptor"
+        if self.adaptor is not None:
+            self.system, self.files = "Clockwork, learned", (self.adaptor,)
         self._made: dict[tuple[str, torch.dtype], tuple[Adaptor, Tensor]] = {}
-
-    @classmethod
-    def of_file(cls, identity: "PlannedClockwork", file: Path) -> "PlannedClockwork":
-        """The same run with a learned adaptor. Raises ValueError for one that cannot be read."""
-        return cls(identity.branch, identity.clock, identity.share, identity.full_steps, file, AdaptorFile.load(file))
 
     def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Clockwork:
         if self.adaptor is None:
@@ -113,10 +180,6 @@ class PlannedClockwork(Planned):
         if key not in self._made:
             self._made[key] = self.adaptor.adaptor(device, dtype), self.adaptor.table.to(device, dtype)
         return Clockwork(self.branch, self.full_steps, *self._made[key])
-
-    def check(self, settings: Mapping[str, Any]) -> None:
-        if self.adaptor is not None:
-            self.adaptor.check(settings)
 
     def check_network(self, channels: Mapping[Hashable, int]) -> None:
         there = channels.get(self.branch)
@@ -138,7 +201,7 @@ class ClockworkOptions(MethodOptions):
     adaptor: Path | None = option(None, "a learned adaptor: a file that lab.fit adaptor made for this model, "
                                         "sampler, clock and branch (default: the identity)", metavar="FILE")
 
-    def planned(self, shape: RunShape, before: Sequence[Planned]) -> PlannedClockwork | None:
+    def bind(self, shape: RunShape, others: Sequence[Method]) -> ClockworkMethod | None:
         clock, share = self.clock, self.clock_from
         if self.clock_preset is not None:
             if (clock, share) != (1, 0.0):
@@ -149,13 +212,12 @@ class ClockworkOptions(MethodOptions):
             if self.adaptor is not None or share or self.clock_branch is not None:
                 raise ValueError("--adaptor, --clock-from and --clock-branch need a --clock of 2 or more")
             return None
-        if before:
+        if others:
             raise ValueError("--clock reuses a level in its own way: leave out --interval, --block-schedule and --plan")
         branch = min(BRANCH, shape.num_branches - 1) if self.clock_branch is None else self.clock_branch
         if not 0 <= branch < shape.num_branches:
             raise ValueError(f"--clock-branch must be from 0 to {shape.num_branches - 1} for this model, got {branch}")
-        adaptor = None if self.adaptor is None else AdaptorFile.load(self.adaptor)
-        if adaptor is not None:
-            adaptor.check({"steps": shape.steps})
-            adaptor.check_cache(branch, steps, shape.calls)
-        return PlannedClockwork(branch, clock, share, steps, self.adaptor, adaptor)
+        method = ClockworkMethod(branch, clock, share, steps, self.adaptor)
+        for file in method.files:
+            file.check({"steps": shape.steps, "branch": branch, "full_steps": steps, "calls": shape.calls})
+        return method

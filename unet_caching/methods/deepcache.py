@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unet_caching.forecast import Damping, Forecast, check_order, usable
 from unet_caching.keep import Keep
-from unet_caching.options import MethodOptions, Planned, RunShape, option
+from unet_caching.options import Method, MethodOptions, RunShape, option
 from unet_caching.schedules import RULES, full_steps
 
 
@@ -45,7 +45,7 @@ class ZeroedCache(DeepCache):
         return torch.zeros_like(super().reuse(key))
 
 
-class PlannedDeepCache(Planned):
+class DeepCacheMethod(Method):
     """DeepCache at a branch, with the full steps of a run."""
 
     def __init__(self, options: "DeepCacheOptions", branch: int, steps: Sequence[int], shape: RunShape):
@@ -60,16 +60,16 @@ class PlannedDeepCache(Planned):
                      *([f"branch{branch}"] if branch != shape.branch else []),
                      *(["zeroed"] if options.zero_cache else [])]
         self.summary = f"branch {branch}"
-        self.forecast: tuple[int, Damping] = 0, 1.0
+        self.forecast = Forecast()
 
     def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DeepCache:
-        return self.kind(self.branch, self.full_steps, *self.forecast)
+        return self.kind(self.branch, self.full_steps, self.forecast.order, self.forecast.damping)
 
-    def extrapolate(self, order: int, damping: Damping, calls: int) -> None:
-        if self.settings["zero_cache"]:
+    def extrapolate(self, forecast: Forecast, calls: int) -> None:
+        if self.kind is ZeroedCache:
             raise ValueError("--zero-cache is an ablation of reuse: leave out --forecast")
-        check_order(order, usable(self.full_steps, calls))
-        self.forecast = order, damping
+        check_order(forecast.order, usable(self.full_steps, calls))
+        self.forecast = forecast
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class DeepCacheOptions(MethodOptions):
     power: float | None = option(None, "centered and released-ldm: how quickly they thin out")
     zero_cache: bool = option(False, "ablation of the paper's Table 5: reuse zeros instead of the feature")
 
-    def planned(self, shape: RunShape, before: Sequence[Planned]) -> PlannedDeepCache | None:
+    def bind(self, shape: RunShape, others: Sequence[Method]) -> DeepCacheMethod | None:
         branch = shape.branch if self.branch is None else self.branch
         if not 0 <= branch < shape.num_branches:
             raise ValueError(f"--branch must be from 0 to {shape.num_branches - 1} for this model, got {branch}")
@@ -94,4 +94,4 @@ class DeepCacheOptions(MethodOptions):
                 raise ValueError("--zero-cache needs an --interval of 2 or more: without caching there is nothing to "
                                  "zero")
             return None
-        return PlannedDeepCache(self, branch, steps, shape)
+        return DeepCacheMethod(self, branch, steps, shape)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from unet_caching.forecast import Damping, Forecast, check_order, usable
+from unet_caching.forecast import Forecast, check_order, usable
 from unet_caching.keep import Keep
 from unet_caching.nest import WHOLE
-from unet_caching.options import MethodOptions, Planned, RunShape, option
+from unet_caching.options import Method, MethodOptions, RunShape, option
 from unet_caching.schedules import uniform
 
 
-class PlannedOutput(Planned):
+class OutputMethod(Method):
     """Skipped network calls in a run."""
     system = "whole output"
 
@@ -31,9 +31,9 @@ class PlannedOutput(Planned):
     def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Keep:
         return Keep({WHOLE: self.full_steps}, self.forecast)
 
-    def extrapolate(self, order: int, damping: Damping, calls: int) -> None:
-        check_order(order, usable(self.full_steps, calls))
-        self.forecast = Forecast(order, damping)
+    def extrapolate(self, forecast: Forecast, calls: int) -> None:
+        check_order(forecast.order, usable(self.full_steps, calls))
+        self.forecast = forecast
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class OutputOptions(MethodOptions):
     output_interval: int = option(1, "the network is computed once in so many calls, and its whole output reused, or "
                                      "forecast, on the others; 1 = no caching (default)", metavar="N", least=1)
 
-    def planned(self, shape: RunShape, before: Sequence[Planned]) -> PlannedOutput | None:
+    def bind(self, shape: RunShape, others: Sequence[Method]) -> OutputMethod | None:
         if self.output_interval == 1:
             return None
-        if before:
+        if others:
             raise ValueError("--output-interval skips whole calls: leave out the other caching options")
-        return PlannedOutput(self.output_interval, shape.calls)
+        return OutputMethod(self.output_interval, shape.calls)

@@ -4,23 +4,36 @@ A call computes everything, or the blocks down to some branch b: 0..b of either 
 it was last computed, or as a forecast of that (forecast.py). Calls of different depths may follow each other
 in any order, and several levels are held at once: a call refreshes those levels that it computes, 0..b-1, while those
 from b on stay as they were.
+
+A plan belongs to one model, sampler, number of steps, spacing of timesteps and range of guidance.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
+import torch
+
+from unet_caching.files.fitted import Fitted
+from unet_caching.files.schema import AtLeast
 from unet_caching.forecast import Forecast
 from unet_caching.keep import Keep
+from unet_caching.methods.deepcache import DeepCacheMethod
+from unet_caching.options import Method, MethodOptions, RunShape, option
+
+HIGHEST_ORDER = 3           # a forecast beyond it only amplifies what is not smooth
+SAMPLING = ("sampler", "steps", "timesteps")
 
 
-class Call(NamedTuple):
-    """What one network call does.
-
-    branch: None computes everything; b computes down to skip b and reuses or forecasts the level inside.
-    damping: a weight for each term of the forecast, as many as its order: () is reuse, (1.0,) a line. Terms for which
-    the level has not been computed often enough yet have no effect.
-    """
+@dataclass(frozen=True)
+class Call:
+    """What one network call does."""
+    # None computes everything; b computes down to skip b, and reuses or forecasts the level inside.
     branch: int | None = None
+    # A weight for each term of the forecast, as many as its order: () is reuse, (1.0,) a line. Terms for which the
+    # level has not been computed often enough yet have no effect.
     damping: tuple[float, ...] = ()
 
     def refreshes(self, level: int) -> bool:
@@ -39,6 +52,9 @@ def check_calls(calls: Sequence[Call]) -> None:
             raise ValueError(f"call {step} of the plan: a branch must be 0 or more, got {call.branch}")
         if call.branch is None and call.damping:
             raise ValueError(f"call {step} of the plan computes everything: there is nothing to forecast")
+        if len(call.damping) > HIGHEST_ORDER:
+            raise ValueError(f"call {step} of the plan has {len(call.damping)} terms of a forecast, and may have up to "
+                             f"{HIGHEST_ORDER}")
 
 
 class PlanCache(Keep):
@@ -68,3 +84,92 @@ def _forecast(calls: Sequence[Call], level: int) -> Forecast:
     damping = [call.damping if call.branch == level else () for call in calls]
     order = max(map(len, damping))
     return Forecast(order, [[*one, *[0.0] * (order - len(one))] for one in damping])
+
+
+@dataclass
+class Plan(Fitted):
+    """What each network call does, and which runs that was found for."""
+    kind = "plan"
+    maker = "python -m lab.plans search"
+    calls: list[Call]
+    guidance: list[float] | None        # the least and the most that it is taken to hold for; None: the model has none
+    macs: dict[str, Annotated[float, AtLeast(1)]]           # "hook", "fc": of all calls of an image, a row of the batch
+    macs_full: dict[str, Annotated[float, AtLeast(1)]]      # of one call that computes everything
+
+    @property
+    def cost(self) -> float:
+        """Its MACs (hook) in those of full network calls."""
+        return self.macs["hook"] / self.macs_full["hook"]
+
+    @property
+    def deepest(self) -> int:
+        """The deepest branch of its cached calls."""
+        return max((call.branch for call in self.calls if call.branch is not None), default=0)
+
+    def fault(self) -> str | None:
+        try:
+            check_calls(self.calls)
+        except ValueError as error:
+            return str(error)
+        guidance = self.guidance
+        if guidance is not None and not (len(guidance) == 2 and 0 <= guidance[0] <= guidance[1]):
+            return f"guidance is {guidance!r}, and should be the least and the most"
+        wrong = [macs for macs in (self.macs, self.macs_full) if macs.keys() != {"hook", "fc"}]
+        return f"MACs are {wrong[0]!r}, and should be hook and fc" if wrong else super().fault()
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        super().check(settings)
+        guidance = settings.get("guidance")
+        if self.guidance is not None and guidance is not None:
+            least, most = self.guidance
+            if not least <= guidance <= most:
+                raise ValueError(f"the plan was made for another run: guidance {least:g} to {most:g} there, "
+                                 f"{guidance:g} here")
+
+
+class PlanMethod(Method):
+    """A plan in a run."""
+
+    def __init__(self, plan: Plan, file: Path):
+        self.plan, self.files = plan, (plan,)
+        branches = [call.branch for call in plan.calls]
+        self.settings = {"full_steps": [step for step, branch in enumerate(branches) if branch is None],
+                         "plan": {"sha256": plan.sha256, "branches": branches,
+                                  "damping": [list(call.damping) for call in plan.calls]}}
+        self.name = [f"plan_{Path(file).stem}"]
+        cached = Counter(branch for branch in branches if branch is not None)
+        self.summary = (f"a plan of {plan.cost:.2f} full calls ("
+                        + ", ".join([f"{branches.count(None)} full",
+                                     *(f"{n} at branch {branch}" for branch, n in sorted(cached.items()))]) + ")")
+
+    def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> PlanCache:
+        return PlanCache(self.plan.calls)
+
+    def extrapolate(self, forecast: Forecast, calls: int) -> None:
+        raise ValueError("a plan says itself what each call forecasts: leave out --forecast")
+
+
+@dataclass(frozen=True)
+class PlanOptions(MethodOptions):
+    """A plan for all network calls, with the sampler, steps and timesteps that it was made for."""
+    title = "caching (a plan: what each network call computes, found for a budget by lab.plans search)"
+    plan: Path | None = option(None, "a file that was made for this model. Sampler, steps and timesteps are the "
+                                     "plan's, unless given", metavar="FILE")
+
+    def sampling(self) -> Mapping[str, Any]:
+        return {} if self.plan is None else {key: Plan.load(self.plan).made_for[key] for key in SAMPLING}
+
+    def bind(self, shape: RunShape, others: Sequence[Method]) -> PlanMethod | None:
+        if self.plan is None:
+            return None
+        if others:
+            other = "--interval" if isinstance(others[0], DeepCacheMethod) else "--block-schedule"
+            raise ValueError(f"a plan says itself what each call computes: leave out {other}")
+        plan = Plan.load(self.plan)
+        plan.check({"steps": shape.steps})
+        if len(plan.calls) != shape.calls:
+            raise ValueError(f"the plan {self.plan} has {len(plan.calls)} network calls, this run makes {shape.calls}")
+        if plan.deepest >= shape.num_branches:
+            raise ValueError(f"the plan {self.plan} was made for another model: it has branch {plan.deepest}, this one "
+                             f"branches 0 to {shape.num_branches - 1}")
+        return PlanMethod(plan, self.plan)

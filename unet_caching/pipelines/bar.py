@@ -11,18 +11,18 @@ from diffusers import DiffusionPipeline, PNDMScheduler, UNet2DModel
 from torch import nn
 
 from unet_caching.errors import UserError
-from unet_caching.files.block_schedule import PlannedBlocks
 from unet_caching.files.fitted import fingerprint
-from unet_caching.files.plan_file import HIGHEST_ORDER, PlannedPlan
+from unet_caching.methods.block_caching import BlockCachingMethod
 from unet_caching.methods.deepcache import DeepCacheOptions
-from unet_caching.methods.forecast_options import ForecastOptions
+from unet_caching.methods.forecast import ForecastOptions
+from unet_caching.methods.plan import HIGHEST_ORDER, PlanMethod
 from unet_caching.options import MethodOptions, RunShape
 from unet_caching.pipelines.install import check, install, unwrapped
 from unet_caching.pipelines.loop import Loop, num_calls
 from unet_caching.pipelines.parts import num_skips, residual_names
 from unet_caching.pipelines.run import FEW, Run, log
 from unet_caching.pipelines.scheduler import refuse_other_sampling
-from unet_caching.registry import CachePlan, plan
+from unet_caching.registry import Methods, bind
 from unet_caching.samplers.solvers import solver
 
 LONG = 1000     # steps of a run into which all settings fit that any run can have
@@ -72,28 +72,28 @@ class ProgressBar:
                     steps, calls = own["steps"], solver(own["sampler"]).calls(own["steps"])
             if any(getattr(one, name, None) for one in methods for name in ("adaptor", "adaptive")):
                 return                      # they say for how many steps when they are opened
-            self._checked(plan(methods, RunShape(steps, calls, *_branches(unet))), unet)
+            self._checked(bind(methods, RunShape(steps, calls, *_branches(unet))), unet)
 
-    def _plan(self, unet: nn.Module, calls: int) -> CachePlan:
+    def _plan(self, unet: nn.Module, calls: int) -> Methods:
         """What a run of so many network calls caches by. Raises UserError."""
         scheduler = getattr(self.pipe, "scheduler", None)
         plms = isinstance(scheduler, PNDMScheduler) and bool(scheduler.config.skip_prk_steps)
         steps = max(calls - plms, 1)
         with as_options_error(f"this run has {steps} steps: "):
             found = self._checked(self._clipped(RunShape(steps, calls, *_branches(unet))), unet, {"steps": steps})
-        if (own := found.of(PlannedPlan)) is not None:
+        if (own := found.of(PlanMethod)) is not None:
             refuse_other_sampling(own.plan, scheduler)
         if found and calls < FEW:
             self._warn(f"this run has {calls} network calls: there is next to nothing to reuse, and each cached one "
                        "shows")
         return found
 
-    def _clipped(self, shape: RunShape) -> CachePlan:
+    def _clipped(self, shape: RunShape) -> Methods:
         """The plan of a run, with an interval and an order that fit into it. Raises ValueError."""
         order = max(one.forecast for one in self.methods if isinstance(one, ForecastOptions))
         for lower in range(order, -1, -1):
             try:
-                found = plan([_into(one, shape.steps, lower) for one in self.methods], shape)
+                found = bind([_into(one, shape.steps, lower) for one in self.methods], shape)
                 break
             except ValueError:
                 if lower == 0:
@@ -103,14 +103,14 @@ class ProgressBar:
                        + (f"order {lower} is taken" if lower else "values are reused"))
         return found
 
-    def _checked(self, found: CachePlan, unet: Any, settings: Mapping[str, Any] | None = None) -> CachePlan:
+    def _checked(self, found: Methods, unet: Any, settings: Mapping[str, Any] | None = None) -> Methods:
         """A plan that is for this U-Net, and for what is known of the run. Raises ValueError and UserError."""
         settings = dict(settings or {})
-        if any(method.fitted for method in found.methods):
+        if any(method.files for method in found.methods):
             settings["fingerprint"] = fingerprint(unet, unet.config.in_channels,
                                                   getattr(unet.config, "cross_attention_dim", None))
         found.check(settings)
-        blocks = found.of(PlannedBlocks)
+        blocks = found.of(BlockCachingMethod)
         unknown = sorted(blocks.blocks.keys() - set(residual_names(unet))) if blocks else []
         if unknown:
             raise UserError(f"a block schedule for pipelines is of ResNet blocks and transformers: this U-Net has no "

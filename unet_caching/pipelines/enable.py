@@ -35,7 +35,7 @@ from diffusers import DiffusionPipeline
 
 from unet_caching.errors import UserError
 from unet_caching.methods.deepcache import DeepCacheOptions
-from unet_caching.methods.forecast_options import ForecastOptions
+from unet_caching.methods.forecast import ForecastOptions
 from unet_caching.pipelines.bar import ProgressBar, as_options_error
 from unet_caching.pipelines.install import check, install, uninstall, unwrapped
 from unet_caching.pipelines.parts import num_skips

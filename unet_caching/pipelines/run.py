@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.nest import Cache, no_cache
-from unet_caching.options import Planned
+from unet_caching.options import Method
 from unet_caching.pipelines.containers import check_containers
 from unet_caching.pipelines.cost import FULL, Meter
 from unet_caching.pipelines.kinds import prove
 from unet_caching.pipelines.loop import Loop, Timestep
 from unet_caching.pipelines.parts import Caching, residual_names
 from unet_caching.policy import Policy
-from unet_caching.registry import CachePlan
+from unet_caching.registry import Methods
 
 log = logging.getLogger("unet_caching")
 FEW = 10        # network calls: in less there is next to nothing to reuse
@@ -71,9 +71,9 @@ class Run:
     is asked at the first network call, before it computes anything, or ahead of that by `prepare`.
     """
 
-    def __init__(self, unet: nn.Module, loop: Loop, planned: Callable[[], tuple[CachePlan, int]]):
+    def __init__(self, unet: nn.Module, loop: Loop, planned: Callable[[], tuple[Methods, int]]):
         self.unet, self.loop, self.planned = unet, loop, planned
-        self.plan: CachePlan | None = None
+        self.plan: Methods | None = None
         self.calls = 0
         self.asked: frozenset[str] = frozenset()
         self.streams: list[Stream] = []
@@ -141,7 +141,7 @@ class Run:
         kind = FULL if stream.fresh or stream.policy is None else stream.policy.pattern
         return Caching(cache, self.asked, self.meter.call((self.stream, x.shape), kind))
 
-    def _begin(self, plan: CachePlan, x: Tensor, args: tuple, kwargs: dict) -> None:
+    def _begin(self, plan: Methods, x: Tensor, args: tuple, kwargs: dict) -> None:
         """What is known at the first network call alone."""
         policy = plan.policy("meta", x.dtype)
         if policy is not None:
@@ -152,13 +152,13 @@ class Run:
                 raise UserError(f"{stores}s store attention maps, which are read after each network call: cached steps "
                                 "do not run the layers that make them. Switch caching off, or use interval=1")
             check_containers(self.unet, any(name.startswith("middle_block.") for name in self.asked))
-            if any(type(method).check_network is not Planned.check_network for method in plan.methods):
+            if any(type(method).check_network is not Method.check_network for method in plan.methods):
                 self.channels = {}
         prove(self.unet, self.asked, args, kwargs)
         if log.isEnabledFor(logging.INFO):
             self.meter = Meter(self.unet)
 
-    def _checked(self, plan: CachePlan, channels: dict[Hashable, int], cache: Cache) -> Cache:
+    def _checked(self, plan: Methods, channels: dict[Hashable, int], cache: Cache) -> Cache:
         """Note the channels of all that the first call caches, and check them before the next one."""
         if channels:
             self.channels = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch import device as Device
 
 from unet_caching.errors import UserError, as_user_error
-from unet_caching.files.plan_file import SAMPLING, Plan
+from unet_caching.methods.plan import SAMPLING, Plan
 from unet_caching.samplers.ddim import is_listed, make_timesteps
 from unet_caching.samplers.solvers import OfDiffusers, set_listed, solver
 
@@ -25,7 +25,7 @@ def plan_scheduler(plan: Path | str, scheduler: SchedulerMixin) -> SchedulerMixi
     """
     with as_user_error():
         found = Plan.load(plan)
-        sampler, steps, timesteps = (found.run[key] for key in SAMPLING)
+        sampler, steps, timesteps = (found.made_for[key] for key in SAMPLING)
         chosen = solver(sampler)
     betas, prediction = _betas(scheduler), getattr(scheduler, "config", {}).get("prediction_type", "epsilon")
     if not isinstance(chosen, OfDiffusers) or (not chosen.takes_lists and prediction != "epsilon"):
@@ -71,7 +71,7 @@ def refuse_other_sampling(plan: Plan, scheduler: Any) -> None:
 
     Raises UserError.
     """
-    sampler, steps, timesteps = (plan.run[key] for key in SAMPLING)
+    sampler, steps, timesteps = (plan.made_for[key] for key in SAMPLING)
     chosen, config = solver(sampler), getattr(scheduler, "config", {})
     if isinstance(chosen, OfDiffusers):
         same = type(scheduler).__name__ == chosen.scheduler and all(

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from unet_caching.forecast import Forecast
-from unet_caching.options import MethodOptions, Planned, RunShape, option
+from unet_caching.options import Method, MethodOptions, RunShape, option
 
 
-class PlannedForecast(Planned):
-    """A forecast in a run. It has no policy of its own: those of the methods before it forecast."""
+class ForecastMethod(Method):
+    """A forecast in a run. It has no policy of its own: those of the other methods forecast."""
 
     def __init__(self, order: int, damping: float):
         # weights_sha256: of fitted weights, which there are no longer; run.json of older sample folders has the key.
@@ -32,16 +32,16 @@ class ForecastOptions(MethodOptions):
     forecast_damping: float = option(1.0, "share of the extrapolation that is taken; for long gaps less than 1 "
                                           "(default: 1)", metavar="W")
 
-    def planned(self, shape: RunShape, before: Sequence[Planned]) -> PlannedForecast | None:
+    def bind(self, shape: RunShape, others: Sequence[Method]) -> ForecastMethod | None:
         order, damping = self.forecast, self.forecast_damping
-        Forecast(order, 1.0 if order == 0 else damping)         # refuses what is no order or damping
+        forecast = Forecast(order, 1.0 if order == 0 else damping)          # refuses what is no order or damping
         if order == 0:
             if damping != 1:
                 raise ValueError("--forecast-damping needs --forecast, the order")
             return None
-        if not before:
+        if not others:
             raise ValueError("--forecast needs an --interval of 2 or more, or --block-schedule: without caching there "
                              "is nothing to forecast")
-        for method in before:
-            method.extrapolate(order, damping, shape.calls)
-        return PlannedForecast(order, damping)
+        for method in others:
+            method.extrapolate(forecast, shape.calls)
+        return ForecastMethod(order, damping)
