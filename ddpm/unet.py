@@ -7,17 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_caching.nest import (
-    Block,
-    Cache,
-    Cond,
-    NestedUNet,
-    Residual,
-    Upsample,
-    name_residuals,
-    nested_forward,
-    no_cache,
-)
+from unet_caching.nest import Block, Cache, Cond, Residual, nested_forward, no_cache
+from unet_caching.unet import NestedUNet
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -106,42 +97,18 @@ class UNet(NestedUNet):
         emb = 4 * ch
         self.embed = nn.Sequential(nn.Linear(ch, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
 
-        def res_block(in_channels: int, out_channels: int, size: int) -> Block:
+        def res_block(in_channels: int, out_channels: int, level: int) -> Block:
             block = Block(ResnetBlock(in_channels, out_channels, emb, dropout))
-            if size in attn_resolutions:
+            if resolution >> level in attn_resolutions:
                 block.append(AttentionBlock(out_channels))
             return block
 
-        # Encoder: conv_in, then for each level its ResNet blocks and a downsampling; each output is a skip.
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, ch, 3, padding=1))])
-        size, channels, skips = resolution, ch, [ch]
-        for level, mult in enumerate(ch_mult):
-            for _ in range(num_res_blocks):
-                self.input_blocks.append(res_block(channels, ch * mult, size))
-                channels = ch * mult
-                skips.append(channels)
-            if level < len(ch_mult) - 1:
-                self.input_blocks.append(Block(Downsample(channels)))
-                size //= 2
-                skips.append(channels)
-        self.num_branches = len(skips)
-
-        self.middle_block = Block(ResnetBlock(channels, channels, emb, dropout), AttentionBlock(channels),
-                                  ResnetBlock(channels, channels, emb, dropout))
-
-        # Decoder: one block for each skip, the innermost first; the last block of a level upsamples.
-        self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(ch_mult))):
-            for i in range(num_res_blocks + 1):
-                block = res_block(channels + skips.pop(), ch * mult, size)
-                channels = ch * mult
-                if level > 0 and i == num_res_blocks:
-                    block.append(Upsample(channels))
-                    size *= 2
-                self.output_blocks.append(block)
-
-        self.out = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
-        name_residuals(self)
+        self.add_blocks(nn.Conv2d(in_channels, ch, 3, padding=1), [ch * mult for mult in ch_mult], num_res_blocks,
+                        res_block, Downsample, lambda channels: Block(
+                            ResnetBlock(channels, channels, emb, dropout), AttentionBlock(channels),
+                            ResnetBlock(channels, channels, emb, dropout)))
+        width = ch * ch_mult[0]
+        self.out = nn.Sequential(group_norm(width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
 
     def embedding(self, t: Tensor) -> Tensor:
         """What the blocks know of the timestep: [batch] -> [batch, 4 ch], activated once for all of them."""

@@ -39,6 +39,15 @@ def decode(vq: VQModel, latents: Tensor, quantize: bool = True) -> Tensor:
     return vq.decode(latents, force_not_quantize=not quantize).sample
 
 
+@torch.no_grad()
+def normalise(vq: VQModel, mean: Tensor, deviation: Tensor) -> None:
+    """Fold (latents - mean) / deviation, [z_channels] each, into the 1x1 convolutions around the latents."""
+    vq.quant_conv.weight /= deviation[:, None, None, None]
+    vq.quant_conv.bias.sub_(mean).div_(deviation)
+    vq.post_quant_conv.bias += vq.post_quant_conv.weight[:, :, 0, 0] @ mean
+    vq.post_quant_conv.weight *= deviation[None, :, None, None]
+
+
 _SHARED = {"norm_out": "conv_norm_out", "mid.block_1": "mid_block.resnets.0", "mid.block_2": "mid_block.resnets.1",
            "mid.attn_1": "mid_block.attentions.0"}
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}

@@ -18,7 +18,7 @@ from diffusers import VQModel
 from torch import Tensor
 
 from ldm.family import FAMILY
-from ldm.first_stage import build, decode, encode, published_state_dict
+from ldm.first_stage import build, decode, encode, normalise, published_state_dict
 from run.cli import command
 from run.folder import to_uint8
 from run.machine import Device
@@ -66,21 +66,6 @@ def reconstruction_psnr(vq: VQModel, images: Tensor, quantize: bool) -> float:
     return float(psnr(torch.cat(errors).mean().item(), span=2))
 
 
-@torch.no_grad()
-def standardise(vq: VQModel, latents: Tensor) -> Tensor:
-    """Fold mean 0 and variance 1 of every latent channel into the 1x1 convolutions around it.
-
-    latents: [vectors, z_channels] as they are; returned as they become.
-    """
-    mean, std = latents.mean(0), latents.std(0)
-    vq.quant_conv.weight /= std[:, None, None, None]
-    vq.quant_conv.bias.sub_(mean).div_(std)
-    vq.post_quant_conv.bias += vq.post_quant_conv.weight[:, :, 0, 0] @ mean
-    vq.post_quant_conv.weight *= std[None, :, None, None]
-    return (latents - mean) / std
-
-
-@torch.no_grad()
 def fit_codebook(codes: Tensor, vectors: Tensor, generator: torch.Generator, rounds: int = 8) -> None:
     """k-means in place: codes [n_embed, channels] become centres of vectors [many, channels]; none is left unused."""
     codes.copy_(vectors[torch.randperm(len(vectors), generator=generator)[:len(codes)]])
@@ -99,7 +84,10 @@ def finish(vq: VQModel, images: Tensor, held_out: Tensor, target: Path) -> None:
     vectors = torch.cat([encode(vq, to_float(x)) for x in images.split(64)]).permute(0, 2, 3, 1).flatten(0, 2)
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(vectors), generator=generator)[:12 * vq.config.num_vq_embeddings]
-    fit_codebook(vq.quantize.embedding.weight, standardise(vq, vectors)[chosen.to(vectors.device)], generator)
+    mean, deviation = vectors.mean(0), vectors.std(0)
+    normalise(vq, mean, deviation)
+    vectors = (vectors - mean) / deviation
+    fit_codebook(vq.quantize.embedding.weight, vectors[chosen.to(vectors.device)], generator)
     weights = published_state_dict(vq)
     vq.load_state_dict({name: value.half().float() for name, value in vq.state_dict().items()})
     print(f"held-out PSNR {reconstruction_psnr(vq, held_out, quantize=False):.2f} dB continuous, "

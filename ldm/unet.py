@@ -7,17 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_caching.nest import (
-    Block,
-    Cache,
-    Cond,
-    NestedUNet,
-    Residual,
-    Upsample,
-    name_residuals,
-    nested_forward,
-    no_cache,
-)
+from unet_caching.nest import Block, Cache, Cond, Residual, nested_forward, no_cache
+from unet_caching.unet import NestedUNet
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -196,36 +187,12 @@ class UNet(NestedUNet):
                 block.append(transformer(out_channels, level))
             return block
 
-        # Encoder: a convolution, then for each level its ResNet blocks and a downsampling; each output is a skip.
-        channels, skips = model_channels, [model_channels]
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, channels, 3, padding=1))])
-        for level, mult in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
-                self.input_blocks.append(res_block(channels, model_channels * mult, level))
-                channels = model_channels * mult
-                skips.append(channels)
-            if level < len(channel_mult) - 1:
-                self.input_blocks.append(Block(Downsample(channels)))
-                skips.append(channels)
-        self.num_branches = len(skips)
-
-        self.middle_block = Block(ResBlock(channels, channels, emb, dropout, self.norm),
-                                  transformer(channels, -1),
-                                  ResBlock(channels, channels, emb, dropout, self.norm))
-
-        # Decoder: one block for each skip, the innermost first; the last block of a level upsamples.
-        self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            for i in range(num_res_blocks + 1):
-                block = res_block(channels + skips.pop(), model_channels * mult, level)
-                channels = model_channels * mult
-                if level > 0 and i == num_res_blocks:
-                    block.append(Upsample(channels))
-                self.output_blocks.append(block)
-
-        self.out = nn.Sequential(self.norm(channels), nn.SiLU(),
-                                 nn.Conv2d(channels, out_channels, 3, padding=1))
-        name_residuals(self)
+        widths = [model_channels * mult for mult in channel_mult]
+        self.add_blocks(nn.Conv2d(in_channels, model_channels, 3, padding=1), widths, num_res_blocks, res_block,
+                        Downsample, lambda channels: Block(
+                            ResBlock(channels, channels, emb, dropout, self.norm), transformer(channels, -1),
+                            ResBlock(channels, channels, emb, dropout, self.norm)))
+        self.out = nn.Sequential(self.norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], out_channels, 3, padding=1))
 
     def embedding(self, t: Tensor) -> Tensor:
         """What the blocks know of the timestep: [batch] -> [batch, 4 model_channels]."""

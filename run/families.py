@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from run.files import ROOT, stamp
 from run.settings import load_yaml, read_yaml
 from unet_caching.errors import UserError, one_line
-from unet_caching.nest import NestedUNet
 from unet_caching.options import option
 from unet_caching.samplers.diffusion import Diffusion
+from unet_caching.unet import NestedUNet
 
 PACKAGES = ("ddpm", "ldm", "stable_diffusion")
 

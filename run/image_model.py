@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from run.cli import command
 from run.families import Condition, Config, Family
 from run.folder import RunFolder, check_finite, missing_seeds
 from run.machine import Machine
@@ -150,8 +151,16 @@ def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine, l
 
 def summary(run: Run, out: Path, asked: int, made: int) -> str:
     """The last line of a sample command."""
-    line = f"{out}: {asked} images asked for, {made} made now; {run.full_calls} full of {run.calls} network calls, "
-    return line + (", ".join(method.summary for method in run.caching.methods) or "no caching")
+    caching = ", ".join(method.summary for method in run.caching.methods) or "no caching"
+    return (f"{out}: {asked} images asked for, {made} made now; {run.full_calls} full of {run.calls} network calls, "
+            f"{caching}")
+
+
+_SAMPLING = """
+Defaults are the paper's settings for the model. One image per seed, the same for any batch size or number of
+processes; stop it whenever you like, the same command fills in what is missing. Several processes share the seeds as
+they come, under torchrun or as the same command several times. SIGUSR1 and SIGTERM stop it after its batch, with 75.
+"""
 
 
 @dataclass(frozen=True)
@@ -163,10 +172,14 @@ class Images:
                                      "are prompts)")
 
 
-def sample_command(family: Family, doc: str | None) -> None:
-    """Fill a folder with the images of a run, as the command line says: the sample command of a family."""
-    spec, images, machine = parse_run(doc, Images, Machine, family=family)
-    model = open_model(spec.open(), machine)
-    seeds = list(range(model.images)) if images.seeds is None else parse_seeds(images.seeds)
-    made = fill(model, seeds, images.out, machine, last=True)
-    print(summary(model.run, images.out, len(seeds), made))
+def sample_command(family: Family, doc: str | None) -> Callable[[], None]:
+    """The sample command of a family: it fills a folder with the images of a run, as the command line says."""
+    @command
+    def main() -> None:
+        spec, images, machine = parse_run(f"{doc}{_SAMPLING}", Images, Machine, family=family)
+        run = spec.open()
+        model = open_model(run, machine)
+        seeds = list(range(model.images)) if images.seeds is None else parse_seeds(images.seeds)
+        made = fill(model, seeds, images.out, machine, last=True)
+        print(summary(run, images.out, len(seeds), made))
+    return main

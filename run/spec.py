@@ -25,7 +25,6 @@ from run.folder import differences, read_run
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.files.fitted import fingerprint
 from unet_caching.methods.deepcache import DeepCacheMethod, DeepCacheOptions
-from unet_caching.nest import NestedUNet
 from unet_caching.options import MethodOptions, RunShape, option, required
 from unet_caching.registry import METHODS, Methods, bind
 from unet_caching.samplers.ddim import is_listed
@@ -38,6 +37,7 @@ from unet_caching.samplers.samplers import (
     timesteps_for,
 )
 from unet_caching.trace import Asked, positions, reused, trace
+from unet_caching.unet import NestedUNet
 
 MOST_STEPS, MOST_GUIDANCE = 10_000, 1000
 _TRACED: WeakKeyDictionary[NestedUNet, list[Asked]] = WeakKeyDictionary()      # what a call asks its cache for

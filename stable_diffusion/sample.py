@@ -4,22 +4,14 @@
     python -m stable_diffusion.sample --config configs/sd_emoji.yaml --prompt "cat face" --seeds 0-7 --out samples/cat
     python -m stable_diffusion.sample --config configs/sdxl.yaml --model DIR --prompt "a corgi" --out samples/corgi
 
-Defaults are the paper's settings. Prompts come from .txt (one per line), .csv, .tsv or .json, COCO's captions included
-(run/prompts.py). Image i has prompt i and seed i, the same for any batch size or number of processes; stop it
-whenever you like, the same command fills in what is missing. Several processes share the seeds as they come, under
-torchrun or as the same command several times. SIGUSR1 and SIGTERM stop it after its batch, with 75. OUT/prompts.csv
-lists seed and prompt. No file is downloaded.
+Prompts come from .txt (one per line), .csv, .tsv or .json, COCO's captions included (run/prompts.py). Image i has
+prompt i and seed i; OUT/prompts.csv lists both. No file is downloaded.
 """
 
-from run.cli import command
 from run.image_model import sample_command
 from stable_diffusion.family import FAMILY
 
-
-@command
-def main() -> None:
-    sample_command(FAMILY, __doc__)
-
+main = sample_command(FAMILY, __doc__)
 
 if __name__ == "__main__":
     main()

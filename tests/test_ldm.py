@@ -33,7 +33,7 @@ from run.families import load_config
 from run.weights import sha256
 from unet_caching.errors import UserError
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.nest import Cond, Residual
+from unet_caching.nest import WHOLE, Cond, Residual
 from unet_caching.samplers.ddim import ddim, uniform_timesteps
 from unet_caching.schedules import released_ldm, uniform
 
@@ -170,7 +170,7 @@ def test_residuals_go_through_the_cache(model):
     with torch.no_grad():
         model.unet(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, 1, 16), cache)
     assert sorted(key for key in asked if isinstance(key, str)) == sorted(residuals)
-    assert [key for key in asked if isinstance(key, int)] == list(range(model.unet.num_branches))
+    assert [key for key in asked if isinstance(key, int)] == [WHOLE, *range(model.unet.num_branches)]
 
 
 def test_attention_heads_share_the_channels():

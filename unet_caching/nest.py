@@ -81,25 +81,6 @@ class Block(nn.Sequential):
         return x
 
 
-class NestedUNet(nn.Module):
-    """What the U-Nets have in common, beside `unet(x, t, *context, cache=cache)`.
-
-    num_branches: how many skips there are; a branch is one of them, 0..num_branches - 1.
-    """
-    num_branches: int
-
-    def embedding(self, t: Tensor) -> Tensor:
-        """What the blocks know of the timestep: [batch] -> [batch, channels]."""
-        raise NotImplementedError
-
-
-def name_residuals(unet: nn.Module) -> None:
-    """Give every module whose output a cache may keep its name in the U-Net as `key`; they are those with a `kind`."""
-    for name, module in unet.named_modules():
-        if hasattr(module, "kind"):
-            module.key = name
-
-
 def nest(x: Tensor, down: Sequence[Callable[[Tensor], Tensor]], middle: Callable[[Tensor], Tensor],
          up: Sequence[Callable[[Tensor, Tensor, torch.Size], Tensor]], cache: Cache,
          control: Sequence[Tensor] | None = None) -> Tensor:

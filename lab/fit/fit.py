@@ -16,8 +16,8 @@ from run.image_model import ImageModel
 from run.results import Metric
 from run.seeds import in_batches
 from unet_caching.errors import UserError
-from unet_caching.nest import NestedUNet
 from unet_caching.policy import Policy
+from unet_caching.unet import NestedUNet
 
 Report = Callable[[float], None]        # is told the progress of a run
 
