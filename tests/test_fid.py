@@ -1,10 +1,12 @@
 """eval.fid: preparation of images in every mode, references and where they come from, the commands."""
 
 import copy
+import io
 import pickle
 import sys
 import types
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -245,41 +247,22 @@ def test_pickles_of_anything_else_are_refused(tmp_path, capsys, content, message
         cifar10(tmp_path / "x")
 
 
-def fake_lmdb(content):
-    """The part of the package lmdb that is used: a read-only environment over a dict."""
-    class Transaction:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def stat(self):
-            return {"entries": len(content)}
-
-        def cursor(self):
-            return types.SimpleNamespace(iternext=lambda values: iter(sorted(content)))
-
-        def get(self, key):
-            return content[key]
-
-    environment = types.SimpleNamespace(begin=Transaction)
-    return types.SimpleNamespace(open=lambda path, **_: environment, Error=type("Error", (Exception,), {}))
-
-
-def test_lsun_is_cropped_as_for_ddim(tmp_path, monkeypatch):
-    (tmp_path / "data.mdb").write_bytes(b"lmdb")
+def test_lsun_is_cropped_as_for_ddim(tmp_path):
     images = [Image.fromarray(RNG.integers(0, 256, size, np.uint8)) for size in ((20, 31, 3), (33, 16, 3), (16, 16))]
-    for i, image in enumerate(images):
-        image.save(tmp_path / f"{i}.png")
-    content = {b"%d" % i: (tmp_path / f"{i}.png").read_bytes() for i in range(3)}
-    monkeypatch.setitem(sys.modules, "lmdb", fake_lmdb(content))
+
+    def write(i, cut=None):
+        with io.BytesIO() as buffer, lmdb.open(str(tmp_path)) as env, env.begin(write=True) as transaction:
+            images[i].save(buffer, "png")
+            transaction.put(b"%d" % i, buffer.getvalue()[:cut])
+
+    for i in range(3):
+        write(i)
     found = np.concatenate(list(open_source(tmp_path, size=16).batches(2)))
     wide = images[0].resize((24, 16), Image.Resampling.BILINEAR).crop((4, 0, 20, 16))      # int(16 * 31 / 20) = 24
     tall = images[1].crop((0, 8, 16, 24))                                                  # (33 - 16) / 2 = 8.5 -> 8
     assert np.array_equal(found, np.stack([np.asarray(image.convert("RGB")) for image in (wide, tall, images[2])]))
     assert len(open_source(tmp_path, 16, 2)) == 2
-    content[b"1"] = content[b"1"][:60]
+    write(1, cut=60)
     with pytest.raises(UserError, match="the picture 1 is damaged"):
         list(open_source(tmp_path, size=16).batches(2))
 

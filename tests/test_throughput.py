@@ -7,6 +7,7 @@ import pytest
 from conftest import TINY_UNET, run_command, tiny_ddpm
 
 from eval import throughput
+from eval.cost import timing
 from eval.cost.macs import branch_macs
 from eval.cost.runs import call_macs
 from eval.cost.timing import Kind, Times, Timing, interleave, kinds_of, time_runs
@@ -123,6 +124,18 @@ def test_command_writes_all_it_knows(config, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "batch 1, bf16, cpu" in printed and "branch 3, N = 3" in printed and "branch 3, order 1, N = 3" in printed
     assert [path.name for path in out.parent.iterdir()] == ["tiny.json"]
+
+
+def test_images_are_counted_not_rows(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(timing, "interleave", lambda variants, *_: {
+        name: (call(), Timing([2.0 if name is None else 0.5]))[1] for name, call in variants.items()})
+    assert run_command(throughput.main, "--config", ROOT / "configs" / "ldm_emoji.yaml", "--batch-size", 3, "--device",
+                       "cpu", "--threads", 1, "--interval", 5, "--out", tmp_path / "x.json") == 0
+    assert "batch 3 (6 rows with guidance)" in capsys.readouterr().out
+    found = results.read(tmp_path / "x.json")
+    run, = found.times["runs"]
+    assert (found.settings["batch_size"], found.settings["rows"], run["branch"], run["calls"]) == (3, 6, 0, 250)
+    assert run["images_per_second"] == 3 / (50 * 2.0 + 200 * 0.5)
 
 
 @pytest.mark.parametrize(("options", "kinds"), [

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -63,8 +63,8 @@ class Features:
         self.images_sha256 = _sha256_of_all(names, digests)
 
     def parts(self, layer: str | None = None) -> Iterator[np.ndarray]:
-        """float32 [at most 1000, dims] of a layer (default: the only one), in the order of the images."""
-        layer = layer or self._only()
+        """float32 [at most 1000, dims] of a layer (default: the first), in the order of the images."""
+        layer = layer or next(iter(self.layers))
         for part, digest in zip(self._parts, self._digests, strict=True):
             if isinstance(part, Path):
                 with np.load(part, allow_pickle=False) as kept:
@@ -77,7 +77,7 @@ class Features:
 
     def all(self, layer: str | None = None) -> np.ndarray:
         """float32 [n, dims]: the whole layer in memory, 410 MB for 50,000 images and 2048 dimensions."""
-        layer = layer or self._only()
+        layer = layer or next(iter(self.layers))
         out, first = np.empty((self.count, self.layers[layer]), np.float32), 0
         for part in self.parts(layer):
             out[first:first + len(part)] = part
@@ -86,12 +86,8 @@ class Features:
 
     @property
     def values(self) -> np.ndarray:
-        """The only layer, whole."""
+        """The first layer, whole."""
         return self.all()
-
-    def _only(self) -> str:
-        name, = self.layers
-        return name
 
 
 def _sha256_of_all(names: Sequence[str], digests: Sequence[str]) -> str:
@@ -102,11 +98,6 @@ def _parts(images: ImageSet) -> list[range]:
     return [range(first, min(first + PART, len(images))) for first in range(0, len(images), PART)]
 
 
-@overload
-def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store: Path | None = None) -> Features: ...
-@overload
-def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store: Path | None = None,
-            share: bool = False) -> Features | None: ...
 def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store: Path | None = None,
             share: bool = False) -> Features | None:
     """The features of all images; those that are kept and still right are not computed again.

@@ -98,9 +98,9 @@ def features_of(images: ImageSet, extractor: SmallExtractor, batch_size: int = 3
 
     Those of images in memory, such as a reference that several sets are compared with, are kept by the extractor.
     """
-    if images.root is not None:
-        return extract(images, extractor, batch_size)
     key = f"{images.fingerprint} {images.names}"
-    if key not in extractor.kept:
-        extractor.kept[key] = extract(images, extractor, batch_size)
-    return extractor.kept[key]
+    found = extractor.kept.get(key) or extract(images, extractor, batch_size)
+    assert found is not None        # which only other processes get
+    if images.root is None:
+        extractor.kept[key] = found
+    return found
