@@ -26,7 +26,7 @@ from tqdm import tqdm
 from eval.metrics.evaluator import Judged
 from eval.metrics.features import EffLite0, features_of
 from eval.metrics.images import ImageSet, check_paired
-from eval.metrics.intervals import mean_interval
+from eval.metrics.intervals import mean_estimate
 from eval.metrics.lpips import BACKBONE, Lpips
 from eval.metrics.registry import FEATURE_DISTANCE, PAIRS, PIXELS, RMSE_TO_CONVERGED
 from eval.metrics.results import of_samples
@@ -83,10 +83,11 @@ def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_si
     result: dict[str, Any] = {"images": len(seeds), "identical": int(np.isinf(found["psnr"]).sum())}
     names = [measure.key for measure in PAIRS if measure.key in found]
     for name in names:
-        mean, interval = mean_interval(found[name][np.isfinite(found[name])], seed)
+        estimate = mean_estimate(found[name][np.isfinite(found[name])], seed)
         usual = unrelated.get(name, np.empty(0))
         usual = usual[np.isfinite(usual)]
-        result[name] = {"mean": mean, "interval": interval, "unrelated": float(usual.mean()) if len(usual) else None}
+        result[name] = {"mean": estimate["mean"], "interval": estimate["interval"],
+                        "unrelated": float(usual.mean()) if len(usual) else None}
     result["per_image"] = {"seed": seeds} | {
         name: [round(float(v), 6) if np.isfinite(v) else None for v in found[name]] for name in names}
     result["images_sha256"] = {"samples": fx.images_sha256, "against": fy.images_sha256}
@@ -106,9 +107,9 @@ def to_converged(samples: ImageSet, against: ImageSet, twice: ImageSet, within: 
     check_paired(samples, twice)
     near, far = (np.concatenate([RMSE_TO_CONVERGED.of(x, y) for x, y in zip(
         samples.batches(batch_size), other.batches(batch_size), strict=True)]) for other in (against, twice))
-    mean, interval = mean_interval(near, seed)
+    estimate = mean_estimate(near, seed)
     moved = abs(near.mean() - far.mean()) / far.mean() if far.any() else float(near.any())
-    return {"mean": mean, "interval": interval, "unrelated": None,
+    return {"mean": estimate["mean"], "interval": estimate["interval"], "unrelated": None,
             "per_image": {"seed": seeds, "rmse": [round(float(value), 6) for value in near]}, "steps": steps,
             "twice": {"steps": 2 * steps, "mean": float(far.mean())}, "moved": float(moved), "within": within,
             "converged": bool(moved <= within)}

@@ -66,10 +66,10 @@ def test_lpips_is_the_distance_by_hand(alexnet):
 
 
 def test_another_backbone_is_not_called_lpips(alexnet, monkeypatch):
-    measure = Lpips(alexnet[0])
-    assert measure.name == "lpips_other_backbone"       # whatever the name of the file says
-    measure.__dict__["sha256"] = "7be5be79" + 56 * "0"
-    assert measure.name == "lpips" and measure.id.startswith("lpips:v0.1:alex:sha256=7be5be79")
+    lpips = Lpips(alexnet[0])
+    assert lpips.measure.key == "lpips_other_backbone"       # whatever the name of the file says
+    lpips.__dict__["sha256"] = "7be5be79" + 56 * "0"
+    assert (lpips.measure.key, lpips.measure.name) == ("lpips", "LPIPS")
 
 
 def test_lpips_refuses_what_is_no_alexnet(tmp_path, alexnet):

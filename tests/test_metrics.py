@@ -20,7 +20,7 @@ from eval.metrics.frechet import (
     mean_and_covariance,
     warn_of_few,
 )
-from eval.metrics.intervals import Share, jackknife, mean_estimate, mean_interval
+from eval.metrics.intervals import Share, jackknife, mean_estimate
 from eval.metrics.kernel import kid_of_subsets
 from eval.metrics.measure import Sets
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_distances, pca_basis, real_floor
@@ -64,6 +64,10 @@ def coverage(found, truth=None):
 
 def of_metrics(found):
     return [(one.value, one.interval) for one in found]
+
+
+def of_estimates(found):
+    return [(one["mean"], one["interval"]) for one in found]
 
 
 # Frechet distances
@@ -288,8 +292,9 @@ def test_intervals_of_means(n, groups):
     rng, found = np.random.default_rng(6), []
     for seed in range(250):
         values = rng.normal(size=n) + (0 if groups is None else rng.normal(size=10)[groups])
-        found.append(mean_interval(values, seed, 200, groups))
-    assert 0.91 <= coverage(found, 0) <= 0.985
+        found.append(mean_estimate(values, seed, 200, groups))
+    assert 0.91 <= coverage(of_estimates(found), 0) <= 0.985
+    assert mean_estimate(np.empty(0)) == {"mean": None, "stderr": None, "interval": None}
 
 
 def test_intervals_of_means_of_skewed_values():
@@ -297,10 +302,9 @@ def test_intervals_of_means_of_skewed_values():
     rng, alone, paired = np.random.default_rng(7), [], []
     for seed in range(250):
         shared, one, other = rng.exponential(size=(3, 64))
-        alone.append(mean_interval(one, seed, 200))
-        found = mean_estimate(2 * one + shared - (other + shared), seed, 200)
-        paired.append((found["mean"], found["interval"]))
-    assert 0.91 <= coverage(alone, 1) <= 0.985 and 0.91 <= coverage(paired, 1) <= 0.985
+        alone.append(mean_estimate(one, seed, 200))
+        paired.append(mean_estimate(2 * one + shared - (other + shared), seed, 200))
+    assert all(0.91 <= coverage(of_estimates(found), 1) <= 0.985 for found in (alone, paired))
 
 
 def test_errors_of_means_are_their_spread_over_groups():

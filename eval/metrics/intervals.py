@@ -61,9 +61,9 @@ def jackknife(values: list[float]) -> float:
     return float(np.sqrt((g - 1) * np.var(values))) if g > 1 else float("nan")
 
 
-def mean_interval(values: np.ndarray, seed: int = 0, repeats: int = 1000, groups: np.ndarray | None = None
-                  ) -> tuple[float | None, list[float] | None]:
-    """The mean of values [n] and its 95% interval by the percentile bootstrap; (None, None) of nothing.
+def mean_estimate(values: np.ndarray, seed: int = 0, repeats: int = 1000, groups: np.ndarray | None = None) -> dict:
+    """{mean, stderr, interval} of values [n]: the standard deviation of resampled means, and the 95% interval by the
+    percentile bootstrap; each None of nothing.
 
     groups: [n], what belongs together, such as the images of one prompt; whole groups are drawn. Of paired
     differences it is the interval of their mean. Of few values the quantiles are as far out as makes the interval that
@@ -71,24 +71,17 @@ def mean_interval(values: np.ndarray, seed: int = 0, repeats: int = 1000, groups
     cover 81 % of 5 normal values' means.
     """
     if not len(values):
-        return None, None
-    means = _resampled_means(values, seed, repeats, groups)
-    n = len(values) if groups is None else len(np.unique(groups))
-    tail = ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.025)) if n > 1 else 0.025
-    return float(values.mean()), [float(q) for q in np.quantile(means, (tail, 1 - tail))]
-
-
-def mean_estimate(values: np.ndarray, seed: int = 0, repeats: int = 1000, groups: np.ndarray | None = None) -> dict:
-    """{mean, stderr, interval} of values [n]: as mean_interval, and the standard deviation of the resampled means."""
-    mean, interval = mean_interval(values, seed, repeats, groups)
-    return {"mean": mean, "stderr": float(_resampled_means(values, seed, repeats, groups).std()), "interval": interval}
-
-
-def _resampled_means(values: np.ndarray, seed: int, repeats: int, groups: np.ndarray | None) -> np.ndarray:
+        return dict.fromkeys(("mean", "stderr", "interval"))
     rng = np.random.default_rng(seed)
     if groups is None:
-        return np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(repeats)])
-    _, index = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(index, values), np.bincount(index)
-    draws = (rng.integers(0, len(sums), len(sums)) for _ in range(repeats))
-    return np.array([sums[chosen].sum() / counts[chosen].sum() for chosen in draws])
+        n = len(values)
+        means = np.array([values[rng.integers(0, n, n)].mean() for _ in range(repeats)])
+    else:
+        _, index = np.unique(groups, return_inverse=True)
+        sums, counts = np.bincount(index, values), np.bincount(index)
+        n = len(sums)
+        draws = (rng.integers(0, n, n) for _ in range(repeats))
+        means = np.array([sums[chosen].sum() / counts[chosen].sum() for chosen in draws])
+    tail = ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.025)) if n > 1 else 0.025
+    return {"mean": float(values.mean()), "stderr": float(means.std()),
+            "interval": [float(q) for q in np.quantile(means, (tail, 1 - tail))]}

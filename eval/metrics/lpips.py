@@ -45,20 +45,10 @@ class Lpips:
         return sha256(self.backbone)
 
     @property
-    def name(self) -> str:
-        """'lpips', or 'lpips_other_backbone' where the file is not the published one: such numbers are no LPIPS."""
-        published = BACKBONE.removesuffix(".pth").rsplit("-", 1)[1]
-        return (LPIPS if self.sha256.startswith(published) else OTHER_BACKBONE).key
-
-    @property
     def measure(self) -> PixelMeasure:
-        """For eval.fidelity."""
-        return PixelMeasure(**vars(LPIPS if self.name == LPIPS.key else OTHER_BACKBONE), of=self, smallest=_SMALLEST)
-
-    @property
-    def id(self) -> str:
-        """What decides the numbers."""
-        return f"{self.name}:v0.1:alex:sha256={self.sha256}"
+        """For eval.fidelity; with another file than the published one the numbers are no LPIPS."""
+        published = self.sha256.startswith(BACKBONE.removesuffix(".pth").rsplit("-", 1)[1])
+        return PixelMeasure(**vars(LPIPS if published else OTHER_BACKBONE), of=self, smallest=_SMALLEST)
 
     @torch.no_grad()
     def __call__(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
