@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from diffusers import VQModel
 from torch import Tensor, nn
 
 from ldm import first_stage
@@ -18,7 +19,6 @@ from ldm.diffusers_layout import diffusers_unet as diffusers_unet
 from ldm.unet import UNet
 from run import weights
 from run.files import write_atomically
-from run.libraries import diffusers
 from run.weights import load_strict, read_tensors, sha256, write_tensors
 from unet_caching.errors import UserError
 
@@ -28,7 +28,7 @@ UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", first_stage.PREFIX, "cond
 class Model(NamedTuple):
     """What a checkpoint holds. `classes`: label -> context vector; the last label is the unconditional one."""
     unet: UNet
-    first_stage: diffusers.VQModel
+    first_stage: VQModel
     classes: nn.Embedding
 
 

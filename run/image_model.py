@@ -23,6 +23,7 @@ from unet_caching.errors import UserError
 from unet_caching.nest import Network
 from unet_caching.options import option, required
 from unet_caching.policy import Policy
+from unet_caching.samplers.diffusion import Predict
 from unet_caching.samplers.noise import SeededNoise
 from unet_caching.samplers.samplers import noise_predictor
 from unet_caching.speed.accelerate import accelerated
@@ -66,6 +67,16 @@ class ImageModel(ABC, Generic[Schema, Shown]):
         return ()
 
     @torch.no_grad()
+    def start(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None
+              ) -> tuple[Predict, Tensor, SeededNoise]:
+        """What predicts the noise in the runs of some seeds, their x_T, and further draws. policy, network: as below.
+        """
+        draws = SeededNoise(seeds, self.device)
+        x, context = self.noise(seeds, draws), self.context(seeds)
+        return noise_predictor(network or self.unet, self.config.diffusion, self.dtype, policy, context,
+                               self.run.guidance), x, draws
+
+    @torch.no_grad()
     def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None,
                 report: Callable[[float], None] | None = None) -> Tensor:
         """What sampling ends on, for each seed: float32 [seeds, *shape]. Raises UserError where it is not finite.
@@ -73,10 +84,7 @@ class ImageModel(ABC, Generic[Schema, Shown]):
         policy: a fresh caching policy; None computes everything. network: what takes the place of the U-Net.
         report: called with the fraction of the network calls that is done.
         """
-        draws = SeededNoise(seeds, self.device)
-        x, context = self.noise(seeds, draws), self.context(seeds)
-        predict = noise_predictor(network or self.unet, self.config.diffusion, self.dtype, policy, context,
-                                  self.run.guidance)
+        predict, x, draws = self.start(seeds, policy, network)
         return check_finite(self.sampler.run(predict, x, draws, report))
 
     @abstractmethod

@@ -282,6 +282,7 @@ def _sampler(spec: RunSpec, config: Config) -> Sampler:
     with as_user_error():
         fitted = {name: value for method in spec.caching for name, value in method.sampling().items()}
         chosen = fitted | arguments.given(spec.sampler)
+        table = fitted.get("table") if chosen == fitted else None       # else the run is refused
         name = chosen.get("sampler", usual.sampler)
         timesteps = chosen.get("timesteps") or timesteps_for(name, usual.timesteps)
         if not is_listed(timesteps) and timesteps not in TIMESTEPS:
@@ -289,7 +290,7 @@ def _sampler(spec: RunSpec, config: Config) -> Sampler:
                             f"{timesteps[:40]!r}")
         steps = chosen.get("steps", timesteps.count(",") + 1 if is_listed(timesteps) else usual.steps)
         eta = spec.sampler.eta if spec.sampler.eta is not None else usual.eta if name == "ddim" else 0.0
-        sampler = Sampler(name, steps, timesteps, eta, config.diffusion)        # which says how many steps it takes
+        sampler = Sampler(name, steps, timesteps, eta, config.diffusion, table)     # which says how many steps it takes
     if not 1 <= steps <= MOST_STEPS:
         raise UserError(f"--steps must be from 1 to {MOST_STEPS}, got {steps}")
     return sampler

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from types import CodeType
 
 import numpy as np
@@ -45,6 +46,7 @@ from unet_caching.pipelines.parts import residual_names as of_diffusers
 from unet_caching.pipelines.scheduler import plan_scheduler
 from unet_caching.samplers.diffusion import Diffusion
 from unet_caching.samplers.samplers import Sampler, noise_predictor
+from unet_caching.samplers.table import table_of
 from unet_caching.schedules import uniform
 
 TOLERANCE = 2e-5
@@ -444,26 +446,30 @@ def test_a_forecast_in_a_pipeline_is_that_of_our_own_sampler(parts):  # noqa: F8
                                       latents=x)) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("sampler", ["unipc", "dpmpp", "deis"])
-def test_a_plan_in_a_pipeline_is_that_of_our_own_sampler(parts, tmp_path, sampler):  # noqa: F811
+@pytest.mark.parametrize(("sampler", "learned"), [("unipc", False), ("dpmpp", False), ("deis", False), ("ddim", True)])
+def test_a_plan_in_a_pipeline_is_that_of_our_own_sampler(parts, tmp_path, sampler, learned):  # noqa: F811
     """With the scheduler that goes with it; any other is refused."""
     pipe = build(parts)
     x, text = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 12, 16)
     ours, given = our_unet(pipe), dict(prompt_embeds=text, guidance_scale=1.0, latents=x)
-    times = "999,900,700,480,300,90"
+    diffusion = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
+    times = "999,900.25,700,480,300,90" if learned else "999,900,700,480,300,90"
+    table = replace(table_of(sampler, 6, times, diffusion)[1], p=(1.0, 0.9, 0.8, 0.7, 0.5, 0.1)) if learned else None
     each = [Call(), Call(), Call(0, (0.8,)), Call(), Call(1, (0.9, 0.4)), Call(0)]
     made_for = {"model": "sd_tiny", "unet": {}, "checkpoint_sha256": None, "sampler": sampler, "steps": 6,
                 "timesteps": times}
     path, macs = tmp_path / "plan.json", {"hook": 1, "fc": 1}
-    Plan(made_for, each, None, macs, macs).save(path)
+    if learned:                             # the same timesteps and noise levels alone will not do
+        Plan(made_for | {"sampler": "unipc"}, each, None, macs, macs).save(path)
+        pipe.scheduler = plan_scheduler(path, pipe.scheduler)
+    Plan(made_for, each, None, macs, macs, table).save(path)
     enable_deepcache(pipe, plan=path)
-    with pytest.raises(UserError, match=f"made for {sampler} at other timesteps .* 999,900,700"):
+    with pytest.raises(UserError, match=f"made for .*{sampler},? at other timesteps .* 999,900"):
         run(pipe, None, steps=6, **given)
 
     pipe.scheduler = plan_scheduler(path, pipe.scheduler)
-    diffusion = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
     predict = noise_predictor(ours, diffusion, torch.float32, PlanCache(each), (text,))
-    expected = Sampler(sampler, 6, times, 0.0, diffusion).run(predict, x)
+    expected = Sampler(sampler, 6, times, 0.0, diffusion, table).run(predict, x)
     for again in (False, True):             # the scheduler forgets the run before
         assert relative_error(run(pipe, None, steps=6, **given), expected) < TOLERANCE, again
     with pytest.raises(UserError, match="for a plan of 6 steps: num_inference_steps=6"):

@@ -68,7 +68,8 @@ class MethodOptions:
     title: ClassVar[str] = "caching"    # what --help calls their group
 
     def sampling(self) -> Mapping[str, Any]:
-        """Settings of the sampler (sampler, steps, timesteps) that a run has unless its user says others.
+        """Settings of the sampler (sampler, steps, timesteps) that a run has unless its user says others, and the table
+        of coefficients that goes with all of them.
 
         Raises ValueError for a file that cannot be read.
         """

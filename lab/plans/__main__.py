@@ -1,11 +1,13 @@
 """Plans: the best images for a budget.
 
     python -m lab.plans search      finds the plan of a model for a budget
+    python -m lab.plans learn       learns on from plans, and steps without caching, by gradient
     python -m lab.plans transfer    writes a plan of one model for another
 """
 
 import sys
 
+from lab.plans.learn import learn
 from lab.plans.plans import transfer
 from lab.plans.search import search
 from run import arguments
@@ -16,14 +18,14 @@ from unet_caching.errors import UserError
 @command
 def main() -> None:
     verb, words = (sys.argv[1:] or [""])[0], sys.argv[2:]
-    if verb == "search":
-        search(words)
+    if verb in ("search", "learn"):
+        (search if verb == "search" else learn)(words)
     elif verb == "transfer":
         arguments.call(transfer, words, "lab.plans transfer")
     elif verb in ("-h", "--help"):
         print(__doc__)
     else:
-        raise UserError("say what to do: search or transfer (each has a --help)")
+        raise UserError("say what to do: search, learn or transfer (each has a --help)")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,15 @@ from unet_caching.errors import UserError, as_user_error
 from unet_caching.methods.plan import SAMPLING, Call, Plan, PlanCache
 from unet_caching.options import required
 
+GUIDANCE_RANGE = 1.5        # a plan is taken to hold for guidance up to so many times as much, or as little
+
+
+def guidance_range(run: Run) -> list[float] | None:
+    """The least and the most guidance that a plan is taken to hold for which was found for a run."""
+    if run.config.sampler.guidance is None:
+        return None
+    return [run.guidance / GUIDANCE_RANGE, run.guidance * GUIDANCE_RANGE]
+
 
 def bound_plan(run: Run, checkpoint_sha256: str | None, calls: Sequence[Call], guidance: list[float] | None,
                notes: dict[str, Any]) -> Plan:

@@ -33,7 +33,7 @@ from lab.plans.candidates import PLAN, Prices
 from lab.plans.distances import Distances
 from lab.plans.gaps import GapMeasurements
 from lab.plans.judge import CONVERGED, SPACING, Candidate, Grid, Judge, run_of
-from lab.plans.plans import bound_plan
+from lab.plans.plans import bound_plan, guidance_range
 from lab.plans.tournament import Tournament
 from run import results
 from run.families import Condition, example_inputs, family_named_by
@@ -50,20 +50,26 @@ from unet_caching.options import option, required
 
 SAMPLERS = ("unipc", "dpmpp", "dpmpp3", "deis", "ddim")
 LEVELS = 3                  # the cheapest ones, among which plans choose
-GUIDANCE_RANGE = 1.5        # a plan is taken to hold for guidance up to so many times as much, or as little
 MEASURED = "PSNR of the latents to the converged ones, dB"
 GAP_SEEDS = 8
 NOTED = 10                  # what was tried on few seeds and is reported, of each kind
 
 
 @dataclass(frozen=True)
-class Options:
-    """What is searched for, and on which seeds. Raises UserError for options that do not go together."""
-    title: ClassVar[str] = "the search"
-    out: Path = required("plan to write, .json")
+class SeedOptions:
+    """The runs of a program that learns from some, chooses on others, and reports of others again."""
+    title: ClassVar[str] = "the runs"
     seeds: str = required("runs to learn from")
     held_out_seeds: str = required("runs to choose on")
     report_seeds: str | None = option(None, "runs to report on (default: as many as the held-out ones, after them)")
+    converged_steps: int = option(100, "of the run to come near to (default: 100)", least=2)
+
+
+@dataclass(frozen=True)
+class Options(SeedOptions):
+    """What is searched for. Raises UserError for options that do not go together."""
+    title: ClassVar[str] = "the search"
+    out: Path = required("plan to write, .json")
     calls: float | None = option(None, "the budget: the multiply-accumulates of so many full network calls per image; "
                                        "fractions count", one_of="budget")
     macs: float | None = option(None, "the budget: 10^9 multiply-accumulates per image (the `macs` of eval.macs; both "
@@ -71,7 +77,6 @@ class Options:
     speedup: float | None = option(None, "the budget: 1/X of the multiply-accumulates of the config's own uncached run",
                                    metavar="X", one_of="budget")
     attempts: int = option(48, "changes of the best plan to try (default: 48)", least=0)
-    converged_steps: int = option(100, "of the run to come near to (default: 100)", least=2)
     jobs: int = option(1, "processes that measure side by side, --threads each (default: 1)", least=1)
     work: Path | None = option(None, "folder of what is measured (default: OUT.work)")
 
@@ -101,7 +106,7 @@ class Seeds(NamedTuple):
     report: list[int]
 
     @classmethod
-    def of(cls, options: Options) -> "Seeds":
+    def of(cls, options: SeedOptions) -> "Seeds":
         """Raises UserError where two sets share a seed, or one is too small to compare on."""
         learn, choose = parse_seeds(options.seeds), parse_seeds(options.held_out_seeds)
         after = max(*learn, *choose) + 1
@@ -201,9 +206,12 @@ def decide(tournament: Tournament, seeds: Seeds) -> tuple[list[Candidate], dict[
 
 def plan_of(chosen: Candidate, judge: Judge, metric: Metric, seeds: list[int], notes: dict[str, Any]) -> Plan:
     """The file of what was chosen. metric: its distance on some seeds."""
-    run, converged = judge.run(chosen.sampler, chosen.grid), judge.distances.run
-    settings = judge.distances.on(run).settings
-    guidance = [run.guidance / GUIDANCE_RANGE, run.guidance * GUIDANCE_RANGE] if "guidance" in settings else None
-    distance = {"what": MEASURED, "converged": f"{CONVERGED}, {converged.steps} {SPACING} steps",
-                "seeds": format_seeds(seeds), "mean": metric.value, "interval": metric.interval}
-    return bound_plan(run, settings["checkpoint_sha256"], chosen.calls, guidance, {**notes, "distance": distance})
+    run = judge.run(chosen.sampler, chosen.grid)
+    return bound_plan(run, judge.distances.checkpoint_sha256, chosen.calls, guidance_range(run),
+                      {**notes, "distance": distance_note(metric, judge, seeds)})
+
+
+def distance_note(metric: Metric, judge: Judge, seeds: list[int]) -> dict[str, Any]:
+    """What a plan's file says of how near it comes."""
+    return {"what": MEASURED, "converged": f"{CONVERGED}, {judge.distances.run.steps} {SPACING} steps",
+            "seeds": format_seeds(seeds), "mean": metric.value, "interval": metric.interval}

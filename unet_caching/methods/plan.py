@@ -22,6 +22,8 @@ from unet_caching.forecast import Forecast
 from unet_caching.keep import Keep
 from unet_caching.methods.deepcache import DeepCacheMethod
 from unet_caching.options import Method, MethodOptions, RunShape, option
+from unet_caching.samplers.ddim import is_listed
+from unet_caching.samplers.table import Table
 
 HIGHEST_ORDER = 3           # a forecast beyond it only amplifies what is not smooth
 SAMPLING = ("sampler", "steps", "timesteps")
@@ -95,6 +97,7 @@ class Plan(Fitted):
     guidance: list[float] | None        # the least and the most that it is taken to hold for; None: the model has none
     macs: dict[str, Annotated[float, AtLeast(1)]]           # "hook", "fc": of all calls of an image, a row of the batch
     macs_full: dict[str, Annotated[float, AtLeast(1)]]      # of one call that computes everything
+    solver: Table | None = None         # that was learned; None: the sampler's own
 
     @property
     def cost(self) -> float:
@@ -109,8 +112,12 @@ class Plan(Fitted):
     def fault(self) -> str | None:
         try:
             check_calls(self.calls)
+            if self.solver is not None:
+                self.solver.check(len(self.calls))
         except ValueError as error:
             return str(error)
+        if self.solver is not None and not is_listed(self.made_for["timesteps"]):
+            return f"a solver goes with a list of timesteps, not with {self.made_for['timesteps']}"
         guidance = self.guidance
         if guidance is not None and not (len(guidance) == 2 and 0 <= guidance[0] <= guidance[1]):
             return f"guidance is {guidance!r}, and should be the least and the most"
@@ -138,7 +145,7 @@ class PlanMethod(Method):
                                   "damping": [list(call.damping) for call in plan.calls]}}
         self.name = [f"plan_{Path(file).stem}"]
         cached = Counter(branch for branch in branches if branch is not None)
-        self.summary = (f"a plan of {plan.cost:.2f} full calls ("
+        self.summary = (f"a {'plan' if plan.solver is None else 'learned plan'} of {plan.cost:.2f} full calls ("
                         + ", ".join([f"{branches.count(None)} full",
                                      *(f"{n} at branch {branch}" for branch, n in sorted(cached.items()))]) + ")")
 
@@ -157,7 +164,10 @@ class PlanOptions(MethodOptions):
                                      "plan's, unless given", metavar="FILE")
 
     def sampling(self) -> Mapping[str, Any]:
-        return {} if self.plan is None else {key: Plan.load(self.plan).made_for[key] for key in SAMPLING}
+        if self.plan is None:
+            return {}
+        plan = Plan.load(self.plan)
+        return {key: plan.made_for[key] for key in SAMPLING} | {"table": plan.solver}
 
     def bind(self, shape: RunShape, others: Sequence[Method]) -> PlanMethod | None:
         if self.plan is None:

@@ -6,29 +6,36 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 from torch import device as Device
 
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.methods.plan import SAMPLING, Plan
 from unet_caching.samplers.ddim import is_listed, make_timesteps
-from unet_caching.samplers.solvers import OfDiffusers, set_listed, solver
+from unet_caching.samplers.diffusion import clean_image, predicted_noise
+from unet_caching.samplers.solvers import OfDiffusers, Solver, set_listed, solver
+from unet_caching.samplers.table import Table, combined
+
+PREDICTIONS = {"epsilon": "noise", "v_prediction": "v"}        # diffusers' names -> ours
 
 
 def plan_scheduler(plan: Path | str, scheduler: SchedulerMixin) -> SchedulerMixin:
-    """diffusers' scheduler of a plan's sampler, at the plan's timesteps: pipe.scheduler = plan_scheduler(plan,
-    pipe.scheduler).
+    """diffusers' scheduler of a plan's sampler, at the plan's timesteps and with its solver: pipe.scheduler =
+    plan_scheduler(plan, pipe.scheduler).
 
     plan: a file of lab.plans search. scheduler: the pipeline's own, whose noise levels and prediction it has. It is for
     as many steps as the plan has, and refuses others where the pipeline sets them. Saved, it is the scheduler of
-    diffusers without the list. Raises UserError for a file that is no plan, and where there is no such scheduler.
+    diffusers without list and solver. Raises UserError for a file that is no plan, and where there is no such
+    scheduler.
     """
     with as_user_error():
         found = Plan.load(plan)
         sampler, steps, timesteps = (found.made_for[key] for key in SAMPLING)
-        chosen = solver(sampler)
+        chosen = _scheduler_of(found)
     betas, prediction = _betas(scheduler), getattr(scheduler, "config", {}).get("prediction_type", "epsilon")
-    if not isinstance(chosen, OfDiffusers) or (not chosen.takes_lists and prediction != "epsilon"):
+    if not isinstance(chosen, OfDiffusers) or (not chosen.takes_lists and prediction != "epsilon") or (
+            found.solver is not None and prediction not in PREDICTIONS):
         raise UserError(f"the plan is of {sampler}, and for a network that predicts {prediction} no scheduler of "
                         f"diffusers is that: set one of your own, with {steps} {timesteps} timesteps")
     with as_user_error():
@@ -45,8 +52,40 @@ def plan_scheduler(plan: Path | str, scheduler: SchedulerMixin) -> SchedulerMixi
         if own is not None:
             set_listed(self, own)
 
-    made = type(kind.__name__, (kind,), {"set_timesteps": set_timesteps, "__module__": kind.__module__})
+    methods = {"set_timesteps": set_timesteps, "__module__": kind.__module__}
+    if found.solver is not None:
+        methods |= {"step": _step_of(found.solver), "plan_sha256": found.sha256}
+    made = type(kind.__name__, (kind,), methods)
     return chosen.build(made, timesteps, betas, prediction_type=prediction)
+
+
+def _scheduler_of(plan: Plan) -> Solver:
+    """The sampler whose scheduler a plan takes: with a solver of its own any would do, for timesteps and noise levels.
+
+    Raises ValueError.
+    """
+    return solver(plan.made_for["sampler"] if plan.solver is None else "unipc")
+
+
+def _step_of(table: Table) -> Any:
+    """The `step` of a scheduler that goes by a table."""
+    def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        number = self.step_index
+        if number == 0:
+            self.start, self.clean = sample.float(), []
+        elif len(getattr(self, "clean", ())) != number:
+            raise UserError("a learned plan starts from pure noise, with its first step: here are an image to start "
+                            "from, or steps that are left out")
+        alpha = 1 / (1 + self.sigmas[number].double().item() ** 2)
+        prediction = PREDICTIONS[self.config.prediction_type]
+        noise = predicted_noise(prediction, model_output.float(), sample.float(), alpha)
+        self.clean.append(clean_image(sample.float(), noise, alpha))
+        x = combined(self.start, self.clean, table.p[number], table.q[number]).to(sample.dtype)
+        self._step_index += 1
+        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+    return step
 
 
 def _betas(scheduler: Any) -> Tensor:
@@ -72,10 +111,11 @@ def refuse_other_sampling(plan: Plan, scheduler: Any) -> None:
     Raises UserError.
     """
     sampler, steps, timesteps = (plan.made_for[key] for key in SAMPLING)
-    chosen, config = solver(sampler), getattr(scheduler, "config", {})
+    chosen, config = _scheduler_of(plan), getattr(scheduler, "config", {})
     if isinstance(chosen, OfDiffusers):
         same = type(scheduler).__name__ == chosen.scheduler and all(
-            config.get(name, value) == value for name, value in chosen.arguments.items())
+            config.get(name, value) == value for name, value in chosen.arguments.items()) and (
+            plan.solver is None or getattr(scheduler, "plan_sha256", None) == plan.sha256)
         expected = chosen.make(steps, timesteps, _betas(scheduler)).timesteps.tolist() if same else []
     else:
         same = type(scheduler).__name__ == "DDIMScheduler" and not is_listed(timesteps)
@@ -83,5 +123,6 @@ def refuse_other_sampling(plan: Plan, scheduler: Any) -> None:
     if not same or [round(float(t), 2) for t in scheduler.timesteps] != [round(t, 2) for t in expected]:
         remedy = ("pipe.scheduler = plan_scheduler(FILE, pipe.scheduler) (from unet_caching import plan_scheduler)"
                   if isinstance(chosen, OfDiffusers) else f"a DDIMScheduler that begins {expected[:3]}, say")
-        raise UserError(f"the plan was made for {sampler} at other timesteps than this pipeline's scheduler has, "
+        what = f"{sampler} at" if plan.solver is None else f"a solver that was learned from {sampler}, at"
+        raise UserError(f"the plan was made for {what} other timesteps than this pipeline's scheduler has, "
                         f"{timesteps}: it needs {remedy}, and num_inference_steps={steps} in the call")

@@ -62,6 +62,11 @@ def predicted_noise(prediction: str, output: Tensor, x: Tensor, alpha: Tensor | 
     return output if prediction == "noise" else alpha ** 0.5 * output + (1 - alpha) ** 0.5 * x
 
 
+def clean_image(x: Tensor, noise: Tensor, alpha: Tensor | float) -> Tensor:
+    """The image that is left of x, at a noise level alpha = alphas_cumprod[t], without its noise."""
+    return (x - (1 - alpha) ** 0.5 * noise) / alpha ** 0.5
+
+
 def guided(output: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) of a doubled batch [uncond, cond] -> [batch, ...].
 

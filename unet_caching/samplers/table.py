@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unet_caching.samplers.diffusion import Diffusion, Predict, alpha_at
+from unet_caching.samplers.diffusion import Diffusion, Predict, alpha_at, clean_image
 from unet_caching.samplers.solvers import solver
 
 
@@ -27,8 +27,7 @@ def multistep(predict: Predict, x: Tensor, timesteps: Sequence[float] | Tensor, 
     """
     start, clean = x, list[Tensor]()
     for step, t in enumerate(timesteps):
-        alpha = alpha_at(alphas.double(), t)
-        clean.append((x - (1 - alpha) ** 0.5 * predict(x, t, step)) / alpha ** 0.5)
+        clean.append(clean_image(x, predict(x, t, step), alpha_at(alphas.double(), t)))
         x = combined(start, clean, p[step], q[step])
         if progress:
             progress(step, x)

@@ -1,0 +1,298 @@
+"""Learns a run through its sampler, with the network frozen: timesteps, solver and the damping of forecasts together.
+
+What is learned is added to a plan: to the coefficients of its solver (samplers/table.py), to its timesteps and to the
+damping of each forecast (methods/plan.py). The loss is the mean over the seeds of the logarithm of the mean squared
+error between what a run ends on and the converged image, which is their PSNR. LD3 (arXiv 2405.15506) and S4S (arXiv
+2502.17423) learn timesteps and solvers so; here forecasts of nested features are part of the run.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Hashable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from unet_caching.forecast import newton_terms
+from unet_caching.methods.plan import SAMPLING, Call, Plan, PlanCache
+from unet_caching.nest import Network
+from unet_caching.policy import Policy
+from unet_caching.samplers.diffusion import Diffusion, Predict
+from unet_caching.samplers.table import Table, multistep, table_of
+
+SMALLEST = 0.02         # share of an image that counts as new in another at least (`Learned.orient`)
+# start(seeds, policy) -> what predicts the noise for these seeds, with the policy as its cache, and their x_T.
+Start = Callable[[Sequence[int], Policy | None], tuple[Predict, Tensor]]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What may be learned of a run: [calls] timesteps, the solver's coefficients, and what each call computes."""
+    timesteps: tuple[float, ...]
+    table: Table
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How to learn."""
+    iterations: int = 100
+    batch_size: int = 8             # seeds of an iteration
+    # The highest learning rate. 1 is a step of all coefficients that changes images by as much as they are from the
+    # converged ones.
+    lr: float = 0.5
+    times_lr: float = 20.0          # of the timesteps, in tens of them, and of the damping: so many times that of a
+    damping_lr: float = 10.0        # coefficient
+    warmup: int = 10                # iterations in which learning rates rise
+    last: int | None = None         # how many predictions before its own a row of q may take more or less of
+    judged_every: int = 20          # iterations, on the held-out seeds
+
+
+class LearnedPlan(PlanCache):
+    """A plan whose damping is a tensor, [calls, highest order]."""
+
+    def __init__(self, calls: Sequence[Call], damping: Tensor):
+        super().__init__(calls)
+        self.damping = damping
+
+    def at(self, step: int) -> "LearnedPlan":
+        super().at(step)
+        branch = self.calls[step].branch
+        if self.weights is not None and branch is not None:
+            held = self.held[branch]
+            terms = torch.tensor(newton_terms(step, held.calls)).to(self.damping)
+            self.weights = torch.zeros_like(self.weights)
+            self.weights[held.place, :len(terms)] = (self.damping[step, :len(terms)] @ terms).to(self.weights)
+        return self
+
+
+class Recomputed:
+    """A network whose activations are not kept for its gradients, but computed again: a call at a time is in memory.
+
+    Called as the network is, with a policy; what the policy keeps is kept.
+    """
+
+    def __init__(self, network: Network):
+        self.network = network
+
+    def __call__(self, x: Tensor, t: Tensor, *context: Tensor, cache: Policy) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.network(x, t, *context, cache=cache)
+        as_now, before, after = copy(cache), cache.kept, list[Hashable]()
+
+        def call(x: Tensor, t: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+            policy = copy(as_now)           # what the run's own does by the time of the gradients is another call
+            policy.kept = dict(zip(before, kept, strict=True))
+            output = self.network(x, t, *context, cache=policy)
+            after[:] = policy.kept
+            return output, *policy.kept.values()
+
+        output, *kept = checkpoint(call, x, t, *before.values(), use_reentrant=False, preserve_rng_state=False)
+        cache.kept = dict(zip(after, kept, strict=True))
+        return output
+
+
+def _rows(rows: Sequence[Sequence[float]]) -> Tensor:
+    """As a matrix, with zeros after rows that are shorter than others."""
+    most = max(map(len, rows))
+    return torch.tensor([[*row, *[0.0] * (most - len(row))] for row in rows], dtype=torch.float64)
+
+
+class Learned(nn.Module):
+    """What is added to a run. All is 0 at first; float64.
+
+    q: [calls, last], along `basis`. times: [calls], in tens of timesteps; the first call stays where it is. damping:
+    [calls, highest order].
+    """
+
+    def __init__(self, run: Solved, last: int | None = None):
+        super().__init__()
+        n, self.calls = len(run.calls), run.calls
+        self.p0, self.t0 = _rows([run.table.p, run.timesteps])
+        self.q0, self.damping0 = _rows(run.table.q), _rows([call.damping for call in run.calls])
+        self.last = n if last is None else min(last, n)
+        self.register_buffer("basis", torch.zeros(n, self.last, n, dtype=torch.float64))
+        self.q = nn.Parameter(torch.zeros(n, self.last, dtype=torch.float64))
+        self.times = nn.Parameter(torch.zeros(n, dtype=torch.float64))
+        self.damping = nn.Parameter(torch.zeros_like(self.damping0))
+
+    def solved(self) -> tuple[Tensor, Tensor]:
+        """The timesteps and q."""
+        return self.t0 + 10 * self.times, self.q0 + torch.einsum("ik,ikj->ij", self.q, self.basis)
+
+    @torch.no_grad()
+    def keep_order(self) -> None:
+        """Move timesteps back that came nearer to where a neighbour was than it is to them."""
+        gaps = 0.049 * (self.t0[:-1] - self.t0[1:])
+        least = F.pad(-gaps, (0, 1), value=-self.t0[-1].item() / 10)
+        self.times.copy_(torch.minimum(torch.maximum(self.times, least), F.pad(gaps, (1, 0))))
+        self.times[0] = 0
+
+    def orient(self, gram: Tensor) -> None:
+        """Choose what q is counted along: the clean image that a call predicts, what is new in the one before it, and
+        in the one before that; a unit of each changes x as much as another. Neighbouring images are nearly alike: along
+        themselves, a step that is small enough for their sum moves nothing else.
+
+        gram: inner products of the images of a run, of which the last has length 1, [calls, calls].
+        """
+        for step, rows in enumerate(self.get_buffer("basis")):
+            places = [*range(step, max(-1, step - self.last), -1)]
+            part = gram[places][:, places]
+            part = part + SMALLEST ** 2 * gram[step, step] * torch.eye(len(places))
+            rows[:len(places), places] = torch.linalg.inv(torch.linalg.cholesky(part))
+
+    def policy(self) -> LearnedPlan:
+        """A fresh one, which forecasts with the damping that is learned."""
+        return LearnedPlan(self.calls, self.damping0 + self.damping)
+
+    def sample(self, start: Start, seeds: Sequence[int], alphas: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the run of some seeds ends on, and D of each call. alphas: [num_timesteps]."""
+        predict, x = start(seeds, self.policy())
+        timesteps, q = self.solved()
+        return multistep(predict, x, timesteps, self.p0, q, alphas)
+
+    def values(self) -> Solved:
+        """The run as it is learned so far."""
+        timesteps, q = self.solved()
+        damping = (self.damping0 + self.damping).tolist()
+        return Solved(tuple(round(t, 4) for t in timesteps.tolist()),
+                      Table(tuple(self.p0.tolist()), tuple(tuple(row[:i + 1]) for i, row in enumerate(q.tolist()))),
+                      tuple(Call(call.branch, tuple(row[:len(call.damping)]))
+                            for call, row in zip(self.calls, damping, strict=True)))
+
+
+def solved(plan: Plan, diffusion: Diffusion) -> Solved:
+    """What may be learned of a plan. Raises ValueError for one of a sampler without a table."""
+    sampler, steps, listed = (plan.made_for[key] for key in SAMPLING)
+    timesteps, own = table_of(sampler, steps, listed, diffusion)
+    return Solved(tuple(timesteps), plan.solver or own, tuple(plan.calls))
+
+
+def learned_plan(plan: Plan, outcome: "Outcome", notes: dict[str, Any]) -> Plan:
+    """The plan that comes of learning one. It is another plan, of the same cost."""
+    run = outcome.run
+    timesteps = ",".join(f"{t:.4f}".rstrip("0").rstrip(".") for t in run.timesteps)
+    gain = {"iteration": outcome.iteration, "chosen by, dB": round(outcome.judged[outcome.iteration], 3)}
+    return replace(plan, made_for=plan.made_for | {"timesteps": timesteps}, calls=[*run.calls], solver=run.table,
+                   known_as=None, notes=plan.notes | {"learned": notes | gain, "learned_from": plan.sha256})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What learning came to. run: the best on the held-out seeds, the run as it was among them. iteration: of that.
+
+    judged: dB gained on the held-out seeds, by iteration.
+    """
+    run: Solved
+    iteration: int
+    judged: dict[int, float]
+
+
+class Learner:
+    """Learns a run. converged: the images to come near to, by seed. alphas: [num_timesteps].
+
+    state: a file that is written after each iteration, from which the same learning goes on. about: what else decides
+    what is learned. Raises ValueError for a state of another learning.
+    """
+
+    def __init__(self, run: Solved, start: Start, alphas: Tensor, converged: Callable[[Sequence[int]], Tensor],
+                 seeds: Sequence[int], held_out: Sequence[int], options: Learning, state: Path,
+                 about: str = ""):
+        self.run, self.start, self.alphas, self.converged = run, start, alphas, converged
+        self.seeds, self.held_out, self.options, self.state = seeds, held_out, options, state
+        self.learned = Learned(run, options.last)
+        self.optimizer = torch.optim.Adam([
+            {"params": [self.learned.q], "times": 1.0}, {"params": [self.learned.times], "times": options.times_lr},
+            {"params": [self.learned.damping], "times": options.damping_lr}], betas=(0.9, 0.95))
+        self.iteration, self.best = 0, (0, self._copy())
+        self.judged = dict[int, float]()            # error on the held-out seeds, dB
+        self.about = hashlib.sha256(repr((run, list(seeds), list(held_out), options, about)).encode()).hexdigest()
+        if state.is_file():
+            self._go_on(torch.load(state, weights_only=True))
+        else:
+            self._orient()
+
+    def learn(self, title: str | None = None) -> Outcome:
+        """title: of a progress bar."""
+        total = self.options.iterations
+        with tqdm(total=total, initial=self.iteration, desc=title, unit="iteration", disable=title is None) as bar:
+            while True:
+                last = self.iteration == total
+                if self.iteration not in self.judged and (last or self.iteration % self.options.judged_every == 0):
+                    self._judge()
+                    self._save()
+                bar.set_postfix_str(f"{self.gain(self.best[0]):+.2f} dB on held-out seeds")
+                if last:
+                    break
+                self._step()
+                self._save()
+                bar.update()
+        self.learned.load_state_dict(self.best[1])
+        run = self.learned.values() if self.best[0] else self.run
+        return Outcome(run, self.best[0], {one: self.gain(one) for one in self.judged})
+
+    def gain(self, iteration: int) -> float:
+        """dB on the held-out seeds beside the run as it was."""
+        return self.judged[0] - self.judged[iteration]
+
+    @torch.no_grad()
+    def _orient(self) -> None:
+        _, clean = self.learned.sample(self.start, self.seeds[:self.options.batch_size], self.alphas)
+        rows = torch.stack(clean).flatten(1).double().cpu()
+        self.learned.orient(rows @ rows.T / rows[-1].square().sum())
+
+    def _step(self) -> None:
+        options, size = self.options, min(self.options.batch_size, len(self.seeds))
+        epoch, place = divmod(self.iteration, len(self.seeds) // size)
+        batch = np.random.RandomState(epoch).permutation(self.seeds)[place * size:][:size].tolist()
+        share = min(1.0, (self.iteration + 1) / options.warmup)
+        share *= 0.5 + 0.5 * math.cos(math.pi * self.iteration / options.iterations)
+        share *= 10 ** (self.judged[0] / 20) / self.learned.get_buffer("basis").any(-1).sum().item() ** 0.5
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.lr * group["times"] * share
+        self.optimizer.zero_grad()
+        self._error(batch).backward()
+        self.optimizer.step()
+        self.learned.keep_order()
+        self.iteration += 1
+
+    def _error(self, seeds: Sequence[int]) -> Tensor:
+        """The mean over the seeds of 10 log10 of the squared error per square of the converged image."""
+        found, _ = self.learned.sample(self.start, seeds, self.alphas)
+        wanted = self.converged(seeds).to(found)
+        errors = (found - wanted).square().flatten(1).sum(1) / wanted.square().flatten(1).sum(1)
+        return 10 * errors.log10().mean()
+
+    @torch.no_grad()
+    def _judge(self) -> None:
+        size = self.options.batch_size
+        parts = [self.held_out[i:i + size] for i in range(0, len(self.held_out), size)]
+        error = sum(self._error(part).item() * len(part) for part in parts) / len(self.held_out)
+        self.judged[self.iteration] = error if math.isfinite(error) else math.inf
+        if self.judged[self.iteration] < self.judged[self.best[0]]:
+            self.best = self.iteration, self._copy()
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.learned.state_dict().items()}
+
+    def _save(self) -> None:
+        part = self.state.with_suffix(".part")
+        torch.save({"about": self.about, "iteration": self.iteration, "learned": self.learned.state_dict(),
+                    "optimizer": self.optimizer.state_dict(), "best": self.best, "judged": self.judged}, part)
+        os.replace(part, self.state)
+
+    def _go_on(self, state: dict) -> None:
+        if state["about"] != self.about:
+            raise ValueError(f"{self.state} is of another learning: delete it, or take another place")
+        self.iteration, self.best, self.judged = state["iteration"], tuple(state["best"]), state["judged"]
+        self.learned.load_state_dict(state["learned"])
+        self.optimizer.load_state_dict(state["optimizer"])

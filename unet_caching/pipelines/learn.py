@@ -1,0 +1,168 @@
+"""Learns a plan on a diffusers pipeline: for its U-Net, guidance and prompts (unet_caching/learning.py).
+
+    learn_plan(pipe, "plan.json", prompts, seeds=range(64), held_out=range(100, 132), out="learned.json")
+    pipe.scheduler = plan_scheduler("learned.json", pipe.scheduler)
+    enable_deepcache(pipe, plan="learned.json")
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor
+from tqdm import tqdm
+
+from unet_caching.errors import UserError, as_user_error
+from unet_caching.learning import Learner, Learning, Recomputed, learned_plan, solved
+from unet_caching.methods.plan import Plan
+from unet_caching.nest import Cache
+from unet_caching.pipelines.forward import argument_names, cached_forward
+from unet_caching.pipelines.install import check, unwrapped
+from unet_caching.pipelines.parts import Caching
+from unet_caching.pipelines.scheduler import PREDICTIONS, plan_scheduler
+from unet_caching.policy import Policy
+from unet_caching.samplers.diffusion import Diffusion, Predict
+from unet_caching.samplers.samplers import noise_predictor
+from unet_caching.samplers.table import table_of
+
+
+def learn_plan(pipe: DiffusionPipeline, plan: Path | str, prompts: Sequence[str] | None, seeds: Sequence[int],
+               held_out: Sequence[int], out: Path | str, options: Learning = Learning(),  # noqa: B008  it is frozen
+               converged_steps: int = 100, **arguments: Any) -> Plan:
+    """Learn timesteps, solver and forecasts of a plan, and write the plan that comes of it.
+
+    prompts: seed s has prompt s % len(prompts), and the noise of a generator with that seed; None where the pipeline
+    takes none. held_out: the seeds on which the best is chosen; the plan as it was is among what is chosen from.
+    out: the plan to write, JSON. Beside it is kept what is learned so far: after a kill the same call goes on, and
+    comes to the same plan. converged_steps: of UniPC, for the images to come near to. arguments: of the pipeline's
+    call, as guidance_scale and height. Raises UserError for a pipeline whose network calls are no function of x and
+    timestep alone, as with a ControlNet, and for one that is not in float32.
+    """
+    with as_user_error():
+        before = Plan.load(plan)
+    own, unet = pipe.scheduler, unwrapped(pipe.unet)
+    check(unet)
+    if unet.dtype != torch.float32:
+        raise UserError(f"plans are learned in float32, and pipe.unet is in {unet.dtype}: pipe.to(torch.float32); the "
+                        "plan runs in any")
+    state, about = Path(out).with_suffix(".learning"), repr((prompts, arguments, converged_steps))
+    kept = state.with_suffix(f".{hashlib.sha256(about.encode()).hexdigest()[:8]}.converged")
+    weights = [weight for weight in unet.parameters() if weight.requires_grad]
+    bars = getattr(pipe, "_progress_bar_config", {})
+    try:
+        unet.requires_grad_(False)
+        pipe.scheduler = plan_scheduler(plan, own)
+        pipe.set_progress_bar_config(disable=True)
+        starts = Starts(pipe, prompts, before.made_for["steps"], arguments)
+        images = starts.converged([*seeds, *held_out], converged_steps, options.batch_size, kept)
+        with as_user_error():
+            outcome = Learner(solved(before, starts.diffusion), starts, starts.diffusion.alphas_cumprod(),
+                              lambda some: torch.stack([images[seed] for seed in some]), seeds, held_out, options,
+                              state, about).learn("learning")
+    finally:
+        pipe.scheduler, pipe._progress_bar_config = own, bars
+        for weight in weights:
+            weight.requires_grad_()
+    made = learned_plan(before, outcome, {"learnt_on": f"{len(seeds)} seeds", "chosen_on": f"{len(held_out)} others"})
+    made.save(out)
+    return made
+
+
+@dataclass
+class _Levels(Diffusion):
+    """The noise levels of a scheduler."""
+    of_scheduler: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def betas(self) -> Tensor:
+        return self.of_scheduler
+
+    def alphas_cumprod(self) -> Tensor:
+        return (1 - self.of_scheduler).cumprod(0)
+
+
+def levels_of(scheduler: SchedulerMixin) -> Diffusion:
+    """What the network of a pipeline was trained for. scheduler: of `plan_scheduler`, which has checked it."""
+    betas = scheduler.betas.float().cpu()
+    return _Levels(num_timesteps=len(betas), prediction=PREDICTIONS[scheduler.config.prediction_type],
+                   of_scheduler=betas)
+
+
+class _Stopped(Exception):
+    """A pipeline has come to its first network call."""
+
+
+class Starts:
+    """What the runs of a pipeline start from, as a `learning.Start`: a pipeline runs up to its first network call.
+
+    steps: of the pipeline's scheduler. arguments: of the pipeline's call.
+    """
+
+    def __init__(self, pipe: Any, prompts: Sequence[str] | None, steps: int, arguments: dict[str, Any]):
+        self.pipe, self.prompts, self.steps, self.arguments = pipe, prompts, steps, arguments
+        self.unet = unwrapped(pipe.unet)
+        self.names = argument_names(self.unet)
+        self.diffusion = levels_of(pipe.scheduler)
+
+    def __call__(self, seeds: Sequence[int], policy: Policy | None) -> tuple[Predict, Tensor]:
+        call = self._first_call(seeds)
+        x = call.pop("sample")
+        del call["timestep"]
+        guided = len(x) == 2 * len(seeds)
+        if not guided and (len(x) != len(seeds) or getattr(self.pipe, "do_classifier_free_guidance", False)):
+            raise UserError(f"the pipeline's network calls are of {len(x)} rows for {len(seeds)} images: plans are "
+                            "learned where an image has one row, or two with guidance")
+        if any(call.get(name) is not None for name in self.names if "additional_residual" in name):
+            raise UserError("plans are learned without ControlNets and adapters, whose residuals change from step to "
+                            "step")
+        if getattr(self.pipe, "guidance_rescale", 0.0):
+            raise UserError("plans are learned without guidance_rescale")
+
+        def network(x: Tensor, t: Tensor, cache: Cache) -> Tensor:
+            given = call | {"sample": x, "timestep": t, "return_dict": False}
+            return cached_forward(self.unet, self.names, Caching(cache), **given)[0]
+
+        guidance = self.pipe.guidance_scale if guided else 1.0
+        return noise_predictor(Recomputed(network), self.diffusion, x.dtype, policy, (), guidance), x[:len(seeds)]
+
+    @torch.no_grad()
+    def _first_call(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """The arguments of the first network call for some seeds, by name."""
+        found: dict[str, Any] = {}
+
+        def stop(module: Any, args: tuple, kwargs: dict) -> None:
+            found.update(zip(self.names, args, strict=False), **kwargs)
+            raise _Stopped
+
+        hook = self.unet.register_forward_pre_hook(stop, with_kwargs=True)
+        shown: dict[str, Any] = ({"batch_size": len(seeds)} if self.prompts is None else
+                 {"prompt": [self.prompts[seed % len(self.prompts)] for seed in seeds]})
+        shown |= {name: [value] * len(seeds) if isinstance(value, str) and name.startswith("negative_prompt") else value
+                  for name, value in self.arguments.items()}
+        try:
+            self.pipe(**shown, generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                      num_inference_steps=self.steps)
+        except _Stopped:
+            return found
+        finally:
+            hook.remove()
+        raise UserError(f"a {type(self.pipe).__name__} does not call its U-Net")
+
+    def converged(self, seeds: Sequence[int], steps: int, batch_size: int, file: Path) -> dict[int, Tensor]:
+        """The latents of many steps, by seed. file: where they are kept."""
+        images: dict[int, Tensor] = torch.load(file, weights_only=True) if file.is_file() else {}
+        timesteps, table = table_of("unipc", steps, "trailing", self.diffusion)
+        missing = [seed for seed in seeds if seed not in images]
+        for i in tqdm(range(0, len(missing), batch_size), "converged images", disable=not missing):
+            batch = missing[i:i + batch_size]
+            with torch.no_grad():
+                predict, x = self(batch, None)
+                made = table.sample(predict, x, timesteps, self.diffusion.alphas_cumprod())
+            images |= dict(zip(batch, made.cpu(), strict=True))
+            torch.save(images, file.with_suffix(".part"))
+            os.replace(file.with_suffix(".part"), file)
+        return images
