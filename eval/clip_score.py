@@ -162,14 +162,14 @@ def prompts_of_seeds(images: ImageSet, prompts: Sequence[str], images_per_prompt
 
 def image_scores(images: ImageSet, texts: Sequence[str], model: ImageText, batch_size: int = 16) -> np.ndarray:
     """The score of each image with its text: float64 [n]. Raises UserError where it is not finite."""
-    found: list[float] = []
+    scores: list[float] = []
     with tqdm(total=len(images), unit="img", desc=f"scores of {images.description}", leave=False, disable=None) as bar:
         for batch in images.batches(batch_size):
-            found += model.scores(batch, texts[len(found):len(found) + len(batch)]).tolist()
+            scores += model.scores(batch, texts[len(scores):len(scores) + len(batch)]).tolist()
             bar.update(len(batch))
-    if not np.isfinite(found).all():
+    if not np.isfinite(scores).all():
         raise UserError("the features are not finite: an overflow in float16, or damaged weights")
-    return np.array(found)
+    return np.array(scores)
 
 
 def check_comparable(ours: Result, other: Result) -> None:

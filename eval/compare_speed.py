@@ -138,11 +138,11 @@ def compare(config: Config, batch_size: int, branch: int, dtype: torch.dtype, mo
     expected = {"macs": cached_macs[branch].hook / macs.hook, "macs_fc": cached_macs[branch].fc / macs.fc}
     sides: dict[str, dict] = {}
     for (side, step), timing in timings.items():
-        found = sides.setdefault(side, {})
-        found[step] = timing.to_json() | {"over_ours": timing.ratio(timings["ours", step]),
+        steps = sides.setdefault(side, {})
+        steps[step] = timing.to_json() | {"over_ours": timing.ratio(timings["ours", step]),
                                           "difference": difference(results["ours", step], results[side, step])}
         if step == "cached":
-            found["cached_over_full"] = timing.ratio(timings[side, "full"])
+            steps["cached_over_full"] = timing.ratio(timings[side, "full"])
     return {"sides": sides, "expected": expected, "memory": memory}
 
 
@@ -157,11 +157,11 @@ def _named(result: Result) -> str:
     return str(result.model) if pixels is None else f"{result.model}, {pixels} px"
 
 
-def table(found: Sequence[Result]) -> list[list[str]]:
+def table(measured: Sequence[Result]) -> list[list[str]]:
     """The time of all settings, head first."""
     rows = [["model", "batch", "dtype", "mode", "full step, s", "cached / full", "by macs", "by macs_fc",
              "N = 5 speed-up", "by macs_fc", "diffusers / ours, full", "helper / ours, cached", "helper / ours, N = 5"]]
-    for result in found:
+    for result in measured:
         settings, sides, expected = result.settings, result.times["sides"], result.times["expected"]
         ours, helper = sides["ours"], sides.get("helper")
         ratios = ours["cached_over_full"], expected["macs_fc"]
@@ -179,10 +179,10 @@ def seconds(side: dict) -> float:
     return side["full"]["median"] * full_calls(side["cached_over_full"])
 
 
-def memory_table(found: Sequence[Result]) -> list[list[str]]:
+def memory_table(measured: Sequence[Result]) -> list[list[str]]:
     """The peak memory of all settings where it was measured, head first."""
     rows = [["model", "batch", "dtype", "ours, without cache", "ours, cached", "the feature", "diffusers", "helper"]]
-    for result in found:
+    for result in measured:
         if of := result.times["memory"]:
             megabytes = (of["ours"]["dense"], of["ours"]["run"], of["feature"], of["diffusers"]["dense"],
                          of["helper"]["run"])
@@ -194,11 +194,11 @@ def memory_table(found: Sequence[Result]) -> list[list[str]]:
 def report(folder: Path) -> str:
     """Write table.md of all settings in a folder; returns the table."""
     order = {name: i for i, name in enumerate(BATCH_SIZES)}
-    found = sorted((result for _, result in results.read_all(folder)),
+    measured = sorted((result for _, result in results.read_all(folder)),
                    key=lambda result: (order.get(str(result.model), len(order)), MODES.index(result.settings["mode"]),
                                        result.settings["dtype"], result.settings["batch_size"]))
-    text = "\n".join([*markdown(table(found)), "", "Peak memory beside the weights, MB of PyTorch's tensors:", "",
-                      *markdown(memory_table(found))])
+    text = "\n".join([*markdown(table(measured)), "", "Peak memory beside the weights, MB of PyTorch's tensors:", "",
+                      *markdown(memory_table(measured))])
     write_atomically(folder / "table.md", lambda path: path.write_text(text + "\n"))
     return text
 
@@ -238,10 +238,10 @@ def run(args: Options, where: Device) -> None:
                 continue
             print(f"{path.name}: measuring", flush=True)
             started = time.time()
-            found = compare(config, size, config.sampler.branch, DTYPES[dtype], mode, device, args.repeats, args.warmup)
+            times = compare(config, size, config.sampler.branch, DTYPES[dtype], mode, device, args.repeats, args.warmup)
             settings = {"batch_size": size, "rows": size * rows_per_image(config), "dtype": dtype, "mode": mode,
                         "branch": config.sampler.branch, "repeats": args.repeats, "warmup": args.warmup,
                         "weights": "random", **({} if args.resolution is None else {"resolution": args.resolution})}
-            results.write(path, Result("compare_speed", config.name, settings, throughput=found, provenance=measured_by
+            results.write(path, Result("compare_speed", config.name, settings, throughput=times, provenance=measured_by
                                        ).stamped(started))
     print(report(args.out))

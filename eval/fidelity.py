@@ -73,23 +73,23 @@ def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_si
                     for measure in measures:
                         measured.setdefault(measure.key, []).append(measure.of(x, other))
             bar.update(len(x))
-    found, unrelated = ({name: np.concatenate(values) for name, values in measured.items()}
+    pairs, unrelated = ({name: np.concatenate(values) for name, values in measured.items()}
                         for measured in (batches, strangers))
     fx, fy = (features_of(images, extractor, batch_size) for images in (samples, against))
-    found[FEATURE_DISTANCE.key] = _cosine_distance(fx.values, fy.values)
+    pairs[FEATURE_DISTANCE.key] = _cosine_distance(fx.values, fy.values)
     if len(seeds) > 1:
         unrelated[FEATURE_DISTANCE.key] = _cosine_distance(fx.values, np.roll(fy.values, 1, 0))
 
-    result: dict[str, Any] = {"images": len(seeds), "identical": int(np.isinf(found["psnr"]).sum())}
-    names = [measure.key for measure in PAIRS if measure.key in found]
+    result: dict[str, Any] = {"images": len(seeds), "identical": int(np.isinf(pairs["psnr"]).sum())}
+    names = [measure.key for measure in PAIRS if measure.key in pairs]
     for name in names:
-        estimate = mean_estimate(found[name][np.isfinite(found[name])], seed)
+        estimate = mean_estimate(pairs[name][np.isfinite(pairs[name])], seed)
         usual = unrelated.get(name, np.empty(0))
         usual = usual[np.isfinite(usual)]
         result[name] = {"mean": estimate["mean"], "interval": estimate["interval"],
                         "unrelated": float(usual.mean()) if len(usual) else None}
     result["per_image"] = {"seed": seeds} | {
-        name: [round(float(v), 6) if np.isfinite(v) else None for v in found[name]] for name in names}
+        name: [round(float(v), 6) if np.isfinite(v) else None for v in pairs[name]] for name in names}
     result["images_sha256"] = {"samples": fx.images_sha256, "against": fy.images_sha256}
     return result
 
@@ -115,9 +115,9 @@ def to_converged(samples: ImageSet, against: ImageSet, twice: ImageSet, within: 
             "converged": bool(moved <= within)}
 
 
-def converged_metrics(found: dict) -> dict[str, Metric]:
-    """The error to a converged run, of what `to_converged` found; nothing where that run is not converged."""
-    return {RMSE_TO_CONVERGED.name: Metric.of(found)} if found["converged"] else {}
+def converged_metrics(result: dict) -> dict[str, Metric]:
+    """The error to a converged run, of a result of `to_converged`; nothing where that run is not converged."""
+    return {RMSE_TO_CONVERGED.name: Metric.of(result)} if result["converged"] else {}
 
 
 def check_twice(against: ImageSet, twice: ImageSet) -> int:
@@ -142,10 +142,10 @@ def check_twice(against: ImageSet, twice: ImageSet) -> int:
     return one["steps"]
 
 
-def metrics(found: dict) -> dict[str, Metric]:
-    """The means among what `fidelity` found."""
-    return {measure.name: Metric.of(found[measure.key]) for measure in PAIRS
-            if measure.key in found and found[measure.key]["mean"] is not None}
+def metrics(result: dict) -> dict[str, Metric]:
+    """The means in a result of `fidelity`."""
+    return {measure.name: Metric.of(result[measure.key]) for measure in PAIRS
+            if measure.key in result and result[measure.key]["mean"] is not None}
 
 
 def _cosine_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -76,20 +76,20 @@ def quality(samples: ImageSet, reference: ImageSet, extractor: SmallExtractor, h
     }
 
 
-def metrics(found: dict) -> dict[str, Metric]:
-    """The distances among what `quality`, or `difference`, found."""
-    return {measure.name: Metric.of(found[measure.name]) for measure in measures(found)}
+def metrics(result: dict) -> dict[str, Metric]:
+    """The distances in a result of `quality`, or of `difference`."""
+    return {measure.name: Metric.of(result[measure.name]) for measure in measures(result)}
 
 
-def measures(found: dict) -> list[Measure]:
-    """Which distances `quality`, or `difference`, found: those on the features of one network."""
-    return [measure for measure in SMALL_MEASURES if measure.name in found]
+def measures(result: dict) -> list[Measure]:
+    """Which distances are in a result of `quality`, or of `difference`: those on the features of one network."""
+    return [measure for measure in SMALL_MEASURES if measure.name in result]
 
 
-def hashes(found: dict) -> dict[str, str]:
+def hashes(result: dict) -> dict[str, str]:
     """sha256 of what `quality` looked at."""
-    return {"images": found["samples"]["sha256"], "reference": found["reference"]["sha256"],
-            "extractor": found["extractor"]}
+    return {"images": result["samples"]["sha256"], "reference": result["reference"]["sha256"],
+            "extractor": result["extractor"]}
 
 
 def difference(samples: ImageSet, against: ImageSet, reference: ImageSet, extractor: SmallExtractor, dims: int = 64,
@@ -104,9 +104,9 @@ def difference(samples: ImageSet, against: ImageSet, reference: ImageSet, extrac
 
 def _nearest(features: np.ndarray, reference: np.ndarray) -> dict:
     """Quantiles of the distance to the nearest reference image: far below those of held-out images = copied."""
-    found = nearest_distances(features, reference)
+    distances = nearest_distances(features, reference)
     quantiles = {"min": 0, "5%": 0.05, "median": 0.5, "95%": 0.95}
-    return {name: float(np.quantile(found, q)) for name, q in quantiles.items()}
+    return {name: float(np.quantile(distances, q)) for name, q in quantiles.items()}
 
 
 def _described(images: ImageSet, digest: str) -> dict:
@@ -124,8 +124,8 @@ def table(result: dict) -> str:
         lines.append(f"{label:44}" + "".join(f"  {cell:>{max(20, len(measure.heading))}}"
                                              for measure, cell in zip(shown_here, cells, strict=True)))
 
-    def spread(found: dict, centre: str, ends: str, form: str) -> Iterable[str]:
-        return (form.format(*(measure.scale * v for v in (found[measure.name][centre], *found[measure.name][ends])))
+    def spread(numbers: dict, centre: str, ends: str, form: str) -> Iterable[str]:
+        return (form.format(*(measure.scale * v for v in (numbers[measure.name][centre], *numbers[measure.name][ends])))
                 for measure in shown_here)
 
     row("", (measure.heading for measure in shown_here))

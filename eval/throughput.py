@@ -77,16 +77,16 @@ def timed(runs: Sequence[tuple[Mapping[str, Any], Run]], settings: Mapping[str, 
     print(f"{run.config.name}: batch {machine.batch_size}{guided}, {run.spec.network.dtype}, {where['device']} "
           f"({where['device_name']}), {where['threads']} CPU threads, {timing.repeats} rounds", flush=True)
     with as_user_error():
-        found = time_runs([one for _, one in runs], network.network, random_inputs(run.config, rows, device, run.dtype),
-                          timing.repeats, timing.warmup)
-    times = Times(found, settings.get("cache"))
-    found["runs"] = [{**about, **of_run(one, times, machine.batch_size)} for about, one in runs]
-    print(table(found))
+        timings = time_runs([one for _, one in runs], network.network,
+                            random_inputs(run.config, rows, device, run.dtype), timing.repeats, timing.warmup)
+    times = Times(timings, settings.get("cache"))
+    timings["runs"] = [{**about, **of_run(one, times, machine.batch_size)} for about, one in runs]
+    print(table(timings))
     if timing.out:
         settings = {**settings, "batch_size": machine.batch_size, "rows": rows, "dtype": run.spec.network.dtype,
                     "repeats": timing.repeats, "warmup": timing.warmup,
                     "weights": str(checkpoint) if checkpoint else "random", **network.in_use}
-        results.write(timing.out, Result("throughput", run.config.name, settings, throughput=found, provenance=where
+        results.write(timing.out, Result("throughput", run.config.name, settings, throughput=timings, provenance=where
                                          ).stamped(started))
         print(f"wrote {timing.out}")
 
@@ -100,12 +100,12 @@ def of_run(run: Run, times: Times, batch_size: int) -> dict[str, Any]:
             "macs_fc_speedup": run.calls * full.fc / sum(m.fc for m in macs)}
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(timings: Mapping[str, Any]) -> str:
     """All of it, for people."""
-    full = found["full"]
+    full = timings["full"]
     lines = ["of a call, and as a fraction of a full one: time, macs, macs_fc",
              f"{'median ms':>10}{'quartiles':>18}{'time':>8}{'macs':>8}{'macs_fc':>9}  what it reuses"]
-    for one in ({"reused": ["nothing"], "order": 0, "ratio": 1.0, **full}, *found["kinds"]):
+    for one in ({"reused": ["nothing"], "order": 0, "ratio": 1.0, **full}, *timings["kinds"]):
         low, high = (1e3 * value for value in one["quartiles"])
         some = ", ".join(one["reused"][:3]) + (f", ... ({len(one['reused'])})" if len(one["reused"]) > 3 else "")
         some = f"the level at branch {some}" if some.isdigit() else some or "nothing"
@@ -114,7 +114,7 @@ def table(found: Mapping[str, Any]) -> str:
                      + (f", forecast of order {one['order']}" if one["order"] else "")
                      + (f", peak {one['peak_bytes'] / 2**20:.0f} MiB" if one["peak_bytes"] else ""))
     lines += ["", f"{'':34}{'images/s':>10}{'speed-up':>10}{'by macs':>9}{'by macs_fc':>12}"]
-    for one in found["runs"]:
+    for one in timings["runs"]:
         name = f"the run: {one['calls']} calls"
         if "interval" in one:
             order = f", order {one['forecast']}" if one["forecast"] else ""

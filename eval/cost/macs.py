@@ -88,7 +88,7 @@ class Costs(NamedTuple):
         """
         if policy is None:
             return [self.full] * num_calls
-        found: list[Macs] = []
+        macs: list[Macs] = []
         known: dict[Hashable, Macs] = {}        # by what the policy does, which the kinds of calls of a run share
         with counting() as so_far:
             before = so_far()
@@ -99,8 +99,8 @@ class Costs(NamedTuple):
                     known[pattern] = Macs(*(full - sum(parts) + n - b for full, *parts, n, b in
                                             zip(self.full, *saved, now, before, strict=True)))
                     before = now
-                found.append(known[pattern])
-        return found
+                macs.append(known[pattern])
+        return macs
 
     def cached(self, branch: int) -> Macs:
         """DeepCache's cached step."""
@@ -122,8 +122,8 @@ def costs(unet: nn.Module, inputs: Sequence[Tensor]) -> Costs:
 
 def branch_macs(unet: nn.Module, inputs: Sequence[Tensor], branches: Iterable[int]) -> tuple[Macs, dict[int, Macs]]:
     """The MACs of a full step, and of DeepCache's cached step at each branch. inputs: as `costs` takes them."""
-    found = costs(unet, inputs)
-    return found.full, {branch: found.cached(branch) for branch in branches}
+    counted = costs(unet, inputs)
+    return counted.full, {branch: counted.cached(branch) for branch in branches}
 
 
 def mean(calls: Sequence[Macs]) -> Macs:

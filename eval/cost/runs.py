@@ -40,8 +40,8 @@ def macs_per_step(run: Run, over: int | None = None) -> Macs:
 
     The call that PLMS makes beside its steps is left out, as it is there.
     """
-    found = mean(call_macs(run)[:run.steps])
-    return found if over is None else Macs(*(value * run.steps / over for value in found))
+    average = mean(call_macs(run)[:run.steps])
+    return average if over is None else Macs(*(value * run.steps / over for value in average))
 
 
 def macs_per_image(run: Run) -> Macs:
@@ -54,6 +54,6 @@ def in_full_calls(run: Run) -> float:
     return macs_per_image(run).hook / (costs_of(run).full.hook * run.rows_per_image)
 
 
-def told_by_steps(run: Run) -> bool:
+def deepcache_alone(run: Run) -> bool:
     """Whether the times of DeepCache's steps are those of a run's calls; others are timed run by run."""
     return all(isinstance(method, DeepCacheMethod) for method in run.caching.methods)

@@ -109,7 +109,7 @@ def time_runs(runs: Sequence[Run], network: Network, inputs: Sequence[Tensor], r
     first: dict[Kind, tuple[Run, int, Macs]] = {}       # a run with a call of the kind, which, and its MACs
     for run in runs:
         for step, (kind, macs) in enumerate(zip(kinds_of(run), call_macs(run), strict=True)):
-            if kind.reused or not told_by_kinds(run):       # of other methods a full call may do more
+            if kind.reused or not only_reuses(run):       # of other methods a full call may do more
                 first.setdefault(kind, (run, step, macs))
 
     @torch.inference_mode()
@@ -133,7 +133,7 @@ def time_runs(runs: Sequence[Run], network: Network, inputs: Sequence[Tensor], r
                       for kind, timing in timings.items()]}
 
 
-def told_by_kinds(run: Run) -> bool:
+def only_reuses(run: Run) -> bool:
     """Whether all that its calls do is to reuse and to forecast, so that calls of one kind take the same time in all
     runs. Scale-shift belongs to it: on Stable Diffusion v1.5 it added 0.005 %."""
     plain = DeepCacheMethod, BlockCachingMethod, PlanMethod, ForecastMethod
@@ -169,8 +169,8 @@ class Times:
         return cls(result.times, result.settings.get("cache"))
 
     def of_run(self, run: Run) -> RunTime | None:
-        """The time of a run; None where it is not told."""
-        if self.cache != run.caching.settings if self.cache is not None else not told_by_kinds(run):
+        """The time of a run; None where a kind of its calls was not timed."""
+        if self.cache != run.caching.settings if self.cache is not None else not only_reuses(run):
             return None
         calls = Counter(kinds_of(run))
         if not calls.keys() <= self.kinds.keys():

@@ -130,13 +130,13 @@ def read_statistics(path: Path, keys: Mapping[str, tuple[str, str]]) -> dict[str
             return None
         if missing:
             raise UserError(f"{path} has no {' and '.join(missing)}, which belong to the others of a reference")
-        found = {layer: (file[mu], file[sigma]) for layer, (mu, sigma) in keys.items()}
-    for layer, (mu, sigma) in found.items():
+        statistics = {layer: (file[mu], file[sigma]) for layer, (mu, sigma) in keys.items()}
+    for layer, (mu, sigma) in statistics.items():
         d = DIMS[layer]
         if mu.shape != (d,) or sigma.shape != (d, d) or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
             raise UserError(f"{path}: {' and '.join(keys[layer])} are {list(mu.shape)} and {list(sigma.shape)}: "
                             f"expected [{d}] and [{d}, {d}], all finite")
-    return found
+    return statistics
 
 
 def scores(command: str, sets: Sets) -> Iterator[tuple[str, str, Score | Unavailable]]:
@@ -146,10 +146,10 @@ def scores(command: str, sets: Sets) -> Iterator[tuple[str, str, Score | Unavail
         if sys.stderr.isatty():
             print(f"computing {' and '.join(names)}{one.slow}", file=sys.stderr, flush=True)
         try:
-            found: list[Score | Unavailable] = [*one.of(sets)]
+            outcome: list[Score | Unavailable] = [*one.of(sets)]
         except Unavailable as reason:
-            found = [reason] * len(names)
-        yield from ((name, one.said.get(name, name), score) for name, score in zip(names, found, strict=True))
+            outcome = [reason] * len(names)
+        yield from ((name, one.labels.get(name, name), score) for name, score in zip(names, outcome, strict=True))
 
 
 def judge(command: str, options: OfSets, extraction: Extraction, where: Device,
@@ -173,8 +173,8 @@ def judge(command: str, options: OfSets, extraction: Extraction, where: Device,
     assert x is not None and not isinstance(x, np.ndarray)      # this is rank 0
     metrics: dict[str, Metric] = {}
     details, unavailable, lines = dict(real.details), dict[str, str](), dict[str, str]()
-    for name, said, score in scores(command, Sets(x, real.statistics, y, options.groups)):
-        called, label = real.name.format(name), inception.name(real.name.format(said))
+    for name, label, score in scores(command, Sets(x, real.statistics, y, options.groups)):
+        called, label = real.name.format(name), inception.name(real.name.format(label))
         if isinstance(score, Unavailable):
             unavailable[called], lines[label] = str(score), f"-   ({score})"
         else:

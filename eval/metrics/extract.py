@@ -109,9 +109,9 @@ def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store:
     (rank, world), parts = rank_and_world() if share else (0, 1), _parts(images)
     folder = _folder(images, extractor, store, world)
     if folder is None:
-        found = [(values, digest) for _, values, digest in _computed(images, extractor, parts, batch_size)]
+        computed = [(values, digest) for _, values, digest in _computed(images, extractor, parts, batch_size)]
         check_unchanged(images)
-        return Features([values for values, _ in found], [digest for _, digest in found], images.names,
+        return Features([values for values, _ in computed], [digest for _, digest in computed], images.names,
                         extractor.layers)
     kept = {part: _Kept(folder / f"part-{i:05d}.npz", images, part, extractor) for i, part in enumerate(parts)}
     own = list(deal(parts)) if share else parts
@@ -169,13 +169,13 @@ def pixels_sha256(images: ImageSet) -> str:
     if images.fingerprint in known:
         return known[images.fingerprint]
     seen = images.stamp(range(len(images)))
-    found = _sha256_of_all(images.names, [digest for _, digest in _digests(images, _parts(images), 32)])
+    digest = _sha256_of_all(images.names, [digest for _, digest in _digests(images, _parts(images), 32)])
     check_unchanged(images)
     if note is not None and time.time() - seen.changed > _DOUBT:
         with suppress(OSError):         # a folder that cannot be written to: they are read again the next time
             note.parent.mkdir(exist_ok=True)
-            write_json(note, dict(list(known.items())[-9:]) | {images.fingerprint: found})
-    return found
+            write_json(note, dict(list(known.items())[-9:]) | {images.fingerprint: digest})
+    return digest
 
 
 class _Kept:
@@ -222,14 +222,14 @@ def _computed(images: ImageSet, extractor: Extractor, parts: Sequence[range], ba
               ) -> Iterator[tuple[range, dict[str, np.ndarray], str]]:
     """(part, features by layer, sha256 of the pixels) of each part."""
     for part, batches, digest in _by_part(images, parts, batch_size, "features"):
-        found = []
+        features = []
         for pixels in batches:
-            found.append(extractor.features(pixels))
-            for name, values in found[-1].items():
+            features.append(extractor.features(pixels))
+            for name, values in features[-1].items():
                 if not np.isfinite(values).all():
                     raise UserError(f"the {name} features of an image in {images.description} are not finite: the "
                                     "weights of the extractor are damaged")
-        yield part, {name: np.concatenate([f[name] for f in found]) for name in extractor.layers}, digest.hexdigest()
+        yield part, {name: np.concatenate([f[name] for f in features]) for name in extractor.layers}, digest.hexdigest()
 
 
 def _digests(images: ImageSet, parts: Sequence[range], batch_size: int) -> Iterator[tuple[range, str]]:

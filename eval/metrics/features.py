@@ -99,8 +99,8 @@ def features_of(images: ImageSet, extractor: SmallExtractor, batch_size: int = 3
     Those of images in memory, such as a reference that several sets are compared with, are kept by the extractor.
     """
     key = f"{images.fingerprint} {images.names}"
-    found = extractor.kept.get(key) or extract(images, extractor, batch_size)
-    assert found is not None        # which only other processes get
+    features = extractor.kept.get(key) or extract(images, extractor, batch_size)
+    assert features is not None        # which only other processes get
     if images.root is None:
-        extractor.kept[key] = found
-    return found
+        extractor.kept[key] = features
+    return features

@@ -209,10 +209,10 @@ def _positions(path: Path, there: Sequence[int], wanted: Sequence[int]) -> list[
 
 def _dealt(path: Path, alone: bool) -> list[Path]:
     """The images of a sample folder, 000/000123.png. alone: raise UserError for others among them."""
-    found = [file for folder in path.iterdir() if re.fullmatch("[0-9]{3,}", folder.name) and folder.is_dir()
+    inside = [file for folder in path.iterdir() if re.fullmatch("[0-9]{3,}", folder.name) and folder.is_dir()
              for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
-    files = [file for file in found if file.suffix == ".png" and _NUMBER.fullmatch(file.stem)]
-    other = sorted({file for file in found if file.suffix.lower() in SUFFIXES | _OTHER_SUFFIXES} - set(files))
+    files = [file for file in inside if file.suffix == ".png" and _NUMBER.fullmatch(file.stem)]
+    other = sorted({file for file in inside if file.suffix.lower() in SUFFIXES | _OTHER_SUFFIXES} - set(files))
     if files and other and alone:
         raise UserError(f"{other[0]} and {len(other) - 1} more lie among the images of seeds, like {files[0].name}, "
                         "and leaving them out would judge another set: move them elsewhere, or say --seeds")

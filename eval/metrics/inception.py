@@ -109,10 +109,10 @@ class Inception:
     def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """By layer, in float32 throughout (no TF32)."""
         x = torch.tensor(np.ascontiguousarray(pixels), device=self.device).permute(0, 3, 1, 2)
-        found = {}
+        layers = {}
 
         def keep(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-            found["spatial"] = output[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+            layers["spatial"] = output[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
         hook = self.net.Mixed_6d.branch1x1.register_forward_hook(keep)
         tf32 = torch.backends.cudnn.allow_tf32
@@ -120,12 +120,12 @@ class Inception:
         try:
             # torch-fidelity's forward prepares images in one way only; its modules in their order are the network.
             *body, fc = self.net.children()
-            found["pool"] = nn.Sequential(*body)(MODES[self.mode](x)).flatten(1)
-            found["logits"] = found["pool"] @ fc.weight.T
+            layers["pool"] = nn.Sequential(*body)(MODES[self.mode](x)).flatten(1)
+            layers["logits"] = layers["pool"] @ fc.weight.T
         finally:
             hook.remove()
             torch.backends.cudnn.allow_tf32 = tf32
-        return {name: found[name].cpu().numpy() for name in self.layers}
+        return {name: layers[name].cpu().numpy() for name in self.layers}
 
 
 def load(path: Path) -> Any:

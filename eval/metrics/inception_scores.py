@@ -85,12 +85,12 @@ def _recalls_without(x: Tensor, y: Tensor, groups: int) -> list[float]:
         place = (inside.cumsum(2) == NEIGHBOURS + 1).int().argmax(2)
         radii.append(near.expand(groups, -1, -1).gather(2, place[:, :, None])[:, :, 0])
     radius = torch.cat(radii, 1)                                                         # [groups, n]
-    found = torch.zeros(groups, dtype=torch.float64)
+    inside_some = torch.zeros(groups, dtype=torch.float64)
     for rows in y.split(_PR_ROWS):
         distances = torch.cdist(rows, x)
         for g in range(groups):
-            found[g] += ((distances <= radius[g]) & (group != g)).any(1).sum()
-    return (found / len(y)).tolist()
+            inside_some[g] += ((distances <= radius[g]) & (group != g)).any(1).sum()
+    return (inside_some / len(y)).tolist()
 
 
 # As eval.adm and eval.fid print and keep them.
@@ -134,4 +134,4 @@ IS = SetMeasure((Measure("IS", "is", "IS", higher=True),), _inception_score)
 PRECISION_RECALL = SetMeasure((Measure("precision", "precision", "precision", scale=100, higher=True),
                                Measure("recall", "recall", "recall", scale=100, higher=True)), _precision_recall,
                               slow=" (minutes on a CPU)")
-KID = SetMeasure((Measure("KID"),), _kid, ("adm", "fid"), said={"KID": "KID x 1000"})
+KID = SetMeasure((Measure("KID"),), _kid, ("adm", "fid"), labels={"KID": "KID x 1000"})

@@ -93,11 +93,11 @@ class KerasGraph(nn.Module):
                                          tensor.permute(3, 2, 0, 1).contiguous() if tensor.ndim == 4 else tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         for layer in self.layers:
-            inputs = [found[name] for name, *_ in layer["inbound_nodes"][0]] if layer["inbound_nodes"] else [x]
-            found[layer["name"]] = self._layer(layer, inputs)
-        return found[self.layers[-1]["name"]]
+            inputs = [values[name] for name, *_ in layer["inbound_nodes"][0]] if layer["inbound_nodes"] else [x]
+            values[layer["name"]] = self._layer(layer, inputs)
+        return values[self.layers[-1]["name"]]
 
     def _layer(self, layer: Mapping[str, Any], inputs: list[Tensor]) -> Tensor:
         (x, *_), kind, how = inputs, layer["class_name"], layer["config"]
@@ -140,8 +140,8 @@ class IncMixed5(SmallExtractor):
         self.archive = archive or ARCHIVE
         if not self.archive.is_file():
             raise UserError(f"no {self.archive}: bash scripts/download.sh incmixed5 fetches it")
-        if (found := sha256(self.archive)) != SHA256:
-            raise UserError(f"{self.archive} is not nsfwjs 4.4.0 as npm publishes it: its sha256 is {found[:16]}..., "
+        if (digest := sha256(self.archive)) != SHA256:
+            raise UserError(f"{self.archive} is not nsfwjs 4.4.0 as npm publishes it: its sha256 is {digest[:16]}..., "
                             f"not {SHA256[:16]}...")
 
     @property

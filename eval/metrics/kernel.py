@@ -46,6 +46,6 @@ def kid_of_subsets(samples: np.ndarray, reference: np.ndarray) -> tuple[float, f
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
     size = min(_SIZE, len(samples), len(reference))
-    found = kid_features_to_metric(torch.from_numpy(samples).double(), torch.from_numpy(reference).double(),
+    kid = kid_features_to_metric(torch.from_numpy(samples).double(), torch.from_numpy(reference).double(),
                                    kid_subsets=_SUBSETS, kid_subset_size=size, verbose=False)
-    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD], size
+    return kid[KEY_METRIC_KID_MEAN], kid[KEY_METRIC_KID_STD], size

@@ -38,7 +38,7 @@ class PairMeasure(Measure):
 
 @dataclass(frozen=True, kw_only=True)
 class PixelMeasure(PairMeasure):
-    """The same, told by the pixels alone."""
+    """The same, of the pixels alone."""
     of: Callable[[np.ndarray, np.ndarray], np.ndarray]      # float64 [n] of uint8 [n, height, width, 3] twice
     smallest: int = 1                                       # pixels that a side must have
 
@@ -98,11 +98,11 @@ class SetMeasure:
     measures: tuple[Measure, ...]
     of: Callable[[Sets], list[Score]]                   # one for each of them, in order; raises Unavailable
     commands: tuple[str, ...] = ("adm",)                # of eval/, which print them
-    said: Mapping[str, str] = field(default_factory=dict)       # what the screen says of each instead of its name
+    labels: Mapping[str, str] = field(default_factory=dict)       # what the screen says of each instead of its name
     slow: str = ""                                      # what is said while they are computed
 
 
-def shown(found: Metric, digits: int = 4, scale: float = 1) -> str:
+def shown(metric: Metric, digits: int = 4, scale: float = 1) -> str:
     """'3.3712 +- 0.0312': the value and half its 95% interval."""
-    error = "" if found.interval is None else f" +- {scale * (found.interval[1] - found.interval[0]) / 2:.{digits}f}"
-    return f"{scale * found.value:.{digits}f}{error}"
+    error = "" if metric.interval is None else f" +- {scale * (metric.interval[1] - metric.interval[0]) / 2:.{digits}f}"
+    return f"{scale * metric.value:.{digits}f}{error}"

@@ -18,5 +18,5 @@ SMALL_SETS: tuple[type[SmallSetDistance], ...] = (FrechetInBasis, KernelDistance
 EXTRACTORS: dict[str, type[SmallExtractor]] = {"efflite0": EffLite0, "incmixed5": IncMixed5}  # what these are made on
 SMALL_MEASURES: tuple[Measure, ...] = tuple(one.named(of.name) for of in EXTRACTORS.values() for one in SMALL_SETS)
 MEASURES: dict[str, Measure] = {measure.name: measure for measure in (
-    *(measure for found in SETS for measure in found.measures), CLIP_SCORE, *SMALL_MEASURES,
+    *(measure for one in SETS for measure in one.measures), CLIP_SCORE, *SMALL_MEASURES,
     *PAIRS)}

@@ -169,12 +169,12 @@ def real_floor(distances: Sequence[SmallSetDistance], samples: np.ndarray, held_
     floor: dict[str, Any] = {"kind": "split" if held_out is None else "held-out", "n": n,
                              "reference_n": int(left[:, 0].sum())}
     for distance in distances:
-        found = floor[distance.measure.name] = {"samples": _spread(distance.of_subsets(samples, drawn, left))}
+        numbers = floor[distance.measure.name] = {"samples": _spread(distance.of_subsets(samples, drawn, left))}
         if held_out is not None and n == len(held_out):         # every draw is the whole set
             estimate = distance.estimate(held_out, repeats, seed)
-            found["real"] = {"mean": estimate.value, "range": estimate.json()["interval"]}
+            numbers["real"] = {"mean": estimate.value, "range": estimate.json()["interval"]}
         else:
-            found["real"] = _spread(distance.of_subsets(real, taken, left))
+            numbers["real"] = _spread(distance.of_subsets(real, taken, left))
     return floor
 
 

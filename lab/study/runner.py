@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from eval import fidelity, quality
-from eval.cost.runs import macs_per_image, macs_per_step, told_by_steps
+from eval.cost.runs import deepcache_alone, macs_per_image, macs_per_step
 from eval.cost.timing import Kind, Times
 from eval.metrics.extract import pixels_sha256
 from eval.metrics.features import EffLite0, SmallExtractor
@@ -247,7 +247,7 @@ def judge_all(arms: Sequence[Arm]) -> dict[str, Result]:
 def times_paths(steps: Path, arms: Sequence[Arm]) -> list[Path]:
     """Where the times of the arms of one model are kept: of DeepCache's steps, and of each run whose time they do not
     tell."""
-    alone = [arm.name for arm in arms if not told_by_steps(arm.run)]
+    alone = [arm.name for arm in arms if not deepcache_alone(arm.run)]
     return [steps, *(steps.with_name(f"{steps.stem}_{name}.json") for name in alone)]
 
 
@@ -270,13 +270,13 @@ def time_steps(arms: Sequence[Arm], steps: Path, words: Sequence[str],
 
     steps: the first of `times_paths`. words: further options of the command. call: what runs it.
     """
-    runs, config = [arm.run for arm in arms if told_by_steps(arm.run)], arms[0].run.config
+    runs, config = [arm.run for arm in arms if deepcache_alone(arm.run)], arms[0].run.config
     branches = {run.deepcache.branch for run in runs if run.deepcache} or {config.sampler.branch}
     known = Times.of(results.read(steps)).kinds if steps.is_file() else {}
     if not all(Kind((str(branch),)) in known for branch in branches):
         call(["-m", "eval.throughput", "--config", str(arms[0].run.spec.config), "--branch",
               *map(str, sorted(branches)), "--interval", "2", *words, "--out", str(steps)], "timing")
-    alone = (arm for arm in arms if not told_by_steps(arm.run))
+    alone = (arm for arm in arms if not deepcache_alone(arm.run))
     for arm, path in zip(alone, times_paths(steps, arms)[1:], strict=True):
         if not path.is_file():
             call(["-m", "eval.throughput", "run", *arm.run.spec.words(), *words, "--out", str(path)], "timing")
