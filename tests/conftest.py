@@ -79,6 +79,25 @@ def tiny_ddpm(folder: Path, unet: dict, steps: int) -> Path:
     return folder / "ddpm.yaml"
 
 
+def tiny_ldm(folder: Path, steps: int) -> Path:
+    """The config of a random class-conditional latent diffusion model with guidance, likewise."""
+    from ldm import checkpoint as ldm
+    from ldm import first_stage
+    from ldm.unet import UNet as LatentUNet
+    unet = {"in_channels": 3, "out_channels": 3, "model_channels": 32, "channel_mult": [1], "num_res_blocks": 1,
+            "attention_resolutions": [1], "num_heads": 1, "context_dim": 8}
+    stage = {"resolution": 16, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 3, "n_embed": 16}
+    torch.manual_seed(0)
+    model = ldm.Model(LatentUNet(**unet), first_stage.build(**stage), torch.nn.Embedding(4, 8))
+    weights = {name: value.contiguous() for name, value in ldm.published_state_dict(model).items()}
+    save_file(weights, folder / "ldm.safetensors")
+    (folder / "ldm.yaml").write_text(yaml.safe_dump({
+        "name": "ldm_tiny", "unet": unet, "first_stage": stage, "num_classes": 3,
+        "diffusion": {"beta_schedule": "cosine", "prediction": "v"}, "checkpoint": str(folder / "ldm.safetensors"),
+        "sampler": {"steps": steps, "guidance": 2.0, "branch": 0, "images": 4}}))
+    return folder / "ldm.yaml"
+
+
 # Of a U-Net in two resolutions with attention in the lower one, for tests of caching on a random network.
 TINY_UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
              "attn_resolutions": [4]}

@@ -9,8 +9,8 @@ from conftest import relative_error
 from ddpm.unet import UNet
 from eval.cost.macs import costs, mean, schedule_macs
 from lab.fit.block_schedule import threshold_schedule
-from lab.fit.meters import ChangeMeter, SimilarityMeter
-from lab.fit.scale_shift import Distiller, ScaleShift
+from lab.fit.changes import ChangeMeter, SimilarityMeter
+from lab.fit.scale_shift import Distiller
 from ldm.unet import UNet as LatentUNet
 from unet_caching.keep import Keep, joined
 from unet_caching.methods.block_caching import outside, residual_names
@@ -183,9 +183,7 @@ def test_reuse_changes_the_result_and_leaks_nothing(unet):
 def test_identity_adjustment_equals_plain_reuse_bit_for_bit(unet):
     names = residual_names(unet, "all")
     schedule = {name: [0, 2] for name in names}
-    channels = channels_of(unet, names)
-    scale_shift = ScaleShift(channels, 128)
-    table = scale_shift.table(unet.embedding(torch.arange(STEPS)))
+    table = Distiller(unet, schedule, channels_of(unet, names), unet.embedding(torch.arange(STEPS)), 1e-3).table()
     assert torch.equal(run(unet, Keep(schedule, adjust=table)), run(unet, Keep(schedule)))
 
 
@@ -238,16 +236,15 @@ def test_scale_shift_learns_what_the_teacher_computes():
     names = residual_names(unet, "all")
     schedule = {name: [0, 3] for name in names}
     before = {name: value.clone() for name, value in unet.state_dict().items()}
-    scale_shift = ScaleShift(channels_of(unet, names), 128)
     embeddings = unet.embedding(torch.tensor(uniform_timesteps(STEPS, 1000)[::-1]))
-    distiller = Distiller(unet, scale_shift, embeddings, torch.optim.Adam(scale_shift.parameters(), 3e-3))
+    distiller = Distiller(unet, schedule, channels_of(unet, names), embeddings, 3e-3)
     for seed in range(12):
         run(unet, Keep(schedule), network=distiller, batch=8, seed=seed)
     trained, plain = zip(*distiller.losses[-8:], strict=True)
     assert sum(trained) < 0.9 * sum(plain)
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
 
-    table = scale_shift.table(embeddings)
+    table = distiller.table()
     exact = run(unet, batch=8, seed=100)
     error = [(run(unet, Keep(schedule, adjust=adjust), batch=8, seed=100) - exact).square().mean().item()
              for adjust in (None, table)]

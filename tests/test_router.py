@@ -2,24 +2,12 @@
 
 import pytest
 import torch
-from conftest import TINY_UNET, tiny_ddpm
 
-from ddpm import sample
-from eval.cost.runs import macs_per_image
 from lab.fit.fit import weights_sha256
-from lab.fit.router import Budget, Router, Training
-from run import results
-from run.spec import RunSpec
+from lab.fit.router import Budget, Router, RouterStudent
 from unet_caching.keep import Keep
-from unet_caching.methods.block_caching import BlockSchedule, residual_names
+from unet_caching.methods.block_caching import residual_names
 from unet_caching.nest import no_cache
-
-SEEDS = ("--seeds", "10-25", "--held-out-seeds", "30-33")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), TINY_UNET, steps=8)
 
 
 def inputs(calls):
@@ -62,7 +50,7 @@ def learning(unet, calls, trained, budget=None, runs=1):
     names = residual_names(unet, "all")
     full = 2.0 * len(names)
     costs = Budget(dict.fromkeys(names, 1.0), full, calls, None if budget is None else budget * full)
-    return Training(unet, costs, trained, 0.1, 1e-3, runs)
+    return RouterStudent(unet, costs, trained, 0.1, 1e-3, runs)
 
 
 def test_what_costs_nothing_to_reuse_is_reused_first(unet):
@@ -105,32 +93,3 @@ def test_where_all_calls_may_reuse_a_beta_is_how_often_its_residual_is_computed(
         assert spent > budget - 3 or all(found[name] == list(range(9)) for name in "abc")
     with pytest.raises(ValueError, match="a larger budget"):
         spread(least_of_all - 1)
-
-
-@pytest.mark.parametrize("words, calls", [((), 5), (("--every-second",), 6.5)])
-def test_from_training_to_samples(run, fit, config, tmp_path, capsys, words, calls):
-    out = tmp_path / "routed.json"
-    assert fit("router", *SEEDS, *words, "--calls", calls, "--batch-size", 2, "--out", out) == 0
-    report = results.read(tmp_path / "routed.router.json")
-    schedule = BlockSchedule.load(out)
-    assert 0.9 * calls < report.details["full_calls"] <= calls
-    if words:
-        assert all({0, 2, 4, 6} <= set(steps) for steps in schedule.blocks.values())
-    else:
-        assert report.metrics["latents, routed less evenly"].bounds[2] < 0
-    spec = RunSpec.of(config, block_schedule=out)
-    assert macs_per_image(spec.open()).hook == pytest.approx(8 * schedule.macs["hook"])
-    assert run(sample.main, "--block-schedule", out, "--seeds", "0-1", "--out", tmp_path / "s") == 0
-    assert "blocks computed" in capsys.readouterr().out
-    assert run(sample.main, "--block-schedule", out, "--steps", 7, "--out", tmp_path / "no") == 2
-    assert "steps 8 there, 7 here" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("words", "why"), [
-    (("--calls", 1), "take fewer steps, or a larger budget"), (("--lr", 0), "--lr must be above 0"),
-    (("--lam", -1), "--lam 0 or more"), (("--kinds", "attention"), "no attention blocks"),
-    (("--every-second", "--calls", 4), "a larger budget"), (("--dtype", "bf16"), "in float32"),
-    (("--held-out-seeds", "25-26"), "seed 25 is to be"), (("--out", "nowhere/a.json"), "in a folder that is there")])
-def test_refusals(fit, tmp_path, capsys, words, why):
-    assert fit("router", *SEEDS, "--out", tmp_path / "a.json", *words) == 2
-    assert why in capsys.readouterr().err and not any(tmp_path.iterdir())

@@ -69,7 +69,7 @@ def fit(kind: str, words: list[str]) -> None:
     spec, what, runs, machine, *judging = parse_run(
         sys.modules[cls.__module__].__doc__, cls, Runs, Machine, *([Judging] if cls.judged else []), words=words,
         parts=parts, defaults={"seeds": cls.seeds} if cls.seeds else {}, prog=f"lab.fit {kind}")
-    check_out(runs.out, cls.suffix)
+    check_out(runs.out, ".safetensors" if cls.file.has_tensors else ".json")
     seeds, held_out = parse_seeds(runs.seeds), parse_seeds(judging[0].held_out_seeds) if judging else []
     if both := set(seeds) & set(held_out):
         raise UserError(f"seed {min(both)} is to be learnt from and held out: take other seeds")
@@ -86,16 +86,16 @@ def fit(kind: str, words: list[str]) -> None:
         made = what.fit(model, seeds, machine.batch_size)
     fitted_s = round(time.time() - started, 3)
     found = what.measure(model, made, held_out, machine.batch_size)
-    notes = what.write(made, runs.out)
+    made.save(runs.out)
+    what.draw(model, made, seeds, runs.out)
     print(f"{runs.out}: {kind}, from {len(seeds)} seeds")
     if not cls.judged:
         return
     found = held_out_distances(model, what.arms(model, runs.out), held_out, machine.batch_size) | found
     report = runs.out.with_suffix(f".{kind.replace('-', '_')}.json")        # not .json, which a schedule is called
-    cache = {"cache": model.run.caching.settings} if model.run.caching else {}
     hashes = {"checkpoint": model.settings["checkpoint_sha256"], "weights": weights, "file": sha256(runs.out)}
-    details = {**notes, "held_out_seeds": format_seeds(held_out), "fitted_s": fitted_s}
-    results.write(report, Result(kind, model.settings["model"], model.settings | cache, len(held_out), found,
+    details = {**made.notes, "held_out_seeds": format_seeds(held_out), "fitted_s": fitted_s}
+    results.write(report, Result(kind, model.settings["model"], model.settings, len(held_out), found,
                                  hashes=hashes, provenance=provenance(model.device), details=details).stamped(started))
     print(table(found, held_out))
     print(f"{runs.out} and {report}")

@@ -16,15 +16,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from eval.cost.runs import costs_of
 from eval.metrics.intervals import mean_estimate
+from lab.fit.changes import changes_of
 from lab.fit.fit import Fit, batches, evenly, with_file
-from lab.fit.meters import changes_of
 from run.image_model import ImageModel
 from run.results import Metric
 from run.seeds import format_seeds
@@ -98,6 +97,7 @@ def spent_on(model: ImageModel, rule: AdaptiveRule, seeds: list[int], batch_size
 class AdaptiveFit(Fit):
     """An adaptive rule."""
     title = "the rule"
+    file = AdaptiveRule
     calls: float = required("the budget")
     adaptive_branch: int = option(1, "0-based skip whose inner level is cached; the first has no block to watch "
                                      "(default: %(default)s)")
@@ -143,10 +143,6 @@ class AdaptiveFit(Fit):
         made.notes |= {"held_out_seeds": format_seeds(seeds), "spent": {
             "mean": float(spent.mean()), "least": float(spent.min()), "most": float(spent.max())}}
         return {"full calls, as it came out": Metric.of(mean_estimate(spent))}
-
-    def write(self, made: AdaptiveRule, path: Path) -> dict[str, Any]:
-        made.save(path)
-        return made.notes
 
     def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:
         made = AdaptiveRule.load(path)

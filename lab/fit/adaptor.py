@@ -12,13 +12,12 @@ learnt with the identity.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lab.fit.fit import Fit, check_float32, embeddings, own_unet, training_batches, with_file
-from lab.fit.teacher import OnRunsPath, Values
+from lab.fit.fit import Fit, check_float32, embeddings, own_unet, with_file
+from lab.fit.teacher import Student, Values
 from run.image_model import ImageModel
 from run.seeds import format_seeds
 from unet_caching.errors import UserError
@@ -43,12 +42,12 @@ class TimeConditioning(nn.Module):
         return torch.stack([1 + scale, shift, age * (1 + gain)])
 
 
-class Training(OnRunsPath):
-    """Trains an adaptor by an optimiser step at every cached call; the runs must take `policy`.
+class AdaptorStudent(Student):
+    """Trains an adaptor at every cached call.
 
-    The loss is the squared error of what the adaptor makes of the last feature, per squared feature of the teacher.
-    channels: of the feature. width: of the bottleneck. embeddings: of each network call, float32 [calls, emb_channels].
-    `losses`: (loss before the optimiser step, loss of the identity) of every cached call.
+    The loss is the squared error of what the adaptor makes of the last feature, per squared feature of the teacher;
+    beside it, that of the identity. channels: of the feature. width: of the bottleneck. embeddings: of each network
+    call, float32 [calls, emb_channels].
     """
 
     def __init__(self, unet: Network, branch: int, full_steps: Sequence[int], channels: int, width: int,
@@ -58,23 +57,20 @@ class Training(OnRunsPath):
         self.adaptor = Adaptor(channels, width).to(embeddings.device)
         self.conditioning = TimeConditioning(embeddings.shape[1], width).to(embeddings.device)
         self.optimizer = torch.optim.Adam([*self.adaptor.parameters(), *self.conditioning.parameters()], lr)
-        self.losses: list[tuple[float, float]] = []
+        self.losses = []
 
     def policy(self) -> Clockwork:
-        """A fresh one for a batch, with the adaptor as it is by then."""
         return Clockwork(self.branch, self.full_steps, self.adaptor)
 
     def meet(self, cache: Policy, wanted: Values, predict: Callable[[], Tensor]) -> Tensor:
         assert isinstance(cache, Clockwork)
         if wanted:
-            assert cache.feature is not None
-            feature, exact = cache.feature.float(), wanted[self.branch].float()
-            size = exact.square().mean()
+            feature, exact = cache.held[self.branch].value, wanted[self.branch].float()
+            assert feature is not None
+            feature, size = feature.float(), exact.square().mean()
             with torch.enable_grad():
                 loss = (self.adaptor(feature, self.row(cache.step)) - exact).square().mean() / size
-                self.optimizer.zero_grad()
-                loss.backward()
-            self.optimizer.step()
+                self.descend(loss)
             self.losses.append((loss.item(), ((feature - exact).square().mean() / size).item()))
             cache.row = self.row(cache.step).detach()
         return predict()
@@ -93,7 +89,7 @@ class Training(OnRunsPath):
 class AdaptorFit(Fit):
     """Clockwork's adaptor."""
     title = "the training"
-    suffix = ".safetensors"
+    file = AdaptorFile
     caching = True
     channels: int = option(16, "channels of the adaptor's bottleneck (default: %(default)s)", least=1)
     lr: float = option(3e-3, "Adam's at the start; it falls to 0 (default: %(default)s)")
@@ -113,22 +109,17 @@ class AdaptorFit(Fit):
         assert clockwork is not None
         channels = positions(model.run.asked)[clockwork.branch].shape[1]
         torch.manual_seed(0)                    # the inner convolution starts at random
-        training = Training(own_unet(model), clockwork.branch, clockwork.full_steps, channels, self.channels,
-                            embeddings(model), self.lr)
-        for batch, report in training_batches(seeds * self.passes, batch_size, model, training.optimizer, self.lr):
-            model.latents(batch, training.policy(), training, report)
-        weights = {name: value.detach().cpu() for name, value in training.adaptor.state_dict().items()}
-        last = training.losses[-(len(training.losses) // 3 or 1):]
+        student = AdaptorStudent(own_unet(model), clockwork.branch, clockwork.full_steps, channels, self.channels,
+                                 embeddings(model), self.lr)
+        student.learn(model, seeds * self.passes, batch_size)
+        weights = {name: value.detach().cpu() for name, value in student.adaptor.state_dict().items()}
+        last = student.losses[-(len(student.losses) // 3 or 1):]
         notes = {"seeds": format_seeds(seeds), "lr": self.lr, "batch_size": batch_size, "passes": self.passes,
-                 "iterations": len(training.losses), "parameters": sum(value.numel() for value in weights.values()),
+                 "iterations": len(student.losses), "parameters": sum(value.numel() for value in weights.values()),
                  "loss, last third": sum(loss for loss, _ in last) / len(last),
                  "loss of the identity there": sum(loss for _, loss in last) / len(last)}
         return AdaptorFile(model.run.made_for(model.settings["checkpoint_sha256"]), clockwork.branch,
-                           clockwork.full_steps, tensors={**weights, "table": training.table().cpu()}, notes=notes)
-
-    def write(self, made: AdaptorFile, path: Path) -> dict[str, Any]:
-        made.save(path)
-        return made.notes
+                           clockwork.full_steps, tensors={**weights, "table": student.table().cpu()}, notes=notes)
 
     def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:
         return {"identity": with_file(model), "learned": with_file(model, adaptor=path)}

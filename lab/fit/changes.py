@@ -6,24 +6,27 @@
 Block Caching's schedules (arXiv 2312.03209) are made of that alone; they need no weights.
 """
 
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eval.cost.runs import costs_of
 from lab.fit.block_plots import change_curves, similarity_maps
 from lab.fit.fit import Fit, batches, own_unet
-from lab.fit.meters import SimilarityMeter, changes_of
 from run.image_model import ImageModel
 from run.provenance import provenance
 from run.seeds import format_seeds
 from unet_caching.errors import UserError
 from unet_caching.files.fitted import Fitted
+from unet_caching.methods.adaptive import relative_change
 from unet_caching.methods.block_caching import KINDS
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.options import option
+from unet_caching.policy import Policy
 
 
 @dataclass
@@ -59,21 +62,85 @@ class BlockChanges(Fitted):
         return found
 
 
-class Made(NamedTuple):
-    """What was measured. similar: at each branch, the similarity of the feature between all pairs of steps."""
-    changes: BlockChanges
-    similar: dict[int, Tensor]
+class ChangeMeter(Policy):
+    """How much some values change from call to call (Block Caching, arXiv 2312.03209, its L1rel), row by row."""
+
+    def __init__(self, keys: Collection[Hashable]):
+        self.batches: dict[Hashable, list[Tensor]] = {key: [] for key in keys}
+        self.reset()
+
+    def reset(self) -> None:
+        """Put the changes of the batch to those of the others."""
+        for key, calls in getattr(self, "calls", {}).items():
+            self.batches[key].append(torch.stack(calls, 1))
+        self.calls: dict[Hashable, list[Tensor]] = {}
+        self.previous: dict[Hashable, Tensor] = {}
+
+    def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        value = compute()
+        if key in self.batches:
+            change = relative_change(value, self.previous.get(key, value))
+            self.calls.setdefault(key, []).append(change.cpu())
+            self.previous[key] = value
+        return value
+
+    def changes(self) -> dict[Hashable, Tensor]:
+        """The change of each value from the call before, by its key: float32 [rows of all batches, calls]; 0 for the
+        first."""
+        return {key: torch.cat(batches) for key, batches in self.batches.items()}
+
+
+def changes_of(model: ImageModel, keys: Collection[Hashable], seeds: Sequence[int], batch_size: int
+               ) -> dict[Hashable, Tensor]:
+    """How much values change in the uncached runs of a loaded model (`ChangeMeter.changes`)."""
+    meter = ChangeMeter(keys)
+    for batch, report in batches(seeds, batch_size, "changes", model):
+        model.latents(batch, meter, report=report)
+        meter.reset()
+    return meter.changes()
+
+
+class SimilarityMeter(Policy):
+    """Cosine similarity between all pairs of steps of the feature that DeepCache reuses (arXiv 2312.00858, Figure 2).
+
+    branches: 0-based skips. Holds every step's feature in half precision: measure few images at a time.
+    """
+
+    def __init__(self, branches: Collection[int]):
+        self.sums: dict[int, Tensor] = {}
+        self.rows = 0
+        self.features: dict[int, list[Tensor]] = {branch: [] for branch in branches}
+
+    def reset(self) -> None:
+        rows = 0
+        for branch, features in self.features.items():
+            steps = torch.stack(features, dim=1).float()                                # [batch, steps, numbers]
+            self.sums[branch] = self.sums.get(branch, 0) + (steps @ steps.mT).double().sum(0).cpu()
+            rows = len(steps)
+            features.clear()
+        self.rows += rows
+
+    def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        value = compute()
+        if key in self.features:
+            self.features[key].append(F.normalize(value.float().flatten(1), dim=1).half())
+        return value
+
+    def similarities(self) -> dict[int, Tensor]:
+        """The similarities at each branch: float64 [steps, steps], averaged over the rows of all batches."""
+        return {branch: sums / self.rows for branch, sums in self.sums.items()}
 
 
 @dataclass(frozen=True)
 class ChangesFit(Fit):
     """Change curves."""
     title = "what is measured"
+    file = BlockChanges
     seeds = "0-63"              # the paper measures 32 prompts with 2 seeds each
     judged = False
     similar: int = option(4, "runs for the similarity of DeepCache's features (default: %(default)s)", least=0)
 
-    def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> Made:
+    def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> BlockChanges:
         kinds = {name: str(module.kind) for name, module in own_unet(model).named_modules()
                  if getattr(module, "kind", None)}
         changes = changes_of(model, kinds, seeds, batch_size)
@@ -81,24 +148,20 @@ class ChangesFit(Fit):
         if unknown is not None:
             raise UserError(f"the changes of {unknown} are not finite: an overflow of the number format (use --dtype "
                             "fp32 or bf16), or damaged weights")
-        branches = range(model.run.unet.num_branches)
-        similar = SimilarityMeter(branches)
+        costs = costs_of(model.run)
+        cached = [costs.calls(DeepCache(branch, [0]), 2)[1] for branch in range(model.run.unet.num_branches)]
+        residuals = {name: Residual(kind, changes[name].double().mean(0).tolist(), costs.values[name])
+                     for name, kind in kinds.items()}
+        notes = {"seeds": format_seeds(seeds), "settings": model.settings, "provenance": provenance(model.device)}
+        return BlockChanges(model.run.made_for(model.settings["checkpoint_sha256"]), model.sampler.calls, residuals,
+                            costs.full, list(cached), notes=notes)
+
+    def draw(self, model: ImageModel, made: BlockChanges, seeds: list[int], path: Path) -> None:
+        for kind in sorted({one.kind for one in made.residuals.values()}):
+            change_curves(made.of_kinds(kind), path.with_name(f"{path.stem}_{kind}.png"))
+        similar = SimilarityMeter(range(model.run.unet.num_branches))
         for batch, report in batches(seeds[:self.similar], 2, "similarity", model):
             model.latents(batch, similar, report=report)
             similar.reset()
-        costs = costs_of(model.run)
-        cached = [costs.calls(DeepCache(branch, [0]), 2)[1] for branch in branches]
-        notes = {"seeds": format_seeds(seeds), "settings": model.settings, "provenance": provenance(model.device)}
-        residuals = {name: Residual(kind, changes[name].double().mean(0).tolist(), costs.values[name])
-                     for name, kind in kinds.items()}
-        made = BlockChanges(model.run.made_for(model.settings["checkpoint_sha256"]), model.sampler.calls, residuals,
-                            costs.full, list(cached), notes=notes)
-        return Made(made, similar.similarities())
-
-    def write(self, made: Made, path: Path) -> dict[str, Any]:
-        made.changes.save(path)
-        for kind in sorted({one.kind for one in made.changes.residuals.values()}):
-            change_curves(made.changes.of_kinds(kind), path.with_name(f"{path.stem}_{kind}.png"))
-        if made.similar:
-            similarity_maps(made.similar, path.with_name(f"{path.stem}_similarity.png"))
-        return made.changes.notes
+        if self.similar:
+            similarity_maps(similar.similarities(), path.with_name(f"{path.stem}_similarity.png"))

@@ -16,10 +16,9 @@ from run.image_model import ImageModel
 from run.results import Metric
 from run.seeds import in_batches
 from unet_caching.errors import UserError
+from unet_caching.files.fitted import Fitted
 from unet_caching.policy import Policy
 from unet_caching.unet import NestedUNet
-
-Report = Callable[[float], None]        # is told the progress of a run
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Fit(ABC):
     and its seeds, the checks before any work, the frozen network, the distances on held-out seeds, the report.
     """
     title: ClassVar[str] = ""               # of its options in --help
-    suffix: ClassVar[str] = ".json"         # of its file
+    file: ClassVar[type[Fitted]]            # what is made
     caching: ClassVar[bool] = False         # whether it is fitted to runs that cache
     seeds: ClassVar[str | None] = None      # to learn from, where the user need not say
     judged: ClassVar[bool] = True           # on held-out seeds
@@ -40,15 +39,14 @@ class Fit(ABC):
 
     @abstractmethod
     def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> Any:
-        """What is learnt from the runs of some seeds of a loaded model. Raises UserError."""
+        """The file of what is learnt from the runs of some seeds of a loaded model. Raises UserError."""
 
     def measure(self, model: ImageModel, made: Any, seeds: list[int], batch_size: int) -> dict[str, Metric]:
         """What the report says of the held-out seeds beside distances; it may be noted in the file, too."""
         return {}
 
-    @abstractmethod
-    def write(self, made: Any, path: Path) -> dict[str, Any]:
-        """Write the file; returns what it notes of how it came about."""
+    def draw(self, model: ImageModel, made: Any, seeds: list[int], path: Path) -> None:     # noqa: B027
+        """Pictures beside the file. seeds: that were learnt from."""
 
     def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:
         """What is compared on the held-out seeds, each with the one before it: functions that return a fresh policy.
@@ -95,7 +93,7 @@ def own_unet(model: ImageModel) -> NestedUNet:
 
 
 def batches(seeds: Sequence[int], size: int, title: str | None, model: ImageModel, work: int = 1
-            ) -> Iterator[tuple[list[int], Report]]:
+            ) -> Iterator[tuple[list[int], Callable[[float], None]]]:
     """Go through batches under a progress bar, with what is told the progress of each of the `work` runs.
 
     title: of the bar; None: there is none.
@@ -106,17 +104,6 @@ def batches(seeds: Sequence[int], size: int, title: str | None, model: ImageMode
             def report(done: float, step: int = len(batch)) -> None:
                 bar.update(step)
             yield batch, report
-
-
-def training_batches(seeds: Sequence[int], size: int, model: ImageModel, optimizer: torch.optim.Optimizer, lr: float,
-                     falls_by: float = 1.0) -> Iterator[tuple[list[int], Report]]:
-    """`batches` of runs to learn from: over them the learning rate falls in a line, by a share of `lr`."""
-    met = 0
-    for batch, report in batches(seeds, size, "training", model):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - falls_by * met / len(seeds))
-        yield batch, report
-        met += len(batch)
 
 
 def embeddings(model: ImageModel) -> torch.Tensor:

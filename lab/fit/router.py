@@ -28,15 +28,14 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eval.cost.macs import schedule_macs
 from eval.cost.runs import costs_of
-from lab.fit.fit import Fit, check_float32, evenly, frozen, training_batches, with_file
-from lab.fit.teacher import OUTPUT, OnRunsPath, Values
+from lab.fit.fit import Fit, check_float32, evenly, frozen, with_file
+from lab.fit.teacher import OUTPUT, Student, Values
 from run.families import load_unet
 from run.image_model import ImageModel
 from run.seeds import format_seeds
@@ -148,14 +147,13 @@ class Budget:
         return dict.fromkeys(self.names, evenly(self.calls, max(1, min(self.calls, count))))
 
 
-class Training(OnRunsPath):
-    """Trains the betas of a `Router` by a step at every call that may reuse; the runs must take `policy`, and go on
-    with what the student predicted.
+class RouterStudent(Student):
+    """Trains the betas of a `Router` at every call that may reuse; runs go on with what it predicted.
 
+    The loss is the error of the output plus lambda times the computed share, which are noted beside each other.
     trained: the calls that may reuse. lam: lambda at the start. With a budget, what a run may have falls from
     everything to that over the first half of `runs`; after each, lambda rises where the betas have more and falls where
-    they have less. Without, lambda stays.
-    `betas`: [calls] of [residuals]. `losses`: (error, computed share) of every call that is trained.
+    they have less. Without, lambda stays. `betas`: [calls] of [residuals].
     """
 
     def __init__(self, unet: Network, budget: Budget, trained: Collection[int], lr: float, lam: float, runs: int = 1):
@@ -165,10 +163,9 @@ class Training(OnRunsPath):
         self.betas = [nn.Parameter(torch.ones(len(budget.names)), requires_grad=step in trained)
                       for step in range(budget.calls)]
         self.optimizer = torch.optim.Adam([beta for beta in self.betas if beta.requires_grad], lr, betas=(0.5, 0.9))
-        self.losses: list[tuple[float, float]] = []
+        self.losses = []
 
     def policy(self) -> Router:
-        """A fresh one for a batch."""
         return Router(self.budget.names, self.betas)
 
     @property
@@ -190,10 +187,7 @@ class Training(OnRunsPath):
             output = predict()
             error = (output.float() - exact).square().mean() / exact.square().mean()
             share = (beta * self.costs.to(beta.device)).sum()
-            loss = error + self.lam * share
-            self.optimizer.zero_grad()
-            loss.backward()
-        self.optimizer.step()
+            self.descend(error + self.lam * share)
         beta.clamp_(0, 1)
         self.losses.append((error.item(), share.item()))
         return output.detach()
@@ -211,6 +205,7 @@ class Training(OnRunsPath):
 class RouterFit(Fit):
     """A block schedule, from routers."""
     title = "the training"
+    file = BlockSchedule
     kinds: str = option("all", "of blocks that are routed (default: %(default)s)", choices=KINDS)
     every_second: bool = option(False, "only every second call may reuse, as in the paper (default: all but the first)")
     calls: float | None = option(None, "the budget (default: none)")
@@ -239,25 +234,19 @@ class RouterFit(Fit):
         # A network whose weights are not packed, since those have no gradients (unet_caching/speed/packed.py).
         unet = load_unet(model.config, model.run.checkpoint).to(model.device).eval().requires_grad_(False)
         with frozen(unet):
-            training = Training(unet, budget, trained, self.lr, self.lam, runs=-(-len(seeds) // batch_size))
-            for batch, report in training_batches(seeds, batch_size, model, training.optimizer, self.lr, falls_by=0.9):
-                model.latents(batch, training.policy(), training, report)
-                training.update()
-        betas = [beta.detach().cpu() for beta in training.betas]
+            student = RouterStudent(unet, budget, trained, self.lr, self.lam, runs=-(-len(seeds) // batch_size))
+            student.learn(model, seeds, batch_size, falls_by=0.9)
+        betas = [beta.detach().cpu() for beta in student.betas]
         blocks = budget.rounded(betas, always) if self.every_second else budget.spread(betas)
         costs = costs_of(model.run)
         macs = schedule_macs(costs.full, {name: costs.values[name] for name in blocks}, blocks, budget.calls)
-        notes = {"seeds": format_seeds(seeds), "every_second": self.every_second, "lambda": training.lam, "lr": self.lr,
-                 "batch_size": batch_size, "iterations": len(training.losses), "budget": self.calls,
-                 "calls before rounding": round(training.share, 4),
+        notes = {"system": "Learning-to-Cache", "seeds": format_seeds(seeds), "every_second": self.every_second,
+                 "lambda": student.lam, "lr": self.lr, "batch_size": batch_size, "iterations": len(student.losses),
+                 "budget": self.calls, "calls before rounding": round(student.share, 4),
                  "full_calls": macs.hook * budget.calls / costs.full.hook}
         return BlockSchedule(model.run.made_for(model.settings["checkpoint_sha256"]), budget.calls, self.kinds, None,
                              blocks, macs._asdict(), costs.full._asdict(),
-                             notes={"system": "Learning-to-Cache", "training": notes})
-
-    def write(self, made: BlockSchedule, path: Path) -> dict[str, Any]:
-        made.save(path)
-        return made.notes["training"]
+                             notes=notes)
 
     def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:
         made, budget = BlockSchedule.load(path), self.budget(model)

@@ -18,85 +18,75 @@ network calls, so that a change belongs to the later one of two. What else was t
 results/block_caching/study/table.md. The index does matter, by a tenth of the distance, with either sign.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lab.fit.fit import Fit, batches, embeddings, own_unet, training_batches, with_file
-from lab.fit.teacher import OnRunsPath, Values
+from lab.fit.fit import Fit, batches, embeddings, own_unet, with_file
+from lab.fit.teacher import OnRunsPath, Student, Values
 from run.image_model import ImageModel
 from run.seeds import format_seeds
 from unet_caching.errors import UserError
 from unet_caching.keep import Adjustment, Keep
-from unet_caching.methods.block_caching import (
-    BlockCachingMethod,
-    BlockSchedule,
-    ScaleShiftTable,
-)
+from unet_caching.methods.block_caching import BlockCachingMethod, ScaleShiftTable
 from unet_caching.nest import Network
 from unet_caching.options import option
 from unet_caching.policy import Policy
 from unet_caching.trace import positions
 
 
-class ScaleShift(nn.Module):
-    """One linear layer per residual, from the timestep embedding to the scale and shift of its channels.
+class Distiller(Student):
+    """Trains one linear layer per residual, from the timestep embedding to the scale and shift of its channels, at
+    every network call that reuses something.
 
-    channels: how many each residual has, by name. emb_channels: how many the embedding has. It starts as the identity.
+    The loss is the mean over the reused residuals of the squared error per squared value of the teacher; beside it,
+    that without adjustment. channels: how many each residual has, by name. embeddings: of each network call, float32
+    [calls, emb_channels].
     """
 
-    def __init__(self, channels: Mapping[str, int], emb_channels: int):
-        super().__init__()
-        self.names = list(channels)
-        self.layers = nn.ModuleList([nn.Linear(emb_channels, 2 * width) for width in channels.values()])
-        for value in self.parameters():
-            nn.init.zeros_(value)
-
-    def forward(self, emb: Tensor) -> Adjustment:
-        """emb [emb_channels] -> for each residual (scale, shift), each [channels]."""
-        pairs = (layer(emb).chunk(2) for layer in self.layers)
-        return {name: (1 + scale, shift) for name, (scale, shift) in zip(self.names, pairs, strict=True)}
-
-    @torch.no_grad()
-    def table(self, embeddings: Tensor) -> list[Adjustment]:
-        """embeddings [calls, emb_channels] -> what each call does to the residuals that it reuses."""
-        return [self(emb) for emb in embeddings]
-
-
-class Distiller(OnRunsPath):
-    """Trains a `ScaleShift` by an optimiser step at every network call that reuses something.
-
-    The loss is the mean over the reused residuals of the squared error per squared teacher value.
-    `losses`: (loss before the optimiser step, loss without adjustment) of every such call.
-    """
-
-    def __init__(self, unet: Network, scale_shift: ScaleShift, embeddings: Tensor, optimizer: torch.optim.Optimizer):
+    def __init__(self, unet: Network, schedule: Mapping[str, Sequence[int]], channels: Mapping[str, int],
+                 embeddings: Tensor, lr: float):
         super().__init__(unet)
-        self.scale_shift, self.embeddings, self.optimizer = scale_shift, embeddings, optimizer
-        self.losses: list[tuple[float, float]] = []
+        self.schedule, self.channels, self.embeddings = schedule, channels, embeddings
+        layers = {name: nn.Linear(embeddings.shape[1], 2 * channels[name]) for name in schedule}
+        self.layers = {name: layer.to(embeddings.device) for name, layer in layers.items()}
+        parameters = [value for layer in layers.values() for value in layer.parameters()]
+        for value in parameters:
+            nn.init.zeros_(value)               # the identity
+        self.optimizer = torch.optim.Adam(parameters, lr)
+        self.losses = []
+
+    def policy(self) -> Keep:
+        return Keep(self.schedule)
 
     def meet(self, cache: Policy, wanted: Values, predict: Callable[[], Tensor]) -> Tensor:
         assert isinstance(cache, Keep)
         if wanted:
-            emb = self.embeddings[cache.step]
             with torch.enable_grad():
-                loss = self._loss(self.scale_shift(emb), cache, wanted)
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
+                loss = self._loss(self.adjustment(cache.step), cache, wanted)
+                self.descend(loss)
             self.losses.append((loss.item(), self._loss({}, cache, wanted).item()))
-            cache.adjustment = in_dtype_of(wanted, self.scale_shift(emb))
+            cache.adjustment = in_dtype_of(wanted, self.adjustment(cache.step))
         return predict()
+
+    def adjustment(self, step: int) -> Adjustment:
+        """What a network call does to the residuals that it reuses."""
+        pairs = {name: layer(self.embeddings[step]).chunk(2) for name, layer in self.layers.items()}
+        return {name: (1 + scale, shift) for name, (scale, shift) in pairs.items()}
+
+    @torch.no_grad()
+    def table(self) -> list[Adjustment]:
+        """That of every network call."""
+        return [self.adjustment(step) for step in range(len(self.embeddings))]
 
     @staticmethod
     def _loss(adjustment: Adjustment, cache: Keep, wanted: Values) -> Tensor:
         cache.adjustment = adjustment
-        errors = [(cache.reuse(key) - wanted[key].float()).square().mean() / wanted[key].float().square().mean()
-                  for key in wanted]
+        errors = [(cache.reuse(key) - value.float()).square().mean() / value.float().square().mean()
+                  for key, value in wanted.items()]
         return torch.stack(errors).mean()
 
 
@@ -142,7 +132,7 @@ def best_line(value: Tensor, wanted: Tensor, ridge: float) -> tuple[Tensor, Tens
 class ScaleShiftFit(Fit):
     """The scale and shift of what a block schedule reuses."""
     title = "the training"
-    suffix = ".safetensors"
+    file = ScaleShiftTable
     caching = True
     method: str = option("least-squares", "least-squares (default): solved step by step while all --seeds run as one "
                                           "batch; adam: the paper's linear layers on the timestep embedding, a step "
@@ -164,36 +154,22 @@ class ScaleShiftFit(Fit):
     def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> ScaleShiftTable:
         blocks = model.run.caching.of(BlockCachingMethod)
         assert blocks is not None
-        learn = self.trained if self.method == "adam" else self.solved
-        table, notes = learn(model, blocks.schedule, seeds, batch_size)
-        made = ScaleShiftTable.of(table, blocks.schedule)
+        schedule = blocks.schedule
+        if self.method == "adam":
+            values = positions(model.run.asked)
+            channels = {name: values[name].shape[1 if len(values[name].shape) == 4 else -1] for name in schedule.blocks}
+            distiller = Distiller(own_unet(model), schedule.blocks, channels, embeddings(model), self.lr)
+            distiller.learn(model, seeds, batch_size)
+            table, notes = distiller.table(), {"lr": self.lr, "batch_size": batch_size,
+                                               "iterations": len(distiller.losses)}
+        else:
+            solver = LeastSquares(own_unet(model), self.ridge)
+            for batch, report in batches(seeds, len(seeds), "solving", model):      # one run of all seeds
+                model.latents(batch, Keep(schedule.blocks), solver, report)
+            table, notes = solver.table, {"ridge": self.ridge}
+        made = ScaleShiftTable.of(table, schedule)
         made.notes = {"method": self.method, "seeds": format_seeds(seeds), **notes}
         return made
-
-    def solved(self, model: ImageModel, schedule: BlockSchedule, seeds: list[int], batch_size: int
-               ) -> tuple[list[Adjustment], dict[str, Any]]:
-        """The closed form, in one run of all seeds as one batch."""
-        solver = LeastSquares(own_unet(model), self.ridge)
-        for batch, report in batches(seeds, len(seeds), "solving", model):
-            model.latents(batch, Keep(schedule.blocks), solver, report)
-        return solver.table, {"ridge": self.ridge}
-
-    def trained(self, model: ImageModel, schedule: BlockSchedule, seeds: list[int], batch_size: int
-                ) -> tuple[list[Adjustment], dict[str, Any]]:
-        """The paper's way: linear layers on the timestep embedding, learning while batches of runs are unrolled."""
-        shapes: dict[Hashable, torch.Size] = {key: one.shape for key, one in positions(model.run.asked).items()}
-        channels = {name: shapes[name][1 if len(shapes[name]) == 4 else -1] for name in schedule.blocks}
-        emb = embeddings(model)
-        scale_shift = ScaleShift(channels, emb.shape[1]).to(model.device)
-        optimizer = torch.optim.Adam(scale_shift.parameters(), self.lr)
-        distiller = Distiller(own_unet(model), scale_shift, emb, optimizer)
-        for batch, report in training_batches(seeds, batch_size, model, optimizer, self.lr):
-            model.latents(batch, Keep(schedule.blocks), distiller, report)
-        return scale_shift.table(emb), {"lr": self.lr, "batch_size": batch_size, "iterations": len(distiller.losses)}
-
-    def write(self, made: ScaleShiftTable, path: Path) -> dict[str, Any]:
-        made.save(path)
-        return made.notes
 
     def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:
         return {"plain": with_file(model), "adjusted": with_file(model, scale_shift=path)}

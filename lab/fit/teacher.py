@@ -63,6 +63,35 @@ class OnRunsPath:
         raise NotImplementedError
 
 
+class Student(OnRunsPath):
+    """What learns while runs are sampled with its `policy`, by an optimiser step at network calls."""
+    optimizer: torch.optim.Optimizer
+    losses: list[tuple[float, float]]       # of every call that is learnt from, beside what it is to be compared with
+
+    def policy(self) -> Policy:
+        """A fresh one for a batch, with what has been learnt by then."""
+        raise NotImplementedError
+
+    def update(self) -> None:
+        """What is done after every batch."""
+
+    def descend(self, loss: Tensor) -> None:
+        """An optimiser step."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def learn(self, model: ImageModel, seeds: Sequence[int], batch_size: int, falls_by: float = 1.0) -> None:
+        """Go through runs; over them the learning rate falls in a line, by a share of what it is at the start."""
+        groups, met = [(group, group["lr"]) for group in self.optimizer.param_groups], 0
+        for batch, report in batches(seeds, batch_size, "training", model):
+            for group, lr in groups:
+                group["lr"] = lr * (1 - falls_by * met / len(seeds))
+            model.latents(batch, self.policy(), self, report)
+            self.update()
+            met += len(batch)
+
+
 class Comparison(OnRunsPath):
     """How far what calls reuse is from what the network would compute there.
 
