@@ -249,25 +249,3 @@ def test_scale_shift_learns_what_the_teacher_computes():
     error = [(run(unet, Keep(schedule, adjust=adjust), batch=8, seed=100) - exact).square().mean().item()
              for adjust in (None, table)]
     assert error[1] < error[0]
-
-
-def test_compiled_with_one_graph_for_each_set_of_reused_residuals(unet):
-    schedule = {name: steps for name, steps in zip(residual_names(unet), ([0, 2], [0, 2], [0, 3]), strict=False)}
-    graphs = []
-
-    def backend(module, example_inputs):
-        graphs.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(unet, backend=backend, fullgraph=True)
-    policy = Keep(schedule)
-    sets = {policy_set(schedule, step) for step in range(STEPS)}
-    with torch.no_grad():
-        result = run(unet, Keep(schedule), network=compiled)
-    assert torch.equal(result, run(unet, policy))
-    assert len(graphs) <= len(sets) + 1
-
-
-def policy_set(schedule, step):
-    return frozenset(name for name, steps in schedule.items() if step not in steps)

@@ -144,17 +144,3 @@ def test_the_heart_is_read_in_half_an_hour():
     """The nest, what a cache is asked, the one class that keeps, DeepCache, schedules, forecasts."""
     files = "nest", "policy", "keep", "methods/deepcache", "schedules", "forecast"
     assert sum(len(Path(f"unet_caching/{file}.py").read_text().splitlines()) for file in files) <= 700
-
-
-@torch.no_grad()
-def test_compiles_to_two_graphs(unet, inputs):
-    from torch._dynamo.testing import CompileCounter
-    torch.compiler.reset()
-    graphs = CompileCounter()
-    compiled = torch.compile(unet, fullgraph=True, backend=graphs)
-    for _ in range(2):
-        caches = [DeepCache(2, full_steps=[0, 3]) for _ in range(2)]
-        for step in range(5):
-            x, t = inputs[step % 3]
-            assert torch.allclose(compiled(x, t, caches[0].at(step)), unet(x, t, caches[1].at(step)), atol=1e-5)
-    assert graphs.frame_count == 2

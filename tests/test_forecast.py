@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from test_graphs import record
 from torch import nn
 
 from ldm.unet import UNet
 from unet_caching.forecast import Forecast, newton_terms
-from unet_caching.keep import Keep, joined
+from unet_caching.keep import Keep
 from unet_caching.methods.block_caching import residual_names
 from unet_caching.methods.deepcache import DeepCache, DeepCacheOptions, ZeroedCache
 from unet_caching.methods.forecast import ForecastOptions
@@ -19,7 +18,6 @@ from unet_caching.registry import bind
 from unet_caching.samplers.diffusion import Diffusion
 from unet_caching.samplers.noise import SeededNoise
 from unet_caching.samplers.samplers import Sampler, noise_predictor
-from unet_caching.speed.graphs import RecordedNetwork
 
 UNEVEN = [0, 2, 3, 7, 8, 13]
 CALLS = 16
@@ -146,10 +144,10 @@ def extrapolated(unet, policy, branch, full_steps):
 
 
 @pytest.mark.parametrize("settings", [
-    ("ddim", 15, "uniform", 0.0), ("ddim", 15, "trailing", 1.0), ("plms", 15, "leading", 0.0),
-    ("dpmpp", 16, "trailing", 0.0), ("unipc", 16, "linspace", 0.0)], ids=lambda s: f"{s[0]}_eta{s[3]:g}")
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_every_sampler_forecasts_in_the_index_of_its_calls(unet, settings, guidance):
+    ("ddim", 15, "trailing", 1.0), ("plms", 15, "leading", 0.0), ("unipc", 16, "linspace", 0.0)],
+    ids=lambda s: f"{s[0]}_eta{s[3]:g}")
+def test_every_sampler_forecasts_in_the_index_of_its_calls(unet, settings):
+    guidance = 3.0 if settings[0] == "plms" else 1.0
     sampler = Sampler(*settings, DIFFUSION)
     expected = sample(unet, extrapolated(unet, None, 1, UNEVEN), sampler, guidance=guidance)
     found = sample(unet, DeepCache(1, UNEVEN, 1), sampler, guidance=guidance)
@@ -210,56 +208,6 @@ def test_half_precision(dtype):
         assert seen[step].dtype == dtype
         rounding = (wide[step].to(dtype).double() - wide[step]).norm()
         assert 0 < (seen[step].double() - wide[step]).norm() < 2.5 * rounding
-
-
-def graphs(unet, make):
-    """How many graphs torch.compile makes of two runs, which must come out as without it."""
-    from torch._dynamo.testing import CompileCounter
-    torch.compiler.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(unet, fullgraph=True, backend=counter)
-    for _ in range(2):
-        assert torch.allclose(sample(compiled, make()), sample(unet, make()), atol=1e-4)
-    return counter.frame_count
-
-
-@pytest.mark.parametrize("order", [1, 2])
-def test_compiles_to_two_graphs(unet, order):
-    assert graphs(unet, lambda: DeepCache(1, UNEVEN, order, [0.1 * step for step in range(CALLS)])) == 2
-
-
-def test_block_caching_compiles_to_as_many_graphs_as_without(unet):
-    blocks = {name: [0, 4, 8, 12] for name in residual_names(unet)[:2]}
-    assert graphs(unet, lambda: Keep(blocks, Forecast(1))) == graphs(unet, lambda: Keep(blocks))
-
-
-def policies(unet):
-    names = residual_names(unet)
-    blocks = {name: [0, 2, 8, 9] if i % 2 else [0, 2, 8] for i, name in enumerate(names)}
-    outer = {name: steps for name, steps in blocks.items() if name.startswith(("input_blocks.1", "output_blocks.3"))}
-    return {"order1": lambda: DeepCache(1, UNEVEN, 1),
-            "order2": lambda: DeepCache(1, UNEVEN, 2, [0.1 * step for step in range(CALLS)]),
-            "blocks": lambda: Keep(blocks, Forecast(2)),
-            "together": lambda: joined(DeepCache(1, UNEVEN, 1), Keep(outer, Forecast(1)))}
-
-
-@pytest.mark.parametrize("name", ["order1", "order2", "blocks", "together"])
-def test_recorded_calls_are_the_network(unet, name):
-    """As CUDA graphs: fixed buffers, in which values move up by one, and weights that change from step to step."""
-    make, patterns = policies(unet)[name], set()
-    fast = RecordedNetwork(unet, record)
-
-    def plain(*inputs, cache):
-        patterns.add(cache.pattern)
-        return unet(*inputs, cache=cache)
-
-    for seeds in ((0, 1), (2, 3)):
-        ours, expected = make(), make()
-        assert torch.allclose(sample(fast, ours, seeds=seeds), sample(plain, expected, seeds=seeds), atol=1e-4)
-        assert ours.kept.keys() == expected.kept.keys()
-        for value, right in zip(ours.kept.values(), expected.kept.values(), strict=True):
-            assert torch.allclose(value, right, atol=1e-4)
-    assert len(fast.recordings) == len(patterns)
 
 
 # Block Caching

@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import run_command, tiny_ddpm
 from peft import LoraConfig
-from test_forecast import graphs, polynomial, sample
-from test_graphs import record
+from test_forecast import polynomial, sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,27 +30,18 @@ from unet_caching.methods.plan import SAMPLING, Call, Plan, PlanCache, PlanOptio
 from unet_caching.nest import no_cache
 from unet_caching.options import RunShape
 from unet_caching.registry import bind, options_by_name
-from unet_caching.speed.graphs import RecordedNetwork
 
 UNEVEN = [0, 2, 3, 7, 8, 13]
 CALLS = 16
 # All depths, in an order in which levels go stale while others are refreshed.
 MIXED = [Call(), Call(1), Call(2, (1.0,)), Call(0), Call(), Call(1, (1.0,)), Call(0, (0.5,)), Call(2, (1.0,)),
          Call(0, (1.0, 1.0)), Call(1, (1.0,)), Call(3), Call(0), Call(), Call(0, (1.0,)), Call(2), Call(1, (0.7,))]
-TWO_DEPTHS = [call if call.branch is None else Call(call.branch % 2, call.damping) for call in MIXED]
 
 
 @pytest.fixture(scope="module")
 def unet() -> UNet:
     torch.manual_seed(0)
     return UNet(4, 4, 32, (1, 2), 1, (1, 2), num_heads=2, context_dim=16).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def shallow() -> UNet:
-    """With two branches: compilers are slow."""
-    torch.manual_seed(0)
-    return UNet(4, 4, 32, (1,), 1, (1,), num_heads=2, context_dim=16).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -140,28 +130,6 @@ def test_depths_mixed_over_a_run(unet):
 def test_a_plan_in_half_precision(unet):
     half = UNet(4, 4, 32, (1, 2), 1, (1, 2), num_heads=2, context_dim=16).eval().requires_grad_(False).bfloat16()
     assert sample(half, PlanCache(MIXED), dtype=torch.bfloat16).isfinite().all()
-
-
-def test_recorded_calls_are_the_network(shallow):
-    """As CUDA graphs: fixed buffers, and a level that is refreshed while another is reused."""
-    patterns = set()
-    fast = RecordedNetwork(shallow, record)
-
-    def plain(*inputs, cache):
-        patterns.add(cache.pattern)
-        return shallow(*inputs, cache=cache)
-
-    for seeds in ((0, 1), (2, 3)):
-        ours, expected = PlanCache(TWO_DEPTHS), PlanCache(TWO_DEPTHS)
-        assert torch.allclose(sample(fast, ours, seeds=seeds), sample(plain, expected, seeds=seeds), atol=1e-4)
-        assert ours.kept.keys() == expected.kept.keys()
-        for value, right in zip(ours.kept.values(), expected.kept.values(), strict=True):
-            assert torch.allclose(value, right, atol=1e-4)
-    assert len(fast.recordings) == len(patterns) == 3
-
-
-def test_compiles_to_a_graph_for_each_depth(shallow):
-    assert graphs(shallow, lambda: PlanCache(TWO_DEPTHS)) == 3
 
 
 @pytest.mark.parametrize(("calls", "words"), [
