@@ -87,8 +87,7 @@ class Clockwork(DeepCache):
 
     @property
     def kept(self) -> dict[Hashable, Tensor]:
-        found = super().kept
-        return found if self.row is None or not found else found | {(self.branch, "row"): self.row}
+        return super().kept | ({} if self.row is None else {(self.branch, "row"): self.row})
 
     @kept.setter
     def kept(self, values: Mapping[Hashable, Tensor]) -> None:
