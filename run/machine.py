@@ -24,8 +24,22 @@ class Device:
         arguments.check(self)
 
     def prepare(self) -> torch.device:
-        """The device, ready for use: see `prepare_device`."""
-        return prepare_device(self.device, self.threads)
+        """The device, once it has answered; CPU threads are set. Raises UserError where it is not there.
+
+        Under torchrun cuda is the process's own GPU.
+        """
+        name = self.device
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        if name == "cuda" and "LOCAL_RANK" in os.environ:
+            name = f"cuda:{environment_number('LOCAL_RANK', 0) % max(1, torch.cuda.device_count())}"
+        try:
+            device = torch.device(name)
+            torch.ones(1, device=device).item()
+        except (RuntimeError, AssertionError):
+            raise UserError(f"--device {name} is not there: {torch.cuda.device_count()} CUDA devices are visible; cpu "
+                            "always works") from None
+        return device
 
 
 @dataclass(frozen=True)
@@ -43,22 +57,3 @@ def check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-
-
-def prepare_device(name: str, threads: int | None = None) -> torch.device:
-    """The device, once it has answered; CPU threads are set. Raises UserError where it is not there.
-
-    Under torchrun cuda is the process's own GPU.
-    """
-    check_counts(threads=threads)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{environment_number('LOCAL_RANK', 0) % max(1, torch.cuda.device_count())}"
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name} is not there: {torch.cuda.device_count()} CUDA devices are visible; cpu "
-                        "always works") from None
-    return device

@@ -57,6 +57,30 @@ def run_command(main: Callable[[], None], *words: object) -> int:
     return 0
 
 
+def fails(capsys, code: int, *words: str) -> bool:
+    """Whether a command ended with one line about what was wrong, which has these words in it."""
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and error.startswith("error: ") and all(word in error for word in words), error
+    return True
+
+
+def pixels(folder: Path) -> dict[int, np.ndarray]:
+    """The images of a sample folder by their seeds."""
+    return {int(path.stem): np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*/*.png"))}
+
+
+def same(a: Path, b: Path, tolerance: int = 0) -> bool:
+    """Whether two folders hold the same seeds and, up to so many of 255 grey levels, the same images."""
+    first, second = pixels(a), pixels(b)
+    return first.keys() == second.keys() and all(np.abs(first[seed] - second[seed]).max() <= tolerance
+                                                 for seed in first)
+
+
+def settings_of(folder: Path) -> dict:
+    """What run.json of a sample folder says of its images."""
+    return json.loads((folder / "run.json").read_text())["settings"]
+
+
 def save_samples(folder: Path, pixels: np.ndarray, first: int = 0, settings: dict | None = None) -> Path:
     """A sample folder with images, uint8 [n, height, width, 3], of the seeds from `first`; settings: of its run.json,
     which there is not without them."""

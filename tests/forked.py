@@ -13,7 +13,22 @@ from pathlib import Path
 from conftest import main_of
 from tqdm import tqdm
 
+from run.folder import RunFolder
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def signal_at(seed: int, *numbers: int) -> Callable[[], None]:
+    """For Forked's `before`: the process sends itself these signals when it has the image of a seed to write."""
+    def before() -> None:
+        save = RunFolder.save
+
+        def saving(self: RunFolder, of: int, image: object) -> None:
+            for number in numbers if of == seed else ():
+                os.kill(os.getpid(), number)
+            save(self, of, image)
+        RunFolder.save = saving     # in the fork alone
+    return before
 
 
 class Forked:

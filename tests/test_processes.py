@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked import Forked
+from conftest import HERE, save_samples
+from forked import Forked, signal_at
 from PIL import Image
-from test_sampling import ROOT, in_process, tiny, wait_for_an_image  # noqa: F401
+from test_sampling import sample, start, tiny  # noqa: F401  fixtures
 from tqdm import tqdm
 
 from eval.metrics import extract
@@ -43,7 +44,7 @@ def test_a_fork_that_is_killed_while_it_draws_its_bar_stops_no_other(tmp_path):
         assert Forked(lambda: list(tqdm(range(3))), log=tmp_path / "second").wait(20) == 0
 
 
-def test_64_seeds_however_they_are_split(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_64_seeds_however_they_are_split(sample, start, tmp_path, monkeypatch):  # noqa: F811
     """As one batch of 64; as 4 ranks; as 8 slices, two of which are stopped on the way and started again."""
     draw, draws = SeededNoise.__call__, tmp_path / "draws"
 
@@ -55,65 +56,60 @@ def test_64_seeds_however_they_are_split(tiny, tmp_path, monkeypatch):  # noqa: 
         return noise
 
     monkeypatch.setattr(SeededNoise, "__call__", recorded)
-    common = ["--config", tiny, "--interval", 3, "--steps", 40, "--threads", 1]
-    assert in_process(monkeypatch, *common, "--seeds", "0-63", "--batch-size", 64, "--out", tmp_path / "one") == 0
-    ranks = [Forked("ddpm.sample", *common, "--seeds", "0-63", "--out", tmp_path / "ranks", log=tmp_path / f"rank{i}",
-                    env={"RANK": str(i), "WORLD_SIZE": "4"}) for i in range(4)]
+    common = ["--interval", 3, "--steps", 4]
+    assert sample(*common, "--seeds", "0-63", "--batch-size", 64, "--out", tmp_path / "one") == 0
+    ranks = [start(f"rank{i}", *common, "--seeds", "0-63", "--out", tmp_path / "ranks",
+                   env={"RANK": str(i), "WORLD_SIZE": "4"}) for i in range(4)]
     assert [rank.wait() for rank in ranks] == [0] * 4, ranks[0].output
 
-    def slices(numbers) -> list[Forked]:
-        return [Forked("ddpm.sample", *common, "--seeds", f"{8 * i}-{8 * i + 7}", "--batch-size", 3, "--out",
-                       tmp_path / "slices", log=tmp_path / f"slice{i}") for i in numbers]
+    def part(i: int, **more) -> Forked:
+        return start(f"slice{i}", *common, "--seeds", f"{8 * i}-{8 * i + 7}", "--batch-size", 3, "--out",
+                     tmp_path / "slices", **more)
 
-    first = slices([1, 6])
-    for process, number in zip(first, (signal.SIGUSR1, signal.SIGKILL), strict=True):
-        while not (made := list((tmp_path / "slices").glob("000/*.png"))) and process.running():
-            time.sleep(0.002)
-        process.send(number)
-        process.wait()
-    assert 0 < len(made) < 16
-    assert [process.wait() for process in slices(range(8))] == [0] * 8
+    stopped = [part(1, before=signal_at(9, signal.SIGUSR1)), part(6, before=signal_at(52, signal.SIGKILL))]
+    assert [process.wait() for process in stopped] == [75, -signal.SIGKILL]
+    assert 0 < len(list((tmp_path / "slices").glob("000/*.png"))) < 16
+    assert [process.wait() for process in [part(i) for i in range(8)]] == [0] * 8
 
     one, four, eight = (pixels(tmp_path / name) for name in ("one", "ranks", "slices"))
-    print("largest differences", np.abs(one - four).max(), np.abs(one - eight).max())
     assert max(np.abs(one - four).max(), np.abs(one - eight).max()) <= 1
     found = {tuple(line.split()) for line in draws.read_text().splitlines()}
     assert len(found) == len({seed for seed, _ in found}) == 64        # the same noise, whoever drew it
 
 
 def test_torchrun_shares_seeds_and_passes_on_a_stop(tiny, tmp_path):  # noqa: F811
+    """The command itself, with its progress bar."""
     out = tmp_path / "out"
-    args = ["--config", tiny, "--seeds", "0-199", "--steps", 50, "--batch-size", 2, "--threads", 1, "--out"]
+    words = ["--config", tiny, "--seeds", "0-1999", "--batch-size", 2, "--threads", 1, "--out", out]
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=120", "-m", "ddpm.sample", *map(str, args),
-         out], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT)
-    wait_for_an_image(out)
+         "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=120", "-m", "ddpm.sample",
+         *map(str, words)], cwd=HERE.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not list(out.glob("*/*.png")) and process.poll() is None:
+        time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=600)
     made = len(list(out.glob("*/*.png")))
-    assert 0 < made < 200 and made % 2 == 0
-    assert process.returncode and re.search(r"stopped: \d+ of 200 images are there; the same command goes on", output)
+    assert 0 < made < 2000 and made % 2 == 0
+    assert process.returncode and re.search(r"stopped: \d+ of 2000 images are there; the same command goes on", output)
+    assert "2 processes" in output and "/2000" in output
 
 
-def test_a_process_of_torchrun_takes_its_own_gpu(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_process_of_torchrun_takes_its_own_gpu(sample, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Seen in the message, where there is no GPU."""
     monkeypatch.setenv("LOCAL_RANK", "96")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 100)
-    assert in_process(monkeypatch, "--config", tiny, "--device", "cuda", "--out", tmp_path / "out") == 2
+    assert sample("--device", "cuda", "--out", tmp_path / "out") == 2
     assert "cuda:96 is not there" in capsys.readouterr().err
 
 
 def test_four_processes_judge_as_one(tmp_path, monkeypatch):
-    """eval.quality, its features in parts of 6 images, with the same numbers to the last bit."""
-    monkeypatch.setattr(extract, "PART", 6)
+    """eval.quality, its features in parts of 4 images, with the same numbers to the last bit."""
+    monkeypatch.setattr(extract, "PART", 4)
     for name in ("samples", "reference"):
-        (tmp_path / name / "000").mkdir(parents=True)
-        for seed in range(24):
-            image = np.random.default_rng([seed, len(name)]).integers(0, 256, (16, 16, 3), np.uint8)
-            Image.fromarray(image).save(tmp_path / name / "000" / f"{seed:06d}.png")
-        (tmp_path / name / "run.json").write_text('{"settings": {}}')
+        save_samples(tmp_path / name, np.random.default_rng(len(name)).integers(0, 256, (16, 16, 16, 3), np.uint8),
+                     settings={})
 
     def judge(out: str, **env) -> Forked:
         return Forked("eval.quality", "--samples", tmp_path / "samples", "--reference", tmp_path / "reference",
@@ -140,10 +136,10 @@ def test_two_processes_are_nearly_twice_as_fast(tmp_path):
 
     def seconds(processes: int, name: str) -> float:
         started = time.monotonic()
-        running = [Forked("ddpm.sample", "--config", ROOT / "configs" / "ddpm_emoji.yaml", "--steps", 50, "--seeds",
-                          f"0-{32 * processes - 1}", "--batch-size", 8, "--threads", 1, "--out", tmp_path / name,
-                          log=tmp_path / f"{name}{i}", env={"RANK": str(i), "WORLD_SIZE": str(processes)})
-                   for i in range(processes)]
+        words = ["--config", HERE.parent / "configs" / "ddpm_emoji.yaml", "--steps", 50, "--batch-size", 8, "--threads",
+                 1, "--seeds", f"0-{32 * processes - 1}", "--out", tmp_path / name]
+        running = [Forked("ddpm.sample", *words, log=tmp_path / f"{name}{i}",
+                          env={"RANK": str(i), "WORLD_SIZE": str(processes)}) for i in range(processes)]
         assert [process.wait() for process in running] == [0] * processes, running[0].output
         return time.monotonic() - started
 

@@ -137,7 +137,7 @@ _judges: list[Judge] = []
 def _begin(converged: RunSpec, machine: Machine, folder: Path, last: "Synchronized[int]") -> None:
     with last.get_lock():
         last.value += 1
-        os.environ["LOCAL_RANK"] = str(last.value)      # by which `run.machine.prepare_device` takes a GPU
+        os.environ["LOCAL_RANK"] = str(last.value)      # by which `run.machine.Device.prepare` takes a GPU
     parent: Any = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
