@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from ddpm.config import Config
 from ddpm.unet import UNet
+from run.libraries import diffusers
 from run.weights import load_strict, read_tensors, sha256
 from unet_caching.errors import UserError, as_user_error
 
@@ -139,7 +139,7 @@ def diffusers_unet(config: Config, unet: UNet) -> nn.Module:
     sizes = config.unet
     attends = [sizes.resolution >> level in sizes.attn_resolutions for level in range(len(sizes.ch_mult))]
     with torch.device("meta"):
-        theirs = UNet2DModel(
+        theirs = diffusers.UNet2DModel(
             sample_size=sizes.resolution, in_channels=sizes.in_channels, out_channels=sizes.out_channels,
             layers_per_block=sizes.num_res_blocks, block_out_channels=[sizes.ch * mult for mult in sizes.ch_mult],
             down_block_types=["AttnDownBlock2D" if level else "DownBlock2D" for level in attends],

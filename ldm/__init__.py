@@ -1,3 +1,1 @@
 """Latent diffusion with classes (Rombach et al., arXiv 2112.10752): LDM-4-G, and the shipped emoji model."""
-
-import unet_caching.samplers  # noqa: F401  before diffusers, see unet_caching/samplers/libraries.py

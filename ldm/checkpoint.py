@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import VQModel
 from torch import Tensor, nn
 
 from ldm import first_stage
@@ -19,6 +18,7 @@ from ldm.diffusers_layout import diffusers_unet as diffusers_unet
 from ldm.unet import UNet
 from run import weights
 from run.files import write_atomically
+from run.libraries import diffusers
 from run.weights import load_strict, read_tensors, sha256, write_tensors
 from unet_caching.errors import UserError
 
@@ -28,7 +28,7 @@ UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", first_stage.PREFIX, "cond
 class Model(NamedTuple):
     """What a checkpoint holds. `classes`: label -> context vector; the last label is the unconditional one."""
     unet: UNet
-    first_stage: VQModel
+    first_stage: diffusers.VQModel
     classes: nn.Embedding
 
 

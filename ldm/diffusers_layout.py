@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ldm.unet import Downsample, ResBlock, SpatialTransformer, UNet
 from run.families import Config
+from run.libraries import diffusers
 from unet_caching.errors import UserError
 from unet_caching.nest import Upsample
 
@@ -72,7 +72,8 @@ def unet_arguments(config: Mapping) -> dict:
     Raises UserError, naming key and value, for a config of another architecture: each key that changes the function
     must have diffusers' default, which is Stable Diffusion's.
     """
-    known = {name: parameter.default for name, parameter in inspect.signature(UNet2DConditionModel).parameters.items()}
+    parameters = inspect.signature(diffusers.UNet2DConditionModel).parameters
+    known = {name: parameter.default for name, parameter in parameters.items()}
     given = known | {key: _one(value) for key, value in config.items() if not key.startswith("_")}
     if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         raise UserError(f"{config['_class_name']} is not the U-Net of Stable Diffusion, which is UNet2DConditionModel")
@@ -137,9 +138,9 @@ def _per_level(value: object, levels: int) -> list:
     return list(value) if isinstance(value, list | tuple) else [value] * levels
 
 
-def diffusers_unet(config: Config, unet: UNet, **more: Any) -> UNet2DConditionModel:
+def diffusers_unet(config: Config, unet: UNet, **more: Any) -> diffusers.UNet2DConditionModel:
     """diffusers' U-Net on the very weights of ours. config: of LDM or Stable Diffusion. more: for its class."""
     with torch.device("meta"):
-        theirs = UNet2DConditionModel(**diffusers_arguments(config.unet_arguments), **more)
+        theirs = diffusers.UNet2DConditionModel(**diffusers_arguments(config.unet_arguments), **more)
     theirs.load_state_dict(diffusers_state_dict(unet), assign=True)
     return theirs.eval().requires_grad_(False)

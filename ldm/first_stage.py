@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import VQModel
 from torch import Tensor
 
 from ldm.config import FirstStage
+from run.libraries import diffusers
 from run.weights import load_strict, read_tensors, tensors_of
 from unet_caching.errors import UserError
 
@@ -16,16 +16,17 @@ PREFIX = "first_stage_model."       # in a whole checkpoint
 
 
 def build(resolution: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int,
-          n_embed: int) -> VQModel:
+          n_embed: int) -> diffusers.VQModel:
     """An untrained VQModel from the arguments of the public configuration; the codes have z_channels entries."""
     levels = len(ch_mult)
-    return VQModel(down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-                   block_out_channels=tuple(ch * mult for mult in ch_mult), layers_per_block=num_res_blocks,
-                   latent_channels=z_channels, sample_size=resolution, num_vq_embeddings=n_embed)
+    return diffusers.VQModel(
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(ch * mult for mult in ch_mult), layers_per_block=num_res_blocks,
+        latent_channels=z_channels, sample_size=resolution, num_vq_embeddings=n_embed)
 
 
 @torch.no_grad()
-def encode(vq: VQModel, images: Tensor) -> Tensor:
+def encode(vq: diffusers.VQModel, images: Tensor) -> Tensor:
     """Images [batch, 3, height, width] in -1..1 -> latents [batch, z_channels, height / f, width / f].
 
     The latents are those before quantisation, which is where the diffusion model lives.
@@ -34,13 +35,13 @@ def encode(vq: VQModel, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode(vq: VQModel, latents: Tensor, quantize: bool = True) -> Tensor:
+def decode(vq: diffusers.VQModel, latents: Tensor, quantize: bool = True) -> Tensor:
     """Latents -> images, about -1..1. `quantize`: replace each latent by the nearest code first, as LDM does."""
     return vq.decode(latents, force_not_quantize=not quantize).sample
 
 
 @torch.no_grad()
-def normalise(vq: VQModel, mean: Tensor, deviation: Tensor) -> None:
+def normalise(vq: diffusers.VQModel, mean: Tensor, deviation: Tensor) -> None:
     """Fold (latents - mean) / deviation, [z_channels] each, into the 1x1 convolutions around the latents."""
     vq.quant_conv.weight /= deviation[:, None, None, None]
     vq.quant_conv.bias.sub_(mean).div_(deviation)
@@ -70,7 +71,7 @@ def published_name(name: str, levels: int) -> str:
     return name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
 
 
-def published_state_dict(vq: VQModel) -> dict[str, Tensor]:
+def published_state_dict(vq: diffusers.VQModel) -> dict[str, Tensor]:
     """The model's tensors under their published names; its attention has 1x1 convolutions there."""
     levels = len(vq.config.block_out_channels)
     tensors = {published_name(name, levels): value for name, value in vq.state_dict().items()}
@@ -78,7 +79,7 @@ def published_state_dict(vq: VQModel) -> dict[str, Tensor]:
             for name, value in tensors.items()}
 
 
-def load_state_dict(vq: VQModel, state_dict: dict[str, Tensor]) -> None:
+def load_state_dict(vq: diffusers.VQModel, state_dict: dict[str, Tensor]) -> None:
     """Load tensors given under their published names, with or without `first_stage_model.`.
 
     Raises UserError that names every missing, extra or misshapen tensor; the model is left untouched then.
@@ -89,7 +90,7 @@ def load_state_dict(vq: VQModel, state_dict: dict[str, Tensor]) -> None:
     load_strict(vq, flat, lambda name: published_name(name, len(vq.config.block_out_channels)))
 
 
-def load(sizes: FirstStage, path: Path) -> VQModel:
+def load(sizes: FirstStage, path: Path) -> diffusers.VQModel:
     """A first stage with its weights, in evaluation mode. path: of a whole checkpoint, or of the first stage alone.
 
     Raises UserError that names the file.

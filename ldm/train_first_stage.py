@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import VQModel
 from torch import Tensor
 
 from ldm.family import FAMILY
 from ldm.first_stage import build, decode, encode, normalise, published_state_dict
 from run.cli import command
 from run.folder import to_uint8
+from run.libraries import diffusers
 from run.machine import Device
 from run.psnr import psnr
 from run.training import emoji
@@ -35,9 +35,9 @@ class Options(Training):
     data: Path = option(emoji.FOLDER, "folder with emoji_SIZE.webp and index.csv")
 
 
-def reconstruction_loss(noise: float, penalty: float, autocast: bool) -> Loss[VQModel]:
+def reconstruction_loss(noise: float, penalty: float, autocast: bool) -> Loss[diffusers.VQModel]:
     """The absolute error of the pixels and of their differences to the right and below, which keep edges sharp."""
-    def loss(vq: VQModel, batch: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(vq: diffusers.VQModel, batch: Tensor, generator: torch.Generator) -> Tensor:
         x = to_float(mirrored(batch, generator))
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
             z = vq.encode(x).latents.float()
@@ -48,9 +48,9 @@ def reconstruction_loss(noise: float, penalty: float, autocast: bool) -> Loss[VQ
     return loss
 
 
-def comparison_grid(held_out: Tensor, columns: int = 10) -> Grid[VQModel]:
+def comparison_grid(held_out: Tensor, columns: int = 10) -> Grid[diffusers.VQModel]:
     """A function of the EMA network: rows of held-out images, each above the row of their reconstructions."""
-    def grid(vq: VQModel) -> np.ndarray:
+    def grid(vq: diffusers.VQModel) -> np.ndarray:
         rebuilt = decode(vq, encode(vq, to_float(held_out)), quantize=False)
         pairs = zip(to_uint8(to_float(held_out).cpu()), to_uint8(rebuilt.cpu()), strict=True)
         real, fake = (np.stack(images) for images in zip(*pairs, strict=True))
@@ -59,7 +59,7 @@ def comparison_grid(held_out: Tensor, columns: int = 10) -> Grid[VQModel]:
     return grid
 
 
-def reconstruction_psnr(vq: VQModel, images: Tensor, quantize: bool) -> float:
+def reconstruction_psnr(vq: diffusers.VQModel, images: Tensor, quantize: bool) -> float:
     """Decibels, of reconstructions clamped to [-1, 1], over all images at once."""
     errors = [(decode(vq, encode(vq, to_float(x)), quantize).clamp(-1, 1) - to_float(x)).square().mean(dim=(1, 2, 3))
               for x in images.split(64)]
@@ -79,7 +79,7 @@ def fit_codebook(codes: Tensor, vectors: Tensor, generator: torch.Generator, rou
 
 
 @torch.no_grad()
-def finish(vq: VQModel, images: Tensor, held_out: Tensor, target: Path) -> None:
+def finish(vq: diffusers.VQModel, images: Tensor, held_out: Tensor, target: Path) -> None:
     """Standardise the latents, fit the codebook, print how good the result is, and write it."""
     vectors = torch.cat([encode(vq, to_float(x)) for x in images.split(64)]).permute(0, 2, 3, 1).flatten(0, 2)
     generator = torch.Generator().manual_seed(0)

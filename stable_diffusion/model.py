@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from run.folder import RunFolder, quoted, to_uint8
 from run.image_model import ImageModel
+from run.libraries import diffusers, transformers
 from run.machine import Machine
 from run.spec import Run
 from stable_diffusion.checkpoint import load_checkpoint
@@ -60,7 +59,7 @@ class ReleasedNoise:
 class DiffusersUNet(nn.Module):
     """diffusers' U-Net, called as ours: the baseline for pruned layouts (BK-SDM). It cannot be cached."""
 
-    def __init__(self, unet: UNet2DConditionModel):
+    def __init__(self, unet: diffusers.UNet2DConditionModel):
         super().__init__()
         self.unet = unet
 
@@ -128,7 +127,7 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
         places = [distinct.index(prompt) for prompt in prompts]
         return [value[places].to(self.dtype) for value in encoded]
 
-    def _tokens(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:
+    def _tokens(self, tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str]) -> transformers.BatchEncoding:
         return tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
                          return_tensors="pt").to(self.device)
 

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-
 from ldm.diffusers_layout import diffusers_unet
+from run.libraries import diffusers
 from stable_diffusion.checkpoint import load_checkpoint, scheduler_config
 from stable_diffusion.config import Config, Diffusion
 from stable_diffusion.unet import UNet
 
 
-def load_pipeline(config: Config, path: Path) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+def load_pipeline(config: Config, path: Path
+                  ) -> diffusers.StableDiffusionPipeline | diffusers.StableDiffusionXLPipeline:
     """A text-to-image pipeline of a checkpoint in any layout, without caching until `enable_deepcache` sets it.
 
     path: as `stable_diffusion.checkpoint.load_checkpoint` takes it, whose UserErrors it raises. In float32, on the CPU.
@@ -23,15 +23,16 @@ def load_pipeline(config: Config, path: Path) -> StableDiffusionPipeline | Stabl
     parts = {"vae": model.vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer,
              "unet": unet, "scheduler": scheduler(config.diffusion)}
     if model.second is not None:
-        return StableDiffusionXLPipeline(
+        return diffusers.StableDiffusionXLPipeline(
             **parts, text_encoder_2=model.second.text_encoder, tokenizer_2=model.second.tokenizer,
             force_zeros_for_empty_prompt=model.second.zeros, add_watermarker=False)
-    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
+                                             requires_safety_checker=False)
 
 
-def scheduler(diffusion: Diffusion) -> PNDMScheduler | DDIMScheduler:
+def scheduler(diffusion: Diffusion) -> diffusers.PNDMScheduler | diffusers.DDIMScheduler:
     """diffusers' scheduler for a network's noise schedule and prediction."""
     settings = scheduler_config(diffusion) | {"steps_offset": 1, "set_alpha_to_one": False}
     if diffusion.prediction == "v":
-        return DDIMScheduler(clip_sample=False, **settings)
-    return PNDMScheduler(skip_prk_steps=True, **settings)
+        return diffusers.DDIMScheduler(clip_sample=False, **settings)
+    return diffusers.PNDMScheduler(skip_prk_steps=True, **settings)

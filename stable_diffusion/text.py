@@ -8,27 +8,19 @@ from typing import TypeVar
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import (
-    BertModel,
-    BertTokenizer,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-)
-from transformers.utils import logging
 
+from run.libraries import transformers
 from run.weights import load_strict
 from unet_caching.errors import UserError, one_line
 
-Encoder = TypeVar("Encoder", CLIPTextModel, CLIPTextModelWithProjection)
+Encoder = TypeVar("Encoder", transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
 
 # CLIP ViT-L/14's text model, which is that of Stable Diffusion 1.x
 VIT_L_14 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
             "projection_dim": 768}
 
 
-def clip(config: Mapping, tensors: Mapping[str, Tensor], cls: type[Encoder] = CLIPTextModel) -> Encoder:
+def clip(config: Mapping, tensors: Mapping[str, Tensor], cls: type[Encoder] = transformers.CLIPTextModel) -> Encoder:
     """CLIP's text model from transformers' config and tensors, named with or without `text_model.`.
 
     cls: CLIPTextModelWithProjection for one that also sums the text up. Raises UserError for a config that is none,
@@ -36,7 +28,7 @@ def clip(config: Mapping, tensors: Mapping[str, Tensor], cls: type[Encoder] = CL
     """
     try:
         with torch.device("meta"):
-            model = cls(CLIPTextConfig.from_dict(config))
+            model = cls(transformers.CLIPTextConfig.from_dict(config))
     except (StrictDataclassError, KeyError) as error:
         raise UserError(f"the text encoder's config is not one of CLIP: {one_line(error)}") from None
     prefix = "text_model." if any(name.startswith("text_model.") for name in tensors) else ""
@@ -51,7 +43,7 @@ def clip(config: Mapping, tensors: Mapping[str, Tensor], cls: type[Encoder] = CL
     return model
 
 
-def clip_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
+def clip_tokenizer(folder: Path | None = None) -> transformers.CLIPTokenizer:
     """CLIP's tokenizer from a folder, or from the vocabulary that open_clip carries. Raises UserError."""
     if folder is None:
         try:
@@ -61,15 +53,16 @@ def clip_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
                             "the layout of diffusers, which has it") from None
         known = SimpleTokenizer()
         names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}    # open_clip's, CLIP's
-        return CLIPTokenizer(vocab={names.get(token, token): i for token, i in known.encoder.items()},
-                             merges=list(known.bpe_ranks), model_max_length=known.context_length)
+        vocab = {names.get(token, token): i for token, i in known.encoder.items()}
+        return transformers.CLIPTokenizer(vocab=vocab, merges=list(known.bpe_ranks),
+                                          model_max_length=known.context_length)
     # Without these transformers makes an empty vocabulary.
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
                 raise UserError(f"no {folder / name}, nor a tokenizer.json there")
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:      # its Rust part raises no narrower class
         raise UserError(f"{folder} does not hold CLIP's tokenizer: {one_line(error)[:160]}") from None
 
@@ -82,11 +75,11 @@ def minilm_folder() -> Path:
     return Path(found.origin).with_name("model")
 
 
-def minilm(tokens: int) -> tuple[BertModel, BertTokenizer]:
+def minilm(tokens: int) -> tuple[transformers.BertModel, transformers.BertTokenizer]:
     """all-MiniLM-L6-v2, frozen, and its tokenizer, which pads texts to `tokens`. Raises UserError."""
     folder = minilm_folder()
-    logging.disable_progress_bar()
-    model = BertModel.from_pretrained(folder, local_files_only=True)
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.BertModel.from_pretrained(folder, local_files_only=True)
     model.config.use_attention_mask = True      # for diffusers' pipelines: padding is not attended to
     return (model.float().eval().requires_grad_(False),
-            BertTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=tokens))
+            transformers.BertTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=tokens))

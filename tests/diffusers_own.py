@@ -36,7 +36,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import unet_caching.samplers  # noqa: F401  isort: skip  before diffusers, see unet_caching/samplers/libraries.py
 
 import numpy as np
 import pytest

@@ -54,7 +54,7 @@ assert "torch" not in sys.modules and "diffusers" not in sys.modules, "the packa
 sys.modules.update(dict.fromkeys({sorted(OTHERS)}))     # as where nothing else is installed
 import torch
 from {NAME} import disable_deepcache, enable_deepcache, plan_scheduler
-from diffusers import DDIMPipeline                      # after ours, see unet_caching/samplers/libraries.py
+from diffusers import DDIMPipeline                      # after ours, see unet_caching/libraries.py
 
 pipe = DDIMPipeline.from_pretrained(sys.argv[1], local_files_only=True)
 def images():

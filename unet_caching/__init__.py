@@ -14,6 +14,8 @@ In a network of one's own: `unet(x, t, cache=DeepCache(branch, uniform(steps, in
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from unet_caching.libraries import let_torchvision_import
+
 if TYPE_CHECKING:
     from unet_caching.methods.deepcache import DeepCache
     from unet_caching.methods.plan import Plan
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from unet_caching.pipelines.scheduler import plan_scheduler
     from unet_caching.schedules import centered, released_ldm, uniform
 
+let_torchvision_import()
 __version__ = "0.1.0"
 __all__ = ["DeepCache", "Plan", "__version__", "centered", "disable_deepcache", "enable_deepcache", "learn_plan",
            "plan_scheduler", "released_ldm", "uniform"]

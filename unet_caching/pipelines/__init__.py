@@ -2,8 +2,6 @@
 
 from importlib.metadata import version
 
-import unet_caching.samplers  # noqa: F401  before diffusers, see unet_caching/samplers/libraries.py
-
 OLDEST = "0.30"         # of diffusers: older ones were not tried
 
 
