@@ -141,7 +141,7 @@ def test_an_editable_installation_is_the_clone(built):
 
 def test_the_library_takes_what_the_clone_takes():
     known, own = {one.name: one for one in LISTED}, [Requirement(text) for text in PROJECT["dependencies"]]
-    assert {one.name for one in own} == {"torch", "diffusers", "safetensors", "numpy"}
+    assert {one.name for one in own} == {"torch", "diffusers", "safetensors", "numpy", "tqdm"}
     for wanted in own:
         if wanted.name != "diffusers":          # transformers 5, which the clone needs, is not for the older ones
             assert wanted.specifier == known[wanted.name].specifier
