@@ -10,7 +10,6 @@ from torch import nn
 from ldm.unet import UNet
 from unet_caching.forecast import Forecast, newton_terms
 from unet_caching.keep import Keep
-from unet_caching.methods.block_caching import residual_names
 from unet_caching.methods.deepcache import DeepCache, DeepCacheOptions, ZeroedCache
 from unet_caching.methods.forecast import ForecastOptions
 from unet_caching.options import RunShape
@@ -232,12 +231,6 @@ def test_residuals_are_forecast_before_they_are_adjusted():
     policy = Keep({"a": [0, 2]}, Forecast(1), adjust)
     seen = [policy.at(step)("a", lambda: line(step)) for step in range(5)]
     assert torch.allclose(seen[4], 2 * line(4) + 1) and torch.equal(seen[2], line(2))
-
-
-def test_blocks_of_order_0_are_reuse_bit_for_bit(unet):
-    blocks = {name: [0, 2, 5, 9] for name in residual_names(unet, "all")}
-    plain, zero = Keep(blocks), Keep(blocks, Forecast(0))
-    assert torch.equal(sample(unet, plain), sample(unet, zero)) and plain.kept.keys() == zero.kept.keys() == set(blocks)
 
 
 # Options
