@@ -9,4 +9,4 @@ source scripts/environment.sh
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
 cores=$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')
-"$PYTHON" -m pytest -n "$cores" --dist loadfile "$@"
+"$PYTHON" -m pytest -n "$cores" --dist loadfile --no-loadscope-reorder "$@"

@@ -121,6 +121,11 @@ def tiny_ldm(folder: Path, steps: int) -> Path:
     return folder / "ldm.yaml"
 
 
+# Files that take longest: they come first, so that of several processes none ends long after the others.
+LONG = ("test_slurm_node", "test_study", "test_sampling", "test_graphs", "test_forecast", "test_faults", "test_sdxl",
+        "test_table_scripts", "test_search", "test_processes", "test_sd_sample")
+
+
 # Of a U-Net in two resolutions with attention in the lower one, for tests of caching on a random network.
 TINY_UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
              "attn_resolutions": [4]}
@@ -182,6 +187,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
