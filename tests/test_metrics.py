@@ -23,7 +23,7 @@ from eval.metrics.frechet import (
 from eval.metrics.intervals import Share, jackknife, mean_estimate
 from eval.metrics.kernel import kid_of_subsets
 from eval.metrics.measure import Sets
-from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_distances, pca_basis, real_floor
+from eval.metrics.small_sets import FrechetInBasis, KernelDistance, nearest_distances, real_floor
 from unet_caching.errors import UserError
 
 DRAWS = 100
@@ -126,14 +126,15 @@ def test_frechet_of_parts_by_the_jackknife():
     assert np.isnan(frechet_of_parts([values[:, None]], np.zeros(1), np.eye(1), groups=0).stderr)
 
 
-def test_pca_basis_finds_the_directions_of_largest_variance():
+def test_a_basis_is_of_the_directions_of_largest_variance():
     rng = np.random.default_rng(2)
     turn, _ = np.linalg.qr(rng.normal(size=(10, 10)))
     x = (rng.normal(size=(5000, 10)) * [9, 7, 5, *[0.1] * 7]) @ turn.T + 3
-    basis = pca_basis(x, 3)
-    assert np.allclose(np.abs(basis.directions.T @ turn[:, :3]), np.eye(3), atol=0.05)
-    assert basis.explained > 0.999 and np.allclose(basis(x).mean(0), 0)
-    assert np.allclose(basis(x).std(0), [9, 7, 5], rtol=0.05)
+    basis = FrechetInBasis(x, 3)
+    low = basis.project(x)
+    assert np.allclose(np.abs(basis.directions.T.numpy() @ turn[:, :3]), np.eye(3), atol=0.05)
+    assert basis.about["explained"] > 0.999 and np.allclose(low.mean(0), 0)
+    assert np.allclose(low.std(0), [9, 7, 5], rtol=0.05)
 
 
 def test_too_few_images_for_the_dimensions_warn_and_too_many_dimensions_are_refused():
@@ -141,7 +142,7 @@ def test_too_few_images_for_the_dimensions_warn_and_too_many_dimensions_are_refu
     with pytest.warns(UserWarning, match="16 images for 20 dimensions"):
         warn_of_few(features)
     with pytest.raises(UserError, match="choose 1 to 15"):
-        pca_basis(features, 16)
+        FrechetInBasis(features, 16)
 
 
 # Kernel distances

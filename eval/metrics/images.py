@@ -22,7 +22,7 @@ from run.images import read_png
 from run.seeds import format_seeds, format_some, parse_seeds
 from unet_caching.errors import UserError, one_line
 
-SUFFIXES = {".png", ".jpg", ".jpeg"}
+_SUFFIXES = {".png", ".jpg", ".jpeg"}
 _NUMBER = re.compile("[0-9]+")
 _OTHER_SUFFIXES = {".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic"}
 _READERS = min(8, os.cpu_count() or 1)      # threads that decode; Pillow lets others run meanwhile
@@ -171,8 +171,8 @@ def _folder(path: Path, wanted: Sequence[int] | None = None) -> ImageSet:
     """wanted: the seeds that are meant, among whatever else lies there."""
     # A plain folder may hold sub-folders of something else, and a sample folder a picture of all samples.
     dealt, sampled = _dealt(path, wanted is None), (path / "run.json").exists()
-    files = dealt if dealt or sampled else _plain(path)
-    if dealt and not sampled and _plain(path):
+    files = dealt if dealt or sampled else plain_files(path)
+    if dealt and not sampled and plain_files(path):
         raise UserError(f"{path} holds images itself and in {dealt[0].parent.name}/, and no run.json says that it is "
                         "a sample folder: name the sub-folder, or move what is not meant elsewhere")
     if not files:
@@ -212,20 +212,20 @@ def _dealt(path: Path, alone: bool) -> list[Path]:
     inside = [file for folder in path.iterdir() if re.fullmatch("[0-9]{3,}", folder.name) and folder.is_dir()
              for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
     files = [file for file in inside if file.suffix == ".png" and _NUMBER.fullmatch(file.stem)]
-    other = sorted({file for file in inside if file.suffix.lower() in SUFFIXES | _OTHER_SUFFIXES} - set(files))
+    other = sorted({file for file in inside if file.suffix.lower() in _SUFFIXES | _OTHER_SUFFIXES} - set(files))
     if files and other and alone:
         raise UserError(f"{other[0]} and {len(other) - 1} more lie among the images of seeds, like {files[0].name}, "
                         "and leaving them out would judge another set: move them elsewhere, or say --seeds")
     return files
 
 
-def _plain(path: Path) -> list[Path]:
+def plain_files(path: Path) -> list[Path]:
     """The images that lie in a folder, by name; text and the like beside them are left alone."""
     files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
     if other := [file for file in files if file.suffix.lower() in _OTHER_SUFFIXES]:
         raise UserError(f"{other[0]} and {len(other) - 1} more are images of a kind that is not read here, and leaving "
                         "them out would judge another set: convert them to PNG")
-    return [file for file in files if file.suffix.lower() in SUFFIXES]
+    return [file for file in files if file.suffix.lower() in _SUFFIXES]
 
 
 def _npz(path: Path, wanted: Sequence[int] | None = None) -> ImageSet:

@@ -5,7 +5,7 @@ Each is bound to a reference. What it must bring is `of_subsets`; errors, paired
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,24 +88,35 @@ class FrechetInBasis(SmallSetDistance):
     dims < m and <= D.
     """
 
+    @one_thread()
     def __init__(self, reference: np.ndarray, dims: int, extractor: str = "EffLite0"):
         super().__init__(reference, dims, extractor)
-        self.basis = pca_basis(reference, dims)
-        self.about = {"dims": dims, "explained": self.basis.explained}
+        n, full = reference.shape
+        if not 1 <= dims <= min(n - 1, full):
+            raise UserError(f"{dims} PCA dimensions of {n} reference images with {full} features: "
+                            f"choose 1 to {min(n - 1, full)}")
+        self.mean, cov = mean_and_covariance(reference)
+        values, vectors = torch.linalg.eigh(torch.from_numpy(cov))      # ascending
+        self.directions = vectors[:, -dims:].flip(1)                    # [D, dims], orthonormal
+        self.about = {"dims": dims, "explained": (values[-dims:].sum() / values.sum()).item()}  # share of variance
+
+    def project(self, features: np.ndarray) -> np.ndarray:
+        """[n, D] -> float64 [n, dims]."""
+        return ((torch.tensor(features, dtype=torch.float64) - torch.from_numpy(self.mean)) @ self.directions).numpy()
 
     @staticmethod
     def named(extractor: str) -> Measure:
         return Measure(f"FD-{extractor}", f"fd_{extractor.lower()}", f"FD-{extractor}", 1)
 
     def of_subsets(self, x: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> np.ndarray:
-        low, reference = self.basis(x), self.basis(self.reference)
+        low, reference = self.project(x), self.project(self.reference)
         against = [mean_and_covariance(reference[w]) for w in wy.T]
         return np.array([frechet_distance(*mean_and_covariance(low[w]), *against[r % len(against)])
                          for r, w in enumerate(wx.T)])
 
     def look_at(self, samples: np.ndarray) -> None:
         for features in (samples, self.reference):
-            warn_of_few(self.basis(features))
+            warn_of_few(self.project(features))
 
 
 class KernelDistance(SmallSetDistance):
@@ -120,30 +131,6 @@ class KernelDistance(SmallSetDistance):
 
     def of_subsets(self, x: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> np.ndarray:
         return kernel_distances(x, wx, self.reference, wy)
-
-
-class Basis(NamedTuple):
-    """Orthonormal directions of largest variance."""
-    mean: np.ndarray            # [D]
-    directions: np.ndarray      # [D, dims]
-    explained: float            # share of variance
-
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """[n, D] -> float64 [n, dims]."""
-        x = torch.tensor(features, dtype=torch.float64) - torch.from_numpy(self.mean)
-        return (x @ torch.from_numpy(self.directions)).numpy()
-
-
-@one_thread()
-def pca_basis(reference_features: np.ndarray, dims: int = 64) -> Basis:
-    """The first `dims` principal directions of reference features [n, D]. Raises UserError unless dims < n and <= D."""
-    n, full = reference_features.shape
-    if not 1 <= dims <= min(n - 1, full):
-        raise UserError(f"{dims} PCA dimensions of {n} reference images with {full} features: "
-                        f"choose 1 to {min(n - 1, full)}")
-    mean, cov = mean_and_covariance(reference_features)
-    values, vectors = torch.linalg.eigh(torch.from_numpy(cov))      # ascending
-    return Basis(mean, vectors[:, -dims:].flip(1).numpy(), (values[-dims:].sum() / values.sum()).item())
 
 
 def real_floor(distances: Sequence[SmallSetDistance], samples: np.ndarray, held_out: np.ndarray | None = None,

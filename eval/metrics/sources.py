@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from eval.metrics.images import SUFFIXES, ImageSet, from_array, one_by_one, open_images, stamp_of
+from eval.metrics.images import ImageSet, from_array, one_by_one, open_images, plain_files, stamp_of
 from eval.metrics.libraries import needed
 from run.images import UNREADABLE
 from run.training import emoji
@@ -107,8 +107,7 @@ def prepared(file: Path | IO[bytes], size: int, what: str) -> np.ndarray:
 
 def photographs(path: Path, size: int) -> ImageSet:
     """The images that lie in a folder, of any size, in the order of their names. Raises UserError where one is none."""
-    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES
-             and not file.name.startswith(".")]
+    files = plain_files(path)
     if not files:
         raise UserError(f"no images in {path}")
     if other := [file for file in files if not file.is_file()]:
