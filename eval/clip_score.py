@@ -13,16 +13,15 @@ prompt to prompt than from run to run: the interval of the difference leaves tha
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from eval.metrics.evaluator import Judged
@@ -44,6 +43,7 @@ from unet_caching.options import option, required
 MODEL, PAPER_TAG = "ViT-g-14", "laion2b_s34b_b88k"      # of DeepCache's released evaluation
 # of open_clip_pytorch_model.bin, as the repository of these weights on Hugging Face states it
 PUBLISHED = "9ef136f407986fb607cd37a823eba38a3b6f95e8ec702b3d1687252985d84750"
+_PREPARATION = ("mean", "std", "interpolation", "resize_mode")       # of images
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,33 @@ class Options(Judged):
     batch_size: int = option(16, "images at a time (default: %(default)s)", least=1)
 
 
-class ImageText(NamedTuple):
-    """An image-text model in evaluation mode. preprocess: PIL image -> [3, h, w]; tokenize: texts -> [n, length]."""
-    net: Any
-    preprocess: Callable[[Image.Image], Tensor]
-    tokenize: Callable[[Sequence[str]], Tensor]
-    device: torch.device
+class ImageText:
+    """A model of open_clip with the weights of a local file, in evaluation mode; nothing is downloaded.
+
+    name: an architecture of open_clip. tag: which of its pretrained weights the file holds; needed only where they were
+    trained on images that were prepared differently. Raises UserError for what is not there or does not fit.
+    """
+
+    def __init__(self, name: str, weights: Path, tag: str | None = None, device: torch.device | str = "cpu"):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        with needed("open_clip_torch"):
+            import huggingface_hub.constants
+            import open_clip
+        huggingface_hub.constants.HF_HUB_OFFLINE = True     # read from the environment only at its first import
+        preparation, self.device = preparation_of(open_clip, name, weights, tag), torch.device(device)
+        read_tensors(weights)       # its messages are clear; open_clip reads the file again
+        try:
+            # The absolute path cannot be taken for the name of weights to download.
+            net, _, self.preprocess = open_clip.create_model_and_transforms(
+                name, pretrained=str(weights.resolve()), pretrained_image=False,
+                **{f"image_{key}": preparation.get(key) for key in _PREPARATION})
+            self.tokenize = open_clip.get_tokenizer(name)
+        except (OSError, ImportError) as error:         # tokenizers and text towers of Hugging Face
+            raise UserError(f"{name} needs more than the weights, and it is not on this machine: "
+                            f"{one_line(error)[:300]}") from None
+        except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, AssertionError) as error:
+            raise UserError(f"{weights} does not fit open_clip's {name}: {one_line(error)[:300]}") from None
+        self.net = net.eval().requires_grad_(False).to(self.device)
 
     @torch.no_grad()
     def scores(self, pixels: np.ndarray, texts: Sequence[str]) -> np.ndarray:
@@ -75,23 +96,8 @@ class ImageText(NamedTuple):
         return (100 * cosine).clamp(min=0).cpu().numpy()
 
 
-def import_open_clip() -> ModuleType:
-    """The library, told never to download. Raises UserError where it is not installed or does not load."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    with needed("open_clip_torch"):
-        import huggingface_hub.constants
-        import open_clip
-    huggingface_hub.constants.HF_HUB_OFFLINE = True     # read from the environment only at its first import
-    return open_clip
-
-
-def check_model(name: str, weights: Path, tag: str | None = None) -> dict[str, Any]:
-    """How the images of an architecture are prepared (mean, std, interpolation, resize_mode where known).
-
-    tag: which of open_clip's pretrained weights the file holds; needed only where they were trained on images that
-    were prepared differently. Raises UserError for what is not there, before any weights are read.
-    """
-    open_clip = import_open_clip()
+def preparation_of(open_clip: ModuleType, name: str, weights: Path, tag: str | None) -> dict[str, Any]:
+    """How the images of an architecture are prepared, as far as open_clip knows. Raises UserError as above."""
     if name not in open_clip.list_models():
         near = [known for known in open_clip.list_models() if known.lower().startswith(name.lower()[:5])]
         raise UserError(f"open_clip has no model {name!r}; near it: {', '.join(near[:12]) or 'none'} "
@@ -100,37 +106,17 @@ def check_model(name: str, weights: Path, tag: str | None = None) -> dict[str, A
     if tag is not None and tag not in tags:
         raise UserError(f"open_clip has no weights {tag!r} for {name}: choose from {', '.join(tags) or 'none'}")
     known = {t: open_clip.get_pretrained_cfg(name, t) for t in tags}
-    if not Path(weights).is_file():
+    if not weights.is_file():
         tag = tag or PAPER_TAG
         hub = known.get(tag, {}).get("hf_hub", "").rstrip("/")
         source = f"; {tag} is open_clip_model.safetensors or open_clip_pytorch_model.bin of {hub} on Hugging Face"
         raise UserError(f"no weights {weights}: give a file for open_clip's {name}{source if hub else ''}")
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    ways = {t: {key: cfg[key] for key in keys if cfg.get(key) is not None} for t, cfg in known.items()
-            if tag in (None, t)}
-    if any(way != next(iter(ways.values())) for way in ways.values()):
+    ways = [{key: cfg[key] for key in _PREPARATION if cfg.get(key) is not None} for t, cfg in known.items()
+            if tag in (None, t)]
+    if any(way != ways[0] for way in ways):
         raise UserError(f"the weights of {name} differ in how images are prepared: say which yours are with --tag, "
                         f"one of {', '.join(tags)}")
-    return next(iter(ways.values()), {})
-
-
-def load_model(name: str, weights: Path, preparation: dict, device: torch.device | str = "cpu") -> ImageText:
-    """A model of open_clip with the weights of a local file. Raises UserError where they do not fit."""
-    open_clip = import_open_clip()
-    read_tensors(weights)       # its messages are clear; open_clip reads the file again
-    try:
-        # The absolute path cannot be taken for the name of weights to download.
-        net, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=str(Path(weights).resolve()), pretrained_image=False,
-            image_mean=preparation.get("mean"), image_std=preparation.get("std"),
-            image_interpolation=preparation.get("interpolation"), image_resize_mode=preparation.get("resize_mode"))
-        tokenize = open_clip.get_tokenizer(name)
-    except (OSError, ImportError) as error:         # tokenizers and text towers of Hugging Face
-        raise UserError(f"{name} needs more than the weights, and it is not on this machine: "
-                        f"{one_line(error)[:300]}") from None
-    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"{weights} does not fit open_clip's {name}: {one_line(error)[:300]}") from None
-    return ImageText(net.eval().requires_grad_(False).to(device), preprocess, tokenize, torch.device(device))
+    return ways[0] if ways else {}
 
 
 def prompts_of_seeds(images: ImageSet, prompts: Sequence[str], images_per_prompt: int | None = None,
@@ -204,11 +190,11 @@ def main(options: Options, where: Device) -> None:
     started, device, prompts = time.time(), where.prepare(), read_prompts(options.prompts)
     images = open_images(options.samples, parse_seeds(options.seeds) if options.seeds else None)
     index, per = prompts_of_seeds(images, prompts, options.images_per_prompt, options.allow_fewer)
-    preparation = check_model(options.model, options.weights, options.tag)
-    digest = sha256(options.weights)
-    notes = check_weights(options.model, options.tag, options.weights, digest)
+    other = results.read(options.against) if options.against else None
+    model = ImageText(options.model, options.weights, options.tag, device)
+    digest, expected = sha256(options.weights), len(prompts) * per
+    name, notes = called(options.model, options.tag, options.weights, digest)
     warn(notes)
-    expected = len(prompts) * per
     result = of_samples(
         "clip_score", images, {}, device,
         inputs={"prompts": str(options.prompts), "weights": str(options.weights)},
@@ -216,12 +202,10 @@ def main(options: Options, where: Device) -> None:
         details={"model": options.model, "tag": options.tag, "images_per_prompt": per, "expected": expected,
                  "precision": "fp16 autocast" if device.type == "cuda" else "fp32",
                  "complete": len(images) == expected, "notes": notes, "per_image": {"seed": images.seeds}})
-    other = results.read(options.against) if options.against else None
     if other:
         check_comparable(result, other)
-    model = load_model(options.model, options.weights, preparation, device)
     scores = image_scores(images, [prompts[i] for i in index], model, options.batch_size)
-    result.metrics = {metric_name(options.model, options.tag, digest): Metric.of(mean_estimate(scores, groups=index))}
+    result.metrics = {name: Metric.of(mean_estimate(scores, groups=index))}
     result.details["per_image"]["score"] = [round(score, 5) for score in scores.tolist()]
     result.details["clamped"] = int((scores == 0).sum())
     if other:
@@ -231,24 +215,25 @@ def main(options: Options, where: Device) -> None:
     options.write(result)
 
 
-def metric_name(model: str, tag: str | None, digest: str) -> str:
-    """'CLIP score' is that of the papers' weights alone, known by the sha256 of their file or named by the user; others
-    carry what they are."""
-    tag = tag or (PAPER_TAG if digest == PUBLISHED else None)
-    of_the_papers = (model, tag) == (MODEL, PAPER_TAG)
-    return CLIP_SCORE.name if of_the_papers else f"{CLIP_SCORE.name}, {model} {tag or f'sha256 {digest[:12]}'}"
+def called(model: str, tag: str | None, weights: Path, digest: str) -> tuple[str, list[str]]:
+    """What a score by a file of weights is called, and what must be said of it. Raises UserError where its sha256
+    belies the tag.
 
-
-def check_weights(model: str, tag: str | None, weights: Path, digest: str) -> list[str]:
-    """What must be said of a file of weights. Raises UserError where its sha256 belies the tag."""
-    if digest == PUBLISHED and (model, tag or PAPER_TAG) != (MODEL, PAPER_TAG):
+    'CLIP score' is that of the papers' weights alone, known by the sha256 of their file or named by the user; others
+    carry what they are.
+    """
+    published = digest == PUBLISHED
+    if published and (model, tag or PAPER_TAG) != (MODEL, PAPER_TAG):
         raise UserError(f"{weights} is the published file of {MODEL} {PAPER_TAG}, not {model} {tag or ''}".rstrip())
-    if model != MODEL or digest == PUBLISHED or tag not in (None, PAPER_TAG):
-        return []
-    if tag is None:
-        return [f"{weights} is not the published file of {PAPER_TAG}: the number carries its sha256 and stands in no "
-                f"table of a paper; if it holds these weights in another form, say so with --tag {PAPER_TAG}"]
-    return [f"{weights} is not the published file of {tag}: that it holds these weights is taken from --tag"]
+    if published:
+        return CLIP_SCORE.name, []
+    if (model, tag) == (MODEL, PAPER_TAG):
+        return CLIP_SCORE.name, [f"{weights} is not the published file of {tag}: that it holds these weights is taken "
+                                 "from --tag"]
+    notes = [f"{weights} is not the published file of {PAPER_TAG}: the number carries its sha256 and stands in no "
+             f"table of a paper; if it holds these weights in another form, say so with --tag {PAPER_TAG}"]
+    return (f"{CLIP_SCORE.name}, {model} {tag or f'sha256 {digest[:12]}'}",
+            notes if (model, tag) == (MODEL, None) else [])
 
 
 def table(result: Result) -> str:

@@ -157,7 +157,7 @@ def check(content: object) -> list[str]:
 
 
 # What tables read of the times that eval.throughput writes: the numbers of each entry of a list.
-_TIMED = {"branches": ("median", "ratio"), "schedules": ("calls", "seconds", "speedup"), "kinds": ("median", "ratio")}
+_TIMED = {"branches": ("median", "ratio"), "kinds": ("median", "ratio")}
 
 
 def _check_times(times: dict[str, Any], settings: dict[str, Any]) -> list[str]:

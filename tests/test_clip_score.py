@@ -215,7 +215,7 @@ def test_only_the_papers_weights_give_the_number_of_their_tables():
              ("ViT-g-14", None, other): "CLIP score, ViT-g-14 sha256 0123456789ab",
              ("ViT-g-14", "laion2b_s12b_b42k", other): "CLIP score, ViT-g-14 laion2b_s12b_b42k",
              ("ViT-B-32", None, other): "CLIP score, ViT-B-32 sha256 0123456789ab"}
-    assert {which: clip_score.metric_name(*which) for which in names} == names
+    assert {key: clip_score.called(*key[:2], "x.bin", key[2])[0] for key in names} == names
     assert published == next(file["sha256"] for file in OmegaConf.load(ROOT / "scripts" / "downloads.yaml").clip.files)
 
 
@@ -226,18 +226,19 @@ def test_only_the_papers_weights_give_the_number_of_their_tables():
     ("ViT-g-14", "laion2b_s34b_b88k", "0", "taken from --tag"),
 ])
 def test_weights_that_are_not_the_published_file_are_told(tmp_path, model, tag, digest, message):
-    notes = clip_score.check_weights(model, tag, tmp_path / "x.bin", digest)
+    _, notes = clip_score.called(model, tag, tmp_path / "x.bin", digest)
     assert message in notes[0] if message else not notes
 
 
 def test_the_published_file_is_no_other_release(tmp_path):
     for model, tag in (("ViT-g-14", "laion2b_s12b_b42k"), ("ViT-B-32", None)):
         with pytest.raises(UserError, match=r"x.bin is the published file of ViT-g-14 laion2b_s34b_b88k, not ViT"):
-            clip_score.check_weights(model, tag, tmp_path / "x.bin", clip_score.PUBLISHED)
+            clip_score.called(model, tag, tmp_path / "x.bin", clip_score.PUBLISHED)
 
 
 def test_images_are_prepared_as_the_weights_were_trained(tmp_path):
     weights = tmp_path / "x.bin"
     weights.write_bytes(b"")
-    assert clip_score.check_model("ViT-L-14", weights, "laion2b_s32b_b82k")["mean"] == (0.5, 0.5, 0.5)
-    assert clip_score.check_model("ViT-g-14", weights)["resize_mode"] == "shortest"
+    for name, tag, key, value in (("ViT-L-14", "laion2b_s32b_b82k", "mean", (0.5, 0.5, 0.5)),
+                                  ("ViT-g-14", None, "resize_mode", "shortest")):
+        assert clip_score.preparation_of(open_clip, name, weights, tag)[key] == value
