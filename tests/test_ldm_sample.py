@@ -171,7 +171,7 @@ def test_caching_options(sample, tmp_path):
     arms = {"none": [], "n3": ["--interval", 3], "zeroed": ["--interval", 3, "--zero-cache"],
             "released": ["--interval", 2, "--schedule", "released-ldm", "--power", 1.5]}
     for name, args in arms.items():
-        assert sample("--seeds", 0, *args, "--out", tmp_path / name) == 0
+        assert sample("--seeds", "0-1", *args, "--out", tmp_path / name) == 0
     assert not any(same(tmp_path / a, tmp_path / b) for a, b in itertools.combinations(arms, 2))
     cache = settings_of(tmp_path / "released")["cache"]
     assert cache["full_steps"] == released_ldm(6, 2, 1.5) and cache["schedule"] == "released-ldm"
