@@ -7,7 +7,7 @@ nest of blocks, so names are rewritten by rule; every tensor is kept.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddpm.config import Config
 from ddpm.unet import UNet
 from run.libraries import diffusers
-from run.weights import load_strict, read_tensors, sha256
+from run.weights import in_todays_names, load_strict, read_tensors, sha256
 from unet_caching.errors import UserError, as_user_error
 
 checkpoint_sha256 = sha256
@@ -74,18 +74,6 @@ def diffusers_name(published: str, num_levels: int) -> str:
     return published
 
 
-_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}     # before diffusers 0.18
-
-
-def _as_convolutions(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a UNet2DModel under today's names, its attention's linear layers as the 1x1 convolutions of ours."""
-    def today(name: str) -> str:
-        return re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLDER[m[2]]}.", name)
-
-    return {today(name): value[:, :, None, None] if ".attentions." in name and value.ndim == 2 else value
-            for name, value in state_dict.items()}
-
-
 def load_state_dict(unet: UNet, state_dict: dict[str, Tensor]) -> None:
     """Load tensors given under their published names, or under those of diffusers' UNet2DModel.
 
@@ -95,7 +83,9 @@ def load_state_dict(unet: UNet, state_dict: dict[str, Tensor]) -> None:
         return published_name(name, unet.num_levels, unet.num_res_blocks)
 
     if any(name.startswith("down_blocks.") for name in state_dict):
-        load_strict(unet, _as_convolutions(state_dict), lambda name: diffusers_name(published(name), unet.num_levels))
+        convolutions = {name: value[:, :, None, None] if ".attentions." in name and value.ndim == 2 else value
+                        for name, value in in_todays_names(state_dict).items()}
+        load_strict(unet, convolutions, lambda name: diffusers_name(published(name), unet.num_levels))
     else:
         load_strict(unet, state_dict, published)
 

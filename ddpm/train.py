@@ -19,8 +19,16 @@ from run.cli import command
 from run.machine import Device
 from run.training import emoji
 from run.training.loop import Loss, train
-from run.training.objective import denoising_error
-from run.training.program import Training, begin, mirrored, parameters, sample_grid, to_float, write_weights
+from run.training.program import (
+    Training,
+    begin,
+    denoising_error,
+    mirrored,
+    parameters,
+    sample_grid,
+    to_float,
+    write_weights,
+)
 from unet_caching.errors import as_user_error
 from unet_caching.options import option
 from unet_caching.samplers.diffusion import Diffusion

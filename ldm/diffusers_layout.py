@@ -10,7 +10,6 @@ from torch import Tensor
 from ldm.unet import Downsample, ResBlock, SpatialTransformer, UNet
 from run.families import Config
 from run.libraries import diffusers
-from unet_caching.errors import UserError
 from unet_caching.nest import Upsample
 
 _RES_BLOCK = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
@@ -58,61 +57,27 @@ def diffusers_state_dict(unet: UNet) -> dict[str, Tensor]:
 
 _DOWN = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}        # with cross-attention, without
 _UP = {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
-_READ = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
-         "attention_head_dim", "use_linear_projection", "down_block_types", "up_block_types")
-_READ_XL = ("transformer_layers_per_block", "projection_class_embeddings_input_dim")
-_XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
 _NO_DIFFERENCE = ("sample_size", "dropout", "upcast_attention", "addition_embed_type_num_heads")     # to the function
 
 
-def unet_arguments(config: Mapping) -> dict:
-    """The arguments of our UNet for a config of diffusers' UNet2DConditionModel; SDXL's own only where it is one.
+def differences(config: Mapping, arguments: Mapping) -> list[tuple[str, object, object]]:
+    """What a config of diffusers' UNet2DConditionModel says otherwise than our UNet of these arguments would have it.
 
-    attention_head_dim is the number of heads there, whatever its name says: 8 in 1.x, (5, 10, 20, 20) in 2.x.
-    Raises UserError, naming key and value, for a config of another architecture: each key that changes the function
-    must have diffusers' default, which is Stable Diffusion's.
+    Each with the value that it has and should have. Keys that are not said have diffusers' defaults.
     """
     parameters = inspect.signature(diffusers.UNet2DConditionModel).parameters
     known = {name: parameter.default for name, parameter in parameters.items()}
-    given = known | {key: _one(value) for key, value in config.items() if not key.startswith("_")}
-    if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise UserError(f"{config['_class_name']} is not the U-Net of Stable Diffusion, which is UNet2DConditionModel")
-    xl = given["addition_embed_type"] == "text_time"
-    expected, read = known | (_XL if xl else {}), (*_READ, *(_READ_XL if xl else ()), *_NO_DIFFERENCE)
-    other = [f"{key} is {value!r} and should be {expected.get(key)!r}" for key, value in given.items()
-             if key not in read and (value or None) != (expected.get(key) or None)]
-    if other:
-        raise UserError(f"not the U-Net of {'SDXL' if xl else 'Stable Diffusion 1.x or 2.x'}: {'; '.join(other)}")
-
-    channels = config.get("block_out_channels", known["block_out_channels"])
-    if not isinstance(channels, list | tuple) or any(width % channels[0] for width in channels):
-        raise UserError(f"block_out_channels is {channels} and should be multiples of the first")
-    levels = len(channels)
-    downs, ups, heads = (_per_level(given[key], levels)
-                         for key in ("down_block_types", "up_block_types", "attention_head_dim"))
-    attends = [name == _DOWN[True] for name in downs]
-    if len(downs) != levels or downs != [_DOWN[level] for level in attends] \
-            or ups != [_UP[level] for level in reversed(attends)]:
-        raise UserError(f"not the U-Net of Stable Diffusion 1.x or 2.x: down_block_types {downs}, up_block_types {ups}")
-    width = channels[0] // heads[0]
-    if len(set(heads)) > 1 and heads != [channel // width for channel in channels]:
-        raise UserError(f"attention_head_dim is {heads}: neither the number of heads nor their width is the same "
-                        "everywhere")
-    for key in ("layers_per_block", "cross_attention_dim", *(("projection_class_embeddings_input_dim",) * xl)):
-        if not isinstance(given[key], int):
-            raise UserError(f"{key} is {given[key]!r} and should be one number")
-    return {"in_channels": given["in_channels"], "out_channels": given["out_channels"], "model_channels": channels[0],
-            "channel_mult": [width // channels[0] for width in channels], "num_res_blocks": given["layers_per_block"],
-            "attention_resolutions": [2 ** level for level in reversed(range(levels)) if attends[level]],
-            "num_heads": heads[0], "context_dim": given["cross_attention_dim"],
-            "num_head_channels": width if len(set(heads)) > 1 else None,
-            "linear_projections": given["use_linear_projection"],
-            **({"transformer_depth": _per_level(given["transformer_layers_per_block"], levels),
-                "adm_in_channels": given["projection_class_embeddings_input_dim"]} if xl else {})}
+    expected = known | diffusers_arguments(arguments) | {"_class_name": "UNet2DConditionModel"}
+    found = known | {key: value for key, value in config.items() if key in expected or not key.startswith("_")}
+    return [(key, value, expected.get(key)) for key, value in found.items() if key not in _NO_DIFFERENCE
+            and (_one(value) or None) != (_one(expected.get(key)) or None)]
 
 
 def diffusers_arguments(arguments: Mapping) -> dict:
-    """The arguments of diffusers' UNet2DConditionModel for those of our UNet: the inverse of `unet_arguments`."""
+    """The arguments of diffusers' UNet2DConditionModel for those of our UNet.
+
+    attention_head_dim is the number of heads there, whatever its name says: 8 in 1.x, (5, 10, 20, 20) in 2.x.
+    """
     channels = [arguments["model_channels"] * mult for mult in arguments["channel_mult"]]
     attends = [2 ** level in arguments["attention_resolutions"] for level in range(len(channels))]
     width = arguments.get("num_head_channels")
@@ -123,19 +88,17 @@ def diffusers_arguments(arguments: Mapping) -> dict:
             "cross_attention_dim": arguments["context_dim"],
             "attention_head_dim": [c // width for c in channels] if width else arguments["num_heads"],
             "use_linear_projection": arguments.get("linear_projections", False),
-            **({} if arguments.get("adm_in_channels") is None else _XL | {
+            **({} if arguments.get("adm_in_channels") is None else {
+                "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
                 "transformer_layers_per_block": list(arguments["transformer_depth"]),
                 "projection_class_embeddings_input_dim": arguments["adm_in_channels"]})}
 
 
 def _one(value: object) -> object:
-    """The entry of a list that has the same one for each level; any other value as it is."""
-    return value[0] if isinstance(value, list | tuple) and value and value.count(value[0]) == len(value) else value
-
-
-def _per_level(value: object, levels: int) -> list:
-    """One entry for each level."""
-    return list(value) if isinstance(value, list | tuple) else [value] * levels
+    """The entry of a list that has the same one for each level; any other list, and any other value, as it is."""
+    if not isinstance(value, list | tuple):
+        return value
+    return value[0] if value and value.count(value[0]) == len(value) else list(value)
 
 
 def diffusers_unet(config: Config, unet: UNet, **more: Any) -> diffusers.UNet2DConditionModel:

@@ -24,8 +24,16 @@ from run.cli import command
 from run.machine import Device
 from run.training import emoji
 from run.training.loop import Loss, train
-from run.training.objective import denoising_error
-from run.training.program import Training, begin, of_latents, parameters, sample_grid, to_float, write_weights
+from run.training.program import (
+    Training,
+    begin,
+    denoising_error,
+    of_latents,
+    parameters,
+    sample_grid,
+    to_float,
+    write_weights,
+)
 from unet_caching.errors import UserError
 from unet_caching.options import option, required
 from unet_caching.samplers.samplers import Sampler

@@ -7,7 +7,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -166,6 +166,15 @@ def split(tensors: dict[str, Tensor], path: Path, prefixes: Sequence[str], model
     if unknown:
         raise UserError(f"{path} holds tensors that are no part of {model} checkpoints: {', '.join(unknown)}")
     return parts
+
+
+_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}     # before diffusers 0.18
+
+
+def in_todays_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of diffusers' older files, as the public ones are, under the names that its attention has today."""
+    return {re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda match: f"{match[1]}.{_OLDER[match[2]]}.",
+                   name): value for name, value in state_dict.items()}
 
 
 def load_strict(module: nn.Module, state_dict: dict[str, Tensor], published_name: Callable[[str], str]) -> None:

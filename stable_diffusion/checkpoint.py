@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ldm import first_stage
-from ldm.diffusers_layout import diffusers_names, unet_arguments
+from ldm.diffusers_layout import differences, diffusers_names
 from ldm.diffusers_layout import diffusers_unet as diffusers_unet
 from run.libraries import diffusers, transformers
-from run.weights import load_strict, read_tensors, sha256, split, tensors_of
+from run.weights import in_todays_names, load_strict, read_tensors, sha256, split, tensors_of
 from stable_diffusion.config import Config, Diffusion
 from stable_diffusion.text import VIT_L_14, Encoder, clip, clip_tokenizer, minilm, minilm_folder
 from stable_diffusion.unet import SIZE_CHANNELS, SIZES, UNet, make
@@ -108,37 +108,29 @@ def checkpoint_sha256(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def published_state_dict(model: Model) -> dict[str, Tensor]:
-    """The tensors of all networks as one CompVis file of 1.x holds them. Its text encoder must be CLIP's."""
-    return ({UNET + name: value for name, value in model.unet.state_dict().items()}
-            | {FIRST_STAGE + name: value for name, value in first_stage.published_state_dict(model.vae).items()}
-            | {f"{TEXT}transformer.text_model.{name.removeprefix('text_model.')}": value
-               for name, value in model.text_encoder.state_dict().items()})
-
-
 def _check_sizes(config: Config, model: Model, path: Path) -> None:
     """Check that the networks fit together as the config says. Raises UserError."""
     vae, second = model.vae.config, model.second
     texts = [(model.text_encoder.config, model.tokenizer)]
     texts += [] if second is None else [(second.text_encoder.config, second.tokenizer)]
-    sizes = [("the autoencoder downsamples by", 2 ** (len(vae.block_out_channels) - 1), config.downsampling),
-             ("the channels of its latents are", vae.latent_channels, config.unet.out_channels),
-             ("latents_mean of the autoencoder is", getattr(vae, "latents_mean", None), None),
-             ("the text encoder's width is", sum(text.hidden_size for text, _ in texts), config.unet.context_dim)]
+    sizes = [("downsampling of the autoencoder", 2 ** (len(vae.block_out_channels) - 1), config.downsampling),
+             ("latent_channels of the autoencoder", vae.latent_channels, config.unet.out_channels),
+             ("latents_mean of the autoencoder", getattr(vae, "latents_mean", None), None),
+             ("width of the text encoder", sum(text.hidden_size for text, _ in texts), config.unet.context_dim)]
     for text, tokenizer in texts:
         most, known = text.max_position_embeddings, text.vocab_size
-        sizes += [("the tokenizer's model_max_length is", tokenizer.model_max_length, config.tokens),
-                  ("the most tokens that the text encoder takes are", most, max(most, config.tokens)),
-                  ("the tokens that the tokenizer knows are", len(tokenizer), min(len(tokenizer), known))]
+        sizes += [("model_max_length of the tokenizer", tokenizer.model_max_length, config.tokens),
+                  ("max_position_embeddings of the text encoder", most, max(most, config.tokens)),
+                  ("vocabulary of the tokenizer", len(tokenizer), min(len(tokenizer), known))]
     if second is not None and config.xl is not None:
-        sizes.append(("the channels that text_encoder_2 projects to are", second.text_encoder.config.projection_dim,
+        sizes.append(("projection_dim of text_encoder_2", second.text_encoder.config.projection_dim,
                       config.xl.adm_in_channels - SIZES * SIZE_CHANNELS))
     _compare(config, path, sizes)
 
 
 def _compare(config: Config, what: object, values: Iterable[tuple[str, object, object]]) -> None:
     """Raises UserError that says all that is not as it should be. values: name, found, expected."""
-    wrong = [f"{name} {found!r} and should be {expected!r}" for name, found, expected in values if found != expected]
+    wrong = [f"{name} is {found!r} and should be {expected!r}" for name, found, expected in values if found != expected]
     if wrong:
         raise UserError(f"{what} does not fit the config of {config.name}: {'; '.join(wrong)}")
 
@@ -247,15 +239,8 @@ class _Folder:
 
     def unet(self) -> UNet:
         """The U-Net, ours."""
-        file = self.path / "unet" / "config.json"
-        content = self.json("unet/config.json")
-        with _naming(file):
-            found = unet_arguments(content)
-        expected = dict(self.config.unet_arguments)
-        if found["num_head_channels"] is not None:          # the number of heads says nothing then
-            found["num_heads"] = expected["num_heads"]
-        expected["attention_resolutions"] = sorted(expected["attention_resolutions"], reverse=True)
-        _compare(self.config, file, ((f"{key} is", found.get(key), expected.get(key)) for key in expected | found))
+        unlike = differences(self.json("unet/config.json"), self.config.unet_arguments)
+        _compare(self.config, self.path / "unet" / "config.json", unlike)
         return _unet(self.config, *self._tensors("unet"))
 
     def _diffusers_unet(self) -> diffusers.UNet2DConditionModel:
@@ -264,7 +249,7 @@ class _Folder:
                     "cross_attention_dim": sizes.context_dim,
                     "addition_embed_type": None if self.config.xl is None else "text_time"}
         file = self.path / "unet" / "config.json"
-        _compare(self.config, file, ((f"{key} is", content.get(key), value) for key, value in expected.items()))
+        _compare(self.config, file, ((key, content.get(key), value) for key, value in expected.items()))
         with _naming(file), torch.device("meta"):
             unet = diffusers.UNet2DConditionModel.from_config(content)
         tensors, weights = self._tensors("unet")
@@ -278,18 +263,10 @@ class _Folder:
             raise UserError(f"{file}: _class_name is {content.get('_class_name')!r} and should be "
                             f"{' or '.join(_VAES)}")
         tensors, weights = self._tensors("vae")
-        # What diffusers called these before version 0.18; the public files of 1.x are older.
-        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-        old = any(".query." in name for name in tensors)
-
-        def published(name: str) -> str:
-            for new, older in names.items():
-                name = name.replace(f".{new}.", f".{older}.") if old else name
-            return name
         with _naming(file), torch.device("meta"):
             vae = _VAES[content["_class_name"]].from_config(content)
         with _naming(weights):
-            load_strict(vae, tensors, published)
+            load_strict(vae, in_todays_names(tensors), str)
         return vae
 
     def _check_scheduler(self) -> None:
@@ -298,7 +275,7 @@ class _Folder:
         found = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
                  "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False} | self.json(name)
         expected = scheduler_config(self.config.diffusion) | {"trained_betas": None, "rescale_betas_zero_snr": False}
-        _compare(self.config, self.path / name, ((f"{key} is", found[key], value) for key, value in expected.items()))
+        _compare(self.config, self.path / name, ((key, found[key], value) for key, value in expected.items()))
 
 
 def scheduler_config(diffusion: Diffusion) -> dict[str, Any]:

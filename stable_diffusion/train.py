@@ -26,8 +26,7 @@ from run.machine import Device
 from run.prompts import read_prompts
 from run.training import emoji
 from run.training.loop import Loss, train
-from run.training.objective import denoising_error
-from run.training.program import Training, begin, of_latents, parameters, sample_grid, to_float
+from run.training.program import Training, begin, denoising_error, of_latents, parameters, sample_grid, to_float
 from stable_diffusion.autoencoder import from_first_stage
 from stable_diffusion.checkpoint import scheduler_config
 from stable_diffusion.config import Config, Train

@@ -32,7 +32,7 @@ from test_pipelines import XL, build_xl, drawn
 from test_sd_pipeline import BETAS, SIZE, build, calls, direct, parts, run, tiny_unet  # noqa: F401  two are fixtures
 from torch import Tensor, nn
 
-from ldm.diffusers_layout import diffusers_state_dict, unet_arguments
+from ldm.diffusers_layout import diffusers_state_dict
 from stable_diffusion.unet import UNet
 from unet_caching.errors import UserError
 from unet_caching.keep import Keep, joined
@@ -422,7 +422,7 @@ def test_the_start_of_a_run_and_a_cached_step_are_light(parts):  # noqa: F811
 def our_unet(pipe: DiffusionPipeline) -> UNet:
     """Our U-Net on a pipeline's weights; the pipeline's DDIM is ours from now on."""
     pipe.scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
-    ours = UNet(**unet_arguments(pipe.unet.config)).eval()
+    ours = UNet(4, 4, 32, (1, 2, 2), 1, (2, 1), num_heads=4, context_dim=16).eval()
     theirs = pipe.unet.state_dict()
     with torch.no_grad():
         for name, value in diffusers_state_dict(ours).items():

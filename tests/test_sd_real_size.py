@@ -17,13 +17,14 @@ import torch
 from conftest import HERE, relative_error
 from DeepCache import DeepCacheSDHelper
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from test_sd_checkpoint import published_state_dict
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.diffusers_layout import diffusers_arguments
 from run.families import load_config
 from run.weights import save_tensors
-from stable_diffusion.checkpoint import KL_F8, Model, load_checkpoint, load_unet, published_state_dict
+from stable_diffusion.checkpoint import KL_F8, Model, load_checkpoint, load_unet
 from stable_diffusion.config import Config
 from stable_diffusion.text import VIT_L_14, clip_tokenizer
 from unet_caching.methods.deepcache import DeepCache

@@ -1,4 +1,4 @@
-"""What the training programs share, around the loop: options, the config's section, grids, the weights they write."""
+"""What the training programs share around the loop: options, the config's section, the objective, grids, weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from run.folder import to_uint8
@@ -15,6 +16,7 @@ from run.weights import save_tensors
 from unet_caching.errors import UserError
 from unet_caching.nest import Network
 from unet_caching.options import required
+from unet_caching.samplers.diffusion import training_target
 from unet_caching.samplers.noise import SeededNoise
 from unet_caching.samplers.samplers import Sampler, noise_predictor
 
@@ -62,6 +64,23 @@ def sample_grid(sampler: Sampler, count: int, shape: Sequence[int],
                                   1.0 if guidance is None else guidance)
         return to_uint8(decode(sampler.run(predict, noise(shape), noise)))
     return grid
+
+
+def denoising_error(network: Callable[[Tensor, Tensor], Tensor], x0: Tensor, alphas_cumprod: Tensor, prediction: str,
+                    generator: torch.Generator, bf16: bool) -> Tensor:
+    """The squared error of the predicted noise (Ho et al., arXiv 2006.11239, Equation 14), or v, at uniform timesteps.
+
+    network(x_t, t) -> its output, under autocast to bfloat16 where `bf16`; t: int64 [batch].
+    x0: [batch, channels, height, width], clean; alphas_cumprod: [timesteps], on its device.
+    """
+    device = x0.device
+    t = torch.randint(0, len(alphas_cumprod), (len(x0),), generator=generator, device=device)
+    noise = torch.randn(x0.shape, generator=generator, device=device)
+    alpha = alphas_cumprod[t][:, None, None, None]
+    x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        output = network(x_t, t)
+    return F.mse_loss(output.float(), training_target(prediction, x0, noise, alpha))
 
 
 def parameters(model: nn.Module) -> str:
