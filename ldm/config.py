@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from run import families
 from run.training import loop
+from run.training.emoji import class_names
 from unet_caching.errors import UserError
 from unet_caching.samplers import diffusion
 
@@ -84,6 +85,13 @@ class Config(families.Config):
     def latent_size(self) -> int:
         """Width and height of the latents."""
         return self.first_stage.resolution // self.first_stage.downsampling
+
+    def trained_classes(self, train: Train) -> list[str]:
+        """The names of the classes that it is trained on. Raises UserError where there are others than num_classes."""
+        names = class_names(train.groups)
+        if len(names) != self.num_classes:
+            raise UserError(f"num_classes is {self.num_classes}, but the groups have {len(names)} classes: {names}")
+        return names
 
     def check_sizes(self) -> None:
         """Raises UserError where the U-Net and the first stage do not fit together."""

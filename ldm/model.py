@@ -16,8 +16,6 @@ from run.image_model import ImageModel
 from run.labels import Labels, read_names, write_listing
 from run.machine import Machine
 from run.spec import Run
-from run.training import emoji
-from unet_caching.errors import UserError
 from unet_caching.speed.accelerate import place
 
 DECODED_AT_ONCE = 8     # images; what the first stage needs for more would decide the batch size
@@ -30,14 +28,7 @@ def names_of_classes(config: Config) -> list[str] | None:
     """
     if config.class_names is not None:
         return read_names(Path(config.class_names), config.num_classes)
-    if config.train is not None:
-        groups = config.train.groups
-        rows = [row for row in emoji.read_index() if row.split == "train" and row.group in groups]
-        names = emoji.class_names(groups, rows)
-        if len(names) != config.num_classes:
-            raise UserError(f"num_classes is {config.num_classes}, but the groups have {len(names)} classes: {names}")
-        return names
-    return None
+    return None if config.train is None else config.trained_classes(config.train)
 
 
 class LDM(ImageModel[Config, ClassCondition]):

@@ -8,7 +8,6 @@ class embedder together with the first stage, in float16 and in the layout of th
 OUT/ldm_emoji.safetensors, beside a log (log.jsonl) and sample grids (grid-IMAGES.png, one row per class).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +33,6 @@ from run.training.program import (
     to_float,
     write_weights,
 )
-from unet_caching.errors import UserError
 from unet_caching.options import option, required
 from unet_caching.samplers.samplers import Sampler
 
@@ -56,15 +54,6 @@ class Conditional(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         return self.unet(x, t, self.classes(labels)[:, None])
-
-
-def load_images(config: Config, groups: Sequence[str], split: str) -> tuple[Tensor, Tensor]:
-    """The images of groups, uint8 [n, 3, size, size], and their labels [n]. Raises UserError for other classes."""
-    images, rows = emoji.load_groups(config.first_stage.resolution, split, groups)
-    names = emoji.class_names(groups, rows)
-    if len(names) != config.num_classes:
-        raise UserError(f"num_classes is {config.num_classes}, but the groups have {len(names)} classes: {names}")
-    return images, torch.tensor([names.index(f"{row.group}, {row.style}") for row in rows])
 
 
 def squared_error(config: Config, settings: Train, latents: Tensor, labels: Tensor) -> Loss[Conditional]:
@@ -90,7 +79,9 @@ def main(options: Options, where: Device) -> None:
     model = Conditional(unet, nn.Embedding(config.num_classes + 1, config.unet.context_dim))
 
     # Each image twice, as it is and mirrored, encoded once; training draws indices.
-    images, labels = load_images(config, settings.groups, "train")
+    names = config.trained_classes(settings)
+    images, rows = emoji.load_groups(config.first_stage.resolution, "train", settings.groups)
+    labels = torch.tensor([names.index(f"{row.group}, {row.style}") for row in rows])
     pixels = torch.cat([images, images.flip(-1)]).split(64)
     latents = torch.cat([first_stage.encode(vq, to_float(part.to(device))) for part in pixels])
     print(f"{len(images)} images of {config.num_classes} classes, {of_latents(latents)}, {parameters(model)}")

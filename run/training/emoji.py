@@ -38,9 +38,9 @@ def read_index(folder: Path = FOLDER) -> list[Emoji]:
         return [Emoji(**row) for row in csv.DictReader(file)]
 
 
-def class_names(groups: Sequence[str], rows: Sequence[Emoji]) -> list[str]:
-    """The name of each label of the class-conditional model, 'group, style': by group and then by style."""
-    styles = sorted({row.style for row in rows})
+def class_names(groups: Sequence[str]) -> list[str]:
+    """The name of each label of a class-conditional model of groups, 'group, style': by group and then by style."""
+    styles = sorted({row.style for row in read_index() if row.split == "train" and row.group in groups})
     return [f"{group}, {style}" for group in groups for style in styles]
 
 

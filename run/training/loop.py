@@ -2,14 +2,13 @@
 
 import copy
 import json
-import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from run.files import write_atomically
+from run.folder import differences
 from run.weights import read_tensors
 from unet_caching.errors import UserError, one_line
 from unet_caching.files.schema import fault
@@ -99,23 +100,66 @@ def save_grid(images: np.ndarray, path: Path, columns: int) -> None:
     Image.fromarray(sheet).save(path)
 
 
-def read_state(path: Path, config: TrainConfig) -> dict[str, Any]:
-    """What a run that was stopped goes on from. Raises UserError for a file that is damaged or of other settings."""
-    state = read_tensors(path)
-    if not isinstance(state, dict) or fault(state.get("config"), dict) or fault(state.get("seen"), int) or fault(
-            state.get("seconds"), float):
-        raise UserError(f"{path} holds no training run: name another --out")
-    before, now = (json.loads(json.dumps(one)) for one in (state["config"], asdict(config)))
-    unlike = [f"{key} {before.get(key)!r}, now {now[key]!r}" for key in now if key not in WHEN
-              and before.get(key) != now[key]]
-    if unlike:
-        raise UserError(f"{path} was trained with other settings: {'; '.join(unlike)}; name another --out")
-    return state
+class Trainer(Generic[Model]):
+    """A model in training, its EMA copy, and all that a restart goes on from."""
+
+    def __init__(self, model: Model, config: TrainConfig, device: str):
+        self.config, self.device = config, device
+        self.model = model.to(device).train()
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas,
+                                           weight_decay=config.weight_decay)
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.seen, self.seconds = 0, 0.0
+
+    def step(self, loss: Loss[Model], images: Tensor) -> Tensor:
+        """Train on a batch of images that is drawn from all; returns the loss."""
+        start, config = time.monotonic(), self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.seen)
+        drawn = torch.randint(len(images), (config.batch_size,), generator=self.generator, device=self.device)
+        value = loss(self.model, images[drawn], self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.optimizer.step()
+        steps = self.seen // config.batch_size
+        update_ema(self.ema, self.model, min(config.ema, (1 + steps) / (10 + steps)))
+        self.seen += config.batch_size
+        self.seconds += time.monotonic() - start
+        return value.detach()
+
+    def save(self, path: Path) -> None:
+        """Write all of it, whole or not at all."""
+        state = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "seen": self.seen,
+                 "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
+                 "seconds": self.seconds, "config": asdict(self.config)}
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+    def load(self, path: Path) -> None:
+        """Go on from a file. Raises UserError for one that is damaged, of another model or of other settings."""
+        state = read_tensors(path)
+        if not isinstance(state, dict) or fault([state.get("seen"), state.get("seconds")], list[float]) or fault(
+                state.get("config"), dict):
+            raise UserError(f"{path} holds no training run: name another --out")
+        before, now = ({key: value for key, value in json.loads(json.dumps(one)).items() if key not in WHEN}
+                       for one in (state["config"], asdict(self.config)))
+        if unlike := differences(before, now):
+            raise UserError(f"{path} was trained with other settings: {'; '.join(unlike)}; name another --out")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"].cpu())
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged, or of another model: {one_line(error)[:200]}; name another --out"
+                            ) from None
+        self.seen, self.seconds = state["seen"], state["seconds"]
+        print(f"resuming at {self.seen:,} images")
 
 
 def train(model: Model, loss: Loss[Model], images: Tensor, config: TrainConfig, out: Path,
-          grid: Grid[Model] | None = None, device: str = "cpu",
-          parameters: Iterable[nn.Parameter] | None = None) -> Model:
+          grid: Grid[Model] | None = None, device: str = "cpu") -> Model:
     """Train `model` on `images` and return its EMA copy. Resumes from out/state.pt where there is one.
 
     images: [n, ...], the training set, held in memory; `loss` is given batches of it.
@@ -123,70 +167,38 @@ def train(model: Model, loss: Loss[Model], images: Tensor, config: TrainConfig, 
     out/log.jsonl gets a line per 1,000 images: images, loss, lr, seconds (of training, over all restarts).
     """
     out.mkdir(parents=True, exist_ok=True)
-    model = model.to(device).train()
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    trained = list(model.parameters() if parameters is None else parameters)
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    seen, seconds = 0, 0.0
-
-    state_path = out / "state.pt"
-    if state_path.exists():
-        state = read_state(state_path, config)
-        try:
-            model.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            generator.set_state(state["generator"].cpu())
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{state_path} is damaged, or of another model: {one_line(error)[:200]}; name another "
-                            "--out") from None
-        seen, seconds = state["seen"], state["seconds"]
-        print(f"resuming at {seen:,} images")
-
-    def save() -> None:
-        state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                 "generator": generator.get_state(), "seen": seen, "seconds": seconds, "config": asdict(config)}
-        torch.save(state, out / "state.pt.tmp")
-        os.replace(out / "state.pt.tmp", state_path)
-
-    bar = tqdm(total=config.images, initial=seen, unit="img", smoothing=0.02, mininterval=2)
+    trainer, state = Trainer(model, config, device), out / "state.pt"
+    if state.exists():
+        trainer.load(state)
+    bar = tqdm(total=config.images, initial=trainer.seen, unit="img", smoothing=0.02, mininterval=2)
     saved, losses = time.monotonic(), []
     with bar, deferred_interrupt() as interrupted:
-        while seen < config.images:
+        while trainer.seen < config.images:
             if interrupted():
-                save()
-                print(f"\ninterrupted at {seen:,} of {config.images:,} images; the same command goes on from there")
+                trainer.save(state)
+                print(f"\ninterrupted at {trainer.seen:,} of {config.images:,} images; the same command goes on from "
+                      "there")
                 raise KeyboardInterrupt
-            start = time.monotonic()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, seen)
-            chosen = torch.randint(len(images), (config.batch_size,), generator=generator, device=device)
-            value = loss(model, images[chosen], generator)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            nn.utils.clip_grad_norm_(trained, config.grad_clip)
-            optimizer.step()
-            steps = seen // config.batch_size
-            update_ema(ema, model, min(config.ema, (1 + steps) / (10 + steps)))
-            losses.append(value.detach())
-            before, seen = seen, seen + config.batch_size
-            seconds += time.monotonic() - start
+            before = trainer.seen
+            losses.append(trainer.step(loss, images))
             bar.update(config.batch_size)
-            if seen // 1000 > before // 1000:
-                mean = torch.stack(losses).mean().item()
-                losses = []
+
+            def passed(every: int, before: int = before) -> bool:
+                return trainer.seen // every > before // every
+
+            if passed(1000):
+                mean, losses = torch.stack(losses).mean().item(), []
                 bar.set_postfix(loss=f"{mean:.4f}")
+                line = {"images": trainer.seen, "loss": round(mean, 6),
+                        "lr": trainer.optimizer.param_groups[0]["lr"], "seconds": round(trainer.seconds, 3)}
                 with open(out / "log.jsonl", "a") as file:
-                    line = {"images": seen, "loss": round(mean, 6), "lr": optimizer.param_groups[0]["lr"],
-                            "seconds": round(seconds, 3)}
                     file.write(json.dumps(line) + "\n")
                 if not mean < 1e4:
-                    raise UserError(f"the loss is {mean} at {seen:,} images: lower the learning rate")
-            if grid and seen // config.grid_every > before // config.grid_every:
-                save_grid(grid(ema), out / f"grid-{seen:08d}.png", columns=10)
+                    raise UserError(f"the loss is {mean} at {trainer.seen:,} images: lower the learning rate")
+            if grid and passed(config.grid_every):
+                save_grid(grid(trainer.ema), out / f"grid-{trainer.seen:08d}.png", columns=10)
             if time.monotonic() - saved > config.save_every:
-                save()
+                trainer.save(state)
                 saved = time.monotonic()
-    save()
-    return ema
+    trainer.save(state)
+    return trainer.ema
