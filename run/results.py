@@ -10,14 +10,16 @@ and images are the row's.
 """
 
 import dataclasses
+import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from run.files import write_json
+from run.files import write_atomically, write_json
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.files import schema as _schema
 from unet_caching.files.schema import read_json
@@ -110,6 +112,10 @@ def read(path: Path) -> Result:
         raise UserError(f"no result {path}")
     with as_user_error():
         content = read_json(path)
+    return _checked(content, path)
+
+
+def _checked(content: Any, path: Path | str) -> Result:
     faults = check(content)
     if faults:
         raise UserError(f"{path} is no result of this program: {'; '.join(faults[:3])}")
@@ -118,9 +124,85 @@ def read(path: Path) -> Result:
 
 
 def read_all(folder: Path) -> Iterator[tuple[Path, Result]]:
-    """Every JSON file under a folder, by path, as a result. Raises UserError for one that is none, by its name."""
-    for path in sorted(Path(folder).rglob("*.json")):
-        yield path, read(path)
+    """Every result in the JSON and JSON-lines files under a folder, by path; of a line its number stands after it.
+
+    Raises UserError for one that is none, by its name.
+    """
+    for path in sorted(Path(folder).rglob("*.json*")):
+        if path.suffix == ".json":
+            yield path, read(path)
+        elif path.suffix == ".jsonl":
+            for number, result in enumerate(read_packed(path), 2):
+                yield Path(f"{path}#{number}"), result
+
+
+_SHARED = ("settings", "inputs", "hashes", "provenance", "details")     # whose entries most results share
+
+
+def write_packed(path: Path, found: Sequence[Result]) -> None:
+    """Write results as JSON lines, atomically; the first line has what most of each kind say of settings, files and
+    machine."""
+    contents = [dataclasses.asdict(result) for result in found]
+    if faults := [fault for content in contents for fault in check(content)]:
+        raise ValueError(f"not a result: {'; '.join(faults[:3])}")
+    shared = {kind: _shared([content for content in contents if content["kind"] == kind])
+              for kind in dict.fromkeys(content["kind"] for content in contents)}
+    lines = [{"format": FORMAT, "shared": shared}, *(_packed(one, shared[one["kind"]]) for one in contents)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def _shared(contents: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What most of some results say, by part."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in _SHARED:
+        counts = Counter((key, json.dumps(value)) for content in contents for key, value in content[part].items())
+        found[part] = {key: json.loads(value) for (key, value), count in counts.items() if 2 * count > len(contents)}
+    return found
+
+
+def _packed(content: dict[str, Any], shared: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a result has that the file's first line does not say; `without`: what that says and the result has not."""
+    empty = dataclasses.asdict(Result(""))
+    found = {key: value for key, value in content.items() if key not in _SHARED and value != empty[key]}
+    for part in _SHARED:
+        own = {key: value for key, value in content[part].items()
+               if key not in shared[part] or json.dumps(shared[part][key]) != json.dumps(value)}
+        found |= {part: own} if own else {}
+    without = [f"{part}.{key}" for part in _SHARED for key in shared[part] if key not in content[part]]
+    return found | ({"without": without} if without else {})
+
+
+def read_packed(path: Path) -> list[Result]:
+    """The results of a file of `write_packed`. Raises UserError for a file or a line that is not of this format."""
+    try:
+        first, *rest = Path(path).read_text(encoding="utf-8").splitlines() or [""]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    head = _line(first, f"{path}, line 1,")
+    if head.get("format") != FORMAT or _schema.fault(head.get("shared"), dict[str, dict[str, dict]]):
+        raise UserError(f"{path} is no file of results that this program reads")
+    return [_unpacked(_line(text, f"{path}, line {number},"), head["shared"], f"{path}, line {number},")
+            for number, text in enumerate(rest, 2)]
+
+
+def _line(text: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{where} is damaged: it is no JSON object")
+    return found
+
+
+def _unpacked(line: dict[str, Any], shared: Mapping[str, dict[str, Any]], where: str) -> Result:
+    common, without = shared.get(str(line.get("kind")), {}), line.pop("without", [])
+    for part in _SHARED:
+        both = {key: value for key, value in common.get(part, {}).items() if f"{part}.{key}" not in without}
+        line[part] = both | line.get(part, {})
+    return _checked(dataclasses.asdict(Result("")) | line, where)
 
 
 _TYPES = {"kind": str, "model": str | None, "settings": dict, "images": int | None, "metrics": dict, "inputs": dict,

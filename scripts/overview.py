@@ -3,7 +3,6 @@
     python -m scripts.overview --dry-run [options of the table scripts]
 """
 
-import sys
 from pathlib import Path
 
 from eval.cost.runs import macs_per_image
@@ -11,7 +10,8 @@ from eval.tables.paper import tables
 from eval.tables.rows import of_table
 from eval.tables.text import align
 from lab.study.arms import Arm, Given, of_row
-from lab.study.plan import check, disk, gigabytes, given_by, user_parser
+from lab.study.papers import ABOUT, Options, disk, gigabytes
+from run import arguments
 from run.cli import command
 from scripts.doctor import needs
 from scripts.download import catalogue
@@ -44,12 +44,10 @@ def overview(said: Given) -> str:
 
 @command
 def main() -> None:
-    args = user_parser("bash scripts/all_tables.sh").parse_args(sys.argv[1:])
-    check(args)
-    said = given_by(args)
-    if args.config or args.only or args.checkpoint or any("=" not in text for text in args.reference):
+    options, given = arguments.parse(ABOUT, Options, Given, prog="bash scripts/all_tables.sh")
+    if options.config or options.only or given.checkpoint or any("=" not in text for text in given.reference):
         raise UserError("--config, --only, --checkpoint and a --reference without MODEL= are for single tables")
-    print(overview(said))
+    print(overview(given))
 
 
 if __name__ == "__main__":

@@ -5,4 +5,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-exec "$PYTHON" -m scripts.plan "$@"
+exec "$PYTHON" -m lab.study.papers "$@"

@@ -182,6 +182,35 @@ def submit_table(monkeypatch, capsys, tmp_path) -> Callable[..., str]:
     return submitted
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The config of a DDPM with 4 branches that draws 4 steps, said to be trained on the smallest group."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    sizes = {"resolution": 32, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
+             "attn_resolutions": []}
+    save_file(published_state_dict(UNet(**sizes)), folder / "tiny.safetensors")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({
+        "name": "ddpm_tiny", "unet": sizes, "diffusion": {"beta_schedule": "cosine", "prediction": "v"},
+        "checkpoint": str(folder / "tiny.safetensors"), "train": {"group": "Flags"},
+        "sampler": {"steps": 4, "timesteps": "trailing", "branch": 1}}))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture
+def study(tmp_path, tiny, capsys) -> Callable[..., tuple[int, str]]:
+    """study(content, *options): carry out a study of the tiny model; the exit code, and what was printed."""
+    def run(content: dict, *options: object) -> tuple[int, str]:
+        path = tmp_path / "some.yaml"
+        path.write_text(yaml.safe_dump({"model": str(tiny), "seeds": "0-5"} | content, sort_keys=False))
+        code = run_command(main_of("lab.study"), path, "--samples", tmp_path / "samples", "--results",
+                           tmp_path / "results", "--device", "cpu", "--threads", 1, *options)
+        out, err = capsys.readouterr()
+        return code, out + (err if code or "--jobs" in options else "")
+    run.folder, run.samples = tmp_path / "results" / "some", tmp_path / "samples"
+    return run
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow checks too")
 

@@ -65,9 +65,8 @@ SEEDS = ("", "x", "-1", "3-1", "1,1", "0-", "18446744073709551616", "0-999999999
 
 
 SAMPLE = "ddpm.sample {model} --seeds 0 --device cpu --out {}/o"
-TABLE = "scripts.plan table6 --samples {}/s --results {}/r"
-SWEEP = "scripts.sweep --config {}/f.yaml --list --samples {}/s"
-STUDY = "scripts.convergence --config {}/f.yaml --results {}/r"
+TABLE = "lab.study.papers table6 --samples {}/s --results {}/r"
+STUDY = "lab.study {}/f.yaml --samples {}/s --results {}/r"
 TEXT = "stable_diffusion.sample --config configs/sd_emoji.yaml --out {}/o"
 
 
@@ -97,9 +96,8 @@ NUMBERED = (        # a command that would run, and its numbers
     (f"lab.plans search {FIT} --calls 3 --out {{}}/p.json", "attempts converged-steps jobs batch-size threads"),
     (f"lab.plans search {FIT} --out {{}}/p.json", "calls macs speedup"),
     (f"lab.fit scale-shift {FIT} --block-schedule {{}}/s.json --out {{}}/s.safetensors", "lr ridge batch-size"),
-    ("scripts.convergence --config configs/studies/bf16_ldm.yaml --results {}/r --work {}/w", "batch-size threads"),
-    ("scripts.sweep --config configs/sweeps/ddpm_emoji_interval_branch.yaml --samples {}/s --results {}/r",
-     "images batch-size threads share"),
+    ("lab.study ddpm_emoji_interval_branch --samples {}/s --results {}/r",
+     "images batch-size threads share seeds jobs"),
     ("eval.throughput {model} --device cpu --repeats 1 --warmup 1",
      "repeats warmup branch interval forecast steps batch-size threads"),
     ("eval.throughput run {model} --device cpu --interval 2 --repeats 1", "repeats warmup batch-size threads"),
@@ -124,8 +122,8 @@ def of_other_numbers() -> Iterator[Case]:
                        codes=(0, 2) if fine else (2,))
 
 
-def sweep(**grid: object) -> Callable[[Path], None]:
-    return written("f.yaml", yaml.safe_dump({"images": 90, "grids": [{"model": "configs/ddpm_emoji.yaml"} | grid]}))
+def study(**arm: object) -> Callable[[Path], None]:
+    return written("f.yaml", yaml.safe_dump({"model": "ddpm_emoji", "seeds": "0-89", "arms": [arm]}))
 
 
 def of_size() -> Iterator[Case]:
@@ -134,26 +132,29 @@ def of_size() -> Iterator[Case]:
                says="out of memory", codes=(1,))
     many = {"schedule": "centered", "interval": list(range(2, 12)), "center": list(range(20, 40))}
     powers = [round(1.2 + 0.05 * i, 2) for i in range(11)]
-    yield case("a sweep of 2,000 points", SWEEP, says="GB", make=sweep(**many, power=powers[:10]), codes=(0,))
-    yield case("a sweep of 2,200 points", SWEEP, says="at most 2,000", make=sweep(**many, power=powers))
-    yield case("a sweep of many steps", SWEEP, says="too many to plan", make=sweep(
+    yield case("a study of 2,000 arms", f"{STUDY} --list", says="GB free", make=study(**many, power=powers[:10]),
+               codes=(0,))
+    yield case("a study of 2,200 arms", f"{STUDY} --list", says="more than 2,000 arms",
+               make=study(**many, power=powers))
+    yield case("a study of many steps", f"{STUDY} --list", says="too many to plan", make=study(
         steps=list(range(900, 1001)), timesteps="uniform", interval=list(range(1, 11))))
 
 
 def of_damaged_work() -> Iterator[Case]:
     """What studies and searches keep, damaged or of another run, and the files that they read."""
-    study = {"model": "ddpm_emoji", "seeds": "0-5", "chosen_on": 3, "converged": {"steps": 4},
-             "grids": [{"steps": 2, "sampler": "unipc"}]}
-    for key, value in (("seeds", "x"), ("chosen_on", 0), ("chosen_on", "x"), ("twice", -1), ("twice", "many"),
-                       ("converged", {"steps": "x"}), ("converged", {"stepz": 5}), ("converged", [1]), ("grids", 5),
-                       ("grids", []), ("grids", [5]), ("common", {"steps": [1]}), ("common", {"eta": "x"}),
-                       ("model", 5), ("model", "../x"), ("surprise", 1)):
+    whole = {"model": "ddpm_emoji", "seeds": "0-5", "chosen_on": 3, "against": {"steps": 4}, "measure": ["near"],
+             "arms": [{"steps": 2, "sampler": "unipc"}]}
+    for key, value in (("seeds", "x"), ("chosen_on", -1), ("chosen_on", "x"), ("twice", -1), ("twice", "many"),
+                       ("against", {"steps": "x"}), ("against", {"stepz": 5}), ("against", [1]), ("arms", 5),
+                       ("arms", []), ("arms", [5]), ("common", {"steps": [1]}), ("common", {"eta": "x"}),
+                       ("model", 5), ("model", "../x"), ("surprise", 1), ("parts", 5), ("parts", [5]), ("show", 5)):
         yield case(f"study with {key} {value}", f"{STUDY} --list",
-                   make=written("f.yaml", yaml.safe_dump(study | {key: value})))
+                   make=written("f.yaml", yaml.safe_dump(whole | {key: value})))
     for name, content in JSONS.items():
-        yield case(f"study, result {name}", f"{STUDY} --render", make=lambda folder, content=content: (
-            written("f.yaml", yaml.safe_dump(study))(folder),
-            written("r/convergence/f/unipc_steps2.json", content)(folder)))
+        for what, path in (("record", "s/ddpm_emoji/unipc_steps2_0-5_near.json"),
+                           ("file of records", "r/f/records.jsonl")):
+            yield case(f"study, {what} {name}", f"{STUDY} --render", make=lambda folder, path=path, content=content: (
+                written("f.yaml", yaml.safe_dump(whole))(folder), written(path, content)(folder)))
         yield case(f"Stable Diffusion's index, JSON {name}", f"{TEXT} --checkpoint {{}}/m --prompt cat --seeds 0",
                    make=written("m/model_index.json", content))
 
@@ -177,8 +178,7 @@ def of_files() -> Iterator[Case]:
     """Files that people edit: of every kind, for every command that reads it."""
     for name, content in YAMLS.items():
         for line in ("ddpm.sample --config {}/f.yaml --seeds 0 --out {}/o", "eval.macs --config {}/f.yaml",
-                     "eval.throughput --config {}/f.yaml", SWEEP, f"{STUDY} --list",
-                     "scripts.systems --config {}/f.yaml --list", f"{TABLE} --config {{}}/f.yaml --dry-run",
+                     "eval.throughput --config {}/f.yaml", f"{STUDY} --list", f"{TABLE} --config {{}}/f.yaml --dry-run",
                      "scripts.download x --catalogue {}/f.yaml --into {}"):
             yield case(f"{line.split()[0]}, YAML {name}", line, make=written("f.yaml", content))
     for name, content in JSONS.items():
@@ -210,9 +210,9 @@ def of_configs() -> Iterator[Case]:
                    "checkpoint": "none.safetensors", "sampler": {"steps": 4, "branch": 0, "images": 4}}
         yield case(f"unet.{key}: {value}", "ddpm.sample --config {}/f.yaml --seeds 0 --out {}/o",
                    make=written("f.yaml", yaml.safe_dump(content)))
-    for grid in ({"interval": 10 ** 9}, {"steps": 10 ** 9}, {"branch": -1}, {"interval": [[1]]}, {"power": 1e308},
+    for arm in ({"interval": 10 ** 9}, {"steps": 10 ** 9}, {"branch": -1}, {"interval": [[1]]}, {"power": 1e308},
                  {"schedule": "centered", "interval": 2, "center": 1, "power": 1e308}, {"model": 5}, {"steps": True}):
-        yield case(f"sweep {grid}", SWEEP, make=sweep(**grid))
+        yield case(f"study of {arm}", f"{STUDY} --list", make=study(**arm))
 
 
 def of_weights(world: Path) -> Iterator[Case]:
@@ -275,8 +275,7 @@ def of_paths() -> Iterator[Case]:
     """Places that are not there, or are something else."""
     yield case("--out a file", SAMPLE, "--out", "{}/f", make=written("f", "x"))
     yield case("--out below a file", SAMPLE, "--out", "{}/f/o", make=written("f", "x"), codes=(1, 2))
-    for line in ("eval.macs", "ddpm.sample --seeds 0 --out {}/o", "eval.throughput", "scripts.sweep --list",
-                 "scripts.convergence --list", "lab.fit changes --out {}/o.json",
+    for line in ("eval.macs", "ddpm.sample --seeds 0 --out {}/o", "eval.throughput", "lab.fit changes --out {}/o.json",
                  "lab.plans search --out {}/o.json --seeds 0 --held-out-seeds 1"):
         for name, path in (("missing", "{}/no.yaml"), ("a folder", "{}"), ("a device", "/dev/null"),
                            ("empty name", "")):
@@ -287,7 +286,7 @@ def of_paths() -> Iterator[Case]:
                    make=lambda folder: os.mkfifo(folder / "pipe"))
     for table in ("", "0", "table99", "../x"):
         yield case(f"table {table!r}", "eval.table --results {world}/results", table)
-        yield case(f"plan {table!r}", "scripts.plan", table, "--dry-run")
+        yield case(f"plan {table!r}", "lab.study.papers", table, "--dry-run")
     for words in ("--only nobody", "--reference {}/no", "--inception {}/no", "--device abacus", "--checkpoint {}/no",
                   "--config {}/no"):
         yield case(f"table6 {words}", f"{TABLE} {words}")

@@ -22,8 +22,9 @@ from eval.tables import current
 from eval.tables.current import Wanted
 from eval.tables.paper import find
 from eval.tables.rows import of_table
-from lab.study import plan, runner
-from run import results
+from lab.study import commands, papers
+from lab.study.arms import Given
+from run import arguments, results
 from run.folder import image_path
 from run.results import Metric, Result
 from run.spec import RunSpec
@@ -57,7 +58,7 @@ class Chain:
         """The table's text, after the row of 1:5 was sampled and judged."""
         self.did.clear()
         self.capsys.readouterr()
-        code = run_command(plan.main, "emoji", "--config", self.config, "--samples", self.folder / "samples",
+        code = run_command(papers.main, "emoji", "--config", self.config, "--samples", self.folder / "samples",
                            "--results", self.folder / "results", "--images", images, "--only", "N=5", "--reference",
                            self.reference, "--threads", 1, "--batch-size", 4, *words)
         out, err = self.capsys.readouterr()
@@ -81,7 +82,7 @@ class Chain:
 def chain(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     made = Chain(tmp_path, capsys)
-    monkeypatch.setattr(runner, "python", made.python)
+    monkeypatch.setattr(commands, "python", made.python)
     return made
 
 
@@ -216,7 +217,7 @@ def test_eval_table_says_why_and_shows_trials_on_request(tmp_path, capsys, monke
     (["--config", "configs/ddpm_cifar10.yaml", "--only", "N=2"], {"cifar10: N=2"})])
 def test_the_part_of_a_table_that_belongs_to_one_model(tmp_path, words, rows, monkeypatch):
     monkeypatch.chdir(ROOT)
-    args = plan.user_parser("x").parse_args([*words, "--samples", str(tmp_path), "--results", str(tmp_path)])
-    made = plan.make_plan(find("2"), args)
-    assert {plan.title_of(arm) for arm in made.arms} == rows and not made.others
+    said = arguments.parse("", papers.Options, Given, words=[*words, "--samples", str(tmp_path)])
+    made = papers.make_plan(find("2"), *said)
+    assert {papers.title_of(arm) for arm in made.arms} == rows and not made.others
     assert {row.run.config.name for row in made.runs.rows} == {"ddpm_cifar10", "ddpm_bedroom", "ddpm_church"}

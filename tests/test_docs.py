@@ -12,12 +12,13 @@ import pytest
 from conftest import HERE, main_of, run_command
 
 from eval import throughput
-from eval.metrics.intervals import mean_estimate
-from lab.study import convergence
-from lab.study.convergence_report import LESS, Point, rival
-from lab.study.demo_report import shown, with_error
-from lab.study.runner import minus_uncached
+from lab.study.columns import with_error
+from lab.study.ledger import records_of
+from lab.study.measures import minus_uncached
+from lab.study.rows import Row, Rows, mean_of
+from lab.study.tables import measured
 from run import results
+from run.results import Metric, Result
 
 ROOT = HERE.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"),
@@ -107,28 +108,35 @@ def numbers(cell: str) -> list[float]:
     return [float(text) for text in re.findall(r"[+-]?\d+\.\d", cell)]
 
 
+MODELS = {"latent": "ldm", "pixel": "ddpm", "text": "sd"}      # what the pages call the models
+
+
+def records(study: str) -> dict[str, dict[str, Result]]:
+    """What a study measured: by the name of the run, and by measure."""
+    return records_of(ROOT / "results" / study / "records.jsonl")
+
+
 @pytest.fixture(scope="module")
-def studied() -> dict[str, list[Point]]:
-    """What the studies of forecasts measured, by what the pages call their models."""
+def studied() -> dict[str, Rows]:
+    """What the studies of forecasts measured."""
     found = {}
-    for model, name in (("text", "forecast_sd"), ("latent", "forecast_ldm"), ("pixel", "forecast_ddpm")):
-        study = convergence.read_study(ROOT / "configs" / "studies" / f"{name}.yaml")
-        place = convergence.Place(name, ROOT / "results", Path("samples"))
-        found[model] = convergence.points(study, place, list(convergence.specs(study)))
+    for label, model in MODELS.items():
+        rows = measured(f"forecast_{model}")
+        found[label] = Rows(rows, rows[0], 64)
     return found
 
 
-def chosen(points: list[Point], steps: int, interval: int) -> dict[str, Point]:
+def chosen(rows: Rows, steps: int, interval: int) -> dict[str, Row]:
     """The runs of one row of a page, by kind: UniPC on the cheapest branch and the best of fewer steps."""
-    own = {one.kind: one for one in sorted(points, key=lambda one: -one.cost)
-           if (one.sampler, one.steps, one.interval) == ("unipc", steps, interval) and "centered" not in one.name}
-    plain = [one for one in points if one.interval is None]
-    best = rival(own["forecast, order 1"], plain, lambda one: one.cost, slice(64))
+    own = {one.kind: one for one in sorted(rows.rows, key=lambda one: -one.cost)
+           if (one.run.sampler.name, one.run.steps, one.options.get("interval")) == ("unipc", steps, interval)
+           and "centered" not in one.name}
+    best = rows.rival(own["forecast, order 1"])
     return own | ({"fewer steps": best} if best else {})
 
 
-def held_out(point: Point) -> float:
-    return point.psnr[64:].mean()
+def held_out(row: Row) -> float:
+    return row.psnr[64:].mean()
 
 
 def test_the_table_of_forecasts_is_that_of_the_studies(studied):
@@ -144,19 +152,17 @@ def test_the_table_of_forecasts_is_that_of_the_studies(studied):
             value, *difference = numbers(cell)
             assert value == pytest.approx(held_out(runs[kind]), abs=0.051), (model, steps, interval, kind)
             if difference:
-                by = mean_estimate(runs[kind].psnr[64:] - runs["fewer steps"].psnr[64:])
-                assert difference == pytest.approx([by["mean"], *by["interval"]], abs=0.051), (model, steps, interval)
+                by = studied[model].nearer(runs[kind], runs["fewer steps"])
+                assert difference == pytest.approx(by.bounds, abs=0.051), (model, steps, interval)
 
 
 def test_the_table_of_forecast_blocks_is_that_of_the_studies():
-    def psnr(model: str, name: str) -> float:
-        found = results.read(ROOT / "results" / "convergence" / f"blocks_{model}" / f"{name}.json")
-        return float(np.mean(found.details["psnr"][64:]))
-
+    text, end = (ROOT / "docs" / "forecasting.md").read_text(), {"ldm": "_steps50", "ddpm": ""}
     deep = {"ldm": ("uniform_n2{}_steps50", "uniform_n4{}_steps50"), "ddpm": ("uniform_n3{}", "uniform_n20{}")}
-    end, text = {"ldm": "_steps50", "ddpm": ""}, (ROOT / "docs" / "forecasting.md").read_text()
     rows: dict[str, list[float]] = {}
     for model, fewer in (("ldm", ("steps26", "steps15")), ("ddpm", ("steps51", "steps30"))):
+        near = {name: float(np.mean(found["near"].details["psnr"][64:]))
+                for name, found in records(f"blocks_{model}").items() if "near" in found}
         names = {"fewer DDIM steps": fewer, "DeepCache": [name.format("") for name in deep[model]],
                  "DeepCache, forecast": [name.format("_forecast1") for name in deep[model]], **{
                      label: [f"blocks_{model}_all_{share}{words}{end[model]}" for share in (50, 30)]
@@ -165,29 +171,26 @@ def test_the_table_of_forecast_blocks_is_that_of_the_studies():
                          ("blocks, forecast", "_forecast1"),
                          ("blocks, scale-shift and forecast", "_scale_shift_forecast1"))}}
         for label, of in names.items():
-            rows.setdefault(label, []).extend(psnr(model, name) for name in of)
+            rows.setdefault(label, []).extend(near[name] for name in of)
     for label, values in rows.items():
         row = re.search(rf"^\| {label} \| (.+) \|$", text, re.M)
         assert row and numbers(row[1]) == pytest.approx(values, abs=0.051), label
 
 
 def test_what_is_said_of_quality_is_measured():
-    text, runs = (ROOT / "docs" / "forecasting.md").read_text(), ROOT / "results" / "runs"
-    arms = {"ldm_emoji": ("{}_unipc_steps50_256", "unipc_steps{}_256"), "sd_emoji": (
-        "prompts_x2_{}_unipc_trailing_192", "prompts_x2_unipc_steps{}_trailing_192"),
-        "ddpm_emoji": ("{}_unipc_steps50_256", "unipc_steps{}_256")}
-    branch = {"ldm_emoji": "", "sd_emoji": "_branch0", "ddpm_emoji": "_branch0"}
-    for label, model, steps in (("latent", "ldm_emoji", (18, 11)), ("text", "sd_emoji", (18, 12)),
-                                ("pixel", "ddpm_emoji", (19, 13))):
-        cached, plain = arms[model]
+    text = (ROOT / "docs" / "forecasting.md").read_text()
+    arms = {"ldm": ("{}_unipc_steps50", "unipc_steps{}"), "ddpm": ("{}_unipc_steps50", "unipc_steps{}"),
+            "sd": ("prompts_x2_{}_unipc_trailing", "prompts_x2_unipc_steps{}_trailing")}
+    for label, model, branch, steps in (("latent", "ldm", "", (18, 11)), ("text", "sd", "_branch0", (18, 12)),
+                                        ("pixel", "ddpm", "_branch0", (19, 13))):
+        (cached, plain), found = arms[model], records(f"{model}_emoji_forecast")
         for interval, fewer in zip((3, 5), steps, strict=True):
-            names = [cached.format(f"uniform_n{interval}{branch[model]}{words}") for words in ("", "_forecast1")]
+            names = [cached.format(f"uniform_n{interval}{branch}{words}") for words in ("", "_forecast1")]
             for network, digits in (("EffLite0", 0), ("IncMixed5", 1)):
-                cells = []
-                for name in (*names, plain.format(fewer)):
-                    found = results.read(runs / model / f"{name}_sweep.json")
-                    value = found.metrics[f"KID-{network} minus uncached"].bounds
-                    cells.append("{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*(1000 * one for one in value), d=digits))
+                values = (found[name]["quality"].metrics[minus_uncached(f"KID-{network}")].bounds
+                          for name in (*names, plain.format(fewer)))
+                cells = ["{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*(1000 * one for one in value), d=digits)
+                         for value in values]
                 line = f"| {label}, {fewer} calls, {network} | {' | '.join(cells)} |"
                 assert line in text, line
 
@@ -199,42 +202,40 @@ def test_what_readme_says_of_forecasts_is_measured(studied):
     for model, steps, interval, cells in rows:
         runs = chosen(studied[model], int(steps), int(interval))
         told = [value for cell in cells.split(" | ") for value in numbers(cell)]
-        measured = [held_out(runs[kind]) for kind in ("fewer steps", "reuse", "forecast, order 1")]
-        assert told == pytest.approx(measured, abs=0.051), (model, steps, interval)
+        wanted = [held_out(runs[kind]) for kind in ("fewer steps", "reuse", "forecast, order 1")]
+        assert told == pytest.approx(wanted, abs=0.051), (model, steps, interval)
 
 
-MODELS = {"latent": "ldm", "pixel": "ddpm", "text": "sd"}
+def nearness(found: dict[str, Result]) -> float:
+    return float(np.mean(found["near"].details["psnr"]))
 
 
-def nearness(run: results.Result) -> float:
-    return float(np.mean(run.details["psnr"]))
-
-
-def of_plans(model: str, calls: int) -> dict[str, results.Result]:
+def of_plans(model: str, calls: int) -> dict[str, dict[str, Result]]:
     """The plan of a budget, UniPC with so many evenly spread steps, and with so many fitted ones where the plan is not
     that: the best list that any search found."""
-    found = {}
-    for path in (ROOT / "results" / "convergence" / f"plans_{model}").glob("*.json"):
-        name = path.stem.removeprefix("prompts_x2_")
+    best: dict[str, dict[str, Result]] = {}
+    for run, found in records(f"plans_{model}").items():
+        name = run.removeprefix("prompts_x2_")
         for kind, pattern in (("plan", rf"plan_{model}_emoji_{calls}_unipc.*"),
                               ("even", rf"unipc_steps{calls}(_trailing)?"),
                               ("fitted", rf"unipc_steps{calls}_times\w+")):
-            if re.fullmatch(pattern, name):
-                found[kind] = max(filter(None, (found.get(kind), results.read(path))), key=nearness)
-    return found
+            if "near" in found and re.fullmatch(pattern, name):
+                best[kind] = max(filter(None, (best.get(kind), found)), key=nearness)
+    return best
 
 
-def less(one: results.Result, other: results.Result) -> str:
-    by = mean_estimate(np.array(one.details["psnr"]) - np.array(other.details["psnr"]))
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(by["mean"], *by["interval"])
+def less(one: dict[str, Result], other: dict[str, Result]) -> str:
+    by = mean_of(np.array(one["near"].details["psnr"]) - np.array(other["near"].details["psnr"]))
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*by.bounds)
 
 
 def row_of_plans(label: str, calls: int) -> str:
     """What docs/planning.md says of a plan."""
     runs = of_plans(MODELS[label], calls)
     plan, even, fitted = runs["plan"], runs["even"], runs.get("fitted", runs["plan"])
-    near = [f"{np.mean(run.details['psnr']):.1f}" for run in (plan, even, fitted)]
-    far = ["{:+.0f}".format(1000 * run.metrics[f"KID-EffLite0{LESS}"].value) for run in (plan, even, fitted)]
+    near = [f"{nearness(run):.1f}" for run in (plan, even, fitted)]
+    far = ["{:+.0f}".format(1000 * run["quality"].metrics[minus_uncached("KID-EffLite0")].value)
+           for run in (plan, even, fitted)]
     cells = [f"{label}, {calls} calls", *near, less(plan, even), less(plan, fitted) if "fitted" in runs else "is that",
              " / ".join(far)]
     return f"| {' | '.join(cells)} |"
@@ -248,20 +249,17 @@ def test_the_table_of_plans_is_that_of_the_studies():
         assert row_of_plans(label, int(calls)) in text
 
 
-def row_of_transfer(label: str) -> str:
-    """What docs/planning.md says of the plans for 12 calls of other models."""
-    folder, cells = ROOT / "results" / "convergence" / f"plans_{MODELS[label]}", []
-    runs = of_plans(MODELS[label], 12)
-    for other in ("ldm", "ddpm", "sd"):
-        found = [results.read(path) for path in folder.glob(f"*plan_{other}_emoji_12_on_*.json")]
-        assert len(found) == (other != MODELS[label]), other
-        cells += [f"{nearness(run):.1f} at {run.details['full_calls']:.1f}" for run in found] or ["-"]
-    return f"| {label} | {' | '.join([f'{nearness(runs[k]):.1f}' for k in ('plan', 'fitted', 'even')] + cells)} |"
-
-
-@pytest.mark.parametrize("label", ["latent", "pixel", "text"])
+@pytest.mark.parametrize("label", MODELS)
 def test_what_is_said_of_plans_of_other_models_is_measured(label):
-    assert row_of_transfer(label) in (ROOT / "docs" / "planning.md").read_text()
+    """What docs/planning.md says of the plans for 12 calls of other models."""
+    model, runs, cells = MODELS[label], of_plans(MODELS[label], 12), list[str]()
+    for other in ("ldm", "ddpm", "sd"):
+        found = [one for name, one in records(f"plans_{model}").items() if f"plan_{other}_emoji_12_on_" in name
+                 and "near" in one]
+        assert len(found) == (other != model), other
+        cells += [f"{nearness(one):.1f} at {one['near'].details['full_calls']:.1f}" for one in found] or ["-"]
+    row = f"| {label} | {' | '.join([f'{nearness(runs[k]):.1f}' for k in ('plan', 'fitted', 'even')] + cells)} |"
+    assert row in (ROOT / "docs" / "planning.md").read_text()
 
 
 def test_what_readme_says_of_plans_is_measured():
@@ -270,11 +268,12 @@ def test_what_readme_says_of_plans_is_measured():
         r"at the cost of (\d+) full calls \(latent model\): ([\d.]+) dB, ([\d.]+) nearer than evenly spread UniPC "
         r"steps \(([\d.]+)\) and ([\d.]+) nearer than steps at fitted timesteps \(([\d.]+)\)", text).groups()
     runs = of_plans("ldm", int(calls))
-    mean = {kind: np.mean(run.details["psnr"]) for kind, run in runs.items()}
     assert [float(one) for one in (plan, even, fitted)] == pytest.approx(
-        [mean[kind] for kind in ("plan", "even", "fitted")], abs=0.051)
+        [nearness(runs[kind]) for kind in ("plan", "even", "fitted")], abs=0.051)
     assert less(runs["plan"], runs["even"]).startswith(f"+{of_even} ")
     assert less(runs["plan"], runs["fitted"]).startswith(f"+{of_fitted} ")
+
+
 def test_the_table_of_sdxl_is_what_its_command_prints(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs" / "speed.md").read_text()
@@ -325,22 +324,23 @@ def test_what_is_said_of_speed_by_processor_is_measured(column, compare):
         assert f"{min(told):.2f}x to {max(told):.2f}x" in " ".join((ROOT / "README.md").read_text().split())
 
 
-def table_of_systems(folder: Path) -> dict[str, dict[int, float]]:
-    """What results/systems/MODEL/table.md says of each system: its PSNR by budget, as its JSONs have it."""
+def cells_of(study: str) -> Iterator[list[str]]:
+    """The lines of all tables of a study's table.md, each with the heading that it stands under."""
+    heading = ""
+    for line in (ROOT / "results" / study / "table.md").read_text().splitlines():
+        heading = line.removeprefix("## ") if line.startswith("## ") else heading
+        if line.startswith("| ") and "---" not in line:
+            yield [heading, *(cell.strip() for cell in line.strip("|").split("|"))]
+
+
+def rows_of_systems(study: str) -> list[str]:
+    """What docs/systems.md says of each system, the nearest at most budgets first; a dash where there is no run."""
     found: dict[str, dict[int, float]] = {}
-    for part in (folder / "table.md").read_text().split("\n## ")[1:]:
-        for line in part.splitlines()[4:]:
-            if line.startswith("| "):
-                system, run, _, _, near, *_ = (cell.strip() for cell in line.strip("|").split("|"))
-                near_by = nearness(results.read(folder / "runs" / f"{run}.json"))
-                assert near.startswith(f"{near_by:.1f} ["), run
-                found.setdefault(system, {})[int(part.split()[0])] = near_by
-    return found
-
-
-def rows_of_systems(folder: Path) -> list[str]:
-    """What docs/systems.md says of them, the nearest at most budgets first; a dash where there is no run."""
-    found = table_of_systems(folder)
+    runs = records(study)
+    for heading, system, run, _, _, near, *_ in cells_of(study):
+        if system != "system":
+            assert near.startswith(f"{nearness(runs[run]):.1f} ["), run
+            found.setdefault(system, {})[int(heading.split()[0])] = nearness(runs[run])
     budgets = sorted({calls for cells in found.values() for calls in cells})
     order = sorted(found, key=lambda system: -float(np.mean([found[system].get(calls, 0.0) for calls in budgets])))
     return [f"| {system} | "
@@ -348,44 +348,45 @@ def rows_of_systems(folder: Path) -> list[str]:
             for system in order]
 
 
-@pytest.mark.parametrize("folder", sorted((ROOT / "results" / "systems").glob("*")), ids=lambda path: path.name)
-def test_the_tables_of_systems_are_those_of_their_results(folder):
-    text = (ROOT / "docs" / "systems.md").read_text()
-    rows = rows_of_systems(folder)
+@pytest.mark.parametrize("model", MODELS.values())
+def test_the_tables_of_systems_are_those_of_their_results(model):
+    rows, text = rows_of_systems(f"systems_{model}"), (ROOT / "docs" / "systems.md").read_text()
     assert len(rows) > 10 and all(row in text for row in rows)
 
 
-def score(run: results.Result, metric: str) -> str:
+def score(found: dict[str, Result], name: str) -> str:
     """A distance to real images, and how much more that is than without caching."""
-    value, more = run.metrics[metric], run.metrics.get(minus_uncached(metric))
+    metrics = found["quality"].metrics
+    value, more = metrics[name], metrics.get(minus_uncached(name))
     return with_error(value) if more is None else f"{value.value:.1f} ({with_error(more, sign='+')})"
 
 
-def cost(run: results.Result) -> float:
-    return run.details["macs_per_image"]["macs"]
+def psnr(found: dict[str, Result]) -> Metric | None:
+    return found["fidelity"].metrics["PSNR"] if "fidelity" in found else None
 
 
-@pytest.mark.parametrize(("model", "fewest"), [("ddpm", 10), ("ldm", 10), ("sd", 8)])
-def test_the_tables_of_the_demo_are_those_of_its_results(model, fewest):
-    folder = ROOT / "results" / "demo" / model
-    timing = results.read(folder / "timing.json")
-    runs = {run.details["label"]: run for path, run in results.read_all(folder) if path.name != "timing.json"}
-    lines = {label: " | ".join([
-        f"| {label}", f"{len(run.full_steps)} / {run.settings['steps']}",
-        f"{cost(runs['no cache']) / cost(run):.2f}x", f"{timing.details['speedup'][run.details['arm']]:.2f}x",
-        score(run, "FD-EffLite0"), score(run, "FD-IncMixed5"), f"{shown(run, 'PSNR', 1)} |"])
-        for label, run in runs.items()}
-    tables = re.findall(r"(?:^\|.*\n)+", (ROOT / "docs" / "shipped_models.md").read_text(), re.M)
-    told = tables[("ddpm", "ldm", "sd").index(model)].splitlines()[2:]
-    assert len(told) >= fewest and set(told) <= set(lines.values())
+def tables_of(page: str) -> list[list[str]]:
+    """The lines of the tables of a page, without their heads."""
+    return [table.splitlines()[2:] for table in re.findall(r"(?:^\|.*\n)+", (ROOT / "docs" / page).read_text(), re.M)]
 
 
-@pytest.mark.parametrize("model", ["ddpm", "ldm"])
-def test_the_tables_of_block_caching_are_those_of_its_results(model):
-    runs = [run for _, run in results.read_all(ROOT / "results" / "block_caching" / model)]
-    whole = next(cost(run) for run in runs if run.details["label"] == "no cache")
-    lines = [f"| {cost(run) / whole:.2f} | {score(run, 'FD-EffLite0')} | {score(run, 'FD-IncMixed5')} | "
-             + (f"{shown(run, 'PSNR', 1)} dB |" if "PSNR" in run.metrics else "- |") for run in runs]
-    tables = re.findall(r"(?:^\|.*\n)+", (ROOT / "docs" / "block_caching.md").read_text(), re.M)
-    told = tables[("ddpm", "ldm").index(model)].splitlines()[2:]
-    assert len(told) == len(runs) and all(any(line.endswith(of_run) for line in told) for of_run in lines)
+def test_the_tables_of_the_demo_are_those_of_its_results():
+    rows = measured("demo")
+    for model, fewest, told in zip(("ddpm", "ldm", "sd"), (10, 10, 8), tables_of("shipped_models.md"), strict=False):
+        own = [row for row in rows if row.run.config.name == f"{model}_emoji"]
+        lines = {" | ".join([
+            f"| {row.arm.label}", f"{len(row.run.caching.settings.get('full_steps') or range(row.run.steps))} / "
+            f"{row.run.steps}", f"{own[0].macs / row.macs:.2f}x", f"{own[0].time / row.time:.2f}x",
+            score(row.records, "FD-EffLite0"), score(row.records, "FD-IncMixed5"),
+            f"{near.value:.1f} |" if (near := psnr(row.records)) else "- |"]) for row in own}
+        assert len(told) >= fewest and set(told) <= lines
+
+
+def test_the_tables_of_block_caching_are_those_of_its_results():
+    rows = measured("block_caching")
+    for model, told in zip(("ddpm", "ldm"), tables_of("block_caching.md"), strict=False):
+        own = [row for row in rows if row.run.config.name == f"{model}_emoji"]
+        lines = [f"| {row.macs / own[0].macs:.2f} | {score(row.records, 'FD-EffLite0')} | "
+                 f"{score(row.records, 'FD-IncMixed5')} | "
+                 + (f"{near.value:.1f} dB |" if (near := psnr(row.records)) else "- |") for row in own]
+        assert len(told) == len(own) and all(any(line.endswith(of_run) for line in told) for of_run in lines)

@@ -9,14 +9,12 @@ import tarfile
 
 import numpy as np
 import pytest
-from conftest import run_command
-from test_sweep import tiny  # noqa: F401
 
 from eval import quality
 from eval.metrics import incmixed5
 from eval.metrics.incmixed5 import IncMixed5
 from eval.metrics.registry import MEASURES
-from lab.study import sweep
+from lab.study.ledger import records_of
 from run import results
 from run.weights import sha256
 from unet_caching.errors import UserError
@@ -124,22 +122,17 @@ def test_quality_by_the_second_extractor(tmp_path, archive, monkeypatch, capsys)
     assert "KID-IncMixed5 x 1000" in capsys.readouterr().out
 
 
-def test_a_sweep_is_judged_by_both_extractors(tmp_path, archive, tiny, monkeypatch, capsys):  # noqa: F811
-    (tmp_path / "both.yaml").write_text(f"images: 4\nextractors: [incmixed5]\n"
-                                        f"grids: [{{model: {tiny}, interval: 2}}]\n")
-    words = ["--config", tmp_path / "both.yaml", "--samples", tmp_path / "samples", "--results", tmp_path / "results",
-             "--threads", 1, "--device", "cpu"]
+def test_a_study_is_judged_by_both_extractors(study, archive):
+    content = {"seeds": "0-3", "measure": ["quality"], "extractors": ["incmixed5"], "arms": [{"interval": 2}]}
     path, _ = archive
-    path.rename(tmp_path / "elsewhere.tgz")
-    assert run_command(sweep.main, *words) == 2 and not (tmp_path / "samples").exists()
-    assert "download.sh incmixed5 fetches it" in capsys.readouterr().err
-    (tmp_path / "elsewhere.tgz").rename(path)
-    monkeypatch.setattr(sweep, "measure_times", lambda *_: None)
-    assert run_command(sweep.main, *words) == 0
-    one = results.read(tmp_path / "results" / "runs" / "ddpm_tiny" / "uniform_n2_4_sweep.json")
+    path.rename(path.with_name("elsewhere.tgz"))
+    code, told = study(content)
+    assert code == 2 and "download.sh incmixed5 fetches it" in told and not list(study.samples.rglob("*.png"))
+    path.with_name("elsewhere.tgz").rename(path)
+    assert study(content)[0] == 0
+    one = records_of(study.folder / "records.jsonl")["uniform_n2"]["quality"]
     names = {f"KID-{name}{end}" for name in ("EffLite0", "IncMixed5") for end in ("", " minus uncached")}
     assert names <= set(one.metrics) and one.hashes["extractor IncMixed5"].startswith("IncMixed5:sha256=")
-    assert "KID-IncMixed5 minus uncached" in (tmp_path / "results" / "sweeps" / "both" / "table.md").read_text()
 
 
 @pytest.mark.skipif(not incmixed5.ARCHIVE.is_file(), reason="nsfwjs's archive is not here")

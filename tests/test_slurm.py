@@ -9,8 +9,8 @@ import pytest
 from slurm_node import SETTINGS
 
 from eval.cost.macs import Macs
-from lab.study import plan
-from lab.study.arms import Arm
+from lab.study import papers
+from lab.study.arms import Arm, Given
 from run.files import ROOT
 from scripts.slurm import cluster, submit
 from scripts.slurm.cluster import Live
@@ -60,8 +60,7 @@ def all_files_there(monkeypatch):
 @pytest.mark.parametrize("name", ["table1", "table2", "table5", "table9", "table13", "block_caching_table1", "emoji"])
 def test_a_table_has_its_jobs(submit_table, no_slurm, all_files_there, name):
     """A sample array and an evaluation per row, none twice, then the table; each waits for what it needs."""
-    args = plan.user_parser("x").parse_args(["--images", "1000"])
-    arms = plan.make_plan(submit.find_table(name), args).arms
+    arms = papers.make_plan(submit.find_table(name), papers.Options(), Given(images=1000)).arms
     out = submit_table(name, "--dry-run", "--images", "1000")
     if not arms:
         assert "only lists settings" in out

@@ -374,10 +374,11 @@ def test_a_bad_result_is_not_written(tmp_path):
 
 def test_every_number_that_is_kept_here_is_read_by_the_one_reader():
     found = dict(results.read_all(ROOT / "results"))
-    assert found.keys() == set((ROOT / "results").rglob("*.json"))
+    assert {Path(str(path).partition("#")[0]) for path in found} == {
+        path for suffix in ("json", "jsonl") for path in (ROOT / "results").rglob(f"*.{suffix}")}
     checked = 0
     for path, result in found.items():
-        assert result.metrics or result.throughput or result.kind == "fitted file", path
+        assert result.metrics or result.throughput or result.kind in ("fitted file", "converged"), path
         with suppress(UserError):                   # where a file decides what is computed
             own = cost(Run.of_settings(result.settings)) if result.macs else None
             if own is not None:

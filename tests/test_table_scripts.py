@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from eval.cost.runs import costs_of, macs_per_image, macs_per_step
 from eval.tables import paper, rows
 from eval.tables.paper import Table, tables
-from lab.study import arms, plan, runner
-from run import results
+from lab.study import arms, commands, papers
+from run import arguments, results
 from run.folder import read_run
 from run.image_model import Images
 from run.machine import Machine
@@ -34,7 +34,7 @@ def dry_run(monkeypatch, capsys, tmp_path):
         monkeypatch.chdir(ROOT)
         where = ["--samples", str(tmp_path), "--results", str(tmp_path)]
         monkeypatch.setattr("sys.argv", ["plan", name, "--dry-run", *where, *flags])
-        plan.main()
+        papers.main()
         return capsys.readouterr().out
     return run
 
@@ -134,8 +134,8 @@ def test_bash_gives_the_same_plan(dry_run, tmp_path):
 
 def made(name: str, *flags: str) -> list[arms.Arm]:
     table: Table = SCRIPTS[name]
-    said = plan.given_by(plan.user_parser("x").parse_args(flags))
-    return [arms.of_row(row, table, said) for row in rows.of_table(table).rows]
+    [given] = arguments.parse("", arms.Given, words=flags)
+    return [arms.of_row(row, table, given) for row in rows.of_table(table).rows]
 
 
 def test_equal_settings_share_a_folder_and_others_do_not():
@@ -156,7 +156,10 @@ def test_equal_settings_share_a_folder_and_others_do_not():
             "sd_v15/parti_bk-sdm-tiny-2m", "sd_v15/coco_captions_val2017_dpmpp_steps20_guidance5"} <= names.keys()
 
 
-def test_flags_reach_the_right_commands():
+def test_flags_reach_the_right_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("r.npz", "i.pth", "c.bin"):
+        (tmp_path / name).touch()
     flags = ["--images", "1000", "--dtype", "fp16", "--labels", "random", "--compile", "--released-noise",
              "--checkpoint", "w", "--reference", "ldm_cin256=r.npz", "--inception", "i.pth", "--device", "cuda"]
     ddpm, _, ldm, _ = made("table5", *flags)
@@ -238,7 +241,7 @@ def test_a_run_without_weights_says_which(monkeypatch, capsys, tmp_path):
     flags = ["--samples", str(tmp_path), "--checkpoint", str(tmp_path / "model.ckpt")]
     monkeypatch.setattr("sys.argv", ["plan", "table1", *flags])
     with pytest.raises(SystemExit) as stop:
-        plan.main()
+        papers.main()
     assert stop.value.code == 2
     assert "model.ckpt (python -m scripts.doctor says where it comes from)" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
@@ -268,7 +271,7 @@ def test_a_row_for_real(monkeypatch, capsys, tmp_path):
              "--inception", str(tmp_path / "inception.pth"), "--reference", str(tmp_path / "reference.npz")]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["plan", "table4", *flags])
-    really, folder = runner.python, samples / "ldm_small" / "uniform_n5"
+    really, folder = commands.python, samples / "ldm_small" / "uniform_n5"
 
     def run(line: list[str], what: str) -> None:            # all but the evaluator, whose weights cannot be had
         if line[1] != "eval.adm":
@@ -278,8 +281,8 @@ def test_a_row_for_real(monkeypatch, capsys, tmp_path):
         results.write(Path(line[-1]), results.Result("adm", "ldm_small", settings, 2, {"FID": results.Metric(1.5)},
                                                      hashes=hashes))
 
-    monkeypatch.setattr(runner, "python", run)
-    plan.main()
+    monkeypatch.setattr(commands, "python", run)
+    papers.main()
     assert "0 of 2" in capsys.readouterr().out
     assert [path.name for path in sorted(folder.glob("*/*.png"))] == ["000000.png", "000001.png"]
     with np.load(folder.with_name("uniform_n5_2.npz")) as arrays:
@@ -288,7 +291,7 @@ def test_a_row_for_real(monkeypatch, capsys, tmp_path):
     assert [path.name for path in (tmp_path / "results").rglob("*.json")] == ["uniform_n5_2_adm.json"]
 
     again = []
-    monkeypatch.setattr(runner, "python", lambda line, what: again.append(line[1]))
-    plan.main()
+    monkeypatch.setattr(commands, "python", lambda line, what: again.append(line[1]))
+    papers.main()
     assert again == ["ldm.sample"]          # which finds nothing missing; the npz and the result are there
     assert re.search(r"2 of 2 +0 ", capsys.readouterr().out)

@@ -41,19 +41,21 @@ _OPTIONS = {"--reference": "reference", "--inception": "Inception", "--weights":
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a number is to be of. kind: of its result. images: how many, None for any. inputs: of the evaluator, by
-    option. samples: their folder, None for that which a result names. published: it is to stand beside a paper's."""
+    """What a number is to be of."""
     run: Run
-    kind: str
-    images: int | None
-    inputs: Mapping[str, Path] = field(default_factory=dict)
-    samples: Path | None = None
-    published: bool = False
+    kind: str                   # of its result
+    images: int | None          # None: any number
+    inputs: Mapping[str, Path] = field(default_factory=dict)        # of the evaluator, by option
+    samples: Path | None = None         # the folder of the images; None: that which a result names
+    published: bool = False             # it is to stand beside a paper's
+    seeds: str | None = None            # None: any
+    against: Run | None = None          # the run that its run is compared with
+    metrics: Sequence[str] = ()         # that it must have
 
     def fault(self, result: Result) -> str | None:
         """Why a result is not current, in words; None where it is. What is not on this machine is not compared."""
         return (self.of_another_run(result) or self.of_other_settings(result) or self.of_other_inputs(result)
-                or self.of_other_samples(result) or self.trial(result))
+                or self.of_other_seeds(result) or self.of_other_samples(result) or self.trial(result))
 
     def progress(self) -> str:
         """Why there is no result at all, in words."""
@@ -82,7 +84,7 @@ class Wanted:
 
     def of_other_settings(self, result: Result) -> str | None:
         """What of the run itself is not as asked for."""
-        ours = json.loads(json.dumps({**self.run.settings, "cache": None}))
+        ours = _as_json({**self.run.settings, "cache": None})
         theirs = {key: value for key, value in result.settings.items() if key not in ("cache", "checkpoint_sha256")}
         if pruned(self.run) is not None:
             ours.pop("unet", None)
@@ -116,6 +118,15 @@ class Wanted:
             return "judged with other features"
         return None
 
+    def of_other_seeds(self, result: Result) -> str | None:
+        """Whether it is of other seeds, compared with another run, or without a metric that is asked for."""
+        if self.seeds and result.details.get("seeds") != self.seeds:
+            return "measured on other seeds"
+        if self.against and result.details.get("against") != _as_json(self.against.brief):
+            return f"compared with another run than {self.against.name}"
+        lacking = [name for name in self.metrics if name not in result.metrics]
+        return f"without {lacking[0]}" if lacking else None
+
     def trial(self, result: Result) -> str | None:
         """Whether it is of another number of images, or against so few that a paper's number is another thing."""
         if self.images is not None and result.images != self.images:
@@ -139,6 +150,10 @@ class Wanted:
             if name in result.hashes and other.is_dir() and _changed(other, result, name):
                 return "the images that it is compared with are not those that were judged"
         return None
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings))
 
 
 def _changed(folder: Path, result: Result, key: str) -> bool:

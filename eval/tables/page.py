@@ -19,11 +19,10 @@ from PIL import Image
 from eval.metrics.images import open_images
 from eval.tables import svg
 from eval.tables.calls import Calls
-from eval.tables.svg import Plot
+from eval.tables.svg import TEMPLATE, Plot
 from run.files import write_atomically
 from run.psnr import psnr
 
-TEMPLATE = Path(__file__).with_name("page.html")
 MOST_BYTES = 3_500_000              # of images, as they stand in the file
 SMALL, LARGE = 64, 224              # pixels: up to the first every one is kept; larger images are shrunk to the last
 LONG = 16                           # rows of a table that comes after the plots

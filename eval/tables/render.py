@@ -363,8 +363,8 @@ printed digits. A dash: not printed, or not measured here. MACs are exact and co
 from the JSON files in this folder, and only from runs with just the settings of the row and the paper's number of
 images. Rows without a line of ours are other authors' methods. Paper values: `paper/*.yaml`. Commands behind the rows:
 `scripts/table*.sh`. The same tables as CSV and LaTeX: `tables/`. What was measured on the small models that are shipped
-here: `demo/`; with Block Caching at equal cost: `block_caching/`; over grids of settings: `sweeps/`, with their points
-in `runs/`; step times: `throughput/`.
+here: a folder for each study (`python -m lab.study NAME`), with its table, its charts and its records; what searches
+for plans found: `planning/`; step times: `throughput/`.
 """
 
 

@@ -1,12 +1,16 @@
-"""Plots and pictures of calls as SVG that stands in a page (eval/tables/page.py); colours are the page's."""
+"""Plots and pictures of calls as SVG: in a page (eval/tables/page.py), whose colours they have, or as a file."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 from eval.tables.calls import COMPUTED, FORECAST, Calls
+from run.files import write_atomically
 
+TEMPLATE = Path(__file__).with_name("page.html")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 340, 52, 14, 26, 44
 COLORS = 8
 SHAPES = ("M-5,0a5,5 0 1 0 10,0a5,5 0 1 0 -10,0z", "M-4.5,-4.5h9v9h-9z", "M0,-6l5.5,10h-11z", "M0,-6l6,6l-6,6l-6,-6z",
@@ -52,7 +56,6 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
             found = [value for value in found if low <= value <= high]
             if len(found) > 3:
                 return found
-        return found or [low, high]
     rough = (high - low) / 5 or 1.0
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * size for factor in (1, 2, 5, 10) if factor * size >= rough)
@@ -81,20 +84,28 @@ class Axis:
 
 
 def plot(shown: Plot) -> str:
-    """The picture, and its key as a list. Nothing of a plot without marks."""
-    marks = [mark for line in shown.lines for mark in line.marks]
-    if not marks:
+    """The picture for a page, and its key as a list. Nothing of a plot without marks."""
+    if not any(line.marks for line in shown.lines):
         return ""
+    return "".join([f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="group" '
+                    f'aria-label="{escape(shown.title)}">', *_inside(shown), "</svg>", _key(shown.lines)])
+
+
+def _axes_of(shown: Plot) -> tuple[Axis, Axis]:
+    marks = [mark for line in shown.lines for mark in line.marks]
     heights = [value for mark in marks for value in (mark.y, mark.low, mark.high) if value is not None]
-    x = Axis([mark.x for mark in marks], LEFT, WIDTH - RIGHT, shown.log)
-    y = Axis(heights, HEIGHT - BOTTOM, TOP)
-    parts = [f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="group" aria-label="{escape(shown.title)}">',
-             f'<text class="title" x="{LEFT}" y="14">{escape(shown.title)}</text>', *_axes(x, y, shown)]
+    return Axis([mark.x for mark in marks], LEFT, WIDTH - RIGHT, shown.log), Axis(heights, HEIGHT - BOTTOM, TOP)
+
+
+def _inside(shown: Plot) -> Iterator[str]:
+    """Title, axes and marks."""
+    x, y = _axes_of(shown)
+    yield f'<text class="title" x="{LEFT}" y="14">{escape(shown.title)}</text>'
+    yield from _axes(x, y, shown)
     at: dict[float, int] = {}           # marks of one cost stand side by side
     for number, line in enumerate(shown.lines):
         places = [_beside(x.at(mark.x), at) if line.dots else x.at(mark.x) for mark in line.marks]
-        parts += _line(line, number, places, y)
-    return "".join([*parts, "</svg>", _key(shown.lines)])
+        yield from _line(line, number, places, y)
 
 
 def _axes(x: Axis, y: Axis, shown: Plot) -> Iterator[str]:
@@ -134,6 +145,45 @@ def _key(lines: Sequence[Line]) -> str:
                     f'd="{SHAPES[number % len(SHAPES)]}"/></svg>{escape(line.name)}</li>'
                     for number, line in enumerate(lines) if line.marks)
     return f'<ul class="key">{names}</ul>'
+
+
+def sheet(plots: Sequence[Plot], path: Path) -> None:
+    """Write plots into an SVG file, two in a row, each line named at its end; it is read on light and dark ground."""
+    names = max(len(line.name) for shown in plots for line in shown.lines if line.marks)
+    width, columns = WIDTH + 6 * names + 24, min(2, len(plots))
+    rows = -(-len(plots) // columns)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {columns * width} {rows * HEIGHT}" '
+             f'width="{columns * width}" height="{rows * HEIGHT}">', f"<style>{_style()}</style>",
+             '<rect class="ground" width="100%" height="100%"/>']
+    for number, shown in enumerate(plots):
+        place = f"translate({number % columns * width},{number // columns * HEIGHT})"
+        parts.append(f'<g class="plot" transform="{place}">{"".join([*_inside(shown), *_names(shown)])}</g>')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = re.sub(r"<title>.*?</title>", "", "".join([*parts, "</svg>\n"]), flags=re.S)
+    write_atomically(path, lambda temporary: temporary.write_text(
+        re.sub(r' (?:data-note|aria-label|role)="[^"]*"', "", text), encoding="utf-8"))
+
+
+def _names(shown: Plot) -> Iterator[str]:
+    """The name of each line beside its last mark, or as near to it as the others let it."""
+    lines = [(number, line) for number, line in enumerate(shown.lines) if line.marks]
+    _, y = _axes_of(shown)
+    wanted = sorted((y.at(line.marks[-1].y), number, line.name) for number, line in lines)
+    room, height = 15, float(TOP)
+    for place, (end, number, name) in enumerate(wanted):
+        height = max(height, min(end, HEIGHT - BOTTOM - room * (len(wanted) - place - 1)))
+        yield (f'<path class="dot k{number % COLORS}" transform="translate({WIDTH},{height:.1f})" '
+               f'd="{SHAPES[number % len(SHAPES)]}"/><text x="{WIDTH + 10}" y="{height + 4:.1f}">{escape(name)}</text>')
+        height += room
+
+
+def _style() -> str:
+    """The looks of a plot in a file: those of a page, which follow what a reader prefers."""
+    page = TEMPLATE.read_text(encoding="utf-8")
+    colours = re.findall(r":root \{\s*(.*?)\s*\}", page, re.S)
+    rules = re.findall(r"^(?:\.plot (?:text|\.title|\.rule)|\.dot|\.link|\.bar|\.k\d)[ .].*\}$", page, re.M)
+    return (f":root{{{colours[0]}}}@media (prefers-color-scheme: dark){{:root{{{colours[1]}}}}}"
+            f".ground{{fill:var(--page)}}{''.join(rules)}").replace("\n", "")
 
 
 def calls(shown: Calls) -> str:

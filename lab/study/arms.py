@@ -1,13 +1,14 @@
-"""An arm of an experiment: one run on this machine, where it goes, what of it is there already and what is missing."""
+"""An arm: one run on this machine, where its images and records are, what of it is there and what is missing."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from eval.metrics.registry import EXTRACTORS
-from eval.metrics.small_sets import KernelDistance
-from eval.tables.current import CLIP, COMMANDS, INCEPTION, Wanted, inputs_of, trained_on
+import torch
+
+from eval.tables.current import CLIP, INCEPTION, Wanted, inputs_of
 from eval.tables.paper import Table
 from eval.tables.render import kind_of_result
 from eval.tables.rows import Row
@@ -16,63 +17,119 @@ from run.files import ROOT
 from run.folder import seeds_there
 from run.machine import Machine
 from run.results import Result
-from run.spec import Run
+from run.seeds import MOST, format_seeds
+from run.spec import DTYPES, Run
+from unet_caching.errors import UserError
+from unet_caching.options import option
 
 
 @dataclass(frozen=True)
-class Given:
-    """What a user says of all arms of an experiment. reference: MODEL=PATH, or PATH for every model.
+class Evaluators:
+    title: ClassVar[str] = "the evaluators (python -m scripts.doctor says where their files are looked for)"
+    inception: Path | None = option(None, "weights of Inception, for FID and its kin")
+    reference: tuple[str, ...] = option((), "statistics of the real images; one for each model of the table",
+                                        metavar="[MODEL=]PATH", action="append")
+    clip_weights: Path | None = option(None, "open_clip's ViT-g-14, laion2b_s34b_b88k")
 
-    images: of each arm; None for as many as the experiment has. pixels: options of the runs. machine: options of
-    run.machine.Machine.
-    """
-    images: int | None = None
-    samples: Path = Path("samples")
-    results: Path = Path("results")
-    inception: Path = INCEPTION
-    clip_weights: Path = CLIP
-    reference: tuple[str, ...] = ()
-    pixels: Mapping[str, Any] = field(default_factory=dict)
-    machine: Mapping[str, Any] = field(default_factory=dict)
+
+@dataclass(frozen=True)
+class PassedOn:
+    title: ClassVar[str] = "passed on to the sampler, which has their defaults"
+    checkpoint: Path | None = option(None, "weights, instead of the config's")
+    labels: str | None = option(None, "balanced, random or a list; LDM only")
+    released_noise: bool = option(False, "the same noise in every batch, as the released evaluation; Stable Diffusion "
+                                         "only")
+    batch_size: int | None = option(None, "images at a time", least=1)
+    device: str | None = option(None, "cpu, cuda, cuda:1")
+    dtype: str | None = option(None, "of the network", choices=tuple(DTYPES))
+    threads: int | None = option(None, "CPU threads", least=1)
+    compile: bool = option(False, "go through torch.compile")
+    cuda_graphs: bool = option(False, "record each kind of step once and replay it")
+
+
+@dataclass(frozen=True)
+class Given(PassedOn, Evaluators):
+    """What a user says of all arms. Raises UserError for values that no arm could use."""
+    title: ClassVar[str] = "the arms"
+    images: int | None = option(None, "per arm, from the first seed on; a later run with more keeps them (default: as "
+                                      "many as the paper, or the study)", least=1)
+    samples: Path = option(Path("samples"), "where the sample folders are (default: %(default)s)")
+    results: Path = option(Path("results"), "where the measured numbers are (default: %(default)s)")
+
+    def __post_init__(self) -> None:
+        arguments.check(self)
+        if self.images is not None and self.images > MOST:
+            raise UserError(f"--images must be at most {MOST:,}, got {self.images:,}")
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                raise UserError(f"--device {self.device} is no device: cpu, cuda, cuda:1") from None
+        named = (Path(text.rpartition("=")[2]) for text in self.reference)
+        for path in (self.inception, self.clip_weights, *named):
+            if path is not None and not path.exists():
+                raise UserError(f"no file {path}")
+
+    @property
+    def pixels(self) -> dict[str, Any]:
+        """Options of the runs."""
+        names = ("checkpoint", "labels", "dtype", "released_noise")
+        return {name: value for name in names if (value := getattr(self, name))}
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """Options of run.machine.Machine."""
+        return {name: value for name in arguments.names(Machine) if (value := getattr(self, name))}
+
+    def check_one_model(self, models: Collection[str]) -> None:
+        """Raises UserError for options that fit one model where there are several."""
+        for name, values in (("checkpoint", self.checkpoint),
+                             ("reference", [text for text in self.reference if "=" not in text])):
+            if values and len(models) > 1:
+                raise UserError(f"--{name} is for one model; here are {', '.join(sorted(models))}: "
+                                + ("name it in a config of its own" if name == "checkpoint"
+                                   else "say --reference MODEL=PATH"))
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One run on this machine, on the seeds from 0.
-
-    kind: of its result; one of COMMANDS, or else the experiment's: it is judged beside the uncached run then
-    (lab/study/runner.py). machine: options of run.machine.Machine. inputs: of the evaluator's command, by option.
-    complete: whether images are as many as the paper's. section: of a paper's table. style: of eval.tables.plots.
-    others: extractors beside EffLite0 (eval.metrics.registry), for what is judged beside the uncached run.
-    converged: the runs of many and of twice as many steps that it is compared with, too; none where there are none.
-    """
+    """One run on some seeds."""
     label: str
     run: Run
-    images: int
-    folder: Path
-    kind: str
-    result: Path
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Mapping[str, Path] = field(default_factory=dict)
-    complete: bool = True
-    section: str = ""
-    style: str = ""
-    others: tuple[str, ...] = ()
-    converged: tuple["Arm", ...] = ()
+    seeds: Sequence[int]
+    folder: Path                        # of its images
+    records: Path                       # of its records: the name of each goes on with that of the measure
+    evaluator: str = ""                 # the command of eval/ that judges it
+    machine: Mapping[str, Any] = field(default_factory=dict)        # options of run.machine.Machine
+    inputs: Mapping[str, Path] = field(default_factory=dict)        # of the evaluator, by option
+    complete: bool = True               # whether images are as many as the paper's
+    section: str = ""                   # of a paper's table
+    kind: str = ""                      # what makes it cheap: arms of one kind are a line in a chart
+    budget: int | None = None           # full network calls that it may cost
 
-    @property
+    @cached_property
     def name(self) -> str:
-        return self.folder.name
+        """That of its run, of its model."""
+        return f"{self.run.config.name}/{self.run.name}"
 
     @property
-    def seeds(self) -> str:
-        return f"0-{self.images - 1}"
+    def images(self) -> int:
+        return len(self.seeds)
+
+    def record(self, measure: str) -> Path:
+        """Where what a measure found is kept."""
+        return self.records.with_name(f"{self.records.name}_{measure}.json")
+
+    @property
+    def result(self) -> Path:
+        """Where its evaluator's result is kept."""
+        return self.record(self.evaluator)
 
     @property
     def npz(self) -> Path | None:
         """Its images in ADM's layout, where its evaluator reads that."""
-        packed = self.run.family.packed and self.kind == self.run.family.judge
-        return self.folder.with_name(f"{self.name}_{self.images}.npz") if packed else None
+        packed = self.run.family.packed and self.evaluator == self.run.family.judge
+        return self.folder.with_name(f"{self.folder.name}_{self.images}.npz") if packed else None
 
     @property
     def pixels(self) -> int:
@@ -86,26 +143,28 @@ class Arm:
 
     def command(self, seeds: str | None = None) -> list[str]:
         """The sample command, without "python"; with all seeds unless a part of them is named, without any if empty."""
-        chosen = self.seeds if seeds is None else seeds
+        chosen = format_seeds(self.seeds) if seeds is None else seeds
         return ["-m", self.run.family.command, *self.run.spec.words(), *(["--seeds", chosen] if chosen else []),
                 *arguments.words(self.machine), "--out", str(self.folder)]
 
     def npz_command(self) -> list[str]:
-        return ["-m", "run.npz", "--samples", str(self.folder), "--seeds", self.seeds, "--out", str(self.npz)]
+        return ["-m", "run.npz", "--samples", str(self.folder), "--seeds", format_seeds(self.seeds), "--out",
+                str(self.npz)]
 
     def judge_command(self) -> list[str]:
-        given = [word for option, path in self.inputs.items() for word in (option, str(path))]
+        read = [word for option, path in self.inputs.items() for word in (option, str(path))]
         expected = [] if self.complete else ["--allow-fewer"]
-        if self.kind != "clip_score":
-            expected = [] if self.kind == "quality" else ["--count", str(self.images)]
+        if self.evaluator != "clip_score":
+            expected = [] if self.evaluator == "quality" else ["--count", str(self.images)]
         device = self.machine.get("device")
-        return ["-m", f"eval.{self.kind}", "--samples", str(self.folder), *given, "--seeds", self.seeds, *expected,
-                *(["--device", device] if device else []), "--out", str(self.result)]
+        return ["-m", f"eval.{self.evaluator}", "--samples", str(self.folder), *read, "--seeds",
+                format_seeds(self.seeds), *expected, *(["--device", device] if device else []), "--out",
+                str(self.result)]
 
     @property
     def present(self) -> int:
         """How many of the images are in the folder, by their number alone."""
-        return sum(seed < self.images for seed in seeds_there(self.folder))
+        return len(set(seeds_there(self.folder)).intersection(self.seeds))
 
     @property
     def bytes_needed(self) -> int:
@@ -120,25 +179,18 @@ class Arm:
 
     @property
     def wanted(self) -> Wanted:
-        """What its number is to be of."""
-        trained = trained_on(self.run.config)
-        beside = {"--reference": Path(trained)} if self.kind not in COMMANDS and trained else {}
-        return Wanted(self.run, self.kind, self.images, {**self.inputs, **beside}, self.folder)
+        """What its evaluator's number is to be of."""
+        return Wanted(self.run, self.evaluator, self.images, self.inputs, self.folder)
 
     def why_not(self) -> str | None:
-        """Why it has no number that is current, in words; None where it has."""
+        """Why its evaluator has no number of it that is current, in words; None where it has."""
         if not self.result.is_file():
             return self.wanted.progress()
-        found = results.read(self.result)
-        lacking = [f"not judged by {name}" for name in self.others
-                   if KernelDistance.named(EXTRACTORS[name].name).name not in found.metrics]
-        if self.converged and Path(found.inputs.get("converged", "")).name != self.converged[0].name:
-            lacking.append(f"not compared with {self.converged[0].name}")
-        return self.wanted.fault(found) or next(iter(lacking), None)
+        return self.wanted.fault(results.read(self.result))
 
     def measured(self) -> Result | None:
-        """The result, where it is there and current."""
-        return results.read(self.result) if self.result.is_file() and self.why_not() is None else None
+        """Its evaluator's result, where it is there and current."""
+        return results.read(self.result) if self.why_not() is None else None
 
     def inputs_of_sampling(self) -> dict[str, Path]:
         """What the sampler reads: checkpoint and prompts."""
@@ -161,24 +213,29 @@ def _there(path: Path) -> bool:
 
 
 def of_row(row: Row, table: Table, given: Given | None = None) -> Arm:
-    """A row of a table. Raises UserError."""
-    section = table.sections[row.section]
-    return of_run(row.run, row.label, section.images or row.run.config.sampler.images,
-                  kind_of_result(row.run, section.columns()), given, row.section)
+    """A row of a paper's table: its records are results of their own. Raises UserError."""
+    given, section, run = given or Given(), table.sections[row.section], row.run
+    whole = section.images or run.config.sampler.images
+    images = images_of(run, whole, given)
+    kind = kind_of_result(run, section.columns())
+    return of_run(run, row.label, range(images), given, kind,
+                  given.results / "runs" / run.config.name / f"{run.name}_{images}", images >= whole, row.section)
 
 
-def of_run(run: Run, label: str, whole: int, kind: str, given: Given | None = None, section: str = "") -> Arm:
-    """A run in the folder that every table and sweep has for its settings. Raises UserError.
+def images_of(run: Run, whole: int, given: Given) -> int:
+    """How many images a run has where there are `whole` ones, unless the user says another number."""
+    prompts = getattr(run.spec.condition, "prompts", None)
+    return min(given.images or whole, whole) if prompts else given.images or whole
 
-    whole: images, unless the user says how many.
-    """
-    given = given or Given()
-    prompts: Path | None = getattr(run.spec.condition, "prompts", None)
-    images = min(given.images or whole, whole) if prompts else given.images or whole
+
+def of_run(run: Run, label: str, seeds: Sequence[int], given: Given, evaluator: str = "", records: Path | None = None,
+           complete: bool = True, section: str = "") -> Arm:
+    """A run in the folder that all tables and studies have for its settings; its records lie beside that."""
     folder = given.samples / run.config.name / run.name         # the user's options are in no name
-    result = given.results / "runs" / run.config.name / f"{folder.name}_{images}_{kind}.json"
-    inputs = inputs_of(run, kind, given.inception, given.clip_weights, given.reference)
+    records = records or folder.with_name(f"{run.name}_{format_seeds(seeds)[:60]}")
+    inputs = inputs_of(run, evaluator, given.inception or INCEPTION, given.clip_weights or CLIP,
+                       given.reference) if evaluator else dict[str, Path]()
     known = {name for part in run.spec.parts for name in arguments.names(part)}
     chosen = {name: value for name, value in given.pixels.items() if name in known}
-    return Arm(label, run.spec.having(**chosen).open(), images, folder, kind, result, given.machine, inputs,
-               images >= whole, section)
+    opened = run.spec.having(**chosen).open() if chosen else run
+    return Arm(label, opened, seeds, folder, records, evaluator, given.machine, inputs, complete, section)

@@ -2,7 +2,7 @@
 
     bash scripts/slurm/submit_table.sh table1_ldm_imagenet --images 1000 --dry-run
 
-The rows, their commands and what is there of them are those of the table scripts (lab/study/plan.py).
+The rows, their commands and what is there of them are those of the table scripts (lab/study/papers.py).
 What is queued already is told by the names of the jobs alone: there is no other record that could be wrong.
 """
 
@@ -18,8 +18,8 @@ from typing import ClassVar, NamedTuple
 
 from eval.cost.runs import macs_per_image
 from eval.tables.paper import Table, own_tables, tables
-from lab.study.arms import Arm
-from lab.study.plan import Plan, make_plan, user_parser
+from lab.study.arms import Arm, Given
+from lab.study.papers import Options, Plan, make_plan
 from run import arguments
 from run.claims import only_one
 from run.cli import command
@@ -250,16 +250,16 @@ def submit(graph: Graph) -> None:
 
 @command
 def main() -> None:
-    parser = user_parser("bash scripts/slurm/submit_table.sh")
-    parser.description = ("Submit a table as Slurm jobs: an array per row that samples, an evaluation per row, the "
-                          "table. A second run submits what is missing and not queued. scripts/slurm/README.md")
+    about = ("Submit a table as Slurm jobs: an array per row that samples, an evaluation per row, the table. A second "
+             "run submits what is missing and not queued. scripts/slurm/README.md")
+    parser = arguments.build_parser(about, Options, Given, Jobs, prog="bash scripts/slurm/submit_table.sh")
     parser.add_argument("table", help="a table script, like table1_ldm_imagenet; table_emoji is a trial")
-    arguments.add(parser, Jobs)
     args = parser.parse_args()
     jobs, table = arguments.chosen(Jobs, args), find_table(args.table)
     arguments.check(jobs)
     settings_of(jobs)
-    plan, script = make_plan(table, args), str(table.script)
+    plan = make_plan(table, arguments.chosen(Options, args), arguments.chosen(Given, args))
+    script = str(table.script)
     if not plan.arms:
         print(f"{script} only lists settings, there is nothing to run: bash scripts/{script}")
         return

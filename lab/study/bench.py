@@ -1,0 +1,248 @@
+"""A part of a study at work: its arms on this machine, sampled and measured where that has not been done."""
+
+import resource
+import shlex
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab.study.arms import Arm, Given, of_run
+from lab.study.commands import python
+from lab.study.ledger import Ledger
+from lab.study.measures import MEASURES, Setup, times
+from lab.study.study import (
+    Entry,
+    Part,
+    against,
+    entries,
+    files_of,
+    missing,
+    needed,
+    opened,
+    read_study,
+    with_common,
+)
+from run import results
+from run.files import ROOT
+from run.folder import RunFolder, missing_seeds
+from run.image_model import fill, open_model, summary
+from run.provenance import provenance
+from run.results import Result
+from run.seeds import parse_seeds
+from run.spec import Run
+from run.weights import sha256
+from unet_caching.errors import UserError
+from unet_caching.registry import METHODS
+
+MADE = "fitted file"            # the kind of the records of files that were made
+
+
+class Bench:
+    """The arms of a part. Raises UserError for arms that cannot be."""
+
+    def __init__(self, part: Part, path: Path, given: Given, ledger: Ledger):
+        self.part, self.path, self.given, self.ledger = part, path, given, ledger
+        self.seeds = parse_seeds(part.seeds)
+        if unknown := [kind for kind in part.measure if kind not in MEASURES]:
+            raise UserError(f"{path}: measure has no {unknown[0]!r}: choose from {', '.join(MEASURES)}")
+        self.evaluator = next((kind for kind in part.measure if kind in ("adm", "fid", "clip_score")), "")
+        whole = self._arm(against(part), "converged" if "near" in part.measure else "uncached")
+        self.also = [*self._beside()]
+        self.setup = Setup(part, whole, [self._arm(run, f"converged, {run.steps} steps") for run in self._many_steps()],
+                           given.samples / "converged")
+        self.open()
+
+    def open(self) -> None:
+        """Open the arms whose files are there."""
+        found, self.left_out = opened(self.part, self.path)
+        self.entries = [entry for entry, _ in found]
+        self.arms = [replace(self._arm(run, entry.called), kind=entry.kind, budget=entry.budget)
+                     for entry, run in found]
+        self.names = {arm.name for arm in self.arms}
+
+    def kept(self) -> Iterator[tuple[Entry, Arm, dict[str, Result]]]:
+        """Arms whose files are no longer here, with the records that were kept of them: as runs without those files."""
+        for entry in self.left_out:
+            known = self.ledger.made_of({name: str(file) for name, file in files_of(entry).items()})
+            there = {name: value for name, value in entry.options.items() if Path(str(value)) not in missing(entry)}
+            run = with_common(self.part, there).open()
+            if known and run.caching:
+                name = next(iter(known.values())).details["name"]
+                yield entry, replace(self._arm(run, entry.called or name.partition("/")[2]), kind=entry.kind,
+                                     budget=entry.budget), known
+
+    def _beside(self) -> Iterator["Bench"]:
+        """The arms of other studies that are shown, too; their times are of this study, where it has measured them.
+
+        Raises UserError for those that cannot be compared.
+        """
+        for name in self.part.also:
+            other = read_study(self.path.with_name(f"{name}.yaml") if self.path.is_absolute() else name)
+            part = other.parts[0]
+            differing = [key for key in ("model", "seeds", "against") if getattr(part, key) != getattr(self.part, key)]
+            if differing:
+                raise UserError(f"{self.path}: {name} cannot be shown beside it: it has another "
+                                f"{' and '.join(differing)}")
+            if "time" in self.part.measure:
+                part = replace(part, measure=[*part.measure, "time"])
+            ledger = Ledger(self.given.results / other.name / "records.jsonl", self.ledger)
+            yield Bench(part, other.path, self.given, ledger)
+
+    def _arm(self, run: Run, label: str) -> Arm:
+        return of_run(run, label or run.name, self.seeds, self.given, self.evaluator)
+
+    def _many_steps(self) -> Iterator[Run]:
+        """The runs that `converged` compares with."""
+        if "converged" not in self.part.measure:
+            return
+        own = dict.fromkeys(("sampler", "timesteps", "eta")) | self.part.converged
+        plain = replace(with_common(self.part, {}), caching=tuple(method() for method in METHODS))
+        for factor in (1, 2):
+            run = plain.having(**own | {"steps": factor * self.part.converged["steps"]}).open()
+            if run.sampler.eta:
+                raise UserError(f"{self.path}: converged has eta {run.sampler.eta}: what is random comes to no image")
+            yield run
+
+    @property
+    def all(self) -> list[Arm]:
+        """The arms, each run once, after those that they are compared with."""
+        looked_at = [self.setup.whole, *self.setup.converged] if self.looks_at_images or self.part.twice else []
+        return list({arm.name: arm for arm in (*looked_at, *self.arms)}.values())
+
+    @property
+    def looks_at_images(self) -> bool:
+        return any(MEASURES[kind].images for kind in self.part.measure)
+
+    def kinds(self, arm: Arm) -> list[str]:
+        """What is measured of an arm; of one that the others are compared with alone, the quality."""
+        own = [kind for kind in self.part.measure if MEASURES[kind].applies(arm, self.setup)]
+        if arm.name not in self.names:
+            own = [kind for kind in own if kind == "quality" and arm == self.setup.whole]
+        return [*own, *(["twice"] if self.part.twice and arm.name == self.setup.whole.name else [])]
+
+    def record(self, arm: Arm, kind: str) -> tuple[Result | None, str | None]:
+        """What a measure found of an arm; why there is nothing that is current, in words."""
+        found, why_not = self.ledger.record(arm, kind, MEASURES[kind].wanted(kind, arm, self.setup))
+        return (replace(found, details=found.details | {"name": arm.name}) if found else None), why_not
+
+    def records(self, arm: Arm) -> dict[str, Result]:
+        """All that is current of an arm, by measure."""
+        found = {kind: self.record(arm, kind)[0] for kind in self.kinds(arm)}
+        return {kind: result for kind, result in found.items() if result is not None}
+
+    def lacking(self, arm: Arm) -> list[str]:
+        """The measures of an arm that are still to be had on this machine, but for its time (`time`)."""
+        kinds = [kind for kind in self.kinds(arm)
+                 if kind != "time" and (kind != arm.evaluator or not arm.missing_for_judging())]
+        return [kind for kind in kinds if self.record(arm, kind)[0] is None]
+
+    def to_sample(self, arm: Arm) -> bool:
+        """Whether images of an arm are looked at that are not there."""
+        if any(arm.name == one.name for one in (self.setup.whole, *self.setup.converged)):
+            return any(MEASURES[kind].images for one in self.arms for kind in self.lacking(one)) and (
+                bool(missing_seeds(arm.folder, arm.seeds)))
+        return any(MEASURES[kind].images for kind in self.lacking(arm)) and bool(missing_seeds(arm.folder, arm.seeds))
+
+    def complete(self, arm: Arm) -> bool:
+        return not self.lacking(arm) and not self.to_sample(arm)
+
+    def run(self, arm: Arm) -> bool:
+        """Sample and measure what is not there yet; False where that must wait for images that others make.
+
+        Raises UserError for images in its folder that are of another run.
+        """
+        if self.to_sample(arm):
+            self.sample(arm)
+        for kind in self.lacking(arm):
+            beside = [self.setup.whole, *self.setup.converged] if MEASURES[kind].images else []
+            if any(missing_seeds(one.folder, arm.seeds) for one in (arm, *beside) if beside):
+                return False
+            if (result := MEASURES[kind].of(arm, self.setup)) and kind != arm.evaluator:
+                self.write(arm, result)
+                if why_not := self.record(arm, kind)[1]:
+                    raise UserError(f"{arm.folder}: {why_not}: say another folder (--samples)")
+        return True
+
+    def write(self, arm: Arm, result: Result) -> None:
+        """Keep what was measured of an arm, and what that is made of."""
+        entry = next((entry for entry, one in zip(self.entries, self.arms, strict=True) if one.name == arm.name), None)
+        made_of = {name: str(file) for name, file in files_of(entry).items()} if entry else {}
+        details = result.details | ({"made_of": made_of} if made_of else {})
+        results.write(arm.record(result.kind), replace(result, details=details))
+
+    def time(self, names: Collection[str]) -> None:
+        """Time the runs of these names that have not been, together: calls of one kind are timed once."""
+        if "time" in self.part.measure:
+            arms = {arm.name: arm for arm in self.arms if arm.name in names and "time" in self.kinds(arm)
+                    and self.record(arm, "time")[0] is None}
+            for arm, result in times([*arms.values()], self.setup):
+                self.write(arm, result)
+
+    def sample(self, arm: Arm) -> None:
+        """Make the images that are not there yet, in this process; and note how near their latents come, where that is
+        measured."""
+        if "near" not in self.part.measure or arm in self.setup.converged:
+            made = fill(open_model(arm.run, arm.on), arm.seeds, arm.folder, arm.on)
+            print(summary(arm.run, arm.folder, arm.images, made), flush=True)
+            return
+        distances, whole = self.setup.distances, arm.run.name == self.setup.whole.run.name
+        model = distances.on(arm.run)
+        folder = RunFolder(arm.folder, model.settings | {"cache": arm.run.caching.settings}, provenance(model.device),
+                           arm.run.spec.to_json())
+
+        def images(seeds: list[int], report: Any) -> np.ndarray:
+            if whole:
+                return model.decode(distances.converged(seeds).to(model.device))
+            latents = model.latents(seeds, model.policy(), report=report)
+            distances.note(arm.run, seeds, latents)
+            return model.decode(latents)
+
+        folder.fill(list(arm.seeds), distances.machine.batch_size, images)
+        model.write_listing(folder)
+
+    def made(self, file: Path) -> Path:
+        """Where it is noted how a file was made, while the study runs."""
+        return self.given.samples / "made" / f"{str(file).replace('/', '_')}.json"
+
+    def note(self, file: Path) -> Result | None:
+        """How a file was made; None where that is not known, as of one that was made anew elsewhere."""
+        path = self.made(file)
+        found = results.read(path) if path.is_file() else self.ledger.note(file, MADE)
+        changed = found and (ROOT / file).is_file() and found.hashes["file"] != sha256(ROOT / file)
+        return None if changed else found
+
+    def make(self) -> None:
+        """Make the files that are not there, and note how long each took. Raises UserError where that fails."""
+        asked = [other for entry in entries(self.part) for path in files_of(entry).values()
+                 if str(path) in self.part.made for other in needed(str(path), self.part.made)]
+        common = shlex.join(with_common(self.part, {}).words())
+        for name in dict.fromkeys(asked):
+            path = Path(name)
+            if (ROOT / path).is_file():
+                continue
+            (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+            line = ["-m", *shlex.split(self.part.made[name].replace("{common}", common)), "--out", name]
+            print(shlex.join(["python", *line]), flush=True)
+            started, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+            python(line, name)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu = sum(getattr(after, one) - getattr(before, one) for one in ("ru_utime", "ru_stime"))
+            results.write(self.made(path), Result(
+                MADE, self.setup.whole.run.config.name, hashes={"file": sha256(ROOT / path)},
+                provenance=provenance("cpu"), details={"file": name, "command": shlex.join(["python", *line]),
+                                                       "cpu_s": round(cpu, 2), "bytes": (ROOT / path).stat().st_size}
+                ).stamped(started))
+        self.open()
+
+    def cost_of_making(self, entry: Entry) -> float | None:
+        """CPU seconds that all files of an arm took, those that they are made of included; None where one's is not
+        known."""
+        if any(str(path) not in self.part.made for path in files_of(entry).values()):
+            return None
+        files = dict.fromkeys(other for own in files_of(entry).values() for other in needed(str(own), self.part.made))
+        notes = [self.note(Path(file)) for file in files]
+        return None if None in notes else sum(note.details["cpu_s"] for note in notes if note)

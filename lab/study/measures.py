@@ -1,0 +1,279 @@
+"""What is measured of an arm. Each measure writes one record for each arm; another is a function here and its word in
+MEASURES.
+
+    near        PSNR of the final latents to those of the run that all are compared with, by seed
+    quality     distances to real images on features of small networks, and how much larger they are than that run's
+    fidelity    PSNR, SSIM and feature distance to that run's images, by seed
+    converged   error of the images to a run of many steps, where twice as many change little
+    twice       how near the run that all are compared with comes to one of twice as many steps, on the first seeds
+    spent       what each seed cost, where each image decides what is computed
+    time        time of each kind of network call, and so of a run
+    adm, fid, clip_score        of published models: the papers' evaluators, by their commands
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval import fidelity as pairs
+from eval import quality as sets
+from eval.cost.runs import in_full_calls, macs_per_step
+from eval.cost.timing import Times, only_reuses, time_runs
+from eval.metrics.extract import pixels_sha256
+from eval.metrics.features import EffLite0, SmallExtractor
+from eval.metrics.images import ImageSet, open_images
+from eval.metrics.intervals import mean_estimate
+from eval.metrics.registry import EXTRACTORS
+from eval.metrics.results import of_samples
+from eval.metrics.small_sets import FrechetInBasis, KernelDistance
+from eval.tables.current import Wanted, trained_on
+from eval.throughput import random_inputs
+from lab.fit.adaptive import spent_on
+from lab.plans.distances import Distances
+from lab.study.arms import Arm
+from lab.study.commands import evaluate
+from lab.study.study import Part
+from run.families import build
+from run.provenance import provenance
+from run.results import Cost, Metric, Result
+from run.seeds import format_seeds
+from run.spec import Run
+from unet_caching.errors import as_user_error
+from unet_caching.methods.adaptive import AdaptiveMethod
+from unet_caching.speed.accelerate import accelerated, place
+
+PSNR = "PSNR to converged"         # of latents; that of images is the metric PSNR
+FEWEST = 80             # images, for a Frechet distance in 64 dimensions; the kernel distance is unbiased with fewer
+
+
+def minus_uncached(name: str) -> str:
+    """What the difference of a metric to that of the run without caching is called."""
+    return f"{name} minus uncached"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the arms of a part are measured with."""
+    part: Part
+    whole: Arm                          # the run without caching that all others are compared with
+    converged: Sequence[Arm]            # of many steps, and of twice as many; none where `converged` is not measured
+    work: Path                          # the folder of converged latents
+
+    @cached_property
+    def distances(self) -> Distances:
+        """The converged latents, and the model with its weights. Raises UserError."""
+        return Distances(self.whole.run.spec, self.whole.on, self.work)
+
+    @property
+    def device(self) -> str:
+        return self.whole.on.device
+
+    @property
+    def real(self) -> str | None:
+        """The real images of `quality`, as eval.quality calls them."""
+        return self.part.real or trained_on(self.whole.run.config)
+
+    @property
+    def extractors(self) -> list[SmallExtractor]:
+        """The networks of `quality`. Raises UserError where the file of one is missing."""
+        return [_extractor(name, self.device) for name in dict.fromkeys(("efflite0", *self.part.extractors))]
+
+    def images(self, arm: Arm) -> ImageSet:
+        return open_images(arm.folder, arm.seeds)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """of: what is found of an arm, None where it cannot be had on this machine. images: whether it looks at those.
+    inputs: what it reads beside them. metrics: that its record must have."""
+    of: Callable[[Arm, Setup], Result | None]
+    images: bool = True
+    applies: Callable[[Arm, Setup], bool] = lambda arm, setup: True
+    inputs: Callable[[Setup], Mapping[str, Path]] = lambda setup: {}
+    metrics: Callable[[Setup], Sequence[str]] = lambda setup: ()
+
+    def wanted(self, kind: str, arm: Arm, setup: Setup) -> Wanted:
+        """What its record of an arm is to be of."""
+        if kind == arm.evaluator:
+            return arm.wanted
+        if kind == "time":              # the same for all images
+            return Wanted(arm.run, kind, None)
+        if kind == "twice":
+            seeds = format_seeds(list(arm.seeds)[:setup.part.twice])
+            return Wanted(arm.run, kind, None, seeds=seeds, against=with_steps(arm.run, 2))
+        compared = setup.converged[0] if kind == "converged" else setup.whole
+        return Wanted(arm.run, kind, None, self.inputs(setup), arm.folder if self.images else None,
+                      seeds=format_seeds(arm.seeds), against=compared.run, metrics=self.metrics(setup))
+
+
+@cache
+def _extractor(name: str, device: str) -> SmallExtractor:
+    return EXTRACTORS[name](device)
+
+
+@cache
+def _real(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet | None]:
+    return sets.open_reference(text, size)
+
+
+def near(arm: Arm, setup: Setup) -> Result:
+    """How near each seed comes."""
+    started, distances, seeds = time.time(), setup.distances, list(arm.seeds)
+    distances.check(arm.run)
+    psnr = distances.of(arm.run, seeds, title=arm.label)
+    settings = distances.on(arm.run).settings | {"cache": arm.run.caching.settings}
+    details = {"psnr": [round(float(value), 4) for value in psnr]}
+    return _of_run("near", arm, setup, settings, {PSNR: Metric.of(mean_estimate(psnr))}, details, started)
+
+
+def twice(arm: Arm, setup: Setup) -> Result:
+    """How near the run that all are compared with comes to one of twice as many steps, on the first seeds."""
+    started, distances, seeds = time.time(), setup.distances, list(arm.seeds)[:setup.part.twice]
+    psnr = distances.of(with_steps(arm.run, 2), seeds, title="twice the steps")
+    found = _of_run("twice", arm, setup, distances.model.settings | {"cache": arm.run.caching.settings},
+                    {PSNR: Metric.of(mean_estimate(psnr))}, {}, started)
+    about = {"seeds": format_seeds(seeds), "against": with_steps(arm.run, 2).brief}
+    return replace(found, images=len(seeds), details=found.details | about)
+
+
+def with_steps(run: Run, times: int) -> Run:
+    """A run of so many times as many steps."""
+    return run.spec.having(steps=times * run.steps).open()
+
+
+def spent(arm: Arm, setup: Setup) -> Result:
+    """What each seed cost, in full network calls."""
+    started, model = time.time(), setup.distances.on(arm.run)
+    adaptive = arm.run.caching.of(AdaptiveMethod)
+    assert adaptive is not None         # or it does not apply
+    calls = spent_on(model, adaptive.rule, list(arm.seeds), setup.whole.on.batch_size)
+    settings = model.settings | {"cache": arm.run.caching.settings}
+    return _of_run("spent", arm, setup, settings, {"full calls": Metric.of(mean_estimate(calls))},
+                   {"calls": calls.round(4).tolist()}, started)
+
+
+def _of_run(kind: str, arm: Arm, setup: Setup, settings: dict[str, Any], metrics: dict[str, Metric],
+            details: dict[str, Any], started: float) -> Result:
+    about = {"name": arm.name, "seeds": format_seeds(arm.seeds), "against": setup.whole.run.brief,
+             "full_calls": in_full_calls(arm.run)}
+    return Result(kind, arm.run.config.name, settings, arm.images, metrics,
+                  hashes={"checkpoint": settings["checkpoint_sha256"]}, macs=Cost(*macs_per_step(arm.run)),
+                  provenance=provenance(setup.device), details=about | details).stamped(started)
+
+
+def quality(arm: Arm, setup: Setup) -> Result:
+    """Distances to real images by all extractors, and by how much they are above those of the run without caching; of
+    that one also what real images score."""
+    started, samples, base = time.time(), setup.images(arm), setup.images(setup.whole)
+    real, held_out = _real(str(setup.real), samples.size)
+    first, metrics, hashes, details = arm.run.name == setup.whole.run.name, dict[str, Metric](), dict[str, str](), {}
+    warnings.filterwarnings("ignore", r"\d+ images for \d+ dimensions")     # of FD, which is left out with few images
+    for extractor in setup.extractors:
+        main = extractor.name == "EffLite0"
+        found = sets.quality(samples, real, extractor, held_out if main else None, with_floors=first and main)
+        own = sets.metrics(found)
+        if not first:
+            more = sets.difference(samples, base, real, extractor)
+            own |= {minus_uncached(name): metric for name, metric in sets.metrics(more).items()}
+            hashes |= {"against": more["against"]["sha256"]}
+        few = FrechetInBasis.named(extractor.name).name if len(samples) < FEWEST else ""
+        metrics |= {name: metric for name, metric in own.items() if not few or not name.startswith(few)}
+        hashes |= sets.hashes(found) if main else {f"extractor {extractor.name}": extractor.id}
+        if main:
+            details = {"nearest_reference": found["nearest_reference"], "real_images": len(real)}
+            details |= {"floors": found["floors"]} if first else {}
+    return _of_images("quality", arm, setup, samples, metrics, started,
+                      {"reference": str(setup.real), "against": str(setup.whole.folder)}, hashes, details)
+
+
+def fidelity(arm: Arm, setup: Setup) -> Result:
+    """How near the images of each seed come to those of the run without caching."""
+    started, samples = time.time(), setup.images(arm)
+    found = pairs.fidelity(samples, setup.images(setup.whole), EffLite0(setup.device))
+    details = {"psnr": [round(value, 4) if value is not None else None for value in found["per_image"]["psnr"]],
+               "unrelated": found["psnr"]["unrelated"]}
+    return _of_images("fidelity", arm, setup, samples, pairs.metrics(found), started,
+                      {"against": str(setup.whole.folder)}, {"images": found["images_sha256"]["samples"],
+                                                             "against": found["images_sha256"]["against"]}, details)
+
+
+def converged(arm: Arm, setup: Setup) -> Result:
+    """The error to a run of many steps; no metric where twice as many change it by more than 5 %."""
+    started, samples = time.time(), setup.images(arm)
+    others = [setup.images(one) for one in setup.converged]
+    found = pairs.to_converged(samples, others[0], others[1])
+    names = ("against", "twice")
+    return _of_images("converged", arm, setup, samples, pairs.converged_metrics(found), started,
+                      {name: str(one.folder) for name, one in zip(names, setup.converged, strict=True)},
+                      {"images": pixels_sha256(samples), **{
+                          name: pixels_sha256(images) for name, images in zip(names, others, strict=True)}},
+                      {"convergence": {key: value for key, value in found.items() if key != "per_image"}},
+                      against=setup.converged[0])
+
+
+def _of_images(kind: str, arm: Arm, setup: Setup, samples: ImageSet, metrics: dict[str, Metric], started: float,
+               inputs: dict[str, str], hashes: dict[str, str], details: dict[str, Any], against: Arm | None = None
+               ) -> Result:
+    about = {"name": arm.name, "against": (against or setup.whole).run.brief}
+    return of_samples(kind, samples, metrics, setup.device, started=started, inputs=inputs, hashes=hashes,
+                      macs=Cost(*macs_per_step(arm.run)), details=about | details)
+
+
+def times(arms: Sequence[Arm], setup: Setup) -> Iterator[tuple[Arm, Result]]:
+    """The times of the runs of some arms: of each kind of their calls once, in turns with a full call."""
+    alone = [arm for arm in arms if not only_reuses(arm.run)]
+    groups = [[arm for arm in arms if arm not in alone], *([arm] for arm in alone)]
+    options = {"batch_size": 1, "repeats": 20, "warmup": 2} | setup.part.time
+    machine = replace(setup.whole.on, batch_size=options["batch_size"])
+    for group in filter(None, groups):
+        run, device, where = group[0].run, machine.prepare(), provenance(machine.device)
+        torch.manual_seed(0)
+        network = accelerated(place(build(run.config, "cpu"), device, run.dtype), machine.compile, machine.cuda_graphs,
+                              len({kind for arm in group for kind in arm.run.reused}))
+        inputs = random_inputs(run.config, machine.batch_size * run.rows_per_image, device, run.dtype)
+        with as_user_error():
+            found = time_runs([arm.run for arm in group], network.network, inputs, options["repeats"],
+                              options["warmup"])
+        known = Times(found, run.caching.settings if group[0] in alone else None)
+        for arm in group:
+            took = known.of_run(arm.run)
+            assert took is not None         # all of its kinds were timed
+            yield arm, Result("time", run.config.name, arm.run.settings,
+                              throughput={"run": {"calls": arm.run.calls, **took._asdict()}, "with": {
+                                  **options, "full": found["full"]["median"], **network.in_use}},
+                              provenance=where, details={"name": arm.name}).stamped(None)
+
+
+def by_command(arm: Arm, setup: Setup) -> Result | None:
+    """What the papers' evaluator finds."""
+    evaluate(arm)
+    return arm.measured()
+
+
+def timed(arm: Arm, setup: Setup) -> Result:
+    """The time of one run; of several it is quicker to have `times` of them."""
+    return next(found for _, found in times([arm], setup))
+
+
+def _small(setup: Setup) -> list[str]:
+    """The distances of `quality` that are measured of any number of images."""
+    names = dict.fromkeys(("efflite0", *setup.part.extractors))
+    return [KernelDistance.named(EXTRACTORS[name].name).name for name in names]
+
+
+MEASURES: dict[str, Measure] = {
+    "near": Measure(near, images=False),
+    "quality": Measure(quality, inputs=lambda setup: {"--reference": Path(str(setup.real))}, metrics=_small),
+    "fidelity": Measure(fidelity, applies=lambda arm, setup: arm.run.name != setup.whole.run.name),
+    "converged": Measure(converged),
+    "twice": Measure(twice, images=False, applies=lambda arm, setup: arm.name == setup.whole.name),
+    "spent": Measure(spent, images=False, applies=lambda arm, setup: arm.run.caching.of(AdaptiveMethod) is not None),
+    "time": Measure(timed, images=False, applies=lambda arm, setup: bool(arm.run.caching)),
+    **dict.fromkeys(("adm", "fid", "clip_score"), Measure(by_command)),
+}

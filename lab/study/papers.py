@@ -1,0 +1,182 @@
+"""The rows of one table of a paper: plan them, sample them, judge them, print them. The table scripts call it.
+
+    python -m lab.study.papers table1 [options]
+
+Equal settings get the same sample folder, whatever table asks for them, so nothing is sampled twice.
+"""
+
+import shlex
+import shutil
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from eval.cost.macs import giga
+from eval.cost.runs import macs_per_image, macs_per_step
+from eval.tables.current import Wanted
+from eval.tables.paper import Section, Table, find
+from eval.tables.render import Asked, shown, wanted
+from eval.tables.rows import Row, Runs, of_table
+from eval.tables.text import align
+from lab.study.arms import Arm, Given, of_row
+from lab.study.commands import by_commands
+from run import arguments, results
+from run.cli import command
+from run.families import family_named_by, load_config
+from run.files import write_atomically
+from unet_caching.errors import UserError
+from unet_caching.options import option
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def describe(arms: Sequence[Arm], macs_steps: int | None) -> str:
+    """The plan: per row its steps, exact MACs, what is there, what is left and the disk it takes; then the commands.
+
+    macs_steps: what the paper divides MACs by, where it is not the row's own steps.
+    """
+    lines = [["row", "full / calls", "MACs/step G", "MACs/image T", "images there", "calls left", "PNG up to", "npz"]]
+    for arm in arms:
+        run, there = arm.run, arm.present
+        lines.append([title_of(arm), f"{run.full_calls} / {run.calls}",
+                      f"{giga(macs_per_step(run, macs_steps).hook):.4f}",
+                      f"{macs_per_image(run).hook / 1e12:.4f}", f"{there:,} of {arm.images:,}",
+                      f"{(arm.images - there) * run.calls:,}", gigabytes(arm.pixels * arm.images),
+                      gigabytes(arm.pixels * arm.images) if arm.npz else "-"])
+    text = [align(lines), "",
+            "Calls are of the U-Net, per image; PLMS makes one more than it has steps. With guidance each runs two",
+            "rows of a batch: MACs/image counts both and all calls, MACs/step one row and the steps, as the papers do.",
+            "PNG: the size of the pixels; photographs take two thirds of it or so.", ""]
+    for arm in arms:
+        text += [f"# {arm.label}", shlex.join(["python", *arm.command()])]
+        text += [shlex.join(["python", *arm.npz_command()])] if arm.npz else []
+        text += [shlex.join(["python", *arm.judge_command()])]
+    return "\n".join(text)
+
+
+def disk(arms: Sequence[Arm], samples: Path) -> str:
+    """What is needed, and whether it is there."""
+    existing = next(path for path in [samples.absolute(), *samples.absolute().parents] if path.exists())
+    free, size = shutil.disk_usage(existing).free, sum(arm.bytes_needed for arm in arms)
+    return (f"disk: up to {gigabytes(size)} for what is not there yet, {gigabytes(free)} free"
+            + ("; it may not be enough" if size > free else ""))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a table script is asked for."""
+    title: ClassVar[str] = "the table"
+    dry_run: bool = option(False, "print the plan and what is missing; do nothing")
+    trials: bool = option(False, "show numbers of fewer images in the table, labelled")
+    only: tuple[str, ...] = option((), "this row, as the plan prints it, or by its sample folder; a section, like "
+                                       "cifar10, is all of its rows; repeatable", action="append", metavar="ROW")
+    config: tuple[Path, ...] = option((), "one of the table's own models: its rows alone; another model: in the place "
+                                          "of those of its package, to try the script out; repeatable", action="append")
+    write_table: Path | None = option(None, "write the table, with the results that are there, and do nothing else",
+                                      metavar="FILE")
+
+
+ABOUT = ("Sample the rows of one table of the paper, and judge them where the evaluator's files are given or in their "
+         "places. A second run goes on where the first one stopped. Paths are relative to the repository.")
+
+
+def chosen(arms: list[Arm], only: Sequence[str]) -> list[Arm]:
+    """The arms that --only names. Raises UserError for a name of none."""
+    unknown = set(only) - {key for arm in arms for key in names_of(arm)}
+    if unknown:
+        raise UserError(f"--only {unknown.pop()!r} is no row of this table: "
+                        f"{'; '.join(f'{title_of(arm)} ({arm.name})' for arm in arms)}")
+    return [arm for arm in arms if not only or names_of(arm) & set(only)]
+
+
+def title_of(arm: Arm) -> str:
+    """A row as the plan prints it: 'cifar10: N=2'."""
+    return f"{arm.section}: {arm.label}" if arm.section else arm.label
+
+
+def names_of(arm: Arm) -> set[str]:
+    """What --only may call a row: its section, itself in it, its label in every section, or its folder."""
+    return {title_of(arm), arm.label, arm.name, arm.folder.name, *([arm.section] if arm.section else [])}
+
+
+class Plan(NamedTuple):
+    """What a table script asks for, with the user's options. arms: none for a table that only lists settings.
+
+    others: models that stand in the places of the table's.
+    """
+    table: Table
+    runs: Runs
+    arms: list[Arm]
+    others: Collection[str] = ()
+
+    def shown(self, folder: Path, trials: bool = False) -> str:
+        """The table, with the results in a folder, of what the user asked for."""
+        found = list(results.read_all(folder)) if folder.is_dir() else []
+        arms = {(arm.section, arm.label): arm for arm in self.arms}
+
+        def asked(row: Row, section: Section, kind: str) -> Wanted:
+            arm = arms.get((row.section, row.label))
+            if arm is None or arm.evaluator != kind:
+                return wanted(row, section, kind)
+            return replace(arm.wanted, images=section.images or arm.images, published=bool(self.table.paper))
+
+        text = shown(self.table, found, runs=self.runs, asked=Asked(asked, trials))
+        if not self.others:
+            return text
+        return f"{text}\n\n{', '.join(sorted(self.others))} in the place of the table's models: no reproduction"
+
+
+def make_plan(table: Table, options: Options, given: Given) -> Plan:
+    """A table's runs by the user's options. Raises UserError."""
+    own = {row.run.config.name for row in of_table(table).rows}
+    named = {path: load_config(path).name for path in options.config}
+    runs = of_table(table, {family_named_by(path).name: path for path, name in named.items() if name not in own})
+    alone = own & set(named.values())
+    if not table.paper and given.images:        # no paper says how many images its rows are judged on
+        table = table._replace(sections={name: section._replace(images=given.images)
+                                         for name, section in table.sections.items()})
+    if table.schedules:
+        return Plan(table, runs, [])
+    arms = [of_row(row, table, given) for row in runs.rows if not alone or row.run.config.name in alone]
+    arms = chosen(arms, options.only)
+    given.check_one_model({arm.run.config.name for arm in arms})
+    return Plan(table, runs, arms, {arm.run.config.name for arm in arms} - own)
+
+
+@command
+def main() -> None:
+    table = find(sys.argv[1]) if len(sys.argv) > 1 else None
+    if table is None or table.script is None:
+        raise UserError("python -m lab.study.papers TABLE [options]: name a table that can be run, like table1")
+    options, given = arguments.parse(ABOUT, Options, Given, words=sys.argv[2:], prog=f"bash scripts/{table.script}")
+    plan = make_plan(table, options, given)
+    if options.write_table or plan.table.schedules:
+        text = plan.shown(given.results, options.trials)
+        print(text)
+        if options.write_table:
+            options.write_table.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(options.write_table, lambda path: path.write_text(f"{text}\n"))
+        return
+    arms = plan.arms
+    print(f"{describe(arms, plan.table.macs_steps)}\n\n{disk(arms, given.samples)}")
+    lacking = list(dict.fromkeys(thing for arm in arms for thing in arm.missing_for_sampling()))
+    unjudged = list(dict.fromkeys(thing for arm in arms for thing in arm.missing_for_judging()))
+    for thing in lacking:
+        print(f"missing: {thing}")
+    for thing in unjudged:
+        print(f"not judged without: {thing}")
+    if not options.dry_run:
+        if lacking:
+            raise UserError(f"missing: {'; '.join(lacking)}")
+        print(flush=True)
+        by_commands(arms)
+    print(f"\n{plan.shown(given.results, options.trials)}\n\nA dash: not printed in the paper, or not measured here "
+          f"(results in {given.results}/).")
+
+
+if __name__ == "__main__":
+    main()

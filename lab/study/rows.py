@@ -1,0 +1,193 @@
+"""The arms of a study that are measured, and what they are compared with in its tables and charts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.cost.runs import in_full_calls, macs_per_image
+from eval.metrics.intervals import mean_estimate
+from eval.tables.current import trained_on
+from eval.tables.rows import printed_values
+from lab.study.arms import Arm
+from lab.study.bench import Bench
+from run import arguments
+from run.results import Metric, Result
+from run.spec import Run
+from unet_caching.methods.adaptive import AdaptiveMethod
+from unet_caching.methods.plan import PlanMethod
+from unet_caching.samplers.ddim import is_listed
+
+Cost = Callable[["Row"], float | None]
+PLAIN = "fewer steps"
+EQUAL = 0.98                # what costs so much of a run's cost or more is no cheaper than it
+EXACT = 100.0               # dB, of an image that is the very same
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm with what is known of it."""
+    arm: Arm
+    records: Mapping[str, Result]       # by measure
+    timed: bool = False                 # whether the study measures time
+    made: float | None = 0.0            # CPU seconds that its files took; None where that is not known
+    printed: Sequence[tuple] = field(default_factory=tuple)     # what the papers print for it: (table, label, numbers)
+    kept_as: str = ""                   # the name of its run, where a file of that is no longer here
+
+    @property
+    def run(self) -> Run:
+        return self.arm.run
+
+    @property
+    def name(self) -> str:
+        """That of its run."""
+        return self.kept_as or self.run.name
+
+    @cached_property
+    def kind(self) -> str:
+        """What makes it cheap."""
+        return self.arm.kind or kind_of(self.run)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a run without caching."""
+        return not self.run.caching
+
+    @cached_property
+    def cost(self) -> float:
+        """Of an image, in full network calls by multiply-accumulates."""
+        spent = self.metric("full calls")
+        return spent.value if spent else cost_of(self.run)
+
+    @cached_property
+    def macs(self) -> float:
+        """Of an image, both rows of guidance."""
+        return macs_per_image(self.run).hook
+
+    @property
+    def time(self) -> float | None:
+        """Network time of an image in full calls; None where it was not measured."""
+        if not self.timed or self.plain:
+            return float(self.run.calls) if self.timed else None
+        return self.records["time"].times["run"]["full_calls"] if "time" in self.records else None
+
+    def metric(self, name: str) -> Metric | None:
+        return next((one.metrics[name] for one in self.records.values() if name in one.metrics), None)
+
+    @cached_property
+    def psnr(self) -> np.ndarray | None:
+        """To the run that all are compared with, of each seed, dB: of latents where those were looked at."""
+        found = self.records.get("near") or self.records.get("fidelity")
+        if found is None:
+            return None
+        return np.array([EXACT if value is None else value for value in found.details["psnr"]])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of its sampler and its caching that are said, by name."""
+        own = {name for part in (self.run.spec.sampler, *self.run.spec.caching) for name in arguments.names(part)}
+        return {name: value.stem if isinstance(value, Path) else value
+                for name, value in self.run.spec.options.items() if name in own}
+
+
+def cost_of(run: Run) -> float:
+    """Of an image, in full network calls; where each image decides, its mean on held-out seeds."""
+    adaptive = run.caching.of(AdaptiveMethod)
+    found = adaptive.rule.notes.get("spent") if adaptive else None
+    return found["mean"] if found else in_full_calls(run)
+
+
+def kind_of(run: Run) -> str:
+    """The name of what a run does to be cheaper."""
+    if not run.caching:
+        return f"{PLAIN}, {'fitted, ' if is_listed(run.sampler.timesteps) else ''}{run.sampler.name}"
+    if own := [method.system for method in run.caching.methods if method.system]:
+        return ", ".join(own)
+    cache = run.caching.settings
+    if "plan" in cache:
+        plan = run.caching.of(PlanMethod)
+        return "plan of another model" if plan is not None and "found_on" in plan.plan.notes else "plan"
+    blocks, forecast = cache.get("block_caching"), cache.get("forecast")
+    parts = [] if blocks is None else ["blocks, scale-shift" if blocks["scale_shift_sha256"] else "blocks"]
+    parts += [cache["schedule"]] if cache.get("schedule", "uniform") != "uniform" else []
+    if forecast is None:
+        return ", ".join([*parts, "reuse"])
+    how = [] if forecast["damping"] == 1 else ["damped"]
+    return ", ".join([*parts, f"forecast, order {forecast['order']}", *how])
+
+
+def rows_of(bench: Bench) -> list[Row]:
+    """The arms of a part of which something is measured."""
+    model, timed = bench.setup.whole.run.config, "time" in bench.part.measure
+    printed = {} if trained_on(model) else printed_values(model.name)
+    found = []
+    for entry, arm in zip(bench.entries, bench.arms, strict=True):
+        records = bench.records(arm)
+        if records or not bench.kinds(arm):
+            found.append(Row(arm, records, timed, bench.cost_of_making(entry), printed.get(arm.run.name, ())))
+    for entry, arm, records in bench.kept():
+        name = next(iter(records.values())).details["name"].partition("/")[2]
+        found.append(Row(arm, records, timed, bench.cost_of_making(entry), kept_as=name))
+    names = {row.name for row in found}
+    return [*found, *(replace(row, timed=timed) for other in bench.also for row in rows_of(other)
+                      if row.name not in names)]
+
+
+def front(points: Sequence[Sequence[float]], higher: bool) -> list[int]:
+    """Which of (cost, quality) no other one beats: at most its cost and at least its quality, one of them better."""
+    def beaten(i: int) -> bool:
+        cost, value = points[i][0], points[i][1] * (1 if higher else -1)
+        return any(c <= cost and v * (1 if higher else -1) >= value and (c, v) != tuple(points[i]) for c, v in points)
+    return [i for i in range(len(points)) if not beaten(i)]
+
+
+def mean_of(values: np.ndarray) -> Metric:
+    return Metric.of(mean_estimate(values))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a part."""
+    rows: Sequence[Row]
+    whole: Row                  # the run without caching that all are compared with
+    chosen_on: int = 0          # so many seeds choose settings, and the others tell what they do; 0: all do both
+
+    @property
+    def choose(self) -> slice:
+        return slice(self.chosen_on or None)
+
+    @property
+    def report(self) -> slice:
+        return slice(self.chosen_on, None)
+
+    def near(self, row: Row) -> Metric | None:
+        """How near a row comes on the seeds that report: the mean PSNR of those."""
+        return None if row.psnr is None else mean_of(row.psnr[self.report])
+
+    def rival(self, row: Row, cost: Cost = lambda one: one.cost, among: Callable[[Row], bool] = lambda one: True
+              ) -> Row | None:
+        """The run without caching that comes nearest at equal cost, on the seeds that choose.
+
+        Those of its budget, where it has one. Else those that cost no more than the cheapest one which costs as much
+        as the row; None where none does.
+        """
+        plain = [one for one in self.rows if one.plain and one.psnr is not None and among(one)]
+        if row.arm.budget is not None:
+            near = [one for one in plain if one.arm.budget == row.arm.budget]
+        else:
+            known, wanted = [(value, one) for one in plain if (value := cost(one)) is not None], cost(row)
+            dear = [value for value, _ in known if wanted is not None and value >= EQUAL * wanted]
+            near = [one for value, one in known if dear and value <= min(dear)]
+        return max(near, key=lambda one: one.psnr[self.choose].mean(), default=None)    # type: ignore[index]
+
+    def nearer(self, row: Row, other: Row | None) -> Metric | None:
+        """How much nearer a row comes than another, dB, paired by seed, on the seeds that report."""
+        if other is None or other is row or row.psnr is None or other.psnr is None:
+            return None
+        return mean_of(row.psnr[self.report] - other.psnr[self.report])
+
+    def only(self, rows: Sequence[Row]) -> "Rows":
+        return Rows(rows, self.whole, self.chosen_on)

@@ -1,0 +1,40 @@
+"""How a study is shown: the columns of its tables, and its charts. A study says one of SHOWS, and what it has instead.
+
+    show: budgets
+    show: {like: grid, maps: [[interval, branch]]}
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Show:
+    columns: list[str]                  # words of COLUMNS in lab/study/columns.py, or names of metrics
+    by: str = ""                        # budget: a table for each
+    order: str = ""                     # near: the nearest first; cost: the dearest; else as the study has them
+    more: list[str] = field(default_factory=list)       # further tables, words of MORE in lab/study/columns.py
+    charts: list[list[str]] = field(default_factory=list)       # a measure and a cost each (lab/study/charts.py)
+    front: bool = False                 # charts leave out settings that another one of their kind beats
+    lines: bool = True                  # marks of one kind are joined
+    maps: list[list[str]] = field(default_factory=list)         # two options each: their values down and across
+    samples: int = 0                    # images of each arm in a sheet
+    differences: bool = False           # the sheet also has what changed of each image
+
+
+_QUALITY = [["FD-EffLite0", "macs"], ["FD-IncMixed5", "macs"], ["PSNR", "macs"]]
+SHOWS = {
+    "arms": Show(["arm", "cost", "speed-up by MACs", "measured", "near", "gain", "shifts"], more=["sentences"],
+                 charts=[["near", "cost"]], samples=12, differences=True),
+    "budgets": Show(["kind", "run", "cost", "time", "near", "gain", "FD-EffLite0", "KID-EffLite0", "made"], by="budget",
+                    order="near", charts=[["near", "cost"]]),
+    "fronts": Show(["run", "cost", "time", "near", "gain of its sampler", "gain", "gain at equal time"], order="cost",
+                   more=["judged", "orders"], front=True, charts=[["near", "cost"], ["near", "time"], [
+                       "FD-EffLite0 minus uncached", "cost"], ["KID-EffLite0 minus uncached", "cost"]]),
+    "grid": Show(["point", "full / calls", "speed-up by MACs", "measured", "scores", "shifts", "front"], lines=False,
+                 charts=[[name, cost] for name in ("KID-EffLite0", "KID-IncMixed5", "PSNR", "FID", "CLIP score")
+                         for cost in ("macs", "share of time")], samples=12, differences=True),
+    "quality": Show(["arm", "full / all steps", "macs", "speed-up by MACs", "measured", "distances", "PSNR", "SSIM",
+                     "1 - cos, EffLite0"], more=["controls", "floors", "copies"], charts=_QUALITY, samples=16),
+    "blocks": Show(["arm", "macs", "of uncached", "distances", "PSNR", "SSIM"], more=["fitted"], charts=_QUALITY,
+                   samples=16),
+}
