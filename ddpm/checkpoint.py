@@ -141,8 +141,8 @@ def diffusers_unet(config: Config, unet: UNet) -> nn.Module:
 
 def diffusers_state_dict(unet: UNet) -> dict[str, Tensor]:
     """The tensors of a U-Net under the names of diffusers' UNet2DModel, whose attention has linear layers."""
-    found = {}
+    tensors = {}
     for published, value in published_state_dict(unet).items():
         name = diffusers_name(published, unet.num_levels)
-        found[name] = value[:, :, 0, 0] if "attentions" in name and value.ndim == 4 else value
-    return found
+        tensors[name] = value[:, :, 0, 0] if "attentions" in name and value.ndim == 4 else value
+    return tensors

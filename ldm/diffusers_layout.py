@@ -68,8 +68,8 @@ def differences(config: Mapping, arguments: Mapping) -> list[tuple[str, object, 
     parameters = inspect.signature(diffusers.UNet2DConditionModel).parameters
     known = {name: parameter.default for name, parameter in parameters.items()}
     expected = known | diffusers_arguments(arguments) | {"_class_name": "UNet2DConditionModel"}
-    found = known | {key: value for key, value in config.items() if key in expected or not key.startswith("_")}
-    return [(key, value, expected.get(key)) for key, value in found.items() if key not in _NO_DIFFERENCE
+    values = known | {key: value for key, value in config.items() if key in expected or not key.startswith("_")}
+    return [(key, value, expected.get(key)) for key, value in values.items() if key not in _NO_DIFFERENCE
             and (_one(value) or None) != (_one(expected.get(key)) or None)]
 
 

@@ -83,11 +83,11 @@ def finish(vq: diffusers.VQModel, images: Tensor, held_out: Tensor, target: Path
     """Standardise the latents, fit the codebook, print how good the result is, and write it."""
     vectors = torch.cat([encode(vq, to_float(x)) for x in images.split(64)]).permute(0, 2, 3, 1).flatten(0, 2)
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(vectors), generator=generator)[:12 * vq.config.num_vq_embeddings]
+    some = torch.randperm(len(vectors), generator=generator)[:12 * vq.config.num_vq_embeddings]
     mean, deviation = vectors.mean(0), vectors.std(0)
     normalise(vq, mean, deviation)
     vectors = (vectors - mean) / deviation
-    fit_codebook(vq.quantize.embedding.weight, vectors[chosen.to(vectors.device)], generator)
+    fit_codebook(vq.quantize.embedding.weight, vectors[some.to(vectors.device)], generator)
     weights = published_state_dict(vq)
     vq.load_state_dict({name: value.half().float() for name, value in vq.state_dict().items()})
     print(f"held-out PSNR {reconstruction_psnr(vq, held_out, quantize=False):.2f} dB continuous, "

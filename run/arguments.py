@@ -129,8 +129,8 @@ def chosen(cls: type, args: argparse.Namespace) -> Any:
 def check(options: Any, flags: Flags | None = None) -> None:
     """Refuse a number below the least that its option may be. Raises UserError."""
     for one in dataclasses.fields(options):
-        least, found = one.metadata.get("least"), getattr(options, one.name)
-        for value in found if isinstance(found, tuple) else (found,):
+        least, values = one.metadata.get("least"), getattr(options, one.name)
+        for value in values if isinstance(values, tuple) else (values,):
             if least is not None and value is not None and value < least:
                 name = flag(one.metadata.get("flag", one.name), flags)
                 raise UserError(f"{name} must be {least} or more, got {value}")
@@ -156,10 +156,10 @@ def parse(doc: str | None, *kinds: type, words: Sequence[str] | None = None, fla
     doc, flags, defaults, prog: as `build_parser` takes them. Raises UserError for numbers that cannot be.
     """
     args = build_parser(doc, *kinds, flags=flags, defaults=defaults, prog=prog).parse_args(words)
-    found = [chosen(cls, args) for cls in kinds]
-    for one in found:
+    objects = [chosen(cls, args) for cls in kinds]
+    for one in objects:
         check(one, flags)
-    return found
+    return objects
 
 
 def call(main: Callable[..., None], words: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -129,8 +129,8 @@ class Family(Generic[Schema, Net]):
 @cache
 def families() -> dict[str, Family]:
     """All families, by name."""
-    found = [importlib.import_module(f"{package}.family").FAMILY for package in PACKAGES]
-    return {family.name: family for family in found}
+    known = [importlib.import_module(f"{package}.family").FAMILY for package in PACKAGES]
+    return {family.name: family for family in known}
 
 
 def find_config(path: Path | str) -> Path:

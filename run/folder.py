@@ -72,9 +72,9 @@ def image_path(folder: Path, seed: int) -> Path:
 
 def seeds_there(folder: Path) -> list[int]:
     """The seeds whose images are in a sample folder, sorted, by their names alone; other files are left alone."""
-    found = {int(path.stem): path for path in folder.glob("[0-9][0-9][0-9]*/[0-9]*.png")
+    paths = {int(path.stem): path for path in folder.glob("[0-9][0-9][0-9]*/[0-9]*.png")
              if path.stem.isascii() and path.stem.isdigit()}
-    return sorted(seed for seed, path in found.items() if path == image_path(folder, seed))
+    return sorted(seed for seed, path in paths.items() if path == image_path(folder, seed))
 
 
 def missing_seeds(folder: Path, seeds: Iterable[int]) -> list[int]:
@@ -228,16 +228,16 @@ class RunFolder:
 
 def differences(theirs: dict, ours: dict, prefix: str = "") -> list[str]:
     """'steps 100 there, 50 here' for every setting that differs."""
-    found = []
+    lines = []
     for key in sorted(theirs.keys() | ours.keys()):
         a, b = theirs.get(key), ours.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+            lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             a, b = (json.dumps(value) for value in (a, b))
             shown = f"{a} there, {b} here" if len(a) + len(b) < 120 else "differs"
-            found.append(f"{prefix}{key}: {shown}")
-    return found
+            lines.append(f"{prefix}{key}: {shown}")
+    return lines
 
 
 def _is_whole_png(path: Path) -> bool:

@@ -157,10 +157,10 @@ def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine, l
     return made
 
 
-def summary(run: Run, out: Path, asked: int, made: int) -> str:
+def summary(run: Run, out: Path, wanted: int, made: int) -> str:
     """The last line of a sample command."""
     caching = ", ".join(method.summary for method in run.caching.methods) or "no caching"
-    return (f"{out}: {asked} images asked for, {made} made now; {run.full_calls} full of {run.calls} network calls, "
+    return (f"{out}: {wanted} images asked for, {made} made now; {run.full_calls} full of {run.calls} network calls, "
             f"{caching}")
 
 

@@ -28,11 +28,11 @@ def commit() -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that compute."""
-    found = {"python": platform.python_version()}
+    about = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            about[package] = version(package)
+    return about
 
 
 def device_name(device: torch.device | str) -> str:
@@ -55,12 +55,13 @@ def processor() -> dict:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
         first = ""
-    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
-    found: dict = {name: said[key] for name, key in (("vendor", "vendor_id"), ("name", "model name")) if key in said}
-    found |= {name: int(said[key]) for name, key in (("family", "cpu family"), ("model", "model"))
-              if said.get(key, "").isdigit()}
-    flags = said.get("flags", said.get("Features", "")).split()
-    return {"machine": platform.machine(), **found, "extensions": [flag for flag in flags if flag.startswith(_VECTORS)],
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    about: dict = {name: fields[key] for name, key in (("vendor", "vendor_id"), ("name", "model name"))
+                   if key in fields}
+    about |= {name: int(fields[key]) for name, key in (("family", "cpu family"), ("model", "model"))
+              if fields.get(key, "").isdigit()}
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    return {"machine": platform.machine(), **about, "extensions": [flag for flag in flags if flag.startswith(_VECTORS)],
             "used": torch.backends.cpu.get_cpu_capability()}
 
 

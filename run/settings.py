@@ -41,8 +41,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def _built(content: object, schema: type[T], where: str) -> T:
-    found = fault(content, schema)
-    if found is not None:
-        raise UserError(f"{where}: {found}")
+    wrong = fault(content, schema)
+    if wrong is not None:
+        raise UserError(f"{where}: {wrong}")
     with as_user_error(f"{where}: "):
         return build(content, schema)

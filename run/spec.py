@@ -139,8 +139,8 @@ class Run:
         file = find_config(spec.config)
         self.config, self.unet = _open(spec.family, file, *stamp(file))     # the U-Net on the meta device
         spec.condition.check(self.config)
-        usual, chosen = self.config.sampler.guidance, getattr(spec.condition, "guidance", None)
-        self.guidance: float = chosen if chosen is not None else 1.0 if usual is None else usual
+        usual, own = self.config.sampler.guidance, getattr(spec.condition, "guidance", None)
+        self.guidance: float = own if own is not None else 1.0 if usual is None else usual
         if not 0 <= self.guidance <= MOST_GUIDANCE:         # beyond, numbers overflow and images are noise
             raise UserError(f"--guidance must be from 0 to {MOST_GUIDANCE}, got {self.guidance:g}")
         if spec.network.dtype not in DTYPES:
@@ -228,10 +228,10 @@ class Run:
     def reused(self) -> list[frozenset[Hashable]]:
         """What each network call of an image reuses, by the keys of its caching; nothing where it is a full one."""
         policy = self.caching.policy("meta", self.dtype)
-        return [frozenset()] * self.calls if policy is None else list(reused(self.asked, policy, self.calls))
+        return [frozenset()] * self.calls if policy is None else list(reused(self.trace, policy, self.calls))
 
     @property
-    def asked(self) -> list[Asked]:
+    def trace(self) -> list[Asked]:
         """What a network call asks its cache for, traced once for each U-Net."""
         if self.unet not in _TRACED:
             inputs = example_inputs(self.config)
@@ -258,7 +258,7 @@ class Run:
 
     def _channels(self) -> dict[Hashable, int]:
         """How many channels each value has that the U-Net asks a cache for, by its key."""
-        return {key: one.shape[1 if len(one.shape) == 4 else -1] for key, one in positions(self.asked).items()}
+        return {key: one.shape[1 if len(one.shape) == 4 else -1] for key, one in positions(self.trace).items()}
 
     @property
     def name(self) -> str:
@@ -281,14 +281,14 @@ def _sampler(spec: RunSpec, config: Config) -> Sampler:
     usual = config.sampler
     with as_user_error():
         fitted = {name: value for method in spec.caching for name, value in method.sampling().items()}
-        chosen = fitted | arguments.given(spec.sampler)
-        table = fitted.get("table") if chosen == fitted else None       # else the run is refused
-        name = chosen.get("sampler", usual.sampler)
-        timesteps = chosen.get("timesteps") or timesteps_for(name, usual.timesteps)
+        options = fitted | arguments.given(spec.sampler)
+        table = fitted.get("table") if options == fitted else None       # else the run is refused
+        name = options.get("sampler", usual.sampler)
+        timesteps = options.get("timesteps") or timesteps_for(name, usual.timesteps)
         if not is_listed(timesteps) and timesteps not in TIMESTEPS:
             raise UserError(f"--timesteps must be one of {', '.join(TIMESTEPS)}, or a list like 999,750,400,120, got "
                             f"{timesteps[:40]!r}")
-        steps = chosen.get("steps", timesteps.count(",") + 1 if is_listed(timesteps) else usual.steps)
+        steps = options.get("steps", timesteps.count(",") + 1 if is_listed(timesteps) else usual.steps)
         eta = spec.sampler.eta if spec.sampler.eta is not None else usual.eta if name == "ddim" else 0.0
         sampler = Sampler(name, steps, timesteps, eta, config.diffusion, table)     # which says how many steps it takes
     if not 1 <= steps <= MOST_STEPS:

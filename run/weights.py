@@ -31,9 +31,9 @@ def check_md5(path: Path, md5: str) -> None:
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path}")
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if found != md5.lower():
-        raise UserError(f"{path} has md5 {found}, the published file {md5}: it is cut short, damaged or another "
+        digest = hashlib.file_digest(file, "md5").hexdigest()
+    if digest != md5.lower():
+        raise UserError(f"{path} has md5 {digest}, the published file {md5}: it is cut short, damaged or another "
                         "file; download it again")
 
 
@@ -161,8 +161,8 @@ def split(tensors: dict[str, Tensor], path: Path, prefixes: Sequence[str], model
             parts[prefix][name.removeprefix(prefix)] = value
     missing = [f"{prefix}*" for prefix, part in parts.items() if not part]
     if missing:
-        found = f"; it holds {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}" if unknown else ""
-        raise UserError(f"{path} is not a whole {model} checkpoint: it has no {', '.join(missing)}{found}")
+        others = f"; it holds {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}" if unknown else ""
+        raise UserError(f"{path} is not a whole {model} checkpoint: it has no {', '.join(missing)}{others}")
     if unknown:
         raise UserError(f"{path} holds tensors that are no part of {model} checkpoints: {', '.join(unknown)}")
     return parts

@@ -129,8 +129,9 @@ def _check_sizes(config: Config, model: Model, path: Path) -> None:
 
 
 def _compare(config: Config, what: object, values: Iterable[tuple[str, object, object]]) -> None:
-    """Raises UserError that says all that is not as it should be. values: name, found, expected."""
-    wrong = [f"{name} is {found!r} and should be {expected!r}" for name, found, expected in values if found != expected]
+    """Raises UserError that says all that is not as it should be. values: name, actual value, expected value."""
+    wrong = [f"{name} is {actual!r} and should be {expected!r}" for name, actual, expected in values
+             if actual != expected]
     if wrong:
         raise UserError(f"{what} does not fit the config of {config.name}: {'; '.join(wrong)}")
 
@@ -213,12 +214,12 @@ class _Folder:
         xl = name.startswith("StableDiffusionXL")
         if not name.startswith("StableDiffusion") or ("text_encoder_2" in index) != xl:
             raise UserError(f"{self.index}: {name} is no pipeline of Stable Diffusion 1.x, 2.x or SDXL")
-        found = [index[key] for key in ("text_encoder", "text_encoder_2") if key in index]
+        names = [index[key] for key in ("text_encoder", "text_encoder_2") if key in index]
         known = [[_CLIP, _PROJECTED]] if xl else [[_CLIP], [_MINILM]]
-        if found not in known:
-            raise UserError(f"{self.index}: the text encoders of {name} are {found} and should be {known[0]}"
+        if names not in known:
+            raise UserError(f"{self.index}: the text encoders of {name} are {names} and should be {known[0]}"
                             + ("" if xl else f" or, for the small models, {known[1]}"))
-        return found
+        return names
 
     def _weights(self, part: str) -> Path:
         """The file of a part's weights: float32 rather than float16, safetensors rather than pickled."""
@@ -272,10 +273,11 @@ class _Folder:
     def _check_scheduler(self) -> None:
         """Check that scheduler/ agrees with the config's `diffusion`."""
         name = "scheduler/scheduler_config.json"
-        found = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
-                 "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False} | self.json(name)
-        expected = scheduler_config(self.config.diffusion) | {"trained_betas": None, "rescale_betas_zero_snr": False}
-        _compare(self.config, self.path / name, ((key, found[key], value) for key, value in expected.items()))
+        others = {"trained_betas": None, "rescale_betas_zero_snr": False}
+        actual = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+                  "prediction_type": "epsilon", **others, **self.json(name)}
+        expected = scheduler_config(self.config.diffusion) | others
+        _compare(self.config, self.path / name, ((key, actual[key], value) for key, value in expected.items()))
 
 
 def scheduler_config(diffusion: Diffusion) -> dict[str, Any]:

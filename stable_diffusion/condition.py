@@ -107,12 +107,12 @@ class TextCondition(Guided):
 
     def latent_size(self, config: Config) -> tuple[int, int]:
         """The height and width of the latents of the images. Raises UserError."""
-        found = [config.resolution if pixels is None else pixels for pixels in (self.height, self.width)]
-        for side, pixels in zip(("height", "width"), found, strict=True):
+        sides = [config.resolution if pixels is None else pixels for pixels in (self.height, self.width)]
+        for side, pixels in zip(("height", "width"), sides, strict=True):
             if pixels < 1 or pixels % config.downsampling:
                 raise UserError(f"--{side} must be a multiple of {config.downsampling} pixels, by which the "
                                 f"autoencoder downsamples, got {pixels}")
-        return found[0] // config.downsampling, found[1] // config.downsampling
+        return sides[0] // config.downsampling, sides[1] // config.downsampling
 
     def sizes(self, config: Config) -> list[int]:
         """What SDXL is told of the sizes of images, its micro-conditioning: pixels, as `unet.XLUNet` takes them."""
@@ -125,7 +125,7 @@ def _pair(name: str, text: str | None) -> list[int] | None:
     """'1024,768' -> [1024, 768]. Raises UserError."""
     if text is None:
         return None
-    found = text.split(",")
-    if len(found) != 2 or not all(part.strip().isdecimal() for part in found):
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
         raise UserError(f"--{name.replace('_', '-')} must be two numbers of pixels like 1024,1024, got {text!r}")
-    return [int(part) for part in found]
+    return [int(part) for part in parts]

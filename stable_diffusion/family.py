@@ -9,9 +9,9 @@ from stable_diffusion.unet import SIZE_CHANNELS, SIZES, make
 
 
 def shapes(config: Config) -> list[tuple[int, ...]]:
-    found = [(config.unet.in_channels, config.latent_size, config.latent_size),
-             (config.tokens, config.unet.context_dim)]
-    return found if config.xl is None else [*found, (config.xl.adm_in_channels - SIZES * SIZE_CHANNELS,), (SIZES,)]
+    inputs = [(config.unet.in_channels, config.latent_size, config.latent_size),
+              (config.tokens, config.unet.context_dim)]
+    return inputs if config.xl is None else [*inputs, (config.xl.adm_in_channels - SIZES * SIZE_CHANNELS,), (SIZES,)]
 
 
 FAMILY = Family(

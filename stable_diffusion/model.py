@@ -136,16 +136,16 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
 
     def context(self, seeds: Sequence[int]) -> Sequence[Tensor]:
         """`encode` of the prompts, and what SDXL is told of sizes."""
-        given, negative = self.encode([self.prompts.of(seed) for seed in seeds]), self.condition.negative_prompt
+        context, negative = self.encode([self.prompts.of(seed) for seed in seeds]), self.condition.negative_prompt
         if self.run.guidance != 1:
             nothing = self.encode([negative])
             if self.second is not None and self.second.zeros and not negative:
                 nothing = [torch.zeros_like(value) for value in nothing]
-            given = [torch.cat([none.expand_as(own), own]) for none, own in zip(nothing, given, strict=True)]
+            context = [torch.cat([none.expand_as(own), own]) for none, own in zip(nothing, context, strict=True)]
         if self.second is not None:
             sizes = torch.tensor([self.condition.sizes(self.config)], device=self.device)
-            given.append(sizes.float().repeat(len(given[0]), 1))
-        return given
+            context.append(sizes.float().repeat(len(context[0]), 1))
+        return context
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:

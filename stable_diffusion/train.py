@@ -120,10 +120,10 @@ def main(options: Options, where: Device) -> None:
     prompts = read_prompts(options.prompts)[::3][:30]
     stage = LDM.load_config(options.first_stage_config).first_stage
     vq = first_stage.load(stage, options.first_stage)
-    found = stage.downsampling, stage.z_channels, minilm(config.tokens)[0].config.hidden_size
+    actual = stage.downsampling, stage.z_channels, minilm(config.tokens)[0].config.hidden_size
     expected = config.downsampling, config.unet.in_channels, config.unet.context_dim
-    if found != expected:
-        raise UserError(f"{options.config}: downsampling, in_channels and context_dim are {expected}, and {found} in "
+    if actual != expected:
+        raise UserError(f"{options.config}: downsampling, in_channels and context_dim are {expected}, and {actual} in "
                         "the first stage and the text encoder")
     with as_user_error(f"{options.config}: "):
         images, rows = emoji.load_groups(config.resolution, "train", settings.groups)

@@ -50,8 +50,8 @@ class XLUNet(UNet):
     def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor,    # type: ignore[override]
                 sizes: Tensor, cache: Cache = no_cache) -> Tensor:
         sinusoids = unet.timestep_embedding(sizes.flatten(), SIZE_CHANNELS)                  # [batch SIZES, channels]
-        told = torch.cat([pooled, sinusoids.view(len(pooled), -1).to(pooled.dtype)], dim=1)  # [batch, adm_in_channels]
-        cond = Cond(self.embedding(t) + self.label_emb(told), context, cache)
+        added = torch.cat([pooled, sinusoids.view(len(pooled), -1).to(pooled.dtype)], dim=1)  # [batch, adm_in_channels]
+        cond = Cond(self.embedding(t) + self.label_emb(added), context, cache)
         h = nested_forward(x, self.input_blocks, self.middle_block, self.output_blocks, cond)
         return self.out(h)
 

@@ -30,7 +30,7 @@ def calls_of(run: Run, plan: Sequence[Call] | None = None) -> Calls:
     The value that skip k concatenates holds all blocks further in: where it is reused, they are not computed.
     plan: what the calls of a run without caching do instead.
     """
-    asked, policy = run.asked, run.caching.policy("meta", run.dtype) if plan is None else PlanCache(plan)
+    asked, policy = run.trace, run.caching.policy("meta", run.dtype) if plan is None else PlanCache(plan)
     met = [frozenset[Hashable]()] * run.calls if policy is None else list(reused(asked, policy, run.calls))
     around = dict(_around(asked))
     ahead = list(_forecasts(met, around, policy))

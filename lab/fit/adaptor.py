@@ -107,7 +107,7 @@ class AdaptorFit(Fit):
     def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> AdaptorFile:
         clockwork = model.run.caching.of(ClockworkMethod)
         assert clockwork is not None
-        channels = positions(model.run.asked)[clockwork.branch].shape[1]
+        channels = positions(model.run.trace)[clockwork.branch].shape[1]
         torch.manual_seed(0)                    # the inner convolution starts at random
         student = AdaptorStudent(own_unet(model), clockwork.branch, clockwork.full_steps, channels, self.channels,
                                  embeddings(model), self.lr)

@@ -156,7 +156,7 @@ class ScaleShiftFit(Fit):
         assert blocks is not None
         schedule = blocks.schedule
         if self.method == "adam":
-            values = positions(model.run.asked)
+            values = positions(model.run.trace)
             channels = {name: values[name].shape[1 if len(values[name].shape) == 4 else -1] for name in schedule.blocks}
             distiller = Distiller(own_unet(model), schedule.blocks, channels, embeddings(model), self.lr)
             distiller.learn(model, seeds, batch_size)

@@ -64,12 +64,12 @@ def load(size: int = 32, split: str | None = None, groups: str | Sequence[str] |
     sheet = np.asarray(Image.open(mosaic).convert("RGB"))
     down, across = (extent // size for extent in sheet.shape[:2])
     tiles = sheet.reshape(down, size, across, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
-    chosen = [i for i, row in enumerate(rows) if split in (None, row.split) and (groups is None or row.group in groups)]
-    return tiles[chosen], [rows[i] for i in chosen]
+    places = [i for i, row in enumerate(rows) if split in (None, row.split) and (groups is None or row.group in groups)]
+    return tiles[places], [rows[i] for i in places]
 
 
 def load_groups(size: int, split: str | None, groups: Sequence[str]) -> tuple[Tensor, list[Emoji]]:
     """Load groups one after the other: uint8 [n, 3, size, size] and n rows. Raises ValueError as `load` does."""
     images, rows = load(size, split, groups)
-    chosen = [i for group in groups for i, row in enumerate(rows) if row.group == group]
-    return torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).contiguous(), [rows[i] for i in chosen]
+    places = [i for group in groups for i, row in enumerate(rows) if row.group == group]
+    return torch.from_numpy(images[places]).permute(0, 3, 1, 2).contiguous(), [rows[i] for i in places]
