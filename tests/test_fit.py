@@ -141,7 +141,7 @@ def test_samples_take_what_was_fitted_and_refuse_that_of_another_run(made, sampl
 
 
 @pytest.mark.parametrize(("kind", "words", "why"), [
-    *((kind, ("--seeds", "0-3", "--held-out-seeds", "3-5"), "seed 3 is to be learnt from and held out")
+    *((kind, ("--seeds", "0-3", "--held-out-seeds", "3-5"), "seed 3 is in two of --seeds and --held-out-seeds")
       for kind in FITS if kind != "changes"),
     *((kind, ("--out", "nowhere/file.json"), "--out must be a .") for kind in FITS),
     *((kind, ("--compile",), "are for sampling") for kind in FITS),
@@ -323,7 +323,7 @@ def test_least_squares_is_the_best_line():
 
 def test_the_papers_way_brings_held_out_seeds_nearer_too(fit, made, tmp_path):
     out = tmp_path / "x.safetensors"
-    assert fit("scale-shift", "--block-schedule", made / "half.json", "--seeds", "30-61", "--batch-size", 4, "--lr",
+    assert fit("scale-shift", "--block-schedule", made / "half.json", "--seeds", "30-53", "--batch-size", 4, "--lr",
                1e-2, "--held-out-seeds", "20-25", "--method", "adam", "--out", out) == 0
     found = results.read(tmp_path / "x.scale_shift.json")
     assert found.details["method"] == "adam" and found.metrics["feature, adjusted less plain"].interval[1] < 0
@@ -344,13 +344,12 @@ def test_budgets_are_kept(made, config):
     assert RunSpec.of(config, adaptive=made / "rule.json").open().full_calls == len(rule.typical)
 
 
-@pytest.mark.parametrize("sampler", ["plms", "dpmpp"])
-def test_latent_model_with_guidance_and_other_samplers(tmp_path, sampler):
-    run = ["--config", tiny_ldm(tmp_path, steps=4), "--device", "cpu", "--sampler", sampler]
+def test_a_latent_model_with_guidance_and_a_sampler_that_calls_once_more(tmp_path):
+    run = ["--config", tiny_ldm(tmp_path, steps=4), "--device", "cpu", "--sampler", "plms"]
     fit, files = main_of("lab.fit"), [tmp_path / name for name in ("c.json", "s.json", "s.safetensors")]
     assert run_command(fit, "changes", *run, "--seeds", "0-1", "--similar", 0, "--out", files[0]) == 0
     changes = BlockChanges.load(files[0])
-    assert changes.calls == 4 + (sampler == "plms")
+    assert changes.calls == 5
     assert {one.kind for one in changes.residuals.values()} == {"transformer", "resnet", "attention"}
     assert schedule("--changes", files[0], "--delta", 1, "--out", files[1]) == 0
     assert run_command(fit, "scale-shift", *run, "--block-schedule", files[1], "--seeds", "2-3", "--held-out-seeds",

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import multiprocessing
+import pickle
 import random
 import re
 from collections import Counter
@@ -163,7 +165,8 @@ def test_distances_are_those_of_the_runs_and_are_kept(config, judge):
     model = distances.on(run)
     assert found == pytest.approx(psnr_to(distances.converged([5, 6, 7]), model.latents([5, 6, 7], model.policy())),
                                   abs=1e-3)
-    other = Judge(Distances(distances.run.spec, CPU, distances.folder.parent))
+    same = pickle.loads(pickle.dumps((distances.run.spec, CPU, distances.folder.parent)))        # as processes get it
+    other = Judge(Distances(*same))
     other.distances.on = None                                           # nothing is run again
     assert (other.of(candidate, [7, 5]) == found[[2, 0]]).all()
 
@@ -232,6 +235,8 @@ def test_a_killed_search_comes_to_the_same_plan(few, search_for, config, tmp_pat
     assert not out.exists() and len(list((tmp_path / "plan.work").glob("*/psnr/*.json"))) > 3
     left[0] = 10 ** 9
     capsys.readouterr()
+    context = multiprocessing.get_context("fork")       # which has imported what spawned ones would, for seconds
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
     assert search_for("--calls", 4, "--out", tmp_path / "again.json", "--jobs", 2) == 0
     most = int(re.search(r"at most ([\d,]+) of them", capsys.readouterr().out)[1].replace(",", ""))
     assert search_for("--calls", 4, "--out", out) == 0

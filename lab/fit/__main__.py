@@ -25,7 +25,7 @@ from lab.fit.adaptive import AdaptiveFit
 from lab.fit.adaptor import AdaptorFit
 from lab.fit.block_schedule import block_schedule, rhythm, show
 from lab.fit.changes import ChangesFit
-from lab.fit.fit import Fit, check_out, frozen, own_unet
+from lab.fit.fit import Fit, check_out, check_runs, frozen, own_unet
 from lab.fit.router import RouterFit
 from lab.fit.scale_shift import ScaleShiftFit
 from lab.fit.teacher import held_out_distances
@@ -71,10 +71,7 @@ def fit(kind: str, words: list[str]) -> None:
         parts=parts, defaults={"seeds": cls.seeds} if cls.seeds else {}, prog=f"lab.fit {kind}")
     check_out(runs.out, ".safetensors" if cls.file.has_tensors else ".json")
     seeds, held_out = parse_seeds(runs.seeds), parse_seeds(judging[0].held_out_seeds) if judging else []
-    if both := set(seeds) & set(held_out):
-        raise UserError(f"seed {min(both)} is to be learnt from and held out: take other seeds")
-    if machine.compile or machine.cuda_graphs:
-        raise UserError("--compile and --cuda-graphs are for sampling: every network call is looked at here")
+    check_runs(machine, seeds=seeds, held_out_seeds=held_out)
     model = open_model(spec.open(), machine)
     with as_user_error():
         what.check(model)

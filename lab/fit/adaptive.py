@@ -23,7 +23,7 @@ import torch
 from eval.cost.runs import costs_of
 from eval.metrics.intervals import mean_estimate
 from lab.fit.changes import changes_of
-from lab.fit.fit import Fit, batches, evenly, with_file
+from lab.fit.fit import Fit, batches, bisected, evenly, with_file
 from run.image_model import ImageModel
 from run.results import Metric
 from run.seeds import format_seeds
@@ -49,12 +49,9 @@ def decided(changes: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def threshold_for(changes: np.ndarray, full_calls: float) -> float:
-    """The threshold at which the rule makes so many full calls on average. changes: [rows, calls]. By bisection."""
-    low, high = 0.0, float(changes.sum(1).max())
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if decided(changes, middle).sum(1).mean() > full_calls else (low, middle)
-    return high
+    """The threshold at which the rule makes so many full calls on average. changes: [rows, calls]."""
+    return bisected(lambda threshold: decided(changes, threshold).sum(1).mean() <= full_calls,
+                    float(changes.sum(1).max()), 0.0, 50)
 
 
 def settled(threshold_of: Callable[[float], float], run: Callable[[float], np.ndarray], full_calls: float

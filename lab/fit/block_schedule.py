@@ -12,14 +12,15 @@ and draws it.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eval.cost.macs import Macs, average, schedule_macs
 from eval.cost.runs import costs_of
 from lab.fit.block_plots import schedule_chart
 from lab.fit.changes import BlockChanges
-from lab.fit.fit import check_out
+from lab.fit.fit import bisected, check_out
 from run.seeds import parse_seeds
-from run.spec import RunSpec, SamplerOptions
+from run.spec import Run, RunSpec, SamplerOptions
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.methods.block_caching import KINDS, BlockSchedule, outside, residual_names
 from unet_caching.methods.deepcache import DeepCacheMethod, DeepCacheOptions
@@ -81,8 +82,8 @@ class ScheduleMaker:
     def delta_for(self, fraction: float) -> float:
         """The smallest threshold at which a run costs at most this fraction of an uncached one's MACs (hook).
 
-        The larger the threshold, the later each block is computed again: the cost never rises with it, so that it is
-        found by bisection. Raises UserError for a fraction that no threshold reaches.
+        The larger the threshold, the later each block is computed again: the cost never rises with it. Raises UserError
+        for a fraction that no threshold reaches.
         """
         if not 0 < fraction <= 1:
             raise UserError(f"the MACs must be a fraction from 0 to 1 of those without caching, got {fraction:g}")
@@ -96,10 +97,7 @@ class ScheduleMaker:
         if cost(high) > fraction:
             raise UserError(f"{self.kinds} blocks, each computed once, leave {cost(high):.4f} of the MACs: "
                             f"{fraction:g} cannot be reached; take more kinds of blocks, or a larger fraction")
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (low, middle) if cost(middle) <= fraction else (middle, high)
-        return high
+        return bisected(lambda delta: cost(delta) <= fraction, high, low)
 
     def make(self, delta: float) -> BlockSchedule:
         """The schedule at a threshold. Raises UserError for a negative one."""
@@ -110,7 +108,7 @@ class ScheduleMaker:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class ScheduleOptions:
     """What every schedule is made of."""
     out: Path = required("JSON to write")
     kinds: str = option("transformer", "of blocks that are cached (default: %(default)s, as in the paper)",
@@ -118,7 +116,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Measured(Blocks):
+class FromChanges(ScheduleOptions):
     """A schedule of measured changes."""
     changes: Path = required("what lab.fit changes wrote")
     delta: float | None = option(None, f"the threshold (default: {PAPERS_DELTA}, the paper's)", one_of="aim")
@@ -128,20 +126,20 @@ class Measured(Blocks):
 
 
 @dataclass(frozen=True)
-class Given(Blocks):
+class Rhythm(ScheduleOptions):
     """A schedule of one rhythm."""
     config: Path = required("configs/*.yaml")
     computed: str = required("steps that compute, like 0,5,9,13,17; 0 must be one", metavar="STEPS")
 
 
 @dataclass(frozen=True)
-class Shown:
+class ToShow:
     """A schedule to look at."""
     schedule: Path = required("a block schedule", word=True)
     out: Path | None = option(None, "the chart, .png")
 
 
-def block_schedule(options: Measured, deepcache: DeepCacheOptions) -> None:
+def block_schedule(options: FromChanges, deepcache: DeepCacheOptions) -> None:
     """When each residual is computed: OUT.json and a chart."""
     check_out(options.out, ".json")
     with as_user_error():
@@ -161,23 +159,29 @@ def block_schedule(options: Measured, deepcache: DeepCacheOptions) -> None:
               f"{mean.hook / maker.full.hook:.4f} of the MACs ({mean.fc / maker.full.fc:.4f} with attention)")
 
 
-def rhythm(options: Given, sampling: SamplerOptions) -> None:
+def rhythm(options: Rhythm, sampling: SamplerOptions) -> None:
     """All residuals computed on the same given steps, for any weights: OUT.json and a chart."""
     check_out(options.out, ".json")
     run = RunSpec.of(options.config, **vars(sampling)).open()
-    sampler, costs = run.sampler, costs_of(run)
     steps = sorted(parse_seeds(options.computed, "--computed"))
-    if steps[0] != 0 or steps[-1] >= sampler.calls:
-        raise UserError(f"--computed must contain 0 and stay below the {sampler.calls} network calls, got "
+    if steps[0] != 0 or steps[-1] >= run.calls:
+        raise UserError(f"--computed must contain 0 and stay below the {run.calls} network calls, got "
                         f"{options.computed}")
     with as_user_error():
         blocks = {name: steps for name in residual_names(run.unet, options.kinds)}
-    macs = schedule_macs(costs.full, {name: costs.values[name] for name in blocks}, blocks, sampler.calls)
-    write(BlockSchedule(run.made_for(), sampler.calls, options.kinds, None, blocks, macs._asdict(),
-                        costs.full._asdict(), notes={"rhythm": "given, not measured"}), options.out)
+    write(schedule_of(run, None, options.kinds, blocks, {"rhythm": "given, not measured"}), options.out)
 
 
-def show(options: Shown) -> None:
+def schedule_of(run: Run, checkpoint_sha256: str | None, kinds: str, blocks: dict[str, list[int]],
+                notes: dict[str, Any]) -> BlockSchedule:
+    """A schedule that was not made of changes. checkpoint_sha256: of the weights; None: any will do."""
+    costs = costs_of(run)
+    macs = schedule_macs(costs.full, {name: costs.values[name] for name in blocks}, blocks, run.calls)
+    return BlockSchedule(run.made_for(checkpoint_sha256), run.calls, kinds, None, blocks, macs._asdict(),
+                         costs.full._asdict(), notes=notes)
+
+
+def show(options: ToShow) -> None:
     """Print a schedule, and draw its chart."""
     if options.out is not None:
         check_out(options.out, ".png")

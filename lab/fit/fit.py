@@ -2,9 +2,11 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from run.image_model import ImageModel
+from run.machine import Machine
 from run.results import Metric
 from run.seeds import in_batches
 from unet_caching.errors import UserError
@@ -66,6 +69,24 @@ def with_file(model: ImageModel, **options: Path) -> Callable[[], Policy]:
         assert made is not None
         return made
     return policy
+
+
+def check_runs(machine: Machine, **sets: list[int]) -> None:
+    """Refuse sets of seeds, by their options, that share one; and a machine that is for sampling. Raises UserError."""
+    if machine.compile or machine.cuda_graphs:
+        raise UserError("--compile and --cuda-graphs are for sampling: every network call is looked at here")
+    seed, most = Counter(chain(*sets.values())).most_common(1)[0]
+    if most > 1:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in sets)
+        raise UserError(f"seed {seed} is in two of {flags}: take others")
+
+
+def bisected(holds: Callable[[float], bool], good: float, bad: float, halvings: int = 60) -> float:
+    """The value nearest to a bad one for which something holds, as it does from there to a good one."""
+    for _ in range(halvings):
+        middle = (good + bad) / 2
+        good, bad = (middle, bad) if holds(middle) else (good, middle)
+    return good
 
 
 def evenly(calls: int, count: int) -> list[int]:

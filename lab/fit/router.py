@@ -32,9 +32,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from eval.cost.macs import schedule_macs
 from eval.cost.runs import costs_of
-from lab.fit.fit import Fit, check_float32, evenly, frozen, with_file
+from lab.fit.block_schedule import schedule_of
+from lab.fit.fit import Fit, bisected, check_float32, evenly, frozen, with_file
 from lab.fit.teacher import OUTPUT, Student, Values
 from run.families import load_unet
 from run.image_model import ImageModel
@@ -133,11 +133,8 @@ class Budget:
             met = ((scale * rates).clamp(max=1).cumsum(0) + 0.5 + 1e-9).floor()
             return met.diff(dim=0, prepend=torch.zeros_like(met[:1])) > 0
 
-        low, high = (1.0, 1.0) if self.spent is None else (0.0, 1e3)
-        for _ in range(60):
-            scale = (low + high) / 2
-            low, high = (scale, high) if (computed(scale) * prices).sum().item() <= rest else (low, scale)
-        chosen = computed(low)
+        chosen = computed(1.0 if self.spent is None else bisected(
+            lambda scale: (computed(scale) * prices).sum().item() <= rest, 0.0, 1e3))
         return {name: [0, *(chosen[:, i].nonzero().flatten() + 1).tolist()] for i, name in enumerate(self.names)}
 
     def even(self) -> dict[str, list[int]]:
@@ -238,15 +235,12 @@ class RouterFit(Fit):
             student.learn(model, seeds, batch_size, falls_by=0.9)
         betas = [beta.detach().cpu() for beta in student.betas]
         blocks = budget.rounded(betas, always) if self.every_second else budget.spread(betas)
-        costs = costs_of(model.run)
-        macs = schedule_macs(costs.full, {name: costs.values[name] for name in blocks}, blocks, budget.calls)
         notes = {"system": "Learning-to-Cache", "seeds": format_seeds(seeds), "every_second": self.every_second,
                  "lambda": student.lam, "lr": self.lr, "batch_size": batch_size, "iterations": len(student.losses),
-                 "budget": self.calls, "calls before rounding": round(student.share, 4),
-                 "full_calls": macs.hook * budget.calls / costs.full.hook}
-        return BlockSchedule(model.run.made_for(model.settings["checkpoint_sha256"]), budget.calls, self.kinds, None,
-                             blocks, macs._asdict(), costs.full._asdict(),
-                             notes=notes)
+                 "budget": self.calls, "calls before rounding": round(student.share, 4)}
+        made = schedule_of(model.run, model.settings["checkpoint_sha256"], self.kinds, blocks, notes)
+        notes["full_calls"] = made.macs["hook"] * budget.calls / budget.full
+        return made
 
     def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:
         made, budget = BlockSchedule.load(path), self.budget(model)

@@ -129,9 +129,7 @@ def learn(words: Sequence[str]) -> None:
     usual = {"threads": 1} | ({"batch_size": min(8, family_named_by(config).batch_size)} if config else {})
     spec, options, machine = parse_run(__doc__, Options, Machine, words=words, parts=(Condition, NetworkOptions),
                                        defaults=usual, prog="lab.plans learn")
-    if machine.compile or machine.cuda_graphs:
-        raise UserError("--compile and --cuda-graphs are for sampling: here are gradients of each network call")
-    seeds, own = Seeds.of(options), spec.open()
+    seeds, own = Seeds.of(options, machine), spec.open()
     model = open_model(own, machine)
     check_float32(model)
     model.check_seeds([*chain(*seeds)])

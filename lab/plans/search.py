@@ -27,7 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 from eval.cost.runs import costs_of
 from eval.cost.timing import interleave
 from eval.metrics.intervals import mean_estimate
-from lab.fit.fit import check_out, own_unet
+from lab.fit.fit import check_out, check_runs, own_unet
 from lab.plans import page
 from lab.plans.candidates import PLAN, Prices
 from lab.plans.distances import Distances
@@ -106,17 +106,15 @@ class Seeds(NamedTuple):
     report: list[int]
 
     @classmethod
-    def of(cls, options: SeedOptions) -> "Seeds":
-        """Raises UserError where two sets share a seed, or one is too small to compare on."""
+    def of(cls, options: SeedOptions, machine: Machine) -> "Seeds":
+        """Raises UserError where two sets share a seed, or one is too small to compare on; and as `check_runs`."""
         learn, choose = parse_seeds(options.seeds), parse_seeds(options.held_out_seeds)
         after = max(*learn, *choose) + 1
         report = parse_seeds(options.report_seeds) if options.report_seeds else [*range(after, after + len(choose))]
         for name, seeds in (("--seeds", learn), ("--held-out-seeds", choose), ("--report-seeds", report)):
             if len(seeds) < 4:
                 raise UserError(f"{name} must be 4 or more, to compare runs on them, got {len(seeds)}")
-        seed, most = Counter([*learn, *choose, *report]).most_common(1)[0]
-        if most > 1:
-            raise UserError(f"seed {seed} is in two of --seeds, --held-out-seeds and --report-seeds: take others")
+        check_runs(machine, seeds=learn, held_out_seeds=choose, report_seeds=report)
         return cls(learn, choose, report)
 
 
@@ -154,9 +152,7 @@ def search(words: Sequence[str]) -> None:
     spec, options, machine = parse_run(__doc__, Options, Machine, words=words, parts=(Condition, NetworkOptions),
                                        defaults=usual, prog="lab.plans search")
     check_out(options.out, ".json")
-    if machine.compile or machine.cuda_graphs:
-        raise UserError("--compile and --cuda-graphs are for sampling: runs here are short and all different")
-    seeds, own = Seeds.of(options), spec.open()
+    seeds, own = Seeds.of(options, machine), spec.open()
     prices = options.prices(own)
     open_model(own, machine).check_seeds([*chain(*seeds)])
     judge = Judge(Distances(run_of(spec, CONVERGED, Grid(options.converged_steps)), machine,
