@@ -86,7 +86,12 @@ def test_torchrun_shares_seeds_and_passes_on_a_stop(tiny, tmp_path):  # noqa: F8
          "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=120", "-m", "ddpm.sample",
          *map(str, words)], cwd=HERE.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not list(out.glob("*/*.png")) and process.poll() is None:
+
+    def both_at_work() -> bool:
+        log = out / "sessions.jsonl"
+        return bool(list(out.glob("*/*.png"))) and len(log.read_text().splitlines()) == 2
+
+    while not both_at_work() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=600)
