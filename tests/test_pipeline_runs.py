@@ -41,8 +41,7 @@ from unet_caching.methods.deepcache import DeepCache
 from unet_caching.methods.plan import Call, Plan, PlanCache
 from unet_caching.pipelines.enable import disable_deepcache, enable_deepcache
 from unet_caching.pipelines.loop import Timestep
-from unet_caching.pipelines.parts import num_skips
-from unet_caching.pipelines.parts import residual_names as of_diffusers
+from unet_caching.pipelines.parts import residuals
 from unet_caching.pipelines.scheduler import plan_scheduler
 from unet_caching.samplers.diffusion import Diffusion
 from unet_caching.samplers.samplers import Sampler, noise_predictor
@@ -504,7 +503,7 @@ def test_a_block_schedule_reuses_the_residuals_that_our_own_unet_does(parts, tmp
     pipe = build(parts)
     ours = our_unet(pipe)
     names = residual_names(ours, "all")
-    assert set(names) == set(of_diffusers(pipe.unet))
+    assert set(names) == {name for _, name in residuals(pipe.unet)}
     blocks = {name: [0, 2, 4] if i % 2 else [0, 3] for i, name in enumerate(names)}
     made_for = {"model": "sd_tiny", "unet": {}, "checkpoint_sha256": None, "sampler": "ddim", "steps": 6,
                 "timesteps": "leading"}
@@ -514,7 +513,7 @@ def test_a_block_schedule_reuses_the_residuals_that_our_own_unet_does(parts, tmp
     plain = run(pipe, None, prompt_embeds=text, guidance_scale=1.0, latents=x)
     enable_deepcache(pipe, interval, block_schedule=str(tmp_path / "blocks.json"))
     theirs = run(pipe, None, prompt_embeds=text, guidance_scale=1.0, latents=x)
-    policy = Keep(blocks if interval == 1 else schedule.outside(1, num_skips(pipe.unet)))
+    policy = Keep(blocks if interval == 1 else schedule.outside(1, 6))
     diffusion = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
     cache = policy if interval == 1 else joined(DeepCache(1, [0, 3]), policy)
     predict = noise_predictor(ours, diffusion, torch.float32, cache, (text,))

@@ -491,8 +491,8 @@ def test_a_checkpoint_becomes_a_pipeline_on_our_unet(parts, calls, tmp_path, pre
     theirs.scheduler = cls(**BETAS, set_alpha_to_one=False, prediction_type=diffusers_prediction,
                            **({"skip_prk_steps": True} if prediction == "noise" else {"clip_sample": False}))
     theirs.save_pretrained(tmp_path)
-    config = Config("sd_tiny", Unet(4, 4, 32, [1, 2, 2], 1, [1, 2], 4, 16), resolution=SIZE, downsampling=2, tokens=12,
-                    checkpoint="", diffusion=Diffusion(prediction=prediction))
+    config = Config(name="sd_tiny", unet=Unet(4, 4, 32, [1, 2, 2], 1, [1, 2], 4, 16), resolution=SIZE,
+                    downsampling=2, tokens=12, checkpoint="", diffusion=Diffusion(prediction=prediction))
     ours = load_pipeline(config, tmp_path)
     ours.set_progress_bar_config(disable=True)
     assert type(ours.scheduler).__name__ == name

@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -158,6 +159,14 @@ def _tensors(path: Path | str) -> tuple[Any, dict[str, Tensor]]:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
     return parse_json(about, path), tensors
+
+
+def made_for(path: Path | str) -> Mapping[str, Any]:
+    """The runs that a file of any kind is for; nothing where it is no such file, which `Fitted.load` refuses."""
+    for read in (read_json, lambda path: _tensors(path)[0]):
+        with suppress(ValueError, KeyError, TypeError, OSError):
+            return read(path)["made_for"]
+    return {}
 
 
 def fingerprint(unet: nn.Module, in_channels: int, context: int | None) -> str:

@@ -86,7 +86,7 @@ class DeepCacheOptions(MethodOptions):
 
     def bind(self, shape: RunShape, others: Sequence[Method]) -> DeepCacheMethod | None:
         branch = shape.branch if self.branch is None else self.branch
-        if not 0 <= branch < shape.num_branches:
+        if not (isinstance(branch, int) and 0 <= branch < shape.num_branches):
             raise ValueError(f"--branch must be from 0 to {shape.num_branches - 1} for this model, got {branch}")
         steps = full_steps(self.schedule, shape.steps, self.interval, self.center, self.power)
         if self.interval == 1:

@@ -1,7 +1,6 @@
 """How much a run saves: exact multiply-accumulates of the calls that it makes, attention's included.
 
-They are counted in these very calls, in one of each kind, as PyTorch dispatches their operations in this thread:
-nothing runs that would not run anyhow, and nothing is copied.
+They are counted in these very calls, one of each kind, as PyTorch dispatches their operations: nothing else runs.
 """
 
 from collections.abc import Hashable
@@ -37,12 +36,11 @@ class Meter:
         begin = f"caching in {len(self.calls)} network calls"
         if self.fault:
             return f"{begin}: {settings}; multiply-accumulates were not counted ({self.fault})"
-        shapes = [shape for (_, shape), _ in self.calls]
         full, each = [self.macs[place, FULL] for place, _ in self.calls], [self.macs[key] for key in self.calls]
-        rows = sum(shape[0] for shape in shapes) * 1e9
+        shapes = [shape for (_, shape), _ in self.calls]
+        row, rows = "video" if len(shapes[0]) > 4 else "image", 1e9 * sum(shape[0] for shape in shapes)
         return (f"{begin}, {sum(map(int.__eq__, full, each))} of them full: {settings}; {sum(each) / rows:.1f} of "
-                f"{sum(full) / rows:.1f} GMACs per call and {'video' if len(shapes[0]) > 4 else 'image'}: "
-                f"{sum(full) / sum(each):.2f} times as fast by them")
+                f"{sum(full) / rows:.1f} GMACs per call and {row}: {sum(full) / sum(each):.2f} times as fast by them")
 
 
 class Counter(TorchDispatchMode):

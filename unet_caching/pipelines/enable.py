@@ -7,65 +7,49 @@
     with enable_deepcache(pipe, interval=3, forecast=1):
         pipe(...)                           # on in here alone
 
-For pipelines that have a U-Net as `pipe.unet`, for images or videos (docs/pipelines.md lists them), and whose denoising
-loop runs in the pipeline's progress bar, as diffusers' own do. The pipeline's modules run as they are: LoRA,
-ControlNets, T2I- and IP-Adapters, FreeU, attention processors, offloading and quantised layers act as they do without
-caching.
-
-- A step is one network call of the loop, or several that are given the same timestep (`pipelines.loop`); other calls of
-  the network compute everything. Schedules are made for the calls of a run; for one less with PLMS (PNDMScheduler with
-  skip_prk_steps), which repeats one step: T steps are T + 1 calls there, the last of them a cached one, as in the
-  released code (github horseee/DeepCache, 1691a3a). Second-order schedulers, as Heun's, count each of their calls.
-- An interval longer than the run leaves one full step, and an order of forecast is lowered to what a run can feed. A
-  center beyond the run's steps is an error.
-- ControlNets run on every step, and their residuals enter at all skips that a step computes. A cached feature holds
-  those of its own full step, as it holds what adapters added to the encoder.
-- Calls with gradients compute everything. Pipelines that read attention maps of the same step are refused.
-- `torch.compile(pipe.unet)`, before or after: one graph for full steps, one for cached ones.
-- Several pipelines may share one U-Net, each with its own settings or without caching, in threads of their own too.
-- `logging.getLogger("unet_caching")` tells at the end of each run, at level INFO, what it did and what that saved.
+docs/pipelines.md lists the pipelines for which this is, and says what counts as a step. Several of them may share one
+U-Net, each with its own settings or without caching, in threads of their own too. `logging.getLogger("unet_caching")`
+tells at the end of each run, at level INFO, what it did and what that saved.
 """
 
-import operator
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PNDMScheduler, UNet2DModel
+from torch import nn
 
 from unet_caching.errors import UserError
+from unet_caching.files.fitted import fingerprint, made_for
+from unet_caching.forecast import check_order
+from unet_caching.methods.block_caching import BlockCachingMethod
 from unet_caching.methods.deepcache import DeepCacheOptions
 from unet_caching.methods.forecast import ForecastOptions
-from unet_caching.pipelines.bar import ProgressBar, as_options_error
+from unet_caching.methods.plan import HIGHEST_ORDER
+from unet_caching.options import RunShape
 from unet_caching.pipelines.install import check, install, uninstall, unwrapped
-from unet_caching.pipelines.parts import num_skips
-from unet_caching.pipelines.run import recompute
-from unet_caching.registry import METHODS, options_by_name
+from unet_caching.pipelines.loop import Loop, num_calls
+from unet_caching.pipelines.parts import residuals
+from unet_caching.pipelines.run import FEW, Run, log
+from unet_caching.pipelines.scheduler import refuse_other_sampling
+from unet_caching.registry import METHODS, Methods, bind, options_by_name
+from unet_caching.samplers.solvers import solver
 from unet_caching.schedules import check_settings
 
+LONG = 1000     # steps of a run into which all settings fit that any run can have
 # Options of methods that say themselves what each call computes, or leave that to DeepCache where it is asked for.
 ALONE = {one.name for method in METHODS if method not in (DeepCacheOptions, ForecastOptions) for one in fields(method)}
 
 
-class Enabled:
-    """What `enable_deepcache` returns: in a `with` statement caching ends, or is as before, where that ends."""
-
-    def __init__(self, pipe: DiffusionPipeline, before: ProgressBar | None):
-        self.pipe, self.before = pipe, before
-
-    def __enter__(self) -> DiffusionPipeline:
-        return self.pipe
-
-    def __exit__(self, *error: Any) -> None:
-        disable_deepcache(self.pipe)
-        if self.before is not None:
-            _switch_on(self.pipe, self.before)
-
-
 def enable_deepcache(pipe: DiffusionPipeline, interval: int | None = None, branch: int | None = None,
                      schedule: str = "uniform", center: int | None = None, power: float | None = None,
-                     **options: Any) -> Enabled:
-    """Switch caching on in a pipeline, or change its settings.
+                     **options: Any) -> AbstractContextManager[DiffusionPipeline]:
+    """Switch caching on in a pipeline, or change its settings; in a `with` statement until that ends.
 
     interval: N of 1:N, one full step in every N; 2 and 3 are cautious, the papers go up to 10, 1 does not cache. By
     default 3, or 1 beside a plan, block_schedule, clock or adaptive rule, which say themselves what each call computes.
@@ -81,19 +65,13 @@ def enable_deepcache(pipe: DiffusionPipeline, interval: int | None = None, branc
         interval = 1 if options.keys() & ALONE else 3
     options |= {"interval": interval, "branch": branch, "schedule": schedule, "center": center, "power": power}
     with as_options_error():
-        given = {name: _plain(name, value) for name, value in options.items()}
-        check_settings(schedule, given["interval"], center, power)
-        bar = ProgressBar(pipe, options_by_name(given))
-    unet = _unet(pipe)
-    branch = given["branch"]
-    if branch is not None and not (isinstance(branch, int) and 0 <= branch < num_skips(unet)):
-        raise UserError(f"branch must be from 0 to {num_skips(unet) - 1} for this model, got {branch!r}")
-    bar.check(unet)
-    before = vars(pipe).get("progress_bar")
-    before = before if isinstance(before, ProgressBar) else None
+        options = {name: _plain(name, value) for name, value in options.items()}
+        check_settings(schedule, options["interval"], center, power)
+    bar, before = ProgressBar(pipe, options), vars(pipe).get("progress_bar")
+    bar.check(_unet(pipe))
     disable_deepcache(pipe)
     _switch_on(pipe, bar)
-    return Enabled(pipe, before)
+    return _within(pipe, before if isinstance(before, ProgressBar) else None)
 
 
 def disable_deepcache(pipe: DiffusionPipeline) -> None:
@@ -107,12 +85,18 @@ def disable_deepcache(pipe: DiffusionPipeline) -> None:
     uninstall(pipe)
 
 
-def refresh_deepcache(pipe: DiffusionPipeline) -> None:
-    """Let the next network call of a pipeline's run compute everything: for callbacks that change the prompt, say."""
-    recompute(unwrapped(pipe.unet))
+@contextmanager
+def _within(pipe: DiffusionPipeline, before: "ProgressBar | None") -> Iterator[DiffusionPipeline]:
+    """Where this ends, caching does, or is as it was before."""
+    try:
+        yield pipe
+    finally:
+        disable_deepcache(pipe)
+        if before is not None:
+            _switch_on(pipe, before)
 
 
-def _switch_on(pipe: DiffusionPipeline, bar: ProgressBar) -> None:
+def _switch_on(pipe: DiffusionPipeline, bar: "ProgressBar") -> None:
     bar.shadowed = vars(pipe).get("progress_bar")
     pipe.progress_bar = bar
     install(pipe)
@@ -124,10 +108,7 @@ def _plain(name: str, value: Any) -> Any:
         return value
     if isinstance(value, bool):
         raise ValueError(f"{name} is {value}, and should be a number")
-    try:
-        return Path(value) if isinstance(value, str) else operator.index(value)
-    except TypeError:
-        return value                        # what cannot be is left to the checks
+    return Path(value) if isinstance(value, str) else int(value) if isinstance(value, Integral) else value
 
 
 def _unet(pipe: Any) -> Any:
@@ -142,3 +123,112 @@ def _unet(pipe: Any) -> Any:
             raise UserError(f"the loop of a {name} runs in pipe.{inner}: use enable_deepcache(pipe.{inner})")
     check(unwrapped(pipe.unet))
     return unwrapped(pipe.unet)
+
+
+@contextmanager
+def as_options_error(prefix: str = "") -> Iterator[None]:
+    """Raise ValueErrors as UserErrors that speak of arguments, not of the flags of commands."""
+    try:
+        yield
+    except ValueError as error:
+        words = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda flag: flag[1].replace("-", "_"), str(error))
+        raise UserError(prefix + words) from None
+
+
+class ProgressBar:
+    """A pipeline's `progress_bar`: the one that it had before, with a run around the loop that it counts."""
+
+    def __init__(self, pipe: DiffusionPipeline, options: Mapping[str, Any]):
+        self.pipe, self.options = pipe, options
+        self.order = options.get("forecast", 0)
+        self.shadowed: Any = None           # set on the object by the user; else it is the class's
+        self.warnings: set[str] = set()
+
+    def __call__(self, iterable: Any = None, total: int | None = None, **others: Any) -> Any:
+        loop = Loop(sys._getframe(1), self.pipe)
+        own = self.shadowed or type(self.pipe).progress_bar.__get__(self.pipe)
+        bar = own(iterable, **others) if total is None else own(iterable, total, **others)
+        return bar if total is None and not hasattr(iterable, "__len__") else _Bar(bar, self, loop, iterable, total)
+
+    def run(self, loop: Loop, iterable: Any, total: int | None) -> Run:
+        """The run of a loop. Raises UserError for a U-Net, as it is now, that cannot be cached."""
+        check(unwrapped(self.pipe.unet))
+        install(self.pipe)
+        unet, calls = unwrapped(self.pipe.unet), num_calls(self.pipe, loop, iterable, total)
+        return Run(unet, loop, lambda: (self._methods(unet, calls), calls))
+
+    def check(self, unet: nn.Module) -> None:
+        """Refuse settings that no run can have. Raises UserError."""
+        steps = calls = LONG
+        for path in (value for value in self.options.values() if isinstance(value, Path)):
+            if run := made_for(path):
+                steps, calls = run["steps"], solver(run["sampler"]).calls(run["steps"])
+        with as_options_error():
+            check_order(self.order)
+            if self.order > HIGHEST_ORDER:
+                raise ValueError(f"forecast is an order up to {HIGHEST_ORDER}, got {self.order}")
+            uniform = {"schedule": "uniform", "center": None, "power": None}        # where to gather is of a run
+            _bound({**self.options, **uniform}, unet, steps, calls)
+
+    def _methods(self, unet: nn.Module, calls: int) -> Methods:
+        """What a run of so many network calls caches by: its interval and order fit into it. Raises UserError."""
+        scheduler = getattr(self.pipe, "scheduler", None)
+        steps = max(calls - (isinstance(scheduler, PNDMScheduler) and bool(scheduler.config.skip_prk_steps)), 1)
+        fitting = {**self.options, "interval": min(self.options["interval"], steps)}
+        with as_options_error(f"this run has {steps} steps: "):
+            for order in range(self.order, -1, -1):
+                fitting |= {"forecast": order} if order else {"forecast": 0, "forecast_damping": 1.0}
+                try:
+                    found = _bound(fitting, unet, steps, calls)
+                    break
+                except ValueError:
+                    if order == 0:
+                        raise
+        for file in (file for method in found.methods for file in method.files):
+            refuse_other_sampling(file, scheduler)
+        few = f"this run has {calls} network calls: there is next to nothing to reuse, and each cached one shows"
+        low = f"this run has {steps} steps, too few to forecast by order {self.order}: order {order} is taken"
+        for message in [few] * bool(found and calls < FEW) + [low] * (order < self.order):
+            if message not in self.warnings:
+                self.warnings.add(message)
+                log.warning("%s", message)
+        return found
+
+
+def _bound(options: Mapping[str, Any], unet: Any, steps: int, calls: int) -> Methods:
+    """The methods of a run on this U-Net. Raises ValueError."""
+    branches = sum(len(block.resnets) for block in unet.up_blocks)
+    usual = min(2 if isinstance(unet, UNet2DModel) else 1, branches - 1)
+    found = bind(options_by_name(options), RunShape(steps, calls, branches, usual))
+    if any(method.files for method in found.methods):
+        context = getattr(unet.config, "cross_attention_dim", None)
+        found.check({"steps": steps, "fingerprint": fingerprint(unet, unet.config.in_channels, context)})
+    blocks = found.of(BlockCachingMethod)
+    if blocks and (unknown := blocks.blocks.keys() - {name for _, name in residuals(unet)}):
+        raise ValueError("a block schedule for pipelines is of ResNet blocks and transformers: this U-Net has no "
+                         f"{min(unknown)}")
+    return found
+
+
+class _Bar:
+    """A progress bar with a run inside it; whatever else it has is the bar's own."""
+
+    def __init__(self, bar: Any, of: ProgressBar, loop: Loop, iterable: Any, total: int | None):
+        self._bar, self._of, self._run_of = bar, of, (loop, iterable, total)
+
+    def __enter__(self) -> Any:
+        self._run = self._of.run(*self._run_of).prepare()
+        found = self._bar.__enter__()
+        self._run.__enter__()
+        return found
+
+    def __exit__(self, *error: Any) -> Any:
+        self._run.__exit__(*error)
+        return self._bar.__exit__(*error)
+
+    def __iter__(self) -> Iterator:
+        with self._of.run(*self._run_of):
+            yield from self._bar
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)

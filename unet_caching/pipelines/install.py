@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from unet_caching.errors import UserError
-from unet_caching.pipelines.containers import check_containers
-from unet_caching.pipelines.forward import argument_names, cached_forward
-from unet_caching.pipelines.kinds import check_kind
+from unet_caching.pipelines.forward import argument_names, cached_forward, check_kind
 from unet_caching.pipelines.parts import Caching
 from unet_caching.pipelines.run import caching_of_call, wanted
 
@@ -44,9 +42,8 @@ class Counted:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         caching = caching_of_call(self.unet, args, kwargs)
-        if caching is None:
-            return self.compiled(*args, **kwargs)
-        return self.compiled(*args, caching=caching._replace(meter=None), **kwargs)
+        more = {} if caching is None else {"caching": caching._replace(meter=None)}
+        return self.compiled(*args, **kwargs, **more)
 
 
 def unwrapped(unet: Any) -> Any:
@@ -57,7 +54,6 @@ def unwrapped(unet: Any) -> Any:
 def check(unet: Any) -> None:
     """Refuse what the nest cannot run. Raises UserError that says why."""
     check_kind(unet)
-    check_containers(unet)
     holder, name = _slot(unet)
     forward = vars(holder).get(name)
     if not (forward is None or _is_ours(forward) or getattr(forward, "__func__", None) is type(unet).forward
@@ -82,32 +78,20 @@ def install(pipe: Any) -> None:
 
 
 def uninstall(pipe: Any) -> None:
-    """Give the U-Nets of a pipeline their own forward back, unless another pipeline caches with them.
-
-    They are the one that it has and those that it had.
-    """
-    unets = [unet for unet, pipes in list(wanted.items()) if pipe in pipes]
-    now = getattr(pipe, "unet", None)
-    if isinstance(now, nn.Module):
-        unets.append(unwrapped(now))
-    for unet in unets:
+    """Give the U-Nets that a pipeline has and had their own forward back, unless another pipeline caches with them."""
+    now, unets = getattr(pipe, "unet", None), [unet for unet, pipes in list(wanted.items()) if pipe in pipes]
+    for unet in [*unets, unwrapped(now)] if isinstance(now, nn.Module) else unets:
         others = wanted.get(unet, WeakSet())
         others.discard(pipe)
-        if not others:
-            _restore(unet)
-            for holder, name in _compiled(now) if unwrapped(now) is unet else ():
-                if isinstance(vars(holder)[name], Counted):
-                    setattr(holder, name, vars(holder)[name].compiled)
-
-
-def _restore(unet: nn.Module) -> None:
-    holder, name = _slot(unet)
-    if not _is_ours(vars(holder).get(name)):
-        return
-    if holder is unet and name == "forward":
-        delattr(unet, name)
-    else:
-        setattr(holder, name, type(unet).forward.__get__(unet))
+        holder, name = _slot(unet)
+        if not others and _is_ours(vars(holder).get(name)):
+            if holder is unet and name == "forward":
+                delattr(unet, name)
+            else:
+                setattr(holder, name, type(unet).forward.__get__(unet))
+        for holder, name in _compiled(now) if not others and unwrapped(now) is unet else ():
+            if isinstance(vars(holder)[name], Counted):
+                setattr(holder, name, vars(holder)[name].compiled)
 
 
 def _slot(unet: nn.Module) -> tuple[Any, str]:
@@ -121,9 +105,8 @@ def _slot(unet: nn.Module) -> tuple[Any, str]:
 
 def _compiled(unet: Any) -> list[tuple[Any, str]]:
     """Where the compiled functions of a U-Net are, by torch.compile(unet) and unet.compile()."""
-    found = [(unet, "forward")] if unwrapped(unet) is not unet else []
-    return found + [(unwrapped(unet), "_compiled_call_impl")] * (
-        vars(unwrapped(unet)).get("_compiled_call_impl") is not None)
+    inside = (unwrapped(unet), "_compiled_call_impl")
+    return [(unet, "forward")] * (inside[0] is not unet) + [inside] * (vars(inside[0]).get(inside[1]) is not None)
 
 
 def _is_ours(forward: Any) -> bool:

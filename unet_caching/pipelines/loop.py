@@ -1,12 +1,10 @@
 """Which calls of a U-Net are a denoising loop's own, and which of those belong to one step.
 
 A loop is the invocation of a function that opened the pipeline's progress bar: one frame on the stack of one thread. It
-makes a network call if it calls the network itself, or through methods of its pipeline. A callback's calls, another
-pipeline's inside a callback, and those after the loop was broken off are not made so, whatever they are given.
-
-Two calls are of one step if the loop gives them the same timestep: the same element of the tensor that it walks along,
-by its place in memory, which no GPU need be waited for. Elements of equal value are different steps (PLMS, Heun). Where
-a loop makes a tensor of its own for each call, values are compared.
+makes a network call itself, or through methods of its pipeline: not so a callback's, another pipeline's inside a
+callback, and those after the loop was broken off. Two calls are of one step if they are given the same timestep: the
+same element of the tensor that the loop walks along, by its place in memory, which no GPU need be waited for. Elements
+of equal value are different steps (PLMS, Heun). Where a loop makes a tensor of its own for each call, values count.
 """
 
 import inspect
@@ -56,10 +54,9 @@ def num_calls(pipe: Any, loop: Loop, iterable: Any, total: int | None) -> int:
     """How often a loop will call the network. iterable, total: what it gives to the progress bar."""
     scheduler = getattr(pipe, "scheduler", None)
     if hasattr(iterable, "__len__"):
-        times, kind = [float(t) for t in iterable] if isinstance(iterable, Tensor) else [], type(scheduler).__name__
-        if kind == "RePaintScheduler":      # steps back add noise, and make no call
-            return 1 + sum(later < sooner for sooner, later in pairwise(times))
-        return 2 * len(iterable) - 1 if kind == "KarrasVeScheduler" else len(iterable)
+        if type(scheduler).__name__ == "RePaintScheduler":      # steps back add noise, and make no call
+            return 1 + sum(bool(later < sooner) for sooner, later in pairwise(iterable))
+        return 2 * len(iterable) - 1 if type(scheduler).__name__ == "KarrasVeScheduler" else len(iterable)
     number = getattr(pipe, "_num_timesteps", None)
     if number is not None and "_num_timesteps" in loop.code.co_names:       # else it is of an older run
         return number

@@ -2,11 +2,10 @@
 
 A part is one layer of a block, in the block's own forward: it runs on a stand-in for the block that has this layer
 alone. How modules are called, FreeU, checkpointing and what differs from version to version stay diffusers' own, and
-nothing is copied. The residuals that Block Caching may keep have the names that they have in our own U-Nets: a block
-schedule fits both.
+nothing is copied.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from unet_caching.nest import Cache
-from unet_caching.pipelines.containers import Containers
 
 Theirs = Any                # a module of diffusers, whose attributes are made at run time
 Down = Callable[[Tensor], Tensor]
@@ -26,12 +24,36 @@ RESAMPLE = ("downsamplers", "upsamplers")
 
 
 class Caching(NamedTuple):
-    """What a network call is given to cache by. asked: the residuals that the cache may keep, by name. meter: what the
-    call is made in, where it is counted.
-    """
+    """What a network call is given to cache by."""
     cache: Cache
-    asked: frozenset[str] = frozenset()
-    meter: AbstractContextManager | None = None
+    asked: Mapping[Theirs, str] = {}        # modules of which it may keep what they add, and the names that it knows
+    meter: AbstractContextManager | None = None         # what the call is made in, where it is counted
+
+
+class Call:
+    """One network call. It runs what is hung on a block before the first of its parts that run, and after the last one:
+    the hooks by which diffusers offloads groups of layers. adapter: residuals of a T2I-Adapter (arXiv 2302.08453).
+    """
+    inside: Theirs = None                   # the block with hooks of which parts run
+
+    def __init__(self, caching: Caching, adapter: Sequence[Tensor]):
+        self.caching, self.adapter = caching, adapter
+
+    def enter(self, block: Theirs) -> None:
+        """Parts of this block run from now on."""
+        if block is not self.inside:
+            self.leave()
+            if "_diffusers_hook" in block.__dict__:
+                self.inside = block
+                for hook in reversed(hooks(block)):
+                    hook.pre_forward(block)
+
+    def leave(self) -> None:
+        """The last part of a block has run."""
+        if self.inside is not None:
+            block, self.inside = self.inside, None
+            for hook in hooks(block):
+                hook.post_forward(block, None)
 
 
 class StandIn:
@@ -47,91 +69,107 @@ class StandIn:
         return getattr(self._module, name)
 
 
-Given = dict[Theirs, tuple[Tensor, tuple, dict[str, Any]]]     # what a U-Net calls each block with: on x, and the rest
+class Block(StandIn):
+    """A block in the forward of its U-Net, which notes what it is called with. _answer: makes what it then returns."""
+    _answer: Callable[[Tensor], Any] | None = None
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._x, self._args, self._kwargs = hidden_states, args, kwargs
+        return hidden_states if self._answer is None else self._answer(hidden_states)
 
 
-class Call(NamedTuple):
-    """One network call. adapter: residuals of a T2I-Adapter."""
-    caching: Caching
-    given: Given
-    containers: Containers
-    adapter: Sequence[Tensor] = ()
-
-
-def down_parts(blocks: Sequence[Theirs], call: Call) -> list[Down]:
-    """The encoder: part k makes skip k of its input; skip 0 is what conv_in has made."""
+def encoder(unet: Theirs, call: Call) -> tuple[list[Block], list[Down]]:
+    """The down blocks, and their parts: part k makes skip k of its input; skip 0 is what conv_in has made."""
+    blocks: list[Block] = []
     parts: list[Down] = [lambda x: x]
-    for index, block in enumerate(blocks):
-        for i in range(len(block._modules["resnets"]._modules)):
-            parts.append(partial(_down, call, block, i, f"input_blocks.{len(parts)}"))
-        last = len(parts) - 1
-        if block._modules.get("downsamplers") is not None:
+    for index, module in enumerate(unet.down_blocks):
+        layers, first = len(module._modules["resnets"]._modules), len(parts)
+        block = Block(module)
+        for i in range(layers):
+            parts.append(partial(_down, call, block, i))
+        if module._modules.get("downsamplers") is not None:
             parts.append(partial(_downsample, call, block))
+        skips = len(parts) - first
+        block._answer = lambda x, skips=skips: (x, (x,) * skips)
+        blocks.append(block)
         if index < len(call.adapter):       # it adds before the downsampling where there is cross-attention, else after
-            place = last if getattr(block, "has_cross_attention", False) else -1
-            parts[place] = _adapted(parts[place], call.adapter[index])
-    return parts
+            place = first + layers - 1 if getattr(block, "has_cross_attention", False) else -1
+            parts[place] = partial(_adapted, parts[place], call.adapter[index])
+    return blocks, parts
 
 
-def middle_part(block: Theirs, place: int, call: Call) -> Down:
-    """The middle block, whole unless its residuals may be kept. place: of what an adapter adds to it (T2I-Adapter XL).
-    """
-    extra = call.adapter[place] if place < len(call.adapter) else None
-
-    def run(x: Tensor) -> Tensor:
-        if block is None:
-            return x
-        call.containers.enter(block)
-        _, args, kwargs = call.given[block]
-        if any(name.startswith("middle_block.") for name in call.caching.asked):
-            lists = {name: [*modules] for name, modules in block.named_children()}
-            _keep(call, lists, _middle_residuals(block))
-            x = type(block).forward(StandIn(block, **lists), x, *args, **kwargs)
-        else:
-            x = block(x, *args, **kwargs)
-        return x if extra is None or extra.shape != x.shape else x + extra
-    return run
-
-
-def up_parts(blocks: Sequence[Theirs], call: Call) -> list[Up]:
-    """The decoder: part k takes skip k."""
+def decoder(unet: Theirs, call: Call) -> tuple[list[Block], list[Up]]:
+    """The up blocks, and their parts: part k takes skip k."""
+    blocks: list[Block] = []
     parts: list[Up] = []
-    for block in blocks:
-        for i in range(len(block._modules["resnets"]._modules)):
-            parts.append(partial(_up, call, block, i, f"output_blocks.{len(parts)}"))
-    return parts[::-1]
+    for module in unet.up_blocks:
+        block = Block(module)
+        blocks.append(block)
+        for i in range(len(module._modules["resnets"]._modules)):
+            parts.append(partial(_up, call, block, i))
+    return blocks, parts[::-1]
 
 
-def residual_names(unet: Theirs) -> Iterator[str]:
-    """The residuals that a cache may keep: ResNet blocks and transformers, by the names that our own U-Nets give."""
-    k = 1
-    for block in unet.down_blocks:
-        for i in range(num_layers(block)):
-            yield from (name for *_, name in _residuals(_layer(block, i), f"input_blocks.{k}"))
-            k += 1
-        k += block.downsamplers is not None
-    if unet.mid_block is not None:
-        yield from (name for *_, name in _middle_residuals(unet.mid_block))
-    k = 0
-    for block in unet.up_blocks:
-        for i in range(num_layers(block)):
-            yield from (name for *_, name in _residuals(_layer(block, i), f"output_blocks.{k}"))
-            k += 1
+def middle(block: Block | None, call: Call, place: int, x: Tensor) -> Tensor:
+    """The middle block, whole unless what it adds may be kept. place: of what a T2I-Adapter XL adds to it."""
+    if block is not None:
+        call.enter(block._module)
+        if any(name.startswith("middle_block.") for name in call.caching.asked.values()):
+            lists = {name: [*modules] for name, modules in block._module.named_children()}
+            x = _forward(call, block, lists)(x, *block._args, **block._kwargs)
+        else:
+            x = block._module(x, *block._args, **block._kwargs)
+    extra = call.adapter[place] if place < len(call.adapter) else None
+    return x if extra is None or extra.shape != x.shape else x + extra
 
 
-def num_skips(unet: Theirs) -> int:
-    """How many skips, or branches, a U-Net has."""
-    return sum(map(num_layers, unet.up_blocks))
+def _adapted(part: Down, residual: Tensor, x: Tensor) -> Tensor:
+    return part(x) + residual
 
 
-def num_layers(block: Theirs) -> int:
-    """How many layers a down or up block has."""
-    return len(block._modules["resnets"]._modules)
+def _down(call: Call, block: Block, i: int, x: Tensor) -> Tensor:
+    call.enter(block._module)
+    run = _forward(call, block, layer(block, i), downsamplers=None)
+    return run(x, *block._args, **block._kwargs)[0]
 
 
-def _layer(block: Theirs, i: int) -> dict[str, list]:
+def _downsample(call: Call, block: Block, x: Tensor) -> Tensor:
+    call.enter(block._module)
+    for module in block.downsamplers:
+        if type(module) is ResnetBlock2D:
+            x = module(x, *block._args[:1] or [block._kwargs["temb"]])
+        else:                               # by keyword, as FreeNoise's split inference has it
+            x = module(hidden_states=x)
+    return x
+
+
+def _up(call: Call, block: Block, i: int, inner: Tensor, skip: Tensor, size: torch.Size) -> Tensor:
+    call.enter(block._module)
+    if block.__dict__.get("s1"):
+        inner = inner.clone()               # FreeU (arXiv 2309.11497) writes into it, and it may be kept
+    args, kwargs = ((skip,), *block._args[1:]), block._kwargs
+    if "res_hidden_states_tuple" in kwargs:
+        args, kwargs = block._args, kwargs | {"res_hidden_states_tuple": (skip,)}
+    if kwargs.get("upsample_size") is not None:         # where some level does not halve; frames stay as many
+        kwargs = kwargs | {"upsample_size": (*kwargs["upsample_size"][:-2], *size)}
+    last = i == len(block.resnets._modules) - 1
+    run = _forward(call, block, layer(block, i), upsamplers=block.upsamplers if last else None)
+    return run(inner, *args, **kwargs)
+
+
+def _forward(call: Call, block: Block, lists: dict[str, list], **more: Any) -> Callable[..., Any]:
+    """The forward of a block that has these of its modules; of some the cache keeps what they add."""
+    if call.caching.asked:
+        for modules in lists.values():
+            for i, module in enumerate(modules):
+                if module in call.caching.asked:
+                    modules[i] = Kept(module, call.caching.asked[module], call.caching.cache)
+    return partial(type(block._module).forward, StandIn(block._module, **lists, **more))
+
+
+def layer(block: Theirs, i: int) -> dict[str, list]:
     """The lists of a block with what its i-th layer has of them."""
-    lists, layers = {}, len(block._modules["resnets"]._modules)
+    lists, layers = {}, len(block.resnets._modules)
     for name, modules in block._modules.items():
         if name not in RESAMPLE:
             every = [*modules._modules.values()]
@@ -140,63 +178,22 @@ def _layer(block: Theirs, i: int) -> dict[str, list]:
     return lists
 
 
-def _residuals(lists: dict[str, list], part: str) -> Iterator[tuple[str, int, str]]:
-    """Where the residuals of a layer are, and their names."""
-    places = [(kind, i) for kind in LAYER for i, module in enumerate(lists.get(kind, ())) if module is not None]
-    yield from ((*place, f"{part}.{j}") for j, place in enumerate(places))
-
-
-def _middle_residuals(block: Theirs) -> Iterator[tuple[str, int, str]]:
-    """Those of a middle block of ResNet blocks with a transformer between any two."""
-    lists = dict(block.named_children())
+def residuals(unet: Theirs) -> Iterator[tuple[Theirs, str]]:
+    """The modules that add to what they are given, by the names in our own U-Nets: a block schedule fits both."""
+    for side, blocks, k in (("input_blocks", unet.down_blocks, 1), ("output_blocks", unet.up_blocks, 0)):
+        for block in blocks:
+            for i in range(len(block.resnets)):
+                lists = layer(block, i)
+                modules = [module for name in LAYER for module in lists.get(name, ()) if module is not None]
+                yield from ((module, f"{side}.{k}.{j}") for j, module in enumerate(modules))
+                k += 1
+            k += getattr(block, "downsamplers", None) is not None
+    lists = {} if unet.mid_block is None else dict(unet.mid_block.named_children())
     if lists.keys() == {"resnets", "attentions"} and len(lists["attentions"]) == len(lists["resnets"]) - 1:
-        yield "resnets", 0, "middle_block.0"
-        for i, attention in enumerate(lists["attentions"]):
-            if attention is not None:
-                yield "attentions", i, f"middle_block.{2 * i + 1}"
-            yield "resnets", i + 1, f"middle_block.{2 * i + 2}"
-
-
-def _keep(call: Call, lists: dict[str, list], residuals: Iterator[tuple[str, int, str]]) -> None:
-    """Let the cache keep the residuals that it asked for."""
-    for kind, i, name in residuals:
-        if name in call.caching.asked:
-            lists[kind][i] = Kept(lists[kind][i], name, call.caching.cache)
-
-
-def _down(call: Call, block: Theirs, i: int, name: str, x: Tensor) -> Tensor:
-    call.containers.enter(block)
-    lists, (_, args, kwargs) = _layer(block, i), call.given[block]
-    if call.caching.asked:
-        _keep(call, lists, _residuals(lists, name))
-    return type(block).forward(StandIn(block, downsamplers=None, **lists), x, *args, **kwargs)[0]
-
-
-def _downsample(call: Call, block: Theirs, x: Tensor) -> Tensor:
-    call.containers.enter(block)
-    _, args, kwargs = call.given[block]
-    for module in block.downsamplers:       # by keyword, as FreeNoise's split inference has it
-        x = module(x, *args[:1] or [kwargs["temb"]]) if type(module) is ResnetBlock2D else module(hidden_states=x)
-    return x
-
-
-def _up(call: Call, block: Theirs, i: int, name: str, inner: Tensor, skip: Tensor, size: torch.Size) -> Tensor:
-    call.containers.enter(block)
-    lists, (_, args, kwargs) = _layer(block, i), call.given[block]
-    if call.caching.asked:
-        _keep(call, lists, _residuals(lists, name))
-    if i < len(block._modules["resnets"]._modules) - 1:
-        lists["upsamplers"] = None          # type: ignore[assignment]
-    if kwargs.get("upsample_size") is not None:         # where some level does not halve; frames stay as many
-        kwargs = kwargs | {"upsample_size": (*kwargs["upsample_size"][:-2], *size)}
-    if block.__dict__.get("s1"):
-        inner = inner.clone()               # FreeU (arXiv 2309.11497) writes into it, and it may be kept
-    return type(block).forward(StandIn(block, **lists), inner, (skip,), *args, **kwargs)
-
-
-def _adapted(part: Down, residual: Tensor) -> Down:
-    """A part with what a T2I-Adapter (arXiv 2302.08453) adds to its output."""
-    return lambda x: part(x) + residual
+        for first, name in enumerate(("resnets", "attentions")):
+            for i, module in enumerate(lists[name]):
+                if module is not None:
+                    yield module, f"middle_block.{2 * i + first}"
 
 
 class Kept:
@@ -205,12 +202,8 @@ class Kept:
     def __init__(self, module: Theirs, name: str, cache: Cache):
         self.module, self.name, self.cache = module, name, cache
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs["input_tensor" if "input_tensor" in kwargs else "hidden_states"]
-        listed = kwargs.get("return_dict") is False
+        x, listed = [*args, *kwargs.values()][0], kwargs.get("return_dict") is False
         computed: list[Tensor] = []
 
         def residual() -> Tensor:
@@ -228,3 +221,9 @@ class Kept:
         project = getattr(resnet, "conv_shortcut", None)
         factor = getattr(resnet, "output_scale_factor", getattr(resnet, "rescale_output_factor", 1.0))
         return (x if project is None else project(x)) / factor
+
+
+def hooks(block: Theirs) -> list:
+    """diffusers' hooks on a module, the innermost first."""
+    registry = vars(block).get("_diffusers_hook")
+    return [] if registry is None else [registry.hooks[name] for name in registry._hook_order]

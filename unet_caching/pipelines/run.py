@@ -17,24 +17,21 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from unet_caching.errors import UserError, as_user_error
+from unet_caching.errors import UserError
 from unet_caching.nest import Cache, no_cache
-from unet_caching.options import Method
-from unet_caching.pipelines.containers import check_containers
 from unet_caching.pipelines.cost import FULL, Meter
-from unet_caching.pipelines.kinds import prove
+from unet_caching.pipelines.forward import check_container, prove
 from unet_caching.pipelines.loop import Loop, Timestep
-from unet_caching.pipelines.parts import Caching, residual_names
+from unet_caching.pipelines.parts import Caching, residuals
 from unet_caching.policy import Policy
 from unet_caching.registry import Methods
 
 log = logging.getLogger("unet_caching")
 FEW = 10        # network calls: in less there is next to nothing to reuse
 wanted: "WeakKeyDictionary[nn.Module, WeakSet]" = WeakKeyDictionary()       # U-Net -> pipelines that cache with it
-_outside: "WeakKeyDictionary[DiffusionPipeline, tuple[int, int]]" = WeakKeyDictionary()     # their call, how often
+_outside: "WeakKeyDictionary[DiffusionPipeline, int]" = WeakKeyDictionary()     # calls outside of progress bars
 _running: ContextVar["Run | None"] = ContextVar("unet_caching_run", default=None)
-# By these attributes attention processors store maps, which a pipeline reads in the same step: those of
-# Attend-and-Excite, Self-Attention Guidance, LEDITS++, Pix2Pix-Zero and Prompt-to-Prompt.
+# Where the attention processors of Attend-and-Excite, SAG, LEDITS++, Pix2Pix-Zero and Prompt-to-Prompt store their maps
 STORES = ("attnstore", "attention_store", "attention_probs", "is_pix2pix_zero", "controller")
 
 
@@ -45,17 +42,18 @@ class Stream:
         self.policy = policy
         self.step = -1
         self.fits: tuple | None = None
-        self.fresh = True                   # whether the last call had nothing to reuse
+        self.kind: Hashable = FULL          # of the last call: calls of a kind compute the same
 
     def at(self, step: int, x: Tensor) -> Cache:
         """What the call of this step, on x, is given as its cache."""
-        fits = x.shape, x.dtype, x.device
-        self.fresh = step != self.step + 1 or self.fits != fits
-        self.step, self.fits = step, fits
+        before, now = (self.step + 1, self.fits), (step, (x.shape, x.dtype, x.device))
+        (self.step, self.fits), self.kind = now, FULL
         if self.policy is None:
             return no_cache
-        if not self.fresh:
-            return self.policy.at(step)
+        if now == before:
+            cache = self.policy.at(step)
+            self.kind = cache.pattern
+            return cache
         self.policy.reset()                 # nothing to reuse, or nothing that fits: computed, whatever was planned
         try:
             self.policy.at(step)
@@ -67,24 +65,21 @@ class Stream:
 class Run:
     """One denoising loop on a U-Net; a context manager, inside which it is the thread's.
 
-    planned: what it caches by, and for how many steps. Raises UserError for a schedule that the run does not have. It
-    is asked at the first network call, before it computes anything, or ahead of that by `prepare`.
+    planned: what it caches by, and for how many steps; asked at the first network call, or ahead of that by `prepare`.
     """
 
     def __init__(self, unet: nn.Module, loop: Loop, planned: Callable[[], tuple[Methods, int]]):
         self.unet, self.loop, self.planned = unet, loop, planned
         self.plan: Methods | None = None
         self.calls = 0
-        self.asked: frozenset[str] = frozenset()
+        self.asked: dict[nn.Module, str] = {}
         self.streams: list[Stream] = []
         self.step, self.stream, self.others, self.differentiated = -1, 0, 0, 0
         self.time: Timestep | None = None
-        self.channels: dict[Hashable, int] | None = None        # of what is cached, until that was checked
         self.meter: Meter | None = None
         self.thread = get_ident()
 
     def prepare(self) -> "Run":
-        """Plan it."""
         self.plan, self.calls = self.planned()
         return self
 
@@ -106,17 +101,16 @@ class Run:
         if self.others and self.step < 0:
             log.warning("nothing was cached: none of the %d network calls of this run was made by the function that "
                         "opened the progress bar", self.others)
-        if self.plan and self.step >= self.calls:
-            log.warning("the last %d of %d steps were not planned for, and computed everything",
-                        self.step + 1 - self.calls, self.step + 1)
-        if self.plan and self.differentiated:
-            log.warning("%d network calls with gradients computed everything", self.differentiated)
+        for calls, which in ((self.step + 1 - self.calls, "beyond those planned"),
+                             (self.differentiated, "with gradients")):
+            if self.plan and calls > 0:
+                log.warning("%d steps %s computed everything", calls, which)
         if self.meter is not None and self.plan is not None:
             settings = ", ".join(method.summary for method in self.plan.methods) or "without caching"
             log.info("%s", self.meter.report(settings))
 
     def next(self, args: tuple, kwargs: dict) -> Caching:
-        """What the next network call of the loop is given to cache by. Raises UserError where it cannot be cached."""
+        """What the next network call of the loop is given to cache by. Raises UserError where it cannot be."""
         x, time = args[0] if args else kwargs["sample"], Timestep(args[1] if len(args) > 1 else kwargs["timestep"])
         if self.plan is None:
             self.prepare()
@@ -127,53 +121,33 @@ class Run:
             self.step, self.stream, self.time = self.step + 1, 0, time
         else:
             self.stream += 1
-        if self.step >= self.calls or (torch.is_grad_enabled() and self._differentiates(args, kwargs)):
-            meter = None if self.meter is None else self.meter.call((self.stream, x.shape), FULL)
-            return Caching(no_cache, self.asked, meter)
-        while len(self.streams) <= self.stream:
-            self.streams.append(Stream(self.plan.policy(x.device, x.dtype)))
-        stream = self.streams[self.stream]
-        cache = stream.at(self.step, x)
-        if self.channels is not None:
-            cache = self._checked(self.plan, self.channels, cache)
-        if self.meter is None:
-            return Caching(cache, self.asked)
-        kind = FULL if stream.fresh or stream.policy is None else stream.policy.pattern
-        return Caching(cache, self.asked, self.meter.call((self.stream, x.shape), kind))
+        cache: Cache = no_cache             # where a step was not planned, or a loss must not end at what is reused
+        kind: Hashable = FULL
+        if self.step < self.calls and not (torch.is_grad_enabled() and self._differentiates(args, kwargs)):
+            while len(self.streams) <= self.stream:
+                self.streams.append(Stream(self.plan.policy(x.device, x.dtype)))
+            stream = self.streams[self.stream]
+            cache, kind = stream.at(self.step, x), stream.kind
+        return Caching(cache, self.asked, None if self.meter is None else self.meter.call((self.stream, x.shape), kind))
 
     def _begin(self, plan: Methods, x: Tensor, args: tuple, kwargs: dict) -> None:
         """What is known at the first network call alone."""
         policy = plan.policy("meta", x.dtype)
         if policy is not None:
-            self.asked = frozenset(name for name in residual_names(self.unet) if policy.owns(name))
+            self.asked = {module: name for module, name in residuals(self.unet) if policy.owns(name)}
             stores = next((type(module.processor).__name__ for module in self.unet.modules()
                            if any(hasattr(getattr(module, "processor", None), name) for name in STORES)), None)
             if stores is not None:
                 raise UserError(f"{stores}s store attention maps, which are read after each network call: cached steps "
                                 "do not run the layers that make them. Switch caching off, or use interval=1")
-            check_containers(self.unet, any(name.startswith("middle_block.") for name in self.asked))
-            if any(type(method).check_network is not Method.check_network for method in plan.methods):
-                self.channels = {}
+            if any(name.startswith("middle_block.") for name in self.asked.values()):
+                check_container("mid_block", self.unet.get_submodule("mid_block"))
         prove(self.unet, self.asked, args, kwargs)
         if log.isEnabledFor(logging.INFO):
             self.meter = Meter(self.unet)
 
-    def _checked(self, plan: Methods, channels: dict[Hashable, int], cache: Cache) -> Cache:
-        """Note the channels of all that the first call caches, and check them before the next one."""
-        if channels:
-            self.channels = None
-            with as_user_error():
-                plan.check_network(channels)
-            return cache
-
-        def noted(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-            value = cache(key, compute)
-            channels[key] = value.shape[1 if value.ndim > 3 else -1]
-            return value
-        return noted
-
     def _differentiates(self, args: tuple, kwargs: dict) -> bool:
-        """Whether a loss goes through this call, which must not end at what is reused."""
+        """Whether a loss goes through this call."""
         found = self.unet.training or any(isinstance(value, Tensor) and value.requires_grad
                                           for value in (*args, *kwargs.values()))
         self.differentiated += found
@@ -198,19 +172,16 @@ def _count_outside(unet: nn.Module, frame: FrameType | None) -> None:
     while frame is not None:
         pipe = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
         if isinstance(pipe, DiffusionPipeline) and pipe in wanted.get(unet, ()):
-            call, times = _outside.get(pipe, (0, 0))
-            _outside[pipe] = id(frame), times + 1 if call == id(frame) else 1
-            if _outside[pipe][1] == FEW:
-                log.warning("nothing was cached: a %s calls its U-Net outside of its progress bar", type(pipe).__name__)
+            _outside[pipe] = _outside.get(pipe, 0) + 1
+            if _outside[pipe] == FEW:
+                log.warning("%d network calls of a %s were made outside of its progress bar, and computed everything",
+                            FEW, type(pipe).__name__)
             return
         frame = frame.f_back
 
 
-def recompute(unet: nn.Module) -> None:
-    """Let the next network call of this thread's run on a U-Net reuse nothing."""
+def refresh_deepcache() -> None:
+    """Let the next network call of this thread's run compute everything: in a callback that changes the prompt, say."""
     run = _running.get()
-    while run is not None:
-        if run.unet is unet:
-            for stream in run.streams:
-                stream.fits = None
-        run = run.outer
+    for stream in () if run is None else run.streams:
+        stream.fits = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch import device as Device
 
 from unet_caching.errors import UserError, as_user_error
+from unet_caching.files.fitted import Fitted
 from unet_caching.methods.plan import SAMPLING, Plan
 from unet_caching.samplers.ddim import is_listed, make_timesteps
 from unet_caching.samplers.diffusion import clean_image, predicted_noise
@@ -105,24 +106,21 @@ def _betas(scheduler: Any) -> Tensor:
     return betas
 
 
-def refuse_other_sampling(plan: Plan, scheduler: Any) -> None:
-    """Refuse a pipeline's scheduler, its timesteps set, that is not the plan's sampler at the plan's timesteps.
-
-    Raises UserError.
-    """
-    sampler, steps, timesteps = (plan.made_for[key] for key in SAMPLING)
-    chosen, config = _scheduler_of(plan), getattr(scheduler, "config", {})
+def refuse_other_sampling(file: Fitted, scheduler: Any) -> None:
+    """Refuse a pipeline's scheduler, its timesteps set, that is not the sampler that a file was made for. UserError."""
+    sampler, steps, timesteps = (file.made_for[key] for key in SAMPLING)
+    learned = isinstance(file, Plan) and file.solver is not None
+    chosen, config = solver("unipc" if learned else sampler), getattr(scheduler, "config", {})
     if isinstance(chosen, OfDiffusers):
         same = type(scheduler).__name__ == chosen.scheduler and all(
             config.get(name, value) == value for name, value in chosen.arguments.items()) and (
-            plan.solver is None or getattr(scheduler, "plan_sha256", None) == plan.sha256)
+            not learned or getattr(scheduler, "plan_sha256", None) == file.sha256)
         expected = chosen.make(steps, timesteps, _betas(scheduler)).timesteps.tolist() if same else []
     else:
         same = type(scheduler).__name__ == "DDIMScheduler" and not is_listed(timesteps)
         expected = make_timesteps(timesteps, steps, config.get("num_train_timesteps", 1000))[::-1]
     if not same or [round(float(t), 2) for t in scheduler.timesteps] != [round(t, 2) for t in expected]:
-        remedy = ("pipe.scheduler = plan_scheduler(FILE, pipe.scheduler) (from unet_caching import plan_scheduler)"
-                  if isinstance(chosen, OfDiffusers) else f"a DDIMScheduler that begins {expected[:3]}, say")
-        what = f"{sampler} at" if plan.solver is None else f"a solver that was learned from {sampler}, at"
-        raise UserError(f"the plan was made for {what} other timesteps than this pipeline's scheduler has, "
-                        f"{timesteps}: it needs {remedy}, and num_inference_steps={steps} in the call")
+        what = f"a solver that was learned from {sampler}, at" if learned else f"{sampler} at"
+        remedy = ": pipe.scheduler = plan_scheduler(FILE, pipe.scheduler) gives it those (unet_caching.plan_scheduler)"
+        raise UserError(f"the {file.kind} was made for {what} other timesteps than this pipeline's scheduler "
+                        f"has, {timesteps} in {steps} steps{remedy if isinstance(file, Plan) else ''}")
