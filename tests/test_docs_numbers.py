@@ -1,0 +1,317 @@
+"""README and docs: every row of their tables of results says what the records under results/ say."""
+
+import itertools
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from conftest import run_command
+
+from eval import throughput
+from lab.study.columns import with_error
+from lab.study.ledger import records_of
+from lab.study.measures import minus_uncached
+from lab.study.rows import Row, Rows, mean_of
+from lab.study.tables import measured
+from run import results
+from run.files import ROOT
+from run.results import Result
+
+MODELS = {"latent": "ldm", "pixel": "ddpm", "text": "sd"}      # what the pages call the models
+SOLVERS = {"unipc": "UniPC", "plms": "PLMS"}
+Cells = list[str]
+Records = dict[str, Result]             # of a run, by measure
+
+
+@cache
+def records(study: str) -> dict[str, Records]:
+    """What a study measured, by the name of the run."""
+    return records_of(ROOT / "results" / study / "records.jsonl")
+
+
+@cache
+def tables_of(page: str) -> list[list[Cells]]:
+    """The tables of a page, the head of each first; nothing in bold, and no link."""
+    text = re.sub(r"\*\*| \(\[\w+\]\([^)]*\)\)", "", (ROOT / page).read_text())
+    tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", text, re.M)]
+    return [[[cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows)]
+            for head, _, *rows in tables]
+
+
+def signed(bounds: tuple[float, float, float], digits: int = 1) -> str:
+    """A value and its interval."""
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*bounds, d=digits)
+
+
+def nearness(found: Records) -> float:
+    return float(np.mean(found["near"].details["psnr"]))
+
+
+class Place(NamedTuple):
+    """A row of a page's table."""
+    table: int                  # which of the page
+    row: int                    # which of the table, from 1
+    head: Cells
+    label: str
+    cells: Cells                # after the label
+
+
+# What the cells of a row should say; None of a row that is not of results. A dash of the page's may leave one out.
+
+
+@cache
+def forecasts(label: str) -> Rows:
+    rows = measured(f"forecast_{MODELS[label]}")
+    return Rows(rows, rows[0], 64)
+
+
+def by_kind(label: str, steps: str, interval: str) -> dict[str, Row]:
+    """The runs of a row, by kind: UniPC on the cheapest branch, and the best of fewer steps."""
+    rows = forecasts(label)
+    own = {one.kind: one for one in sorted(rows.rows, key=lambda one: -one.cost)
+           if (one.run.sampler.name, one.run.steps, one.options.get("interval")) == (
+               "unipc", int(steps), int(interval)) and "centered" not in one.name}
+    best = rows.rival(own["forecast, order 1"])
+    return own | ({"fewer steps": best} if best else {})
+
+
+def held_out(row: Row) -> str:
+    return f"{row.psnr[64:].mean():.1f}"
+
+
+def of_forecasts(at: Place) -> Cells | None:
+    if not (found := re.fullmatch(r"(\w+), (\d+) steps, N = (\d+)", at.label)):
+        return None
+    runs = by_kind(*found.groups())
+    plain, wanted = runs["fewer steps"], [f"{runs['forecast, order 1'].cost:.1f}"]
+    kinds = ("fewer steps", "reuse", "forecast, order 1", "forecast, order 2")
+    for kind, cell in zip(kinds, at.cells[1:], strict=True):
+        value = "-" if cell == "-" else held_out(runs[kind])
+        if kind == "fewer steps":
+            value += f" ({SOLVERS[plain.run.sampler.name]}, {plain.run.calls})"
+        elif kind != "reuse" and cell != "-":
+            value += f" ({signed(forecasts(found[1]).nearer(runs[kind], plain).bounds)})"
+        wanted.append(value)
+    return wanted
+
+
+def of_readme(at: Place) -> Cells | None:
+    if at.label == "the same: speed-up":
+        runs = results.read(ROOT / "results" / "throughput" / "ldm_cin256_cpu.json").times["runs"]
+        speed = {one["interval"]: one["speedup"] for one in runs if one["branch"] == 0}
+        return [at.cells[0], f"{', '.join(f'{speed[n]:.2f}' for n in (2, 3, 5, 10, 20))} (one CPU thread)"]
+    if found := re.fullmatch(r"(\w+) model, .*\((\d+) UniPC steps, N = (\d+)\)", at.label):
+        runs = by_kind(*found.groups())
+        return [held_out(runs[kind]) for kind in ("fewer steps", "reuse", "forecast, order 1")]
+    return None
+
+
+def of_forecast_blocks(at: Place) -> Cells | None:
+    deep = {"ldm": ("uniform_n2{}_steps50", "uniform_n4{}_steps50"), "ddpm": ("uniform_n3{}", "uniform_n20{}")}
+    steps, end = {"ldm": ("steps26", "steps15"), "ddpm": ("steps51", "steps30")}, {"ldm": "_steps50", "ddpm": ""}
+    words = {"DeepCache": "", "DeepCache, forecast": "_forecast1", "blocks, reused": "",
+             "blocks, scale-shift": "_scale_shift", "blocks, forecast": "_forecast1",
+             "blocks, scale-shift and forecast": "_scale_shift_forecast1", "fewer DDIM steps": ""}.get(at.label)
+    if words is None:
+        return None
+    found = []
+    for model in ("ldm", "ddpm"):
+        names = steps[model] if "steps" in at.label else [name.format(words) for name in deep[model]] \
+            if "Deep" in at.label else [f"blocks_{model}_all_{share}{words}{end[model]}" for share in (50, 30)]
+        found += [records(f"blocks_{model}")[name]["near"] for name in names]
+    return [f"{np.mean(one.details['psnr'][64:]):.1f}" for one in found]
+
+
+def of_quality(at: Place) -> Cells | None:
+    if not (found := re.fullmatch(r"(\w+), (\d+) calls, (EffLite0|IncMixed5)", at.label)):
+        return None
+    model, fewer = MODELS[found[1]], found[2]
+    interval, branch = 3 if int(fewer) > 15 else 5, "" if model == "ldm" else "_branch0"
+    cached, plain = ("prompts_x2_{}_unipc_trailing", "prompts_x2_unipc_steps{}_trailing") if model == "sd" else (
+        "{}_unipc_steps50", "unipc_steps{}")
+    names = [cached.format(f"uniform_n{interval}{branch}{words}") for words in ("", "_forecast1")]
+    more = [records(f"{model}_emoji_forecast")[name]["quality"].metrics[minus_uncached(f"KID-{found[3]}")]
+            for name in (*names, plain.format(fewer))]
+    return [signed(tuple(1000 * one for one in value.bounds), 0 if found[3] == "EffLite0" else 1) for value in more]
+
+
+@cache
+def plans(model: str, calls: str) -> dict[str, Records]:
+    """The plan of a budget, UniPC with so many evenly spread steps, and with so many fitted ones where the plan is not
+    that: the best list that any search found."""
+    best: dict[str, Records] = {}
+    for run, found in records(f"plans_{model}").items():
+        name = run.removeprefix("prompts_x2_")
+        for kind, pattern in (("plan", rf"plan_{model}_emoji_{calls}_unipc.*"),
+                              ("even", rf"unipc_steps{calls}(_trailing)?"),
+                              ("fitted", rf"unipc_steps{calls}_times\w+")):
+            if "near" in found and re.fullmatch(pattern, name):
+                best[kind] = max(filter(None, (best.get(kind), found)), key=nearness)
+    return best
+
+
+def nearer(one: Records, other: Records) -> str:
+    return signed(mean_of(np.array(one["near"].details["psnr"]) - np.array(other["near"].details["psnr"])).bounds)
+
+
+def of_plans(at: Place) -> Cells | None:
+    if found := re.fullmatch(r"(\w+), (\d+) calls", at.label):
+        runs = plans(MODELS[found[1]], found[2])
+        three = plan, even, fitted = runs["plan"], runs["even"], runs.get("fitted", runs["plan"])
+        far = [1000 * run["quality"].metrics[minus_uncached("KID-EffLite0")].value for run in three]
+        return [*(f"{nearness(run):.1f}" for run in three), nearer(plan, even),
+                nearer(plan, fitted) if "fitted" in runs else "is that", " / ".join(f"{one:+.0f}" for one in far)]
+    if at.label in MODELS:              # the plans for 12 calls of the other models
+        model = MODELS[at.label]
+        runs, others = plans(model, "12"), []
+        for other in MODELS.values():
+            there = [one for name, one in records(f"plans_{model}").items() if f"plan_{other}_emoji_12_on_" in name
+                     and "near" in one]
+            assert len(there) == (other != model)
+            others += [f"{nearness(one):.1f} at {one['near'].details['full_calls']:.1f}" for one in there] or ["-"]
+        return [*(f"{nearness(runs[kind]):.1f}" for kind in ("plan", "fitted", "even")), *others]
+    return None
+
+
+@cache
+def systems(model: str) -> dict[str, dict[str, str]]:
+    """PSNR by system and budget, as results/systems_MODEL/table.md has it and as its records do."""
+    found: dict[str, dict[str, str]] = {}
+    text, runs = (ROOT / "results" / f"systems_{model}" / "table.md").read_text(), records(f"systems_{model}")
+    for part in text.split("\n## ")[1:]:
+        for row in re.findall(r"^\| (.+) \|$", part, re.M)[1:]:
+            system, run, _, _, near, *_ = row.split(" | ")
+            if not system.startswith("---"):
+                assert near.startswith(f"{nearness(runs[run]):.1f} ["), run
+                found.setdefault(system, {})[part.split()[0]] = f"{nearness(runs[run]):.1f}"
+    return found
+
+
+def of_systems(at: Place) -> Cells | None:
+    model, *budgets = at.head
+    found = systems(MODELS[model.split()[0]]).get(at.label) if model.endswith(" model") else None
+    return None if found is None else [found.get(calls, "-") for calls in budgets]
+
+
+def score(row: Row, name: str) -> str:
+    """A distance to real images, and how much more that is than without caching."""
+    metrics = row.records["quality"].metrics
+    value, more = metrics[name], metrics.get(minus_uncached(name))
+    return with_error(value) if more is None else f"{value.value:.1f} ({with_error(more, sign='+')})"
+
+
+def judged(row: Row, unit: str = "") -> Cells:
+    near = row.records["fidelity"].metrics["PSNR"] if "fidelity" in row.records else None
+    return [score(row, "FD-EffLite0"), score(row, "FD-IncMixed5"), f"{near.value:.1f}{unit}" if near else "-"]
+
+
+@cache
+def arms_of(study: str) -> dict[str, dict[str, Row]]:
+    """What a study measured, by model and arm."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in measured(study):
+        found.setdefault(row.run.config.name, {})[row.arm.label] = row
+    return found
+
+
+def of_demo(at: Place) -> Cells | None:
+    own = list(arms_of("demo").values())[at.table] if at.table < 3 else {}
+    if at.label not in own:
+        return None
+    row, whole = own[at.label], next(iter(own.values()))
+    full = len(row.run.caching.settings.get("full_steps") or range(row.run.steps))
+    return [f"{full} / {row.run.steps}", f"{whole.macs / row.macs:.2f}x", f"{whole.time / row.time:.2f}x", *judged(row)]
+
+
+def of_block_caching(at: Place) -> Cells | None:
+    """The rows are in the order of the study's arms."""
+    if at.table > 1:
+        return None
+    own = list(list(arms_of("block_caching").values())[at.table].values())
+    return [f"{own[at.row - 1].macs / own[0].macs:.2f}", *judged(own[at.row - 1], " dB")]
+
+
+@cache
+def speeds(compare: str) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Of a processor, by model: its fastest product and the speed of each side's steps, GFLOP/s; ratios of time."""
+    fastest, found, folder = {}, {}, ROOT / "results" / "throughput"
+    for model in ("sd_v15", "ldm_cin256", "ddpm_cifar10"):
+        compared = results.read(folder / compare / f"{model}_b1_fp32_eager_cpu.json")
+        times, sides = results.read(folder / f"{model}_cpu.json").times, compared.times["sides"]
+        # A packed product is beside the steps in the newer files; for the older ones a profile has it.
+        fastest[model] = compared.times.get("peak", {"gflops": 228})["gflops"]
+        macs = times["full"]["macs_fc"] * compared.settings["rows"]
+        cost = {"full": macs, "cached": macs * compared.times["expected"]["macs_fc"]}
+        found[model] = {f"{side} {step}": 2e-9 * cost[step] / sides[side][step]["median"]
+                        for side in sides for step in cost if step in sides[side]}
+        found[model] |= {"full ratio": sides["diffusers"]["full"]["over_ours"],
+                         "cached ratio": sides["helper"]["cached"]["over_ours"]}
+    return fastest, found
+
+
+def of_processors(at: Place) -> Cells | None:
+    if at.head[0] != "one thread, fp32, one image" or at.row == 1:
+        return None
+    wanted = []
+    for compare in ("compare", "compare_intel"):
+        fastest, found = speeds(compare)
+        if "ratio" in (what := ("ours full", "diffusers full", "ours cached", "helper cached", "ours full",
+                                "diffusers full", "full ratio", "cached ratio")[at.row - 2]):
+            wanted.append(", ".join(f"{one[what]:.2f}x" for one in found.values()))
+        else:
+            model = "sd_v15" if at.row < 6 else "ldm_cin256"
+            speed, share = found[model][what], found[model][what] / fastest[model]
+            wanted.append(f"{speed:.0f}, {100 * share:.0f} %")
+    if at.row == 2:                     # the units are said once
+        wanted[0] = wanted[0].replace(",", " GFLOP/s,") + " of the fastest"
+    return wanted
+
+
+KINDS: dict[str, tuple[str, Callable[[Place], Cells | None], int]] = {      # page, what rows say, how many there are
+    "forecasts": ("docs/forecasting.md", of_forecasts, 16), "README": ("README.md", of_readme, 6),
+    "blocks": ("docs/forecasting.md", of_forecast_blocks, 7), "quality": ("docs/forecasting.md", of_quality, 12),
+    "plans": ("docs/planning.md", of_plans, 18), "systems": ("docs/systems.md", of_systems, 61),
+    "demo": ("docs/shipped_models.md", of_demo, 28), "block caching": ("docs/block_caching.md", of_block_caching, 30),
+    "processors": ("docs/speed.md", of_processors, 8)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_is_that_of_the_records(kind):
+    page, expected, rows = KINDS[kind]
+    for table, (head, *lines) in enumerate(tables_of(page)):
+        for number, (label, *cells) in enumerate(lines, 1):
+            wanted = expected(Place(table, number, head, label, cells))
+            assert wanted is None or cells == wanted, f"{page}: {label}"
+            rows -= wanted is not None
+    assert rows == 0
+
+
+def test_what_readme_says_in_sentences():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    calls, *told = re.search(
+        r"at the cost of (\d+) full calls \(latent model\): ([\d.]+) dB, ([\d.]+) nearer than evenly spread UniPC "
+        r"steps \(([\d.]+)\) and ([\d.]+) nearer than steps at fitted timesteps \(([\d.]+)\)", text).groups()
+    plan, even, fitted = (plans("ldm", calls)[kind] for kind in ("plan", "even", "fitted"))
+    assert told == [f"{nearness(plan):.1f}", nearer(plan, even).split()[0][1:], f"{nearness(even):.1f}",
+                    nearer(plan, fitted).split()[0][1:], f"{nearness(fitted):.1f}"]
+    for what, compare in itertools.product(("full ratio", "cached ratio"), ("compare", "compare_intel")):
+        ratios = [one[what] for one in speeds(compare)[1].values()]
+        assert f"{min(ratios):.2f}x to {max(ratios):.2f}x" in text
+
+
+def test_what_is_said_of_the_fastest_product():
+    text = (ROOT / "docs" / "speed.md").read_text()
+    assert "oneDNN with packed weights at 130 to 228" in (ROOT / "results/throughput/profile_sd_v15_cpu.md").read_text()
+    fastest = speeds("compare_intel")[0].values()
+    assert " 130 to 228, by size " in text and f"| {min(fastest):.0f} to {max(fastest):.0f} |" in text
+
+
+def test_the_table_of_sdxl_is_what_its_command_prints(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "speed.md").read_text()
+    words = re.search(r"^python -m eval.throughput (grid .+)$", text, re.M)
+    assert words and run_command(throughput.main, *words[1].split()) == 0
+    assert capsys.readouterr().out in text
