@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Where the repository is, whether a file has changed, and JSON for people."""
 
 import glob
 import os
@@ -7,8 +7,8 @@ import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from unet_caching.errors import UserError
 from unet_caching.files.schema import readable
+from unet_caching.files.whole import write_and_move
 
 ROOT = Path(__file__).resolve().parent.parent       # of the repository
 
@@ -23,12 +23,6 @@ def stamp(path: Path) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def check_writable(path: Path | None) -> None:
-    """Refuse a path that is there and no regular file, like a device: it would be replaced. Raises UserError."""
-    if path is not None and path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file: nothing is written there; name another")
-
-
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a temporary file beside `path`, and move it there; on any failure nothing is left.
 
@@ -36,19 +30,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     remove_leftovers(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
     write_and_move(path, write)
-
-
-def write_and_move(path: Path, write: Callable[[Path], object]) -> None:
-    """Do as `write_atomically`, and leave what other writers have left where it is. Raises UserError for a path that is
-    there and no regular file."""
-    check_writable(path)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def remove_leftovers(temporaries: Iterable[Path]) -> None:

@@ -23,10 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from run.claims import Claims
-from run.files import remove_leftovers, write_and_move, write_atomically
+from run.files import remove_leftovers, write_atomically
 from run.seeds import format_seeds, in_batches, rank_and_world
 from unet_caching.errors import UserError
 from unet_caching.files.schema import check, read_json
+from unet_caching.files.whole import write_and_move
 
 FORMAT = 1      # of run.json
 _PNG_END = b"IEND\xaeB`\x82"

@@ -17,7 +17,7 @@ from unet_caching.methods.block_caching import outside, residual_names
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.nest import WHOLE
 from unet_caching.samplers.ddim import ddim, uniform_timesteps
-from unet_caching.samplers.diffusion import alphas_cumprod
+from unet_caching.samplers.diffusion import Diffusion
 
 STEPS = 6
 
@@ -43,7 +43,7 @@ def run(unet, policy=None, network=None, batch=2, seed=0, context=()):
         cache = {} if policy is None else {"cache": policy.at(step)}
         return network(x, torch.full((len(x),), t), *context, **cache)
 
-    return ddim(predict, x, uniform_timesteps(STEPS, 1000), alphas_cumprod("linear", 1000))
+    return ddim(predict, x, uniform_timesteps(STEPS, 1000), Diffusion("linear").alphas_cumprod())
 
 
 def measured(unet, kinds="transformer", **kwargs):

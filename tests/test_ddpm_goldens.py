@@ -10,7 +10,7 @@ from ddpm.checkpoint import load_state_dict
 from ddpm.unet import UNet
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.samplers.ddim import ddim, quadratic_timesteps, uniform_timesteps
-from unet_caching.samplers.diffusion import alphas_cumprod
+from unet_caching.samplers.diffusion import Diffusion
 from unet_caching.schedules import centered, uniform
 
 TOLERANCE = 2e-5        # of the largest magnitude; the authors' own noise floor is 3e-6
@@ -60,6 +60,6 @@ def test_trajectory(unet, ddpm_golden, run):
     cache = DeepCache(run["branch"] + 1, full_steps)
     states = []
     ddim(lambda x, t, step: unet(x, torch.full((len(x),), float(t)), cache.at(step)), ddpm_golden.io["traj.x_T"],
-         timesteps, alphas_cumprod("linear", 1000), progress=lambda step, x: states.append(x))
+         timesteps, Diffusion("linear").alphas_cumprod(), progress=lambda step, x: states.append(x))
     for state, expected in zip(states, golden[1:], strict=True):
         assert relative_error(state, expected) < TOLERANCE

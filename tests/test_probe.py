@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldm.unet import UNet
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.samplers.ddim import ddim, uniform_timesteps
-from unet_caching.samplers.diffusion import alphas_cumprod
+from unet_caching.samplers.diffusion import Diffusion
 from unet_caching.speed import packed, probe
 from unet_caching.speed.accelerate import place
 
@@ -41,7 +41,7 @@ def sampled(unet: nn.Module) -> Tensor:
         return unet(x.to(dtype), torch.full((2,), t), context.to(dtype), cache=cache.at(step)).float()
 
     with torch.no_grad():
-        return ddim(predict, x, uniform_timesteps(4), alphas_cumprod("linear", 1000))
+        return ddim(predict, x, uniform_timesteps(4), Diffusion("linear").alphas_cumprod())
 
 
 def raises(*args: object) -> Tensor:

@@ -38,7 +38,7 @@ from unet_caching.samplers.ddim import (
     trailing_timesteps,
     uniform_timesteps,
 )
-from unet_caching.samplers.diffusion import alphas_cumprod, predicted_noise, training_target
+from unet_caching.samplers.diffusion import Diffusion, predicted_noise, training_target
 from unet_caching.samplers.noise import SeededNoise
 from unet_caching.samplers.samplers import Sampler
 
@@ -84,7 +84,7 @@ def test_noise_depends_on_the_seed_alone():
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_solves_a_gaussian_exactly(eta):
     """For data N(0, s^2) the ideal noise prediction is known, and many small steps must give variance s^2."""
-    alphas, spread = alphas_cumprod("linear", 1000), 0.5
+    alphas, spread = Diffusion("linear").alphas_cumprod(), 0.5
 
     def ideal(x, t, step):
         alpha = alphas[t]
@@ -96,7 +96,7 @@ def test_ddim_solves_a_gaussian_exactly(eta):
 
 
 def test_ddim_ends_on_the_image_when_the_noise_is_known():
-    alphas = alphas_cumprod("cosine", 1000)
+    alphas = Diffusion("cosine").alphas_cumprod()
     x0, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
     timesteps = quadratic_timesteps(10)
     start = alphas[timesteps[-1]].sqrt() * x0 + (1 - alphas[timesteps[-1]]).sqrt() * noise
@@ -124,7 +124,7 @@ def test_timesteps():
 
 
 def test_a_step_from_a_timestep_to_itself_leaves_the_image():
-    alphas, x, noise = alphas_cumprod("linear", 1000), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    alphas, x, noise = Diffusion("linear").alphas_cumprod(), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
     seen = []
     once = ddim(lambda *_: noise, x, [0, 2, 400], alphas)
     again = ddim(lambda x, t, step: seen.append((t, step)) or noise, x, [0, 0, 0, 2, 2, 400], alphas)

@@ -8,7 +8,6 @@ error between what a run ends on and the converged image, which is their PSNR. L
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from unet_caching.files.whole import write_and_move
 from unet_caching.forecast import newton_terms
 from unet_caching.methods.plan import SAMPLING, Call, Plan, PlanCache
 from unet_caching.nest import Network
@@ -285,10 +285,9 @@ class Learner:
         return {name: value.clone() for name, value in self.learned.state_dict().items()}
 
     def _save(self) -> None:
-        part = self.state.with_suffix(".part")
-        torch.save({"about": self.about, "iteration": self.iteration, "learned": self.learned.state_dict(),
-                    "optimizer": self.optimizer.state_dict(), "best": self.best, "judged": self.judged}, part)
-        os.replace(part, self.state)
+        state = {"about": self.about, "iteration": self.iteration, "learned": self.learned.state_dict(),
+                 "optimizer": self.optimizer.state_dict(), "best": self.best, "judged": self.judged}
+        write_and_move(self.state, lambda temporary: torch.save(state, temporary))
 
     def _go_on(self, state: dict) -> None:
         if state["about"] != self.about:

@@ -7,7 +7,6 @@ file.
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from unet_caching.files.schema import build, check, parse_json, read_json, readable
+from unet_caching.files.whole import write_and_move
 
 FORMAT = 2
 Kind = TypeVar("Kind", bound="Fitted")
@@ -67,12 +67,7 @@ class Fitted:
             content = save(halves, {"fitted": json.dumps(about)})
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError(f"{path} is no regular file: nothing is written there; name another")
-        temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_and_move(Path(path), lambda temporary: temporary.write_bytes(content))
 
     @classmethod
     def load(cls: type[Kind], path: Path | str) -> Kind:

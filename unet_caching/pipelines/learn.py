@@ -6,9 +6,7 @@
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unet_caching.errors import UserError, as_user_error
+from unet_caching.files.whole import write_and_move
 from unet_caching.learning import Learner, Learning, Recomputed, learned_plan, solved
 from unet_caching.methods.plan import Plan
 from unet_caching.nest import Cache
@@ -73,23 +72,15 @@ def learn_plan(pipe: DiffusionPipeline, plan: Path | str, prompts: Sequence[str]
     return made
 
 
-@dataclass
-class _Levels(Diffusion):
-    """The noise levels of a scheduler."""
-    of_scheduler: Tensor = field(default_factory=lambda: torch.empty(0))
+class OfScheduler(Diffusion):
+    """What the network of a pipeline was trained for. scheduler: of `plan_scheduler`, which has checked it."""
+
+    def __init__(self, scheduler: SchedulerMixin):
+        self._betas = scheduler.betas.float().cpu()
+        super().__init__(num_timesteps=len(self._betas), prediction=PREDICTIONS[scheduler.config.prediction_type])
 
     def betas(self) -> Tensor:
-        return self.of_scheduler
-
-    def alphas_cumprod(self) -> Tensor:
-        return (1 - self.of_scheduler).cumprod(0)
-
-
-def levels_of(scheduler: SchedulerMixin) -> Diffusion:
-    """What the network of a pipeline was trained for. scheduler: of `plan_scheduler`, which has checked it."""
-    betas = scheduler.betas.float().cpu()
-    return _Levels(num_timesteps=len(betas), prediction=PREDICTIONS[scheduler.config.prediction_type],
-                   of_scheduler=betas)
+        return self._betas
 
 
 class _Stopped(Exception):
@@ -106,7 +97,7 @@ class Starts:
         self.pipe, self.prompts, self.steps, self.arguments = pipe, prompts, steps, arguments
         self.unet = unwrapped(pipe.unet)
         self.names = argument_names(self.unet)
-        self.diffusion = levels_of(pipe.scheduler)
+        self.diffusion = OfScheduler(pipe.scheduler)
 
     def __call__(self, seeds: Sequence[int], policy: Policy | None) -> tuple[Predict, Tensor]:
         call = self._first_call(seeds)
@@ -163,6 +154,5 @@ class Starts:
                 predict, x = self(batch, None)
                 made = table.sample(predict, x, timesteps, self.diffusion.alphas_cumprod())
             images |= dict(zip(batch, made.cpu(), strict=True))
-            torch.save(images, file.with_suffix(".part"))
-            os.replace(file.with_suffix(".part"), file)
+            write_and_move(file, lambda temporary: torch.save(images, temporary))
         return images

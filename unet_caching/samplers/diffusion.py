@@ -33,12 +33,6 @@ def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta
     return betas.float()
 
 
-def alphas_cumprod(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    """The product of (1 - beta) up to each timestep: float32 [num_timesteps]. Arguments as of `make_betas`."""
-    # The released DDPM code holds the betas in float32 and multiplies in float32; its trajectories depend on it.
-    return (1 - make_betas(schedule, num_timesteps, beta_start, beta_end)).cumprod(0)
-
-
 def alpha_at(alphas: Tensor, t: float | Tensor) -> Tensor:
     """Alpha_bar at a timestep, which may be a fraction: there log(alpha / (1 - alpha)) lies on a line between its two
     neighbours. alphas: [num_timesteps]. Differentiable where t is a tensor without dimensions.
@@ -103,4 +97,5 @@ class Diffusion:
 
     def alphas_cumprod(self) -> Tensor:
         """The product of (1 - beta) up to each timestep: float32 [num_timesteps]. Raises ValueError as `betas`."""
-        return alphas_cumprod(self.beta_schedule, self.num_timesteps, self.beta_start, self.beta_end)
+        # The released DDPM code holds the betas in float32 and multiplies in float32; its trajectories depend on it.
+        return (1 - self.betas()).cumprod(0)

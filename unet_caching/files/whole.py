@@ -1,0 +1,24 @@
+"""Files that appear whole or not at all."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from unet_caching.errors import UserError
+
+
+def write_and_move(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file beside `path`, and move it there; on any failure nothing is left.
+
+    Raises UserError for a path that is there and no regular file, like a device: it would be replaced.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file: nothing is written there; name another")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
