@@ -1,13 +1,14 @@
 """A caching method as programs know it: its options, and what comes of them once a run is known."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
 from unet_caching.files.fitted import Fitted
-from unet_caching.forecast import Forecast
+from unet_caching.forecast import Forecast, check_order, usable
+from unet_caching.keep import Keep
 from unet_caching.policy import Policy
 
 Value = TypeVar("Value")
@@ -60,6 +61,19 @@ class Method:
 
         channels: of all that its cache is asked for, by key.
         """
+
+
+class ScheduledMethod(Method):
+    """A method that keeps values on a schedule, as `Keep` does, and may forecast them."""
+    computed: Mapping[Any, Collection[int]]         # key -> the network calls that compute its value
+    forecast = Forecast()
+
+    def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Keep:
+        return Keep(self.computed, self.forecast)
+
+    def extrapolate(self, forecast: Forecast, calls: int) -> None:
+        check_order(forecast.order, max((usable(steps, calls) for steps in self.computed.values()), default=None))
+        self.forecast = forecast
 
 
 @dataclass(frozen=True)

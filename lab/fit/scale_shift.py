@@ -148,7 +148,7 @@ class ScaleShiftFit(Fit):
         if blocks is None or blocks.table is not None or len(model.run.caching.methods) > 1:
             raise UserError("what is learnt is the scale and shift of a block schedule: give --block-schedule, and "
                             "neither --scale-shift nor other caching options")
-        if all(len(steps) == blocks.schedule.calls for steps in blocks.blocks.values()):
+        if all(len(steps) == blocks.schedule.calls for steps in blocks.computed.values()):
             raise UserError("the block schedule computes everything: there is nothing to adjust")
 
     def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> ScaleShiftTable:

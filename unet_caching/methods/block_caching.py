@@ -15,10 +15,9 @@ from torch import nn
 
 from unet_caching.files.fitted import Fitted
 from unet_caching.files.schema import AtLeast
-from unet_caching.forecast import Forecast, check_order, usable
 from unet_caching.keep import Adjustment, Keep
 from unet_caching.methods.deepcache import DeepCacheMethod, ZeroedCache
-from unet_caching.options import Method, MethodOptions, RunShape, option
+from unet_caching.options import Method, MethodOptions, RunShape, ScheduledMethod, option
 
 KINDS = ("transformer", "attention", "resnet", "all")
 
@@ -108,12 +107,12 @@ class ScaleShiftTable(Fitted):
         return super().fault() if wrong is None else f"{wrong} should be [calls that reuse it, 2, channels]"
 
 
-class BlockCachingMethod(Method):
+class BlockCachingMethod(ScheduledMethod):
     """A block schedule in a run, or that part of it which DeepCache leaves to it."""
 
     def __init__(self, schedule: BlockSchedule, blocks: dict[str, list[int]], scale_shift: ScaleShiftTable | None,
                  name: str, calls: int):
-        self.schedule, self.blocks = schedule, blocks
+        self.schedule, self.computed = schedule, blocks
         self.files = (schedule,) if scale_shift is None else (schedule, scale_shift)
         self.table = None if scale_shift is None else scale_shift.adjustments(schedule)
         self.settings = {"block_caching": {
@@ -123,20 +122,15 @@ class BlockCachingMethod(Method):
         self.name = [f"blocks_{name}", *(["scale_shift"] if scale_shift else [])]
         self.summary = (f"blocks computed {sum(map(len, blocks.values()))} of {len(blocks) * calls} times"
                         + (", with scale-shift" if scale_shift else ""))
-        self.forecast = Forecast()
 
     def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Keep:
         table = None if self.table is None else [
             {name: (scale.to(device, dtype), shift.to(device, dtype)) for name, (scale, shift) in call.items()}
             for call in self.table]
-        return Keep(self.blocks, self.forecast, table)
-
-    def extrapolate(self, forecast: Forecast, calls: int) -> None:
-        check_order(forecast.order, max((usable(steps, calls) for steps in self.blocks.values()), default=None))
-        self.forecast = forecast
+        return Keep(self.computed, self.forecast, table)
 
     def check_network(self, channels: Mapping[Hashable, int]) -> None:
-        unknown = [name for name in self.blocks if name not in channels]
+        unknown = [name for name in self.computed if name not in channels]
         if unknown:
             raise ValueError(f"the block schedule names {unknown[0]}, and this U-Net has no such block")
         for call in self.table or ():

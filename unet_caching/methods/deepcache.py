@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unet_caching.forecast import Damping, Forecast, check_order, usable
+from unet_caching.forecast import Damping, Forecast
 from unet_caching.keep import Keep
-from unet_caching.options import Method, MethodOptions, RunShape, option
+from unet_caching.options import Method, MethodOptions, RunShape, ScheduledMethod, option
 from unet_caching.schedules import RULES, full_steps
 
 
@@ -45,7 +45,7 @@ class ZeroedCache(DeepCache):
         return torch.zeros_like(super().reuse(key))
 
 
-class DeepCacheMethod(Method):
+class DeepCacheMethod(ScheduledMethod):
     """DeepCache at a branch, with the full steps of a run."""
 
     def __init__(self, options: "DeepCacheOptions", branch: int, steps: Sequence[int], shape: RunShape):
@@ -60,7 +60,7 @@ class DeepCacheMethod(Method):
                      *([f"branch{branch}"] if branch != shape.branch else []),
                      *(["zeroed"] if options.zero_cache else [])]
         self.summary = f"branch {branch}"
-        self.forecast = Forecast()
+        self.computed = {branch: self.full_steps}
 
     def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DeepCache:
         return self.kind(self.branch, self.full_steps, self.forecast.order, self.forecast.damping)
@@ -68,8 +68,7 @@ class DeepCacheMethod(Method):
     def extrapolate(self, forecast: Forecast, calls: int) -> None:
         if self.kind is ZeroedCache:
             raise ValueError("--zero-cache is an ablation of reuse: leave out --forecast")
-        check_order(forecast.order, usable(self.full_steps, calls))
-        self.forecast = forecast
+        super().extrapolate(forecast, calls)
 
 
 @dataclass(frozen=True)

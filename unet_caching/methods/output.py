@@ -8,16 +8,12 @@ here is uniform. What is kept is what the head of the U-Net makes the output of:
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from unet_caching.forecast import Forecast, check_order, usable
-from unet_caching.keep import Keep
 from unet_caching.nest import WHOLE
-from unet_caching.options import Method, MethodOptions, RunShape, option
+from unet_caching.options import Method, MethodOptions, RunShape, ScheduledMethod, option
 from unet_caching.schedules import uniform
 
 
-class OutputMethod(Method):
+class OutputMethod(ScheduledMethod):
     """Skipped network calls in a run."""
     system = "whole output"
 
@@ -26,14 +22,7 @@ class OutputMethod(Method):
         self.settings = {"full_steps": self.full_steps, "output": {"interval": interval}}
         self.name = [f"output_n{interval}"]
         self.summary = "the whole output reused"
-        self.forecast = Forecast()
-
-    def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Keep:
-        return Keep({WHOLE: self.full_steps}, self.forecast)
-
-    def extrapolate(self, forecast: Forecast, calls: int) -> None:
-        check_order(forecast.order, usable(self.full_steps, calls))
-        self.forecast = forecast
+        self.computed = {WHOLE: self.full_steps}
 
 
 @dataclass(frozen=True)
