@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from ldm.diffusers_layout import diffusers_state_dict
 from stable_diffusion.unet import UNet
+from unet_caching import refresh_deepcache
 from unet_caching.errors import UserError
 from unet_caching.keep import Keep, joined
 from unet_caching.methods.block_caching import BlockSchedule, residual_names
@@ -109,6 +110,13 @@ def test_calls_in_a_callback_are_no_steps(parts, calls, inner):  # noqa: F811
     assert torch.equal(run(pipe, callback_on_step_end=callback), alone)
     assert masks[::2] == ["1", "0", "0", "1", "0", "0"]
     assert set(masks[1::2]) == {{"cached": "1010", "unet": "111"}.get(inner, "1111")}
+
+
+def test_a_callback_can_have_the_next_call_computed(parts, calls):  # noqa: F811
+    pipe = build(parts)
+    enable_deepcache(pipe, interval=3)
+    run(pipe, callback_on_step_end=lambda _, step, t, tensors: (step == 1 and refresh_deepcache()) or tensors)
+    assert calls.take() == "101100"
 
 
 class TwoCalls(StableDiffusionPipeline):

@@ -18,7 +18,7 @@ from diffusers import (
 from test_sd_pipeline import BETAS, parts  # noqa: F401  parts: a fixture
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from unet_caching import disable_deepcache, enable_deepcache
+from unet_caching import enable_deepcache
 
 SIZES = {"block_out_channels": (32, 64), "in_channels": 4, "out_channels": 4}
 
@@ -95,5 +95,4 @@ def test_video_pipelines(make, branches, parts):  # noqa: F811
         assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
     with enable_deepcache(pipe, interval=3, forecast=1):
         assert frames().isfinite().all()
-    disable_deepcache(pipe)
     assert torch.equal(frames(), plain)

@@ -21,16 +21,18 @@ if TYPE_CHECKING:
     from unet_caching.methods.plan import Plan
     from unet_caching.pipelines.enable import disable_deepcache, enable_deepcache
     from unet_caching.pipelines.learn import learn_plan
+    from unet_caching.pipelines.run import refresh_deepcache
     from unet_caching.pipelines.scheduler import plan_scheduler
     from unet_caching.schedules import centered, released_ldm, uniform
 
 let_torchvision_import()
 __version__ = "0.1.0"
 __all__ = ["DeepCache", "Plan", "__version__", "centered", "disable_deepcache", "enable_deepcache", "learn_plan",
-           "plan_scheduler", "released_ldm", "uniform"]
+           "plan_scheduler", "refresh_deepcache", "released_ldm", "uniform"]
 _PLACES = {"enable_deepcache": "pipelines.enable", "disable_deepcache": "pipelines.enable",
-           "learn_plan": "pipelines.learn", "plan_scheduler": "pipelines.scheduler", "DeepCache": "methods.deepcache",
-           "Plan": "methods.plan", "uniform": "schedules", "centered": "schedules", "released_ldm": "schedules"}
+           "refresh_deepcache": "pipelines.run", "learn_plan": "pipelines.learn",
+           "plan_scheduler": "pipelines.scheduler", "DeepCache": "methods.deepcache", "Plan": "methods.plan",
+           "uniform": "schedules", "centered": "schedules", "released_ldm": "schedules"}
 
 
 def __getattr__(name: str) -> Any:
