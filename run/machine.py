@@ -50,10 +50,3 @@ class Machine(Device):
                                   "for each set of blocks that some step reuses")
     cuda_graphs: bool = option(False, "record each kind of step once and replay it, which saves launching its kernels; "
                                       "for a GPU")
-
-
-def check_counts(**counts: int | None) -> None:
-    """Refuse an option that must be 1 or more, and is not. Raises UserError."""
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")

@@ -8,7 +8,6 @@ from eval.cost import bk_sdm
 from eval.cost.macs import Costs, Macs, costs, mean
 from run.families import example_inputs
 from run.spec import Run
-from unet_caching.methods.deepcache import DeepCacheMethod
 
 _COUNTED: WeakKeyDictionary[nn.Module, Costs] = WeakKeyDictionary()
 
@@ -52,8 +51,3 @@ def macs_per_image(run: Run) -> Macs:
 def in_full_calls(run: Run) -> float:
     """The cost of an image: how many full network calls have as many multiply-accumulates (hook)."""
     return macs_per_image(run).hook / (costs_of(run).full.hook * run.rows_per_image)
-
-
-def deepcache_alone(run: Run) -> bool:
-    """Whether the times of DeepCache's steps are those of a run's calls; others are timed run by run."""
-    return all(isinstance(method, DeepCacheMethod) for method in run.caching.methods)

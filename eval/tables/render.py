@@ -361,10 +361,10 @@ _ABOUT = """# The papers' tables
 Written by `python -m eval.table --all`; do not edit. Each row: what the paper prints, ours, and the difference to the
 printed digits. A dash: not printed, or not measured here. MACs are exact and counted for every row; all else is taken
 from the JSON files in this folder, and only from runs with just the settings of the row and the paper's number of
-images. Rows without a line of ours are other authors' methods. Paper values: `paper/*.yaml`. Commands behind the rows:
-`scripts/table*.sh`. The same tables as CSV and LaTeX: `tables/`. What was measured on the small models that are shipped
-here: a folder for each study (`python -m lab.study NAME`), with its table, its charts and its records; what searches
-for plans found: `planning/`; step times: `throughput/`.
+images. Rows without a line of ours are other authors' methods. Paper values: `configs/papers/*.yaml`. Commands behind
+the rows: `scripts/table*.sh`. The same tables as CSV and LaTeX: `tables/`. What was measured on the small models that
+are shipped here: a folder for each study (`python -m lab.study NAME`), with its table, its charts and its records; what
+searches for plans found: `planning/`; step times: `throughput/`.
 """
 
 

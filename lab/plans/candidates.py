@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from lab.fit.fit import evenly
 from lab.plans.dynamic_programming import best_marks
 from lab.plans.gaps import Gaps
 from lab.plans.judge import Candidate, Depths, Grid
@@ -85,7 +86,7 @@ def plans_of(gaps: Gaps, grid: Grid, prices: Prices, sampler: str) -> Iterator[C
         return
     found = [best_marks(gaps.flattened(power).of_gaps(prices.cheapest, coherent), most)[-1]
              for power in POWERS for coherent in (True, False)]
-    found.append([step * calls // most for step in range(most)])
+    found.append(evenly(calls, most))
     for full in dict.fromkeys(map(tuple, found)):
         depths = tuple(None if step in full else prices.cheapest for step in range(calls))
         depths = deepened(depths, gaps, prices, ORDER)

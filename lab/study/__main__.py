@@ -135,7 +135,7 @@ def run(study: Study, benches: list[Bench], pairs: list[Pair], options: Options,
     elif todo:
         print(f"look at {folder / 'index.html'} at any time; Ctrl-C stops, and the same command goes on", flush=True)
         words = ["-m", "lab.study", *sys.argv[1:], "--worker"]
-        supervise(todo, words, jobs, lambda: print(end=render(study, benches, folder)[:0]))
+        supervise(todo, words, jobs, lambda: render(study, benches, folder))
     if options.share is None:
         for bench in benches:
             bench.time({arm.name for _, arm in pairs})

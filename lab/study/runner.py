@@ -45,7 +45,7 @@ def carry_out(pairs: Sequence[Pair], claims: Path, wait: bool = True) -> None:
                 time.sleep(_WAIT)
 
 
-def supervise(pairs: Sequence[Pair], words: Sequence[str], jobs: int, done: Callable[[], None]) -> None:
+def supervise(pairs: Sequence[Pair], words: Sequence[str], jobs: int, done: Callable[[], object]) -> None:
     """The same in `jobs` processes with one thread each, while this one tells how long the rest takes, by
     multiply-accumulates. For a small network that is quicker than one process with all threads.
 

@@ -7,7 +7,7 @@
     against: {sampler: unipc, steps: 100}       of the run without caching that all others are compared with
     measure: [near, quality, fidelity, time]    see lab/study/measures.py
     made:                       files to fit first, and how; {common} is the config and the common options
-      FILE: lab.fit.train_adaptor {common} --sampler unipc --steps 48 --clock 4 --seeds 1000-1063 ...
+      FILE: lab.fit adaptor {common} --sampler unipc --steps 48 --clock 4 --seeds 1000-1063 ...
     arms:                       each is all combinations of its options, those of the sample command
     - {kind: Clockwork, budget: 18, sampler: unipc, steps: 48, clock: 4}
     - {kind: plan, budget: [8, 12], plan: "checkpoints/plans/ldm_emoji_{budget}.json"}
@@ -282,7 +282,7 @@ def opened(part: Part, path: Path) -> tuple[list[tuple[Entry, Run]], list[Entry]
 
 def check_run(run: Run, images: int) -> None:
     """Raises UserError for a sampler, or something fitted, that does not go with the model, and for too few prompts."""
-    run.refuse_foreign({"model": run.config.name, "unet": dataclasses.asdict(run.config.unet), **run.sampler.settings})
+    run.refuse_foreign(run.settings)
     prompts = getattr(run.spec.condition, "prompts", None)
     if prompts and prompts.is_file():
         count = len(read_prompts(prompts))

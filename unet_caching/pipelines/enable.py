@@ -7,9 +7,9 @@
     with enable_deepcache(pipe, interval=3, forecast=1):
         pipe(...)                           # on in here alone
 
-docs/pipelines.md lists the pipelines for which this is, and says what counts as a step. Several of them may share one
-U-Net, each with its own settings or without caching, in threads of their own too. `logging.getLogger("unet_caching")`
-tells at the end of each run, at level INFO, what it did and what that saved.
+docs/pipelines.md says for which pipelines this is; unet_caching/pipelines/loop.py, what counts as a step. Several
+pipelines may share one U-Net, each with its own settings or without caching, in threads of their own too.
+`logging.getLogger("unet_caching")` tells at the end of each run, at level INFO, what it did and what that saved.
 """
 
 import re
@@ -204,7 +204,7 @@ def _bound(options: Mapping[str, Any], unet: Any, steps: int, calls: int) -> Met
         context = getattr(unet.config, "cross_attention_dim", None)
         found.check({"steps": steps, "fingerprint": fingerprint(unet, unet.config.in_channels, context)})
     blocks = found.of(BlockCachingMethod)
-    if blocks and (unknown := blocks.blocks.keys() - {name for _, name in residuals(unet)}):
+    if blocks and (unknown := blocks.computed.keys() - {name for _, name in residuals(unet)}):
         raise ValueError("a block schedule for pipelines is of ResNet blocks and transformers: this U-Net has no "
                          f"{min(unknown)}")
     return found
