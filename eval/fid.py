@@ -3,7 +3,6 @@
     python -m eval.fid make-reference --from cifar-10-batches-py --out cifar10_train.npz --inception FILE
     python -m eval.fid make-reference --from bedroom_train_lmdb --count 50000 --out bedroom.npz --inception FILE
     python -m eval.fid --samples samples/cifar10_n5 --reference cifar10_train.npz --inception FILE --out results/x.json
-    torchrun --nproc-per-node 4 -m eval.fid ...        # the extraction shared by 4 GPUs; make-reference too
 
 How images are brought to 299 pixels decides the number. The modes:
     pytorch-fid         PyTorch's bilinear, no antialias
@@ -14,7 +13,6 @@ Resizing for `clean` and `legacy_pytorch` is done by clean-fid's functions. The 
 mode; clean-fid takes another file of the same weights for `clean` and `legacy_tensorflow`.
 A reference remembers its mode, network, number and size of images, and judges samples in that mode. A published file
 with nothing but mu and sigma serves too, in the mode that --mode says.
-Errors (95%): a jackknife over groups of samples, reference held fixed. KID is against the features in the reference.
 """
 
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ import numpy as np
 
 from eval.metrics.evaluator import Extraction, OfSets, Real, few, judge, opened, read_statistics
 from eval.metrics.extract import Features, extract
-from eval.metrics.frechet import Moments
+from eval.metrics.frechet import mean_and_covariance
 from eval.metrics.images import ImageSet
 from eval.metrics.inception import Inception
 from eval.metrics.sources import open_source
@@ -32,13 +30,11 @@ from run import arguments
 from run.cli import command, warn
 from run.files import write_atomically
 from run.machine import Device
-from run.seeds import rank_and_world
 from unet_caching.errors import UserError
 from unet_caching.options import option, required
 
 FORMAT = 1              # of references
-KEPT = 10_000           # features kept in a reference, for KID
-# The names of results: only pytorch-fid's are FID and KID without a word before them.
+# The names of results: only pytorch-fid's is FID without a word before it.
 NAMES = {"pytorch-fid": "{}", "clean": "clean-{}", "legacy_pytorch": "{} (clean-fid, legacy_pytorch)",
          "legacy_tensorflow": "{} (clean-fid, legacy_tensorflow)"}
 
@@ -81,7 +77,7 @@ def open_reference(path: Path, mode: str | None, samples: ImageSet) -> Real:
         mode = mode or "pytorch-fid"
         return Real(path, mode, ("pool",), statistics, None, NAMES[mode], notes=[
             f"{path} does not say which network, mode and images it is of: taken to be of this network, and of {mode}"])
-    if not known.keys() >= {"format", "mode", "extractor_sha256", "count", "size", "features", "source"}:
+    if not known.keys() >= {"format", "mode", "extractor_sha256", "count", "size", "source"}:
         raise UserError(f"{path} is damaged or no reference of eval.fid make-reference: make it anew")
     of, count, (h, w) = str(known["mode"]), int(known["count"]), known["size"].tolist()
     if int(known["format"]) != FORMAT:
@@ -93,29 +89,20 @@ def open_reference(path: Path, mode: str | None, samples: ImageSet) -> Real:
     if (h, w) != samples.size:
         raise UserError(f"the samples are {samples.size[1]}x{samples.size[0]} pixels and {path} is of {w}x{h}: "
                         "take a reference of the samples' size")
-    return Real(path, of, ("pool",), statistics, known["features"], NAMES[of], str(known["extractor_sha256"]),
+    return Real(path, of, ("pool",), statistics, None, NAMES[of], str(known["extractor_sha256"]),
                 few(count, f"reference images in {path}"),
                 {"reference_images": count, "reference_from": str(known["source"])})
 
 
 def write_reference(path: Path, images: ImageSet, features: Features, inception: Inception) -> None:
-    """Statistics and a share of the features of real images, in the layout that pytorch-fid reads too (mu, sigma).
-
-    The features are float32 [at most 10,000, 2048], drawn at random.
-    """
-    mu, sigma = Moments(features.parts("pool")).statistics()
-    chosen = np.sort(np.random.default_rng(0).permutation(features.count)[:KEPT])
-    kept, first = [], 0
-    for part in features.parts("pool"):
-        low, high = np.searchsorted(chosen, (first, first + len(part)))
-        kept.append(part[chosen[low:high] - first])
-        first += len(part)
+    """Statistics of real images, in the layout that pytorch-fid reads too (mu, sigma)."""
+    mu, sigma = mean_and_covariance(features.parts("pool"))
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            np.savez(file, mu=mu, sigma=sigma, features=np.concatenate(kept), mode=inception.mode,
-                     extractor_sha256=inception.sha256, count=features.count, size=np.array(images.size),
-                     source=images.description, images_sha256=features.images_sha256, format=FORMAT)
+            np.savez(file, mu=mu, sigma=sigma, mode=inception.mode, extractor_sha256=inception.sha256,
+                     count=features.count, size=np.array(images.size), source=images.description,
+                     images_sha256=features.images_sha256, format=FORMAT)
     write_atomically(path, write)
 
 
@@ -126,11 +113,8 @@ def make_reference(options: Reference, extraction: Extraction, where: Device) ->
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if len(images) < 2:
         raise UserError(f"{images.description} has {len(images)} image: statistics need at least 2")
-    if not rank_and_world()[0]:
-        warn([*few(len(images), "images"), *inception.notes])
-    features = extract(images, inception, extraction.batch_size, extraction.features, share=True)
-    if features is None:
-        return
+    warn([*few(len(images), "images"), *inception.notes])
+    features = extract(images, inception, extraction.batch_size, extraction.features)
     write_reference(options.out, images, features, inception)
     h, w = images.size
     print(f"wrote {options.out}: {len(images)} images of {w}x{h} from {images.description}, mode {inception.mode}")

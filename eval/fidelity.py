@@ -3,8 +3,7 @@
     python -m eval.fidelity --samples samples/interval5 --against samples/full --out results/interval5_fidelity.json
 
 PSNR (dB) and SSIM per image, the distance of EfficientNet-Lite0 features (1 - cosine), and LPIPS where the file of its
-backbone is given (--lpips-backbone). Beside --out come two pictures: how the numbers are distributed over the seeds
-(..._distribution.png), and the pairs with the lowest PSNR (..._worst.png).
+backbone is given (--lpips-backbone). The page of a study (lab/study) shows such pairs side by side.
 
     python -m eval.fidelity --samples samples/interval5 --against samples/steps400 --twice samples/steps800
 
@@ -15,10 +14,8 @@ is no such number.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -30,7 +27,6 @@ from eval.metrics.intervals import mean_estimate
 from eval.metrics.lpips import BACKBONE, Lpips
 from eval.metrics.registry import FEATURE_DISTANCE, PAIRS, PIXELS, RMSE_TO_CONVERGED
 from eval.metrics.results import of_samples
-from eval.tables.plots import distributions, worst_pairs
 from run.cli import command, warn
 from run.machine import Device
 from run.results import Metric
@@ -47,59 +43,45 @@ class Options(Judged):
                                       "a converged run")
     within: float = option(WITHIN, "what twice the steps may change of it (default: %(default)s)")
     lpips_backbone: Path | None = option(None, f"{BACKBONE}, torchvision's AlexNet, for LPIPS")
-    worst: int = option(8, "pairs in the picture of the worst (default: %(default)s)", least=1)
     batch_size: int = option(32, "images at a time (default: %(default)s)", least=1)
 
 
-def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_size: int = 32, seed: int = 0,
+def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_size: int = 32,
              lpips: Lpips | None = None) -> dict:
     """PSNR, SSIM, feature distance and, with `lpips`, LPIPS of each image to its partner of the same seed, and means.
 
-    Returns {images, identical, psnr, ssim, feature_distance, lpips: {mean, interval, unrelated}, per_image: {seed,
-    psnr, ...}}. interval: 95%, bootstrap over seeds, a pair drawn as one. unrelated: the same between images of
-    different seeds.
+    Returns {images, identical, psnr, ssim, feature_distance, lpips: {mean, stderr, interval}, per_image: {seed, psnr,
+    ...}}. interval: 95%, bootstrap over seeds, a pair drawn as one.
     The PSNR of identical images is infinite: None per image, and left out of the mean; `identical` counts them.
     Raises UserError when an image has no partner, the sizes differ, or the images are too small.
     """
     seeds, measures = check_paired(samples, against), [*PIXELS, *([lpips.measure] if lpips else [])]
     for measure in measures:
         measure.check_size(samples.size)
-    batches: dict[str, list[np.ndarray]] = {}
-    strangers: dict[str, list[np.ndarray]] = {}
+    batches: dict[str, list[np.ndarray]] = {measure.key: [] for measure in measures}
     with tqdm(total=len(seeds), unit="img", desc=f"{samples.description}, pairs", leave=False, disable=None) as bar:
         for x, y in zip(samples.batches(batch_size), against.batches(batch_size), strict=True):
-            for measured, other in ((batches, y), (strangers, np.roll(y, 1, 0))):
-                if measured is batches or len(y) > 1:
-                    for measure in measures:
-                        measured.setdefault(measure.key, []).append(measure.of(x, other))
+            for measure in measures:
+                batches[measure.key].append(measure.of(x, y))
             bar.update(len(x))
-    pairs, unrelated = ({name: np.concatenate(values) for name, values in measured.items()}
-                        for measured in (batches, strangers))
     fx, fy = (features_of(images, extractor, batch_size) for images in (samples, against))
+    pairs = {name: np.concatenate(values) for name, values in batches.items()}
     pairs[FEATURE_DISTANCE.key] = _cosine_distance(fx.values, fy.values)
-    if len(seeds) > 1:
-        unrelated[FEATURE_DISTANCE.key] = _cosine_distance(fx.values, np.roll(fy.values, 1, 0))
 
-    result: dict[str, Any] = {"images": len(seeds), "identical": int(np.isinf(pairs["psnr"]).sum())}
     names = [measure.key for measure in PAIRS if measure.key in pairs]
-    for name in names:
-        estimate = mean_estimate(pairs[name][np.isfinite(pairs[name])], seed)
-        usual = unrelated.get(name, np.empty(0))
-        usual = usual[np.isfinite(usual)]
-        result[name] = {"mean": estimate["mean"], "interval": estimate["interval"],
-                        "unrelated": float(usual.mean()) if len(usual) else None}
-    result["per_image"] = {"seed": seeds} | {
-        name: [round(float(v), 6) if np.isfinite(v) else None for v in pairs[name]] for name in names}
-    result["images_sha256"] = {"samples": fx.images_sha256, "against": fy.images_sha256}
-    return result
+    means = {name: mean_estimate(pairs[name][np.isfinite(pairs[name])]) for name in names}
+    of_images = {name: [round(float(v), 6) if np.isfinite(v) else None for v in pairs[name]] for name in names}
+    return {"images": len(seeds), "identical": int(np.isinf(pairs["psnr"]).sum()), **means,
+            "per_image": {"seed": seeds, **of_images},
+            "images_sha256": {"samples": fx.images_sha256, "against": fy.images_sha256}}
 
 
-def to_converged(samples: ImageSet, against: ImageSet, twice: ImageSet, within: float = WITHIN, batch_size: int = 32,
-                 seed: int = 0) -> dict:
+def to_converged(samples: ImageSet, against: ImageSet, twice: ImageSet, within: float = WITHIN, batch_size: int = 32
+                 ) -> dict:
     """The root mean squared error (levels of 255) of each image to its partner in `against`, and whether that one has
     converged: to those in `twice`, of twice the steps, the mean error is the same to within a fraction.
 
-    Returns {mean, interval, unrelated, per_image, steps, twice: {steps, mean}, moved, within, converged}.
+    Returns {mean, stderr, interval, per_image, steps, twice: {steps, mean}, moved, within, converged}.
     Raises UserError where the two are no such runs, or an image has no partner.
     """
     steps = check_twice(against, twice)
@@ -107,10 +89,9 @@ def to_converged(samples: ImageSet, against: ImageSet, twice: ImageSet, within: 
     check_paired(samples, twice)
     near, far = (np.concatenate([RMSE_TO_CONVERGED.of(x, y) for x, y in zip(
         samples.batches(batch_size), other.batches(batch_size), strict=True)]) for other in (against, twice))
-    estimate = mean_estimate(near, seed)
     moved = abs(near.mean() - far.mean()) / far.mean() if far.any() else float(near.any())
-    return {"mean": estimate["mean"], "interval": estimate["interval"], "unrelated": None,
-            "per_image": {"seed": seeds, "rmse": [round(float(value), 6) for value in near]}, "steps": steps,
+    return {**mean_estimate(near), "steps": steps,
+            "per_image": {"seed": seeds, "rmse": [round(float(value), 6) for value in near]},
             "twice": {"steps": 2 * steps, "mean": float(far.mean())}, "moved": float(moved), "within": within,
             "converged": bool(moved <= within)}
 
@@ -157,7 +138,7 @@ def _cosine_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def table(result: dict) -> str:
     """The means as a few lines of text."""
     lines = [f"{result['images']} images, {result['identical']} identical to their partner",
-             f"{'':20}{'mean':>9}  {'95% interval':^19}{'unrelated':>11}"]
+             f"{'':20}{'mean':>9}  {'95% interval':^19}"]
     for measure in PAIRS:
         if measure.key not in result:
             continue
@@ -166,8 +147,7 @@ def table(result: dict) -> str:
             lines.append(f"{measure.label:20}{'inf':>9}")
             continue
         low, high = row["interval"]
-        unrelated = "-" if row["unrelated"] is None else f"{row['unrelated']:.4f}"
-        lines.append(f"{measure.label:20}{row['mean']:9.4f}  {low:9.4f} {high:9.4f}{unrelated:>11}")
+        lines.append(f"{measure.label:20}{row['mean']:9.4f}  {low:9.4f} {high:9.4f}")
     if by := result.get("convergence"):
         verdict = "converged" if by["converged"] else "NOT converged, so there is no distance to a converged run"
         lines.append(f"{by['twice']['steps']} instead of {by['steps']} steps of the other run move the error by "
@@ -192,7 +172,7 @@ def main(options: Options, where: Device) -> None:
         by = to_converged(samples, against, images, options.within, options.batch_size)
         result["per_image"][RMSE_TO_CONVERGED.key] = by.pop("per_image")["rmse"]
         if by["converged"]:
-            result[RMSE_TO_CONVERGED.key] = {name: by[name] for name in ("mean", "interval", "unrelated")}
+            result[RMSE_TO_CONVERGED.key] = {name: by[name] for name in ("mean", "stderr", "interval")}
         result["convergence"] = by
     print(table(result))
     hashes = {"images": result["images_sha256"]["samples"], "against": result["images_sha256"]["against"],
@@ -202,32 +182,6 @@ def main(options: Options, where: Device) -> None:
         inputs={"against": against.description, **({"twice": twice[0].description} if twice else {})},
         details={**result, "against_run": against.run(), **({"twice_run": twice[0].run()} if twice else {}),
                  **({"notes": notes} if notes else {})}))
-    if options.out:
-        pictures(result, worst_of(samples, against, result["per_image"], options.worst), options.out)
-
-
-def worst_of(samples: ImageSet, against: ImageSet, per_image: dict[str, list], count: int
-             ) -> list[tuple[float, int, np.ndarray, np.ndarray]]:
-    """The pairs with the lowest PSNR, the worst first: (PSNR, seed, image, its partner). None of identical images."""
-    chosen = sorted((value, place) for place, value in enumerate(per_image["psnr"]) if value is not None)[:count]
-    ranges = [range(place, place + 1) for place in sorted(place for _, place in chosen)]
-    images = {some.start: (x[0], y[0]) for some, x, y in zip(
-        ranges, samples.batches(1, ranges), against.batches(1, ranges), strict=True)}
-    return [(value, per_image["seed"][place], *images[place]) for value, place in chosen]
-
-
-def pictures(result: dict, worst: Sequence[tuple[float, int, np.ndarray, np.ndarray]], out: Path) -> None:
-    """The two pictures beside the JSON `out`; of the worst pairs only where some are not identical."""
-    measures: dict[str, Sequence[float]] = {}
-    unrelated: dict[str, float | None] = {}
-    for measure in (measure for measure in PAIRS if measure.key in result):
-        values = [value for value in result["per_image"][measure.key] if value is not None]
-        left_out = result["images"] - len(values)
-        label = measure.label + (f", without {left_out} identical pairs" if left_out else "")
-        measures[label], unrelated[label] = values, result[measure.key]["unrelated"]
-    distributions(measures, out.with_name(f"{out.stem}_distribution.png"), unrelated)
-    if worst:
-        worst_pairs(worst, out.with_name(f"{out.stem}_worst.png"))
 
 
 if __name__ == "__main__":

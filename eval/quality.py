@@ -1,7 +1,6 @@
 """How close a set of images is to a set of real ones, on features of a small network.
 
     python -m eval.quality --samples samples/full --reference "emoji:Smileys & Emotion" --out results/full_quality.json
-    torchrun --nproc-per-node 4 -m eval.quality ...        # the features shared out among 4 processes
 
 FD-EffLite0: Frechet distance in the first 64 principal directions of the reference. KID-EffLite0: unbiased kernel
 distance on all 1280 features. Both with error bars, and with the floor: what real images score at equal numbers.
@@ -21,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from eval.metrics.evaluator import Judged
-from eval.metrics.extract import extract
 from eval.metrics.features import SmallExtractor, features_of
 from eval.metrics.images import ImageSet, check_paired
 from eval.metrics.measure import Measure, shown
@@ -32,7 +30,6 @@ from eval.metrics.sources import open_reference
 from run.cli import command, warn
 from run.machine import Device
 from run.results import Metric
-from run.seeds import rank_and_world
 from unet_caching.errors import UserError
 from unet_caching.options import option, required
 
@@ -51,22 +48,27 @@ class Options(Judged):
 
 
 def quality(samples: ImageSet, reference: ImageSet, extractor: SmallExtractor, held_out: ImageSet | None = None,
-            dims: int = 64, repeats: int = 200, batch_size: int = 32, with_floors: bool = True) -> dict:
+            dims: int = 64, repeats: int = 200, batch_size: int = 32, with_floors: bool = True,
+            against: ImageSet | None = None) -> dict:
     """Distances of samples to reference with errors, floors and nearest neighbours, JSON-compatible.
 
     dims: of the PCA basis. repeats: subsets per error bar, and half as many for each floor. with_floors: they take most
-    of the time, and one of several sets of equal size tells them.
+    of the time, and one of several sets of equal size tells them. against: a set of the same seeds; `difference` has
+    the distances of samples minus those of it then, paired: {by name: {value, stderr, interval}, against}.
     """
-    x, y = (features_of(images, extractor, batch_size) for images in (samples, reference))
-    held = features_of(held_out, extractor, batch_size) if held_out is not None else None
+    if against is not None:
+        check_paired(samples, against)
+    x, y, *more = (features_of(images, extractor, batch_size)
+                   for images in (samples, reference, held_out, against) if images is not None)
+    held = more[0] if held_out is not None else None
     distances = [distance(y.values, dims, extractor.name) for distance in SMALL_SETS]
     floors = [real_floor(distances, x.values, real, repeats // 2) for real in ((None, held.values) if held else (None,))
               ] if with_floors else []
     nearest = {"samples": _nearest(x.values, y.values)}
     if held:
         nearest["held_out"] = _nearest(held.values, y.values)
-    return {
-        **{one.measure.name: {**one.estimate(x.values, repeats).json(), **one.about} for one in distances},
+    found = {
+        **{one.measure.name: {**one.estimate(x.values, repeats), **one.about} for one in distances},
         "floors": floors,
         "nearest_reference": nearest,
         "samples": _described(samples, x.images_sha256),
@@ -74,15 +76,20 @@ def quality(samples: ImageSet, reference: ImageSet, extractor: SmallExtractor, h
         "held_out": _described(held_out, held.images_sha256) if held_out is not None and held else None,
         "extractor": extractor.id,
     }
+    if against is not None:
+        found["difference"] = {
+            **{one.measure.name: one.difference(x.values, more[-1].values, repeats) for one in distances},
+            "against": _described(against, more[-1].images_sha256)}
+    return found
 
 
 def metrics(result: dict) -> dict[str, Metric]:
-    """The distances in a result of `quality`, or of `difference`."""
+    """The distances in a result of `quality`, or in its `difference`."""
     return {measure.name: Metric.of(result[measure.name]) for measure in measures(result)}
 
 
 def measures(result: dict) -> list[Measure]:
-    """Which distances are in a result of `quality`, or of `difference`: those on the features of one network."""
+    """Which distances those are: on the features of one network."""
     return [measure for measure in SMALL_MEASURES if measure.name in result]
 
 
@@ -90,16 +97,6 @@ def hashes(result: dict) -> dict[str, str]:
     """sha256 of what `quality` looked at."""
     return {"images": result["samples"]["sha256"], "reference": result["reference"]["sha256"],
             "extractor": result["extractor"]}
-
-
-def difference(samples: ImageSet, against: ImageSet, reference: ImageSet, extractor: SmallExtractor, dims: int = 64,
-               repeats: int = 200, batch_size: int = 32) -> dict:
-    """Distances of samples minus those of against, paired by seed: {by name: {value, stderr, interval}, against}."""
-    check_paired(samples, against)
-    x, other, y = (features_of(images, extractor, batch_size) for images in (samples, against, reference))
-    distances = [one(y.values, dims, extractor.name) for one in SMALL_SETS]
-    return {**{one.measure.name: one.difference(x.values, other.values, repeats).json() for one in distances},
-            "against": _described(against, other.images_sha256)}
 
 
 def _nearest(features: np.ndarray, reference: np.ndarray) -> dict:
@@ -154,24 +151,14 @@ def main(options: Options, where: Device) -> None:
     against = None
     if options.against:
         against, of_against = options.open(options.against)
-        check_paired(samples, against)
         notes += of_against
     reference, held_out = open_reference(options.reference, samples.size)
     if len(samples) < 3:
         raise UserError(f"{options.samples} has {len(samples)} images: distances with errors need at least 3")
-    extractor, (rank, world) = EXTRACTORS[options.extractor](device), rank_and_world()
-    if not rank:
-        warn(notes)
-    if world > 1:
-        for images in filter(None, (samples, against, reference)):
-            if images.root is not None:
-                extract(images, extractor, options.batch_size, share=True)
-    if rank:
-        return
-    how = options.dims, options.repeats, options.batch_size
-    result = quality(samples, reference, extractor, held_out, *how)
-    if against:
-        result["difference"] = difference(samples, against, reference, extractor, *how)
+    extractor = EXTRACTORS[options.extractor](device)
+    warn(notes)
+    result = quality(samples, reference, extractor, held_out, options.dims, options.repeats, options.batch_size,
+                     against=against)
     print(table(result))
     options.write(of_samples("quality", samples, metrics(result), device, hashes=hashes(result), started=started,
                              inputs={"reference": options.reference},

@@ -1,13 +1,11 @@
-"""Seeds as people write them, and the part of them that a process is given."""
+"""Seeds as people write them, and which of several processes this is."""
 
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
 
 from unet_caching.errors import UserError
 
-T = TypeVar("T")
 MOST = 10_000_000       # images of a command
 
 
@@ -74,10 +72,3 @@ def format_some(seeds: Iterable[int]) -> str:
     """The seeds, cut short for a message."""
     text = format_seeds(seeds)
     return text if len(text) <= 60 else text[:60].rsplit(",", 1)[0] + ",..."
-
-
-def deal(seeds: Sequence[T]) -> Sequence[T]:
-    """The seeds of this process: a contiguous slice of them, as long as those of the other ranks up to one."""
-    rank, world = rank_and_world()
-    bounds = [len(seeds) * i // world for i in (rank, rank + 1)]
-    return seeds[bounds[0]:bounds[1]]

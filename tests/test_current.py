@@ -167,7 +167,7 @@ def test_a_distance_to_few_images_is_none():
     row = next(row for row in of_table(find("2")).rows if row.label == "N=5" and row.section == "cifar10")
     asked = Wanted(row.run, "fid", 50_000, current.inputs_of(row.run, "fid"), published=True)
     assert asked.fault(result_of(asked)) is None
-    few = result_of(asked, details={"FID": {"reference_images": 200}})
+    few = result_of(asked, details={"reference_images": 200})
     assert asked.fault(few) == "trial against 200 images"
     other = result_of(asked, inputs={"reference": "elsewhere/mine.npz"})
     assert asked.fault(other) == ("judged with another reference (elsewhere/mine.npz) than data/references/cifar10.npz")
@@ -185,11 +185,6 @@ def test_another_inception_or_reference_is_told_by_content(tmp_path):
     assert "another reference" in asked.fault(result_of(asked, hashes=right | {"reference": "ab"}))
     (tmp_path / "inception.pth").write_text("other")
     assert "another Inception" in asked.fault(result_of(asked, hashes=right))
-    several = {"reference a.npz": right["reference"], "reference b.npz": "ab",
-               "extractor": sha256(inputs["--inception"])}
-    for name, fits in (("a", True), ("b", False)):
-        found = asked.fault(result_of(asked, hashes=several, details={"FID": {"reference": f"x/{name}.npz"}}))
-        assert (found is None) == fits
 
 
 def test_an_evaluator_of_another_version_is_asked_again(monkeypatch, wanted):

@@ -1,17 +1,14 @@
-"""Features kept in parts: resumed, shared out, invalidated by pixels alone."""
+"""Features kept in parts: resumed, invalidated by pixels alone."""
 
 import os
 import shutil
-import time
 
 import numpy as np
 import pytest
 from conftest import save_samples
-from PIL import Image
 
 from eval.metrics import extract as extraction
 from eval.metrics.extract import extract
-from eval.metrics.frechet import Moments
 from eval.metrics.images import open_images
 from unet_caching.errors import UserError
 
@@ -37,8 +34,6 @@ class Extractor:
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(extraction, "PART", 4)
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
 def expected(layer):
@@ -103,33 +98,16 @@ def test_pixels_decide_what_is_computed_again(tmp_path):
     assert extractor.computed == 14
 
 
-def replaced(path, by):
-    """`by` in the place of a file of its size, with that one's time of modification, as by cp -p."""
-    before = path.stat()
-    by(path)
-    assert path.stat().st_size == before.st_size
+def test_other_images_of_equal_size_and_time_are_seen(tmp_path):
+    """Another npz in the place of one, with its time of modification, as by cp -p."""
+    path = tmp_path / "x.npz"
+    np.savez(path, PIXELS)
+    before, first = path.stat(), extract(open_images(path), Extractor())
+    np.savez(path, 255 - PIXELS)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-@pytest.mark.parametrize("pause", [0, 0.2])     # within a tick of the clock; with everything settled
-def test_other_images_of_equal_size_and_time_are_seen(tmp_path, monkeypatch, pause):
-    npz, folder = tmp_path / "x.npz", save_samples(tmp_path / "x", PIXELS // 255)
-    np.savez(npz, PIXELS)
-    for path in folder.glob("000/*.png"):        # all of one size, as uncompressed images are
-        path.write_bytes(path.read_bytes().ljust(400, b"\0"))
-    monkeypatch.setattr(extraction, "_DOUBT", pause / 2 or 60, raising=False)
-    time.sleep(pause)
-    first = [extract(open_images(path), Extractor()) for path in (npz, folder)]
-    replaced(npz, lambda path: np.savez(path, 255 - PIXELS))
-
-    def swap(path):
-        Image.fromarray(PIXELS[5] // 255).save(path, "png")
-        path.write_bytes(path.read_bytes().ljust(400, b"\0"))
-    replaced(folder / "000/000002.png", swap)
-    again = [extract(open_images(path), Extractor()) for path in (npz, folder)]
-    assert np.allclose(again[0].all("wide"), Extractor().features(255 - PIXELS)["wide"], rtol=1e-5)
-    assert np.allclose(again[1].all("wide")[2], Extractor().features(PIXELS[5:6] // 255)["wide"][0], rtol=1e-5)
-    assert all(a.images_sha256 != b.images_sha256 for a, b in zip(first, again, strict=True))
+    again = extract(open_images(path), Extractor())
+    assert path.stat().st_size == before.st_size and again.images_sha256 != first.images_sha256
+    assert np.allclose(again.all("wide"), Extractor().features(255 - PIXELS)["wide"], rtol=1e-5)
 
 
 def test_files_of_one_name_do_not_share_features(tmp_path):
@@ -143,19 +121,6 @@ def test_files_of_one_name_do_not_share_features(tmp_path):
         assert np.allclose(features.all("wide"), Extractor().features(pixels)["wide"], rtol=1e-5)
 
 
-def test_rank_0_trusts_no_part_that_is_in_doubt(tmp_path, monkeypatch):
-    """What an earlier run left of files that had just been written, before the rank whose part it is has looked."""
-    np.savez(tmp_path / "x.npz", PIXELS)
-    monkeypatch.setattr(extraction, "_DOUBT", 60, raising=False)
-    extract(open_images(tmp_path / "x.npz"), Extractor())
-    np.savez(tmp_path / "x.npz", 255 - PIXELS)
-    monkeypatch.setattr(extraction, "_PATIENCE", 0)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="2 parts are still missing"):
-        extract(open_images(tmp_path / "x.npz"), Extractor(), share=True)
-
-
 def test_a_damaged_part_is_computed_again(tmp_path):
     folder = save_samples(tmp_path / "x", PIXELS)
     extract(open_images(folder), Extractor())
@@ -164,33 +129,6 @@ def test_a_damaged_part_is_computed_again(tmp_path):
     extractor = Extractor()
     extract(open_images(folder), extractor)
     assert extractor.computed == 4
-
-
-def test_four_processes_get_the_numbers_of_one(tmp_path, monkeypatch):
-    np.savez(tmp_path / "x.npz", PIXELS)
-    images = open_images(tmp_path / "x.npz")
-    one = extract(images, Extractor(), batch_size=3, store=tmp_path / "one")
-    computed = []
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    for rank in (3, 1, 2, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        extractor = Extractor()
-        four = extract(images, extractor, batch_size=3, store=tmp_path / "four", share=True)
-        assert (four is None) == (rank > 0)
-        computed.append(extractor.computed)
-    assert sorted(computed) == [2, 4, 4, 4]
-    for layer in ("wide", "narrow"):
-        for a, b in zip(Moments(one.parts(layer)).statistics(), Moments(four.parts(layer)).statistics(), strict=True):
-            assert np.array_equal(a, b)
-
-
-def test_rank_0_does_not_wait_for_ever(tmp_path, monkeypatch):
-    np.savez(tmp_path / "x.npz", PIXELS)
-    monkeypatch.setattr(extraction, "_PATIENCE", 0)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="2 parts are still missing"):
-        extract(open_images(tmp_path / "x.npz"), Extractor(), share=True)
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):

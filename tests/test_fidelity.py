@@ -1,7 +1,6 @@
-"""eval.fidelity: numbers of pairs, LPIPS from a file, the pictures, the error to a converged run."""
+"""eval.fidelity: numbers of pairs, LPIPS from a file, the error to a converged run."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,9 @@ from PIL import Image, ImageFilter
 
 from eval import fidelity
 from eval.metrics.features import EffLite0
-from eval.metrics.images import from_array, open_images
+from eval.metrics.images import open_images
 from eval.metrics.lpips import Lpips
 from eval.metrics.measure import PixelMeasure
-from eval.tables.plots import worst_pairs
 from run import results
 from unet_caching.errors import UserError
 
@@ -107,10 +105,9 @@ def test_numbers_of_known_differences(tmp_path, extractor):
     assert result["psnr"]["mean"] == pytest.approx(psnr.mean(), abs=1e-4)
     assert result["per_image"]["ssim"][:4] == pytest.approx([1] * 4, abs=1e-5)
     assert result["per_image"]["feature_distance"][:4] == pytest.approx([0] * 4, abs=1e-6)
-    for name, worse in (("psnr", min), ("ssim", min), ("feature_distance", max)):
+    for name in ("psnr", "ssim", "feature_distance"):
         low, high = result[name]["interval"]
         assert low <= result[name]["mean"] <= high
-        assert worse(result[name]["unrelated"], result[name]["mean"]) == result[name]["unrelated"]
 
     itself = fidelity.fidelity(against, against, extractor)
     assert itself["identical"] == 8 and itself["psnr"]["mean"] is None and "inf" in fidelity.table(itself)
@@ -139,14 +136,14 @@ def test_images_without_a_partner_are_refused(tmp_path, extractor):
         fidelity.fidelity(open_images(save_samples(tmp_path / "cropped", pixels(3)[:, :20])), small, extractor)
 
 
-def test_the_command_writes_numbers_and_pictures(tmp_path, capsys, alexnet):
+def test_the_command_writes_numbers(tmp_path, capsys, alexnet):
     base = pixels(9)
     noise = np.random.default_rng(1).normal(size=base.shape) * np.array([0, 9, 3, 60, 5, 1, 90, 30, 2])[:, None, None,
                                                                                                         None]
     noisy, out = (base + noise).clip(0, 255).astype(np.uint8), tmp_path / "results" / "x.json"
     samples, against = (save_samples(tmp_path / name, images, settings={"name": name})
                         for name, images in (("samples", noisy), ("base", base)))
-    assert run_command(fidelity.main, "--samples", samples, "--against", against, "--out", out, "--worst", 3,
+    assert run_command(fidelity.main, "--samples", samples, "--against", against, "--out", out,
                        "--lpips-backbone", alexnet[0], "--device", "cpu", "--batch-size", 4, "--seeds", "0-8") == 0
     written = results.read(out)
     result = written.details
@@ -158,53 +155,14 @@ def test_the_command_writes_numbers_and_pictures(tmp_path, capsys, alexnet):
     assert result["per_image"]["lpips_other_backbone"] == pytest.approx(by_hand(alexnet[1], noisy, base), rel=1e-3,
                                                                         abs=1e-6)
     low, high = result["lpips_other_backbone"]["interval"]
-    assert low < result["lpips_other_backbone"]["mean"] < high < result["lpips_other_backbone"]["unrelated"]
+    assert low < result["lpips_other_backbone"]["mean"] < high
     printed = capsys.readouterr().out
     assert "not LPIPS (backbone)" in printed and "PSNR (dB)" in printed
-    assert sorted(path.name for path in out.parent.iterdir()) == ["x.json", "x_distribution.png", "x_worst.png"]
-
-    # Three columns, and no more: seeds 6, 3 and 7, found again by their pixels.
-    with Image.open(out.parent / "x_worst.png") as picture:
-        sheet = np.asarray(picture)
-    assert [seed for seed in range(9) if contains(sheet, base[seed], scale=4)] == [3, 6, 7]
-
-
-def contains(sheet, image, scale):
-    """Whether the enlarged image is somewhere in the sheet."""
-    tile = np.asarray(Image.fromarray(image).resize((image.shape[1] * scale, image.shape[0] * scale), 0))
-    rows, columns = (sheet[:, :, 0] == tile[0, 0, 0]).nonzero()
-    return any(np.array_equal(sheet[r:r + len(tile), c:c + tile.shape[1]], tile)
-               for r, c in zip(rows, columns, strict=True))
-
-
-def test_the_worst_pairs_are_those_of_lowest_psnr():
-    images = pixels(7, 12)
-    samples, against = (replace(from_array(some, "x", [f"{i}.png" for i in range(7)]), seeds=list(range(10, 17)))
-                        for some in (images, images // 2))
-    per_image = {"seed": samples.seeds, "psnr": [30, 12, None, 25, 8, 40, 11.0]}
-    worst = fidelity.worst_of(samples, against, per_image, 3)
-    assert [pair[:2] for pair in worst] == [(8, 14), (11, 16), (12, 11)]
-    assert all(np.array_equal(x, images[s - 10]) and np.array_equal(y, images[s - 10] // 2) for _, s, x, y in worst)
-
-
-def test_small_differences_are_amplified_and_large_ones_are_not(tmp_path):
-    x = np.full((1, 16, 16, 3), 100, np.uint8)
-    for offset, shown in ((1, 64), (10, 160), (100, 200)):      # 64 times, 16 times, twice
-        worst_pairs([(20.0, 0, x[0] + offset, x[0])], tmp_path / "x.png")
-        with Image.open(tmp_path / "x.png") as picture:
-            assert np.asarray(picture)[-20, -20].tolist() == [shown] * 3
-
-
-def test_identical_runs_have_a_distribution_and_no_worst_pairs(tmp_path):
-    result = {"images": 2, "per_image": {"seed": [0, 1], "psnr": [None, None], "ssim": [1.0, 1.0]}}
-    result |= {name: {"unrelated": 0.3} for name in ("psnr", "ssim")}
-    fidelity.pictures(result, [], tmp_path / "x.json")
-    assert [path.name for path in tmp_path.iterdir()] == ["x_distribution.png"]
 
 
 def test_a_command_with_bad_input_says_so_before_any_work(tmp_path, capsys):
     a, b = (save_samples(tmp_path / name, pixels(2, 20)) for name in "ab")
-    for args, message in ((["--worst", 0], "--worst must be 1 or more"), (["--batch-size", 0], "--batch-size"),
+    for args, message in ((["--batch-size", 0], "--batch-size"),
                           (["--lpips-backbone", "no.pth"], "no file no.pth"), (["--device", "cuda:99"], "cuda:99")):
         assert run_command(fidelity.main, "--samples", a, "--against", b, "--out", tmp_path / "x.json", *args) == 2
         error = capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Many processes on one machine: whatever the split, the stops and the restarts, the same noise, images and numbers."""
 
 import hashlib
-import json
 import os
 import re
 import signal
@@ -12,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HERE, save_samples
+from conftest import HERE
 from forked import Forked, signal_at
 from PIL import Image
 from test_sampling import sample, start, tiny  # noqa: F401  fixtures
 from tqdm import tqdm
 
-from eval.metrics import extract
 from unet_caching.samplers.noise import SeededNoise
 
 
@@ -107,30 +105,6 @@ def test_a_process_of_torchrun_takes_its_own_gpu(sample, tmp_path, monkeypatch, 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 100)
     assert sample("--device", "cuda", "--out", tmp_path / "out") == 2
     assert "cuda:96 is not there" in capsys.readouterr().err
-
-
-def test_four_processes_judge_as_one(tmp_path, monkeypatch):
-    """eval.quality, its features in parts of 4 images, with the same numbers to the last bit."""
-    monkeypatch.setattr(extract, "PART", 4)
-    for name in ("samples", "reference"):
-        save_samples(tmp_path / name, np.random.default_rng(len(name)).integers(0, 256, (16, 16, 16, 3), np.uint8),
-                     settings={})
-
-    def judge(out: str, **env) -> Forked:
-        return Forked("eval.quality", "--samples", tmp_path / "samples", "--reference", tmp_path / "reference",
-                      "--repeats", 2, "--dims", 4, "--threads", 1, "--out", tmp_path / out, log=tmp_path / f"log{env}",
-                      env=env)
-
-    four = [judge("four.json", RANK=str(i), WORLD_SIZE="4") for i in range(4)]
-    assert [process.wait() for process in four] == [0] * 4, four[0].output
-    assert ["all images" in process.output for process in four] == [True, False, False, False]
-    parts = sorted(tmp_path.glob("*/.features/*/part-*.npz"))
-    assert len(parts) == 8
-    for part in parts:
-        part.unlink()
-    assert judge("one.json").wait() == 0
-    one, four = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "four.json"))
-    assert one["metrics"] == four["metrics"] and one["details"] == four["details"]
 
 
 @pytest.mark.slow

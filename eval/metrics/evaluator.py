@@ -13,17 +13,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from eval.metrics.extract import extract
-from eval.metrics.frechet import GROUPS
 from eval.metrics.images import ImageSet, check_finished, open_images
 from eval.metrics.inception import DIMS, Inception
-from eval.metrics.measure import Score, Sets, Unavailable
+from eval.metrics.measure import Sets, Unavailable, shown
 from eval.metrics.registry import SETS
 from eval.metrics.results import of_samples
 from run import arguments, results
 from run.cli import warn
 from run.machine import Device
 from run.results import Metric, Result
-from run.seeds import parse_seeds, rank_and_world
+from run.seeds import parse_seeds
 from run.weights import sha256
 from unet_caching.errors import UserError, one_line
 from unet_caching.options import option, required
@@ -62,13 +61,9 @@ class Judged:
 class OfSets(Judged):
     """A set of images that is judged as a whole."""
     count: int = option(COUNT, "images that must be there (default: %(default)s)", least=2)
-    groups: int = option(GROUPS, "of the jackknife for the errors of FID, sFID, recall (default: %(default)s; 0: none)",
-                         least=0)
 
     def open_all(self) -> tuple[ImageSet, list[str]]:
         """As `open`; raises UserError for fewer images than --count without --allow-fewer, and for fewer than two."""
-        if self.groups == 1:
-            raise UserError("--groups must be 2 or more, or 0 for no error, got 1")
         images, notes = self.open(count=self.count)
         n = len(images)
         if n < 2:
@@ -102,7 +97,7 @@ class Real:
     mode: str                                   # how images are prepared, of eval.metrics.inception.MODES
     layers: tuple[str, ...]                     # of Inception
     statistics: Mapping[str, tuple[np.ndarray, np.ndarray]] | None      # (mean, covariance) by layer; of the images
-    images: ImageSet | np.ndarray | None        # themselves, or vectors [n, d] of layer pool
+    images: ImageSet | None                     # themselves
     name: str = "{}"                            # of a metric
     weights: str | None = None                  # sha256 of the network that the statistics are of, where known
     notes: list[str] = field(default_factory=list)
@@ -139,19 +134,6 @@ def read_statistics(path: Path, keys: Mapping[str, tuple[str, str]]) -> dict[str
     return statistics
 
 
-def scores(command: str, sets: Sets) -> Iterator[tuple[str, str, Score | Unavailable]]:
-    """All that a command of eval/, adm or fid, tells of two sets: (name, what the screen calls it, the score)."""
-    for one in (one for one in SETS if command in one.commands):
-        names = [measure.name for measure in one.measures]
-        if sys.stderr.isatty():
-            print(f"computing {' and '.join(names)}{one.slow}", file=sys.stderr, flush=True)
-        try:
-            outcome: list[Score | Unavailable] = [*one.of(sets)]
-        except Unavailable as reason:
-            outcome = [reason] * len(names)
-        yield from ((name, one.labels.get(name, name), score) for name, score in zip(names, outcome, strict=True))
-
-
 def judge(command: str, options: OfSets, extraction: Extraction, where: Device,
           open_real: Callable[[ImageSet], Real]) -> None:
     """Score samples against real images, print it and write it: eval.adm and eval.fid. Raises UserError."""
@@ -163,28 +145,34 @@ def judge(command: str, options: OfSets, extraction: Extraction, where: Device,
         raise UserError(f"{real.path} was made with other Inception weights (sha256 {real.weights[:16]}; "
                         f"--inception is {inception.sha256[:16]}): make it anew with these, or take its own")
     notes += [*real.notes, *inception.notes]
-    first = rank_and_world()[0] == 0
-    if first:
-        warn(notes)
-    x, y = (extract(images, inception, extraction.batch_size, extraction.features, share=True)
-            if isinstance(images, ImageSet) else images for images in (samples, real.images))
-    if not first:
-        return
-    assert x is not None and not isinstance(x, np.ndarray)      # this is rank 0
-    metrics: dict[str, Metric] = {}
-    details, unavailable, lines = dict(real.details), dict[str, str](), dict[str, str]()
-    for name, label, score in scores(command, Sets(x, real.statistics, y, options.groups)):
-        called, label = real.name.format(name), inception.name(real.name.format(label))
-        if isinstance(score, Unavailable):
-            unavailable[called], lines[label] = str(score), f"-   ({score})"
-        else:
-            metrics[inception.name(called)], lines[label] = score.metric, score.line
-            details |= {called: score.details} if score.details else {}
+    warn(notes)
+    x, *real_features = (extract(images, inception, extraction.batch_size, extraction.features)
+                         for images in (samples, real.images) if images is not None)
+    metrics, unavailable, lines = scores(command, Sets(x, real.statistics, *real_features),
+                                         lambda name: inception.name(real.name.format(name)))
     width = 2 + max(map(len, lines))
     print("\n".join([f"{len(samples)} samples against {real.path}",
                      *(f"{name:{width}}{line}" for name, line in lines.items())]))
     options.write(of_samples(
         command, samples, metrics, device, started=started, inputs={"reference": str(real.path)},
         hashes={"reference": sha256(real.path), "extractor": inception.sha256, "images": x.images_sha256},
-        details={**details, "unavailable": unavailable, "notes": notes, "extractor": inception.id,
-                 "groups": options.groups}))
+        details={**real.details, "unavailable": unavailable, "notes": notes, "extractor": inception.id}))
+
+
+def scores(command: str, sets: Sets, called: Callable[[str], str]
+           ) -> tuple[dict[str, Metric], dict[str, str], dict[str, str]]:
+    """What a command of eval/, adm or fid, tells of two sets: metrics, why others cannot be had, and both as text.
+
+    called: what the number of a measure may be called.
+    """
+    metrics, unavailable = dict[str, Metric](), dict[str, str]()
+    for one in (one for one in SETS if command in one.commands):
+        names = [called(measure.name) for measure in one.measures]
+        if sys.stderr.isatty():
+            print(f"computing {' and '.join(names)}{one.slow}", file=sys.stderr, flush=True)
+        try:
+            metrics |= dict(zip(names, one.of(sets), strict=True))
+        except Unavailable as reason:
+            unavailable |= dict.fromkeys(names, str(reason))
+    lines = {name: shown(metric) for name, metric in metrics.items()}
+    return metrics, unavailable, lines | {name: f"-   ({reason})" for name, reason in unavailable.items()}

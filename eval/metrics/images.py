@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 
@@ -28,14 +28,6 @@ _OTHER_SUFFIXES = {".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".a
 _READERS = min(8, os.cpu_count() or 1)      # threads that decode; Pillow lets others run meanwhile
 
 
-class Stamp(NamedTuple):
-    """What was seen of files without reading them."""
-    text: str               # changes whenever a file does
-    # When the last of them changed, in seconds since 1970: clocks of file systems are coarse, and a file may change
-    # twice within a tick. 0: the text is of the content itself.
-    changed: float = 0
-
-
 # (n, ranges) -> the images of each range of positions in turn, in batches of at most n that end with a range
 Reader = Callable[[int, Sequence[range]], Iterator[np.ndarray]]
 
@@ -49,12 +41,8 @@ class ImageSet:
     size: tuple[int, int]                                   # (height, width)
     root: Path | None                                       # the folder or file; None for arrays
     read: Reader
-    stamp: Callable[[range], Stamp]                         # of the files of these images
+    fingerprint: str                                        # changes when the files do
     reopen: Callable[[], "ImageSet"] | None = None          # the same path as it is now
-    fingerprint: str = ""                                   # changes when the files do
-
-    def __post_init__(self) -> None:
-        self.fingerprint = self.fingerprint or self.stamp(range(len(self))).text
 
     def __len__(self) -> int:
         return len(self.names)
@@ -159,12 +147,9 @@ def from_array(pixels: np.ndarray, description: str, names: Sequence[str], root:
     """Images in memory: uint8 [n, height, width, 3] and n names. root: where they were read."""
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) != len(names):
         raise ValueError(f"expected uint8 [{len(names)}, height, width, 3], got {pixels.dtype} {list(pixels.shape)}")
-
-    def stamp(some: range) -> Stamp:
-        return Stamp(hashlib.sha256(np.ascontiguousarray(pixels[some.start:some.stop]).data).hexdigest())
-
     return ImageSet(description, list(names), seeds, pixels.shape[1:3], root,
-                    lambda n, ranges: (pixels[some.start:some.stop] for some in batched(ranges, n)), stamp)
+                    lambda n, ranges: (pixels[some.start:some.stop] for some in batched(ranges, n)),
+                    hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest())
 
 
 def _folder(path: Path, wanted: Sequence[int] | None = None) -> ImageSet:
@@ -193,8 +178,7 @@ def _folder(path: Path, wanted: Sequence[int] | None = None) -> ImageSet:
     names, first = [str(file.relative_to(path)) for file in files], read_png(files[0])
     return ImageSet(str(path), names, seeds, first.shape[:2], path,
                     one_by_one(lambda i: read_png(files[i], first.shape, files[0])),
-                    lambda some: stamp_of(files[some.start:some.stop], names[some.start:some.stop]),
-                    lambda: _folder(path, wanted))
+                    fingerprint_of(files, names), lambda: _folder(path, wanted))
 
 
 def _positions(path: Path, there: Sequence[int], wanted: Sequence[int]) -> list[int]:
@@ -257,12 +241,8 @@ def _npz(path: Path, wanted: Sequence[int] | None = None) -> ImageSet:
                     batch.append(image)
                 yield np.stack(batch)
 
-    def stamp(some: range) -> Stamp:
-        chosen = format_seeds(places[some.start:some.stop]) if wanted is not None else f"{some.start}-{some.stop}"
-        return stamp_of([path], [f"{path.name} {chosen}"])
-
-    return ImageSet(str(path), [str(i) for i in places], places, (shape[0], shape[1]), path, read, stamp,
-                    lambda: _npz(path, wanted))
+    return ImageSet(str(path), [str(i) for i in places], places, (shape[0], shape[1]), path, read,
+                    fingerprint_of([path], [f"{path.name} {format_seeds(places)}"]), lambda: _npz(path, wanted))
 
 
 @contextmanager
@@ -287,11 +267,9 @@ def _array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
         yield file, shape
 
 
-def stamp_of(files: Iterable[Path], names: Iterable[str]) -> Stamp:
+def fingerprint_of(files: Iterable[Path], names: Iterable[str]) -> str:
     """Of files under these names: reading 50,000 images to learn that they are the same takes too long."""
-    digest, last = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     for file, name in zip(files, names, strict=True):
-        seen = stamp(file)
-        digest.update("\0".join([name, *map(str, seen)]).encode() + b"\n")
-        last = max(last, seen[2])
-    return Stamp(digest.hexdigest(), last / 1e9)
+        digest.update("\0".join([name, *map(str, stamp(file))]).encode() + b"\n")
+    return digest.hexdigest()

@@ -70,7 +70,7 @@ MODES: dict[str, Callable[[Tensor], Tensor]] = {
 class Inception:
     """uint8 [n, height, width, 3] -> float32 features by layer; an eval.metrics.extract.Extractor.
 
-    pool: [n, 2048], after the last pooling (FID, KID, precision, recall). logits: [n, 1008], without the bias (IS).
+    pool: [n, 2048], after the last pooling (FID, precision, recall). logits: [n, 1008], without the bias (IS).
     spatial: [n, 2023], the first 7 channels of Mixed_6d.branch1x1, after its ReLU, in (row, column, channel) order:
     sFID's (Nash et al., arXiv 2103.03841; openai/guided-diffusion evaluator.py, mixed_6/conv).
     mode: how images are prepared, of MODES. published: whether the file is the one that everybody uses.
@@ -103,7 +103,7 @@ class Inception:
         """What must be said about the numbers."""
         return [] if self.published else [
             f"{self.weights} is not the published file (sha256 {PUBLISHED[:16]}...): with other "
-            "weights no number here is an FID, sFID, IS, KID, precision or recall of the literature"]
+            "weights no number here is an FID, sFID, IS, precision or recall of the literature"]
 
     @torch.no_grad()
     def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,14 +1,13 @@
 """What a metric is to the programs that print, keep, tabulate and draw it. eval/metrics/registry.py lists them all."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from eval.metrics.extract import Features
-from eval.metrics.frechet import Moments
+from eval.metrics.frechet import mean_and_covariance
 from run.results import Metric
 from unet_caching.errors import UserError
 
@@ -53,52 +52,26 @@ class Unavailable(Exception):
     """Why a score cannot be had of these sets."""
 
 
-class Sets:
-    """Inception features of the images that are judged, and what is known of real ones.
-
-    statistics: the real images' (mean, covariance) by layer; of their features where they are not known. real: their
-    features, or vectors [n, d] of layer pool; None where there are none. groups: of the jackknife.
-    """
-
-    def __init__(self, samples: Features, statistics: Mapping[str, tuple[np.ndarray, np.ndarray]] | None,
-                 real: Features | np.ndarray | None, groups: int):
-        self.samples, self.known, self.real, self.groups = samples, statistics, real, groups
+class Sets(NamedTuple):
+    """Inception features of the images that are judged, and what is known of real ones."""
+    samples: Features
+    known: Mapping[str, tuple[np.ndarray, np.ndarray]] | None       # real images' (mean, covariance) by layer
+    real: Features | None = None                                    # of real images, where they are there
 
     def statistics(self, layer: str) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [d] and covariance [d, d] of the real images."""
+        """Mean [d] and covariance [d, d] of the real images: of their features where they are not known."""
         if self.known is not None:
             return self.known[layer]
-        if self.real is None or isinstance(self.real, np.ndarray):
-            raise Unavailable("no statistics of real images")
-        return Moments(self.real.parts(layer)).statistics()
-
-    @cached_property
-    def vectors(self) -> np.ndarray:
-        """Layer pool of the samples, float32 [n, d]."""
-        return self.samples.all("pool")
-
-    @cached_property
-    def real_vectors(self) -> np.ndarray:
-        """Layer pool of real images, float32 [n, d]. Raises Unavailable."""
-        if self.real is None:
-            raise Unavailable("no features of real images")
-        return self.real if isinstance(self.real, np.ndarray) else self.real.all("pool")
-
-
-class Score(NamedTuple):
-    """A number of two sets."""
-    metric: Metric
-    line: str                           # the same on the screen
-    details: dict[str, Any] = {}        # noqa: RUF012  never changed; what else there is to say, JSON-compatible
+        assert self.real is not None        # a reference has the one or the other
+        return mean_and_covariance(self.real.parts(layer))
 
 
 @dataclass(frozen=True)
 class SetMeasure:
     """Numbers of two sets of Inception features that are found together."""
     measures: tuple[Measure, ...]
-    of: Callable[[Sets], list[Score]]                   # one for each of them, in order; raises Unavailable
+    of: Callable[[Sets], list[Metric]]                  # one for each of them, in order; raises Unavailable
     commands: tuple[str, ...] = ("adm",)                # of eval/, which print them
-    labels: Mapping[str, str] = field(default_factory=dict)       # what the screen says of each instead of its name
     slow: str = ""                                      # what is said while they are computed
 
 

@@ -1,7 +1,7 @@
 """All metrics. One that is listed here is computed by its commands, kept in results, and known to tables and plots."""
 
 from eval.metrics.features import EffLite0, SmallExtractor
-from eval.metrics.inception_scores import FID, IS, KID, PRECISION_RECALL, SFID
+from eval.metrics.inception_scores import FID, IS, PRECISION_RECALL, SFID
 from eval.metrics.incmixed5 import IncMixed5
 from eval.metrics.lpips import LPIPS, OTHER_BACKBONE
 from eval.metrics.measure import Measure, PairMeasure, PixelMeasure, SetMeasure
@@ -13,7 +13,7 @@ FEATURE_DISTANCE = PairMeasure("1 - cos, EffLite0", key="feature_distance", labe
 
 PIXELS: tuple[PixelMeasure, ...] = (PSNR, SSIM)                                             # eval.fidelity
 PAIRS: tuple[PairMeasure, ...] = (*PIXELS, FEATURE_DISTANCE, LPIPS, OTHER_BACKBONE, RMSE_TO_CONVERGED)
-SETS: tuple[SetMeasure, ...] = (FID, SFID, IS, PRECISION_RECALL, KID)                       # eval.adm, eval.fid
+SETS: tuple[SetMeasure, ...] = (FID, SFID, IS, PRECISION_RECALL)                       # eval.adm, eval.fid
 SMALL_SETS: tuple[type[SmallSetDistance], ...] = (FrechetInBasis, KernelDistance)           # eval.quality
 EXTRACTORS: dict[str, type[SmallExtractor]] = {"efflite0": EffLite0, "incmixed5": IncMixed5}  # what these are made on
 SMALL_MEASURES: tuple[Measure, ...] = tuple(one.named(of.name) for of in EXTRACTORS.values() for one in SMALL_SETS)

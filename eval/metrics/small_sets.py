@@ -12,10 +12,10 @@ import torch
 from scipy.spatial.distance import cdist
 
 from eval.metrics.frechet import frechet_distance, mean_and_covariance, one_thread, warn_of_few
-from eval.metrics.intervals import Estimate
-from eval.metrics.kernel import kernel_distances
 from eval.metrics.measure import Measure
 from unet_caching.errors import UserError
+
+_BLOCK = 1024       # rows of a kernel matrix held at a time
 
 
 class SmallSetDistance(ABC):
@@ -41,13 +41,17 @@ class SmallSetDistance(ABC):
     def look_at(self, samples: np.ndarray) -> None:                 # noqa: B027  few have anything to say
         """Warn of samples that are too few."""
 
-    def estimate(self, samples: np.ndarray, repeats: int = 200, seed: int = 0) -> Estimate:
-        """The distance of features [n, D], with its error over draws of n images; the reference is held fixed."""
+    def estimate(self, samples: np.ndarray, repeats: int = 200, seed: int = 0) -> dict[str, Any]:
+        """The distance of features [n, D], with its error over draws of n images: {value, stderr, interval (95 %)}.
+
+        The reference is held fixed.
+        """
         _needs_two(samples, self.reference)
         self.look_at(samples)
         return self._with_error(repeats, seed, samples)
 
-    def difference(self, samples: np.ndarray, against: np.ndarray, repeats: int = 200, seed: int = 0) -> Estimate:
+    def difference(self, samples: np.ndarray, against: np.ndarray, repeats: int = 200, seed: int = 0
+                   ) -> dict[str, Any]:
         """The distance of `samples` minus that of `against`, features [n, D] both, row i of each of the same seed.
 
         The standard error is over draws of n seeds, each with its image in both runs: every subset leaves out the same
@@ -60,7 +64,8 @@ class SmallSetDistance(ABC):
             raise ValueError(f"{len(samples)} and {len(against)} images cannot be paired")
         return self._with_error(repeats, seed, samples, against)
 
-    def _with_error(self, repeats: int, seed: int, samples: np.ndarray, against: np.ndarray | None = None) -> Estimate:
+    def _with_error(self, repeats: int, seed: int, samples: np.ndarray, against: np.ndarray | None = None
+                    ) -> dict[str, Any]:
         """Of all n images, with the standard error from random subsets of 80 % of them, drawn WITHOUT replacement.
 
         A bootstrap (with replacement) repeats images. In an unbiased kernel estimate the pairs of an image with itself
@@ -77,7 +82,8 @@ class SmallSetDistance(ABC):
         if against is not None:
             values = values - self.of_subsets(against, chosen, _whole(self.reference))
         stderr = float(np.std(values[1:]) * np.sqrt(keep / (n - keep))) if n > keep else float("nan")
-        return Estimate(float(values[0]), stderr)
+        value, half = float(values[0]), 1.96 * stderr
+        return {"value": value, "stderr": stderr, "interval": [value - half, value + half]}
 
 
 class FrechetInBasis(SmallSetDistance):
@@ -95,7 +101,7 @@ class FrechetInBasis(SmallSetDistance):
         if not 1 <= dims <= min(n - 1, full):
             raise UserError(f"{dims} PCA dimensions of {n} reference images with {full} features: "
                             f"choose 1 to {min(n - 1, full)}")
-        self.mean, cov = mean_and_covariance(reference)
+        self.mean, cov = mean_and_covariance([reference])
         values, vectors = torch.linalg.eigh(torch.from_numpy(cov))      # ascending
         self.directions = vectors[:, -dims:].flip(1)                    # [D, dims], orthonormal
         self.about = {"dims": dims, "explained": (values[-dims:].sum() / values.sum()).item()}  # share of variance
@@ -110,8 +116,8 @@ class FrechetInBasis(SmallSetDistance):
 
     def of_subsets(self, x: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> np.ndarray:
         low, reference = self.project(x), self.project(self.reference)
-        against = [mean_and_covariance(reference[w]) for w in wy.T]
-        return np.array([frechet_distance(*mean_and_covariance(low[w]), *against[r % len(against)])
+        against = [mean_and_covariance([reference[w]]) for w in wy.T]
+        return np.array([frechet_distance(*mean_and_covariance([low[w]]), *against[r % len(against)])
                          for r, w in enumerate(wx.T)])
 
     def look_at(self, samples: np.ndarray) -> None:
@@ -120,9 +126,11 @@ class FrechetInBasis(SmallSetDistance):
 
 
 class KernelDistance(SmallSetDistance):
-    """The kernel distance on all images and all dimensions at once.
+    """The kernel distance (KID; Binkowski et al., arXiv 1801.01401): the unbiased squared MMD with the kernel
+    (x.y / d + 1)^3, on all images and all dimensions at once.
 
-    No random subsets of 100 or 1000 images as in other implementations: they estimate the same number with more noise.
+    Its expectation does not depend on the number of images, which the Frechet distance's does. No random subsets of 100
+    or 1000 images as in other implementations: they estimate the same number with more noise.
     """
 
     @staticmethod
@@ -131,6 +139,33 @@ class KernelDistance(SmallSetDistance):
 
     def of_subsets(self, x: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> np.ndarray:
         return kernel_distances(x, wx, self.reference, wy)
+
+
+def kernel_distances(x: np.ndarray, wx: np.ndarray, y: np.ndarray, wy: np.ndarray) -> np.ndarray:
+    """KID [R] over all pairs, of the subsets wx (bool [n, R]) of x [n, d] with those wy (bool [m, R or 1]) of y [m, d].
+
+    Zero on average for equal distributions at any sizes, so it may be negative.
+    """
+    def within(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        count, itself = w.sum(0), ((x * x).sum(1) / x.shape[1] + 1) ** 3
+        return (_pair_sums(x, w, x, w) - itself @ w) / (count * (count - 1))
+
+    a, b, wa, wb = (torch.tensor(one, dtype=torch.float64) for one in (x, y, wx, wy))
+    across = _pair_sums(a, wa, b, wb) / (wa.sum(0) * wb.sum(0))
+    return (within(a, wa) + within(b, wb) - 2 * across).numpy()
+
+
+def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _pair_sums(x: torch.Tensor, wx: torch.Tensor, y: torch.Tensor, wy: torch.Tensor) -> torch.Tensor:
+    """sum_ij wx[i, r] k(x_i, y_j) wy[j, r] for every r, a block of the kernel matrix at a time."""
+    total = torch.zeros(1, dtype=x.dtype)
+    for i in range(0, len(x), _BLOCK):
+        rows = sum(_kernel(x[i:i + _BLOCK], y[j:j + _BLOCK]) @ wy[j:j + _BLOCK] for j in range(0, len(y), _BLOCK))
+        total = total + (wx[i:i + _BLOCK] * rows).sum(0)
+    return total
 
 
 def real_floor(distances: Sequence[SmallSetDistance], samples: np.ndarray, held_out: np.ndarray | None = None,
@@ -159,7 +194,7 @@ def real_floor(distances: Sequence[SmallSetDistance], samples: np.ndarray, held_
         numbers = floor[distance.measure.name] = {"samples": _spread(distance.of_subsets(samples, drawn, left))}
         if held_out is not None and n == len(held_out):         # every draw is the whole set
             estimate = distance.estimate(held_out, repeats, seed)
-            numbers["real"] = {"mean": estimate.value, "range": estimate.json()["interval"]}
+            numbers["real"] = {"mean": estimate["value"], "range": estimate["interval"]}
         else:
             numbers["real"] = _spread(distance.of_subsets(real, taken, left))
     return floor

@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from eval.metrics.images import ImageSet, from_array, one_by_one, open_images, plain_files, stamp_of
+from eval.metrics.images import ImageSet, fingerprint_of, from_array, one_by_one, open_images, plain_files
 from eval.metrics.libraries import needed
 from run.images import UNREADABLE
 from run.training import emoji
@@ -115,9 +115,7 @@ def photographs(path: Path, size: int) -> ImageSet:
     names = [file.name for file in files]
     return ImageSet(f"{path} (at {size})", names, None, (size, size), path,
                     one_by_one(lambda i: prepared(files[i], size, str(files[i]))),
-                    lambda some: stamp_of(files[some.start:some.stop],
-                                          [f"{size} {name}" for name in names[some.start:some.stop]]),
-                    lambda: photographs(path, size))
+                    fingerprint_of(files, [f"{size} {name}" for name in names]), lambda: photographs(path, size))
 
 
 def lsun(path: Path, size: int = 256, count: int | None = None) -> ImageSet:
@@ -144,8 +142,7 @@ def lsun(path: Path, size: int = 256, count: int | None = None) -> ImageSet:
             return prepared(io.BytesIO(transaction.get(keys[i]) or b""), size, f"{path}: the picture {names[i]}")
 
     return ImageSet(f"{path} (LSUN at {size}, {len(keys)} of {there})", names, None, (size, size), path,
-                    one_by_one(load),
-                    lambda some: stamp_of([path / "data.mdb"], [f"{size} {some.start}-{some.stop}"]),
+                    one_by_one(load), fingerprint_of([path / "data.mdb"], [f"{size} {len(keys)}"]),
                     lambda: lsun(path, size, count))
 
 

@@ -17,7 +17,6 @@ from eval.metrics.extract import pixels_sha256
 from eval.metrics.features import EffLite0
 from eval.metrics.images import open_images
 from eval.metrics.inception import DIMS
-from eval.metrics.registry import FID
 from eval.metrics.results import VERSION
 from eval.metrics.sources import open_reference
 from run.families import Config, families
@@ -131,7 +130,7 @@ class Wanted:
         """Whether it is of another number of images, or against so few that a paper's number is another thing."""
         if self.images is not None and result.images != self.images:
             return f"trial with {result.images} images"
-        few = (result.details.get(FID.measures[0].name) or {}).get("reference_images")
+        few = result.details.get("reference_images")
         if self.published and isinstance(few, int) and few <= DIMS["pool"]:
             return f"trial against {few} images"
         return None
@@ -168,9 +167,6 @@ def _changed(folder: Path, result: Result, key: str) -> bool:
 
 def _found(result: Result, option: str) -> str | None:
     """The digest of what a result was judged with."""
-    if option == "--reference" and "reference" not in result.hashes:        # one of several
-        named = (result.details.get(FID.measures[0].name) or {}).get("reference", "")
-        return result.hashes.get(f"reference {Path(named).name}")
     return result.hashes.get({"--reference": "reference", "--inception": "extractor", "--weights": "weights",
                               "--prompts": "prompts"}[option])
 

@@ -176,10 +176,10 @@ def quality(arm: Arm, setup: Setup) -> Result:
     warnings.filterwarnings("ignore", r"\d+ images for \d+ dimensions")     # of FD, which is left out with few images
     for extractor in setup.extractors:
         main = extractor.name == "EffLite0"
-        found = sets.quality(samples, real, extractor, held_out if main else None, with_floors=first and main)
+        found = sets.quality(samples, real, extractor, held_out if main else None, with_floors=first and main,
+                             against=None if first else base)
         own = sets.metrics(found)
-        if not first:
-            more = sets.difference(samples, base, real, extractor)
+        if more := found.get("difference"):
             own |= {minus_uncached(name): metric for name, metric in sets.metrics(more).items()}
             hashes |= {"against": more["against"]["sha256"]}
         few = FrechetInBasis.named(extractor.name).name if len(samples) < FEWEST else ""
@@ -196,8 +196,7 @@ def fidelity(arm: Arm, setup: Setup) -> Result:
     """How near the images of each seed come to those of the run without caching."""
     started, samples = time.time(), setup.images(arm)
     found = pairs.fidelity(samples, setup.images(setup.whole), EffLite0(setup.device))
-    details = {"psnr": [round(value, 4) if value is not None else None for value in found["per_image"]["psnr"]],
-               "unrelated": found["psnr"]["unrelated"]}
+    details = {"psnr": [round(value, 4) if value is not None else None for value in found["per_image"]["psnr"]]}
     return _of_images("fidelity", arm, setup, samples, pairs.metrics(found), started,
                       {"against": str(setup.whole.folder)}, {"images": found["images_sha256"]["samples"],
                                                              "against": found["images_sha256"]["against"]}, details)
