@@ -88,3 +88,13 @@ def test_work_that_is_damaged_or_of_another_run_is_refused(two_steps):
         save_file(tensors, latents)
         with pytest.raises(UserError, match=r"5.safetensors is damaged: .*\[3, 8, 8\]; delete it"):
             again(two_steps).converged([5])
+
+
+def test_runs_are_compared_that_start_where_the_converged_one_does(config, tmp_path):
+    """With another spacing of timesteps, too."""
+    converged = Distances(RunSpec.of(config, sampler="unipc", steps=8, timesteps="trailing"), MACHINE, tmp_path)
+    for timesteps in ("karras", "999,600,300,80"):
+        converged.check(converged.run.spec.having(steps=4, timesteps=timesteps).open())
+    for timesteps in ("leading", "900,600,300,80"):
+        with pytest.raises(UserError, match="they differ in timesteps"):
+            converged.check(converged.run.spec.having(steps=4, timesteps=timesteps).open())

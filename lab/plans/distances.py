@@ -29,7 +29,7 @@ from unet_caching.files.schema import read_json
 from unet_caching.methods.plan import Call, PlanCache
 from unet_caching.nest import Network
 from unet_caching.policy import Policy
-from unet_caching.samplers.ddim import is_listed
+from unet_caching.samplers.ddim import SPACINGS
 
 EXACT = 200.0               # dB, instead of infinity
 
@@ -60,7 +60,8 @@ class Distances:
         """Refuse a run that does not come to the same images with ever more steps. Raises UserError."""
         own, other = ({"model": one.config.name, "checkpoint": one.checkpoint, "guidance": one.guidance,
                        "timesteps": one.sampler.timesteps, "condition": one.spec.condition} for one in (self.run, run))
-        if is_listed(run.sampler.timesteps) and run.sampler.call_timesteps()[0] == self.run.sampler.call_timesteps()[0]:
+        first, start = (one.sampler.call_timesteps()[0] for one in (run, self.run))
+        if run.sampler.timesteps not in SPACINGS and first == start:
             del own["timesteps"], other["timesteps"]
         differing = [name for name in own if own[name] != other[name]]
         if differing:

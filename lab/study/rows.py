@@ -53,8 +53,8 @@ class Row:
 
     @property
     def plain(self) -> bool:
-        """Whether it is a run without caching."""
-        return not self.run.caching
+        """Whether it computes everything on all of its calls, as plans without cached ones do, too."""
+        return not self.run.caching or self.kind.startswith(PLAIN)
 
     @cached_property
     def cost(self) -> float:
@@ -102,14 +102,16 @@ def cost_of(run: Run) -> float:
 
 def kind_of(run: Run) -> str:
     """The name of what a run does to be cheaper."""
-    if not run.caching:
-        return f"{PLAIN}, {'fitted, ' if is_listed(run.sampler.timesteps) else ''}{run.sampler.name}"
+    plan = run.caching.of(PlanMethod)
+    learned = plan is not None and plan.plan.solver is not None
+    if run.full_calls == run.calls:
+        listed = "fitted, " if is_listed(run.sampler.timesteps) else ""
+        return f"{PLAIN}, learned" if learned else f"{PLAIN}, {listed}{run.sampler.name}"
+    if plan is not None:
+        return "plan of another model" if "found_on" in plan.plan.notes else "plan, learned" if learned else "plan"
     if own := [method.system for method in run.caching.methods if method.system]:
         return ", ".join(own)
     cache = run.caching.settings
-    if "plan" in cache:
-        plan = run.caching.of(PlanMethod)
-        return "plan of another model" if plan is not None and "found_on" in plan.plan.notes else "plan"
     blocks, forecast = cache.get("block_caching"), cache.get("forecast")
     parts = [] if blocks is None else ["blocks, scale-shift" if blocks["scale_shift_sha256"] else "blocks"]
     parts += [cache["schedule"]] if cache.get("schedule", "uniform") != "uniform" else []
