@@ -31,7 +31,7 @@ def policies(unet: UNet) -> dict:
     names = residual_names(unet)
     blocks = {name: {0, 2, 3} if i % 2 else {0, 3} for i, name in enumerate(names)}
     around = outside(residual_names(unet, "all"), unet.num_branches, 1)[:2]
-    biases = {name: torch.ones(unet.get_parameter(f"{name}.norm.bias" if name in names else f"{name}.conv2.bias").shape)
+    biases = {name: torch.ones_like(unet.get_parameter(f"{name}.norm.bias" if name in names else f"{name}.conv2.bias"))
               for name in (*names, *around)}
     adjust = [{} if step == 4 else {name: (2 * one, one / 2) for name, one in biases.items()} for step in range(CALLS)]
     return {"none": lambda: None, "deepcache": lambda: DeepCache(1, [0, 3]), "zeroed": lambda: ZeroedCache(1, [0, 3]),
@@ -131,7 +131,8 @@ def test_without_a_gpu_goes_on(unet, capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["none", "deepcache", "blocks", "adjusted", "together", "plan"])
+@pytest.mark.parametrize("name", ["none", "deepcache", "zeroed", "blocks", "adjusted", "order 2", "forecast blocks",
+                                  "together", "plan"])
 @torch.no_grad()
 def test_cuda_graphs(unet, name):
     unet = unet.cuda()

@@ -4,7 +4,8 @@ DeepCache keeps the result of one level, a plan those of several, Block Caching 
 share a seam. The network calls of a run are counted from 0.
 """
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -30,15 +31,17 @@ class Held:
         self.older: tuple[Tensor, ...] = ()     # as it was before that, the latest first; as many as the order at most
         self.calls: tuple[int, ...] = ()        # which computed these, the latest first
 
+    def known(self, call: int, calls: tuple[int, ...]) -> tuple[int, ...]:
+        """Which calls have computed what is known at a call, the latest first. calls: of the call before it."""
+        return calls if call not in self.computed or calls[:1] == (call,) else (call, *calls)[:self.forecast.order + 1]
+
     def before_computed(self, call: int) -> None:
         """The call computes the value anew. One that comes again replaces its own; an earlier one begins a run."""
         if self.calls and call < self.calls[0]:
             self.older, self.calls = (), ()
-        if self.calls[:1] == (call,):
-            return
-        if self.calls and self.value is not None:
+        if self.calls[:1] != (call,) and self.calls and self.value is not None:
             self.older = (self.value, *self.older)[:self.forecast.order]
-        self.calls = (call, *self.calls)[:self.forecast.order + 1]
+        self.calls = self.known(call, self.calls)
 
     def before_reused(self, latest: Tensor) -> None:
         """The call does not compute it. What stands in for older values that there are not yet has no weight: compiled
@@ -77,6 +80,7 @@ class Keep(Policy):
         self.step = 0
         self.reused: frozenset[Hashable] = frozenset()      # by the call
         self.weights: Tensor | None = None                  # of its forecasts, [keys, order]
+        self.foreseen: dict[tuple, Tensor] = {}             # those of calls to come, by number and what came before
         self.adjustment: Adjustment = {}
         for held in self.held.values():
             held.reset()
@@ -99,15 +103,35 @@ class Keep(Policy):
                 held.before_reused(held.value)
         self.reused = frozenset(reused)
         self.adjustment = self.adjust[step] if self.adjust is not None else {}
-        self.weights = None
-        if self.order and self.reused:
-            rows = [self._weights(held, step) for held in self.held.values()]
-            self.weights = on_device(rows, next(held.value for held in self.held.values() if held.value is not None))
+        self.weights = self._weights(step) if self.order and self.reused else None
         return self
 
-    def _weights(self, held: Held, step: int) -> list[float]:
-        found = [] if step in held.computed else held.forecast.weights(step, held.calls)
-        return found + [0.0] * (self.order - len(found))
+    def _weights(self, step: int) -> Tensor:
+        """Of the call's forecasts. They are made on the host with those of the calls to come, and go to the device in
+        one copy: no later call of the run has to wait for one."""
+        key = step, *(held.calls for held in self.held.values())
+        if key not in self.foreseen:
+            rows = dict(self._foresee(step))
+            value = next(held.value for held in self.held.values() if held.value is not None)
+            made = on_device([*rows.values()], value)
+            # Each in memory of its own: for one that begins elsewhere in its memory a network may be compiled anew.
+            self.foreseen = {key: row.clone() for key, row in zip(rows, made, strict=True)}
+        return self.foreseen[key]
+
+    def _foresee(self, step: int) -> Iterator[tuple[tuple, list[list[float]]]]:
+        """The weights of this call and of those after it, as far as a run of this schedule may be thought to go."""
+        planned = sorted({call for held in self.held.values() for call in held.computed})
+        gap = max((later - sooner for sooner, later in pairwise(planned)), default=1)
+        known = [(held, held.calls) for held in self.held.values()]
+        for call in range(step, max(planned[-1] + gap, 2 * step + 8)):
+            known = [(held, held.known(call, calls)) for held, calls in known]
+            try:
+                rows = [[] if call in held.computed else held.forecast.weights(call, calls) for held, calls in known]
+            except ValueError:              # it has no damping
+                if call == step:
+                    raise
+                return
+            yield (call, *(calls for _, calls in known)), [row + [0.0] * (self.order - len(row)) for row in rows]
 
     def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         if key in self.reused:
