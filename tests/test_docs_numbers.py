@@ -273,7 +273,7 @@ def of_processors(at: Place) -> Cells | None:
 KINDS: dict[str, tuple[str, Callable[[Place], Cells | None], int]] = {      # page, what rows say, how many there are
     "forecasts": ("docs/forecasting.md", of_forecasts, 16), "README": ("README.md", of_readme, 6),
     "blocks": ("docs/forecasting.md", of_forecast_blocks, 7), "quality": ("docs/forecasting.md", of_quality, 12),
-    "plans": ("docs/planning.md", of_plans, 18), "systems": ("docs/systems.md", of_systems, 61),
+    "plans": ("docs/planning.md", of_plans, 18), "systems": ("docs/systems.md", of_systems, 8),
     "demo": ("docs/shipped_models.md", of_demo, 28), "block caching": ("docs/block_caching.md", of_block_caching, 30),
     "processors": ("docs/speed.md", of_processors, 8)}
 
