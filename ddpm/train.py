@@ -3,7 +3,7 @@
     python -m ddpm.train --config configs/ddpm_emoji.yaml --out checkpoints/train_ddpm_emoji
 
 Stop it whenever you like; the same command goes on where it stopped. It writes the EMA weights, in float16 and under
-the published DDPM names, to OUT/ddpm_emoji.safetensors, beside a log (log.jsonl) and sample grids (grid-IMAGES.png).
+the published DDPM names, to OUT/ddpm_emoji.safetensors, beside a log (log.jsonl).
 """
 
 from dataclasses import dataclass
@@ -19,20 +19,10 @@ from run.cli import command
 from run.machine import Device
 from run.training import emoji
 from run.training.loop import Loss, train
-from run.training.program import (
-    Training,
-    begin,
-    denoising_error,
-    mirrored,
-    parameters,
-    sample_grid,
-    to_float,
-    write_weights,
-)
+from run.training.program import Training, begin, denoising_error, mirrored, parameters, to_float, write_weights
 from unet_caching.errors import as_user_error
 from unet_caching.options import option
 from unet_caching.samplers.diffusion import Diffusion
-from unet_caching.samplers.samplers import Sampler
 
 
 @dataclass(frozen=True)
@@ -62,8 +52,7 @@ def main(options: Options, where: Device) -> None:
         tiles, rows = emoji.load(config.unet.resolution, "train", settings.group)
     images = torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous().to(where.device)
     print(f"{len(rows)} images, {parameters(unet)}")
-    grid = sample_grid(Sampler("ddim", 50, "uniform", 0.0, diffusion), 50, images.shape[1:], lambda unet: (unet, ()))
-    ema = train(unet, squared_error(diffusion, settings.bf16, where.device), images, settings.loop, options.out, grid,
+    ema = train(unet, squared_error(diffusion, settings.bf16, where.device), images, settings.loop, options.out,
                 where.device)
     write_weights(published_state_dict(ema), options.out / f"{config.name}.safetensors")
 

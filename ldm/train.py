@@ -5,7 +5,7 @@
 
 Stop it whenever you like; the same command goes on where it stopped. It writes the EMA weights of the U-Net and the
 class embedder together with the first stage, in float16 and in the layout of the public checkpoints, to
-OUT/ldm_emoji.safetensors, beside a log (log.jsonl) and sample grids (grid-IMAGES.png, one row per class).
+OUT/ldm_emoji.safetensors, beside a log (log.jsonl).
 """
 
 from dataclasses import dataclass
@@ -23,20 +23,8 @@ from run.cli import command
 from run.machine import Device
 from run.training import emoji
 from run.training.loop import Loss, train
-from run.training.program import (
-    Training,
-    begin,
-    denoising_error,
-    of_latents,
-    parameters,
-    sample_grid,
-    to_float,
-    write_weights,
-)
+from run.training.program import Training, begin, denoising_error, of_latents, parameters, to_float, write_weights
 from unet_caching.options import option, required
-from unet_caching.samplers.samplers import Sampler
-
-COLUMNS = 10        # images of each class in a grid
 
 
 @dataclass(frozen=True)
@@ -86,13 +74,8 @@ def main(options: Options, where: Device) -> None:
     latents = torch.cat([first_stage.encode(vq, to_float(part.to(device))) for part in pixels])
     print(f"{len(images)} images of {config.num_classes} classes, {of_latents(latents)}, {parameters(model)}")
 
-    shown = torch.arange(COLUMNS * config.num_classes, device=device) // COLUMNS
-    both = torch.cat([torch.full_like(shown, config.num_classes), shown])
-    grid = sample_grid(Sampler("ddim", 50, "offset", 0.0, config.diffusion), len(shown), latents.shape[1:],
-                       lambda ema: (ema.unet, [ema.classes(both)[:, None]]), config.sampler.guidance,
-                       lambda x: first_stage.decode(vq, x))
     ema = train(model, squared_error(config, settings, latents, labels.repeat(2).to(device)),
-                torch.arange(len(latents), device=device), settings.loop, options.out, grid, where.device)
+                torch.arange(len(latents), device=device), settings.loop, options.out, where.device)
     write_weights(published_state_dict(Model(ema.unet, vq, ema.classes)), options.out / f"{config.name}.safetensors")
 
 

@@ -11,7 +11,6 @@ them by k-means. It writes the EMA weights, in float16 and under the published n
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,12 +18,11 @@ from torch import Tensor
 from ldm.family import FAMILY
 from ldm.first_stage import build, decode, encode, normalise, published_state_dict
 from run.cli import command
-from run.folder import to_uint8
 from run.libraries import diffusers
 from run.machine import Device
 from run.psnr import psnr
 from run.training import emoji
-from run.training.loop import Grid, Loss, train
+from run.training.loop import Loss, train
 from run.training.program import Training, begin, mirrored, parameters, to_float, write_weights
 from unet_caching.options import option
 
@@ -46,17 +44,6 @@ def reconstruction_loss(noise: float, penalty: float, autocast: bool) -> Loss[di
         edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (-1, -2))
         return F.l1_loss(y, x) + edges + penalty * z.square().mean()
     return loss
-
-
-def comparison_grid(held_out: Tensor, columns: int = 10) -> Grid[diffusers.VQModel]:
-    """A function of the EMA network: rows of held-out images, each above the row of their reconstructions."""
-    def grid(vq: diffusers.VQModel) -> np.ndarray:
-        rebuilt = decode(vq, encode(vq, to_float(held_out)), quantize=False)
-        pairs = zip(to_uint8(to_float(held_out).cpu()), to_uint8(rebuilt.cpu()), strict=True)
-        real, fake = (np.stack(images) for images in zip(*pairs, strict=True))
-        rows = [images[i:i + columns] for i in range(0, len(real), columns) for images in (real, fake)]
-        return np.concatenate(rows)
-    return grid
 
 
 def reconstruction_psnr(vq: diffusers.VQModel, images: Tensor, quantize: bool) -> float:
@@ -109,9 +96,8 @@ def main(options: Options, where: Device) -> None:
     images, held_out = load("train"), load("held-out")
     print(f"{len(images)} images of {sizes.resolution} pixels, {config.latent_size}x{config.latent_size}x"
           f"{sizes.z_channels} latents, {parameters(vq)}")
-    some = held_out[:: len(held_out) // 50][:50]
     ema = train(vq, reconstruction_loss(settings.noise, settings.penalty, settings.bf16), images, settings.loop,
-                options.out, comparison_grid(some), where.device)
+                options.out, where.device)
     finish(ema, images, held_out, options.out / "first_stage.safetensors")
 
 

@@ -11,18 +11,16 @@ and images are the row's.
 
 import dataclasses
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from run.files import write_atomically, write_json
 from unet_caching.errors import UserError, as_user_error
-from unet_caching.files import schema as _schema
-from unet_caching.files.schema import read_json
+from unet_caching.files.schema import AtLeast, build, fault, parse_json, read_json
 
 FORMAT = 1
 
@@ -56,28 +54,20 @@ class Cost:
 
 @dataclass
 class Result:
-    """What one command measured, and all that it depends on.
-
-    kind: which command, and so which convention. model: name of the config. settings: those that decided the pixels,
-    as in run.json; the schedule is settings["steps"] and settings["cache"]; of times, those of the timing. images: how
-    many were judged. metrics: by name. inputs: what was read, as the user named it (samples, reference, prompts).
-    hashes: sha256 of checkpoint, extractor, reference, images, prompts. macs: of the sampled schedule. throughput: step
-    times, as the commands that measure them write them. provenance: commit, versions, device. details: what else the
-    command reports, in its own words.
-    """
-    kind: str
-    model: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    images: int | None = None
+    """What one command measured, and all that it depends on."""
+    kind: str                           # which command, and so which convention
+    model: str | None = None            # name of the config
+    settings: dict[str, Any] = field(default_factory=dict)      # that decided the pixels, as in run.json; or the times
+    images: Annotated[int, AtLeast(1)] | None = None            # that were judged
     metrics: dict[str, Metric] = field(default_factory=dict)
-    inputs: dict[str, str] = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)
-    macs: Cost | None = None
-    throughput: dict[str, Any] | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)        # what was read, as the user named it
+    hashes: dict[str, str] = field(default_factory=dict)        # sha256 of checkpoint, extractor, reference, images ...
+    macs: Cost | None = None            # of the sampled schedule
+    throughput: dict[str, Any] | None = None                    # step times, as their commands write them
+    provenance: dict[str, Any] = field(default_factory=dict)    # commit, versions, device
     finished: str | None = None         # UTC, 2026-01-31T23:59:59Z
     duration_s: float | None = None
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)       # what else the command reports, in its own words
     format: int = FORMAT
 
     @property
@@ -98,12 +88,15 @@ class Result:
 
 def write(path: Path, result: Result) -> None:
     """Write a result as JSON, atomically. Raises ValueError for one that is not of this format."""
-    content = dataclasses.asdict(result)
-    faults = check(content)
-    if faults:
-        raise ValueError(f"not a result: {'; '.join(faults)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
+    write_json(path, _content(result))
+
+
+def _content(result: Result) -> dict[str, Any]:
+    content = dataclasses.asdict(result)
+    if wrong := _wrong(content):
+        raise ValueError(f"not a result: {wrong}")
+    return content
 
 
 def read(path: Path) -> Result:
@@ -111,16 +104,13 @@ def read(path: Path) -> Result:
     if not Path(path).is_file():
         raise UserError(f"no result {path}")
     with as_user_error():
-        content = read_json(path)
-    return _checked(content, path)
+        return _checked(read_json(path), path)
 
 
 def _checked(content: Any, path: Path | str) -> Result:
-    faults = check(content)
-    if faults:
-        raise UserError(f"{path} is no result of this program: {'; '.join(faults[:3])}")
-    return Result(**content | {"metrics": {name: Metric(**metric) for name, metric in content["metrics"].items()},
-                               "macs": Cost(**content["macs"]) if content["macs"] else None})
+    if wrong := _wrong(content):
+        raise UserError(f"{path} is no result of this program: {wrong}")
+    return build(content, Result)
 
 
 def read_all(folder: Path) -> Iterator[tuple[Path, Result]]:
@@ -142,9 +132,7 @@ _SHARED = ("settings", "inputs", "hashes", "provenance", "details")     # whose 
 def write_packed(path: Path, found: Sequence[Result]) -> None:
     """Write results as JSON lines, atomically; the first line has what most of each kind say of settings, files and
     machine."""
-    contents = [dataclasses.asdict(result) for result in found]
-    if faults := [fault for content in contents for fault in check(content)]:
-        raise ValueError(f"not a result: {'; '.join(faults[:3])}")
+    contents = [_content(result) for result in found]
     shared = {kind: _shared([content for content in contents if content["kind"] == kind])
               for kind in dict.fromkeys(content["kind"] for content in contents)}
     lines = [{"format": FORMAT, "shared": shared}, *(_packed(one, shared[one["kind"]]) for one in contents)]
@@ -176,93 +164,59 @@ def _packed(content: dict[str, Any], shared: Mapping[str, dict[str, Any]]) -> di
 
 def read_packed(path: Path) -> list[Result]:
     """The results of a file of `write_packed`. Raises UserError for a file or a line that is not of this format."""
-    try:
-        first, *rest = Path(path).read_text(encoding="utf-8").splitlines() or [""]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    head = _line(first, f"{path}, line 1,")
-    if head.get("format") != FORMAT or _schema.fault(head.get("shared"), dict[str, dict[str, dict]]):
+    with as_user_error():
+        lines = [parse_json(line, f"{path}, line {number},")
+                 for number, line in enumerate(Path(path).read_bytes().splitlines(), 1)]
+    head, *rest = lines or [None]
+    if fault(head, _Head) or head["format"] != FORMAT:
         raise UserError(f"{path} is no file of results that this program reads")
-    return [_unpacked(_line(text, f"{path}, line {number},"), head["shared"], f"{path}, line {number},")
-            for number, text in enumerate(rest, 2)]
+    return [_unpacked(line, head["shared"], f"{path}, line {number},") for number, line in enumerate(rest, 2)]
 
 
-def _line(text: str, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is damaged: {error}") from None
-    if not isinstance(found, dict):
+@dataclass
+class _Head:
+    """The first line of a file of several."""
+    format: int
+    shared: dict[str, dict[str, dict]]
+
+
+def _unpacked(line: Any, shared: Mapping[str, dict[str, Any]], where: str) -> Result:
+    if not isinstance(line, dict):
         raise UserError(f"{where} is damaged: it is no JSON object")
-    return found
-
-
-def _unpacked(line: dict[str, Any], shared: Mapping[str, dict[str, Any]], where: str) -> Result:
     common, without = shared.get(str(line.get("kind")), {}), line.pop("without", [])
     for part in _SHARED:
         both = {key: value for key, value in common.get(part, {}).items() if f"{part}.{key}" not in without}
         line[part] = both | line.get(part, {})
-    return _checked(dataclasses.asdict(Result("")) | line, where)
+    return _checked(line, where)
 
 
-_TYPES = {"kind": str, "model": str | None, "settings": dict, "images": int | None, "metrics": dict, "inputs": dict,
-          "hashes": dict, "macs": dict | None, "throughput": dict | None, "provenance": dict, "finished": str | None,
-          "duration_s": float | int | None, "details": dict, "format": int}
+def _wrong(content: Any) -> str | None:
+    """What is wrong with the JSON of a result; None where nothing is."""
+    if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] != FORMAT:
+        return f"it has format {content['format']}, this program reads {FORMAT}"
+    if wrong := fault(content, Result):
+        return wrong
+    if wrong := fault(content.get("settings", {}).get("cache"), dict | None, "settings.cache"):
+        return wrong
+    for name, metric in content.get("metrics", {}).items():
+        interval = metric.get("interval")
+        if interval and (len(interval) != 2 or interval[0] > interval[1]):
+            return f"metrics.{name}: the interval is not [low, high]"
+    if content["kind"] != "throughput":
+        return None
+    return _wrong_times(content.get("throughput") or {}, content.get("settings", {}))
 
 
-def check(content: object) -> list[str]:
-    """What is wrong with the JSON of a result; an empty list where nothing is."""
-    if not isinstance(content, dict):
-        return ["it is no JSON object"]
-    if isinstance(content.get("format"), int) and content["format"] != FORMAT:
-        return [f"it has format {content['format']}, this program reads {FORMAT}"]
-    faults = [f"no key {key}" for key in _TYPES if key not in content]
-    faults += [f"unknown key {key}" for key in content if key not in _TYPES]
-    faults += [f"{key} is {content[key]!r}" for key, kind in _TYPES.items()
-               if key in content and not isinstance(content[key], kind)]
-    if faults:
-        return faults
-    cache = content["settings"].get("cache")
-    if cache is not None and not isinstance(cache, dict):
-        faults.append(f"settings.cache is {cache!r:.60} and should be keys with values")
-    faults += [fault for key in ("inputs", "hashes")
-               if (fault := _schema.fault(content[key], dict[str, str], key)) is not None]
-    if content["kind"] == "throughput":
-        faults += _check_times(content["throughput"] or {}, content["settings"])
-    if content["images"] is not None and content["images"] < 1:
-        faults.append(f"images is {content['images']}")
-    for name, metric in content["metrics"].items():
-        faults += [f"metric {name}{fault}" for fault in _check_metric(metric)]
-    if content["macs"] is not None and content["macs"].keys() != {"macs", "macs_fc"}:
-        faults.append("macs needs macs and macs_fc")
-    return faults
-
-
-# What tables read of the times that eval.throughput writes: the numbers of each entry of a list.
-_TIMED = {"branches": ("median", "ratio"), "kinds": ("median", "ratio")}
-
-
-def _check_times(times: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+def _wrong_times(times: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """What is wrong with the numbers that tables read of the times that eval.throughput writes."""
     numbers = {"settings.batch_size": settings.get("batch_size", 1)}
     if "full" in times:
         numbers["throughput.full.median"] = times["full"].get("median") if isinstance(times["full"], dict) else None
-    for key, wanted in _TIMED.items():
+    for key in ("branches", "kinds"):
         entries = times.get(key, [])
-        if _schema.fault(entries, list[dict]):
-            return [f"throughput.{key} is no list of keys with values"]
+        if wrong := fault(entries, list[dict], f"throughput.{key}"):
+            return wrong
         numbers |= {f"throughput.{key}[{i}].{name}": entry.get(name)
-                    for i, entry in enumerate(entries) for name in wanted}
-    return [f"{name} is {value!r:.40} and should be a positive number" for name, value in numbers.items()
-            if _schema.fault(value, float) or not value > 0]
-
-
-def _check_metric(metric: object) -> list[str]:
-    if not isinstance(metric, dict) or metric.keys() != {"value", "interval", "stderr"}:
-        return [" needs value, interval and stderr"]
-    interval = metric["interval"]
-    if interval is not None and (not isinstance(interval, list) or len(interval) != 2):
-        return [": the interval is not [low, high]"]
-    if not all(isinstance(value, int | float) and math.isfinite(value)
-               for value in (metric["value"], metric["stderr"] or 0, *(interval or []))):
-        return [" is not finite"]
-    return [": the interval runs backwards"] if interval is not None and interval[0] > interval[1] else []
+                    for i, entry in enumerate(entries) for name in ("median", "ratio")}
+    return next((f"{name} is {value!r:.40} and should be a positive number" for name, value in numbers.items()
+                 if fault(value, float) or not value > 0), None)

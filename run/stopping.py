@@ -1,7 +1,7 @@
 """Stopping in good order: what batch systems ask for before a time limit or a preemption.
 
-SIGUSR1 or SIGTERM asks a sample command to finish and save the batch it is at; it exits with 75 (EX_TEMPFAIL: try
-again), and the same command goes on. The same signal again stops it at once, as Ctrl-C does at any time.
+SIGUSR1 or SIGTERM asks a command to finish and save the batch it is at; it exits with 75 (EX_TEMPFAIL: try again), and
+the same command goes on. The same signal again stops it at once, as Ctrl-C does at any time (in training it is asked).
 """
 
 import os
@@ -17,14 +17,14 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """A context in which SIGUSR1 and SIGTERM set `asked`; a second one of a kind raises KeyboardInterrupt."""
+    """A context in which these signals set `asked`; a second one of a kind raises KeyboardInterrupt."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, *signals: signal.Signals) -> None:
+        self.signals, self.asked = signals or SIGNALS, False
         self._at: dict[int, float] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._receive) for number in self.signals}
         return self
 
     def __exit__(self, *_: object) -> None:

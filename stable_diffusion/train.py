@@ -3,9 +3,8 @@
     python -m stable_diffusion.train --out checkpoints/train_sd_emoji
 
 Stop it whenever you like; the same command goes on where it stopped. It writes the EMA weights of the U-Net and the
-autoencoder, in float16, as a diffusers folder, OUT/sd_emoji/, beside a log (log.jsonl) and sample grids
-(grid-IMAGES.png, ten of the prompts to a row). The text encoder is all-MiniLM-L6-v2, as it is; the autoencoder is the
-first stage of the small class-conditional model.
+autoencoder, in float16, as a diffusers folder, OUT/sd_emoji/, beside a log (log.jsonl). The text encoder is
+all-MiniLM-L6-v2, as it is; the autoencoder is the first stage of the small class-conditional model.
 """
 
 import copy
@@ -23,10 +22,9 @@ from ldm.family import FAMILY as LDM
 from run.cli import command
 from run.libraries import diffusers
 from run.machine import Device
-from run.prompts import read_prompts
 from run.training import emoji
 from run.training.loop import Loss, train
-from run.training.program import Training, begin, denoising_error, of_latents, parameters, sample_grid, to_float
+from run.training.program import Training, begin, denoising_error, of_latents, parameters, to_float
 from stable_diffusion.autoencoder import from_first_stage
 from stable_diffusion.checkpoint import scheduler_config
 from stable_diffusion.config import Config, Train
@@ -35,7 +33,6 @@ from stable_diffusion.text import minilm
 from stable_diffusion.unet import UNet
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.options import option
-from unet_caching.samplers.samplers import Sampler
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,6 @@ class Options(Training):
     first_stage: Path = option(Path("checkpoints/ldm_emoji.safetensors"),
                                "the class-conditional model, or what ldm.train_first_stage wrote")
     first_stage_config: Path = option(Path("configs/ldm_emoji.yaml"), "its config (default: %(default)s)")
-    prompts: Path = option(Path("data/emoji/prompts.txt"), "of the sample grids (default: %(default)s)")
 
 
 @torch.no_grad()
@@ -116,8 +112,7 @@ def save_folder(config: Config, unet: UNet, vae: diffusers.AutoencoderKL, folder
 def main(options: Options, where: Device) -> None:
     device = where.prepare()
     config = FAMILY.load_config(options.config)
-    settings, sampling = begin(config.train, options.config), config.sampler
-    prompts = read_prompts(options.prompts)[::3][:30]
+    settings = begin(config.train, options.config)
     stage = LDM.load_config(options.first_stage_config).first_stage
     vq = first_stage.load(stage, options.first_stage)
     actual = stage.downsampling, stage.z_channels, minilm(config.tokens)[0].config.hidden_size
@@ -133,13 +128,8 @@ def main(options: Options, where: Device) -> None:
     print(f"{len(images)} images, {len(texts)} captions, {of_latents(latents)}, {parameters(unet)}")
 
     latents, texts, indices = (value.to(device) for value in (latents, texts, indices))
-    vae, shown = vae.to(device), encode_texts(prompts, config.tokens).to(device)
-    context = torch.cat([texts[:1].expand_as(shown), shown])            # [uncond, cond]
-    grid = sample_grid(Sampler(sampling.sampler, sampling.steps, sampling.timesteps, 0.0, config.diffusion),
-                       len(prompts), latents.shape[1:], lambda ema: (ema, [context]), sampling.guidance,
-                       lambda x: vae.decode(x).sample)
     ema = train(unet, squared_error(config, settings, latents, texts, indices),
-                torch.arange(len(latents), device=device), settings.loop, options.out, grid, where.device)
+                torch.arange(len(latents), device=device), settings.loop, options.out, where.device)
     save_folder(config, ema, vae, options.out / config.name)
     print(f"wrote {options.out / config.name}")
 

@@ -1,30 +1,27 @@
-"""A training loop that can be killed at any moment and resumed: EMA, atomic checkpoints, a log, sample grids."""
+"""A training loop that can be killed at any moment and resumed: EMA, atomic checkpoints, a log."""
 
 import copy
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from run.files import write_atomically
 from run.folder import differences
+from run.stopping import SIGNALS, Stopped, StopRequest
 from run.weights import read_tensors
 from unet_caching.errors import UserError, one_line
 from unet_caching.files.schema import fault
 
 Model = TypeVar("Model", bound=nn.Module)
 Loss = Callable[[Model, Tensor, torch.Generator], Tensor]       # loss(model, batch, generator) -> scalar
-Grid = Callable[[Model], np.ndarray]                            # grid(model) -> uint8 [n, height, width, 3]
 
 
 @dataclass
@@ -41,10 +38,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     seed: int = 0
     save_every: float = 120.0       # seconds
-    grid_every: int = 25_000        # images
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch_size", "lr", "warmup", "save_every", "grid_every"):
+        for name in ("images", "batch_size", "lr", "warmup", "save_every"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
         for name in ("cooldown", "ema"):
@@ -59,20 +55,7 @@ class Section:
     loop: TrainConfig = field(default_factory=TrainConfig)
 
 
-WHEN = ("images", "save_every", "grid_every")       # of a run that may change when it goes on
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM inside only make the yielded function return True, so that no step is cut in half."""
-    caught: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: caught.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(caught)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+WHEN = ("images", "save_every")     # of a run that may change when it goes on
 
 
 @torch.no_grad()
@@ -87,17 +70,6 @@ def learning_rate(config: TrainConfig, seen: int) -> float:
     """The learning rate after so many images: a linear warm-up, constant, a linear cool-down."""
     cool = config.images * config.cooldown
     return config.lr * min(1.0, (seen + config.batch_size) / config.warmup, max(0.02, (config.images - seen) / cool))
-
-
-def save_grid(images: np.ndarray, path: Path, columns: int) -> None:
-    """Write uint8 [n, height, width, 3] as one PNG, row by row."""
-    n, height, width, _ = images.shape
-    rows = -(-n // columns)
-    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * height, i % columns * width
-        sheet[top:top + height, left:left + width] = image
-    Image.fromarray(sheet).save(path)
 
 
 class Trainer(Generic[Model]):
@@ -158,12 +130,12 @@ class Trainer(Generic[Model]):
         print(f"resuming at {self.seen:,} images")
 
 
-def train(model: Model, loss: Loss[Model], images: Tensor, config: TrainConfig, out: Path,
-          grid: Grid[Model] | None = None, device: str = "cpu") -> Model:
+def train(model: Model, loss: Loss[Model], images: Tensor, config: TrainConfig, out: Path, device: str = "cpu"
+          ) -> Model:
     """Train `model` on `images` and return its EMA copy. Resumes from out/state.pt where there is one.
 
     images: [n, ...], the training set, held in memory; `loss` is given batches of it.
-    grid: called with the EMA copy every `grid_every` images; written to out/grid-IMAGES.png.
+    Ctrl-C, SIGTERM and SIGUSR1 stop it after a step, with its state saved: raises Stopped.
     out/log.jsonl gets a line per 1,000 images: images, loss, lr, seconds (of training, over all restarts).
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -172,21 +144,15 @@ def train(model: Model, loss: Loss[Model], images: Tensor, config: TrainConfig, 
         trainer.load(state)
     bar = tqdm(total=config.images, initial=trainer.seen, unit="img", smoothing=0.02, mininterval=2)
     saved, losses = time.monotonic(), []
-    with bar, deferred_interrupt() as interrupted:
+    with bar, StopRequest(*SIGNALS, signal.SIGINT) as stop:
         while trainer.seen < config.images:
-            if interrupted():
+            if stop.asked:
                 trainer.save(state)
-                print(f"\ninterrupted at {trainer.seen:,} of {config.images:,} images; the same command goes on from "
-                      "there")
-                raise KeyboardInterrupt
-            before = trainer.seen
+                raise Stopped(f"at {trainer.seen:,} of {config.images:,} images")
+            thousands = trainer.seen // 1000
             losses.append(trainer.step(loss, images))
             bar.update(config.batch_size)
-
-            def passed(every: int, before: int = before) -> bool:
-                return trainer.seen // every > before // every
-
-            if passed(1000):
+            if trainer.seen // 1000 > thousands:
                 mean, losses = torch.stack(losses).mean().item(), []
                 bar.set_postfix(loss=f"{mean:.4f}")
                 line = {"images": trainer.seen, "loss": round(mean, 6),
@@ -195,8 +161,6 @@ def train(model: Model, loss: Loss[Model], images: Tensor, config: TrainConfig, 
                     file.write(json.dumps(line) + "\n")
                 if not mean < 1e4:
                     raise UserError(f"the loss is {mean} at {trainer.seen:,} images: lower the learning rate")
-            if grid and passed(config.grid_every):
-                save_grid(grid(trainer.ema), out / f"grid-{trainer.seen:08d}.png", columns=10)
             if time.monotonic() - saved > config.save_every:
                 trainer.save(state)
                 saved = time.monotonic()

@@ -1,24 +1,19 @@
-"""What the training programs share around the loop: options, the config's section, the objective, grids, weights."""
+"""What the training programs share around the loop: options, the config's section, the objective, weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run.folder import to_uint8
-from run.training.loop import Grid, Section
+from run.training.loop import Section
 from run.weights import save_tensors
 from unet_caching.errors import UserError
-from unet_caching.nest import Network
 from unet_caching.options import required
 from unet_caching.samplers.diffusion import training_target
-from unet_caching.samplers.noise import SeededNoise
-from unet_caching.samplers.samplers import Sampler, noise_predictor
 
 Part = TypeVar("Part", bound=Section)
 
@@ -47,23 +42,6 @@ def mirrored(batch: Tensor, generator: torch.Generator) -> Tensor:
     """A batch of images, each mirrored at random."""
     flip = torch.rand(len(batch), generator=generator, device=batch.device) < 0.5
     return torch.where(flip[:, None, None, None], batch.flip(-1), batch)
-
-
-def sample_grid(sampler: Sampler, count: int, shape: Sequence[int],
-                network: Callable[[Any], tuple[Network, Sequence[Tensor]]], guidance: float | None = None,
-                decode: Callable[[Tensor], Tensor] = lambda x: x) -> Grid[Any]:
-    """A function of the EMA model that samples the images of seeds 0..count-1.
-
-    network(model): the network that predicts, and the context that it is given (of the doubled batch with guidance).
-    """
-    @torch.no_grad()
-    def grid(model: nn.Module) -> np.ndarray:
-        noise = SeededNoise(range(count), next(model.parameters()).device)
-        unet, context = network(model)
-        predict = noise_predictor(unet, sampler.diffusion, torch.float32, None, context,
-                                  1.0 if guidance is None else guidance)
-        return to_uint8(decode(sampler.run(predict, noise(shape), noise)))
-    return grid
 
 
 def denoising_error(network: Callable[[Tensor, Tensor], Tensor], x0: Tensor, alphas_cumprod: Tensor, prediction: str,
