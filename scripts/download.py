@@ -4,14 +4,12 @@
     python -m scripts.download ddpm_cifar10 inception
 
 A file arrives beside its place as NAME.part, is checked, and only then moved there; a transfer that broke off goes on
-where it stopped. What is there already is checked and kept: nothing is ever overwritten. Where no digest is published,
-a file must at least be of its kind, and whole as far as that tells. Of several commands at once each file is fetched by
-one; the others wait for it.
+where it stopped. What is there already is checked and kept: nothing is ever overwritten. Of several commands at once
+each file is fetched by one; the others wait for it.
 """
 
 import hashlib
 import http.client
-import json
 import shutil
 import subprocess
 import tempfile
@@ -23,7 +21,6 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from run.claims import only_one
@@ -35,9 +32,7 @@ from unet_caching.options import option
 
 CATALOGUE = Path(__file__).with_name("downloads.yaml")
 _CHUNK = 1 << 20
-_MAGIC: dict[str, tuple[bytes, ...]] = {
-    ".zip": (b"PK",), ".npz": (b"PK",), ".tgz": (b"\x1f\x8b",), ".gz": (b"\x1f\x8b",),
-    **dict.fromkeys((".ckpt", ".pth", ".pt", ".bin"), (b"PK", b"\x80"))}      # before torch 1.6: a pickle
+_TRIES, _PAUSE = 5, 2.0     # of a transfer, and seconds between the first two
 
 
 @dataclass
@@ -65,13 +60,25 @@ class File:
     def there(self, root: Path) -> bool:
         return all((root / path).exists() for path in self.results)
 
+    @property
+    def checked(self) -> str:
+        """What a file without a fault is known by."""
+        return f"{self.digest[0]} right" if self.digest else "no digest to check it by"
+
     def fault(self, path: Path) -> str | None:
         """What is wrong with a copy of it; None where nothing is seen."""
         if self.digest:
             kind, wanted = self.digest
-            fits = digest_of(path, kind).startswith(wanted.lower())
-            return None if fits else f"has another {kind} than the published {wanted}"
-        return fault_of_kind(path, self.path.suffix.lower(), self.bytes)
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, kind).hexdigest()
+            return None if found.startswith(wanted.lower()) else f"has another {kind} than the published {wanted}"
+        if self.bytes is not None and self.bytes != path.stat().st_size:
+            return f"has {path.stat().st_size:,} bytes and should have {self.bytes:,}"
+        with open(path, "rb") as file:
+            begin = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n")[:9].lower()
+        if begin.startswith((b"<!doctype", b"<html", b"<?xml")):
+            return "is a web page (a login, or an error?)"
+        return None if begin else "is empty"
 
 
 @dataclass
@@ -103,100 +110,45 @@ def catalogue(path: Path = CATALOGUE) -> dict[str, Item]:
     return items
 
 
-def digest_of(path: Path, kind: str) -> str:
-    """The md5 or sha256 of a file, hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
-
-
-def fault_of_kind(path: Path, kind: str, size: int | None) -> str | None:
-    """What is wrong with a file that no digest is known of, as its suffix and size tell; None where nothing is seen."""
-    with open(path, "rb") as opened:
-        begin = opened.read(512)
-    if not begin:
-        return "is empty"
-    if begin.lstrip(b"\xef\xbb\xbf \t\r\n")[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page (a login, or an error?)"
-    if size is not None and size != path.stat().st_size:
-        return f"has {path.stat().st_size:,} bytes and should have {size:,}"
-    if kind in _MAGIC and not begin.startswith(_MAGIC[kind]):
-        return f"is no {kind} file: it begins with {begin[:8]!r}"
-    try:
-        if begin.startswith(b"PK") and kind in _MAGIC:
-            zipfile.ZipFile(path).close()           # reads the directory at its end
-        elif kind == ".safetensors":
-            with safe_open(path, "pt"):             # compares its size with the header
-                pass
-        elif kind == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-        elif kind in (".txt", ".tsv"):
-            path.read_text(encoding="utf-8")
-    except (zipfile.BadZipFile, SafetensorError, ValueError, OSError, RecursionError, NotImplementedError) as error:
-        return f"is a damaged {kind} file ({one_line(error)[:100]})"
-    return None
-
-
-def fetch(file: File, root: Path = ROOT, tries: int = 5, pause: float = 2.0) -> str:
+def fetch(file: File, root: Path = ROOT) -> str:
     """Bring one file to its place; returns what was done, in words.
 
     Raises UserError for a file that is there and another one, for what the server refuses, and for a transfer that
-    broke off `tries` times or arrived damaged.
+    broke off too often or arrived damaged.
     """
-    done, path = _there(file, root), root / file.path
-    if done is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        waiting = f"{path}: waiting for another process that fetches it"
-        with only_one(CATALOGUE, zlib.crc32(str(path.resolve()).encode()), waiting):
-            done = _there(file, root) or _bring(file, root, tries, pause)
+    path = root / file.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(CATALOGUE, zlib.crc32(str(path.resolve()).encode()),
+                  f"{path}: waiting for another process that fetches it"):
+        if file.unpack and file.there(root):
+            done = "there already"
+        elif path.exists():
+            if fault := file.fault(path):
+                raise UserError(f"{path} is there and {fault}: move it away, and it is fetched anew")
+            done = f"there already, {file.checked}"
+        else:
+            _bring(file, path)
+            done = f"fetched, {file.checked}"
+        if path.exists() and file.unpack:
+            _unpack(path, {member: root / to for member, to in file.unpack.items()})
+            done += ", unpacked"
     return f"{', '.join(map(str, file.results))}: {done}"
 
 
-def _there(file: File, root: Path) -> str | None:
-    """What is said of a file that needs nothing more; None where it does. Raises UserError for another file there."""
-    path = root / file.path
-    if file.unpack and file.there(root):
-        return "there already"
-    if not path.exists():
-        return None
-    if fault := file.fault(path):
-        raise UserError(f"{path} is there and {fault}: move it away, and it is fetched anew")
-    return None if file.unpack else f"there already, {_checked(file)}"
-
-
-def _checked(file: File) -> str:
-    return f"{file.digest[0]} right" if file.digest else "no digest to check it by"
-
-
-def _bring(file: File, root: Path, tries: int, pause: float) -> str:
-    """Fetch and unpack what is not there; returns what was done, in words."""
-    path = root / file.path
-    part, ours = path.with_name(f"{path.name}.part"), not path.exists()
+def _bring(file: File, path: Path) -> None:
+    """Fetch what is not there, and check it."""
+    part = path.with_name(f"{path.name}.part")
     by_hand = f"{f'try {file.instead} instead, or ' if file.instead else ''}fetch it by hand and put it at {file.path}"
-    if ours:
-        if not _packed(file, part):
-            _complete(file, part, tries, pause, by_hand)
-        if fault := file.fault(part):
-            part.unlink()
-            raise UserError(f"{file.url}: what arrived {fault}: removed; run the same command again, or {by_hand}")
-        part.replace(path)
-    done = f"{'fetched' if ours else 'there already'}, {_checked(file)}"
-    if not file.unpack:
-        return done
-    try:
-        _unpack(path, {member: root / to for member, to in file.unpack.items()})
-    except Exception as error:      # what Python's modules raise for damaged, encrypted or unknown archives has no end
-        if isinstance(error, OSError) and error.errno:
-            raise                   # of the disk
-        if ours:
-            path.unlink()
-        raise UserError(f"{path} does not unpack: {one_line(error)[:200]}; "
-                        + (f"removed; {by_hand}" if ours else "move it away, and it is fetched anew")) from None
-    path.unlink()
-    return f"{done}, unpacked"
+    if not _packed(file, part):
+        _complete(file, part, by_hand)
+    if fault := file.fault(part):
+        part.unlink()
+        raise UserError(f"{file.url}: what arrived {fault}: removed; run the same command again, or {by_hand}")
+    part.replace(path)
 
 
 def _unpack(archive: Path, wanted: dict[str, Path]) -> None:
-    """Members of an archive, files or folders, to their places; each whole or not at all."""
+    """Members of an archive, files or folders, to their places, each whole or not at all; it is removed then."""
     work = archive.with_name(f"{archive.name}.part")
     try:
         if zipfile.is_zipfile(archive):
@@ -209,8 +161,14 @@ def _unpack(archive: Path, wanted: dict[str, Path]) -> None:
             to.parent.mkdir(parents=True, exist_ok=True)
             if not to.exists():
                 (work / member).replace(to)
+    except Exception as error:      # what Python's modules raise for damaged, encrypted or unknown archives has no end
+        if isinstance(error, OSError) and error.errno:
+            raise                   # of the disk
+        raise UserError(f"{archive} does not unpack: {one_line(error)[:200]}; move it away, and it is fetched anew"
+                        ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    archive.unlink()
 
 
 def _packed(file: File, part: Path) -> bool:
@@ -226,9 +184,9 @@ def _packed(file: File, part: Path) -> bool:
     return True
 
 
-def _complete(file: File, part: Path, tries: int, pause: float, by_hand: str) -> None:
+def _complete(file: File, part: Path, by_hand: str) -> None:
     """Fetch until the whole file is in `part`."""
-    for attempt in range(tries):
+    for attempt in range(_TRIES):
         try:
             if _transfer(file, part):
                 return
@@ -239,10 +197,10 @@ def _complete(file: File, part: Path, tries: int, pause: float, by_hand: str) ->
                 raise UserError(f"{file.url}: {reason}; {by_hand}") from None
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             reason = one_line(getattr(error, "reason", error)) or type(error).__name__
-        if attempt + 1 < tries:
-            time.sleep(pause * 2 ** attempt)
+        if attempt + 1 < _TRIES:
+            time.sleep(_PAUSE * 2 ** attempt)
     have = part.stat().st_size if part.exists() else 0
-    raise UserError(f"{file.url}: {reason}, {tries} times; {have:,} bytes are kept, and the same command goes on from "
+    raise UserError(f"{file.url}: {reason}, {_TRIES} times; {have:,} bytes are kept, and the same command goes on from "
                     "there")
 
 
@@ -255,12 +213,9 @@ def _transfer(file: File, part: Path) -> bool:
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:
-            raise
-        whole = error.headers.get("Content-Range", "").rpartition("/")[2] == str(have)      # nothing comes after it
-        if not whole:
-            part.unlink()           # no part of this file
-        return whole
+        if error.code == 416 and have:      # nothing comes after it: what it is will be checked
+            return True
+        raise
     with response:
         resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         have = have if resumed else 0

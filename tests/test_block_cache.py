@@ -9,7 +9,7 @@ from conftest import relative_error
 from ddpm.unet import UNet
 from eval.cost.macs import costs, mean, schedule_macs
 from lab.fit.block_schedule import threshold_schedule
-from lab.fit.changes import ChangeMeter, SimilarityMeter
+from lab.fit.changes import ChangeMeter
 from lab.fit.scale_shift import Distiller
 from ldm.unet import UNet as LatentUNet
 from unet_caching.keep import Keep, joined
@@ -130,16 +130,6 @@ def test_changes_of_two_batches_are_those_of_one(unet):
     one, two = measured(unet, seed=1), measured(unet, seed=2)
     for name, changes in means(meter).items():
         assert changes == pytest.approx([(a + b) / 2 for a, b in zip(one[name], two[name], strict=True)], rel=1e-6)
-
-
-def test_similarity_is_a_cosine(unet):
-    meter = SimilarityMeter([0, 2])
-    run(unet, meter)
-    meter.reset()
-    for similar in meter.similarities().values():
-        assert similar.shape == (STEPS, STEPS)
-        assert torch.allclose(similar.diagonal(), torch.ones(STEPS, dtype=torch.double), atol=2e-3)
-        assert torch.allclose(similar, similar.T) and similar.max() < 1.002
 
 
 @pytest.mark.parametrize("kinds", ["transformer", "resnet", "all"])

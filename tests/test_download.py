@@ -8,13 +8,10 @@ import shutil
 import threading
 import time
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import safetensors.torch
-import torch
 import yaml
 from forked import Forked
 
@@ -80,12 +77,18 @@ def packed(**files: bytes) -> bytes:
         return buffer.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    monkeypatch.setattr(download, "_TRIES", 2)
+    monkeypatch.setattr(download, "_PAUSE", 0)
+
+
 def test_a_broken_transfer_goes_on_where_it_stopped(server, tmp_path):
     server.limit = 300_000
     with pytest.raises(UserError, match=r"2 times; 600,000 bytes are kept, and the same command goes on from there"):
-        fetch(one(server), tmp_path, tries=2, pause=0)
+        fetch(one(server), tmp_path)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.bin.part"]
-    assert fetch(one(server), tmp_path, pause=0).endswith("fetched, md5 right")
+    assert fetch(one(server), tmp_path).endswith("fetched, md5 right")
     assert (tmp_path / "a/b.bin").read_bytes() == CONTENT
     assert server.log == [None, *(f"bytes={n}-" for n in (300_000, 600_000, 900_000))]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.bin"]
@@ -94,16 +97,18 @@ def test_a_broken_transfer_goes_on_where_it_stopped(server, tmp_path):
 def test_a_server_without_ranges_is_started_over(server, tmp_path):
     server.limit, server.ranges = 300_000, False
     with pytest.raises(UserError, match="300,000 bytes are kept"):
-        fetch(one(server), tmp_path, tries=2, pause=0)
+        fetch(one(server), tmp_path)
     server.limit = None
     assert "fetched, md5 right" in fetch(one(server), tmp_path)
 
 
-@pytest.mark.parametrize("part", [CONTENT, CONTENT + b"more"], ids=["complete", "of something else"])
-def test_a_part_that_is_there_is_taken_or_thrown_away(server, tmp_path, part):
+def test_a_part_that_is_there_is_taken_or_thrown_away(server, tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/b.bin.part").write_bytes(part)
-    assert "fetched" in fetch(one(server), tmp_path, pause=0)
+    (tmp_path / "a/b.bin.part").write_bytes(CONTENT + b"more")
+    with pytest.raises(UserError, match="removed; run the same command again"):
+        fetch(one(server), tmp_path)
+    (tmp_path / "a/b.bin.part").write_bytes(CONTENT)
+    assert "fetched" in fetch(one(server), tmp_path) and len(server.log) == 2
     assert (tmp_path / "a/b.bin").read_bytes() == CONTENT
 
 
@@ -112,26 +117,20 @@ def test_what_is_there_is_kept_and_never_overwritten(server, tmp_path):
     (tmp_path / "a/b.bin").write_bytes(b"mine")
     with pytest.raises(UserError, match="is there and has another md5 than the published"):
         fetch(one(server), tmp_path)
-    (tmp_path / "a/b.dat").write_bytes(b"mine")
-    kept = one(server, md5=None, path=Path("a/b.dat"))
-    assert fetch(kept, tmp_path).endswith("there already, no digest to check it by")
+    assert fetch(one(server, md5=None), tmp_path).endswith("there already, no digest to check it by")
     assert (tmp_path / "a/b.bin").read_bytes() == b"mine" and server.log == []
 
 
 def test_damage_is_not_kept(server, tmp_path):
     with pytest.raises(UserError, match="what arrived has another sha256 than the published 00ff"):
         fetch(one(server, md5=None, sha256="00ff"), tmp_path)
-    assert not any((tmp_path / "a").iterdir())
-    begin = hashlib.sha256(CONTENT).hexdigest()[:8]
-    assert fetch(one(server, md5=None, sha256=begin), tmp_path).endswith("sha256 right")
-
-
-def test_refusals_and_dead_hosts(server, tmp_path):
     with pytest.raises(UserError, match="the server says 404"):
         fetch(one(server, url=f"{server.url}/none"), tmp_path)
     with pytest.raises(UserError, match="refused"):
-        fetch(one(server, url="http://127.0.0.1:9/x"), tmp_path, tries=1)
+        fetch(one(server, url="http://127.0.0.1:9/x"), tmp_path)
     assert not any((tmp_path / "a").iterdir())
+    begin = hashlib.sha256(CONTENT).hexdigest()[:8]
+    assert fetch(one(server, md5=None, sha256=begin), tmp_path).endswith("sha256 right")
 
 
 def test_archives_are_unpacked(server, tmp_path):
@@ -149,9 +148,6 @@ def test_archives_are_unpacked(server, tmp_path):
     asked = len(server.log)
     assert "there already" in fetch(single, tmp_path) and "there already" in fetch(folder, tmp_path)
     assert len(server.log) == asked
-    with pytest.raises(UserError, match=r"does not unpack: it has no x"):
-        fetch(replace(single, unpack={"x": Path("p/x")}), tmp_path)
-    assert not (tmp_path / "p/x").exists()
 
 
 def test_two_commands_at_once_fetch_one_file_once(server, tmp_path):
@@ -177,37 +173,19 @@ def test_two_commands_at_once_fetch_one_file_once(server, tmp_path):
                for one in others)
 
 
-TENSORS = safetensors.torch.save({"a": torch.zeros(99)})
-
-
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("model.ckpt", b"<!DOCTYPE html><title>Log in</title>", "a web page"),
-    ("model.ckpt", b"\n  <html><body>Not here", "a web page"), ("model.ckpt", b"", "is empty"),
-    ("model.ckpt", packed(data=b"1" * 999)[:-30], "damaged .ckpt"),
-    ("model.ckpt", b"version https://git-lfs.github.com/spec/v1", "is no .ckpt file: it begins with b'version '"),
-    ("x.safetensors", TENSORS[:-1], "damaged .safetensors"), ("x.safetensors", b"abc", "damaged .safetensors"),
-    ("x.json", b'{"a": 1', "damaged .json"), ("x.json", b"[" * 99_999, "damaged .json"),
-    ("x.npz", b"\x93NUMPY", "is no .npz file"), ("prompts.tsv", b"Prompt\n\xff\xfe", "damaged .tsv")],
-    ids=lambda value: ascii(value[:20]))
-def test_without_a_digest_what_is_no_such_file_is_refused(server, tmp_path, name, content, message):
+@pytest.mark.parametrize(("content", "message"), [
+    (b"<!DOCTYPE html><title>Log in</title>", "a web page"), (b"\n  <html><body>Not here", "a web page"),
+    (b"", "is empty"), (b"abc", "has 3 bytes and should have 4")])
+def test_without_a_digest_what_is_no_such_file_is_refused(server, tmp_path, content, message):
     server.files["/y"] = content
-    file = File(f"{server.url}/y", Path("d") / name, instead="the other one")
+    file = File(f"{server.url}/y", Path("d/model.ckpt"), instead="the other one",
+                bytes=4 if content == b"abc" else None)
     with pytest.raises(UserError, match=f"{message}.*try the other one instead, or fetch it by hand and put it at d/"):
-        fetch(file, tmp_path, pause=0)
+        fetch(file, tmp_path)
     assert not any((tmp_path / "d").iterdir())
-    (tmp_path / "d" / name).write_bytes(content)
+    (tmp_path / "d/model.ckpt").write_bytes(content)
     with pytest.raises(UserError, match=f"is there and .*{message}.*move it away"):
         fetch(file, tmp_path)
-
-
-def test_what_is_whole_is_taken_without_a_digest(server, tmp_path):
-    for name, content in (("a.safetensors", TENSORS), ("b.ckpt", packed(x=b"1")), ("c.bin", b"\x80\x02}"),
-                          ("d.json", b"{}"), ("e.tsv", "Prompt\ncaf\u00e9".encode())):
-        server.files["/y"] = content
-        assert "fetched" in fetch(File(f"{server.url}/y", Path(name)), tmp_path)
-    server.files["/y"] = b"abc"
-    with pytest.raises(UserError, match="has 3 bytes and should have 4"):
-        fetch(File(f"{server.url}/y", Path("f"), bytes=4), tmp_path, tries=1)
 
 
 def changed(content: bytes, at: int, value: int) -> bytes:
@@ -215,24 +193,15 @@ def changed(content: bytes, at: int, value: int) -> bytes:
 
 
 _ZIP = packed(**{"set/a": b"abc" * 999})
-_DIRECTORY = _ZIP.index(b"PK\x01\x02")
 
 
-@pytest.mark.parametrize("content", [
-    changed(_ZIP, 45, 0xff), changed(changed(_ZIP, 6, 1), _DIRECTORY + 8, 1),               # damaged; encrypted
-    changed(changed(_ZIP, 8, 99), _DIRECTORY + 10, 99), packed(other=b"1"),                 # packed in some other way
-], ids=["damaged", "encrypted", "unknown", "another"])
-def test_archives_that_do_not_unpack_are_removed(server, tmp_path, content):
+@pytest.mark.parametrize("content", [changed(_ZIP, 45, 0xff), packed(other=b"1")], ids=["damaged", "another"])
+def test_archives_that_do_not_unpack_leave_nothing_beside(server, tmp_path, content):
     server.files["/z"] = content
     for unpack in ({"set": Path("set")}, {"set/a": Path("a")}):
-        file = File(f"{server.url}/z", Path("z.zip"), unpack=unpack)
-        with pytest.raises(UserError, match=r"does not unpack: .*; removed; fetch it by hand"):
-            fetch(file, tmp_path)
-        assert not any(tmp_path.iterdir())
-        (tmp_path / "z.zip").write_bytes(content)           # the user's own is left to the user
         with pytest.raises(UserError, match=r"does not unpack: .*move it away"):
-            fetch(file, tmp_path)
-        (tmp_path / "z.zip").unlink()
+            fetch(File(f"{server.url}/z", Path("z.zip"), unpack=unpack), tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["z.zip"]
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -241,8 +210,7 @@ def test_archives_that_do_not_unpack_are_removed(server, tmp_path, content):
     ("a: {about: x, files: [{url: ftp://x, path: y}]}", "should begin with http"),
     ("a: {about: x, files: [{url: http://x, path: ../y}]}", "no path below the repository"),
     ("a: {about: x, files: [{url: http://x, path: y, md6: z}]}", "md6"),
-    ("a: {about: x, files: [{url: http://x, path: y, unpack: [1]}]}", "list.yaml, a: "),
-    ("a: {" * 2000, "list.yaml: ")])
+    ("a: {about: x, files: [{url: http://x, path: y, unpack: [1]}]}", "list.yaml, a: ")])
 def test_lists_that_are_none(tmp_path, content, message):
     (tmp_path / "list.yaml").write_text(content)
     with pytest.raises(UserError, match=message):

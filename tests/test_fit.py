@@ -44,7 +44,7 @@ def made(config) -> Path:
     """A folder with a file of each kind, and its report."""
     folder = config.parent
     for kind, name, words in (
-            ("changes", "changes.json", ("--seeds", "0-3", "--similar", 1)),
+            ("changes", "changes.json", ("--seeds", "0-3")),
             ("block-schedule", "half.json", ("--changes", folder / "changes.json", "--kinds", "all", "--macs", 0.5)),
             ("rhythm", "rhythm.json", ("--kinds", "all", "--computed", "0,2")),
             ("scale-shift", "half.safetensors", ("--block-schedule", folder / "half.json", *SEEDS)),
@@ -145,7 +145,6 @@ def test_samples_take_what_was_fitted_and_refuse_that_of_another_run(made, sampl
       for kind in FITS if kind != "changes"),
     *((kind, ("--out", "nowhere/file.json"), "--out must be a .") for kind in FITS),
     *((kind, ("--compile",), "are for sampling") for kind in FITS),
-    ("changes", ("--similar", -1), "--similar must be 0 or more"),
     ("scale-shift", ("--lr", 0), "--lr must be above 0"), ("scale-shift", ("--interval", 2), "nor other caching"),
     ("scale-shift", ("--steps", 5), f"steps {STEPS} there, 5 here"),
     ("adaptor", ("--clock", 1), "need a --clock of 2"), ("adaptor", ("--channels", 0), "--channels must be 1 or more"),
@@ -171,7 +170,7 @@ def test_measured(made):
     assert changes.calls == STEPS and changes.made_for["model"] == "ddpm_tiny" and changes.notes["seeds"] == "0-3"
     assert {one.kind for one in changes.residuals.values()} == {"transformer", "resnet"}
     assert all(one.changes[0] == 0 and min(one.changes[1:]) > 0 for one in changes.residuals.values())
-    for picture in ("changes_transformer", "changes_resnet", "changes_similarity", "half", "rhythm"):
+    for picture in ("changes_transformer", "changes_resnet", "half", "rhythm"):
         assert (made / f"{picture}.png").stat().st_size > 1000
 
 
@@ -303,7 +302,7 @@ def test_changes_that_are_not_finite_are_neither_written_nor_read(made, fit, tmp
                  "changes[1] is nan and should be a finite number")
     real = ChangeMeter.changes
     monkeypatch.setattr(ChangeMeter, "changes", lambda meter: real(meter) | {name: torch.tensor([0, np.nan])})
-    assert fails(fit("changes", "--seeds", "0-1", "--similar", 0, "--out", tmp_path / "no.json"), "are not finite")
+    assert fails(fit("changes", "--seeds", "0-1", "--out", tmp_path / "no.json"), "are not finite")
     assert not (tmp_path / "no.json").exists()
 
 
@@ -347,7 +346,7 @@ def test_budgets_are_kept(made, config):
 def test_a_latent_model_with_guidance_and_a_sampler_that_calls_once_more(tmp_path):
     run = ["--config", tiny_ldm(tmp_path, steps=4), "--device", "cpu", "--sampler", "plms"]
     fit, files = main_of("lab.fit"), [tmp_path / name for name in ("c.json", "s.json", "s.safetensors")]
-    assert run_command(fit, "changes", *run, "--seeds", "0-1", "--similar", 0, "--out", files[0]) == 0
+    assert run_command(fit, "changes", *run, "--seeds", "0-1", "--out", files[0]) == 0
     changes = BlockChanges.load(files[0])
     assert changes.calls == 5
     assert {one.kind for one in changes.residuals.values()} == {"transformer", "resnet", "attention"}

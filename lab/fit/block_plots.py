@@ -1,4 +1,4 @@
-"""Pictures of Block Caching: how much blocks change, when they are computed, how alike features of two steps are."""
+"""Pictures of Block Caching: how much blocks change, and when they are computed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from torch import Tensor
 
 from eval.tables.plots import save
 
@@ -46,21 +45,4 @@ def schedule_chart(schedule: Mapping[str, Sequence[int]], num_steps: int, path: 
     axis.set_xlim(-1, num_steps)
     axis.set_ylim(len(schedule) - 0.4, -0.6)
     axis.set_xlabel("step: a dot computes the residual, the arrow reuses it")
-    save(figure, path)
-
-
-def similarity_maps(similarities: Mapping[int, Tensor], path: Path) -> None:
-    """Draw a square per branch: the cosine similarity of its feature between all pairs of steps."""
-    columns = min(len(similarities), 6)
-    rows = -(-len(similarities) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(0.8 + 2.4 * columns, 2.6 * rows), squeeze=False,
-                                layout="constrained")
-    for axis in axes.flat[len(similarities):]:
-        axis.remove()
-    for axis, (branch, values) in zip(axes.flat, similarities.items(), strict=False):
-        image = axis.imshow(values, vmin=0, vmax=1, cmap="magma", origin="upper")
-        axis.set_title(f"branch {branch}", fontsize=10)
-        axis.set_xlabel("step")
-    axes[0][0].set_ylabel("step")
-    figure.colorbar(image, ax=list(axes.flat[:len(similarities)]), label="cosine similarity", shrink=0.8)
     save(figure, path)

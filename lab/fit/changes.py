@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eval.cost.runs import costs_of
-from lab.fit.block_plots import change_curves, similarity_maps
+from lab.fit.block_plots import change_curves
 from lab.fit.fit import Fit, batches, own_unet
 from run.image_model import ImageModel
 from run.provenance import provenance
@@ -25,7 +24,6 @@ from unet_caching.files.fitted import Fitted
 from unet_caching.methods.adaptive import relative_change
 from unet_caching.methods.block_caching import KINDS
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.options import option
 from unet_caching.policy import Policy
 
 
@@ -100,37 +98,6 @@ def changes_of(model: ImageModel, keys: Collection[Hashable], seeds: Sequence[in
     return meter.changes()
 
 
-class SimilarityMeter(Policy):
-    """Cosine similarity between all pairs of steps of the feature that DeepCache reuses (arXiv 2312.00858, Figure 2).
-
-    branches: 0-based skips. Holds every step's feature in half precision: measure few images at a time.
-    """
-
-    def __init__(self, branches: Collection[int]):
-        self.sums: dict[int, Tensor] = {}
-        self.rows = 0
-        self.features: dict[int, list[Tensor]] = {branch: [] for branch in branches}
-
-    def reset(self) -> None:
-        rows = 0
-        for branch, features in self.features.items():
-            steps = torch.stack(features, dim=1).float()                                # [batch, steps, numbers]
-            self.sums[branch] = self.sums.get(branch, 0) + (steps @ steps.mT).double().sum(0).cpu()
-            rows = len(steps)
-            features.clear()
-        self.rows += rows
-
-    def __call__(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        value = compute()
-        if key in self.features:
-            self.features[key].append(F.normalize(value.float().flatten(1), dim=1).half())
-        return value
-
-    def similarities(self) -> dict[int, Tensor]:
-        """The similarities at each branch: float64 [steps, steps], averaged over the rows of all batches."""
-        return {branch: sums / self.rows for branch, sums in self.sums.items()}
-
-
 @dataclass(frozen=True)
 class ChangesFit(Fit):
     """Change curves."""
@@ -138,7 +105,6 @@ class ChangesFit(Fit):
     file = BlockChanges
     seeds = "0-63"              # the paper measures 32 prompts with 2 seeds each
     judged = False
-    similar: int = option(4, "runs for the similarity of DeepCache's features (default: %(default)s)", least=0)
 
     def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> BlockChanges:
         kinds = {name: str(module.kind) for name, module in own_unet(model).named_modules()
@@ -159,9 +125,3 @@ class ChangesFit(Fit):
     def draw(self, model: ImageModel, made: BlockChanges, seeds: list[int], path: Path) -> None:
         for kind in sorted({one.kind for one in made.residuals.values()}):
             change_curves(made.of_kinds(kind), path.with_name(f"{path.stem}_{kind}.png"))
-        similar = SimilarityMeter(range(model.run.unet.num_branches))
-        for batch, report in batches(seeds[:self.similar], 2, "similarity", model):
-            model.latents(batch, similar, report=report)
-            similar.reset()
-        if self.similar:
-            similarity_maps(similar.similarities(), path.with_name(f"{path.stem}_similarity.png"))
