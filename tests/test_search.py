@@ -246,7 +246,7 @@ def test_a_killed_search_comes_to_the_same_plan(few, search_for, config, tmp_pat
     assert one == two and len(one) > 15
     full = sum(len(run["found"]) * sum(branch is None for branch, *_ in run["about"]["calls"]) for run in one.values())
     assert full + 12 * 8 < most < 2500                                  # as was announced
-    the_report_and_the_page_say_the_same(out)
+    the_report_says_what_was_compared(out)
 
     # it is a plan of the budget, and every program takes it
     plan, run = Plan.load(out), RunSpec.of(config, plan=out).open()
@@ -257,7 +257,7 @@ def test_a_killed_search_comes_to_the_same_plan(few, search_for, config, tmp_pat
     assert len(call_macs(run)) == run.calls == len(plan.calls)
 
 
-def the_report_and_the_page_say_the_same(out):
+def the_report_says_what_was_compared(out):
     plan, found = Plan.load(out), results.read(out.with_suffix(".search.json"))
     assert found.images == 4 and found.details["reported_on"] == "24-27" and found.hashes["plan"] == plan.sha256
     value = {name: metric.value for name, metric in found.metrics.items()}
@@ -271,10 +271,6 @@ def the_report_and_the_page_say_the_same(out):
     rest = Counter(one["kind"] for one in tried[len(others) + 1:])
     assert all(one["full_calls"] <= 4 for one in tried) and max(rest.values()) <= 10
     assert {f"fewer steps, {name}" for name in ("unipc", "dpmpp3", "ddim")} <= {one["kind"] for one in tried}
-
-    page = out.with_suffix(".html").read_text()
-    assert page.count("data:image/webp") == 4 * (1 + len({one["kind"] for one in (chosen, *others)}))
-    assert f"--plan {out}" in page and f"{value['plan']:.2f} [" in page and "calls compute everything" in page
 
 
 def test_the_best_of_each_group_takes_part(few, judge):

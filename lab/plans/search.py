@@ -9,7 +9,7 @@ Best is what comes nearest to the converged images of the same seeds (UniPC, 100
 First it is measured what a gap in computing a level costs; dynamic programming makes schedules of that for several
 numbers of steps; real runs of ever fewer of them on ever more seeds, then small changes of the best, decide. Fewer
 steps without caching, by every sampler, and uniform schedules, reused and forecast, always take part. The plan is
-chosen on the held-out seeds; the report, OUT.search.json and OUT.html to look at, is of other seeds again.
+chosen on the held-out seeds; the report, OUT.search.json, is of other seeds again.
 
 It says first how many network calls it will make at most and how long they take. What is measured is kept in a folder
 beside the plan: after a kill the same command goes on, and comes to the same plan, with any number of processes.
@@ -28,7 +28,6 @@ from eval.cost.runs import costs_of
 from eval.cost.timing import interleave
 from eval.metrics.intervals import mean_estimate
 from lab.fit.fit import check_out, check_runs, own_unet
-from lab.plans import page
 from lab.plans.candidates import PLAN, Prices
 from lab.plans.distances import Distances
 from lab.plans.gaps import GapMeasurements
@@ -125,7 +124,7 @@ def announce(tournament: Tournament, seeds: Seeds, jobs: int) -> None:
     inputs = example_inputs(distances.run.config, size * distances.run.rows_per_image, distances.model.device,
                             distances.run.dtype)
     seconds = interleave({"full": lambda: unet(*inputs)}, distances.model.device, 5, 1)["full"].median / size
-    others = (6 * len(seeds.choose) + 4 * (len(seeds.report) + page.SEEN)) * budget
+    others = (6 * len(seeds.choose) + 4 * len(seeds.report)) * budget
     calls = len(distances.missing([*chain(*seeds)])) * distances.run.calls + tournament.network_calls() + others
     print(f"{budget:.4g} full network calls per image, {distances.run.calls} for a converged one: at most "
           f"{calls:,.0f} of them, of one image each, take about {calls * seconds / jobs / 60:.2g} minutes at "
@@ -173,12 +172,11 @@ def search(words: Sequence[str]) -> None:
         hashes={"checkpoint": plan.made_for["checkpoint_sha256"], "plan": plan.sha256}, details=details,
         provenance=provenance(judge.distances.model.device)).stamped(started))
     plan.save(options.out)
-    page.write_page(metrics, found, judge, prices, seeds.report, options.out, words)
     print(f"{len(seeds.report)} seeds that nothing was chosen on; {MEASURED}, 95% intervals:")
     for name, one in metrics.items():
         print("{:40} {:7.2f} [{:.2f}, {:.2f}]".format(name, *one.bounds))
     print(f"{options.out}: {found[0]}, {plan.cost:.2f} full calls ({found[0].depths.count(None)} calls compute "
-          f"everything); to look at: {options.out.with_suffix('.html')}")
+          "everything)")
 
 
 def decide(tournament: Tournament, seeds: Seeds) -> tuple[list[Candidate], dict[str, Metric]]:
