@@ -109,7 +109,7 @@ NUMBERED = (        # a command that would run, and its numbers
     ("eval.clip_score {samples} --prompts {world}/prompts.txt --weights {}/w.bin",
      "images-per-prompt batch-size threads"),
     ("scripts.slurm.submit table_emoji --dry-run --samples {}/s --results {}/r",
-     "images-per-task images-per-hour time batch-size"),
+     "images-per-task time batch-size"),
     ("ddpm.train --out {}/t", "threads"), ("ldm.train_first_stage --out {}/t", "threads"))
 
 
@@ -117,7 +117,7 @@ def of_other_numbers() -> Iterator[Case]:
     """The numbers of all commands but the sample commands."""
     for line, options in NUMBERED:
         for option, value in itertools.product(options.split(), WRONG):
-            fine = option in ("ridge", "images-per-hour") and value in WRONG[-2:]          # as much as there is
+            fine = option == "ridge" and value in WRONG[-2:]          # as much as there is
             yield case(f"{' '.join(line.split()[:2])} --{option} {value!r}", line, f"--{option}={value}",
                        codes=(0, 2) if fine else (2,))
 

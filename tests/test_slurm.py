@@ -3,12 +3,10 @@
 
 import shlex
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from slurm_node import SETTINGS
 
-from eval.cost.macs import Macs
 from lab.study import papers
 from lab.study.arms import Arm, Given
 from run.files import ROOT
@@ -37,17 +35,6 @@ def test_slices_cover_every_seed_once_and_are_told_by_their_name():
 def test_times_are_read_as_slurm_writes_them():
     times = {"30": 1800, "1:30": 90, "01:00:00": 3600, "2-0": 172800, "1-01:00:00": 90000, "infinite": float("inf")}
     assert {text: cluster.seconds(text) for text in times} == times
-
-
-def test_cheap_rows_get_more_images_per_task_by_their_macs(tmp_path, monkeypatch):
-    (tmp_path / "settings.yaml").write_text(SETTINGS)
-    settings = cluster.read_settings(tmp_path / "settings.yaml")
-    settings.time.sample = "10:00:00"
-    monkeypatch.setattr(submit, "macs_per_image", lambda run: Macs(run, run))
-    arms = [SimpleNamespace(run=macs, images=5000) for macs in (6, 3, 1)]
-    assert list(submit.images_per_task(arms, settings, None)) == [4, 4, 4]
-    assert list(submit.images_per_task(arms, settings, 100)) == [800, 1600, 4800]
-    assert list(submit.images_per_task(arms, settings, 200)) == [1600, 3200, 5000]      # no more than there are
 
 
 @pytest.fixture
@@ -119,7 +106,6 @@ BAD = {"nonsense": "no table 'nonsense': choose from table1_ldm_imagenet",
        "table1": "no row of table1_ldm_imagenet.sh can be sampled",
        "table_emoji --images 0": "--images must be 1 or more",
        "table_emoji --images-per-task 0": "--images-per-task must be 1 or more",
-       "table_emoji --images-per-task 5 --images-per-hour 5": "not both",
        "table_emoji --time soon": "time limit 'soon' does not parse",
        "table_emoji --time 00:10:00": "must be 15 minutes or more",
        "table_emoji --only nothing": "is no row of this table"}

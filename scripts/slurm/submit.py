@@ -6,21 +6,18 @@ The rows, their commands and what is there of them are those of the table script
 What is queued already is told by the names of the jobs alone: there is no other record that could be wrong.
 """
 
-import argparse
 import contextlib
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from eval.cost.runs import macs_per_image
 from eval.tables.paper import Table, own_tables, tables
 from lab.study.arms import Arm, Given
 from lab.study.papers import Options, Plan, make_plan
-from run import arguments
 from run.claims import only_one
 from run.cli import command
 from run.files import ROOT
@@ -29,10 +26,9 @@ from run.seeds import format_seeds
 from scripts.slurm import cluster
 from scripts.slurm.cluster import Live, Settings, Step
 from unet_caching.errors import UserError
-from unet_caching.options import option
+from unet_caching.options import option, required
 
 _SHORTEST = 900     # seconds of a time limit that leave room for work before USR1, which Slurm may send a minute early
-_SHARE = 0.8        # of the time limit that a task's images may take; the rest is for loading and for slow nodes
 
 
 class Slices(NamedTuple):
@@ -77,7 +73,7 @@ class Graph:
         self.keep: list[str] = []           # ids of live jobs that the table needs
         self.replaced: list[str] = []       # ids of those that wait for what will not come: steps take their places
 
-    def add_row(self, arm: Arm, size: int) -> list[str]:
+    def add_row(self, arm: Arm) -> list[str]:
         """What a row lacks; returns names of steps and ids of jobs that the table must wait for."""
         missing, taken, arriving = missing_images(arm), set[int](), set[str]()
         for live in self.live:
@@ -90,6 +86,7 @@ class Graph:
         label = f"{arm.run.config.name}_{arm.folder.name}"
         sampled = []
         # A task may have seeds that another job has too: samplers in one folder share them.
+        size = self.settings.images_per_task
         slices = Slices(str(arm.folder), arm.images - 1, size)
         if tasks := slices.tasks(missing - taken):
             throttle = f"%{self.settings.tasks_at_once}" if self.settings.tasks_at_once else ""
@@ -138,20 +135,6 @@ class Graph:
         return [live.job for live in self.live if live.name == name]
 
 
-def images_per_task(arms: Sequence[Arm], settings: Settings, per_hour: float | None) -> Iterator[int]:
-    """How many images a task of each row makes.
-
-    per_hour: images of the row with the most MACs in an hour; what others make goes by their MACs.
-    """
-    if per_hour is None:
-        yield from [settings.images_per_task] * len(arms)
-        return
-    macs = [macs_per_image(arm.run).hook for arm in arms]
-    hours = cluster.seconds(settings.time.sample) / 3600
-    for arm, own in zip(arms, macs, strict=True):
-        yield max(1, int(min(arm.images, _SHARE * hours * per_hour * max(macs) / own)))
-
-
 def find_table(name: str) -> Table:
     """A table that has a script, by its name or the script's. Raises UserError."""
     known = {table.script.removesuffix(".sh"): table for table in (tables() | own_tables()).values() if table.script}
@@ -166,25 +149,19 @@ def find_table(name: str) -> Table:
 class Jobs:
     """Options of the jobs, beside those of a table."""
     title: ClassVar[str] = "the jobs (defaults: scripts/slurm/settings.yaml)"
+    table: str = required("a table script, like table1_ldm_imagenet; table_emoji is a trial", word=True)
     settings: Path = option(cluster.SETTINGS, "another file of settings")
     account: str | None = option(None, "instead of the file's")
     partition: str | None = option(None, "of sampling and evaluation")
     cpu_partition: str | None = option(None, "of the table; with --device cpu of everything")
     time: str | None = option(None, "limit of a task that samples, like 04:00:00")
     images_per_task: int | None = option(None, "that a task samples", least=1)
-    images_per_hour: float | None = option(
-        None, "that a task makes of the most expensive row; tasks then get as many as they make in four fifths of "
-              "--time, in cheaper rows more by their MACs")
     logs: Path = option(Path("logs/slurm"), "folder (default: %(default)s)")
 
 
 def settings_of(jobs: Jobs) -> Settings:
     """The file's, and the user's before them. Raises UserError."""
     settings = cluster.read_settings(jobs.settings)
-    if jobs.images_per_task is not None and jobs.images_per_hour is not None:
-        raise UserError("give --images-per-task or --images-per-hour, not both")
-    if jobs.images_per_hour is not None and jobs.images_per_hour <= 0:
-        raise UserError(f"--images-per-hour must be more than 0, got {jobs.images_per_hour}")
     settings.time.sample = jobs.time if jobs.time is not None else settings.time.sample
     if cluster.seconds(settings.time.sample) < _SHORTEST:
         raise UserError(f"a task that samples stops five minutes before its time limit, so that must be "
@@ -196,10 +173,8 @@ def settings_of(jobs: Jobs) -> Settings:
     return settings
 
 
-def build_graph(args: argparse.Namespace, jobs: Jobs, script: str, plan: Plan, live: Sequence[Live]) -> Graph:
+def build_graph(options: Options, given: Given, script: str, plan: Plan, graph: Graph) -> Graph:
     """All steps that are missing; says which rows are left out. Raises UserError where none can be sampled."""
-    settings = settings_of(jobs)
-    graph = Graph(settings, jobs.logs, live, args.device)
     ready = []
     for arm in plan.arms:
         if lacking := arm.missing_for_sampling():
@@ -210,12 +185,11 @@ def build_graph(args: argparse.Namespace, jobs: Jobs, script: str, plan: Plan, l
         raise UserError(f"no row of {script} can be sampled: its files are missing (bash scripts/{script} --dry-run)")
     for thing in dict.fromkeys(thing for arm in ready for thing in arm.missing_for_judging()):
         print(f"# not judged without: {thing}")
-    sizes = images_per_task(ready, settings, jobs.images_per_hour)
-    after = [name for arm, size in zip(ready, sizes, strict=True) for name in graph.add_row(arm, size)]
-    images = ["--images", str(args.images)] if args.images else []
-    file = args.results / "runs" / f"{'_'.join([script.removesuffix('.sh'), *images[1:]])}.txt"
+    after = [name for arm in ready for name in graph.add_row(arm)]
+    images = ["--images", str(given.images)] if given.images else []
+    file = given.results / "runs" / f"{'_'.join([script.removesuffix('.sh'), *images[1:]])}.txt"
     words = ["env", f"VIRTUAL_ENV={sys.prefix}", "bash", f"scripts/{script}", "--write-table", str(file), "--results",
-             str(args.results), *images, *(word for path in args.config for word in ("--config", str(path)))]
+             str(given.results), *images, *(word for path in options.config for word in ("--config", str(path)))]
     graph.add_table(words, file, ready, after)
     if not graph.steps and not graph.keep:
         print(f"# {script} is complete: {file}")
@@ -249,30 +223,22 @@ def submit(graph: Graph) -> None:
 
 
 @command
-def main() -> None:
-    about = ("Submit a table as Slurm jobs: an array per row that samples, an evaluation per row, the table. A second "
-             "run submits what is missing and not queued. scripts/slurm/README.md")
-    parser = arguments.build_parser(about, Options, Given, Jobs, prog="bash scripts/slurm/submit_table.sh")
-    parser.add_argument("table", help="a table script, like table1_ldm_imagenet; table_emoji is a trial")
-    args = parser.parse_args()
-    jobs, table = arguments.chosen(Jobs, args), find_table(args.table)
-    arguments.check(jobs)
-    settings_of(jobs)
-    plan = make_plan(table, arguments.chosen(Options, args), arguments.chosen(Given, args))
-    script = str(table.script)
+def main(options: Options, given: Given, jobs: Jobs) -> None:
+    table, settings = find_table(jobs.table), settings_of(jobs)
+    plan = make_plan(table, options, given)
     if not plan.arms:
-        print(f"{script} only lists settings, there is nothing to run: bash scripts/{script}")
+        print(f"{table.script} only lists settings, there is nothing to run: bash scripts/{table.script}")
         return
-    with contextlib.nullcontext() if args.dry_run else only_one(ROOT / cluster.SETTINGS):   # the next one sees the jobs
+    with contextlib.nullcontext() if options.dry_run else only_one(ROOT / cluster.SETTINGS):  # the next sees the jobs
         try:
             live = cluster.live_jobs()
         except UserError as error:
-            if not args.dry_run:
+            if not options.dry_run:
                 raise
             print(f"# what is queued is not known: {error}")
             live = []
-        graph = build_graph(args, jobs, script, plan, live)
-        (show if args.dry_run else submit)(graph)
+        graph = build_graph(options, given, str(table.script), plan, Graph(settings, jobs.logs, live, given.device))
+        (show if options.dry_run else submit)(graph)
 
 
 if __name__ == "__main__":
