@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,9 @@ from unet_caching.errors import UserError
 from unet_caching.files.fitted import fingerprint
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.methods.plan import SAMPLING, Call, Plan, PlanCache, PlanOptions
-from unet_caching.nest import no_cache
 from unet_caching.options import RunShape
 from unet_caching.registry import bind, options_by_name
+from unet_caching.samplers.table import table_of
 
 UNEVEN = [0, 2, 3, 7, 8, 13]
 CALLS = 16
@@ -125,11 +126,6 @@ def test_depths_mixed_over_a_run(unet):
     first = sample(unet, policy)
     policy.reset()
     assert policy.kept == {} and torch.equal(sample(unet, policy), first) and torch.equal(sample(unet, policy), first)
-
-
-def test_a_plan_in_half_precision(unet):
-    half = UNet(4, 4, 32, (1, 2), 1, (1, 2), num_heads=2, context_dim=16).eval().requires_grad_(False).bfloat16()
-    assert sample(half, PlanCache(MIXED), dtype=torch.bfloat16).isfinite().all()
 
 
 @pytest.mark.parametrize(("calls", "words"), [
@@ -257,14 +253,6 @@ def test_commands_take_a_plan(command, config, file, tmp_path, capsys):
     assert "sampler dpmpp there, ddim here" in capsys.readouterr().err
 
 
-def test_it_is_the_policy_of_the_plan(config, file):
-    network = PixelUNet(**UNET).eval().requires_grad_(False)
-    x, t = torch.randn(1, 3, 8, 8), torch.full((1,), 7)
-    policy = RunSpec.of(config, plan=file).open().caching.policy()
-    assert torch.equal(network(x, t, cache=policy.at(0)), network(x, t, cache=no_cache))
-    assert not torch.equal(network(x + 1, t, cache=policy.at(1)), network(x + 1, t, cache=no_cache))
-
-
 def test_diffusers_pipelines_take_a_plan(tmp_path):
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
@@ -316,7 +304,8 @@ def test_a_network_has_one_fingerprint_in_every_layout(model):
         assert of(theirs) == own
 
 
-@pytest.mark.parametrize("file", sorted(Path("checkpoints/plans").glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(Path("checkpoints/plans").glob("*.json")) + sorted(
+    Path("checkpoints/plans/searched").glob("*.json")), ids=lambda file: file.stem)
 def test_plans_that_are_shipped(file):
     """They belong to the weights beside them, cost what they say, and are within their budget."""
     found = Plan.load(file)
@@ -331,7 +320,7 @@ def test_plans_that_are_shipped(file):
 
 # Another model's
 
-PLAN_OF_LDM = "checkpoints/plans/ldm_emoji_12.json"
+PLAN_OF_LDM = "checkpoints/plans/ldm_emoji_18.json"
 
 
 def test_a_plan_is_written_for_another_model(tmp_path):
@@ -358,3 +347,14 @@ def test_a_plan_too_deep_for_a_model_is_not_written(tmp_path, capsys):
     words = ("--plan", tmp_path / "deep.json", "--config", "configs/sdxl.yaml", "--out", tmp_path / "plan.json")
     assert run_command(plans_main, "transfer", *words) == 2
     assert "branch 11, sdxl has branches 0 to 8" in capsys.readouterr().err and not (tmp_path / "plan.json").exists()
+
+
+def test_a_learned_solver_goes_to_models_of_the_same_noise_schedule(tmp_path, capsys):
+    file, learned, out = Path("checkpoints/plans/sd_emoji_8.json"), tmp_path / "learned.json", tmp_path / "plan.json"
+    found, run = Plan.load(file), RunSpec.of("sd_emoji", plan=file, prompt="a dog").open()
+    _, table = table_of(*(found.made_for[key] for key in SAMPLING), run.config.diffusion)
+    replace(found, solver=table).save(learned)
+    words = ("transfer", "--plan", learned, "--out", out, "--config")
+    assert run_command(plans_main, *words, "configs/ldm_cin256.yaml") == 2 and not out.exists()
+    assert "the noise schedule of sd_emoji, which ldm_cin256 is not known to have" in capsys.readouterr().err
+    assert run_command(plans_main, *words, "configs/sd_v15.yaml") == 0 and Plan.load(out).solver == table

@@ -13,6 +13,7 @@ the held-out seeds is written, which may be what was there before; how near it c
 reported of other seeds again. After a kill the same command goes on, and comes to the same plans.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -34,7 +35,7 @@ from run.families import Condition, family_named_by, load_unet
 from run.image_model import ImageModel, open_model
 from run.machine import Machine
 from run.results import Metric
-from run.seeds import format_seeds
+from run.seeds import format_seeds, parse_seeds
 from run.spec import NetworkOptions, config_among, parse_run
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.learning import Learner, Learning, Recomputed, Start, learned_plan, solved
@@ -97,6 +98,17 @@ def fitted_steps(judge: Judge, calls: int, seeds: list[int]) -> Plan:
     return bound_plan(run, judge.distances.checkpoint_sha256, best.calls, guidance_range(run), {"budget": calls})
 
 
+def check_unseen(file: Path, report: Sequence[int]) -> None:
+    """Refuse to report of seeds that a plan was found on. Raises UserError."""
+    with as_user_error():
+        notes = Plan.load(file).notes
+    found_on = {seed for said in (notes, notes.get("learned", {})) for key in ("learnt_on", "chosen_on")
+                if re.fullmatch(r"[\d,-]+", said.get(key, "")) for seed in parse_seeds(said[key])}
+    if seen := found_on.intersection(report):
+        raise UserError(f"{file} was found on seeds {format_seeds(found_on)}, and {format_seeds(seen)} of them would "
+                        "be reported: say --report-seeds, others")
+
+
 def learn_one(judge: Judge, task: Task) -> str:
     """Learn a plan, write it, and say what came of it."""
     distances, seeds, before = judge.distances, task.seeds, task.state.with_suffix(".json")
@@ -133,6 +145,8 @@ def learn(words: Sequence[str]) -> None:
     model = open_model(own, machine)
     check_float32(model)
     model.check_seeds([*chain(*seeds)])
+    for plan in options.plan:
+        check_unseen(plan, seeds.report)
     outs = {plan: options.out / plan.name for plan in options.plan} | {
         calls: options.out / f"{own.config.name}_{calls}_steps.json" for calls in options.calls}
     if not outs or len(set(outs.values())) < len(outs):

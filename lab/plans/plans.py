@@ -4,12 +4,13 @@
     python -m stable_diffusion.sample --config configs/sd_v15.yaml --plan plan.json --prompts prompts.txt --out plan
 
 transfer is for who has no time for a search: the same steps, timesteps, depths and forecasts, at the other model's own
-cost; docs/planning.md says what is known of how well that does. Nothing is measured on the other model: its weights and
-its guidance may be any. Depths are branches, counted from the outside, which both models must have.
+cost; docs/planning.md says what is known of how well that does. A solver that was learned goes to models with the same
+noise schedule. Nothing is measured on the other model: its weights and its guidance may be any. Depths are branches,
+counted from the outside, which both models must have.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,26 @@ def bound_plan(run: Run, checkpoint_sha256: str | None, calls: Sequence[Call], g
 
 
 def transferred(plan: Plan, config: Path) -> Plan:
-    """The plan for the model of a config. Raises UserError where that has too few branches, or no such timesteps."""
+    """The plan for the model of a config.
+
+    Raises UserError where that has too few branches, no such timesteps, or not the noise schedule of a learned solver.
+    """
     run = RunSpec.of(config, **{key: plan.made_for[key] for key in SAMPLING}, eta=None).open()
     _ = run.sampler
     if plan.deepest >= run.unet.num_branches:
         raise UserError(f"the plan has branch {plan.deepest}, {run.config.name} has branches 0 to "
                         f"{run.unet.num_branches - 1}")
+    own = run.spec.config.with_name(f"{plan.made_for['model']}.yaml")
+    if plan.solver is not None and not (own.is_file() and _same_noise(RunSpec.of(own).open(), run)):
+        raise UserError(f"the plan's solver was learned for the noise schedule of {own.stem}, which {run.config.name} "
+                        "is not known to have: take the plan that it was learned from")
     notes = {**plan.notes, "distance": None, "found_on": plan.made_for["model"], "found_sha256": plan.sha256}
-    return bound_plan(run, None, plan.calls, None, notes)
+    return replace(bound_plan(run, None, plan.calls, None, notes), solver=plan.solver)
+
+
+def _same_noise(run: Run, other: Run) -> bool:
+    one, two = (each.config.diffusion.alphas_cumprod() for each in (run, other))
+    return one.shape == two.shape and bool((one - two).abs().max() < 1e-6)
 
 
 @dataclass(frozen=True)
