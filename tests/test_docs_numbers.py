@@ -109,22 +109,6 @@ def of_readme(at: Place) -> Cells | None:
     return None
 
 
-def of_forecast_blocks(at: Place) -> Cells | None:
-    deep = {"ldm": ("uniform_n2{}_steps50", "uniform_n4{}_steps50"), "ddpm": ("uniform_n3{}", "uniform_n20{}")}
-    steps, end = {"ldm": ("steps26", "steps15"), "ddpm": ("steps51", "steps30")}, {"ldm": "_steps50", "ddpm": ""}
-    words = {"DeepCache": "", "DeepCache, forecast": "_forecast1", "blocks, reused": "",
-             "blocks, scale-shift": "_scale_shift", "blocks, forecast": "_forecast1",
-             "blocks, scale-shift and forecast": "_scale_shift_forecast1", "fewer DDIM steps": ""}.get(at.label)
-    if words is None:
-        return None
-    found = []
-    for model in ("ldm", "ddpm"):
-        names = steps[model] if "steps" in at.label else [name.format(words) for name in deep[model]] \
-            if "Deep" in at.label else [f"blocks_{model}_all_{share}{words}{end[model]}" for share in (50, 30)]
-        found += [records(f"blocks_{model}")[name]["near"] for name in names]
-    return [f"{np.mean(one.details['psnr'][64:]):.1f}" for one in found]
-
-
 def of_quality(at: Place) -> Cells | None:
     if not (found := re.fullmatch(r"(\w+), (\d+) calls, (EffLite0|IncMixed5)", at.label)):
         return None
@@ -218,20 +202,51 @@ def arms_of(study: str) -> dict[str, dict[str, Row]]:
 
 
 def of_demo(at: Place) -> Cells | None:
-    own = list(arms_of("demo").values())[at.table] if at.table < 3 else {}
-    if at.label not in own:
+    model, _, arm = at.label.partition(": ")
+    own = arms_of("demo").get(f"{MODELS.get(model)}_emoji", {})
+    if arm not in own:
         return None
-    row, whole = own[at.label], next(iter(own.values()))
+    row, whole = own[arm], next(iter(own.values()))
     full = len(row.run.caching.settings.get("full_steps") or range(row.run.steps))
     return [f"{full} / {row.run.steps}", f"{whole.macs / row.macs:.2f}x", f"{whole.time / row.time:.2f}x", *judged(row)]
 
 
 def of_block_caching(at: Place) -> Cells | None:
-    """The rows are in the order of the study's arms."""
-    if at.table > 1:
+    """The study's arms at half of the work are in the order of these labels."""
+    labels = ["no caching", "transformers, delta 0.5 (the paper's)", "", "DeepCache", "DeepCache, non-uniform",
+              "Block Caching", "Block Caching, scale-shift", "both methods", "fewer steps"]
+    rows = [[*own.values()] for own in arms_of("block_caching").values()]
+    return [cell for own in rows for cell in (f"{own[labels.index(at.label)].macs / own[0].macs:.2f}",
+                                              *judged(own[labels.index(at.label)], " dB")[1:])]
+
+
+SETTINGS = {        # file of times and interval, of real networks; likeness, and the study and runs of the small ones
+    "Stable Diffusion 1.x and 2.x, 50 steps": (
+        "compare/sd_v15_b1_fp32", 3, "{} / {} (text model)", "forecast_sd",
+        "prompts_x2_uniform_n3_forecast1_unipc_trailing", "prompts_x2_unipc_steps20_trailing"),
+    "the same, 24 steps": (
+        "", 2, "{} / {} (text model)", "forecast_sd",
+        "prompts_x2_uniform_n2_branch0_forecast1_unipc_steps24_trailing", "prompts_x2_unipc_steps13_trailing"),
+    "SDXL, 50 steps": ("compare_sdxl/sdxl_512px_b1_bf16", 3, "guess: as above", ""),
+    "LCM, Turbo, Lightning: 1 to 8 steps": (
+        "", 1, "fewer steps: {}, N = 10: {} (text model)", "forecast_sd", "prompts_x2_unipc_steps7_trailing",
+        "prompts_x2_uniform_n10_branch0_forecast1_unipc_trailing"),
+    "DDPM in pixels (UNet2DModel), 50 steps": (
+        "compare/ddpm_cifar10_b1_fp32", 2, "{} / {} (pixel model, branch 0)", "forecast_ddpm",
+        "uniform_n2_branch0_forecast1_unipc_steps50", "unipc_steps26")}
+
+
+def of_settings(at: Place) -> Cells | None:
+    if at.label not in SETTINGS:
         return None
-    own = list(list(arms_of("block_caching").values())[at.table].values())
-    return [f"{own[at.row - 1].macs / own[0].macs:.2f}", *judged(own[at.row - 1], " dB")]
+    name, interval, near, study, *runs = SETTINGS[at.label]
+    saved = at.cells[1:3]
+    if name:
+        times = results.read(ROOT / "results" / "throughput" / f"{name}_eager_cpu.json").times["runs"]
+        speed = next(one["speedup"] for one in times if (one["steps"], one["interval"]) == (50, interval))
+        saved = [f"{speed['macs_fc']:.2f}x", f"{speed['helper']:.2f}x"]
+    found = [np.mean(records(study)[run]["near"].details["psnr"][64:]) for run in runs]
+    return [at.cells[0], *saved, near.format(*(f"{one:.1f}" for one in found))]
 
 
 @cache
@@ -271,10 +286,10 @@ def of_processors(at: Place) -> Cells | None:
 
 
 KINDS: dict[str, tuple[str, Callable[[Place], Cells | None], int]] = {      # page, what rows say, how many there are
-    "forecasts": ("docs/forecasting.md", of_forecasts, 16), "README": ("README.md", of_readme, 6),
-    "blocks": ("docs/forecasting.md", of_forecast_blocks, 7), "quality": ("docs/forecasting.md", of_quality, 12),
+    "forecasts": ("docs/forecasting.md", of_forecasts, 8), "README": ("README.md", of_readme, 6),
+    "settings": ("docs/settings.md", of_settings, 5), "quality": ("docs/forecasting.md", of_quality, 6),
     "plans": ("docs/planning.md", of_plans, 18), "systems": ("docs/systems.md", of_systems, 8),
-    "demo": ("docs/shipped_models.md", of_demo, 28), "block caching": ("docs/block_caching.md", of_block_caching, 30),
+    "demo": ("docs/shipped_models.md", of_demo, 8), "block caching": ("docs/block_caching.md", of_block_caching, 8),
     "processors": ("docs/speed.md", of_processors, 8)}
 
 
