@@ -109,19 +109,6 @@ def of_readme(at: Place) -> Cells | None:
     return None
 
 
-def of_quality(at: Place) -> Cells | None:
-    if not (found := re.fullmatch(r"(\w+), (\d+) calls, (EffLite0|IncMixed5)", at.label)):
-        return None
-    model, fewer = MODELS[found[1]], found[2]
-    interval, branch = 3 if int(fewer) > 15 else 5, "" if model == "ldm" else "_branch0"
-    cached, plain = ("prompts_x2_{}_unipc_trailing", "prompts_x2_unipc_steps{}_trailing") if model == "sd" else (
-        "{}_unipc_steps50", "unipc_steps{}")
-    names = [cached.format(f"uniform_n{interval}{branch}{words}") for words in ("", "_forecast1")]
-    more = [records(f"{model}_emoji_forecast")[name]["quality"].metrics[minus_uncached(f"KID-{found[3]}")]
-            for name in (*names, plain.format(fewer))]
-    return [signed(tuple(1000 * one for one in value.bounds), 0 if found[3] == "EffLite0" else 1) for value in more]
-
-
 @cache
 def plans(model: str, calls: str) -> dict[str, Records]:
     """The plan of a budget, UniPC with so many evenly spread steps, and with so many fitted ones where the plan is not
@@ -287,7 +274,7 @@ def of_processors(at: Place) -> Cells | None:
 
 KINDS: dict[str, tuple[str, Callable[[Place], Cells | None], int]] = {      # page, what rows say, how many there are
     "forecasts": ("docs/forecasting.md", of_forecasts, 8), "README": ("README.md", of_readme, 6),
-    "settings": ("docs/settings.md", of_settings, 5), "quality": ("docs/forecasting.md", of_quality, 6),
+    "settings": ("docs/settings.md", of_settings, 5),
     "plans": ("docs/planning.md", of_plans, 18), "systems": ("docs/systems.md", of_systems, 8),
     "demo": ("docs/shipped_models.md", of_demo, 8), "block caching": ("docs/block_caching.md", of_block_caching, 8),
     "processors": ("docs/speed.md", of_processors, 8)}

@@ -240,7 +240,7 @@ def test_arms_of_the_demos_cost_alike(name):
 
 
 RENDERED = [name for name in SHIPPED if (ROOT / "results" / name).is_dir()]
-QUICK = ("bf16_ldm", "block_caching", "ldm_emoji_at_18_calls", "plans_sd", "systems_sd")
+QUICK = ("bf16_ldm", "block_caching", "ldm_emoji_at_12_calls", "plans_sd", "systems_sd")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
