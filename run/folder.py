@@ -213,8 +213,6 @@ class RunFolder:
                 before = bar.n
 
                 def report(done: float) -> None:
-                    if saving is not None and saving.done():
-                        saving.result()                         # raises what went wrong: no step more than needed
                     bar.update(before + int(done * len(batch)) - bar.n)
 
                 following = background.submit(self._save_all, batch, sample(batch, report))

@@ -10,7 +10,6 @@ from ddpm.unet import UNet
 from eval.cost.macs import costs, mean, schedule_macs
 from lab.fit.block_schedule import threshold_schedule
 from lab.fit.changes import ChangeMeter
-from lab.fit.scale_shift import Distiller
 from ldm.unet import UNet as LatentUNet
 from unet_caching.keep import Keep, joined
 from unet_caching.methods.block_caching import outside, residual_names
@@ -121,17 +120,6 @@ def test_change_is_the_relative_l1_difference_averaged_over_rows(unet):
     assert measured(unet, batch=3)[name] == pytest.approx([0, *expected], rel=1e-5)
 
 
-def test_changes_of_two_batches_are_those_of_one(unet):
-    """Nothing is carried over from one batch to the next."""
-    meter = ChangeMeter(residual_names(unet))
-    for seed in (1, 2):
-        run(unet, meter, seed=seed)
-        meter.reset()
-    one, two = measured(unet, seed=1), measured(unet, seed=2)
-    for name, changes in means(meter).items():
-        assert changes == pytest.approx([(a + b) / 2 for a, b in zip(one[name], two[name], strict=True)], rel=1e-6)
-
-
 @pytest.mark.parametrize("kinds", ["transformer", "resnet", "all"])
 def test_delta_0_equals_no_cache_bit_for_bit(unet, kinds):
     schedule = {name: threshold_schedule(c, 0) for name, c in measured(unet, kinds).items()}
@@ -170,26 +158,6 @@ def test_reuse_changes_the_result_and_leaks_nothing(unet):
         Keep({"a": [1]})
 
 
-def test_identity_adjustment_equals_plain_reuse_bit_for_bit(unet):
-    names = residual_names(unet, "all")
-    schedule = {name: [0, 2] for name in names}
-    table = Distiller(unet, schedule, channels_of(unet, names), unet.embedding(torch.arange(STEPS)), 1e-3).table()
-    assert torch.equal(run(unet, Keep(schedule, adjust=table)), run(unet, Keep(schedule)))
-
-
-def channels_of(unet, names, context=()):
-    channels = {}
-
-    def cache(key, compute):
-        value = compute()
-        if key in names:
-            channels[key] = value.shape[1 if value.ndim == 4 else -1]
-        return value
-
-    unet(torch.zeros(1, 3, 16, 16), torch.zeros(1), *context, cache=cache)
-    return channels
-
-
 def test_macs_of_a_schedule_equal_those_counted_step_by_step(unet, latent):
     for net, context, kinds in ((unet, (), "all"), (latent, (torch.zeros(1, 1, 16),), "transformer"),
                                 (latent, (torch.zeros(1, 1, 16),), "attention")):
@@ -217,25 +185,3 @@ def test_deepcache_and_block_caching_together(unet):
     alone = run(unet, DeepCache(branch, [0, 3]))
     none = joined(DeepCache(branch, [0, 3]), Keep({}))
     assert torch.equal(run(unet, none), alone)
-
-
-def test_scale_shift_learns_what_the_teacher_computes():
-    """On seeds that it has not seen the adjusted residuals are nearer to the computed ones, and so is the result."""
-    torch.manual_seed(0)
-    unet = UNet(16, 3, 3, 32, (1, 2), 1, (8,)).eval().requires_grad_(False)
-    names = residual_names(unet, "all")
-    schedule = {name: [0, 3] for name in names}
-    before = {name: value.clone() for name, value in unet.state_dict().items()}
-    embeddings = unet.embedding(torch.tensor(uniform_timesteps(STEPS, 1000)[::-1]))
-    distiller = Distiller(unet, schedule, channels_of(unet, names), embeddings, 3e-3)
-    for seed in range(12):
-        run(unet, Keep(schedule), network=distiller, batch=8, seed=seed)
-    trained, plain = zip(*distiller.losses[-8:], strict=True)
-    assert sum(trained) < 0.9 * sum(plain)
-    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
-
-    table = distiller.table()
-    exact = run(unet, batch=8, seed=100)
-    error = [(run(unet, Keep(schedule, adjust=adjust), batch=8, seed=100) - exact).square().mean().item()
-             for adjust in (None, table)]
-    assert error[1] < error[0]

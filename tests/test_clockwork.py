@@ -9,7 +9,6 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 from ddpm import sample
 from eval.cost.runs import call_macs
-from lab.fit.adaptor import TimeConditioning
 from lab.fit.fit import frozen
 from run.folder import read_run
 from run.spec import RunSpec
@@ -53,18 +52,6 @@ def test_the_identity_is_deepcache_to_the_last_bit(unet):
         plain = outputs(unet, DeepCache(branch, [0, 3, 6]))
         for policy in (Clockwork(branch, [0, 3, 6]), Clockwork(branch, [0, 3, 6], Adaptor(channels, 8), table)):
             assert all(map(torch.equal, plain, outputs(unet, policy)))
-
-
-def test_an_adaptor_is_told_the_timestep_and_the_age():
-    torch.manual_seed(0)
-    conditioning, emb = TimeConditioning(4, 5), torch.randn(4)
-    scale, shift, gain = conditioning(emb, 3)
-    assert torch.equal(scale, torch.ones(5)) and torch.equal(shift, torch.zeros(5)) and (gain == 3).all()
-    adaptor, feature = Adaptor(6, 5), torch.randn(2, 6, 4, 4)
-    torch.nn.init.normal_(adaptor.outer.weight)
-    by_age = [adaptor(feature, conditioning(emb, age)) - feature for age in (1, 2)]
-    assert torch.allclose(2 * by_age[0], by_age[1], atol=1e-5)
-    assert Clockwork(0, [0, 3]).at(0).age == 0
 
 
 @pytest.mark.parametrize("calls, clock, share, steps", [(8, 3, 0, [0, 3, 6]), (8, 4, 0.5, [0, 1, 2, 3, 4]),
@@ -125,9 +112,8 @@ def test_a_pipeline_takes_a_clock_and_refuses_the_adaptor_of_another_network(ada
 
 
 @pytest.mark.parametrize(("words", "why"), [
-    (("--steps", 8), "9 there, 8 here"), (("--clock", 2), "full_steps"), (("--clock-branch", 0), "branch 1 there"),
-    (("--timesteps", "quad"), "timesteps uniform there, quad here"), (("--interval", 3), "leave out --interval"),
-    (("--forecast", 1), "--forecast is not for")])
+    (("--clock", 2), "full_steps"), (("--clock-branch", 0), "branch 1 there"),
+    (("--interval", 3), "leave out --interval"), (("--forecast", 1), "--forecast is not for")])
 def test_foreign_adaptors_are_refused(run, adaptor, tmp_path, capsys, words, why):
     assert run(sample.main, *RUN, "--adaptor", adaptor, *words, "--out", tmp_path / "no") == 2
     assert why in capsys.readouterr().err and not (tmp_path / "no").exists()

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 
 from eval import quality
 from eval.metrics.features import EffLite0, features_of
-from eval.metrics.images import from_array, open_images
+from eval.metrics.images import from_array
 from run import results
 from run.training import emoji
 from unet_caching.errors import UserError
@@ -63,27 +63,6 @@ def test_features_do_not_depend_on_the_batch(extractor, smileys):
     images = [from_array(smileys[:7], "smileys", [f"{i} {n}" for i in range(7)]) for n in (1, 7)]
     one, many = (features_of(some, extractor, n).values for some, n in zip(images, (1, 7), strict=True))
     assert np.abs(one - many).max() < 1e-4 * np.abs(many).max()
-
-
-def test_features_are_kept_until_an_image_or_the_network_changes(tmp_path, extractor, smileys):
-    save_samples(tmp_path, smileys[:4])
-    first = features_of(open_images(tmp_path), extractor)
-    before = first.values
-
-    class Refuses(EffLite0):
-        def __call__(self, pixels):
-            raise AssertionError("computed again")
-
-    again = features_of(open_images(tmp_path), Refuses())
-    assert np.array_equal(before, again.values) and first.images_sha256 == again.images_sha256
-    save_samples(tmp_path, smileys[9:10], first=2)
-    changed = features_of(open_images(tmp_path), extractor)
-    assert changed.images_sha256 != first.images_sha256
-    assert [np.allclose(a, b) for a, b in zip(before, changed.values, strict=True)] == [True, True, False, True]
-    other = Refuses()
-    other.__dict__["id"] = "another network"
-    with pytest.raises(AssertionError, match="computed again"):
-        features_of(open_images(tmp_path), other)
 
 
 def test_quality_command_orders_blur_and_traces_its_numbers(tmp_path, capsys, extractor, smileys, reference):

@@ -2,11 +2,11 @@
 
     pytest tests/test_faults.py             a few kills of each kind; a hundred with --slow
 
-Real commands on tiny models: sampling, the conversion of a checkpoint, packing, evaluation and the making of
-references. Each is run once undisturbed; then it is killed and started again, several times in one folder, until a last
-run may end. Whatever lies there in between must be whole and right, and the end must equal the undisturbed run to the
-last bit, with nothing missing, doubled or left over. A process is killed (SIGKILL) at a random time or at one of its
-operations on files, chosen at random, or (SIGXFSZ) in the middle of writing a file.
+Real commands on tiny models: sampling, the conversion of a checkpoint, packing and evaluation. Each is run once
+undisturbed; then it is killed and started again, several times in one folder, until a last run may end. Whatever lies
+there in between must be whole and right, and the end must equal the undisturbed run to the last bit, with nothing
+missing, doubled or left over. A process is killed (SIGKILL) at a random time or at one of its operations on files,
+chosen at random, or (SIGXFSZ) in the middle of writing a file.
 """
 
 import json
@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -87,15 +86,9 @@ def judged(folder: Path) -> dict[str, bytes]:
     return {name: json.dumps([one["metrics"], one["details"]["FD-EffLite0"]]).encode() for name, one in found.items()}
 
 
-def reference(folder: Path) -> dict[str, bytes]:
-    return {key: value.tobytes() for path in folder.glob("reference.npz") for key, value in np.load(path).items()
-            if key != "source"}
-
-
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory, request) -> dict[str, Case]:
+def cases(tmp_path_factory) -> dict[str, Case]:
     """Tiny models with random weights, and the cases on them, by name."""
-    inception = request.getfixturevalue("inception_file") if request.config.getoption("--slow") else ""
     folder = tmp_path_factory.mktemp("models")
     ddpm = ["ddpm.sample", "--config", tiny_ddpm(folder, DDPM, steps=2), "--threads", 1]
     model = ldm_checkpoint.Model(ldm_unet.UNet(**LDM["unet"]), first_stage.build(**LDM["first_stage"]),
@@ -115,9 +108,7 @@ def cases(tmp_path_factory, request) -> dict[str, Case]:
              files("out/*/*.png", "ldm.safetensors"), (folder / "ldm.ckpt",)),
         Case("packing", ["run.npz", "--samples", samples, "--seeds", SEEDS, "--out", "{}/x.npz"], files("x.npz")),
         Case("evaluation", ["eval.quality", "--samples", "{}/samples", "--reference", "{}/reference", "--repeats", 2,
-                            "--dims", 4, "--threads", 1, "--out", "{}/result.json"], judged, (samples, real)),
-        Case("reference", ["eval.fid", "make-reference", "--from", "{}/samples", "--inception", inception,
-                           "--threads", 1, "--out", "{}/reference.npz"], reference, (samples,))]
+                            "--dims", 4, "--threads", 1, "--out", "{}/result.json"], judged, (samples, real))]
     return {case.name: case for case in found}
 
 
@@ -202,10 +193,10 @@ def kill_often(case: Case, kills: int, work: Path, rng: random.Random) -> None:
         run += 1
 
 
-KILLS = {"sampling": 4, "two ranks": 3, "conversion and sampling": 3, "packing": 4, "evaluation": 2, "reference": 0}
+KILLS = {"sampling": 4, "two ranks": 3, "conversion and sampling": 3, "packing": 4, "evaluation": 2}
 
 
-@pytest.mark.parametrize("name", [name for name, kills in KILLS.items() if kills])
+@pytest.mark.parametrize("name", KILLS)
 def test_killed_at_any_moment(cases, name, tmp_path):
     kill_often(cases[name], KILLS[name], tmp_path, random.Random(name))
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from eval import fid
 from eval.metrics.extract import extract
-from eval.metrics.images import from_array, open_images
+from eval.metrics.images import open_images
 from eval.metrics.inception import MODES, Inception
 from eval.metrics.sources import cifar10, open_source
 from run import results
@@ -189,22 +189,6 @@ def batches(folder, content=None):
     return images
 
 
-def test_some_of_the_images_are_watched_too(tmp_path, inception):
-    for i, image in enumerate(PIXELS[:3]):
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
-
-    class Rewrites(Inception):
-        def __init__(self):
-            vars(self).update(vars(inception))
-
-        def features(self, pixels):
-            Image.fromarray(PIXELS[5]).save(tmp_path / "1.png")
-            return super().features(pixels)
-
-    with pytest.raises(UserError, match="changed while it was read"):
-        extract(open_source(tmp_path, count=2), Rewrites())
-
-
 def test_cifar10_is_read_from_its_python_batches(tmp_path):
     images = batches(tmp_path / "cifar-10-batches-py")
     for path in (tmp_path, tmp_path / "cifar-10-batches-py"):
@@ -274,8 +258,3 @@ def test_an_lmdb_without_the_package_says_what_to_install(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(UserError, match="pip install lmdb"):
         open_source(tmp_path)
-
-
-def test_real_images_in_memory_have_features_too(inception):
-    images = from_array(PIXELS[:2], "two", ["a", "b"])
-    assert np.allclose(extract(images, inception).values, inception.features(PIXELS[:2])["pool"])

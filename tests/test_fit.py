@@ -228,23 +228,6 @@ def test_together_with_deepcache(made, config, sample, tmp_path, capsys):
     assert cache["interval"] == 2 and cache["block_caching"]["blocks"] == len(outer.blocks)
 
 
-def test_compiled_with_one_graph_for_each_set(made, sample, monkeypatch, capsys):
-    graphs, compile = [], torch.compile
-
-    def backend(module, example_inputs):
-        graphs.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda network, fullgraph: compile(network, fullgraph=fullgraph,
-                                                                             backend=backend))
-    eager, _ = sample("eager", "--block-schedule", made / "rhythm.json")
-    with torch._dynamo.config.patch(recompile_limit=1):                     # the command raises it
-        compiled, _ = sample("compiled", "--block-schedule", made / "rhythm.json", "--compile")
-    assert "torch.compile: 2 graphs" in capsys.readouterr().out and len(graphs) <= 3
-    assert (compiled == eager).all()
-
-
 def test_a_rhythm_needs_no_weights_and_fits_any(made, config, sample, tmp_path, fails):
     """The ones that are shipped are what the command makes."""
     rhythm = BlockSchedule.load(made / "rhythm.json")

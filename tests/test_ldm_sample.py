@@ -2,7 +2,6 @@
 
 import collections
 import csv
-import itertools
 import json
 import shutil
 from dataclasses import asdict
@@ -38,8 +37,6 @@ from run.folder import image_path
 from run.labels import Labels
 from run.spec import DTYPES
 from unet_caching.errors import UserError
-from unet_caching.samplers.ddim import offset_timesteps
-from unet_caching.schedules import released_ldm
 
 CLASSES = 5
 CONFIG = {
@@ -167,16 +164,6 @@ def test_guidance(sample, tmp_path, monkeypatch):
     assert not same(tmp_path / "one", tmp_path / "two", tolerance=2)
 
 
-def test_caching_options(sample, tmp_path):
-    arms = {"none": [], "n3": ["--interval", 3], "zeroed": ["--interval", 3, "--zero-cache"],
-            "released": ["--interval", 2, "--schedule", "released-ldm", "--power", 1.5]}
-    for name, args in arms.items():
-        assert sample("--seeds", "0-1", *args, "--out", tmp_path / name) == 0
-    assert not any(same(tmp_path / a, tmp_path / b) for a, b in itertools.combinations(arms, 2))
-    cache = settings_of(tmp_path / "released")["cache"]
-    assert cache["full_steps"] == released_ldm(6, 2, 1.5) and cache["schedule"] == "released-ldm"
-
-
 RUNS = [run for run in json.loads((HERE / "goldens" / "ldm_small.json").read_text())["ldm_small"]["runs"]
         if run["sampler"] == "ddim"]
 
@@ -199,14 +186,7 @@ def test_the_command_follows_the_released_code(sample, tmp_path, monkeypatch, ru
     assert relative_error(ended[0], golden.io[f"{run['name']}.xs"][-1]) < TOLERANCE
 
 
-def test_timesteps_are_one_later_than_ddpms():
-    assert offset_timesteps(8) == [1, 126, 251, 376, 501, 626, 751, 876]
-    assert offset_timesteps(250)[::249] == [1, 997] and offset_timesteps(999)[-1] == 999
-    with pytest.raises(ValueError, match="1 to 999"):
-        offset_timesteps(1000)
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16"])
 def test_number_formats(sample, tmp_path, monkeypatch, dtype):
     """The U-Net, and its context, in half precision; the first stage in float32."""
     seen = set()
@@ -247,21 +227,10 @@ def test_the_shipped_models_classes_have_names():
 
 @pytest.mark.parametrize(("change", "word"), [
     (["--labels", "5"], "0 to 4"), (["--labels", "0-9"], "0 to 4"), (["--labels", "dogs"], "labels"),
-    (["--guidance", "-1"], "guidance"),
-    (["--eta", "1.5"], "eta"), (["--steps", "1000"], "999"), (["--branch", "4"], "0 to 3"), (["--interval", "7"], "1 "),
-    (["--schedule", "released-ldm"], "power"), (["--schedule", "released-ldm", "--power", "-1", "--interval", "2"],
-                                                 "power"),
-    (["--zero-cache"], "zero-cache"), (["--checkpoint", "nowhere.ckpt"], "nowhere.ckpt"), (["--seeds", "x"], "seeds"),
-])
+    (["--guidance", "-1"], "guidance"), (["--steps", "1000"], "999"), (["--schedule", "released-ldm"], "power"),
+    (["--schedule", "released-ldm", "--power", "-1", "--interval", "2"], "power")])
 def test_bad_options_are_one_line_and_leave_nothing(sample, tmp_path, capsys, change, word):
     assert fails(capsys, sample("--out", tmp_path / "out", *change), word)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("number", ["inf", "nan", "x"])
-def test_what_is_no_finite_number_is_refused_before_anything_else(sample, tmp_path, capsys, number):
-    assert sample("--out", tmp_path / "out", "--guidance", number) == 2
-    assert "error: argument --guidance: " in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
@@ -288,19 +257,6 @@ def test_stable_diffusions_weights_are_refused(sample, tmp_path, capsys):
                "cond_stage_model.transformer.text_model.final_layer_norm.weight": torch.zeros(768)}, path)
     assert fails(capsys, sample("--checkpoint", path, "--out", tmp_path / "out"), "sd.safetensors", "Stable Diffusion")
     assert not (tmp_path / "out").exists()
-
-
-def test_other_settings_in_the_same_folder_are_refused(sample, tmp_path, capsys):
-    common = ["--out", tmp_path / "out", "--seeds", "0"]
-    assert sample(*common) == 0
-    before = sorted(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
-    capsys.readouterr()
-    for change, word in ((["--guidance", 2], "guidance: 1.5 there, 2.0 here"), (["--eta", 1], "eta"),
-                         (["--labels", "random"], 'labels: "balanced" there, "random" here'),
-                         (["--labels", "0"], "labels"), (["--dtype", "bf16"], "dtype"),
-                         (["--interval", 2], "interval")):
-        assert fails(capsys, sample(*common, *change), word)
-    assert sorted(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()) == before
 
 
 # ---- npz

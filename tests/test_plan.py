@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import run_command, tiny_ddpm
 from peft import LoraConfig
-from test_forecast import polynomial, sample
+from test_forecast import sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -71,21 +71,6 @@ def test_which_call_refreshes_which_level():
                 seen.append(value.item())
                 break                               # what lies inside is not asked for
     assert seen == pytest.approx([2.00, 1.01, 0.02, 1.01, 2.00, 0.05])
-
-
-def test_every_level_forecasts_from_the_calls_that_computed_it():
-    line = polynomial(1)
-    policy = PlanCache([Call(), Call(1), Call(2), Call(0, (1.0,)), Call(1, (1.0,)), Call(0, (0.5,)), Call(2, (1.0,))])
-    refreshed = {0: [0, 1, 2, 4], 1: [0, 2], 2: [0]}
-    for step, call in enumerate(policy.calls):
-        policy.at(step)
-        for level in range(3):
-            value = policy(level, lambda: line(step))
-            if level == call.branch:
-                before = [s for s in refreshed[level] if s < step]
-                weight = call.damping[0] if call.damping and len(before) > 1 else 0.0
-                assert torch.allclose(value, line(before[-1]) + weight * (line(step) - line(before[-1]))), step
-                break
 
 
 def plainly(unet, calls):

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 from conftest import HERE
 from forked import Forked, signal_at
 from PIL import Image
@@ -105,24 +104,3 @@ def test_a_process_of_torchrun_takes_its_own_gpu(sample, tmp_path, monkeypatch, 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 100)
     assert sample("--device", "cuda", "--out", tmp_path / "out") == 2
     assert "cuda:96 is not there" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_two_processes_are_nearly_twice_as_fast(tmp_path):
-    """One thread each; on two idle cores."""
-    if (os.cpu_count() or 1) < 2 or os.getloadavg()[0] > 0.3:
-        pytest.skip(f"needs two idle cores: the load is {os.getloadavg()[0]:.1f}")
-
-    def seconds(processes: int, name: str) -> float:
-        started = time.monotonic()
-        words = ["--config", HERE.parent / "configs" / "ddpm_emoji.yaml", "--steps", 50, "--batch-size", 8, "--threads",
-                 1, "--seeds", f"0-{32 * processes - 1}", "--out", tmp_path / name]
-        running = [Forked("ddpm.sample", *words, log=tmp_path / f"{name}{i}",
-                          env={"RANK": str(i), "WORLD_SIZE": str(processes)}) for i in range(processes)]
-        assert [process.wait() for process in running] == [0] * processes, running[0].output
-        return time.monotonic() - started
-
-    pairs = [(seconds(1, f"one{i}"), seconds(2, f"two{i}")) for i in range(3)]
-    ratios = sorted(2 * one / two for one, two in pairs)
-    print("throughput of two processes over one:", ratios)
-    assert ratios[1] >= 1.7

@@ -11,13 +11,11 @@ from diffusers import (
 )
 
 from ddpm.unet import UNet
-from unet_caching.samplers.ddim import ddim, leading_timesteps, offset_timesteps
+from unet_caching.samplers.ddim import leading_timesteps
 from unet_caching.samplers.diffusion import Diffusion
 from unet_caching.samplers.noise import SeededNoise
 from unet_caching.samplers.samplers import (
     SAMPLERS,
-    SAMPLERS_HELP,
-    TIMESTEPS_HELP,
     Sampler,
     noise_predictor,
     num_calls,
@@ -71,7 +69,7 @@ def test_every_sampler_has_its_golden():
     assert THEIRS.keys() == set(SAMPLERS)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 8, 30])
+@pytest.mark.parametrize("steps", [1, 3, 30])
 @pytest.mark.parametrize("name", [name for name in THEIRS if name != "ddim"])
 def test_they_are_diffusers_loops(name, steps):
     expected = by_diffusers(THEIRS[name](**LEADING[name]), steps)
@@ -184,12 +182,6 @@ def test_networks_that_predict_v(name, steps):
     assert apart(ours, theirs) < 1e-4 and apart(ours, x) > 0.1
 
 
-@pytest.mark.parametrize("diffusion", [DIFFUSION, Diffusion(), Diffusion("cosine")], ids=lambda d: d.beta_schedule)
-@pytest.mark.parametrize("name", [name for name in THEIRS if name != "ddim"])
-def test_they_run_on_the_noise_schedule_of_the_config(name, diffusion):
-    assert torch.equal(SOLVERS[name].make(10, "leading", diffusion.betas()).alphas_cumprod, diffusion.alphas_cumprod())
-
-
 @pytest.mark.parametrize(("steps", "spacing"), [(61, "trailing"), (999, "leading")])
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_timesteps_that_diffusers_gets_wrong_are_refused(name, steps, spacing):
@@ -197,12 +189,6 @@ def test_timesteps_that_diffusers_gets_wrong_are_refused(name, steps, spacing):
     with pytest.raises(ValueError, match=rf"{name} cannot take {steps} {spacing} timesteps of 1000.*(to -1|from 1000)"):
         Sampler(name, steps, spacing, 0.0, DIFFUSION)
     assert Sampler(name, steps - 1, spacing, 0.0, DIFFUSION).calls == steps - 1
-
-
-def test_help_names_every_sampler_and_what_it_takes():
-    for name in SAMPLERS:
-        assert f"{name}: {SOLVERS[name].about}" in SAMPLERS_HELP and name in TIMESTEPS_HELP
-        assert ", ".join(SOLVERS[name].spacings) in TIMESTEPS_HELP
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -244,14 +230,6 @@ def test_the_exact_noise_of_one_image_leads_to_it(name, spacing, prediction):
     assert (x - (end ** 0.5 * x0 + (1 - end) ** 0.5 * eps)).abs().max() < 1e-4
 
 
-def test_leading_and_offset_timesteps_agree_where_the_steps_divide():
-    assert leading_timesteps(50) == offset_timesteps(50)
-    assert leading_timesteps(45)[-1] == 969 and offset_timesteps(45)[-1] == 978
-    alphas = DIFFUSION.alphas_cumprod()
-    by_name = Sampler("ddim", 7, "leading", 0.0, DIFFUSION).run(curved, noise())
-    assert torch.equal(by_name, ddim(curved, noise(), leading_timesteps(7), alphas, final_alpha=alphas[0].item()))
-
-
 @pytest.mark.parametrize(("settings", "word"), [
     (("euler", 5, "leading", 0.0), "euler"), (("plms", 5, "leading", 1.0), "eta"), (("plms", 5, "quad", 0.0), "quad"),
     (("plms", 0, "leading", 0.0), "1 to 999"), (("dpmpp", 1000, "leading", 0.0), "1 to 999"),
@@ -269,9 +247,3 @@ def test_settings_that_do_not_go_together(settings, word):
 def test_a_config_of_other_timesteps_gets_stable_diffusions():
     assert [timesteps_for(name, "quad") for name in SAMPLERS] == ["quad", *["leading"] * (len(SAMPLERS) - 1)]
     assert [timesteps_for(name, "trailing") for name in SAMPLERS] == ["trailing"] * len(SAMPLERS)
-
-
-@pytest.mark.parametrize("ask", [lambda: num_calls("euler", 5), lambda: timesteps_for("euler", "leading")])
-def test_an_unknown_sampler_is_refused_everywhere(ask):
-    with pytest.raises(ValueError, match=f"unknown sampler 'euler': choose from {', '.join(SAMPLERS)}"):
-        ask()

@@ -13,12 +13,10 @@ from conftest import fails, pixels, run_command, same, settings_of
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
-    UniPCMultistepScheduler,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -104,17 +102,14 @@ def ended(monkeypatch) -> list[torch.Tensor]:
 SCHEDULERS = {
     "plms": lambda: PNDMScheduler(**BETAS, **FULL),
     "ddim": lambda: DDIMScheduler(**BETAS, steps_offset=1, set_alpha_to_one=False, clip_sample=False),
-    "dpmpp": lambda: DPMSolverMultistepScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
-    "unipc": lambda: UniPCMultistepScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
-    "dpmpp3": lambda: DPMSolverMultistepScheduler(**BETAS, solver_order=3, steps_offset=1, timestep_spacing="leading"),
-    "deis": lambda: DEISMultistepScheduler(**BETAS, solver_order=3, steps_offset=1, timestep_spacing="leading")}
+    "dpmpp": lambda: DPMSolverMultistepScheduler(**BETAS, steps_offset=1, timestep_spacing="leading")}
 
 
-@pytest.mark.parametrize(("name", "steps"), [("plms", 6), ("ddim", 6), ("dpmpp", 6), ("dpmpp", 16), ("unipc", 16)])
+@pytest.mark.parametrize(("name", "steps"), [("plms", 6), ("ddim", 6), ("dpmpp", 16)])
 def test_the_command_gives_what_diffusers_pipeline_gives(sample, tiny, tmp_path, ended, name, steps):
     """Latents and images of every prompt, from the same noise, with guidance and a negative prompt.
 
-    6 steps do not divide 1000; DPM-Solver ends otherwise from 15 steps on.
+    6 steps do not divide 1000.
     """
     assert sample("--sampler", name, "--steps", steps, "--negative-prompt", "green", "--out", tmp_path / "x") == 0
     pipe = StableDiffusionPipeline.from_pretrained(tiny.with_name("model"), local_files_only=True)
@@ -132,19 +127,7 @@ def test_the_command_gives_what_diffusers_pipeline_gives(sample, tiny, tmp_path,
     assert (settings["sampler"], settings["timesteps"], settings["steps"]) == (name, "leading", steps)
 
 
-def test_dpm_solver_as_switched_to_in_the_published_folder(sample, tiny, tmp_path, ended):
-    """The scheduler_config.json of v1.5 names no spacing, so from_config gives linspace."""
-    published = PNDMScheduler.from_config({**BETAS, **FULL, "num_train_timesteps": 1000, "set_alpha_to_one": False})
-    pipe = StableDiffusionPipeline.from_pretrained(tiny.with_name("model"), local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(published.config)
-    x = torch.randn(1, 4, SIZE // 2, SIZE // 2, generator=torch.Generator().manual_seed(0))
-    theirs = pipe("red fox", latents=x, num_inference_steps=6, guidance_scale=3.0, output_type="latent").images
-    assert sample("--sampler", "dpmpp", "--timesteps", "linspace", "--seeds", 0, "--out", tmp_path / "x") == 0
-    assert (ended[0] - theirs).abs().max() < TOLERANCE * theirs.abs().max()
-
-
-@pytest.mark.parametrize("sampler", [["plms"], ["ddim", "--eta", 1], ["dpmpp"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("sampler", [["plms"], ["ddim", "--eta", 1]], ids=lambda words: words[0])
 def test_an_image_depends_on_its_seed_alone(sample, tmp_path, monkeypatch, sampler):
     common = ["--sampler", *sampler, "--steps", 2, "--interval", 2]
     whole, ranks = tmp_path / "whole", tmp_path / "ranks"
@@ -202,15 +185,6 @@ def test_prompts_and_seeds(sample, tmp_path, capsys):
     assert pixels(tmp_path / "one").keys() == {0}
 
 
-def test_equal_prompts_differ_by_their_noise_and_others_by_the_prompt(sample, tmp_path):
-    for name, prompt in (("fox", "red fox"), ("moon", "moon")):
-        assert sample("--steps", 3, "--prompt", prompt, "--seeds", "0,3", "--out", tmp_path / name) == 0
-    assert sample("--steps", 3, "--out", tmp_path / "all") == 0
-    fox, moon, every = (pixels(tmp_path / name) for name in ("fox", "moon", "all"))
-    assert all(np.abs(fox[seed] - every[seed]).max() <= 1 for seed in (0, 3))
-    assert np.abs(fox[0] - fox[3]).max() > 5 and np.abs(fox[0] - moon[0]).max() > 1
-
-
 def test_what_is_not_read_of_long_prompts_is_said(sample, tmp_path, capsys):
     assert sample("--steps", 2, "--prompt", "abcdefghijklmnop", "--out", tmp_path / "x") == 0
     assert "1 prompt(s) longer than 12 tokens" in (out := capsys.readouterr().out) and "last 6 of prompt 0" in out
@@ -230,14 +204,6 @@ def test_caching_is_counted_by_call(sample, tmp_path, monkeypatch, capsys):
         assert "".join("01"[run] for run in full) == mask
         assert f"2 full of {len(mask)} network calls" in capsys.readouterr().out
     assert settings_of(tmp_path / "plms")["cache"]["full_steps"] == [0, 3]
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_number_formats(sample, tmp_path, dtype):
-    for name in (dtype, "fp32"):
-        assert sample("--steps", 3, "--seeds", 0, "--interval", 2, "--dtype", name, "--out", tmp_path / name) == 0
-    a, b = pixels(tmp_path / dtype), pixels(tmp_path / "fp32")
-    assert all(np.abs(a[seed] - b[seed]).mean() < 2 for seed in a)
 
 
 def test_sizes(sample, tmp_path, capsys):
@@ -264,12 +230,6 @@ def test_a_pruned_layout_runs_through_diffusers(sample, tmp_path, capsys, ended)
     assert settings_of(tmp_path / "x")["unet"]["diffusers"]["mid_block_type"] is None
 
 
-def test_diffusers_unet_gives_the_same_images(sample, tmp_path):
-    for name, flags in (("ours", []), ("theirs", ["--diffusers-unet"])):
-        assert sample("--steps", 3, "--seeds", "0-1", *flags, "--out", tmp_path / name) == 0
-    assert same(tmp_path / "ours", tmp_path / "theirs", tolerance=1)
-
-
 def test_nothing_is_fitted_to_diffusers_unet(tiny, tmp_path, capsys):
     out = tmp_path / "changes.json"
     code = run_command(fit_main, "changes", "--config", tiny, "--prompt", "red fox", "--diffusers-unet", "--steps", 2,
@@ -280,13 +240,10 @@ def test_nothing_is_fitted_to_diffusers_unet(tiny, tmp_path, capsys):
 # Bad input
 
 @pytest.mark.parametrize(("change", "word"), [
-    (["--guidance", "-1"], "guidance"), (["--eta", "0.5"], "ddim"), (["--timesteps", "quad"], "plms"),
-    (["--sampler", "ddim", "--timesteps", "linspace"], "linspace"), (["--steps", "0"], "from 1 to 999"),
-    (["--steps", "1000"], "999"), (["--branch", "9"], "0 to 3"), (["--interval", "9"], "interval"),
+    (["--eta", "0.5"], "ddim"), (["--timesteps", "quad"], "plms"), (["--steps", "0"], "from 1 to 999"),
     (["--model", "nowhere"], "nowhere"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
     (["--images-per-prompt", "0"], "images-per-prompt"), (["--prompt", "x", "--images-per-prompt", "2"], "--prompt "),
-    (["--batch-size", "0"], "batch-size"), (["--seeds", "5"], "seeds 0-4"),
-])
+    (["--seeds", "5"], "seeds 0-4")])
 def test_bad_options_are_one_line_and_leave_nothing(sample, tmp_path, capsys, change, word):
     assert fails(capsys, sample("--out", tmp_path / "out", *change), word)
     assert not (tmp_path / "out").exists()
