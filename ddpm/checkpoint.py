@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from ddpm.config import Config
 from ddpm.unet import UNet
 from run.libraries import diffusers
-from run.weights import in_todays_names, load_strict, read_tensors, sha256
-from unet_caching.errors import UserError, as_user_error
+from run.weight_files import file_sha256, named, open_weights
+from run.weights import in_todays_names, load_strict
+from unet_caching.errors import as_user_error
+from unet_caching.samplers.diffusion import Diffusion
 
-checkpoint_sha256 = sha256
+checkpoint_sha256 = file_sha256
 _MIDDLE = {"0": "block_1", "1": "attn_1", "2": "block_2"}
 _OUTSIDE = {"embed.0": "temb.dense.0", "embed.2": "temb.dense.1", "input_blocks.0.0": "conv_in",
             "out.0": "norm_out", "out.2": "conv_out"}
@@ -90,38 +92,27 @@ def load_state_dict(unet: UNet, state_dict: dict[str, Tensor]) -> None:
         load_strict(unet, state_dict, published)
 
 
-def load_checkpoint(unet: UNet, path: Path) -> None:
-    """Load a whole checkpoint file: .safetensors, or .ckpt / .pt / .pth / .bin holding the EMA weights.
+def load_checkpoint(unet: UNet, path: Path, diffusion: Diffusion | None = None, ema: bool | None = None) -> None:
+    """Load a whole checkpoint file: safetensors, or a pickle.
 
     The public EMA files hold the tensors alone. The DDIM training code writes a list [weights, optimizer, epoch, step,
-    EMA weights]; its last entry is taken. A `module.` prefix of data-parallel training is dropped.
+    EMA weights]; its last entry is taken. diffusion, ema: as `run.weight_files.open_weights` takes them.
     Raises UserError for a file that is missing, damaged, unsafe or of another model.
     """
-    load_state_dict(unet, ema_weights(read_tensors(path), path))
+    tensors = open_weights(path, "DDPM", diffusion, ema).tensors
+    with named(path):
+        load_state_dict(unet, tensors)
 
 
-def load_unet(config: Config, path: Path) -> UNet:
+def load_unet(config: Config, path: Path, ema: bool | None = None) -> UNet:
     """The U-Net of a config with the weights of a checkpoint file, in evaluation mode, float32 on the CPU.
 
     Raises UserError for sizes that cannot be, and as `load_checkpoint`.
     """
     with as_user_error(f"{config.name}: "):
         unet = UNet(**vars(config.unet))
-    load_checkpoint(unet, path)
+    load_checkpoint(unet, path, config.diffusion, ema)
     return unet.eval().requires_grad_(False)
-
-
-def ema_weights(content: object, path: Path) -> dict[str, Tensor]:
-    """The EMA weights in the content of a checkpoint file. Raises UserError where there are none."""
-    if isinstance(content, list):
-        if len(content) < 5 or not isinstance(content[-1], dict):
-            raise UserError(f"{path} is a list of {len(content)} parts without EMA weights at its end: the DDIM "
-                            "training code writes [weights, optimizer, epoch, step, EMA weights]")
-        content = content[-1]
-    if not isinstance(content, dict) or not all(
-            isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
-        raise UserError(f"{path} does not hold named tensors, as a DDPM checkpoint does")
-    return {name.removeprefix("module."): value for name, value in content.items()}
 
 
 def diffusers_unet(config: Config, unet: UNet) -> nn.Module:

@@ -20,7 +20,7 @@ class DDPM(ImageModel[Config, Condition]):
     def read(self, checkpoint: Path) -> None:
         if self.config.md5 and self.run.spec.network.checkpoint is None:
             check_md5(checkpoint, self.config.md5)      # first: a download that was cut short should be called that
-        self.unet = place(load_unet(self.config, checkpoint), self.device, self.dtype)
+        self.unet = place(load_unet(self.config, checkpoint, **self.run.weights), self.device, self.dtype)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         return to_uint8(latents)

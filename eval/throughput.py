@@ -69,7 +69,8 @@ def timed(runs: Sequence[tuple[Mapping[str, Any], Run]], settings: Mapping[str, 
         check_compiled(one, machine)
     device, checkpoint = machine.prepare(), run.spec.network.checkpoint
     torch.manual_seed(0)
-    unet = place(load_unet(run.config, checkpoint) if checkpoint else build(run.config, "cpu"), device, run.dtype)
+    unet = load_unet(run.config, checkpoint, **run.weights) if checkpoint else build(run.config, "cpu")
+    unet = place(unet, device, run.dtype)
     network = accelerated(unet, machine.compile, machine.cuda_graphs,
                           len({kind for _, one in runs for kind in one.reused}))
     rows, where = machine.batch_size * run.rows_per_image, provenance(device)

@@ -6,6 +6,7 @@ class embedder. Our U-Net's modules have the published names, so its tensors are
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +17,11 @@ from ldm import first_stage
 from ldm.config import Config
 from ldm.diffusers_layout import diffusers_unet as diffusers_unet
 from ldm.unet import UNet
-from run import weights
+from run import weight_files
 from run.files import write_atomically
 from run.libraries import diffusers
-from run.weights import load_strict, read_tensors, sha256, write_tensors
+from run.weight_files import file_sha256, named, open_weights
+from run.weights import is_safetensors, load_strict, sha256, write_tensors
 from unet_caching.errors import UserError
 
 UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", first_stage.PREFIX, "cond_stage_model."
@@ -40,43 +42,43 @@ def load_state_dict(unet: UNet, state_dict: dict[str, Tensor]) -> None:
     load_strict(unet, {name.removeprefix(UNET): value for name, value in state_dict.items()}, str)
 
 
-def split(content: object, path: Path) -> dict[str, dict[str, Tensor]]:
+def split(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
     """Split a whole checkpoint by prefix, which is taken off: {UNET: {...}, FIRST_STAGE: {...}, CLASSES: {...}}.
 
-    Raises UserError, naming `path`, where `run.weights.split` does, and for another model's weights.
+    Raises UserError, naming `path`, where `run.weight_files.split` does, and for another model's weights.
     """
-    parts = weights.split(weights.tensors_of(content, path, "LDM"), path, (UNET, FIRST_STAGE, CLASSES), "LDM")
+    parts = weight_files.split(tensors, path, (UNET, FIRST_STAGE, CLASSES), "LDM")
     if "embedding.weight" not in parts[CLASSES]:
         raise UserError(f"{path} is not class-conditional: it has no {CLASSES}embedding.weight but "
                         f"{CLASSES}{next(iter(parts[CLASSES]))}; Stable Diffusion has a package of its own")
     return parts
 
 
-def load_checkpoint(config: Config, path: Path) -> Model:
+def load_checkpoint(config: Config, path: Path, ema: bool | None = None) -> Model:
     """Build the three networks with the weights of a whole checkpoint file, in evaluation mode, float32 on the CPU.
 
     A pickle is converted to safetensors next to it, once. Weights in float32 are used where they lie in the file,
-    which is mapped, so that loading takes little more memory than they do.
+    which is mapped, so that loading takes little more memory than they do. ema: of a U-Net with both, EMA weights or
+    plain ones, which are the default.
     Raises UserError for a file that is missing, damaged, unsafe or of another model.
     """
-    parts = split(read_tensors(convert(path)), path)
+    file = open_weights(path, "LDM", config.diffusion, ema)         # of which the copy keeps no more than the weights
+    parts = split(file.tensors if ema else open_weights(convert(path), "LDM").tensors, path)
     with torch.device("meta"):
         model = Model(UNet(**vars(config.unet)), first_stage.build(**vars(config.first_stage)),
                       nn.Embedding(config.num_classes + 1, config.unet.context_dim))
-    try:
+    with named(path):
         load_strict(model.classes, parts[CLASSES], lambda name: f"embedding.{name}")
         load_state_dict(model.unet, parts[UNET])
         first_stage.load_state_dict(model.first_stage, parts[FIRST_STAGE])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     for network in model:
         network.float().eval().requires_grad_(False)
     return model
 
 
-def load_unet(config: Config, path: Path) -> UNet:
+def load_unet(config: Config, path: Path, ema: bool | None = None) -> UNet:
     """The U-Net of `load_checkpoint` alone. Raises UserError."""
-    return load_checkpoint(config, path).unet
+    return load_checkpoint(config, path, ema).unet
 
 
 def published_state_dict(model: Model) -> dict[str, Tensor]:
@@ -89,39 +91,37 @@ def published_state_dict(model: Model) -> dict[str, Tensor]:
 def convert(path: Path) -> Path:
     """The safetensors file to load for `path`: itself, or MODEL.safetensors next to the pickle MODEL.ckpt.
 
-    It is written the first time, with what `split` keeps, and again when the pickle is newer; its digest goes to
-    MODEL.safetensors.sha256, in the format of sha256sum. In a folder that cannot be written the pickle is used.
+    It is written the first time, with what `split` keeps, and again when the pickle is another one: the digests of both
+    stand in MODEL.safetensors.sha256, in the format of sha256sum. In a folder that cannot be written the pickle is
+    used.
     """
     path = Path(path)
-    if path.suffix == ".safetensors" or not path.is_file():
+    if not path.is_file() or is_safetensors(path):
         return path
     target = path.with_suffix(".safetensors")
-    digest = Path(f"{target}.sha256")
-    if target.is_file() and digest.is_file() and target.stat().st_mtime >= path.stat().st_mtime:
+    note = Path(f"{target}.sha256")
+    noted = dict(re.findall(r"(?m)^([0-9a-f]{64})  (.+)$", note.read_text())) if note.is_file() else {}
+    noted = {name: digest for digest, name in noted.items()}
+    current = target.is_file() and noted.get(target.name) == sha256(target)
+    if current and noted.get(path.name) == sha256(path):
         return target
-    if target.exists() and not digest.is_file():
+    if target.exists() and not current:
         raise UserError(f"{target} is in the way of converting {path}: it was not made from it; move one of them")
     if not os.access(path.parent, os.W_OK):
         return path
-    parts = split(read_tensors(path), path)
+    parts = split(open_weights(path, "LDM").tensors, path)
 
     def write(temporary: Path) -> None:
         write_tensors({prefix + name: value for prefix, part in parts.items() for name, value in part.items()},
                       temporary)
-        # The digest first, so that a target without one was never made here; other processes may be doing the same.
-        line = f"{sha256(temporary)}  {target.name}\n"
-        write_atomically(digest, lambda note: note.write_text(line))
+        # The digests first, so that a target without them was never made here; other processes may be doing the same.
+        lines = f"{sha256(temporary)}  {target.name}\n{sha256(path)}  {path.name}\n"
+        write_atomically(note, lambda note: note.write_text(lines))
 
     write_atomically(target, write)
     return target
 
 
-def checkpoint_sha256(path: Path) -> str:
-    """The hex digest of the file that `load_checkpoint` reads, taken from its .sha256 file where that is current."""
-    file = convert(path)
-    digest = Path(f"{file}.sha256")
-    if digest.is_file() and digest.stat().st_mtime >= file.stat().st_mtime:
-        noted = re.match(r"[0-9a-f]{64} ", digest.read_text())
-        if noted:
-            return noted[0].strip()
-    return sha256(file)
+def checkpoint_sha256(path: Path, ema: bool | None = None) -> str:
+    """The hex digest of the file that `load_checkpoint` reads."""
+    return file_sha256(path, ema) if ema else sha256(convert(path))

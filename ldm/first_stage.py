@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ldm.config import FirstStage
 from run.libraries import diffusers
-from run.weights import load_strict, read_tensors, tensors_of
-from unet_caching.errors import UserError
+from run.weight_files import named, open_weights
+from run.weights import load_strict
 
 PREFIX = "first_stage_model."       # in a whole checkpoint
 
@@ -96,12 +96,9 @@ def load(sizes: FirstStage, path: Path) -> diffusers.VQModel:
     Raises UserError that names the file.
     """
     vq = build(**vars(sizes))
-    tensors = tensors_of(read_tensors(path), path, "first stage")
-    part = {name: value for name, value in tensors.items() if name.startswith(PREFIX)}
-    try:
-        load_state_dict(vq, part or tensors)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    tensors = open_weights(path, "first stage").tensors
+    with named(path):
+        load_state_dict(vq, {name: value for name, value in tensors.items() if name.startswith(PREFIX)} or tensors)
     return vq.eval().requires_grad_(False)
 
 

@@ -40,7 +40,7 @@ class LDM(ImageModel[Config, ClassCondition]):
         self.names = names_of_classes(self.config)
 
     def read(self, checkpoint: Path) -> None:
-        model = load_checkpoint(self.config, checkpoint)
+        model = load_checkpoint(self.config, checkpoint, **self.run.weights)
         self.unet = place(model.unet, self.device, self.dtype)
         self.classes = model.classes.to(self.device, self.dtype)
         # In float32 for every --dtype: in half precision it would choose other codes, and it runs once for all the

@@ -109,13 +109,16 @@ class Family(Generic[Schema, Net]):
         """Read a config file. Raises UserError for a key that is wrong."""
         return read_yaml(find_config(path), self.schema)
 
-    def load_unet(self, config: Schema, path: Path) -> Net:
-        """The U-Net with the weights of a checkpoint, in evaluation mode, float32 on the CPU. Raises UserError."""
-        return self._checkpoint.load_unet(config, path)
+    def load_unet(self, config: Schema, path: Path, **weights: Any) -> Net:
+        """The U-Net with the weights of a checkpoint, in evaluation mode, float32 on the CPU. Raises UserError.
 
-    def checkpoint_sha256(self, path: Path) -> str:
-        """What run.json says of the weights."""
-        return self._checkpoint.checkpoint_sha256(path)
+        weights: which of them, as `run.spec.Run.weights` says.
+        """
+        return self._checkpoint.load_unet(config, path, **weights)
+
+    def checkpoint_sha256(self, path: Path, **weights: Any) -> str:
+        """What run.json says of the weights. Raises UserError."""
+        return self._checkpoint.checkpoint_sha256(path, **weights)
 
     def theirs(self, config: Schema, unet: Net) -> nn.Module:
         """diffusers' U-Net on the very weights of ours."""
@@ -188,9 +191,9 @@ def build(config: Config, device: torch.device | str = "meta") -> NestedUNet:
         raise UserError(f"{config.name}: no such U-Net can be built: {one_line(error)[:200]}") from None
 
 
-def load_unet(config: Config, path: Path) -> NestedUNet:
-    """The U-Net of a config with the weights of a checkpoint, on the CPU. Raises UserError."""
-    return family(config).load_unet(config, path)
+def load_unet(config: Config, path: Path, **weights: Any) -> NestedUNet:
+    """The U-Net of a config with the weights of a checkpoint, on the CPU. weights: as above. Raises UserError."""
+    return family(config).load_unet(config, path, **weights)
 
 
 def example_inputs(config: Config, batch_size: int = 1, device: torch.device | str = "meta",

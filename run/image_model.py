@@ -19,6 +19,7 @@ from run.provenance import provenance
 from run.seeds import parse_seeds
 from run.spec import Run, parse_run
 from run.stopping import Stopped, StopRequest
+from run.weight_files import ema_of
 from unet_caching.errors import UserError
 from unet_caching.nest import Network
 from unet_caching.options import option, required
@@ -41,6 +42,7 @@ class ImageModel(ABC, Generic[Schema, Shown]):
     images: int                 # how many seeds are meant by default
     shape: tuple[int, ...]      # of the latents of an image
     unet: nn.Module             # once it is loaded: on its device, in its dtype
+    kind_of_weights: dict       # likewise: what run.json says of a checkpoint that has EMA and plain ones
 
     def __init__(self, run: Run, machine: Machine):
         self.run, self.sampler, self.settings = run, run.sampler, dict(run.settings)
@@ -51,8 +53,13 @@ class ImageModel(ABC, Generic[Schema, Shown]):
 
     def load(self) -> None:
         """Read the weights."""
-        self.read(self.run.checkpoint)
-        self.settings["checkpoint_sha256"] = self.run.family.checkpoint_sha256(self.run.checkpoint)
+        run = self.run
+        self.read(run.checkpoint)
+        self.settings["checkpoint_sha256"] = run.family.checkpoint_sha256(run.checkpoint, **run.weights)
+        ema = ema_of(run.weights.get("unet", run.checkpoint), run.weights.get("ema"))
+        own, other, flag = ("EMA", "plain", "no") if ema else ("plain", "EMA", "yes")
+        self.kind_of_weights = {} if ema is None else {
+            "weights": f"{own} weights; the checkpoint has {other} ones, too (--ema {flag})"}
 
     @abstractmethod
     def read(self, checkpoint: Path) -> None:
@@ -138,8 +145,9 @@ def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine, l
         run.refuse_foreign(model.settings)      # and after
         network = accelerated(model.unet, machine.compile, machine.cuda_graphs,
                               kinds_of_calls(run) if machine.compile else 1)
-        folder = RunFolder(out, model.settings, provenance(model.device) | network.in_use, run.spec.to_json())
-        for line in model.describe(seeds):
+        folder = RunFolder(out, model.settings, provenance(model.device) | network.in_use | model.kind_of_weights,
+                           run.spec.to_json())
+        for line in [*model.kind_of_weights.values(), *model.describe(seeds)]:
             print(line, flush=True)
 
         def sample(seeds: list[int], report: Callable[[float], None]) -> np.ndarray:

@@ -67,6 +67,8 @@ class NetworkOptions:
     """The weights, and their number format."""
     title: ClassVar[str] = "the network"
     checkpoint: Path | None = option(None, "weights, instead of the config's")
+    ema: str | None = option(None, "of weights of two kinds, the EMA ones or the others (default: EMA; of files in "
+                                   "CompVis' layout the others, as its scripts do)", choices=("yes", "no"))
     dtype: str = option("fp32", "of the network; the sampler is fp32 (default: fp32)", choices=tuple(DTYPES))
 
 
@@ -192,6 +194,16 @@ class Run:
     def checkpoint(self) -> Path:
         """The path of the weights."""
         return self.spec.network.checkpoint or Path(self.config.checkpoint)
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Which weights it takes, where that is not what `checkpoint` gives by itself: ema, and what else the family's
+        `load_unet` and `checkpoint_sha256` know.
+        """
+        network, condition = self.spec.network, self.spec.condition
+        own = {name: getattr(condition, name, None) for name in ("unet", "vae")}
+        own["ema"] = None if network.ema is None else network.ema == "yes"
+        return {name: value for name, value in own.items() if value is not None}
 
     @property
     def rows_per_image(self) -> int:

@@ -1,27 +1,34 @@
 """Weights on disk: files are never run as code, and tensors are loaded by name and shape, every one of them."""
 
 import hashlib
+import json
 import os
 import pickle
 import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from run.files import write_atomically
+from run.files import stamp, write_atomically
 from unet_caching.errors import UserError, one_line
 
 
 def sha256(path: Path) -> str:
-    """The hex digest of a file."""
+    """The hex digest of a file, which is read again only where it has changed."""
+    return _sha256(Path(path).absolute(), *stamp(path))
+
+
+@cache
+def _sha256(path: Path, *seen: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -64,19 +71,43 @@ _INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (type(name.rsplit(".", 1)[1], (_Inert,), {}), name) for name in _HARMLESS]
 
 
+# What a file is that holds no tensors to read, by its first bytes or the end of its name, and what to do.
+_NO_TENSORS = (
+    (rb"\Z", "empty: download it again"),
+    (rb"\s*<", "a web page, not the file that was to be downloaded: download it again"),
+    (rb"version https://git-lfs", "a pointer of Git LFS to the file: fetch that with git lfs pull"),
+    (rb"GGUF", "GGUF's, whose tensors are quantised: take the .safetensors that it was made from"),
+    (rb".*\.onnx\Z", "ONNX's, a compiled network: take the .safetensors or the diffusers folder of the same model"),
+    (rb".*\.(msgpack|h5|tflite|pb)\Z", "of another framework: take the .safetensors of the same model"),
+    (rb".*\.(zip|tar|gz|7z)\Z", "an archive: unpack it, and name what was in it"))
+
+
 def read_tensors(path: Path) -> object:
-    """What a checkpoint file holds: a dict of tensors for .safetensors, whatever was pickled otherwise.
+    """What a checkpoint file holds: a dict of tensors for safetensors, whatever was pickled otherwise.
 
     Both are mapped, not copied. Pickles are opened with weights_only=True; what frameworks leave beside the weights is
-    read as objects without behaviour. Raises UserError for a missing or damaged file, and for a pickle that wants to
-    run code, with the name of what it wanted.
+    read as objects without behaviour. The content says which of both a file is, not its name. index.json of a file in
+    shards stands for all of them.
+    Raises UserError for a missing or damaged file, and for a pickle that wants to run code, with the name of what it
+    wanted.
     """
+    return read_file(path)[0]
+
+
+def read_file(path: Path) -> tuple[object, dict[str, str]]:
+    """As `read_tensors`, and the metadata of a safetensors file. Raises UserError."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint {path}")
+        raise UserError(f"no checkpoint {path}" + (": it is a folder; name the file in it" if path.is_dir() else ""))
+    if path.name.endswith(".json"):
+        return _read_shards(path), {}
+    for pattern, what in _NO_TENSORS:
+        if re.match(pattern, _head(path), re.DOTALL) or re.match(pattern, os.fsencode(path.name.lower()), re.DOTALL):
+            raise UserError(f"{path} is damaged or not a checkpoint: it is {what}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
+        if is_safetensors(path):
+            with safe_open(path, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
         # The warnings are of a pickle protocol; refused below. Files from before torch 1.6 cannot be mapped.
         with (warnings.catch_warnings(category=UserWarning, action="ignore"), torch.serialization.safe_globals(_INERT)):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -91,7 +122,33 @@ def read_tensors(path: Path) -> object:
     except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
         raise UserError(f"{path} is damaged or not a checkpoint: {one_line(error)[:160]}") from None
     _check_plain(content, path)
-    return content
+    return content, {}
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is one of safetensors, by its name or its header, which begins with its length, below 4 GB."""
+    return path.suffix.lower() == ".safetensors" or re.match(rb".{4}\0{4}\{", _head(path), re.DOTALL) is not None
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(64)
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index.json says a file is split into, sorted. Raises UserError for one that is none."""
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return sorted(index.with_name(Path(name).name) for name in names)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{index} is damaged, or no index of weights in shards") from None
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in shards(index):
+        tensors |= tensors_of(read_tensors(file), file, "sharded")
+    return tensors
 
 
 def _check_plain(content: object, path: Path) -> None:
@@ -122,14 +179,6 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     os.chmod(path, 0o644)
 
 
-_DROPPED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "loss.")       # EMA shadows, losses and their networks
-_DROPPED = frozenset((                                                       # buffers of the noise schedule
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
-    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
-    "scale_factor"))
-
-
 def tensors_of(content: object, path: Path, model: str) -> dict[str, Tensor]:
     """The named tensors of a checkpoint; Lightning's `state_dict` entry is entered.
 
@@ -141,31 +190,6 @@ def tensors_of(content: object, path: Path, model: str) -> dict[str, Tensor]:
             isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         raise UserError(f"{path} does not hold named tensors, as {model} checkpoints do")
     return content
-
-
-def split(tensors: dict[str, Tensor], path: Path, prefixes: Sequence[str], model: str) -> dict[str, dict[str, Tensor]]:
-    """Split a whole CompVis checkpoint by prefix: {prefix: {name without it: tensor}}.
-
-    EMA shadows, losses and schedule buffers are dropped by name. model: the name of the architecture, for messages.
-    Raises UserError, naming `path`, for a part that is not there, and for tensors that belong to none.
-    """
-    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
-    unknown = []
-    for name, value in tensors.items():
-        if name in _DROPPED or name.startswith(_DROPPED_PREFIXES):
-            continue
-        prefix = next((prefix for prefix in parts if name.startswith(prefix)), None)
-        if prefix is None:
-            unknown.append(name)
-        else:
-            parts[prefix][name.removeprefix(prefix)] = value
-    missing = [f"{prefix}*" for prefix, part in parts.items() if not part]
-    if missing:
-        others = f"; it holds {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}" if unknown else ""
-        raise UserError(f"{path} is not a whole {model} checkpoint: it has no {', '.join(missing)}{others}")
-    if unknown:
-        raise UserError(f"{path} holds tensors that are no part of {model} checkpoints: {', '.join(unknown)}")
-    return parts
 
 
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}     # before diffusers 0.18
@@ -180,8 +204,8 @@ def in_todays_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_strict(module: nn.Module, state_dict: dict[str, Tensor], published_name: Callable[[str], str]) -> None:
     """Copy tensors given under published names into a module; one on the meta device takes them over uncopied.
 
-    Raises UserError that names, in full, every missing, extra or misshapen tensor, and whole numbers where others are
-    wanted; nothing is loaded then.
+    Raises UserError that names, in full, every missing, extra or misshapen tensor, whole numbers where others are
+    wanted, and what is not finite; nothing is loaded then.
     """
     ours = module.state_dict()
     names = {published_name(name): name for name in ours}
@@ -192,8 +216,17 @@ def load_strict(module: nn.Module, state_dict: dict[str, Tensor], published_name
     faults += [f"{name} is {state_dict[name].dtype} and should be {ours[own].dtype}".replace("torch.", "")
                for name, own in names.items() if name in state_dict
                and state_dict[name].is_floating_point() != ours[own].is_floating_point()]
+    faults = faults or [f"{name} is not finite (NaN or infinite numbers): the file is damaged, take another"
+                        for name in names if not _is_finite(state_dict[name])]
     if faults:
         raise UserError(f"the checkpoint does not fit {type(module).__module__}.{type(module).__name__}: "
                         f"{'; '.join(faults)}")
     module.load_state_dict({own: state_dict[name] for name, own in names.items()},
                            assign=all(value.is_meta for value in ours.values()))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; no copy is made of large ones."""
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.stack((tensor.float() if tensor.itemsize == 1 else tensor).aminmax()).isfinite().all())

@@ -59,6 +59,8 @@ class TextCondition(Guided):
     released_noise: bool = option(False, "the released evaluation's noise, the same in every batch: seed 42 is set "
                                   "again for each; an image depends on its place in the batch then, and on "
                                   "--batch-size, --dtype and the kind of --device")
+    unet: Path | None = option(None, "a U-Net's weights, a file or folder, instead of the model's")
+    vae: Path | None = option(None, "an autoencoder's, likewise")
     diffusers_unet: bool = option(False, "run the folder's U-Net through diffusers, without caching: for pruned ones "
                                          "(BK-SDM)")
 

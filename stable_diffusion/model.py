@@ -97,7 +97,7 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
             self.settings["noise"] = self.released.settings
 
     def read(self, checkpoint: Path) -> None:
-        model = load_checkpoint(self.config, checkpoint, self.condition.diffusers_unet)
+        model = load_checkpoint(self.config, checkpoint, self.condition.diffusers_unet, **self.run.weights)
         if not isinstance(model.unet, UNet):
             layout = {key: value for key, value in model.unet.config.items() if not key.startswith("_")}
             self.settings["unet"] = {"diffusers": layout}

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from ldm.diffusers_layout import diffusers_unet
 from run.libraries import diffusers
-from stable_diffusion.checkpoint import load_checkpoint, scheduler_config
+from stable_diffusion.checkpoint import load_checkpoint
 from stable_diffusion.config import Config, Diffusion
+from stable_diffusion.parts import scheduler_config
 from stable_diffusion.unet import UNet
 
 

@@ -1,9 +1,10 @@
 """Text encoders and their tokenizers: CLIP's, and the small models' frozen sentence encoder. Nothing is downloaded."""
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,36 +16,76 @@ from unet_caching.errors import UserError, one_line
 
 Encoder = TypeVar("Encoder", transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
 
-# CLIP ViT-L/14's text model, which is that of Stable Diffusion 1.x
-VIT_L_14 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-            "projection_dim": 768}
-
-
 def clip(config: Mapping, tensors: Mapping[str, Tensor], cls: type[Encoder] = transformers.CLIPTextModel) -> Encoder:
     """CLIP's text model from transformers' config and tensors, named with or without `text_model.`.
 
-    cls: CLIPTextModelWithProjection for one that also sums the text up. Raises UserError for a config that is none,
-    and for missing, extra or misshapen tensors.
+    Both may be of a whole CLIP, whose other half is left out. cls: CLIPTextModelWithProjection for one that also sums
+    the text up. Raises UserError for a config that is none, and for missing, extra or misshapen tensors.
     """
     try:
         with torch.device("meta"):
-            model = cls(transformers.CLIPTextConfig.from_dict(config))
+            model = cls(transformers.CLIPTextConfig.from_dict({**config, **config.get("text_config", {})}))
     except (StrictDataclassError, KeyError) as error:
         raise UserError(f"the text encoder's config is not one of CLIP: {one_line(error)}") from None
     prefix = "text_model." if any(name.startswith("text_model.") for name in tensors) else ""
-    constant = f"{prefix}embeddings.position_ids"       # 0, 1, 2, ...; older files hold it
+    unused = ("vision_model.", "visual_projection.", "logit_scale", f"{prefix}embeddings.position_ids",    # 0, 1, 2 ...
+              *(() if issubclass(cls, transformers.CLIPTextModelWithProjection) else ("text_projection",)))
 
     def published(name: str) -> str:        # versions of transformers differ in the prefix
         return name if name.startswith("text_projection.") else prefix + name.removeprefix("text_model.")
-    load_strict(model, {name: value for name, value in tensors.items() if name != constant}, published)
+    load_strict(model, {name: value for name, value in tensors.items() if not name.startswith(unused)}, published)
     for module in model.modules():
         if hasattr(module, "position_ids"):
             module.position_ids = torch.arange(model.config.max_position_embeddings)[None]
     return model
 
 
-def clip_tokenizer(folder: Path | None = None) -> transformers.CLIPTokenizer:
-    """CLIP's tokenizer from a folder, or from the vocabulary that open_clip carries. Raises UserError."""
+def of_one_file(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """transformers' config and tensors of a text encoder in one file of 1.x or SDXL: OpenAI's CLIP (ViT-L/14) as
+    transformers has it, or open_clip's (ViT-bigG/14). Its sizes are those of the tensors, with heads of 64 channels.
+    """
+    tensors = {name.removeprefix("transformer.").removeprefix("text_model.").removeprefix("model."): value
+               for name, value in tensors.items()}
+    others = "positional_embedding" in tensors
+    tensors = _from_open_clip(tensors) if others else tensors
+    embedding, first = (tensors.get(name, torch.empty(0, 0)) for name in (
+        "embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"))
+    width = embedding.shape[1]
+    return {"vocab_size": embedding.shape[0], "hidden_size": width, "intermediate_size": first.shape[0],
+            "num_hidden_layers": len({name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}),
+            "num_attention_heads": max(width // 64, 1), "hidden_act": "gelu" if others else "quick_gelu",
+            "max_position_embeddings": len(tensors.get("embeddings.position_embedding.weight", ())),
+            "projection_dim": len(tensors.get("text_projection.weight", embedding.T)),
+            "eos_token_id": 2}, tensors         # 2: the text is summed up at its token of the highest number
+
+
+_FROM_OPEN_CLIP = (
+    (r"^transformer\.resblocks\.", "encoder.layers."), (r"\.ln_(\d)\.", r".layer_norm\1."), (r"\.c_fc\.", ".fc1."),
+    (r"\.c_proj\.", ".fc2."), (r"\.attn\.", ".self_attn."), (r"^ln_final\.", "final_layer_norm."),
+    (r"^token_embedding\.", "embeddings.token_embedding."),
+    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^text_projection$", "text_projection.weight"))
+
+
+def _from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's tensors under transformers' names: queries, keys and values lie apart there."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        for pattern, theirs in _FROM_OPEN_CLIP:
+            name = re.sub(pattern, theirs, name)
+        if ".in_proj_" in name:
+            renamed |= {name.replace("in_proj_", f"{one}_proj."): part
+                        for one, part in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            renamed[name] = value.T.contiguous() if name == "text_projection.weight" else value
+    return renamed
+
+
+def clip_tokenizer(folder: Path | None = None, more: Mapping[str, str] = {}) -> transformers.CLIPTokenizer:
+    """CLIP's tokenizer from a folder, or from the vocabulary that open_clip carries. more: arguments of the latter.
+
+    Raises UserError.
+    """
     if folder is None:
         try:
             from open_clip.tokenizer import SimpleTokenizer  # here: open_clip takes seconds to import
@@ -55,7 +96,7 @@ def clip_tokenizer(folder: Path | None = None) -> transformers.CLIPTokenizer:
         names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}    # open_clip's, CLIP's
         vocab = {names.get(token, token): i for token, i in known.encoder.items()}
         return transformers.CLIPTokenizer(vocab=vocab, merges=list(known.bpe_ranks),
-                                          model_max_length=known.context_length)
+                                          model_max_length=known.context_length, **more)
     # Without these transformers makes an empty vocabulary.
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):

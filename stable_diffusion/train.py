@@ -26,9 +26,9 @@ from run.training import emoji
 from run.training.loop import Loss, train
 from run.training.program import Training, begin, denoising_error, of_latents, parameters, to_float
 from stable_diffusion.autoencoder import from_first_stage
-from stable_diffusion.checkpoint import scheduler_config
 from stable_diffusion.config import Config, Train
 from stable_diffusion.family import FAMILY
+from stable_diffusion.parts import scheduler_config
 from stable_diffusion.text import minilm
 from stable_diffusion.unet import UNet
 from unet_caching.errors import UserError, as_user_error

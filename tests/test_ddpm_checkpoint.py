@@ -108,42 +108,6 @@ def test_every_fault_is_named(weights):
                    load=lambda: load_state_dict(unet, weights))
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "pt", "pth"])
-def test_files(weights, tmp_path, suffix):
-    path = tmp_path / f"model.{suffix}"
-    save_file(weights, path) if suffix == "safetensors" else torch.save(weights, path)
-    unet = make(0)
-    load_checkpoint(unet, path)
-    assert_loaded(unet, weights)
-
-
-def test_half_precision_file(weights, tmp_path):
-    halves = {name: value.half() for name, value in weights.items()}
-    save_file(halves, tmp_path / "model.safetensors")
-    unet = make(0)
-    load_checkpoint(unet, tmp_path / "model.safetensors")
-    assert_loaded(unet, {name: value.float() for name, value in halves.items()})
-
-
-def test_data_parallel_prefix(weights, tmp_path):
-    torch.save({f"module.{name}": value for name, value in weights.items()}, tmp_path / "model.pth")
-    unet = make(0)
-    load_checkpoint(unet, tmp_path / "model.pth")
-    assert_loaded(unet, weights)
-
-
-def test_training_checkpoint_gives_its_ema(weights, tmp_path):
-    raw = {f"module.{name}": value for name, value in published_state_dict(make(2)).items()}
-    content = [raw, {"state": {}, "param_groups": []}, 12, 3456, weights]
-    torch.save(content, tmp_path / "ckpt.pth")
-    unet = make(0)
-    load_checkpoint(unet, tmp_path / "ckpt.pth")
-    assert_loaded(unet, weights)
-
-    torch.save(content[:4], tmp_path / "no_ema.pth")
-    assert_refused(unet, "no_ema.pth", "EMA", load=lambda: load_checkpoint(unet, tmp_path / "no_ema.pth"))
-
-
 class Lightning:
     """Stands for what a training framework leaves in its checkpoints."""
 
@@ -176,28 +140,6 @@ def test_a_cut_file_is_refused(weights, tmp_path, suffix, kept):
     path.write_bytes(content[:int(kept * len(content))])
     unet = make(0)
     assert_refused(unet, f"model.{suffix}", load=lambda: load_checkpoint(unet, path))
-
-
-@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>Not found</html>", b"version https://git-lfs.github.com/spec/v1"])
-@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, suffix):
-    path = tmp_path / f"model.{suffix}"
-    path.write_bytes(content)
-    unet = make(0)
-    assert_refused(unet, f"model.{suffix}", load=lambda: load_checkpoint(unet, path))
-
-
-@pytest.mark.parametrize("content", [torch.zeros(3), {"epoch": 3}, {"model": {"conv_in.bias": torch.zeros(3)}}, [], 7])
-def test_a_file_without_named_tensors_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "model.ckpt")
-    unet = make(0)
-    assert_refused(unet, "model.ckpt", load=lambda: load_checkpoint(unet, tmp_path / "model.ckpt"))
-
-
-def test_a_missing_file_is_refused(tmp_path):
-    unet = make(0)
-    for name in ("none.ckpt", "none.safetensors", "."):
-        assert_refused(unet, "no checkpoint", load=lambda: load_checkpoint(unet, tmp_path / name))
 
 
 def test_md5(tmp_path):

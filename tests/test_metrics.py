@@ -137,6 +137,17 @@ def test_inception_score_by_hand_and_its_dependence_on_order():
     assert np.mean(inception_scores.inception_score([by_class], split=10)) < 0.8 * np.mean(scores)
 
 
+def test_images_in_the_order_of_their_classes_are_noticed():
+    """As ADM's evaluator would score them: 50 classes of 40, in blocks of 200."""
+    labels = np.repeat(np.arange(50), 40)
+    logits = 9 * np.eye(50, dtype=np.float32)[labels]
+    shuffled = np.random.default_rng(0).permutation(logits)
+    assert not inception_scores.in_order(in_parts(shuffled, 4), split=200)
+    note, = inception_scores.in_order(in_parts(logits, 4), split=200)
+    low, high = (np.mean(inception_scores.inception_score([x], split=200)) for x in (logits, shuffled))
+    assert 8 < high / low < 10 and "factor of 9.5" in note
+
+
 def test_precision_and_recall_by_brute_force(monkeypatch):
     rng = np.random.default_rng(5)
     x, y = rng.normal(size=(60, 4)), rng.normal(size=(43, 4)) * 0.8 + 1

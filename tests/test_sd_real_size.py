@@ -26,7 +26,7 @@ from run.families import load_config
 from run.weights import save_tensors
 from stable_diffusion.checkpoint import KL_F8, Model, load_checkpoint, load_unet
 from stable_diffusion.config import Config
-from stable_diffusion.text import VIT_L_14, clip_tokenizer
+from stable_diffusion.text import clip_tokenizer
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.samplers.samplers import Sampler, noise_predictor
 from unet_caching.schedules import uniform
@@ -44,6 +44,8 @@ class Run(NamedTuple):
     branch: int
 
 
+# CLIP ViT-L/14's text model
+VIT_L_14 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 # The PyPI helper looks up the timestep in place of counting calls, so that its schedules for PNDM are others than ours.
 RUNS = (Run("ddim", 1, 0), Run("plms", 1, 0), Run("ddim", 2, 1), Run("ddim", 2, 0), Run("ddim", 3, 4))
 

@@ -269,10 +269,30 @@ def test_bad_files_are_one_line(sample, tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
-def test_nan_is_reported_and_not_saved(sample, tiny, tmp_path, capsys, part):
-    folder = Path(shutil.copytree(tiny.with_name("model"), tmp_path / "nan"))
+def test_an_overflow_is_reported_and_not_saved(sample, tiny, tmp_path, capsys, part):
+    folder = Path(shutil.copytree(tiny.with_name("model"), tmp_path / "large"))
     file = folder / part / "diffusion_pytorch_model.safetensors"
-    name, tensors = {"unet": "conv_out.bias", "vae": "decoder.conv_out.bias"}[part], load_file(file)
-    save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, file)
+    name, tensors = {"unet": "conv_out.weight", "vae": "decoder.conv_out.weight"}[part], load_file(file)
+    save_file(tensors | {name: torch.full_like(tensors[name], 3e38)}, file)
     assert fails(capsys, sample("--model", folder, "--steps", 2, "--out", tmp_path / "x"), "not finite", "--dtype")
     assert not list((tmp_path / "x").glob("*/*.png"))
+
+
+def test_the_kind_of_weights_is_said(sample, tiny, tmp_path, capsys):
+    """On screen and in run.json; either kind may be taken, and folders from before this was said go on."""
+    folder = Path(shutil.copytree(tiny.with_name("model"), tmp_path / "model"))
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"conv_out.bias": tensors["conv_out.bias"] + 1}, file.with_suffix(".non_ema.safetensors"))
+    common = ["--model", folder, "--steps", 2, "--seeds", 0]
+    for name, kind in (("default", "EMA"), ("yes", "EMA"), ("no", "plain")):
+        words = [] if name == "default" else ["--ema", name]
+        assert sample(*common, *words, "--out", tmp_path / name) == 0
+        said = json.loads((tmp_path / name / "run.json").read_text())["provenance"]["weights"]
+        assert said.startswith(f"{kind} weights; ") and said in capsys.readouterr().out
+    assert same(tmp_path / "default", tmp_path / "yes") and not same(tmp_path / "default", tmp_path / "no")
+    assert settings_of(tmp_path / "default") == settings_of(tmp_path / "yes")
+    assert fails(capsys, sample(*common, "--ema", "no", "--out", tmp_path / "default"), "checkpoint_sha256")
+    assert sample("--steps", 2, "--seeds", 0, "--unet", folder, "--vae", folder, "--out", tmp_path / "parts") == 0
+    assert same(tmp_path / "parts", tmp_path / "default")
+    assert fails(capsys, sample("--steps", 2, "--ema", "yes", "--out", tmp_path / "x"), "leave out --ema")

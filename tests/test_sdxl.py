@@ -60,8 +60,8 @@ PROMPTS = ["red fox", "a dog, asleep"]
 
 
 def text(tokens: list[str], width: int, **changes) -> CLIPTextConfig:
-    return CLIPTextConfig(vocab_size=len(tokens), hidden_size=width, intermediate_size=32, num_hidden_layers=2,
-                          num_attention_heads=2, max_position_embeddings=TOKENS, bos_token_id=len(tokens) - 2,
+    return CLIPTextConfig(vocab_size=len(tokens), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+                          num_attention_heads=1, max_position_embeddings=TOKENS, bos_token_id=len(tokens) - 2,
                           eos_token_id=len(tokens) - 1, **changes)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from eval.metrics.extract import extract
 from eval.metrics.images import ImageSet, check_finished, open_images
 from eval.metrics.inception import DIMS, Inception
+from eval.metrics.inception_scores import in_order
 from eval.metrics.measure import Sets, Unavailable, shown
 from eval.metrics.registry import SETS
 from eval.metrics.results import of_samples
@@ -148,6 +149,9 @@ def judge(command: str, options: OfSets, extraction: Extraction, where: Device,
     warn(notes)
     x, *real_features = (extract(images, inception, extraction.batch_size, extraction.features)
                          for images in (samples, real.images) if images is not None)
+    if "logits" in real.layers:
+        warn(order := in_order(x.parts("logits")))
+        notes += order
     metrics, unavailable, lines = scores(command, Sets(x, real.statistics, *real_features),
                                          lambda name: inception.name(real.name.format(name)))
     width = 2 + max(map(len, lines))

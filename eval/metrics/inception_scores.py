@@ -29,6 +29,21 @@ def inception_score(parts: Iterable[np.ndarray], split: int = SPLIT) -> list[flo
             for block in _blocks(parts, split)]
 
 
+def in_order(parts: Iterable[np.ndarray], split: int = SPLIT) -> list[str]:
+    """A note where images come in the order of their classes, so that a block shows few of them.
+
+    log IS of all images at once is the mean over blocks of log IS and KL(p(y) of the block, p(y) of all). Of blocks in
+    random order the divergence is below (classes - 1) / (2 split), 0.1; of blocks with a tenth of the classes log 10.
+    """
+    found = [(len(block), torch.from_numpy(block).double().softmax(1).mean(0)) for block in _blocks(parts, split)]
+    sizes, means = torch.tensor([size for size, _ in found]), torch.stack([mean for _, mean in found])
+    shares = sizes.double() / sizes.sum()
+    divergence = float(shares @ torch.xlogy(means, means / (shares @ means)).sum(1))
+    return [f"the images come in the order of their classes: over blocks of {split} in that order, as the original "
+            f"computes it, IS is lower by a factor of {np.exp(divergence):.1f} than of images in random order: shuffle "
+            "them where published numbers are of such"] if divergence > 0.3 else []
+
+
 def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     held: list[np.ndarray] = []
     for part in parts:

@@ -19,7 +19,7 @@ from eval.metrics.images import open_images
 from eval.metrics.inception import DIMS
 from eval.metrics.results import VERSION
 from eval.metrics.sources import open_reference
-from run.families import Config, families
+from run.families import Config
 from run.files import ROOT, stamp
 from run.folder import differences, read_run, seeds_there
 from run.labels import RULES
@@ -176,7 +176,7 @@ def _digest(kind: str, option: str, path: Path, run: Run) -> str | None:
     if option == "--prompts":
         return prompts_sha256(read_prompts(ROOT / path)) if (ROOT / path).is_file() else None
     if kind in ("adm", "fid", "clip_score"):
-        return _file_sha256(ROOT / path, *stamp(ROOT / path)) if (ROOT / path).is_file() else None
+        return sha256(ROOT / path) if (ROOT / path).is_file() else None
     emoji = str(path).startswith("emoji:")
     if not emoji and not (ROOT / path).exists():
         return None
@@ -193,25 +193,13 @@ def other_weights(run: Run, digest: str | None) -> str | None:
 
 def weights_sha256(run: Run) -> str:
     """Of the weights of a run, as run.json says it."""
-    path = ROOT / run.checkpoint
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return _weights_sha256(run.family.name, path, *(stamp(file) for file in files if file.is_file()))
+    return run.family.checkpoint_sha256(ROOT / run.checkpoint, **run.weights)
 
 
 @cache
 def extractor_id() -> str:
     """Of the network of the small models' distances."""
     return EffLite0().id
-
-
-@cache
-def _weights_sha256(family: str, path: Path, *seen: object) -> str:
-    return families()[family].checkpoint_sha256(path)
-
-
-@cache
-def _file_sha256(path: Path, *seen: object) -> str:
-    return sha256(path)
 
 
 @cache

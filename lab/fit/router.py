@@ -229,7 +229,7 @@ class RouterFit(Fit):
         budget, always = self.budget(model), self.always(model)
         trained = [step for step in range(1, budget.calls) if step not in always]
         # A network whose weights are not packed, since those have no gradients (unet_caching/speed/packed.py).
-        unet = load_unet(model.config, model.run.checkpoint).to(model.device).eval().requires_grad_(False)
+        unet = load_unet(model.config, model.run.checkpoint, **model.run.weights).to(model.device)
         with frozen(unet):
             student = RouterStudent(unet, budget, trained, self.lr, self.lam, runs=-(-len(seeds) // batch_size))
             student.learn(model, seeds, batch_size, falls_by=0.9)

@@ -77,7 +77,7 @@ class Task(NamedTuple):
 def start_of(model: ImageModel) -> Start:
     """What the runs of a loaded model start from. Gradients are of a U-Net whose weights are not packed, since those
     have none (unet_caching/speed/packed.py)."""
-    unet = load_unet(model.config, model.run.checkpoint).to(model.device).eval().requires_grad_(False)
+    unet = load_unet(model.config, model.run.checkpoint, **model.run.weights).to(model.device)
     network = Recomputed(unet)
 
     def start(seeds: Sequence[int], policy: Policy | None) -> tuple[Predict, Tensor]:

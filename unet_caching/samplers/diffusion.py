@@ -33,6 +33,17 @@ def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta
     return betas.float()
 
 
+def at_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas that leave nothing of the image at the last timestep (Lin et al., arXiv 2305.08891, Algorithm 1).
+
+    Of its alpha_bar 2^-24 is left, as in diffusers' schedulers, so that the image can be divided by its root.
+    """
+    root = (1 - betas.double()).cumprod(0).sqrt()
+    bars = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    bars[-1] = 2.0 ** -24
+    return (1 - bars / torch.cat([bars.new_ones(1), bars[:-1]])).float()
+
+
 def alpha_at(alphas: Tensor, t: float | Tensor) -> Tensor:
     """Alpha_bar at a timestep, which may be a fraction: there log(alpha / (1 - alpha)) lies on a line between its two
     neighbours. alphas: [num_timesteps]. Differentiable where t is a tensor without dimensions.
@@ -79,21 +90,26 @@ def training_target(prediction: str, x0: Tensor, noise: Tensor, alpha: Tensor) -
 class Diffusion:
     """The `diffusion` section of a config: what its network was trained for.
 
-    Raises ValueError for an unknown prediction.
+    Raises ValueError for an unknown prediction, and for a network that is to predict the noise where there is nothing
+    else.
     """
     beta_schedule: str = "linear"
     num_timesteps: int = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     prediction: str = "noise"           # noise, v
+    zero_terminal_snr: bool = False     # whether the betas are those of `at_zero_terminal_snr`
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"unknown prediction {self.prediction!r}: choose from {', '.join(PREDICTIONS)}")
+        if self.zero_terminal_snr and self.prediction == "noise":
+            raise ValueError("zero_terminal_snr is for prediction: v; the noise says nothing of the image there")
 
     def betas(self) -> Tensor:
         """How much noise each timestep adds: float32 [num_timesteps]. Raises ValueError for an unknown schedule."""
-        return make_betas(self.beta_schedule, self.num_timesteps, self.beta_start, self.beta_end)
+        betas = make_betas(self.beta_schedule, self.num_timesteps, self.beta_start, self.beta_end)
+        return at_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
 
     def alphas_cumprod(self) -> Tensor:
         """The product of (1 - beta) up to each timestep: float32 [num_timesteps]. Raises ValueError as `betas`."""

@@ -88,7 +88,9 @@ class Sampler:
     @property
     def settings(self) -> dict[str, Any]:
         """What run.json says of it."""
-        return {"diffusion": asdict(self.diffusion), "sampler": self.name, "steps": self.steps,
+        diffusion = {name: value for name, value in asdict(self.diffusion).items()
+                     if name != "zero_terminal_snr" or value}       # which folders from before it do not have
+        return {"diffusion": diffusion, "sampler": self.name, "steps": self.steps,
                 "timesteps": self.timesteps, "eta": self.eta}
 
     def run(self, predict: Predict, x: Tensor, noise: SeededNoise | None = None,
