@@ -272,12 +272,35 @@ def of_processors(at: Place) -> Cells | None:
     return wanted
 
 
+@cache
+def pipelines() -> dict[tuple[str | None, str], Result]:
+    return {(one.model, one.details["name"]): one for one in results.read_packed(ROOT / "results/pipelines.jsonl")}
+
+
+def of_pipelines(at: Place) -> Cells | None:
+    if at.head[0] == "U-Net":
+        found = pipelines()[at.label, at.label].details
+        full, shares = found["full"], [cached / found["full"] for cached in found["cached"]]
+        return [f"{full / 1e12:.2f}", *(f"{share:.3f}, {3 / (1 + 2 * share):.2f}x" for share in shares)]
+    if at.head[0] != "fresh noise, N = 3":
+        return None
+    wanted = []
+    for model in ("sd_emoji", "ldm_emoji", "ddpm_emoji"):
+        reuse, order1 = (pipelines().get((model, f"{at.label}, order {order}")) for order in (0, 1))
+        if reuse is None or order1 is None:
+            wanted.append("-")
+            continue
+        near = [np.array(one.details["psnr"]) for one in (reuse, order1)]
+        wanted.append(f"{near[0].mean():.1f} -> {near[1].mean():.1f} ({signed(mean_of(near[1] - near[0]).bounds)})")
+    return wanted
+
+
 KINDS: dict[str, tuple[str, Callable[[Place], Cells | None], int]] = {      # page, what rows say, how many there are
     "forecasts": ("docs/forecasting.md", of_forecasts, 8), "README": ("README.md", of_readme, 6),
     "settings": ("docs/settings.md", of_settings, 5),
     "plans": ("docs/planning.md", of_plans, 18), "systems": ("docs/systems.md", of_systems, 8),
     "demo": ("docs/shipped_models.md", of_demo, 8), "block caching": ("docs/block_caching.md", of_block_caching, 8),
-    "processors": ("docs/speed.md", of_processors, 8)}
+    "processors": ("docs/speed.md", of_processors, 8), "pipelines": ("docs/pipelines.md", of_pipelines, 7)}
 
 
 @pytest.mark.parametrize("kind", KINDS)

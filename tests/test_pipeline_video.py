@@ -1,98 +1,236 @@
 """Caching in video pipelines: the U-Net's own forward at interval 1, the PyPI helper's bits at interval 3."""
 
+import diffusers
 import pytest
 import torch
+from accelerate import cpu_offload
 from DeepCache import DeepCacheSDHelper
-from diffusers import (
-    AnimateDiffPipeline,
-    AutoencoderKLTemporalDecoder,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    MotionAdapter,
-    StableVideoDiffusionPipeline,
-    TextToVideoSDPipeline,
-    UNet2DConditionModel,
-    UNet3DConditionModel,
-    UNetSpatioTemporalConditionModel,
-)
-from test_sd_pipeline import BETAS, parts  # noqa: F401  parts: a fixture
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from diffusers import ConfigMixin, DDIMScheduler, DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from test_sd_pipeline import BETAS
+from tiny_pipelines import LEVELS, built, call
+from torch import nn
 
 from unet_caching import enable_deepcache
+from unet_caching.errors import UserError
+from unet_caching.methods.block_caching import BlockSchedule
+from unet_caching.methods.plan import Call, Plan
+from unet_caching.pipelines.parts import residuals
+from unet_caching.pipelines.scheduler import plan_scheduler
 
-SIZES = {"block_out_channels": (32, 64), "in_channels": 4, "out_channels": 4}
-
-
-def blocks(kind: str) -> dict:
-    """The types of a U-Net's blocks, those with attention outermost."""
-    return {"down_block_types": (f"CrossAttnDownBlock{kind}", f"DownBlock{kind}"),
-            "up_block_types": (f"UpBlock{kind}", f"CrossAttnUpBlock{kind}")}
-
-
-def stable_video(text: dict) -> tuple:
-    unet = UNetSpatioTemporalConditionModel(
-        **SIZES | {"in_channels": 8}, **blocks("SpatioTemporal"), layers_per_block=2, sample_size=16,
-        cross_attention_dim=32, num_attention_heads=8, projection_class_embeddings_input_dim=96,
-        addition_time_embed_dim=32)
-    vae = AutoencoderKLTemporalDecoder(block_out_channels=[32, 64], in_channels=3, out_channels=3, latent_channels=4,
-                                       down_block_types=["DownEncoderBlock2D"] * 2)
-    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(
-        hidden_size=32, projection_dim=32, num_hidden_layers=1, num_attention_heads=4, image_size=32,
-        intermediate_size=37, patch_size=16))
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
-        sigma_max=700.0, sigma_min=0.002, timestep_type="continuous", use_karras_sigmas=True)
-    pipe = StableVideoDiffusionPipeline(unet=unet.eval(), vae=vae.eval(), image_encoder=encoder.eval(),
-                                        scheduler=scheduler,
-                                        feature_extractor=CLIPImageProcessor(crop_size=32, size=32))
-    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return pipe, {"image": image, "num_frames": 2, "min_guidance_scale": 1.0, "max_guidance_scale": 2.5, "height": 32,
-                  "width": 32}
+VIDEO = ("StableVideoDiffusionPipeline", "AnimateDiffPipeline", "TextToVideoSDPipeline")
 
 
-def animated(text: dict) -> tuple:
-    unet = UNet2DConditionModel(**SIZES, **blocks("2D"), layers_per_block=2, sample_size=8, cross_attention_dim=16,
-                                norm_num_groups=2)
-    adapter = MotionAdapter(block_out_channels=(32, 64), motion_layers_per_block=2, motion_norm_num_groups=2,
-                            motion_num_attention_heads=4)
-    for parameter in adapter.parameters():      # which would else begin as nothing
-        torch.nn.init.normal_(parameter, std=0.1)
-    pipe = AnimateDiffPipeline(**text, unet=unet.eval(), motion_adapter=adapter.eval(),
-                               scheduler=DDIMScheduler(**BETAS, clip_sample=False))
-    return pipe, {"prompt": "a cat", "num_frames": 3, "height": 16, "width": 16}
-
-
-def text_to_video(text: dict) -> tuple:
-    unet = UNet3DConditionModel(**SIZES, **blocks("3D"), layers_per_block=1, sample_size=32, cross_attention_dim=16,
-                                attention_head_dim=4, norm_num_groups=2)
-    pipe = TextToVideoSDPipeline(**text, unet=unet.eval(), scheduler=DDIMScheduler(**BETAS, clip_sample=False))
-    return pipe, {"prompt": "a cat", "num_frames": 3, "height": 16, "width": 16}
-
-
-@pytest.mark.parametrize(("make", "branches"), [
-    pytest.param(stable_video, (0, 1, 2), id="stable video"), pytest.param(animated, (0, 1, 2), id="AnimateDiff"),
-    pytest.param(text_to_video, (0, 1), id="text to video")])
-def test_video_pipelines(make, branches, parts):  # noqa: F811
-    torch.manual_seed(0)
-    pipe, words = make({key: parts[key] for key in ("vae", "text_encoder", "tokenizer")})
-    pipe.set_progress_bar_config(disable=True)
-
-    def frames() -> torch.Tensor:
-        return pipe(**words, num_inference_steps=6, output_type="latent",
-                    generator=torch.Generator().manual_seed(0)).frames
-
-    plain = frames()
-    with enable_deepcache(pipe, interval=1):
-        assert torch.equal(frames(), plain)
-    for branch in branches:
+@pytest.mark.parametrize("name", VIDEO)
+def test_video_pipelines(name, caplog, monkeypatch):
+    monkeypatch.setitem(LEVELS, "layers_per_block", 2)          # as the helper's numbers of branches have it
+    pipe = built(getattr(diffusers, name))
+    plain = call(pipe)
+    for branch in (0, 1, 2):
         helper = DeepCacheSDHelper(pipe)
         helper.set_params(cache_interval=3, cache_branch_id=branch)
         helper.enable()
-        theirs = frames()
+        theirs = call(pipe)
         helper.disable()
         with enable_deepcache(pipe, interval=3, branch=branch):
-            ours = frames()
+            ours = call(pipe)
         assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
-    with enable_deepcache(pipe, interval=3, forecast=1):
-        assert frames().isfinite().all()
-    assert torch.equal(frames(), plain)
+    with enable_deepcache(pipe, interval=3, forecast=1), caplog.at_level("INFO", "unet_caching"):
+        assert call(pipe).isfinite().all()
+    assert "7 network calls, 3 of them full" in caplog.text and "per call and video" in caplog.text
+    assert torch.equal(call(pipe), plain)
+
+
+def free_init(pipe) -> None:
+    pipe.enable_free_init(num_iters=3, use_fast_sampling=True)
+
+
+def free_noise(pipe) -> None:
+    pipe.enable_free_noise(context_length=2, context_stride=1)
+
+
+def split_inference(pipe) -> None:
+    free_noise(pipe)
+    pipe.enable_free_noise_split_inference(spatial_split_size=64, temporal_split_size=8)
+
+
+def offload(pipe) -> None:
+    cpu_offload(pipe.unet, torch.device("cpu"), offload_buffers=True)
+
+
+def freeu(pipe) -> None:
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+
+
+def of_plan(pipe, folder) -> dict:
+    made_for = {"model": "video", "unet": {}, "checkpoint_sha256": None, "sampler": "unipc", "steps": 7,
+                "timesteps": "trailing"}
+    calls, macs = [Call(), Call(), Call(0, (0.8,)), Call(1), Call(), Call(0), Call(0)], {"hook": 1, "fc": 1}
+    Plan(made_for, calls, None, macs, macs).save(folder / "plan.json")
+    pipe.scheduler = plan_scheduler(folder / "plan.json", pipe.scheduler)
+    return {"plan": folder / "plan.json"}
+
+
+def of_block_schedule(pipe, folder) -> dict:
+    made_for = {"model": "video", "unet": {}, "checkpoint_sha256": None, "sampler": "ddim", "steps": 7,
+                "timesteps": "leading"}
+    blocks = {name: [0, 2, 4] if i % 2 else [0, 3] for i, (_, name) in enumerate(residuals(pipe.unet))}
+    BlockSchedule(made_for, 7, "all", None, blocks, {}, {}).save(folder / "blocks.json")
+    return {"block_schedule": folder / "blocks.json"}
+
+
+@pytest.mark.parametrize("way", [free_init, free_noise, split_inference, offload, freeu])
+def test_what_is_added_to_a_video_pipeline(way):
+    pipe = built(diffusers.AnimateDiffPipeline)
+    before = call(pipe)
+    way(pipe)
+    plain = call(pipe)
+    assert torch.equal(plain, before) == (way is offload)
+    with enable_deepcache(pipe, interval=1):
+        assert torch.equal(call(pipe), plain)
+    for forecast in (0, 1):
+        with enable_deepcache(pipe, interval=3, forecast=forecast):
+            cached = call(pipe)
+        assert cached.isfinite().all() and not torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("fitted", [of_plan, of_block_schedule])
+@pytest.mark.parametrize("name", VIDEO)
+def test_what_is_fitted_in_a_video_pipeline(tmp_path, name, fitted):
+    pipe = built(getattr(diffusers, name))
+    pipe.scheduler = DDIMScheduler(**BETAS, clip_sample=False)
+    settings = fitted(pipe, tmp_path)
+    plain = call(pipe)
+    with enable_deepcache(pipe, **settings):
+        cached = call(pipe)
+    assert cached.isfinite().all() and not torch.equal(cached, plain) and torch.equal(call(pipe), plain)
+
+
+@pytest.mark.slow
+def test_a_compiled_video_unet():
+    pipe = built(diffusers.AnimateDiffPipeline)
+    with enable_deepcache(pipe):
+        cached = call(pipe)
+    torch.compiler.reset()
+    graphs = []
+    pipe.unet.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    with enable_deepcache(pipe):
+        assert torch.allclose(call(pipe), cached, atol=1e-5) and len(graphs) == 2
+
+
+class Layer(nn.Module):
+    """A residual layer of a U-Net of others, on [rows, channels, frames, height, width]."""
+
+    def __init__(self, into: int, out: int):
+        super().__init__()
+        self.inside, self.time = nn.Conv3d(into, out, 3, padding=1), nn.Linear(8, out)
+        self.conv_shortcut = nn.Conv3d(into, out, 1) if into != out else None
+
+    def forward(self, x, temb):
+        own = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return own + torch.tanh(self.inside(x) + self.time(temb)[:, :, None, None, None])
+
+
+class Along(nn.Conv3d):
+    """Mixes frames."""
+
+    def forward(self, x, temb, encoder_hidden_states):
+        return x + torch.tanh(super().forward(x) + encoder_hidden_states.mean())
+
+
+class Stage(nn.Module):
+    """Layers, motion modules of which some are none, as LatentSync has them, and resampling."""
+    added = 0.0
+
+    def __init__(self, into: tuple, out: int, moving: bool, resample: nn.Module | None = None):
+        super().__init__()
+        self.resnets = nn.ModuleList(Layer(channels, out) for channels in into)
+        self.motion_modules = nn.ModuleList(Along(out, out, (3, 1, 1), padding=(1, 0, 0)) if moving else None
+                                            for _ in into)
+        self.downsamplers = self.upsamplers = None if resample is None else nn.ModuleList([resample])
+
+
+class Down(Stage):
+    def forward(self, hidden_states, temb=None, encoder_hidden_states=None):
+        x, made = hidden_states, ()
+        for resnet, motion in zip(self.resnets, self.motion_modules, strict=True):
+            x = resnet(x, temb)
+            x = x if motion is None else motion(x, temb, encoder_hidden_states=encoder_hidden_states)
+            made += (x,)
+        for resample in self.downsamplers or ():
+            x = resample(x)
+            made += (x,)
+        return x, made
+
+
+class Up(Stage):
+    def forward(self, hidden_states, res_hidden_states_tuple, temb=None, encoder_hidden_states=None):
+        x, skips = hidden_states, res_hidden_states_tuple
+        for resnet, motion in zip(self.resnets, self.motion_modules, strict=True):
+            x, skips = resnet(torch.cat([x, skips[-1]], 1), temb), skips[:-1]
+            x = x if motion is None else motion(x, temb, encoder_hidden_states=encoder_hidden_states)
+        for resample in self.upsamplers or ():
+            x = resample(x)
+        return x + self.added
+
+
+class Unet3D(ModelMixin, ConfigMixin):
+    """A U-Net of another project: diffusers' parts by name, classes and forwards of its own, five dimensions."""
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self):
+        super().__init__()
+        self.conv_in, self.conv_out = nn.Conv3d(4, 8, 1), nn.Conv3d(8, 4, 1)
+        self.down_blocks = nn.ModuleList([Down((8,), 8, True, nn.AvgPool3d((1, 2, 2))), Down((8,), 16, False)])
+        self.mid_block = Layer(16, 16)
+        self.up_blocks = nn.ModuleList([Up((32, 24), 16, False, nn.Upsample(scale_factor=(1, 2, 2))),
+                                        Up((24, 16), 8, True)])
+
+    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True):
+        temb = torch.sin(torch.arange(1.0, 9.0) * timestep / 100).expand(len(sample), 8)
+        x = self.conv_in(sample)
+        skips = (x,)
+        for block in self.down_blocks:
+            x, made = block(x, temb=temb, encoder_hidden_states=encoder_hidden_states)
+            skips += made
+        x = self.mid_block(x, temb)
+        for block in self.up_blocks:
+            x = block(hidden_states=x, res_hidden_states_tuple=skips[-2:], temb=temb,
+                      encoder_hidden_states=encoder_hidden_states)
+            skips = skips[:-2]
+        return (self.conv_out(x),)
+
+
+class Theirs(DiffusionPipeline):
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, steps: int) -> torch.Tensor:
+        x = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.scheduler.set_timesteps(steps)
+        with self.progress_bar(total=steps):
+            for t in self.scheduler.timesteps:
+                x = self.scheduler.step(self.unet(x, t, torch.ones(1, 2, 8))[0], t, x).prev_sample
+        return x
+
+
+def test_a_video_unet_of_others():
+    """Duck-typed: what consists of the same parts is cached, what computes more than they do is refused."""
+    torch.manual_seed(0)
+    pipe = Theirs(Unet3D().eval(), DDIMScheduler(**BETAS, clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    plain, ran = pipe(6), []
+    pipe.unet.mid_block.register_forward_hook(lambda *_: ran.append(1))
+    with enable_deepcache(pipe, interval=1):
+        assert torch.equal(pipe(6), plain)
+    for branch in (0, 1, 2):
+        ran.clear()
+        with enable_deepcache(pipe, interval=3, branch=branch):
+            assert not torch.equal(pipe(6), plain) and len(ran) == 2
+    pipe.unet = Unet3D.from_config(pipe.unet.config).eval()
+    pipe.unet.up_blocks[0].added = 0.1
+    with enable_deepcache(pipe), pytest.raises(UserError, match="Unet3D, which cannot be taken apart"):
+        pipe(6)

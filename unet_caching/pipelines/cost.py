@@ -1,7 +1,5 @@
-"""How much a run saves: exact multiply-accumulates of the calls that it makes, attention's included.
-
-They are counted in these very calls, one of each kind, as PyTorch dispatches their operations: nothing else runs.
-"""
+"""How much a run saves: exact multiply-accumulates of its calls, attention's included, as PyTorch dispatches them in
+one of each kind: nothing else runs."""
 
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext

@@ -1,15 +1,10 @@
 """Caching in a diffusers pipeline, in two lines.
 
-    from unet_caching import disable_deepcache, enable_deepcache
     enable_deepcache(pipe, interval=3)      # pipe(...) as before, now one full step in three
-    disable_deepcache(pipe)                 # as it was
+    disable_deepcache(pipe)                 # as it was; or: with enable_deepcache(pipe, interval=3): ...
 
-    with enable_deepcache(pipe, interval=3, forecast=1):
-        pipe(...)                           # on in here alone
-
-docs/pipelines.md says for which pipelines this is; unet_caching/pipelines/loop.py, what counts as a step. Several
-pipelines may share one U-Net, each with its own settings or without caching, in threads of their own too.
-`logging.getLogger("unet_caching")` tells at the end of each run, at level INFO, what it did and what that saved.
+docs/pipelines.md says for which pipelines, loop.py what counts as a step. Several pipelines may share one U-Net, each
+with its own settings or without caching, in threads of their own too.
 """
 
 import re
@@ -56,17 +51,13 @@ def enable_deepcache(pipe: DiffusionPipeline, interval: int | None = None, branc
     branch: 0-based skip that cached steps still compute; 0 saves most, 1 is the paper's for Stable Diffusion and the
     default, 2 for a UNet2DModel.
     schedule: "uniform", or "centered" with the paper's non-uniform center and power (unet_caching/schedules.py).
-    options: of all methods in registry.py, by the names that their flags have in the sample commands, files as
-    paths: forecast=1 extrapolates what is reused (not of the papers). A plan wants its own scheduler, too:
-    unet_caching.pipelines.scheduler.plan_scheduler.
+    options: of all methods in registry.py, by the names that their flags have in the sample commands, files as paths:
+    forecast=1 extrapolates what is reused (not of the papers). A plan wants its own scheduler: plan_scheduler.
     Raises UserError for settings that cannot be and for a pipeline that cannot be cached; nothing has changed then.
     """
     if interval is None:
         interval = 1 if options.keys() & ALONE else 3
     options |= {"interval": interval, "branch": branch, "schedule": schedule, "center": center, "power": power}
-    with as_options_error():
-        options = {name: _plain(name, value) for name, value in options.items()}
-        check_settings(schedule, options["interval"], center, power)
     bar, before = ProgressBar(pipe, options), vars(pipe).get("progress_bar")
     bar.check(_unet(pipe))
     disable_deepcache(pipe)
@@ -97,8 +88,7 @@ def _within(pipe: DiffusionPipeline, before: "ProgressBar | None") -> Iterator[D
 
 
 def _switch_on(pipe: DiffusionPipeline, bar: "ProgressBar") -> None:
-    bar.shadowed = vars(pipe).get("progress_bar")
-    pipe.progress_bar = bar
+    bar.shadowed, pipe.progress_bar = vars(pipe).get("progress_bar"), bar
     install(pipe)
 
 
@@ -139,7 +129,10 @@ class ProgressBar:
     """A pipeline's `progress_bar`: the one that it had before, with a run around the loop that it counts."""
 
     def __init__(self, pipe: DiffusionPipeline, options: Mapping[str, Any]):
-        self.pipe, self.options = pipe, options
+        self.pipe = pipe
+        with as_options_error():
+            self.options = {name: _plain(name, value) for name, value in options.items()}
+            check_settings(*(self.options[name] for name in ("schedule", "interval", "center", "power")))
         self.order = options.get("forecast", 0)
         self.shadowed: Any = None           # set on the object by the user; else it is the class's
         self.warnings: set[str] = set()
@@ -160,8 +153,8 @@ class ProgressBar:
     def check(self, unet: nn.Module) -> None:
         """Refuse settings that no run can have. Raises UserError."""
         steps = calls = LONG
-        for path in (value for value in self.options.values() if isinstance(value, Path)):
-            if run := made_for(path):
+        for path in self.options.values():
+            if isinstance(path, Path) and (run := made_for(path)):
                 steps, calls = run["steps"], solver(run["sampler"]).calls(run["steps"])
         with as_options_error():
             check_order(self.order)
@@ -174,7 +167,7 @@ class ProgressBar:
         """What a run of so many network calls caches by: its interval and order fit into it. Raises UserError."""
         scheduler = getattr(self.pipe, "scheduler", None)
         steps = max(calls - (isinstance(scheduler, PNDMScheduler) and bool(scheduler.config.skip_prk_steps)), 1)
-        fitting = {**self.options, "interval": min(self.options["interval"], steps)}
+        fitting = self.options | {"interval": min(self.options["interval"], steps)}
         with as_options_error(f"this run has {steps} steps: "):
             for order in range(self.order, -1, -1):
                 fitting |= {"forecast": order} if order else {"forecast": 0, "forecast_damping": 1.0}

@@ -1,7 +1,6 @@
 """Where the nest takes the place of a U-Net's forward: on the object, under hooks and inside what torch.compile made.
 
-What stands there refers to the U-Net alone, so that a U-Net can be copied and pickled while caching is on; which
-pipelines want it there is kept beside, by weak references.
+What stands there refers to the U-Net alone, so that this can be copied and pickled while caching is on.
 """
 
 from typing import Any
@@ -64,8 +63,7 @@ def check(unet: Any) -> None:
 
 def install(pipe: Any) -> None:
     """Put the nest into the U-Net of a pipeline, as it is now; again without effect. `check` it first."""
-    unet = unwrapped(pipe.unet)
-    holder, name = _slot(unet)
+    holder, name = _slot(unet := unwrapped(pipe.unet))
     forward = vars(holder).get(name)
     if _is_ours(getattr(forward, "_torchdynamo_orig_callable", None)):
         setattr(holder, name, Counted(unet, forward).__call__)

@@ -22,10 +22,7 @@ _MODULE = (f"{_FOLDER}/nn/modules/module.py", f"{_FOLDER}/_dynamo/eval_frame.py"
 
 
 class Loop:
-    """One invocation of a function that runs a denoising loop of a pipeline.
-
-    It is known by its number and code: to hold the frame itself would keep all its tensors.
-    """
+    """One invocation of a function that runs a denoising loop: by number and code, since a frame keeps its tensors."""
 
     def __init__(self, frame: FrameType, pipe: object):
         self.id, self.code, self.kind = id(frame), frame.f_code, type(pipe)
@@ -61,10 +58,10 @@ def num_calls(pipe: Any, loop: Loop, iterable: Any, total: int | None) -> int:
     if number is not None and "_num_timesteps" in loop.code.co_names:       # else it is of an older run
         return number
     assert total is not None
-    steps, timesteps = getattr(scheduler, "num_inference_steps", None), getattr(scheduler, "timesteps", ())
-    if steps is None:                       # another scheduler counts, that of an inversion, say
+    steps: int | None = getattr(scheduler, "num_inference_steps", None)
+    if scheduler is None or steps is None:      # another scheduler counts, that of an inversion, say
         return total
-    return max(total, len(timesteps) - getattr(scheduler, "order", 1) * (steps - total))
+    return max(total, len(scheduler.timesteps) - getattr(scheduler, "order", 1) * (steps - total))
 
 
 class Timestep:

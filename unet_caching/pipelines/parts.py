@@ -1,8 +1,7 @@
 """diffusers' U-Nets taken apart: what lies between two skips is one callable, in the order of our branches.
 
 A part is one layer of a block, in the block's own forward: it runs on a stand-in for the block that has this layer
-alone. How modules are called, FreeU, checkpointing and what differs from version to version stay diffusers' own, and
-nothing is copied.
+alone. How modules are called, FreeU, checkpointing and what differs from version to version stay diffusers' own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,9 +30,8 @@ class Caching(NamedTuple):
 
 
 class Call:
-    """One network call. It runs what is hung on a block before the first of its parts that run, and after the last one:
-    the hooks by which diffusers offloads groups of layers. adapter: residuals of a T2I-Adapter (arXiv 2302.08453).
-    """
+    """One network call. It runs a block's hooks, by which diffusers offloads groups of layers, around those parts of it
+    that run. adapter: residuals of a T2I-Adapter (arXiv 2302.08453)."""
     inside: Theirs = None                   # the block with hooks of which parts run
 
     def __init__(self, caching: Caching, adapter: Sequence[Tensor]):
@@ -94,7 +92,7 @@ def encoder(unet: Theirs, call: Call) -> tuple[list[Block], list[Down]]:
         blocks.append(block)
         if index < len(call.adapter):       # it adds before the downsampling where there is cross-attention, else after
             place = first + layers - 1 if getattr(block, "has_cross_attention", False) else -1
-            parts[place] = partial(_adapted, parts[place], call.adapter[index])
+            parts[place] = lambda x, own=parts[place], more=call.adapter[index]: own(x) + more  # type: ignore[misc]
     return blocks, parts
 
 
@@ -123,10 +121,6 @@ def middle(block: Block | None, call: Call, place: int, x: Tensor) -> Tensor:
     return x if extra is None or extra.shape != x.shape else x + extra
 
 
-def _adapted(part: Down, residual: Tensor, x: Tensor) -> Tensor:
-    return part(x) + residual
-
-
 def _down(call: Call, block: Block, i: int, x: Tensor) -> Tensor:
     call.enter(block._module)
     run = _forward(call, block, layer(block, i), downsamplers=None)
@@ -138,8 +132,10 @@ def _downsample(call: Call, block: Block, x: Tensor) -> Tensor:
     for module in block.downsamplers:
         if type(module) is ResnetBlock2D:
             x = module(x, *block._args[:1] or [block._kwargs["temb"]])
-        else:                               # by keyword, as FreeNoise's split inference has it
+        elif hasattr(module, "input_kwargs_to_split"):      # of FreeNoise's split inference
             x = module(hidden_states=x)
+        else:
+            x = module(x)
     return x
 
 

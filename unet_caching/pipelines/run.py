@@ -1,7 +1,6 @@
 """A run: one denoising loop, from where it opens its progress bar to where it closes it, by an exception too.
 
-The run is kept in a context variable of the thread that runs the loop: two threads, or two pipelines on one U-Net,
-never see each other's. A pipeline that runs inside a callback of another has a run of its own, within the outer one.
+It is kept in a context variable of its thread: two threads, or two pipelines on one U-Net, never see each other's.
 """
 
 import logging
@@ -63,10 +62,8 @@ class Stream:
 
 
 class Run:
-    """One denoising loop on a U-Net; a context manager, inside which it is the thread's.
-
-    planned: what it caches by, and for how many steps; asked at the first network call, or ahead of that by `prepare`.
-    """
+    """One denoising loop on a U-Net; a context manager, inside which it is the thread's. planned: what it caches by,
+    and for how many steps; asked at the first network call, or ahead of that by `prepare`."""
 
     def __init__(self, unet: nn.Module, loop: Loop, planned: Callable[[], tuple[Methods, int]]):
         self.unet, self.loop, self.planned = unet, loop, planned
@@ -135,11 +132,11 @@ class Run:
         policy = plan.policy("meta", x.dtype)
         if policy is not None:
             self.asked = {module: name for module, name in residuals(self.unet) if policy.owns(name)}
-            stores = next((type(module.processor).__name__ for module in self.unet.modules()
-                           if any(hasattr(getattr(module, "processor", None), name) for name in STORES)), None)
-            if stores is not None:
-                raise UserError(f"{stores}s store attention maps, which are read after each network call: cached steps "
-                                "do not run the layers that make them. Switch caching off, or use interval=1")
+            for processor in (getattr(module, "processor", None) for module in self.unet.modules()):
+                if any(hasattr(processor, name) for name in STORES):
+                    raise UserError(f"{type(processor).__name__}s store attention maps, which are read after each "
+                                    "network call: cached steps do not run the layers that make them. Switch caching "
+                                    "off, or use interval=1")
             if any(name.startswith("middle_block.") for name in self.asked.values()):
                 check_container("mid_block", self.unet.get_submodule("mid_block"))
         prove(self.unet, self.asked, args, kwargs)
@@ -148,8 +145,7 @@ class Run:
 
     def _differentiates(self, args: tuple, kwargs: dict) -> bool:
         """Whether a loss goes through this call."""
-        found = self.unet.training or any(isinstance(value, Tensor) and value.requires_grad
-                                          for value in (*args, *kwargs.values()))
+        found = self.unet.training or any(getattr(value, "requires_grad", False) for value in (*args, *kwargs.values()))
         self.differentiated += found
         return found
 

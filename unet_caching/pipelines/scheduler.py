@@ -15,25 +15,22 @@ from unet_caching.files.fitted import Fitted
 from unet_caching.methods.plan import SAMPLING, Plan
 from unet_caching.samplers.ddim import is_listed, make_timesteps
 from unet_caching.samplers.diffusion import clean_image, predicted_noise
-from unet_caching.samplers.solvers import OfDiffusers, Solver, set_listed, solver
+from unet_caching.samplers.solvers import OfDiffusers, set_listed, solver
 from unet_caching.samplers.table import Table, combined
 
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "v"}        # diffusers' names -> ours
 
 
 def plan_scheduler(plan: Path | str, scheduler: SchedulerMixin) -> SchedulerMixin:
-    """diffusers' scheduler of a plan's sampler, at the plan's timesteps and with its solver: pipe.scheduler =
-    plan_scheduler(plan, pipe.scheduler).
+    """diffusers' scheduler of a plan's sampler, at the plan's timesteps and with its solver, for as many steps.
 
-    plan: a file of lab.plans search. scheduler: the pipeline's own, whose noise levels and prediction it has. It is for
-    as many steps as the plan has, and refuses others where the pipeline sets them. Saved, it is the scheduler of
-    diffusers without list and solver. Raises UserError for a file that is no plan, and where there is no such
-    scheduler.
+    plan: a file of lab.plans search. scheduler: the pipeline's own, whose noise levels and prediction it has. Saved, it
+    is diffusers' without list and solver. Raises UserError for what is no plan, and where there is no such scheduler.
     """
     with as_user_error():
         found = Plan.load(plan)
         sampler, steps, timesteps = (found.made_for[key] for key in SAMPLING)
-        chosen = _scheduler_of(found)
+        chosen = solver("unipc" if found.solver else found.made_for["sampler"])     # any would do for its own solver
     betas, prediction = _betas(scheduler), getattr(scheduler, "config", {}).get("prediction_type", "epsilon")
     if not isinstance(chosen, OfDiffusers) or (not chosen.takes_lists and prediction != "epsilon") or (
             found.solver is not None and prediction not in PREDICTIONS):
@@ -58,14 +55,6 @@ def plan_scheduler(plan: Path | str, scheduler: SchedulerMixin) -> SchedulerMixi
         methods |= {"step": _step_of(found.solver), "plan_sha256": found.sha256}
     made = type(kind.__name__, (kind,), methods)
     return chosen.build(made, timesteps, betas, prediction_type=prediction)
-
-
-def _scheduler_of(plan: Plan) -> Solver:
-    """The sampler whose scheduler a plan takes: with a solver of its own any would do, for timesteps and noise levels.
-
-    Raises ValueError.
-    """
-    return solver(plan.made_for["sampler"] if plan.solver is None else "unipc")
 
 
 def _step_of(table: Table) -> Any:
@@ -121,6 +110,6 @@ def refuse_other_sampling(file: Fitted, scheduler: Any) -> None:
         expected = make_timesteps(timesteps, steps, config.get("num_train_timesteps", 1000))[::-1]
     if not same or [round(float(t), 2) for t in scheduler.timesteps] != [round(t, 2) for t in expected]:
         what = f"a solver that was learned from {sampler}, at" if learned else f"{sampler} at"
-        remedy = ": pipe.scheduler = plan_scheduler(FILE, pipe.scheduler) gives it those (unet_caching.plan_scheduler)"
-        raise UserError(f"the {file.kind} was made for {what} other timesteps than this pipeline's scheduler "
-                        f"has, {timesteps} in {steps} steps{remedy if isinstance(file, Plan) else ''}")
+        remedy = ": pipe.scheduler = plan_scheduler(FILE, pipe.scheduler)" if isinstance(file, Plan) else ""
+        raise UserError(f"the {file.kind} was made for {what} other timesteps than this pipeline's scheduler has, "
+                        f"{timesteps} in {steps} steps{remedy}")
