@@ -29,8 +29,6 @@ def read_prompts(path: Path | str) -> list[str]:
         ".txt": _lines, ".csv": _csv, ".tsv": _tsv, ".json": _json}
     if not path.is_file():
         raise UserError(f"no prompts file {path}")
-    if path.suffix.lower() == ".parquet":
-        raise UserError(f"{path}: write its prompts to a .txt file, a line each, or a .csv file with the column prompt")
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: prompts are read from {', '.join(readers)}")
     prompts = []

@@ -128,10 +128,10 @@ def test_the_difference_of_two_runs_is_paired_by_seed(capsys, tmp_path, samples,
                      of=save_samples(tmp_path / "second", [np.roll(image, 3, 0) for image in pixels_of(samples)]))
     by, (a, b) = second.details["difference"], (next(iter(one.metrics.values())).value for one in (second, first))
     assert by["mean"] == pytest.approx(a - b, abs=1e-4)
-    assert by["interval"][0] <= by["mean"] <= by["interval"][1] and -1 <= by["correlation"] <= 1
+    assert by["interval"][0] <= by["mean"] <= by["interval"][1]
     assert "paired by seed" in capsys.readouterr().out
     itself = clip_score.difference(first, first)
-    assert (itself["mean"], itself["interval"]) == (0, [0, 0]) and itself["correlation"] == pytest.approx(1)
+    assert (itself["mean"], itself["interval"]) == (0, [0, 0])
 
 
 @pytest.mark.parametrize("change, args, message", [

@@ -97,7 +97,7 @@ def world(tmp_path_factory):
 
 
 def test_a_share_of_the_cases(world, tmp_path):
-    cases = all_cases(world.folder)
+    cases = all_cases()
     assert len(cases) >= 300
     faults = [fault for case in cases[::SHARE] for fault in faults_of(case, world, tmp_path)]
     assert not faults, "\n".join(faults)
@@ -105,5 +105,5 @@ def test_a_share_of_the_cases(world, tmp_path):
 
 @pytest.mark.slow
 def test_every_case(world, tmp_path):
-    faults = [fault for case in all_cases(world.folder) for fault in faults_of(case, world, tmp_path)]
+    faults = [fault for case in all_cases() for fault in faults_of(case, world, tmp_path)]
     assert not faults, "\n".join(faults)

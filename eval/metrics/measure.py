@@ -22,11 +22,6 @@ class Measure:
     scale: float = 1                # and what a value is multiplied by
     higher: bool = False            # whether that is better
 
-    @property
-    def better(self) -> str:
-        """'higher' or 'lower'."""
-        return "higher" if self.higher else "lower"
-
 
 @dataclass(frozen=True, kw_only=True)
 class PairMeasure(Measure):
