@@ -25,6 +25,7 @@ from typing import Any
 from unet_caching.errors import UserError
 
 Flags = Mapping[str, str]       # field -> its flag, where that is not the field's name
+MANY = 20           # options of a command, beyond which its usage does not list them
 _OURS = ("help", "least", "flag", "word", "one_of")     # keys of a field's metadata that argparse does not have
 
 
@@ -58,6 +59,7 @@ def out_file(text: str) -> Path:
     return path
 
 
+_WORDS = {int: "N", float: "X", Path: "PATH"}      # what a value is called in --help, where its option does not say
 _CHECKED: dict[type, Callable[[str], Any]] = {int: whole, float: finite}
 
 
@@ -111,6 +113,8 @@ def _argument(cls: type, one: Field, flags: Flags | None) -> tuple[str, dict[str
     how: dict[str, Any] = {"help": about["help"], "default": None if needed else one.default,
                            **({"action": "store_true"} if of is bool else {"type": _CHECKED.get(of, of)}),
                            **{key: value for key, value in about.items() if key not in _OURS and value}}
+    if "type" in how and not about.get("choices") and not about.get("word"):
+        how.setdefault("metavar", _WORDS.get(of))
     if about.get("action") == "append":
         how["default"] = list(how["default"] or ())
     elif many:
@@ -136,15 +140,22 @@ def check(options: Any, flags: Flags | None = None) -> None:
                 raise UserError(f"{name} must be {least} or more, got {value}")
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=29)
+
+
 def build_parser(doc: str | None, *kinds: type, flags: Flags | None = None, defaults: Mapping[str, Any] | None = None,
                  prog: str | None = None) -> argparse.ArgumentParser:
     """A command line with the options of dataclasses. defaults: of this command, instead of the options' own."""
-    parser = argparse.ArgumentParser(prog=prog, description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for cls in kinds:
+    parser = argparse.ArgumentParser(prog=prog, description=doc, allow_abbrev=False, formatter_class=_formatter)
+    for cls in sorted(kinds, key=lambda cls: getattr(cls, "rare", False)):
         add(parser, cls, flags)
     for action in parser._actions:
         action.required = action.required and action.dest not in (defaults or {})
+    if len(parser._actions) > MANY:
+        needed = [f"{action.option_strings[0]} {action.metavar or action.dest.upper()}" if action.option_strings
+                  else action.dest for action in parser._actions if action.required]
+        parser.usage = " ".join(["%(prog)s", *needed, "[option ...]"])
     parser.set_defaults(**defaults or {})
     return parser
 

@@ -74,7 +74,7 @@ class Condition:
 @dataclass(frozen=True)
 class Guided(Condition):
     """What a model with classifier-free guidance shows."""
-    guidance: float | None = option(None, "classifier-free guidance; 1 = none, anything else doubles the batch")
+    guidance: float | None = option(None, "classifier-free guidance; 1 = none")
 
     def name(self) -> tuple[list[str], list[str]]:
         return [], [] if self.guidance is None else [f"guidance{self.guidance:g}"]

@@ -173,9 +173,8 @@ def summary(run: Run, out: Path, wanted: int, made: int) -> str:
 
 
 _SAMPLING = """
-Defaults are the paper's settings for the model. One image per seed, the same for any batch size or number of
-processes; stop it whenever you like, the same command fills in what is missing. Several processes share the seeds as
-they come, under torchrun or as the same command several times. SIGUSR1 and SIGTERM stop it after its batch, with 75.
+One image per seed, the same for any batch size or number of processes. The same command goes on after a stop; several
+of them share the seeds, as does torchrun. SIGUSR1 and SIGTERM stop it after its batch, with exit code 75.
 """
 
 
@@ -183,9 +182,8 @@ they come, under torchrun or as the same command several times. SIGUSR1 and SIGT
 class Images:
     """What a sample command makes."""
     title: ClassVar[str] = "the images"
-    out: Path = required("sample folder; images that are there are kept")
-    seeds: str | None = option(None, "one image per seed: 0-49999 or 0-9,20 (default: as many as the paper; as there "
-                                     "are prompts)")
+    out: Path = required("folder; images that are there are kept", metavar="FOLDER")
+    seeds: str | None = option(None, "like 0-9,20 (default: as many as the paper)")
 
 
 def sample_command(family: Family, doc: str | None) -> Callable[[], None]:

@@ -16,8 +16,7 @@ from unet_caching.options import option
 class Device:
     """Where to compute. Raises UserError for numbers that cannot be."""
     title: ClassVar[str] = "the machine"
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 (default: %(default)s; "
-                         "under torchrun cuda is each process's own)")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 (default: %(default)s)")
     threads: int | None = option(None, "CPU threads (default: all cores)", least=1)
 
     def __post_init__(self) -> None:
@@ -45,8 +44,6 @@ class Device:
 @dataclass(frozen=True)
 class Machine(Device):
     """Where and how to compute the images of a run."""
-    batch_size: int = option(8, "images at a time; changes no image (default: %(default)s)", least=1)
-    compile: bool = option(False, "torch.compile: a graph for full, one for cached steps; with --block-schedule one "
-                                  "for each set of blocks that some step reuses")
-    cuda_graphs: bool = option(False, "record each kind of step once and replay it, which saves launching its kernels; "
-                                      "for a GPU")
+    batch_size: int = option(8, "images at a time (default: %(default)s)", least=1)
+    compile: bool = option(False, "torch.compile, a graph for each kind of step")
+    cuda_graphs: bool = option(False, "record each kind of step once and replay it (GPU)")

@@ -49,14 +49,14 @@ BRIEF = ("model", "sampler", "steps", "dtype", "timesteps", "eta", "guidance", "
 class ConfigFile:
     """The model that a command is about."""
     title: ClassVar[str] = "the model"
-    config: Path = required("configs/*.yaml; brings more options")
+    config: Path = required("configs/*.yaml; brings more options", metavar="FILE")
 
 
 @dataclass(frozen=True)
 class SamplerOptions:
     """The sampler's settings; what is not given is the config's."""
-    title: ClassVar[str] = "the sampler (defaults: the config's, which are the paper's)"
-    sampler: str | None = option(None, SAMPLERS_HELP, choices=SAMPLERS)
+    title: ClassVar[str] = "the sampler (defaults: the paper's)"
+    sampler: str | None = option(None, SAMPLERS_HELP, choices=SAMPLERS, metavar="NAME")
     steps: int | None = option(None, "network calls per image; plms makes one more")
     timesteps: str | None = option(None, TIMESTEPS_HELP, metavar="SPACING")
     eta: float | None = option(None, "ddim: 0 = deterministic, 1 = the variance of DDPM")
@@ -67,9 +67,8 @@ class NetworkOptions:
     """The weights, and their number format."""
     title: ClassVar[str] = "the network"
     checkpoint: Path | None = option(None, "weights, instead of the config's")
-    ema: str | None = option(None, "of weights of two kinds, the EMA ones or the others (default: EMA; of files in "
-                                   "CompVis' layout the others, as its scripts do)", choices=("yes", "no"))
-    dtype: str = option("fp32", "of the network; the sampler is fp32 (default: fp32)", choices=tuple(DTYPES))
+    ema: str | None = option(None, "take the EMA weights (default: yes; CompVis' files: no)", choices=("yes", "no"))
+    dtype: str = option("fp32", "of the network (default: fp32)", choices=tuple(DTYPES))
 
 
 @dataclass(frozen=True)

@@ -47,22 +47,17 @@ class TextCondition(Guided):
     prompts: Path | None = option(None, "a file of prompts, one for each seed")
     prompt: str | None = option(None, "one prompt, for every seed")
     images_per_prompt: int = option(1, "seed s has prompt s // this (default: 1)", least=1)
-    negative_prompt: str = option("", "what guidance leads away from (default: the empty one)")
-    height: int | None = option(None, "of the images, in pixels (default: the config's resolution)")
+    negative_prompt: str = option("", "what guidance leads away from (default: empty)", metavar="TEXT")
+    height: int | None = option(None, "of the images, in pixels (default: the config's)")
     width: int | None = option(None, "likewise")
-    original_size: str | None = option(None, "SDXL: the size that a training image would have had before it was cut, "
-                                             "in pixels (default: that of the images)", metavar="HEIGHT,WIDTH")
-    crop: str | None = option(None, "SDXL: where that would have been cut; 0,0 = nothing of what is shown is cut off "
-                                    "(default)", metavar="TOP,LEFT")
-    target_size: str | None = option(None, "SDXL: the size after that (default: that of the images)",
-                                     metavar="HEIGHT,WIDTH")
-    released_noise: bool = option(False, "the released evaluation's noise, the same in every batch: seed 42 is set "
-                                  "again for each; an image depends on its place in the batch then, and on "
-                                  "--batch-size, --dtype and the kind of --device")
-    unet: Path | None = option(None, "a U-Net's weights, a file or folder, instead of the model's")
+    original_size: str | None = option(None, "SDXL: size before it was cut (default: as it is)", metavar="H,W")
+    crop: str | None = option(None, "SDXL: where it was cut (default: 0,0, nowhere)", metavar="TOP,LEFT")
+    target_size: str | None = option(None, "SDXL: size after that (default: as it is)", metavar="H,W")
+    released_noise: bool = option(False, "the released evaluation's noise: seed 42 again for "
+                                  "each batch, so that --batch-size changes images")
+    unet: Path | None = option(None, "a U-Net's weights, instead of the model's")
     vae: Path | None = option(None, "an autoencoder's, likewise")
-    diffusers_unet: bool = option(False, "run the folder's U-Net through diffusers, without caching: for pruned ones "
-                                         "(BK-SDM)")
+    diffusers_unet: bool = option(False, "the folder's U-Net by diffusers, uncached (BK-SDM)")
 
     def __post_init__(self) -> None:
         arguments.check(self)

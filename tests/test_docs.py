@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import HERE, main_of
+from conftest import HERE, main_of, run_command
 
 ROOT = HERE.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"),
@@ -110,3 +110,11 @@ def test_pages_are_short_and_so_are_their_sentences(page):
 
 def test_docs_are_short():
     assert sum(page.read_text().count("\n") for page in ROOT.glob("docs/*.md")) <= LINES
+
+
+@pytest.mark.parametrize("package", ["ddpm", "ldm", "stable_diffusion"])
+def test_help_of_sampling_fits_two_screens(package, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_command(main_of(f"{package}.sample"), "--help") == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 100 and text.index("--seeds") < text.index("--block-schedule")

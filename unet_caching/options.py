@@ -80,6 +80,7 @@ class ScheduledMethod(Method):
 class MethodOptions:
     """The options of one method; subclasses add their fields by `option`."""
     title: ClassVar[str] = "caching"    # what --help calls their group
+    rare: ClassVar[bool] = False        # whether --help has them after all others
 
     def sampling(self) -> Mapping[str, Any]:
         """Settings of the sampler (sampler, steps, timesteps) that a run has unless its user says others, and the table

@@ -165,9 +165,9 @@ class AdaptiveMethod(Method):
 @dataclass(frozen=True)
 class AdaptiveOptions(MethodOptions):
     """A rule by which each image decides."""
-    title = "caching (adaptive: each image decides while it is made when its feature is computed)"
-    adaptive: Path | None = option(None, "a rule that lab.fit adaptive made for this model, sampler and "
-                                         "number of steps", metavar="FILE")
+    title = "caching (adaptive: each image decides when it computes)"
+    rare = True
+    adaptive: Path | None = option(None, "a rule that lab.fit adaptive made for this run", metavar="FILE")
 
     def bind(self, shape: RunShape, others: Sequence[Method]) -> AdaptiveMethod | None:
         if self.adaptive is None:

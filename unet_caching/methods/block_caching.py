@@ -143,10 +143,9 @@ class BlockCachingMethod(ScheduledMethod):
 @dataclass(frozen=True)
 class BlockCachingOptions(MethodOptions):
     """When each block is computed, and how reused ones are adjusted."""
-    title = ("caching (Block Caching; together with --interval, of the blocks outside the level that DeepCache "
-             "reuses)")
-    block_schedule: Path | None = option(None, "when each block is computed: a file that lab.fit made for this model, "
-                                               "sampler and number of steps", metavar="FILE")
+    title = "caching (Block Caching; --interval caches what is inside of it)"
+    rare = True
+    block_schedule: Path | None = option(None, "when each block is computed, by lab.fit", metavar="FILE")
     scale_shift: Path | None = option(None, "how reused blocks are adjusted, likewise", metavar="FILE")
 
     def bind(self, shape: RunShape, others: Sequence[Method]) -> BlockCachingMethod | None:

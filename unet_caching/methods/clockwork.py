@@ -190,15 +190,14 @@ class ClockworkMethod(Method):
 @dataclass(frozen=True)
 class ClockworkOptions(MethodOptions):
     """How often the low-resolution part runs, and what stands in for it."""
-    title = "caching (Clockwork: the low-resolution part runs once in so many steps, an adaptor on all others)"
-    clock: int = option(1, "one full step in every so many; 1 = no caching (default)")
-    clock_branch: int | None = option(None, "0-based skip whose inner level is the low-resolution part (default: 2, "
-                                            "all below the full resolution where levels have two blocks)")
-    clock_from: float = option(0.0, "share of the run before which all steps are full (default: 0)", metavar="SHARE")
-    clock_preset: str | None = option(None, "clock and share of the paper's Stable Diffusion",
-                                      choices=tuple(PRESETS))
-    adaptor: Path | None = option(None, "a learned adaptor: a file that lab.fit adaptor made for this model, "
-                                        "sampler, clock and branch (default: the identity)", metavar="FILE")
+    title = "caching (Clockwork: an adaptor stands in for the low-resolution part)"
+    rare = True
+    clock: int = option(1, "one full step in every N (default: 1, no caching)")
+    clock_branch: int | None = option(None, "0-based skip inside of which it does (default: 2)")
+    clock_from: float = option(0.0, "before this share all steps are full (default: 0)", metavar="SHARE")
+    clock_preset: str | None = option(None, f"the paper's clock and share: {', '.join(PRESETS)}",
+                                      choices=tuple(PRESETS), metavar="NAME")
+    adaptor: Path | None = option(None, "by lab.fit adaptor (default: the identity)", metavar="FILE")
 
     def bind(self, shape: RunShape, others: Sequence[Method]) -> ClockworkMethod | None:
         clock, share = self.clock, self.clock_from

@@ -75,13 +75,13 @@ class DeepCacheMethod(ScheduledMethod):
 class DeepCacheOptions(MethodOptions):
     """Which steps are full, and what the others reuse."""
     title = "caching (DeepCache)"
-    interval: int = option(1, "N of 1:N: one full step in every N; 1 = no caching (default)")
-    branch: int | None = option(None, "0-based skip that is recomputed last; 0 = conv_in caches most (default: the "
-                                      "paper's for this model)")
-    schedule: str = option("uniform", "which steps are full (default: uniform)", choices=tuple(RULES))
+    interval: int = option(1, "one full step in every N (default: 1, no caching)")
+    branch: int | None = option(None, "0-based skip; 0 caches most (default: the paper's)")
+    schedule: str = option("uniform", f"which steps are full: {', '.join(RULES)} (default: uniform)",
+                           choices=tuple(RULES), metavar="NAME")
     center: int | None = option(None, "centered: the step around which full steps gather")
-    power: float | None = option(None, "centered and released-ldm: how quickly they thin out")
-    zero_cache: bool = option(False, "ablation of the paper's Table 5: reuse zeros instead of the feature")
+    power: float | None = option(None, "centered, released-ldm: how quickly they thin out")
+    zero_cache: bool = option(False, "reuse zeros instead (ablation of Table 5)")
 
     def bind(self, shape: RunShape, others: Sequence[Method]) -> DeepCacheMethod | None:
         branch = shape.branch if self.branch is None else self.branch

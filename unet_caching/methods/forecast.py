@@ -25,12 +25,9 @@ class ForecastMethod(Method):
 @dataclass(frozen=True)
 class ForecastOptions(MethodOptions):
     """Whether what is cached is extrapolated."""
-    title = ("caching (forecast: what DeepCache or Block Caching would reuse is extrapolated through its last full "
-             "steps; not of the papers)")
-    forecast: int = option(0, "order of the polynomial: 0 = reuse, as in the papers (default), 1 = linear, 2 = "
-                              "quadratic", metavar="ORDER")
-    forecast_damping: float = option(1.0, "share of the extrapolation that is taken; for long gaps less than 1 "
-                                          "(default: 1)", metavar="W")
+    title = "caching (forecast: extrapolate what is reused; not of the papers)"
+    forecast: int = option(0, "order of the polynomial (default: 0, reuse)", metavar="ORDER")
+    forecast_damping: float = option(1.0, "share of the extrapolation (default: 1)", metavar="W")
 
     def bind(self, shape: RunShape, others: Sequence[Method]) -> ForecastMethod | None:
         order, damping = self.forecast, self.forecast_damping

@@ -29,8 +29,8 @@ class OutputMethod(ScheduledMethod):
 class OutputOptions(MethodOptions):
     """How often the network is computed."""
     title = "caching (the whole output of the network; not of the papers)"
-    output_interval: int = option(1, "the network is computed once in so many calls, and its whole output reused, or "
-                                     "forecast, on the others; 1 = no caching (default)", metavar="N", least=1)
+    rare = True
+    output_interval: int = option(1, "one computed call in every N (default: 1, all)", metavar="N", least=1)
 
     def bind(self, shape: RunShape, others: Sequence[Method]) -> OutputMethod | None:
         if self.output_interval == 1:

@@ -159,9 +159,9 @@ class PlanMethod(Method):
 @dataclass(frozen=True)
 class PlanOptions(MethodOptions):
     """A plan for all network calls, with the sampler, steps and timesteps that it was made for."""
-    title = "caching (a plan: what each network call computes, found for a budget by lab.plans search)"
-    plan: Path | None = option(None, "a file that was made for this model. Sampler, steps and timesteps are the "
-                                     "plan's, unless given", metavar="FILE")
+    title = "caching (a plan: what each network call computes)"
+    plan: Path | None = option(None, "what lab.plans found for this model and a budget; "
+                                     "brings sampler, steps and timesteps", metavar="FILE")
 
     def sampling(self) -> Mapping[str, Any]:
         if self.plan is None:

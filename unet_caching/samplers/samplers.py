@@ -17,7 +17,7 @@ from unet_caching.samplers.table import Table
 
 SAMPLERS = tuple(SOLVERS)
 TIMESTEPS = tuple(dict.fromkeys(spacing for one in SOLVERS.values() for spacing in one.spacings))
-SAMPLERS_HELP = ", ".join(f"{name}: {one.about}" for name, one in SOLVERS.items())
+SAMPLERS_HELP = "; ".join(f"{name} ({one.about})" for name, one in SOLVERS.items())
 
 
 def _timesteps_help() -> str:
@@ -27,8 +27,8 @@ def _timesteps_help() -> str:
     return "; ".join(f"{', '.join(names)}: {', '.join(spacings)}" for spacings, names in takers.items())
 
 
-TIMESTEPS_HELP = ("how the steps spread over the noise levels (the config's by default, or leading where the sampler "
-                  f"does not take that); {_timesteps_help()}; or a list of them, like 999,750,400.5,120 (not plms)")
+TIMESTEPS_HELP = ("how the steps spread over the noise levels (default: the config's, or leading): "
+                  f"{_timesteps_help()}; or a list like 999,750,400.5,120 (not plms)")
 
 
 def num_calls(sampler: str, num_steps: int) -> int:
