@@ -6,8 +6,8 @@
 Images are brought to 299 pixels as TensorFlow 1 does. FID and sFID are against the means and covariances in the
 reference file (mu, sigma; mu_s, sigma_s), precision and recall (k = 3) against its images (arr_0, 10,000).
 The Inception Score is the mean over consecutive blocks of 5000 images in the order of the seeds, unshuffled: it depends
-on that order, and images sorted by class score far lower. Differences from the original: statistics in float64, and
-distances of precision and recall in float32, not float16.
+on that order, and images sorted by class score far lower (a warning says so). Differences from the original: statistics
+in float64, and distances of precision and recall in float32, not float16.
 Features are kept beside the images (0.02 MB an image), so that a second call takes minutes.
 """
 

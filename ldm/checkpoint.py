@@ -105,7 +105,7 @@ def convert(path: Path) -> Path:
     current = target.is_file() and noted.get(target.name) == sha256(target)
     if current and noted.get(path.name) == sha256(path):
         return target
-    if target.exists() and not current:
+    if target.exists() and not current and (target.name in noted or not note.is_file()):    # which may be cut short
         raise UserError(f"{target} is in the way of converting {path}: it was not made from it; move one of them")
     if not os.access(path.parent, os.W_OK):
         return path

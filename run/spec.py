@@ -146,6 +146,8 @@ class Run:
             raise UserError(f"--guidance must be from 0 to {MOST_GUIDANCE}, got {self.guidance:g}")
         if spec.network.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {spec.network.dtype!r}")
+        if spec.network.ema not in (None, "yes", "no"):
+            raise UserError(f"--ema must be yes or no, got {spec.network.ema!r}")
         self.sampler = _sampler(spec, self.config)
         with as_user_error():
             shape = RunShape(self.steps, self.calls, self.unet.num_branches, self.config.sampler.branch)

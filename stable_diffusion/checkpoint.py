@@ -23,9 +23,10 @@ from stable_diffusion.parts import (
     Folder,
     OneFile,
     Part,
+    check_scheduler,
     compare,
+    digests_alone,
     existing,
-    files_alone,
     read_alone,
     read_dict,
 )
@@ -108,7 +109,7 @@ def load_unet(config: Config, path: Path, ema: bool | None = None, unet: Path | 
 def checkpoint_sha256(path: Path, ema: bool | None = None, unet: Path | None = None, vae: Path | None = None) -> str:
     """The hex digest of what `load_checkpoint` reads: of a file, or of a folder's configs, weights and tokenizer."""
     path, others = existing(Path(path)), {name: one for name, one in (("unet", unet), ("vae", vae)) if one is not None}
-    lines = [f"{sha256(file)}  {name}/{file.name}\n" for name, one in others.items() for file in files_alone(name, one)]
+    lines = [line for name, one in others.items() for line in digests_alone(name, one, ema if name == "unet" else None)]
     if not path.is_dir():
         own = file_sha256(path, None if unet else ema)
         return _digest([f"{own}  {path.name}\n", *lines]) if lines else own
@@ -158,6 +159,8 @@ def _check_sizes(config: Config, model: Model, path: Path) -> None:
 
 def _unet_part(config: Config, source: Folder | OneFile | None, ema: bool | None, path: Path | None) -> Part:
     """The U-Net's part of a checkpoint, or that at `path`. Raises UserError for one that needs an image."""
+    if path is not None and (path / "scheduler").is_dir():
+        check_scheduler(config, path)
     part = source.part("unet") if path is None and source else read_alone("unet", path or Path(), config.diffusion, ema)
     first = next((part.tensors[name] for name in ("conv_in.weight", "input_blocks.0.0.weight") if name in part.tensors),
                  None)

@@ -6,6 +6,7 @@ from typing import Any
 import ldm.config
 from run import families
 from run.training import loop
+from unet_caching.errors import UserError
 from unet_caching.samplers import diffusion
 
 
@@ -64,6 +65,13 @@ class Config(families.Config):
     @property
     def unet_arguments(self) -> dict[str, Any]:
         return vars(self.unet) | ({} if self.xl is None else vars(self.xl))
+
+    def check_text_to_image(self) -> None:
+        """Raises UserError where the network takes an image besides the prompt."""
+        if self.unet.in_channels != self.unet.out_channels:
+            raise UserError(f"{self.name} takes {self.unet.in_channels} channels and predicts "
+                            f"{self.unet.out_channels}: it needs an image besides the prompt; a diffusers pipeline for "
+                            "that gives it one, and enable_deepcache caches there")
 
     @property
     def latent_size(self) -> int:

@@ -78,10 +78,7 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
     def __init__(self, run: Run, machine: Machine):
         super().__init__(run, machine)
         config, condition = self.config, self.condition
-        if config.unet.in_channels != config.unet.out_channels:
-            raise UserError(f"{config.name} takes {config.unet.in_channels} channels and predicts "
-                            f"{config.unet.out_channels}: it needs an image besides the prompt; use it from Python, in "
-                            "a diffusers pipeline (unet_caching/pipelines/enable.py)")
+        config.check_text_to_image()
         if condition.released_noise and self.sampler.eta != 0:
             raise UserError("--released-noise is the noise that sampling starts from: it needs --eta 0")
         if condition.diffusers_unet and run.caching:

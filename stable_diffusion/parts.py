@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ldm import first_stage
 from run.libraries import transformers
-from run.weight_files import open_weights, split, weights_in
-from run.weights import shards
+from run.weight_files import file_sha256, open_weights, split, weights_in
+from run.weights import sha256, shards
 from stable_diffusion.config import Config, Diffusion
 from stable_diffusion.text import clip_tokenizer
 from unet_caching.errors import UserError, as_user_error
@@ -66,11 +66,12 @@ def read_alone(name: str, path: Path, diffusion: Diffusion | None = None, ema: b
     return Part({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}, path)
 
 
-def files_alone(name: str, path: Path) -> list[Path]:
-    """The files that `read_alone` reads. Raises UserError."""
+def digests_alone(name: str, path: Path, ema: bool | None = None) -> list[str]:
+    """Of the files that `read_alone` reads, lines as of sha256sum. Raises UserError."""
     if not existing(path).is_dir():
-        return [path]
-    return [existing(_inside(name, path) / "config.json"), *files_in(_inside(name, path))]
+        return [f"{file_sha256(path, ema)}  {name}/{path.name}\n"]
+    files = [existing(_inside(name, path) / "config.json"), *files_in(_inside(name, path), ema)]
+    return [f"{sha256(file)}  {name}/{file.name}\n" for file in files]
 
 
 def files_in(folder: Path, ema: bool | None = None) -> list[Path]:
@@ -163,12 +164,7 @@ class Folder:
             raise UserError(f"{self.index}: {self.name} is no pipeline of "
                             f"{'Stable Diffusion 1.x or 2.x' if config.xl is None else 'SDXL'}")
         self.files()
-        file = self.path / "scheduler" / "scheduler_config.json"
-        expected = {"trained_betas": None, "rescale_betas_zero_snr": False, **scheduler_config(config.diffusion)}
-        actual = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
-                  "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False,
-                  **read_dict(file)}
-        compare(config, file, ((key, actual[key], value) for key, value in expected.items()))
+        check_scheduler(config, self.path)
 
     def files(self) -> list[Path]:
         """The files that are read."""
@@ -191,6 +187,16 @@ class Folder:
     def tokenizer(self, name: str) -> transformers.CLIPTokenizer:
         """Of a text encoder."""
         return clip_tokenizer(self._tokenizer(name))
+
+
+def check_scheduler(config: Config, folder: Path) -> None:
+    """Check that a folder's scheduler/ agrees with the config's `diffusion`. Raises UserError."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    others = {"trained_betas": None, "rescale_betas_zero_snr": False}
+    actual = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+              "prediction_type": "epsilon", **others, **read_dict(file)}
+    expected = others | scheduler_config(config.diffusion)
+    compare(config, file, ((key, actual[key], value) for key, value in expected.items()))
 
 
 def scheduler_config(diffusion: Diffusion) -> dict[str, Any]:

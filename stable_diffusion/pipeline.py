@@ -14,10 +14,12 @@ def load_pipeline(config: Config, path: Path
                   ) -> diffusers.StableDiffusionPipeline | diffusers.StableDiffusionXLPipeline:
     """A text-to-image pipeline of a checkpoint in any layout, without caching until `enable_deepcache` sets it.
 
-    path: as `stable_diffusion.checkpoint.load_checkpoint` takes it, whose UserErrors it raises. In float32, on the CPU.
+    path: as `stable_diffusion.checkpoint.load_checkpoint` takes it, whose UserErrors it raises; one, too, for a
+    network that takes an image. In float32, on the CPU.
     The scheduler is PLMS, as Stable Diffusion's own; DDIM for a network that predicts v, because PNDMScheduler combines
     the v of different timesteps. There is no safety checker.
     """
+    config.check_text_to_image()
     model = load_checkpoint(config, path)
     assert isinstance(model.unet, UNet)
     unet = diffusers_unet(config, model.unet, sample_size=config.latent_size)
@@ -34,6 +36,8 @@ def load_pipeline(config: Config, path: Path
 def scheduler(diffusion: Diffusion) -> diffusers.PNDMScheduler | diffusers.DDIMScheduler:
     """diffusers' scheduler for a network's noise schedule and prediction."""
     settings = scheduler_config(diffusion) | {"steps_offset": 1, "set_alpha_to_one": False}
+    if diffusion.zero_terminal_snr:
+        settings |= {"timestep_spacing": "trailing", "set_alpha_to_one": True}
     if diffusion.prediction == "v":
         return diffusers.DDIMScheduler(clip_sample=False, **settings)
     return diffusers.PNDMScheduler(skip_prk_steps=True, **settings)

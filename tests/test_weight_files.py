@@ -21,6 +21,7 @@ from stable_diffusion import checkpoint
 from stable_diffusion.checkpoint import Model, checkpoint_sha256, load_checkpoint, load_unet
 from stable_diffusion.config import XL, Config, Diffusion, Unet
 from stable_diffusion.parts import FIRST_STAGE, TEXT, UNET
+from stable_diffusion.pipeline import load_pipeline
 from stable_diffusion.text import clip_tokenizer
 from unet_caching.errors import UserError
 
@@ -110,6 +111,8 @@ def test_ema_weights_are_taken_where_they_are_asked_for(place, model):
     assert [ema_of(file), ema_of(file, True), ema_of(place.whole)] == [False, True, None]
     assert checkpoint_sha256(file) == checkpoint_sha256(file, ema=False) == sha256(file)
     assert checkpoint_sha256(file, ema=True) != sha256(file)
+    apart = load_checkpoint(CONFIG, place.whole, ema=True, unet=file)
+    assert same(apart, loaded) and len({checkpoint_sha256(place.whole, ema, file) for ema in (None, False, True)}) == 2
 
 
 def test_half_precision_comes_out_in_float32(place):
@@ -181,6 +184,15 @@ def test_a_config_of_v_takes_what_says_so(place, model):
         load_checkpoint(config, place.plus({}, metadata={"prediction_type": "epsilon"}))
     with pytest.raises(ValueError, match="prediction: v"):
         Diffusion(zero_terminal_snr=True)
+
+
+def test_a_network_that_takes_an_image_loads_and_makes_no_pipeline(place):
+    config = changed(unet=Unet(**SD1 | {"in_channels": 9}))
+    file = place.plus({f"{UNET}input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)})
+    assert load_checkpoint(config, file).unet(*(torch.zeros(1, *shape) for shape in ((9, 16, 16), (), (77, 16)))
+                                              ).shape == (1, 4, 16, 16)
+    with pytest.raises(UserError, match="takes 9 channels and predicts 4"):
+        load_pipeline(config, file)
 
 
 def test_files_of_1x_are_no_sdxl(place):

@@ -237,6 +237,8 @@ REFUSED: dict[str, tuple[Callable[[Place], Path | dict], list[str]]] = {
                                     ["decoder.conv_out.bias is not finite"]),
     "NaN in a folder": (lambda p: p.rewritten("unet", lambda tensors: tensors | {
         "conv_out.bias": torch.full((4,), torch.nan)}), ["conv_out.bias is not finite"]),
+    "--unet of a folder of v": (lambda p: {"path": p.whole, "unet": p.changed(
+        "scheduler/scheduler_config.json", prediction_type="v_prediction")}, ["prediction_type is 'v_prediction'"]),
     "shift_factor": (lambda p: p.changed("vae/config.json", shift_factor=0.1159), ["shift_factor", "0.1159"]),
     "--ema of one kind": (lambda p: {"path": p.plus({}), "ema": True}, ["leave out --ema"]),
     "--ema of a folder of one kind": (lambda p: {"path": p.folder(), "ema": False}, ["non_ema"]),
