@@ -13,8 +13,8 @@ import argparse
 from operator import methodcaller
 from pathlib import Path
 
-from eval.tables.paper import find
-from eval.tables.render import FORMATS, RESULTS, Asked, everything, shown
+from eval.tables.paper import find, of_table
+from eval.tables.render import FORMATS, RESULTS, everything, render
 from run import results
 from run.cli import command
 from run.files import write_atomically
@@ -38,7 +38,7 @@ def main() -> None:
     chosen = [find(name) for name in args.names]
     found = list(results.read_all(args.results))
     for table in chosen:
-        text = shown(table, found, args.format, asked=Asked(trials=args.trials))
+        text = FORMATS[args.format](render(table, of_table(table), found, trials=args.trials))
         print(text, end="\n" if args.format == "csv" else "\n\n")
     if args.all:
         (args.results / "tables").mkdir(exist_ok=True)

@@ -2,6 +2,8 @@
 
 import errno
 import fcntl
+import struct
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -29,6 +31,18 @@ class Claims:
     def take(self, seeds: Iterable[int]) -> list[int]:
         """Claim those of the seeds that no other process has claimed; returns them."""
         return [seed for seed in seeds if self._lock(seed % 2 ** 62)]
+
+    def holder(self, seed: int) -> int | None:
+        """The process that has claimed a seed; None where no other one has, or that is not known, as on other machines.
+        """
+        if sys.platform != "linux":
+            return None
+        layout = "hhqqi0q"              # struct flock: type, whence, start, length, process
+        wanted = struct.pack(layout, fcntl.F_WRLCK, 0, seed % 2 ** 62, 1, 0)
+        with suppress(OSError):
+            kind, *_, process = struct.unpack(layout, fcntl.fcntl(self._file, fcntl.F_GETLK, wanted))
+            return process if kind != fcntl.F_UNLCK and process > 0 else None
+        return None
 
     def _lock(self, byte: int) -> bool:
         try:

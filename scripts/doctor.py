@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from eval.tables.paper import Table, find, tables
-from eval.tables.rows import of_table
+from eval.tables.arms import Arm, of_row
+from eval.tables.paper import find, of_table, tables
+from eval.tables.study import Study
 from eval.tables.text import align
-from lab.study.arms import Arm, of_row
 from run.cli import command
 from run.families import families
 from run.files import ROOT
@@ -81,12 +81,12 @@ def named(path: Path, items: dict[str, Item]) -> str:
     return "no download is known"
 
 
-def arms_of(table: Table) -> list[Arm]:
+def arms_of(table: Study) -> list[Arm]:
     """The arms of a table with nothing but defaults."""
-    return [] if table.schedules else [of_row(row, table) for row in of_table(table).rows]
+    return [] if table.schedules else [of_row(row) for row in of_table(table).rows]
 
 
-def needs(table: Table, items: dict[str, Item]) -> Iterator[str]:
+def needs(table: Study, items: dict[str, Item]) -> Iterator[str]:
     """What a table still needs, a line each, and how to get it; first what sampling needs, then what judging needs."""
     lines = {f"to sample: {option} {path}: {named(path, items)}": path for arm in arms_of(table)
              for option, path in arm.inputs_of_sampling().items()}
@@ -96,7 +96,7 @@ def needs(table: Table, items: dict[str, Item]) -> Iterator[str]:
                 if not ((ROOT / path).exists() or str(path).startswith("emoji:")))
 
 
-def now_and_next(lacking: Sequence[tuple[Table, list[str]]], wrong: Sequence[str]) -> str:
+def now_and_next(lacking: Sequence[tuple[Study, list[str]]], wrong: Sequence[str]) -> str:
     """What can be done right now, and the one next step, in a line.
 
     lacking: what each table needs. wrong: lines about packages that are not right.
@@ -125,7 +125,7 @@ def now_and_next(lacking: Sequence[tuple[Table, list[str]]], wrong: Sequence[str
     return f"Right now: {'; '.join(can)}. Next: {step}."
 
 
-def report(chosen: Sequence[Table], hashing: bool) -> str:
+def report(chosen: Sequence[Study], hashing: bool) -> str:
     """All of it, as text."""
     items, met = catalogue(), unmet(ROOT / "requirements.txt")
     wrong = list(filter(None, met.values()))

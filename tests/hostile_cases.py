@@ -209,6 +209,8 @@ def of_paths() -> Iterator[Case]:
         for name, path in (("missing", "{}/no.yaml"), ("a folder", "{}"), ("a device", "/dev/null"),
                            ("empty name", "")):
             yield case(f"{line.split()[0]}, config {name}", line, "--config", path)
+    for name, path in (("missing", "{}/no.yaml"), ("a folder", "{}"), ("a device", "/dev/null"), ("empty name", "")):
+        yield case(f"study {name}", "lab.study --samples {}/s --results {}/r", path, says="no study")
     for line in ("run.npz {samples} --seeds 0-3", "eval.quality {samples} --reference {world}/real.npz --dims 2 "
                  "--repeats 2 --threads 1"):
         yield case(f"{line.split()[0]} --out a pipe", f"{line} --out {{}}/pipe", says="no regular file",

@@ -19,11 +19,10 @@ from eval import quality
 from eval import table as table_command
 from eval.metrics.results import VERSION
 from eval.tables import current
+from eval.tables.arms import Given
 from eval.tables.current import Wanted
-from eval.tables.paper import find
-from eval.tables.rows import of_table
+from eval.tables.paper import find, of_table
 from lab.study import commands, papers
-from lab.study.arms import Given
 from run import arguments, results
 from run.folder import image_path
 from run.results import Metric, Result
@@ -164,7 +163,7 @@ def test_prompts_are_compared_by_content_where_they_are_there(tmp_path, wanted):
 
 
 def test_a_distance_to_few_images_is_none():
-    row = next(row for row in of_table(find("2")).rows if row.label == "N=5" and row.section == "cifar10")
+    row = next(row for row in of_table(find("2")).rows if row.label == "N=5" and row.part.name == "cifar10")
     asked = Wanted(row.run, "fid", 50_000, current.inputs_of(row.run, "fid"), published=True)
     assert asked.fault(result_of(asked)) is None
     few = result_of(asked, details={"reference_images": 200})
@@ -174,7 +173,7 @@ def test_a_distance_to_few_images_is_none():
 
 
 def test_another_inception_or_reference_is_told_by_content(tmp_path):
-    row = next(row for row in of_table(find("2")).rows if row.label == "N=5" and row.section == "cifar10")
+    row = next(row for row in of_table(find("2")).rows if row.label == "N=5" and row.part.name == "cifar10")
     for name in ("inception.pth", "reference.npz"):
         (tmp_path / name).write_text(name)
     inputs = current.inputs_of(row.run, "fid", tmp_path / "inception.pth", references=[str(tmp_path / "reference.npz")])
@@ -194,7 +193,7 @@ def test_an_evaluator_of_another_version_is_asked_again(monkeypatch, wanted):
 
 def test_eval_table_says_why_and_shows_trials_on_request(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    row = next(row for row in of_table(find("2")).rows if row.label == "N=5" and row.section == "cifar10")
+    row = next(row for row in of_table(find("2")).rows if row.label == "N=5" and row.part.name == "cifar10")
     asked = Wanted(row.run, "fid", 8, current.inputs_of(row.run, "fid"))
     results.write(tmp_path / "r/x.json", result_of(asked))
     assert run_command(table_command.main, "2", "--results", tmp_path / "r") == 0

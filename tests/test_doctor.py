@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from eval.tables.arms import CLIP, INCEPTION
 from eval.tables.paper import find, tables
-from lab.study.arms import CLIP, INCEPTION
 from scripts import doctor, download
 from scripts.download import File, catalogue
 

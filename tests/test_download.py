@@ -15,8 +15,7 @@ import pytest
 import yaml
 from forked import Forked
 
-from eval.tables.paper import find
-from eval.tables.rows import of_table
+from eval.tables.paper import find, of_table
 from scripts import download
 from scripts.download import File, catalogue, fetch
 from unet_caching.errors import UserError

@@ -125,7 +125,9 @@ def test_ticks_are_round(low, high, log, expected):
 
 def test_a_plot_keeps_its_marks_inside():
     drawn = svg.plot(Plot("t", "x", "y", [Line("a", [Mark(1, -3, -9, 9), Mark(1000, 5)]), Line("b", [Mark(1, -3)])]))
-    places = [(float(x), float(y)) for x, y in re.findall(r"translate\(([\d.]+),([\d.]+)\)\" d=", drawn)]
+    assert re.findall(r'class="name"[^>]*>(.)<', drawn) == ["a", "b"]       # beside their ends, from above
+    marks = "".join(re.findall(r'<g class="mark".*?</g>', drawn, re.S))
+    places = [(float(x), float(y)) for x, y in re.findall(r"translate\(([\d.]+),([\d.]+)\)\" d=", marks)]
     assert len(places) == 3 and len(set(places)) == 3               # what would cover each other stands side by side
     assert all(0 < x < svg.WIDTH and 0 < y < svg.HEIGHT for x, y in places)
     assert svg.plot(Plot("t", "x", "y", [Line("a", [])])) == ""

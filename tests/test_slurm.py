@@ -7,8 +7,8 @@ import shutil
 import pytest
 from slurm_node import SETTINGS
 
+from eval.tables.arms import Arm, Given
 from lab.study import papers
-from lab.study.arms import Arm, Given
 from run.files import ROOT
 from scripts.slurm import cluster, submit
 from scripts.slurm.cluster import Live

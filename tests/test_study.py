@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,14 @@ import pytest
 import yaml
 from conftest import HERE, main_of, run_command
 
-from eval.tables import rows as table_rows
-from lab.study.arms import Arm, Given
+from eval.tables.arms import Arm, Given
+from eval.tables.paper import printed_values
+from eval.tables.study import FOLDER, entries, files_of, needed, opened, read_study
 from lab.study.bench import Bench
 from lab.study.ledger import Ledger
 from lab.study.measures import MEASURES
 from lab.study.more import orders
 from lab.study.rows import Row, Rows, cost_of, front
-from lab.study.study import FOLDER, entries, files_of, needed, opened, read_study
 from lab.study.tables import Shown, open_benches
 from run import results
 from run.results import Metric, Result
@@ -65,15 +66,15 @@ ARM = {"interval": 2}
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ({"arms": [{"brnach": 2}]}, "arm 1 has no option 'brnach': is it branch?"),
+    ({"arms": [{"brnach": 2}]}, "no option 'brnach': is it branch?"),
     ({"arms": [ARM, {"interval": 2, "branch": 12}]}, r"branch 12: --branch must be from 0 to 3"),
     ({"arms": [{"interval": 2, "center": 3}]}, "takes no center"),
     ({"arms": [{"interval": 2, "schedule": "centred"}]}, "schedule has no 'centred'"),
-    ({"arms": [{"interval": "five"}]}, "interval takes whole numbers, got 'five'"),
+    ({"arms": [{"interval": "five"}]}, "interval is 'five' and should be a whole number"),
     ({"arms": [{"interval": []}]}, "interval has no values"),
-    ({"arms": [{"interval": 2, "forecast": True}]}, "forecast takes whole numbers, got True"),
-    ({"arms": [{"zero_cache": 1}]}, "zero_cache takes true or false, got 1"),
-    ({"arms": [{"budget": 0.5}]}, "budget takes whole numbers"),
+    ({"arms": [{"interval": 2, "forecast": True}]}, "forecast is True and should be a whole number"),
+    ({"arms": [{"zero_cache": 1}]}, "zero_cache is 1 and should be true or false"),
+    ({"arms": [{"budget": 0.5}]}, "arm 1: budget is 0.5 and should be a whole number"),
     ({"arms": [{"model": "x"}]}, "no option 'model'"),
     ({"arms": [ARM], "model": "ddpm_emoij"}, "no model 'ddpm_emoij': there are ddpm_bedroom"),
     ({"arms": [ARM], "model": "sd_emoji", "common": {"prompts": "data/emoji/prompts.txt"}, "seeds": "0-99"},
@@ -84,7 +85,7 @@ ARM = {"interval": 2}
     ({"arms": [ARM], "measure": ["nea"]}, "measure has no 'nea': choose from near"),
     ({"arms": [ARM], "show": "tables"}, "show has no 'tables'"), ({"arms": [ARM], "show": {"by": 3}}, "by is 3"),
     ({"arms": [ARM], "extractors": ["inception"]}, "extractors has no 'inception': there are efflite0"),
-    ({"arms": [ARM], "common": {"prompts": "x"}}, "common has no option 'prompts'"),
+    ({"arms": [ARM], "common": {"prompts": "x"}}, "some.yaml.*no option 'prompts'"),
     ({"arms": [ARM], "converged": {"steps": 60, "interval": 2}}, "no option 'interval'.*sampler, steps, timesteps"),
     ({"arms": [ARM], "converged": {"sampler": "dpmpp"}}, "converged says no steps"),
     ({"arms": [ARM], "measure": ["converged"], "converged": {"sampler": "ddim", "steps": 10, "eta": 1.0}}, "eta 1.0"),
@@ -131,7 +132,7 @@ def test_what_a_file_cost_is_known_without_those_on_the_way_to_it(tmp_path, tiny
         path.write_text(path.name)
         results.write(bench.made(path), Result("fitted file", "x", hashes={"file": sha256(path)},
                                                details={"cpu_s": cpu_s}))
-    entry = bench.entries[0]._replace(options={"block_schedule": str(file)})
+    entry = replace(bench.entries[0], options={"block_schedule": str(file)})
     assert bench.cost_of_making(entry) == 5
     on_the_way.unlink()
     assert bench.cost_of_making(entry) == 5
@@ -184,7 +185,7 @@ def test_fronts_and_orders():
 
 def test_papers_numbers_stand_beside_the_arms_they_are_of():
     bench = open_benches("table12_branch", Given())[1][0]
-    printed = [table_rows.printed_values("ddpm_cifar10").get(arm.run.name, []) for arm in bench.arms]
+    printed = [printed_values("ddpm_cifar10").get(arm.run.name, []) for arm in bench.arms]
     fid = [next(numbers["fid"] for table, _, numbers in one if table.name == "table12") for one in printed[1:]]
     assert fid == [7.14, 5.94, 5.73, 5.69, 5.51, 4.93, 4.92, 4.76, 4.54, 4.57, 4.52, 4.48]
     assert any(table.name == "table2" and numbers["fid"] == 5.73 for table, _, numbers in printed[3])
@@ -214,7 +215,7 @@ def test_shipped_systems_are_compared_at_equal_cost(name):
     """They cost what the budget says (looked at where it is smallest, and whole steps the coarsest), and all of their
     files can be made."""
     part = read_study(name).parts[0]
-    assert all(str(file) in part.made or file.parent.name == "plans" for entry in entries(part)
+    assert all(str(file) in part.made or file.parent.name == "plans" for entry in entries(part, name)
                for file in files_of(entry).values())
     for entry, run in opened(part, Path(name))[0]:
         if entry.budget == 8 or "plan" in entry.options:
@@ -224,7 +225,7 @@ def test_shipped_systems_are_compared_at_equal_cost(name):
                 assert cost <= 1.05 * entry.budget, run.name
                 cost = of["full calls"] + of["cached call"] * (run.calls - of["full calls"])
             assert 0.89 * entry.budget < cost <= 1.02 * entry.budget, run.name
-    assert {entry.budget for entry in entries(part)} == {8, 12, 18, 25}
+    assert {entry.budget for entry in entries(part, name)} == {8, 12, 18, 25}
 
 
 @pytest.mark.parametrize("name", ["demo", "demo_short"])
@@ -255,3 +256,12 @@ def test_tables_that_are_kept_are_those_of_their_records(name, tmp_path, monkeyp
     assert run_command(main_of("lab.study"), name, "--render", "--device", "cpu", "--results", tmp_path) == 0
     for file in ("table.md", "records.jsonl"):
         assert (tmp_path / name / file).read_text() == (ROOT / "results" / name / file).read_text()
+    for chart in (tmp_path / name).glob("charts*.svg"):
+        assert chart.read_text().count('class="name"') <= 8 * chart.read_text().count('<g class="plot"')
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_charts_have_at_most_eight_lines_each_with_its_name(name):
+    for chart in (ROOT / "results" / name).glob("charts*.svg"):
+        plots = chart.read_text().split('<g class="plot"')[1:]
+        assert plots and all(1 <= plot.count('class="name"') <= 8 for plot in plots), chart

@@ -3,17 +3,20 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_command
+from conftest import HERE, run_command
 from safetensors.torch import load_file, save_file
 
 from ddpm import sample
 from eval.metrics.images import open_images
 from lab.plans.distances import psnr_to
+from lab.study import runner
 from lab.study.ledger import records_of
 from lab.study.measures import minus_uncached
 from run.image_model import open_model
@@ -97,6 +100,24 @@ def test_shares_and_processes_come_to_the_same(study):
     shutil.rmtree(study.folder)
     code, told = study(content, "--jobs", 2)
     assert code == 0 and found() == alone and "100%" in told, told
+
+
+def test_a_process_that_hangs_is_named_and_not_waited_for_without_end(study, monkeypatch):
+    """It has an arm, and nothing comes of it; once it is ended the same command does that arm itself."""
+    content, claims = {"measure": ["fidelity"], "arms": [{"interval": 2}]}, study.samples / "claims" / "some.claims"
+    claims.parent.mkdir(parents=True)
+    holding = subprocess.Popen([sys.executable, "-c", "import sys; from run.claims import Claims\n"
+                                "with Claims(sys.argv[1]) as own: own.take([1]); print('held', flush=True); input()",
+                                claims], cwd=HERE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holding.stdout.readline() == b"held\n"
+    monkeypatch.setattr(runner, "TELL", 0.6)
+    monkeypatch.setattr(runner, "GIVE_UP", 1.5)
+    code, told = study(content)
+    arm = f"ddpm_tiny: uniform_n2 (process {holding.pid})"
+    assert code == 2 and f"waiting for {arm}" in told and told.splitlines()[-1].startswith("error: nothing new came")
+    assert arm in told.splitlines()[-1]
+    holding.communicate(b"\n")
+    assert "1 of 1 arms" in study(content)[1]
 
 
 NEAR = {"seeds": "10-15", "chosen_on": 3, "twice": 2, "against": {"sampler": "unipc", "steps": 8},

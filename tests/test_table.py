@@ -5,10 +5,10 @@ import io
 import json
 import re
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import HERE
 
 from eval import table as table_command
@@ -21,9 +21,9 @@ from eval.metrics.results import cost
 from eval.metrics.sources import open_reference
 from eval.tables import paper as paper_tables
 from eval.tables import render as table
-from eval.tables import rows
-from eval.tables.current import reference_of, weights_sha256
-from eval.tables.paper import COLUMNS, FOLDER, Table, find, tables
+from eval.tables.current import match, reference_of, weights_sha256
+from eval.tables.paper import Row, decimals, find, of_table, printed_rows, tables
+from eval.tables.study import Study
 from run import results
 from run.families import build, example_inputs
 from run.results import Metric, Result
@@ -38,42 +38,33 @@ SCRIPTED = [found for found in tables().values() if found.script]
 
 # What is printed
 
-def pairs(name: str, section: str, *keys: str) -> dict[str, tuple[float, ...]]:
-    printed = tables()[name].sections[section].rows
-    return {label: tuple(float(row[key]) for key in keys) for label, row in printed.items()
-            if all(row.get(key) is not None for key in keys)}
-
-
+def rows_of(name: str, section: str = "") -> dict[str, dict]:
+    return printed_rows(next(part for part in tables()[name].parts if part.name == section))
 
 
 @pytest.mark.parametrize("name", [found.name for found in tables().values()])
 def test_speed_ups_are_ratios_of_the_printed_throughputs(name):
-    for section in tables()[name].sections.values():
-        found = pairs(name, section.name, "throughput", "speedup")
-        if not found:
-            continue
-        half = 0.5 * 10.0 ** -section.decimals.get("throughput", COLUMNS["throughput"].decimals)
-        step = 0.5 * 10.0 ** -section.decimals.get("speedup", COLUMNS["speedup"].decimals)
+    for part in tables()[name].parts:
+        half, step = (0.5 * 10.0 ** -decimals(part, column) for column in ("throughput", "speedup"))
         base = None
-        for label, (throughput, speedup) in found.items():
+        for label, row in printed_rows(part).items():
+            if row.get("throughput") is None or row.get("speedup") is None:
+                continue
+            throughput, speedup = float(row["throughput"]), float(row["speedup"])
             if speedup == 1:
                 base = throughput
             # Block Caching's rows follow the baseline of their own solver and steps; skip branches that of Table 2.
-            base = base or pairs("table2", "cifar10", "throughput")["DDPM* (reproduced)"][0]
+            base = base or rows_of("table2", "cifar10")["DDPM* (reproduced)"]["throughput"]
             low, high = (throughput - half) / (base + half), (throughput + half) / (base - half)
-            assert low - 2 * step <= speedup <= high + 2 * step, (section.name, label)
+            assert low - 2 * step <= speedup <= high + 2 * step, (part.name, label)
 
 
 def test_tables_that_print_one_setting_twice_agree_but_where_a_note_says_otherwise():
-    def row(name: str, label: str, section: str = "") -> dict:
-        return tables()[name].sections[section].rows[label]
-
     for label in ("Uniform N=2", "Uniform N=3", "Uniform N=5", "Uniform N=10", "Uniform N=20", "NonUniform N=10"):
-        assert row("table11", label).items() <= row("table1", label).items()
-    for n, m in ((5, "table4"), (3, "table4")):
-        one, other = row(m, f"DeepCache N={n}"), row("table1", f"Uniform N={n}")
-        assert {key: other[key] for key in one} == one
-    assert row("table7", "centre 120") == row("table8", "power 1.2")
+        assert rows_of("table11")[label].items() <= rows_of("table1")[label].items()
+    for n in (5, 3):
+        assert rows_of("table4")[f"DeepCache N={n}"].items() <= rows_of("table1")[f"Uniform N={n}"].items()
+    assert rows_of("table7")["centre 120"] == rows_of("table8")["power 1.2"]
     for name, label, section, column, text in (
             ("table1", "NonUniform N=20", "", None, "7.13"), ("table11", "NonUniform N=20", "", None, "7.11"),
             ("table2", "N=10", "cifar10", "fid", "10.38"), ("table6", "DeepCache N=10", "", "fid", "9.74"),
@@ -82,15 +73,8 @@ def test_tables_that_print_one_setting_twice_agree_but_where_a_note_says_otherwi
             ("table8", "power 1.1", "", None, "slip"), ("table2", "N=5", "church", "speedup", "1.85"),
             ("table3", "DeepCache N=5", "coco", "macs_G", "113.6291"), ("table13", "Uniform N=5", "", "clip", "29.46"),
             ("table14", "PLMS 50 steps", "", "clip", "30.30")):
-        notes = [note for note in tables()[name].notes
-                 if (note.marks_cell(section, label, column) if column else note.marks_row(section, label))]
+        notes = [note for note in tables()[name].notes if note.marks(section, label, column)]
         assert any(text in note.text for note in notes), (name, label)
-
-
-def test_settings_of_block_caching_are_kept():
-    content = yaml.safe_load((FOLDER / "block_caching.yaml").read_text())
-    assert content["settings"]["delta"]["LDM-512"] == 0.5 and content["contradictions"]
-    assert len(tables()["block_caching_table2"].sections[""].rows) == 4
 
 
 # MACs
@@ -106,28 +90,31 @@ EXCEPTIONS = {("table2", "cifar10", "N=2"): "4.1552", ("table3", "parti", "DeepC
 @pytest.fixture(scope="module")
 def rendered() -> dict[str, table.Rendered]:
     found = list(results.read_all(ROOT / "results"))
-    return {paper.name: table.render(paper, rows.of_table(paper), found) for paper in tables().values()}
+    return {paper.name: table.render(paper, of_table(paper), found) for paper in tables().values()}
+
+
+def lines_of(rendered: table.Rendered) -> list[dict[str, str]]:
+    """The lines of a table's CSV."""
+    return list(csv.DictReader(io.StringIO(table.as_csv(rendered))))
 
 
 def test_every_macs_cell_is_the_papers_digits_or_has_a_footnote(rendered):
     odd, counted = {}, 0
     for name, one in rendered.items():
-        for part in one.filled:
-            for label, run, column, paper, ours, difference, source in part.values:
-                if column != "macs_G" or not run:
-                    continue
+        for line in lines_of(one):
+            if line["column"] == "macs_G" and line["run"]:
                 counted += 1
-                assert re.fullmatch(r"\d+\.\d+", ours) and source == "counted"
-                if paper != "-" and float(paper) != float(ours):
-                    odd[name, part.section.name, label] = difference
-                elif paper != "-":
-                    assert float(difference) == 0
+                assert re.fullmatch(r"\d+\.\d+", line["ours"]) and line["from"] == "counted"
+                if line["paper"] != "-" and float(line["paper"]) != float(line["ours"]):
+                    odd[name, line["section"], line["row"]] = line["difference"]
+                else:
+                    assert line["paper"] == "-" or float(line["difference"]) == 0
     assert odd.keys() == EXCEPTIONS.keys()
-    assert counted == sum(len(rows.of_table(paper).rows) for paper in SCRIPTED)
+    assert counted == sum(len(of_table(paper).rows) for paper in SCRIPTED)
     for (name, section, label), exact in EXCEPTIONS.items():
-        [row] = [row for row in rows.of_table(tables()[name]).beside(section, label) if "/" not in row.label]
-        assert f"{macs_per_step(row.run, tables()[name].macs_steps).hook / 1e9:.4f}" == exact
-        [note] = [note for note in tables()[name].notes if note.marks_cell(section, label, "macs_G")]
+        run = next(row.run for row in of_table(tables()[name]).rows if (row.part.name, row.label) == (section, label))
+        assert f"{macs_per_step(run, tables()[name].macs_steps).hook / 1e9:.4f}" == exact
+        [note] = [note for note in tables()[name].notes if note.marks(section, label, "macs_G")]
         assert exact in note.text
 
 
@@ -142,7 +129,7 @@ def test_the_written_tables_are_current(rendered):
 
 # Results in their places
 
-def measured(row: rows.Row, **other) -> Result:
+def measured(row: Row, **other) -> Result:
     """As an evaluator writes it for the images of a row."""
     settings = row.run.settings | {"cache": row.run.caching.settings, "checkpoint_sha256": "ab" * 32}
     if pruned(row.run):
@@ -160,16 +147,18 @@ def measured(row: rows.Row, **other) -> Result:
                      "finished": "2026-01-01T00:00:00Z", "hashes": {"checkpoint": "ab" * 32}} | other)
 
 
-def cell(paper: Table, found: table.Found, label: str, column: str) -> tuple[str, str, str, str]:
-    for part in table.render(paper, rows.of_table(paper), found).filled:
-        for row, run, key, *numbers in part.values:
-            if (run or row, key) == (label, column):
-                return tuple(numbers)
-    raise AssertionError(label)
+def cell(paper: Study, found: table.Found, label: str, column: str) -> tuple[str, str, str, str]:
+    return next((line["paper"], line["ours"], line["difference"], line["from"])
+                for line in lines_of(table.render(paper, of_table(paper), found))
+                if (line["run"] or line["row"], line["column"]) == (label, column))
 
 
-def run_of(name: str, label: str) -> rows.Row:
-    return next(row for row in rows.of_table(find(name)).rows if row.label == label)
+def run_of(name: str, label: str) -> Row:
+    return next(row for row in of_table(find(name)).rows if row.label == label)
+
+
+def is_of(result: Result, row: Row, kind: str) -> bool:
+    return table.wanted(row, kind).fault(result) is None
 
 
 def test_a_result_goes_to_every_row_of_its_settings_and_to_no_other():
@@ -204,24 +193,23 @@ def test_a_result_of_other_settings_stays_out(change):
     if "cache" in change:
         settings["cache"] = settings["cache"] | change["cache"]
     other = measured(row, **{key: change[key] for key in ("kind", "images") if key in change}, settings=settings)
-    section = find("1").sections[""]
-    assert table.is_of(measured(row), row, section, "adm") and not table.is_of(other, row, section, "adm")
+    assert is_of(measured(row), row, "adm") and not is_of(other, row, "adm")
 
 
 def test_pruned_models_are_told_apart():
-    tiny, section = run_of("3", "BK-SDM Tiny"), find("3").sections["parti"]
+    tiny = run_of("3", "BK-SDM Tiny")
     result = measured(tiny)
-    assert table.is_of(result, tiny, section, "clip_score")
+    assert is_of(result, tiny, "clip_score")
     for label in ("BK-SDM Base", "BK-SDM Small", "PLMS 50 steps"):
-        assert not table.is_of(result, run_of("3", label), section, "clip_score")
+        assert not is_of(result, run_of("3", label), "clip_score")
     assert cost(tiny.run) is None
     assert bk_sdm.size_of({}) is None and bk_sdm.size_of({"layers_per_block": 1}) == "base"
 
 
 def test_the_newest_result_counts():
-    row, section = run_of("1", "Uniform N=5"), find("1").sections[""]
+    row = run_of("1", "Uniform N=5")
     found = [(Path(f"{day}.json"), measured(row, finished=f"2026-01-{day}T00:00:00Z")) for day in ("09", "30", "12")]
-    assert table.newest(found, row, section, "adm")[0] == Path("30.json")
+    assert match(found, table.wanted(row, "adm")).path == Path("30.json")
 
 
 def test_times_of_steps_become_throughput():
@@ -241,8 +229,7 @@ def test_times_of_steps_become_throughput():
         "full": {"median": 1.0}, "branches": [{"branch": 1, "median": 0.5, "ratio": 0.5}]},
         provenance={"device": "cuda", "device_name": "GPU", "threads": 1})
     row = run_of("13", "Uniform N=5")
-    assert table.speed_of([(Path("x"), sd)], row.run, 51).images_per_second == pytest.approx(1 / (10 + 41 * 0.5))
-    assert table.speed_of([(Path("x"), sd)], row.run, 51).speedup == pytest.approx(51 / (10 + 41 * 0.5))
+    assert table.speed_of([(Path("x"), sd)], row.run)[2] == pytest.approx((10 + 41 * 0.5, 10 + 41 * 0.5))
 
 
 def test_a_run_of_other_methods_is_as_fast_as_it_was_timed_itself():
@@ -253,11 +240,11 @@ def test_a_run_of_other_methods_is_as_fast_as_it_was_timed_itself():
     whole = Result("throughput", "ddpm_cifar10", {"dtype": "fp32", "batch_size": 8, "cache": run.caching.settings},
                    throughput={"full": {"median": 0.5}, "kinds": [{"reused": [], "median": 0.5, "ratio": 1.0},
                                                                   {"reused": ["2"], "median": 0.25, "ratio": 0.5}]})
-    assert table.speed_of([(Path("steps"), steps)], run, 100) is None
-    assert table.speed_of([(Path("steps"), steps), (Path("whole"), whole)], run, 100).speedup == 100 / (20 + 80 * 0.5)
+    assert table.speed_of([(Path("steps"), steps)], run) is None
+    assert table.speed_of([(Path("steps"), steps), (Path("whole"), whole)], run)[2].full_calls == 20 + 80 * 0.5
     plain = RunSpec.of("configs/ddpm_cifar10.yaml", interval=5).open()
-    assert table.speed_of([(Path("whole"), whole)], plain, 100) is None
-    assert table.speed_of([(Path("steps"), steps)], plain, 100).speedup == pytest.approx(100 / (20 + 80 * 0.4))
+    assert table.speed_of([(Path("whole"), whole)], plain) is None
+    assert table.speed_of([(Path("steps"), steps)], plain)[2].full_calls == pytest.approx(20 + 80 * 0.4)
 
 
 def test_times_of_block_schedules_become_throughput():
@@ -286,12 +273,11 @@ def test_times_of_block_schedules_become_throughput():
 def test_a_result_of_block_caching_goes_to_its_row_alone():
     rhythm, plain = (run_of("block_caching_table1", label)
                      for label in ("DPM 20 steps, caching / the example's rhythm", "DPM 20 steps"))
-    section = find("block_caching_table1").sections[""]
     result = measured(rhythm, images=5000, kind="fid", inputs={"reference": str(reference_of(rhythm.run))})
     result.settings["cache"] = rhythm.run.caching.settings
-    assert table.is_of(result, rhythm, section, "fid") and not table.is_of(result, plain, section, "fid")
+    assert is_of(result, rhythm, "fid") and not is_of(result, plain, "fid")
     result.settings["cache"] = plain.run.caching.settings
-    assert table.is_of(result, plain, section, "fid") and not table.is_of(result, rhythm, section, "fid")
+    assert is_of(result, plain, "fid") and not is_of(result, rhythm, "fid")
 
 
 # Formats and the command
@@ -401,30 +387,30 @@ def test_a_file_of_something_else_among_the_results_is_refused_by_name(monkeypat
 
 def test_columns_of_a_row_may_come_from_several_evaluators():
     """A distance of sets by either extractor, and the distance to a converged run, which eval.fidelity measures."""
-    own = find("emoji")
-    section = own.sections[""]
-    blank = dict.fromkeys(("fd_efflite0", "kid_incmixed5", "rmse_converged"))
-    own = own._replace(sections={"": section._replace(rows=dict.fromkeys(section.rows, blank))})
-    row = next(row for row in rows.of_table(own).rows if row.label == "N=5")
+    names = ("fd_efflite0", "kid_incmixed5", "rmse_converged")
+    own = replace(find("emoji"), parts=[replace(part, columns=list(names)) for part in find("emoji").parts])
+    row = next(row for row in of_table(own).rows if row.label == "N=5")
     reference = pixels_sha256(open_reference(str(reference_of(row.run)), (32, 32))[0])
     settings = measured(row).settings | {"checkpoint_sha256": weights_sha256(row.run)}
-    found = [(Path(f"{name}.json"), measured(row, kind=kind, images=section.images, metrics={name: Metric(value)},
+    found = [(Path(f"{name}.json"), measured(row, kind=kind, images=row.part.images, metrics={name: Metric(value)},
                                              settings=settings, hashes={"reference": reference}))
              for name, kind, value in (("FD-EffLite0", "quality", 21.3), ("KID-IncMixed5", "quality", 0.0123),
                                        ("RMSE to converged", "fidelity", 7.891))]
-    assert {column: cell(own, found, "N=5", column)[1:] for column in blank} == {
+    assert {column: cell(own, found, "N=5", column)[1:] for column in names} == {
         "fd_efflite0": ("21.3", "-", "FD-EffLite0.json"), "kid_incmixed5": ("12.3", "-", "KID-IncMixed5.json"),
         "rmse_converged": ("7.89", "-", "RMSE to converged.json")}
 
 
 @pytest.mark.parametrize("table, message", [
-    ("5", "tables.t is 5 and should be keys with values"), ("{title: t, images: 0}", "images is 0 and should be 1 or"),
-    ("{title: t, surprise: 1}", "an unknown key surprise"), ("{title: t, rows: [{run: {}}]}", "row 1 has no row"),
-    ("{title: t, rows: [{row: a, fid: [1]}]}", "a.fid is a list and should be a finite number or text"),
-    ("{title: t, rows: [{row: a, fidd: 1}]}", "unknown column fidd"),
-    ("{title: t, rows: [{row: a, run: 5}]}", "a.run is 5 and should be keys with values"),
-    ("{title: t, sections: {a: {title: x}}}", "tables.t.sections.a has no rows"),
-    ("{title: t, notes: [{rows: [a]}]}", r"tables.t.notes\[0\] has no text")])
+    ("5", "tables.t is 5 and should be keys with values"), ("{arms: [], images: 0}", "images is 0 and should be 1 or"),
+    ("{arms: [], surprise: 1}", "unknown key surprise"), ("{arms: [{steps: 2}]}", "row 1 is not called anything"),
+    ("{arms: [{called: a, printed: {fid: [1]}}]}", "printed.fid is a list and should be a finite number or text"),
+    ("{arms: [{called: a, printed: {fidd: 1}}]}", "unknown column fidd"),
+    ("{arms: [{called: a}, {called: a}]}", "two rows of one name"),
+    ("{arms: [{called: a, run: 5}]}", "run is 5 and should be true or false"),
+    ("{parts: [{name: a, title: x}]}", "it has no arms"),
+    ("{arms: [], notes: [{text: a, rows: [b]}]}", "a note is of rows that are not there: b"),
+    ("{arms: [], notes: [{rows: [a]}]}", r"notes\[0\] has no text")])
 def test_a_file_of_tables_that_was_edited_wrongly(table_file, table, message):
     table_file(f"  t: {table}\n")
     with pytest.raises(UserError, match=f"x.yaml.*{message}"):

@@ -13,9 +13,9 @@ from conftest import HERE, Golden
 from safetensors.torch import save_file
 
 from eval.cost.runs import costs_of, macs_per_image, macs_per_step
-from eval.tables import paper, rows
-from eval.tables.paper import Table, tables
-from lab.study import arms, commands, papers
+from eval.tables import arms, paper
+from eval.tables.paper import of_table, printed_rows, tables
+from lab.study import commands, papers
 from run import arguments, results
 from run.folder import read_run
 from run.image_model import Images
@@ -62,23 +62,23 @@ OTHERS = {"table1": {"IDDPM", "ADM-G", "LDM-4 (as published)", "Spectral DPM", "
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_row_of_the_paper_has_its_command(name):
-    table, runs = SCRIPTS[name], rows.of_table(SCRIPTS[name])
-    mine = {(row.section, row.printed_as) for row in runs.rows} | runs.pending.keys()
-    left = {label for section in table.sections.values() for label in section.rows if (section.name, label) not in mine}
+    table, runs = SCRIPTS[name], of_table(SCRIPTS[name])
+    mine = {(row.part.name, row.printed_as) for row in runs.rows} | {(part.name, row) for part, row in runs.pending}
+    left = {label for part in table.parts for label in printed_rows(part) if (part.name, label) not in mine}
     assert left == OTHERS.get(name, set())
-    assert len({(row.section, row.label) for row in runs.rows}) == len(runs.rows)
+    assert len({(row.part.name, row.label) for row in runs.rows}) == len(runs.rows)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_settings_in_a_rows_name_are_those_of_its_command(name):
-    for row in rows.of_table(SCRIPTS[name]).rows:
+    for row in of_table(SCRIPTS[name]).rows:
         for pattern, value in ((r"\bN=(\d+)", row.run.caching.settings["interval"]), (r"(\d+) steps", row.run.steps),
                                (r"skip branch (\d+)", (row.run.caching.settings.get("branch", 0)) + 1),
                                (r"^centre (\d+)", row.run.caching.settings.get("center")),
                                (r"^power ([\d.]+)", row.run.caching.settings.get("power"))):
             if match := re.search(pattern, row.label):
                 assert float(match[1]) == value, (row.label, pattern)
-        printed = SCRIPTS[name].sections[row.section].rows[row.printed_as]
+        printed = printed_rows(row.part)[row.printed_as]
         for key in ("center", "power"):
             assert key not in printed or row.run.caching.settings[key] == printed[key]
         assert ("NonUniform" in row.label) == (row.run.caching.settings.get("schedule") == "centered") or name not in (
@@ -87,7 +87,8 @@ def test_settings_in_a_rows_name_are_those_of_its_command(name):
 
 def test_centre_and_power_of_tables_9_and_10_are_used_where_they_belong():
     def settings(name: str, section: str = "") -> dict:
-        runs = [row.run for row in rows.of_table(SCRIPTS[name]).rows if row.section == section and not row.variant]
+        runs = [row.run for row in of_table(SCRIPTS[name]).rows if row.part.name == section
+                and not row.entry.beside]
         return {run.caching.settings["interval"]: run.deepcache.full_steps for run in runs
                 if run.caching.settings.get("schedule") == "centered"}
 
@@ -115,7 +116,7 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_dry_run_has_every_row_and_the_papers_macs(dry_run, name):
     out = dry_run(name).splitlines()
-    for row, (calls, macs), line in zip(rows.of_table(SCRIPTS[name]).rows, PLANS[name], out[1:], strict=False):
+    for row, (calls, macs), line in zip(of_table(SCRIPTS[name]).rows, PLANS[name], out[1:], strict=False):
         assert row.label in line and f" {calls} " in line
         assert f"{float(re.search(r' ([0-9]+[.][0-9]{4}) ', line)[1]):.2f}" == macs
     assert out[len(PLANS[name]) + 1] == ""
@@ -133,9 +134,8 @@ def test_bash_gives_the_same_plan(dry_run, tmp_path):
 
 
 def made(name: str, *flags: str) -> list[arms.Arm]:
-    table: Table = SCRIPTS[name]
     [given] = arguments.parse("", arms.Given, words=flags)
-    return [arms.of_row(row, table, given) for row in rows.of_table(table).rows]
+    return [arms.of_row(row, given) for row in of_table(SCRIPTS[name]).rows]
 
 
 def test_equal_settings_share_a_folder_and_others_do_not():
@@ -198,7 +198,7 @@ def test_the_samplers_know_the_options_of_the_rows(package):
 
 
 def test_plms_makes_one_call_more_than_the_paper_counts():
-    uncached, *_, cached = rows.of_table(SCRIPTS["table13"]).rows[:9]
+    uncached, *_, cached = of_table(SCRIPTS["table13"]).rows[:9]
     uncached, cached = uncached.run, cached.run
     assert (cached.steps, cached.calls, len(cached.deepcache.full_steps)) == (50, 51, 25)
     full, step = costs_of(cached).full, costs_of(cached).cached(1)
@@ -226,14 +226,14 @@ def test_bad_values_are_refused_before_any_work(dry_run, capsys, tmp_path, flags
 
 
 @pytest.mark.parametrize(("row", "why"), [
-    ("{row: a, run: {interval: 2}}", "names no config"),
-    ("{row: a, run: {config: configs/ddpm_cifar10.yaml, intervall: 2}}", "no option intervall"),
-    ("{row: a, run: {config: configs/ddpm_cifar10.yaml, interval: 0}}", "interval must be a whole number from 1"),
-    ("{row: a, run: {config: configs/nowhere.yaml}}", "no config file")])
+    ("{called: a, interval: 2}", "no model ''"),
+    ("{called: a, model: ddpm_cifar10, intervall: 2}", "no option 'intervall': is it interval?"),
+    ("{called: a, model: ddpm_cifar10, interval: 0}", "interval must be a whole number from 1"),
+    ("{called: a, model: nowhere}", "no model 'nowhere'")])
 def test_a_row_with_impossible_settings_is_refused(table_file, row, why):
-    table_file(f"  table1:\n    title: t\n    rows:\n    - {row}\n")
+    table_file(f"  table1:\n    title: t\n    arms:\n    - {row}\n")
     with pytest.raises(UserError, match=f"table1, row 'a': .*{why}"):
-        rows.of_table(paper.tables()["table1"])
+        of_table(paper.tables()["table1"])
 
 
 def test_a_run_without_weights_says_which(monkeypatch, capsys, tmp_path):

@@ -5,11 +5,11 @@ table says why it has no number.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eval.cost import bk_sdm
 from eval.cost.runs import pruned
@@ -149,6 +149,33 @@ class Wanted:
             if name in result.hashes and other.is_dir() and _changed(other, result, name):
                 return "the images that it is compared with are not those that were judged"
         return None
+
+
+class Match(NamedTuple):
+    """The number that is wanted. result: None where there is none. why: there is none, or it is not quite that."""
+    path: Path | None
+    result: Result | None
+    why: str | None
+
+
+def match(found: Iterable[tuple[Path, Result]], wanted: Wanted, trials: bool = False) -> Match:
+    """The newest of some results that is current, or why none is; with `trials`, else one of another number of images.
+
+    Every table, of a paper or a study, takes its numbers from here.
+    """
+    own = sorted((pair for pair in found if wanted.of_another_run(pair[1]) is None),
+                 key=lambda pair: (pair[1].finished or "", str(pair[0])), reverse=True)
+    others = list[Match]()
+    for path, result in own:
+        fault = wanted.fault(result)
+        if fault is None:
+            return Match(path, result, None)
+        others.append(Match(path, result, fault))
+    trial = next((one for one in others if one.result and one.why == wanted.trial(one.result)), None)
+    if trial and trials:
+        return trial
+    last = trial or next(iter(others), None)
+    return Match(None, None, last.why if last else None)
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:

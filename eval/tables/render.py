@@ -3,277 +3,219 @@
 import csv
 import io
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_step, pruned
-from eval.cost.timing import Times
-from eval.metrics.registry import RMSE_TO_CONVERGED, SMALL_MEASURES
-from eval.tables.current import Wanted, inputs_of
-from eval.tables.paper import COLUMNS, Note, Section, Table, tables
-from eval.tables.rows import Row, Runs, of_table
-from eval.tables.text import align
+from eval.cost.timing import RunTime, Times
+from eval.metrics.registry import RMSE_TO_CONVERGED
+from eval.tables.arms import kind_of_result
+from eval.tables.current import Wanted, inputs_of, match
+from eval.tables.paper import COLUMNS, Row, Runs, columns_of, decimals, of_table, printed_rows, tables
+from eval.tables.study import Part, Study
+from eval.tables.text import align, markdown
 from run.files import ROOT
 from run.results import Result
 from run.spec import Run
 
 RESULTS = ROOT / "results"
-
-
 Found = Sequence[tuple[Path, Result]]
-
-
 _SETTINGS = ("center", "power")
-
-
+_SPEED = ("throughput", "speedup")
 _THEIR_GPU = "2080"
 
 
-def kind_of_result(run: Run, columns: Sequence[str]) -> str:
-    """The kind of result that has a row's metrics: whose convention the paper's column follows."""
-    if any(measure.column in columns for measure in SMALL_MEASURES):
-        return "quality"
-    return "fid" if run.family.judge == "clip_score" and "clip" not in columns else run.family.judge
-
-
-def wanted(row: Row, section: Section, kind: str) -> Wanted:
+def wanted(row: Row, kind: str) -> Wanted:
     """What the number of a row is to be of, with the evaluator's files in their places."""
-    return Wanted(row.run, kind, section.images, inputs_of(row.run, kind), published=True)
+    return Wanted(row.run, kind, row.part.images, inputs_of(row.run, kind), published=True)
 
 
-def is_of(result: Result, row: Row, section: Section, kind: str) -> bool:
-    """Whether a result is the current one of a row: of just its settings, inputs and number of images."""
-    return wanted(row, section, kind).fault(result) is None
-
-
-Candidates = Sequence[tuple[Path, Result]]
-
-
-def newest(found: Candidates, row: Row, section: Section, kind: str) -> tuple[Path, Result] | None:
-    """The last of the results that are of a row."""
-    return _last([pair for pair in found if is_of(pair[1], row, section, kind)])
-
-
-def _last(found: Candidates) -> tuple[Path, Result] | None:
-    return max(found, key=lambda pair: (pair[1].finished or "", str(pair[0])), default=None)
-
-
-class Measured(NamedTuple):
-    """What there is for a cell. path, result: None without a number. why: none is shown, or whose number this is."""
-    path: Path | None
-    result: Result | None
-    why: str | None
-
-
-class Asked(NamedTuple):
-    """What a table is filled with. wanted: of a row, its section and a kind of result. trials: also with numbers of
-    fewer images, labelled."""
-    wanted: Callable[[Row, Section, str], Wanted] = wanted
-    trials: bool = False
-
-
-def measured(found: Candidates, asked: Wanted, trials: bool) -> Measured:
-    """The number of a row, or why there is none; with `trials`, else that of another number of images."""
-    own = [(path, result) for path, result in found if asked.of_another_run(result) is None]
-    faults = {path: asked.fault(result) for path, result in own}
-    current = _last([pair for pair in own if faults[pair[0]] is None])
-    if current:
-        return Measured(*current, None)
-    trial = _last([(path, result) for path, result in own if faults[path] == asked.trial(result)])
-    if trial and trials:
-        return Measured(*trial, faults[trial[0]])
-    last = trial or _last(own)
-    return Measured(None, None, faults[last[0]] if last else None)
-
-
-class Speed(NamedTuple):
-    """Of the network alone, from the times of full and cached steps."""
-    images_per_second: float
-    speedup: float                  # over an uncached run of `base` network calls
-    path: Path
-    result: Result
-
-
-def speed_of(found: Found, run: Run, base: int) -> Speed | None:
-    """The throughput of a run; from an accelerator where there is one, else from a CPU, and from the newest of them.
-
-    base: network calls of the uncached run that the speed-up is over.
-    """
+def speed_of(found: Found, run: Run) -> tuple[Path, Result, RunTime] | None:
+    """The time of a run's network; from an accelerator where there is one, else from a CPU, and the newest of them."""
     own = []
     for path, result in found:
         same = (result.model, result.settings.get("dtype")) == (run.config.name, run.spec.network.dtype)
-        if pruned(run) or result.kind != "throughput" or not result.times or not same:
-            continue
-        if time := Times.of(result).of_run(run):
-            own.append(Speed(result.settings["batch_size"] / time.seconds, base / time.full_calls, path, result))
-    return max(own, key=lambda s: (s.result.provenance.get("device") != "cpu", s.result.finished or "", str(s.path)),
+        timed = result.kind == "throughput" and result.times and same and not pruned(run)
+        if timed and (time := Times.of(result).of_run(run)):
+            own.append((path, result, time))
+    return max(own, key=lambda one: (one[1].provenance.get("device") != "cpu", one[1].finished or "", str(one[0])),
                default=None)
 
 
-class Line(NamedTuple):
-    """One line of a table: what the paper prints for a row, what is ours, or their difference."""
-    label: str                      # with the marks of its footnotes; empty but on a row's first line
-    what: str                       # paper, ours, difference
-    cells: list[str]
+class Cell(NamedTuple):
+    """A number of ours beside a paper's. source: the file that it is from."""
+    ours: str = "-"
+    difference: str = "-"
+    source: str = ""
+
+
+class Ours(NamedTuple):
+    """A run of ours beside a row of a paper. trial: how many images its numbers are of, where not as many as wanted."""
+    row: Row
+    cells: dict[str, Cell]
+    trial: int | None
 
 
 class Filled(NamedTuple):
-    """A section with its numbers. values: what the lines show: (row, run, column, paper, ours, difference, from).
+    """A part with its numbers. rows: of each row of the paper what it prints, and the runs beside it.
     missing: (row, why it has no number of ours)."""
-    section: Section
+    part: Part
     columns: list[str]
-    lines: list[Line]
-    values: list[tuple[str, ...]]
+    rows: list[tuple[str, dict[str, float | str | None], list[Ours]]]
     missing: list[tuple[str, str]]
 
 
+class Filler:
+    """Fills a table with what was counted and measured. sources: where the numbers are from, in words.
+
+    wanted: what the number of a row is to be of. trials: also with numbers of fewer images, labelled.
+    """
+
+    def __init__(self, table: Study, found: Found, wanted: Callable[[Row, str], Wanted], trials: bool):
+        self.table, self.found, self.wanted, self.trials = table, found, wanted, trials
+        self.sources: dict[str, None] = {}
+
+    def fill(self, part: Part, runs: Runs) -> Filled:
+        own = columns_of(part)
+        filled = Filled(part, [key for key in COLUMNS if key in own or (key == "macs_G" and runs.rows)], [], [])
+        base = None     # calls of the run that the paper prints as 1x, for the rows after it; else the config's steps
+        for label, printed in printed_rows(part).items():
+            beside = runs.beside(part, label)
+            if beside and printed.get("speedup") in (1.0, "1.0", "1.00"):
+                base = beside[0].run.calls
+            filled.rows.append((label, printed, [self.ours(row, printed, base, filled) for row in beside]))
+        return filled
+
+    def ours(self, row: Row, printed: Mapping[str, float | str | None], base: int | None, filled: Filled) -> Ours:
+        """The numbers of a row."""
+        values = {"macs_G": giga(macs_per_step(row.run, self.table.macs_steps).hook)}
+        values |= {key: row.run.caching.settings[key] for key in _SETTINGS if key in filled.columns}
+        files: dict[str, Path] = {}
+        why: dict[str, None] = {}
+        trial = self._scores(row, filled.columns, values, files, why)
+        run = row.run
+        device = self._speed(run, base or run.config.sampler.steps + run.calls - run.steps, filled.columns, values,
+                             files)
+        named = f"{row.part.title}, {row.label}" if row.part.name else row.label
+        filled.missing.extend((named, reason) for reason in why)
+        cells = {}
+        for key in filled.columns:
+            there, digits = key in values, _decimals(row.part, key, printed.get(key))
+            source = files[key].name if key in files else "counted" if key == "macs_G" else ""
+            apart = (trial and COLUMNS[key].metric) or key in _SETTINGS or (
+                key == "throughput" and _THEIR_GPU not in device)
+            number = printed.get(key)
+            cells[key] = Cell(_shown(values[key], digits) if there else "-", "-" if apart or not there or number is None
+                              else f"{round(values[key], digits) - float(number):+.{digits}f}", source)
+        return Ours(row, cells, trial)
+
+    def _scores(self, row: Row, columns: Sequence[str], values: dict[str, float], files: dict[str, Path],
+                why: dict[str, None]) -> int | None:
+        """Put in what evaluators measured, and why it is not there; of how many images a trial is."""
+        trial = None
+        for column in columns:
+            name = COLUMNS[column].metric
+            if not name:
+                continue
+            kind = "fidelity" if name == RMSE_TO_CONVERGED.name else kind_of_result(row)
+            of_row = self.wanted(row, kind)
+            path, result, fault = match([pair for pair in self.found if name in pair[1].metrics], of_row, self.trials)
+            if path is None or result is None:
+                why[fault or of_row.progress()] = None
+                continue
+            if fault:
+                trial = result.images
+                why[f"{fault}, shown"] = None
+            values[column], files[column] = COLUMNS[column].scale * result.metrics[name].value, path
+            digest = result.hashes.get("checkpoint", "not recorded")[:12]
+            self.sources[f"{row.run.config.name} was measured by eval.{result.kind} on {result.images:,} images of "
+                         f"each row; checkpoint sha256 {digest}. The CSV names the files."] = None
+        return trial
+
+    def _speed(self, run: Run, base: int, columns: Sequence[str], values: dict[str, float], files: dict[str, Path]
+               ) -> str:
+        """Put in the throughput, and the speed-up over an uncached run of `base` network calls; the device's name."""
+        speed = speed_of(self.found, run) if {*_SPEED} & {*columns} else None
+        if speed is None:
+            return ""
+        path, result, time = speed
+        values |= {"throughput": result.settings["batch_size"] / time.seconds, "speedup": base / time.full_calls}
+        files |= dict.fromkeys(_SPEED, path)
+        where, settings = result.provenance, result.settings
+        threads = f", CPU threads: {where['threads']}" if where["device"] == "cpu" else ""
+        self.sources[f"images/s and speed-up of ours ({run.config.name}): the network alone, {settings['weights']} "
+                     f"weights, {settings['dtype']}, batch {settings['batch_size']}, {where['device_name']}{threads} "
+                     f"({path.name}). Images/s of other devices are not compared."] = None
+        return str(where.get("device_name"))
+
+
+def _decimals(part: Part, column: str, printed: float | str | None) -> int:
+    return len(printed.partition(".")[2]) if isinstance(printed, str) else decimals(part, column)
+
+
+def _shown(value: float, digits: int) -> str:
+    """With the paper's decimals; with two digits where those would leave nothing, as of images/s on a CPU."""
+    return f"{value:.2g}" if 0 < abs(value) < 10 ** -digits else f"{value:.{digits}f}"
+
+
+def _printed(part: Part, column: str, value: float | str | None) -> str:
+    """A value as the column is printed; a dash for none."""
+    return value or "-" if value is None or isinstance(value, str) else f"{value:.{decimals(part, column)}f}"
+
+
 class Rendered(NamedTuple):
-    """A table with its numbers. marked: footnotes by number. notes: of the whole table."""
-    table: Table
+    """A table with its numbers. steps: the full ones of each row, of a table of settings. marked: footnotes by number.
+    notes: of the whole table."""
+    table: Study
     filled: list[Filled]
+    pending: list[tuple[Part, str]]
+    steps: list[str]
     marked: list[str]
     notes: list[str]
 
 
-def _decimals(section: Section, column: str, printed: float | str | None) -> int:
-    if isinstance(printed, str):
-        return len(printed.partition(".")[2])
-    return section.decimals.get(column, COLUMNS[column].decimals)
-
-
-def _shown(value: float, decimals: int) -> str:
-    """With the paper's decimals; with two digits where those would leave nothing, as of images/s on a CPU."""
-    return f"{value:.2g}" if 0 < abs(value) < 10 ** -decimals else f"{value:.{decimals}f}"
-
-
-class Ours(NamedTuple):
-    """What we have for a row, by column. files: that it is from. missing: why a number is not there. trial: how many
-    images the numbers are of, where not as many as asked for."""
-    values: dict[str, float]
-    files: dict[str, Path]
-    missing: list[str]
-    trial: int | None
-
-
-def _ours(table: Table, section: Section, columns: Sequence[str], row: Row, base: int, found: Found,
-          sources: dict[str, None], asked: Asked) -> Ours:
-    """The numbers of a row; where they are from is added to `sources` in words. base: see `speed_of`."""
-    values = {"macs_G": giga(macs_per_step(row.run, table.macs_steps).hook)}
-    values |= {key: row.run.caching.settings[key] for key in _SETTINGS if key in columns}
-    files: dict[str, Path] = {}
-    missing: dict[str, None] = {}
-    trial = None
-    for column in columns:
-        name = COLUMNS[column].metric
-        if not name:
-            continue
-        kind = "fidelity" if name == RMSE_TO_CONVERGED.name else kind_of_result(row.run, columns)
-        of_row = asked.wanted(row, section, kind)
-        path, result, why = measured([pair for pair in found if name in pair[1].metrics], of_row, asked.trials)
-        if path is None or result is None:
-            missing[why or of_row.progress()] = None
-            continue
-        if why:
-            trial = result.images
-            missing[f"{why}, shown"] = None
-        values[column], files[column] = COLUMNS[column].scale * result.metrics[name].value, path
-        digest = result.hashes.get("checkpoint", "not recorded")[:12]
-        sources[f"{row.run.config.name} was measured by eval.{result.kind} on {result.images:,} images of each row; "
-                f"checkpoint sha256 {digest}. The CSV names the files."] = None
-    speed = speed_of(found, row.run, base) if {"throughput", "speedup"} & set(columns) else None
-    if speed:
-        values |= {"throughput": speed.images_per_second, "speedup": speed.speedup}
-        files |= dict.fromkeys(("throughput", "speedup"), speed.path)
-        where, settings = speed.result.provenance, speed.result.settings
-        threads = f", CPU threads: {where['threads']}" if where["device"] == "cpu" else ""
-        sources[f"images/s and speed-up of ours ({row.run.config.name}): the network alone, {settings['weights']} "
-                f"weights, {settings['dtype']}, batch {settings['batch_size']}, {where['device_name']}{threads} "
-                f"({speed.path.name}). Images/s of other devices are not compared."] = None
-    return Ours(values, files, list(missing), trial)
-
-
-def _difference(section: Section, column: str, printed: float | str | None, ours: float | None,
-                device: str | None) -> str:
-    elsewhere = column == "throughput" and _THEIR_GPU not in (device or "")
-    if printed is None or ours is None or elsewhere or column in _SETTINGS:
-        return "-"
-    decimals = _decimals(section, column, printed)
-    return f"{round(ours, decimals) - float(printed):+.{decimals}f}"
-
-
-def _fill(table: Table, section: Section, runs: Runs, found: Found, numbers: Mapping[Note, int],
-          sources: dict[str, None], asked: Asked) -> Filled:
-    columns = [key for key in COLUMNS if key in section.columns() or (key == "macs_G" and runs.rows)]
-    lines: list[Line] = []
-    values: list[tuple[str, ...]] = []
-    missing: list[tuple[str, str]] = []
-
-    def marks(test: str, *args: str) -> str:
-        found = [number for note, number in numbers.items() if getattr(note, test)(section.name, *args)]
-        return "".join(f" [{number}]" for number in found)
-
-    base = None         # the run that the paper prints as 1x, for the rows after it; else the config's own steps
-    for label, printed in section.rows.items():
-        cells = [section.shown(key, printed.get(key)) + marks("marks_cell", label, key) for key in columns]
-        if table.paper:
-            lines.append(Line(label + marks("marks_row", label), "paper", cells))
-        beside = runs.beside(section.name, label)
-        if beside and printed.get("speedup") in (1.0, "1.0", "1.00"):
-            base = beside[0].run.calls
-        for row in beside:
-            ours, files, why, trial = _ours(
-                table, section, columns, row, base or row.run.config.sampler.steps + row.run.calls - row.run.steps,
-                found, sources, asked)
-            named = f"{section.title}, {row.label}" if section.title else row.label
-            missing += [(named, reason) for reason in why]
-            device = next((result.provenance.get("device_name") for path, result in found
-                           if path == files.get("throughput")), None)
-            shown = {key: _shown(ours[key], _decimals(section, key, printed.get(key))) if key in ours else "-"
-                     for key in columns}
-            difference = {key: _difference(section, key, printed.get(key), ours.get(key), device)
-                          if not trial or COLUMNS[key].metric is None else "-" for key in columns}
-            ours_label = (row.variant and f"... {row.variant}") if table.paper else row.label
-            of_trial = f"trial, {trial} images" if trial else ""
-            lines.append(Line(ours_label, of_trial or "ours", list(shown.values())))
-            if table.paper:
-                lines.append(Line("", "difference", list(difference.values())))
-            run_label = f"{row.label} ({of_trial})" if trial else row.label
-            values += [(label, run_label, key, section.shown(key, printed.get(key)), shown[key], difference[key],
-                        files[key].name if key in files else "counted" if key == "macs_G" else "") for key in columns]
-        if not beside:
-            values += [(label, "", key, section.shown(key, printed.get(key)), "-", "-", "") for key in columns]
-        if (section.name, label) in runs.pending:
-            lines.append(Line("", "ours", ["-"] * len(columns)))
-    return Filled(section, columns, lines, values, missing)
-
-
-def render(table: Table, runs: Runs, found: Found, asked: Asked | None = None) -> Rendered:
+def render(table: Study, runs: Runs, found: Found, asked: Callable[[Row, str], Wanted] = wanted, trials: bool = False
+           ) -> Rendered:
     """Fill a table with what was counted and measured."""
-    marked = [note for note in table.notes if note.rows]
-    numbers = {note: i + 1 for i, note in enumerate(marked)}
-    sources: dict[str, None] = {}
-    filled = [_fill(table, section, runs, found, numbers, sources, asked or Asked())
-              for section in table.sections.values()]
-    notes = [note.text for note in table.notes if not note.rows]
-    for reason in dict.fromkeys(runs.pending.values()):
-        rows = [label for (_, label), other in runs.pending.items() if other == reason]
-        notes.append(f"Not run ({reason}): {'; '.join(rows)}.")
-    return Rendered(table, filled, [note.text for note in marked], [*notes, *sources])
+    filler = Filler(table, found, asked, trials)
+    filled = [filler.fill(part, runs) for part in table.parts]
+    notes = [note.text.strip() for note in table.notes if not note.rows]
+    if runs.pending:
+        notes.append(f"Not run ({table.waiting}): {'; '.join(row for _, row in runs.pending)}.")
+    marked = [note.text.strip() for note in table.notes if note.rows]
+    return Rendered(table, filled, runs.pending, schedules(runs) if table.schedules else [],
+                    [f"[{i}] {text}" for i, text in enumerate(marked, 1)], [*notes, *filler.sources])
 
 
-def schedules(table: Table, runs: Runs) -> list[str]:
+def schedules(runs: Runs) -> list[str]:
     """The full steps of each row, for a table of settings."""
-    return [f"{section.title + ', ' if section.title else ''}{row.label}: {len(level.full_steps)} full of "
+    return [f"{row.part.title + ', ' if row.part.name else ''}{row.label}: {len(level.full_steps)} full of "
             f"{row.run.steps} steps: {' '.join(map(str, level.full_steps))}"
-            for section in table.sections.values() for row in runs.rows if row.section == section.name
-            if (level := row.run.deepcache)]
+            for row in runs.rows if (level := row.run.deepcache)]
 
 
-def _grid(part: Filled) -> list[list[str]]:
-    return [["", "", *(COLUMNS[key].heading for key in part.columns)],
-            *([line.label, line.what, *line.cells] for line in part.lines)]
+def grid(rendered: Rendered, part: Filled) -> Iterator[list[str]]:
+    """The lines of a part, its head first: a row's name, what a line holds, and its cells."""
+    table, section = rendered.table, part.part.name
+    numbers = {i: note for i, note in enumerate((note for note in table.notes if note.rows), 1)}
+
+    def marks(label: str, column: str | None = None) -> str:
+        return "".join(f" [{number}]" for number, note in numbers.items() if note.marks(section, label, column))
+
+    yield ["", "", *(COLUMNS[key].heading for key in part.columns)]
+    for label, printed, runs in part.rows:
+        if table.paper:
+            yield [label + marks(label), "paper", *(_printed(part.part, key, printed.get(key)) + marks(label, key)
+                                                    for key in part.columns)]
+        for row, cells, trial in runs:
+            name = (f"... {row.entry.called}" if row.entry.beside else "") if table.paper else row.label
+            yield [name, f"trial, {trial} images" if trial else "ours", *(cell.ours for cell in cells.values())]
+            if table.paper:
+                yield ["", "difference", *(cell.difference for cell in cells.values())]
+        if (part.part, label) in rendered.pending:
+            yield ["", "ours", *["-"] * len(part.columns)]
 
 
 def why_missing(rendered: Rendered) -> list[str]:
@@ -282,45 +224,51 @@ def why_missing(rendered: Rendered) -> list[str]:
     for part in rendered.filled:
         for row, reason in part.missing:
             found.setdefault(reason, []).append(row)
-    every = sum(line.what not in ("paper", "difference") for part in rendered.filled for line in part.lines)
+    every = len(rendered.pending) + sum(len(runs) for part in rendered.filled for _, _, runs in part.rows)
     lines = [f"{reason}: {'all rows' if len(rows) == every > 1 else '; '.join(rows)}" for reason, rows in found.items()]
     hidden = any(reason.startswith("trial") and not reason.endswith("shown") for reason in found)
     return [*lines, *(["trials are shown with --trials"] if hidden else [])]
 
 
-def as_text(rendered: Rendered, extra: Sequence[str] = ()) -> str:
+def _title(part: Part) -> str:
+    return part.title if part.name else ""
+
+
+def as_text(rendered: Rendered) -> str:
     """For a terminal."""
     parts = [rendered.table.heading]
     for part in rendered.filled:
-        parts += [*([part.section.title] if part.section.title else []), align(_grid(part))]
-    notes = [*(f"[{i}] {text}" for i, text in enumerate(rendered.marked, 1)), *(f"* {text}" for text in rendered.notes),
+        parts += [*filter(None, [_title(part.part)]), align([*grid(rendered, part)])]
+    notes = [*rendered.marked, *(f"* {text}" for text in rendered.notes),
              *(f"- {text}" for text in why_missing(rendered))]
     parts += ["\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
-              for lines in (extra, notes) if lines]
+              for lines in (rendered.steps, notes) if lines]
     return "\n\n".join(parts)
 
 
-def as_markdown(rendered: Rendered, extra: Sequence[str] = ()) -> str:
+def as_markdown(rendered: Rendered) -> str:
     """With a heading of the second level."""
     lines = [f"## {rendered.table.heading}", ""]
     for part in rendered.filled:
-        head, *body = _grid(part)
-        if part.section.title:
-            lines += [f"**{part.section.title}**", ""]
-        lines += [f"| {' | '.join(head)} |", "|---|---" + "|---:" * len(part.columns) + "|"]
-        lines += [f"| {' | '.join(cell.replace('*', chr(92) + '*') for cell in row)} |" for row in body] + [""]
-    for bullets in (extra, [f"[{i}] {text}" for i, text in enumerate(rendered.marked, 1)], rendered.notes):
+        if title := _title(part.part):
+            lines += [f"**{title}**", ""]
+        lines += [*markdown([[cell.replace("*", r"\*") for cell in row] for row in grid(rendered, part)], right=2), ""]
+    for bullets in (rendered.steps, rendered.marked, rendered.notes):
         lines += [f"- {text}" for text in bullets] + ([""] if bullets else [])
     return "\n".join(lines)
 
 
-def as_csv(rendered: Rendered, extra: Sequence[str] = ()) -> str:
+def as_csv(rendered: Rendered) -> str:
     """One number per line, with the file that ours is from."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["table", "section", "row", "run", "column", "paper", "ours", "difference", "from"])
     for part in rendered.filled:
-        writer.writerows([rendered.table.name, part.section.name, *value] for value in part.values)
+        for label, printed, runs in part.rows:
+            own = [(row.label + (f" (trial, {trial} images)" if trial else ""), cells) for row, cells, trial in runs]
+            for named, cells in own or [("", dict.fromkeys(part.columns, Cell()))]:
+                writer.writerows([rendered.table.name, part.part.name, label, named, key, _printed(
+                    part.part, key, printed.get(key)), *cells[key]] for key in part.columns)
     return text.getvalue()
 
 
@@ -331,29 +279,23 @@ def _tex(text: str) -> str:
     return "".join(_TEX.get(c, c) for c in text)
 
 
-def as_latex(rendered: Rendered, extra: Sequence[str] = ()) -> str:
+def as_latex(rendered: Rendered) -> str:
     """A table environment; needs booktabs."""
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(rendered.table.heading)}}}"]
     for part in rendered.filled:
-        head, *body = _grid(part)
+        head, *body = grid(rendered, part)
         lines += [rf"\begin{{tabular}}{{ll{'r' * len(part.columns)}}}", r"\toprule"]
-        if part.section.title:
-            lines.append(rf"\multicolumn{{{len(head)}}}{{l}}{{{_tex(part.section.title)}}} \\")
+        if title := _title(part.part):
+            lines.append(rf"\multicolumn{{{len(head)}}}{{l}}{{{_tex(title)}}} \\")
         lines += [" & ".join(map(_tex, head)) + r" \\", r"\midrule"]
         lines += [" & ".join("--" if cell == "-" else _tex(cell) for cell in row) + r" \\" for row in body]
         lines += [r"\bottomrule", r"\end{tabular}", ""]
-    notes = [*extra, *(f"[{i}] {text}" for i, text in enumerate(rendered.marked, 1)), *rendered.notes]
+    notes = [*rendered.steps, *rendered.marked, *rendered.notes]
     lines += [r"\begin{flushleft}\footnotesize", *(rf"{_tex(note)}\\" for note in notes), r"\end{flushleft}"]
     return "\n".join([*lines, r"\end{table}", ""])
 
 
 FORMATS = {"text": as_text, "markdown": as_markdown, "csv": as_csv, "latex": as_latex}
-
-
-def shown(table: Table, found: Found, form: str = "text", runs: Runs | None = None, asked: Asked | None = None) -> str:
-    """A table in one of FORMATS, with the full steps where it is one of settings."""
-    runs = of_table(table) if runs is None else runs
-    return FORMATS[form](render(table, runs, found, asked), schedules(table, runs) if table.schedules else ())
 
 
 _ABOUT = """# The papers' tables
@@ -370,11 +312,8 @@ searches for plans found: `planning/`; step times: `throughput/`.
 
 def everything(found: Found) -> dict[str, str]:
     """The text of results/README.md and of every file of results/tables/, by path below results/."""
-    files: dict[str, str] = {}
-    sections = [_ABOUT]
-    for table in tables().values():
-        runs = of_table(table)
-        parts = render(table, runs, found), schedules(table, runs) if table.schedules else ()
-        sections.append(as_markdown(*parts))
-        files |= {f"tables/{table.name}.csv": as_csv(*parts), f"tables/{table.name}.tex": as_latex(*parts)}
-    return {"README.md": "\n".join(sections), **files}
+    filled = [render(table, of_table(table), found) for table in tables().values()]
+    files = {"README.md": "\n".join([_ABOUT, *map(as_markdown, filled)])}
+    for one in filled:
+        files |= {f"tables/{one.table.name}.csv": as_csv(one), f"tables/{one.table.name}.tex": as_latex(one)}
+    return files

@@ -11,8 +11,13 @@ from eval.tables.calls import COMPUTED, FORECAST, Calls
 from run.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.html")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 340, 52, 14, 26, 44
-COLORS = 8
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 700, 340, 52, 26, 44       # as wide as a page of GitHub shows a picture
+LETTER = 6.6                # width of one of a line's name
+MOST = COLORS = 8           # lines of a plot; colours
+# The colour of a method, the same in every plot, by what its name holds, the first that fits; else by its last number.
+HUES = {"plan": 3, "front": 0, "fewer steps": 0, "uncached": 0, "no cache": 0, "Block Caching": 4, "blocks": 4,
+        "Clockwork": 5, "Learning-to-Cache": 6, "adaptive": 7, "forecast None": 1, "forecast": 2, "reuse": 1,
+        "uniform": 1, "DeepCache": 1, "paper": 7}
 SHAPES = ("M-5,0a5,5 0 1 0 10,0a5,5 0 1 0 -10,0z", "M-4.5,-4.5h9v9h-9z", "M0,-6l5.5,10h-11z", "M0,-6l6,6l-6,6l-6,-6z",
           "M0,6l5.5,-10h-11z")
 
@@ -45,6 +50,21 @@ class Plot:
     y: str
     lines: Sequence[Line]
     log: bool = False
+
+    @property
+    def drawn(self) -> list[tuple[Line, int, int]]:
+        """Its lines that have marks, each with the numbers of its colour and of its shape."""
+        found: list[tuple[Line, int, int]] = []
+        for line in (line for line in self.lines if line.marks):
+            number = int("".join(re.findall(r"\d+$", line.name)) or 0)
+            hue = next((hue for word, hue in HUES.items() if word in line.name), 1 + number % (COLORS - 1))
+            found.append((line, hue, sum(hue == other for _, other, _ in found) % len(SHAPES)))
+        return found
+
+    @property
+    def right(self) -> float:
+        """Where its axes end and the names of its lines begin."""
+        return WIDTH - 30 - LETTER * max(len(line.name) for line, *_ in self.drawn)
 
 
 def ticks(low: float, high: float, log: bool = False) -> list[float]:
@@ -84,37 +104,36 @@ class Axis:
 
 
 def plot(shown: Plot) -> str:
-    """The picture for a page, and its key as a list. Nothing of a plot without marks."""
-    if not any(line.marks for line in shown.lines):
+    """The picture for a page. Nothing of a plot without marks."""
+    if not shown.drawn:
         return ""
     return "".join([f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="group" '
-                    f'aria-label="{escape(shown.title)}">', *_inside(shown), "</svg>", _key(shown.lines)])
-
-
-def _axes_of(shown: Plot) -> tuple[Axis, Axis]:
-    marks = [mark for line in shown.lines for mark in line.marks]
-    heights = [value for mark in marks for value in (mark.y, mark.low, mark.high) if value is not None]
-    return Axis([mark.x for mark in marks], LEFT, WIDTH - RIGHT, shown.log), Axis(heights, HEIGHT - BOTTOM, TOP)
+                    f'aria-label="{escape(shown.title)}">', *_inside(shown), "</svg>"])
 
 
 def _inside(shown: Plot) -> Iterator[str]:
-    """Title, axes and marks."""
-    x, y = _axes_of(shown)
+    """Title, axes, marks, and the name of each line beside its last mark."""
+    marks = [mark for line, *_ in shown.drawn for mark in line.marks]
+    heights = [value for mark in marks for value in (mark.y, mark.low, mark.high) if value is not None]
+    x, y = Axis([mark.x for mark in marks], LEFT, shown.right, shown.log), Axis(heights, HEIGHT - BOTTOM, TOP)
     yield f'<text class="title" x="{LEFT}" y="14">{escape(shown.title)}</text>'
     yield from _axes(x, y, shown)
     at: dict[float, int] = {}           # marks of one cost stand side by side
-    for number, line in enumerate(shown.lines):
+    ends = []
+    for line, hue, shape in shown.drawn:
         places = [_beside(x.at(mark.x), at) if line.dots else x.at(mark.x) for mark in line.marks]
-        yield from _line(line, number, places, y)
+        yield from _line(line, hue, shape, places, y)
+        ends.append((y.at(line.marks[-1].y), places[-1], line.name, hue, shape))
+    yield from _names(sorted(ends), shown.right)
 
 
 def _axes(x: Axis, y: Axis, shown: Plot) -> Iterator[str]:
     for value in y.ticks():
-        yield f'<path class="rule" d="M{LEFT},{y.at(value)}H{WIDTH - RIGHT}"/>'
+        yield f'<path class="rule" d="M{LEFT},{y.at(value)}H{shown.right:.1f}"/>'
         yield f'<text x="{LEFT - 6}" y="{y.at(value) + 4}" text-anchor="end">{value:g}</text>'
     for value in x.ticks():
         yield f'<text x="{x.at(value)}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{value:g}</text>'
-    yield f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(shown.x)}</text>'
+    yield f'<text x="{(LEFT + shown.right) / 2:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(shown.x)}</text>'
     yield (f'<text transform="translate(13,{(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
            f"{escape(shown.y)}</text>")
 
@@ -126,8 +145,8 @@ def _beside(place: float, taken: dict[float, int]) -> float:
     return place + (-1) ** number * 7 * ((number + 1) // 2)
 
 
-def _line(line: Line, number: int, places: Sequence[float], y: Axis) -> Iterator[str]:
-    kind, shape = f"k{number % COLORS}", SHAPES[number % len(SHAPES)]
+def _line(line: Line, hue: int, shape: int, places: Sequence[float], y: Axis) -> Iterator[str]:
+    kind = f"k{hue}"
     if line.joined and len(line.marks) > 1:
         path = "L".join(f"{x},{y.at(mark.y)}" for x, mark in zip(places, line.marks, strict=True))
         yield f'<path class="link {kind}" d="M{path}"/>'
@@ -137,51 +156,39 @@ def _line(line: Line, number: int, places: Sequence[float], y: Axis) -> Iterator
             bar = f'<path class="bar {kind}" d="M{x},{y.at(mark.low)}V{y.at(mark.high)}"/>'
         note = escape(f"{line.name}\n{mark.note}".strip())
         yield (f'<g class="mark" role="img" aria-label="{note}" data-note="{note}"><title>{note}</title>{bar}'
-               f'<path class="dot {kind}" transform="translate({x},{y.at(mark.y)})" d="{shape}"/></g>')
+               f'<path class="dot {kind}" transform="translate({x},{y.at(mark.y)})" d="{SHAPES[shape]}"/></g>')
 
 
-def _key(lines: Sequence[Line]) -> str:
-    names = "".join(f'<li><svg viewBox="-7 -7 14 14"><path class="dot k{number % COLORS}" '
-                    f'd="{SHAPES[number % len(SHAPES)]}"/></svg>{escape(line.name)}</li>'
-                    for number, line in enumerate(lines) if line.marks)
-    return f'<ul class="key">{names}</ul>'
+def _names(ends: Sequence[tuple[float, float, str, int, int]], right: float) -> Iterator[str]:
+    """The name of each line at the height of its last mark, or as near to it as the others let it. ends: from above,
+    the height and place of the last mark, the name, and the numbers of colour and shape."""
+    room, height = 16, float(TOP)
+    for number, (end, place, name, hue, shape) in enumerate(ends):
+        height = max(height, min(end, HEIGHT - BOTTOM - room * (len(ends) - number - 1)))
+        yield (f'<path class="lead k{hue}" d="M{place},{end}L{right + 8:.1f},{height:.1f}"/>'
+               f'<path class="dot k{hue}" transform="translate({right + 14:.1f},{height:.1f})" d="{SHAPES[shape]}"/>'
+               f'<text class="name" x="{right + 24:.1f}" y="{height + 4:.1f}">{escape(name)}</text>')
+        height += room
 
 
 def sheet(plots: Sequence[Plot], path: Path) -> None:
-    """Write plots into an SVG file, two in a row, each line named at its end; it is read on light and dark ground."""
-    names = max(len(line.name) for shown in plots for line in shown.lines if line.marks)
-    width, columns = WIDTH + 6 * names + 24, min(2, len(plots))
-    rows = -(-len(plots) // columns)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {columns * width} {rows * HEIGHT}" '
-             f'width="{columns * width}" height="{rows * HEIGHT}">', f"<style>{_style()}</style>",
-             '<rect class="ground" width="100%" height="100%"/>']
+    """Write plots into an SVG file, one below the other; it is read on light and dark ground."""
+    high = len(plots) * HEIGHT
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {high}" width="{WIDTH}" height="{high}">',
+             f'<style>{_style()}</style><rect class="ground" width="100%" height="100%"/>']
     for number, shown in enumerate(plots):
-        place = f"translate({number % columns * width},{number // columns * HEIGHT})"
-        parts.append(f'<g class="plot" transform="{place}">{"".join([*_inside(shown), *_names(shown)])}</g>')
+        parts.append(f'<g class="plot" transform="translate(0,{number * HEIGHT})">{"".join(_inside(shown))}</g>')
     path.parent.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"<title>.*?</title>", "", "".join([*parts, "</svg>\n"]), flags=re.S)
     write_atomically(path, lambda temporary: temporary.write_text(
         re.sub(r' (?:data-note|aria-label|role)="[^"]*"', "", text), encoding="utf-8"))
 
 
-def _names(shown: Plot) -> Iterator[str]:
-    """The name of each line beside its last mark, or as near to it as the others let it."""
-    lines = [(number, line) for number, line in enumerate(shown.lines) if line.marks]
-    _, y = _axes_of(shown)
-    wanted = sorted((y.at(line.marks[-1].y), number, line.name) for number, line in lines)
-    room, height = 15, float(TOP)
-    for place, (end, number, name) in enumerate(wanted):
-        height = max(height, min(end, HEIGHT - BOTTOM - room * (len(wanted) - place - 1)))
-        yield (f'<path class="dot k{number % COLORS}" transform="translate({WIDTH},{height:.1f})" '
-               f'd="{SHAPES[number % len(SHAPES)]}"/><text x="{WIDTH + 10}" y="{height + 4:.1f}">{escape(name)}</text>')
-        height += room
-
-
 def _style() -> str:
     """The looks of a plot in a file: those of a page, which follow what a reader prefers."""
     page = TEMPLATE.read_text(encoding="utf-8")
     colours = re.findall(r":root \{\s*(.*?)\s*\}", page, re.S)
-    rules = re.findall(r"^(?:\.plot (?:text|\.title|\.rule)|\.dot|\.link|\.bar|\.k\d)[ .].*\}$", page, re.M)
+    rules = re.findall(r"^(?:\.plot (?:text|\.title|\.name|\.rule)|\.(?:dot|link|lead|bar|k\d))[ .].*\}$", page, re.M)
     return (f":root{{{colours[0]}}}@media (prefers-color-scheme: dark){{:root{{{colours[1]}}}}}"
             f".ground{{fill:var(--page)}}{''.join(rules)}").replace("\n", "")
 

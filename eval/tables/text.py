@@ -11,7 +11,8 @@ def align(lines: Sequence[Sequence[str]]) -> str:
                      for line in lines)
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table in Markdown, whose first row is its head."""
+def markdown(rows: Sequence[Sequence[str]], right: int | None = None) -> list[str]:
+    """A table in Markdown, whose first row is its head. right: the column from which on cells stand to the right."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
+    left = len(rows[0]) if right is None else right
+    return [lines[0], "|---" * left + "|---:" * (len(rows[0]) - left) + "|", *lines[1:]]

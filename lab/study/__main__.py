@@ -20,8 +20,9 @@ from typing import ClassVar
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_image
 from eval.metrics.registry import EXTRACTORS
+from eval.tables.arms import Arm, Given
+from eval.tables.study import Part, Study, missing
 from eval.tables.text import align
-from lab.study.arms import Arm, Given
 from lab.study.bench import Bench
 from lab.study.measures import FEWEST
 from lab.study.page import make_images
@@ -29,7 +30,6 @@ from lab.study.papers import disk
 from lab.study.report import render
 from lab.study.rows import cost_of
 from lab.study.runner import Pair, carry_out, end_with_parent, supervise
-from lab.study.study import Part, Study, missing
 from lab.study.tables import Shown, open_benches
 from run.cli import command
 from run.seeds import format_seeds, parse_seeds

@@ -10,11 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lab.study.arms import Arm, Given, of_run
-from lab.study.commands import python
-from lab.study.ledger import Ledger
-from lab.study.measures import MEASURES, Setup, times
-from lab.study.study import (
+from eval.tables.arms import Arm, Given, of_run
+from eval.tables.study import (
     Entry,
     Part,
     against,
@@ -26,6 +23,10 @@ from lab.study.study import (
     read_study,
     with_common,
 )
+from lab.study.commands import python
+from lab.study.ledger import Ledger
+from lab.study.measures import MEASURES, Setup, times
+from lab.study.show import show_of
 from run import results
 from run.files import ROOT
 from run.folder import RunFolder, missing_seeds
@@ -35,7 +36,7 @@ from run.results import Result
 from run.seeds import parse_seeds
 from run.spec import Run
 from run.weights import sha256
-from unet_caching.errors import UserError
+from unet_caching.errors import UserError, as_user_error
 from unet_caching.registry import METHODS
 
 MADE = "fitted file"            # the kind of the records of files that were made
@@ -49,8 +50,10 @@ class Bench:
         self.seeds = parse_seeds(part.seeds)
         if unknown := [kind for kind in part.measure if kind not in MEASURES]:
             raise UserError(f"{path}: measure has no {unknown[0]!r}: choose from {', '.join(MEASURES)}")
+        with as_user_error(f"{path}: "):
+            self.show = show_of(part.show)
         self.evaluator = next((kind for kind in part.measure if kind in ("adm", "fid", "clip_score")), "")
-        whole = self._arm(against(part), "converged" if "near" in part.measure else "uncached")
+        whole = self._arm(against(part, path), "converged" if "near" in part.measure else "uncached")
         self.also = [*self._beside()]
         self.setup = Setup(part, whole, [self._arm(run, f"converged, {run.steps} steps") for run in self._many_steps()],
                            given.samples / "converged")
@@ -161,10 +164,11 @@ class Bench:
             beside = [self.setup.whole, *self.setup.converged] if MEASURES[kind].images else []
             if any(missing_seeds(one.folder, arm.seeds) for one in (arm, *beside) if beside):
                 return False
-            if (result := MEASURES[kind].of(arm, self.setup)) and kind != arm.evaluator:
+            result = MEASURES[kind].of(arm, self.setup)
+            if result and kind != arm.evaluator:
                 self.write(arm, result)
-                if why_not := self.record(arm, kind)[1]:
-                    raise UserError(f"{arm.folder}: {why_not}: say another folder (--samples)")
+            if why_not := self.record(arm, kind)[1]:        # or it would be measured again and again
+                raise UserError(f"{arm.folder}: {why_not}: say another folder (--samples)")
         return True
 
     def write(self, arm: Arm, result: Result) -> None:
@@ -217,7 +221,7 @@ class Bench:
 
     def make(self) -> None:
         """Make the files that are not there, and note how long each took. Raises UserError where that fails."""
-        asked = [other for entry in entries(self.part) for path in files_of(entry).values()
+        asked = [other for entry in entries(self.part, self.path) for path in files_of(entry).values()
                  if str(path) in self.part.made for other in needed(str(path), self.part.made)]
         common = shlex.join(with_common(self.part, {}).words())
         for name in dict.fromkeys(asked):

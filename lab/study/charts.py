@@ -12,7 +12,7 @@ from eval.cost.macs import giga
 from eval.metrics.measure import Measure
 from eval.metrics.registry import MEASURES
 from eval.tables.plots import Map
-from eval.tables.svg import Line, Mark, Plot
+from eval.tables.svg import MOST, Line, Mark, Plot
 from lab.study.columns import on_front, scores_of
 from lab.study.measures import minus_uncached
 from lab.study.rows import Cost, Row, Rows, front
@@ -21,7 +21,6 @@ from run.results import Metric
 from run.seeds import format_seeds
 
 ALIKE = 1.05                # costs that differ by less are alike
-MOST = 8                    # lines of a chart: the best ones; all are in the table
 
 
 class Axis(NamedTuple):
@@ -74,14 +73,15 @@ def chart(rows: Rows, show: Show, name: str, cost: str) -> Plot:
         """How far the marks of a line are behind the best that costs as little, in the mean."""
         own = [(price, value.value if higher else -value.value) for price, value, _ in kinds[kind]]
         return float(np.mean([max(v for c, v in every if c <= ALIKE * price) - value for price, value in own]))
-    kept = sorted(sorted(kinds, key=shortfall)[:MOST], key=list(kinds).index)
+    beside = [] if show.lines else [_front(rows, axis, name, kinds), *_printed(rows, axis, name, cost)]
+    most = MOST - len(beside)
+    kept = sorted(sorted(kinds, key=shortfall)[:most], key=list(kinds).index)       # all are in the table
     lines = [Line(kind, [_mark(*one, rows) for one in sorted(kinds[kind], key=lambda one: one[0])], show.lines)
              for kind in kept]
-    if not show.lines:
-        lines += [_front(rows, axis, name, kinds), *_printed(rows, axis, name, cost)]
-    left_out = f", the best {MOST} of {len(kinds)} kinds" if len(kinds) > MOST else ""
+    left_out = f", the best {most} of {len(kinds)} kinds" if len(kinds) > most else ""
     title, label = _titles(name, cost, higher)
-    return Plot(f"{title}{left_out}", axis.label, label, lines, log=cost in ("cost", "time"))
+    message = show.says.get(f"{name}, {cost}")
+    return Plot(message or f"{title}{left_out}", axis.label, label, [*lines, *beside], log=cost in ("cost", "time"))
 
 
 def _titles(name: str, cost: str, higher: bool) -> tuple[str, str]:

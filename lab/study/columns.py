@@ -1,4 +1,4 @@
-"""Columns of the tables of studies. Another one is a function here under its word, which gives the cell of a row among
+"""Columns of the tables of studies. Another one is a word of COLUMNS with what gives the cell of a row among
 the others. Names of metrics are columns, too, and some words stand for several of them."""
 
 from collections.abc import Callable
@@ -21,26 +21,6 @@ class Column(NamedTuple):
     about: str = ""         # how to read it
 
 
-COLUMNS: dict[str, Column] = {}
-SEVERAL: dict[str, Callable[[Rows], list[Column]]] = {}
-
-
-def column(word: str, heading: str, about: str = "") -> Callable[[Cell], Cell]:
-    """Register a function as the cell of a column."""
-    def register(cell: Cell) -> Cell:
-        COLUMNS[word] = Column(heading, cell, about)
-        return cell
-    return register
-
-
-def several(word: str) -> Callable[[Callable[[Rows], list[Column]]], Callable[[Rows], list[Column]]]:
-    """Register a function as the columns that a word stands for."""
-    def register(columns: Callable[[Rows], list[Column]]) -> Callable[[Rows], list[Column]]:
-        SEVERAL[word] = columns
-        return columns
-    return register
-
-
 def columns_of(word: str, rows: Rows) -> list[Column]:
     """The columns that a word stands for. Raises KeyError for one that there is not."""
     if word in SEVERAL:
@@ -55,6 +35,11 @@ def spread(metric: Metric | None, form: str, scale: float = 1) -> str:
     if metric.interval is None:
         return f"{scale * metric.value:{form}}"
     return f"{{:{form}}} [{{:{form}}}, {{:{form}}}]".format(*(scale * value for value in metric.bounds))
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """With two decimals, or a dash."""
+    return "-" if value is None else f"{value:.2f}{unit}"
 
 
 def with_error(metric: Metric, scale: float = 1.0, sign: str = "") -> str:
@@ -123,73 +108,6 @@ def short(row: Row, rows: Rows) -> str:
                     if name == "interval" or len({one.options.get(name) for one in cached}) > 1) or "cached"
 
 
-@column("arm", "arm")
-def _arm(row: Row, rows: Rows) -> str:
-    return row.arm.label
-
-
-@column("run", "run")
-def _run(row: Row, rows: Rows) -> str:
-    return row.name
-
-
-@column("kind", "system")
-def _kind(row: Row, rows: Rows) -> str:
-    return row.kind
-
-
-COLUMNS["point"] = Column("point", short)
-
-
-@column("full / calls", "full / calls")
-def _calls(row: Row, rows: Rows) -> str:
-    return f"{row.run.full_calls} / {row.run.calls}"
-
-
-@column("full / all steps", "full / all steps")
-def _steps(row: Row, rows: Rows) -> str:
-    full = row.run.caching.settings.get("full_steps") or range(row.run.steps)
-    return f"{len(full)} / {row.run.steps}"
-
-
-@column("macs", "MACs per image, G")
-def _macs(row: Row, rows: Rows) -> str:
-    return f"{giga(row.macs):.2f}"
-
-
-@column("of uncached", "of uncached")
-def _share(row: Row, rows: Rows) -> str:
-    return f"{row.macs / rows.whole.macs:.3f}"
-
-
-@column("speed-up by MACs", "speed-up by MACs")
-def _speedup(row: Row, rows: Rows) -> str:
-    return f"{rows.whole.macs / row.macs:.2f}x"
-
-
-@column("measured", "measured", "Measured: the network time of a run without caching over that of the arm, from the "
-                                "times of the kinds of calls, which took turns.")
-def _measured(row: Row, rows: Rows) -> str:
-    return "-" if row.time is None else f"{rows.whole.run.calls / row.time:.2f}x"
-
-
-@column("cost", "cost, calls", "Costs are in full network calls per image, by multiply-accumulates (where each image "
-                               "decides what is computed, the mean of what it came to).")
-def _cost(row: Row, rows: Rows) -> str:
-    return f"{row.cost:.2f}"
-
-
-@column("time", "time, calls", "Time: of the network, in full calls.")
-def _time(row: Row, rows: Rows) -> str:
-    return "-" if row.time is None else f"{row.time:.2f}"
-
-
-@column("near", "PSNR, dB", "PSNR, dB: to the same seed of the run that all are compared with, of latents where that "
-                            "is a converged run, else of images; with 95 % intervals.")
-def _near(row: Row, rows: Rows) -> str:
-    return spread(rows.near(row), ".1f")
-
-
 def _gain(row: Row, rows: Rows, other: Row | None) -> str:
     """How much nearer a row comes than another one; and which that is, where no budget says it."""
     if row.arm.budget is not None or other is None:
@@ -197,47 +115,54 @@ def _gain(row: Row, rows: Rows, other: Row | None) -> str:
     return "" if row.plain else f"{spread(rows.nearer(row, other), '+.1f')} ({other.run.sampler.name}, {other.cost:g})"
 
 
-@column("gain", "beside the best of fewer steps", (
-    "Differences are in dB, paired by seed, with 95 % intervals, to the run without caching that comes nearest at the "
-    "same budget; where there are no budgets to that in brackets: the best of those that cost no more than the "
-    f"cheapest which costs at least {EQUAL:g} of what the row does."))
-def _beside_best(row: Row, rows: Rows) -> str:
-    return _gain(row, rows, rows.rival(row))
-
-
-@column("gain of its sampler", "beside the same sampler")
 def _beside_same(row: Row, rows: Rows) -> str:
     return _gain(row, rows, rows.rival(row, among=lambda one: one.run.sampler.name == row.run.sampler.name))
 
 
-@column("gain at equal time", "the same at equal time")
-def _beside_time(row: Row, rows: Rows) -> str:
-    return _gain(row, rows, rows.rival(row, lambda one: one.time))
+def _steps(row: Row, rows: Rows) -> str:
+    full = row.run.caching.settings.get("full_steps") or range(row.run.steps)
+    return f"{len(full)} / {row.run.steps}"
 
 
-@column("made", "made in, CPU min", "Made in: CPU minutes that measuring and training took before the first image; ? "
-                                    "where that was made elsewhere.")
-def _made(row: Row, rows: Rows) -> str:
-    return "?" if row.made is None else f"{row.made / 60:.1f}" if row.made else "-"
+COLUMNS: dict[str, Column] = {
+    "arm": Column("arm", lambda row, rows: row.arm.label),
+    "run": Column("run", lambda row, rows: row.name),
+    "kind": Column("system", lambda row, rows: row.kind),
+    "point": Column("point", short),
+    "full / calls": Column("full / calls", lambda row, rows: f"{row.run.full_calls} / {row.run.calls}"),
+    "full / all steps": Column("full / all steps", _steps),
+    "macs": Column("MACs per image, G", lambda row, rows: f"{giga(row.macs):.2f}"),
+    "of uncached": Column("of uncached", lambda row, rows: f"{row.macs / rows.whole.macs:.3f}"),
+    "speed-up by MACs": Column("speed-up by MACs", lambda row, rows: f"{rows.whole.macs / row.macs:.2f}x"),
+    "measured": Column("measured", lambda row, rows: number(row.time and rows.whole.run.calls / row.time, "x"), (
+        "Measured: the network time of a run without caching over that of the arm, from the times of the kinds of "
+        "calls, which took turns.")),
+    "cost": Column("cost, calls", lambda row, rows: number(row.cost), (
+        "Costs are in full network calls per image, by multiply-accumulates (where each image decides what is "
+        "computed, the mean of what it came to).")),
+    "time": Column("time, calls", lambda row, rows: number(row.time), "Time: of the network, in full calls."),
+    "near": Column("PSNR, dB", lambda row, rows: spread(rows.near(row), ".1f"), (
+        "PSNR, dB: to the same seed of the run that all are compared with, of latents where that is a converged run, "
+        "else of images; with 95 % intervals.")),
+    "gain": Column("beside the best of fewer steps", lambda row, rows: _gain(row, rows, rows.rival(row)), (
+        "Differences are in dB, paired by seed, with 95 % intervals, to the run without caching that comes nearest at "
+        "the same budget; where there are no budgets to that in brackets: the best of those that cost no more than the "
+        f"cheapest which costs at least {EQUAL:g} of what the row does.")),
+    "gain of its sampler": Column("beside the same sampler", _beside_same),
+    "gain at equal time": Column("the same at equal time", lambda row, rows: _gain(row, rows, rows.rival(
+        row, lambda one: one.time))),
+    "made": Column("made in, CPU min", lambda row, rows: (
+        "?" if row.made is None else f"{row.made / 60:.1f}" if row.made else "-"), (
+        "Made in: CPU minutes that measuring and training took before the first image; ? where that was made "
+        "elsewhere.")),
+}
 
 
-@several("distances")
-def _distances(rows: Rows) -> list[Column]:
-    return [distance_column(name) for name in distances_of(rows)]
-
-
-@several("scores")
-def _scores(rows: Rows) -> list[Column]:
-    return [spread_column(name) for name in scores_of(rows)]
-
-
-@several("shifts")
 def _shifts(rows: Rows) -> list[Column]:
     names = [*map(minus_uncached, SCORES[:2]), RMSE_TO_CONVERGED.name]
     return [spread_column(name) for name in names if any(row.metric(name) for row in rows.rows)]
 
 
-@several("front")
 def _front(rows: Rows) -> list[Column]:
     main = next(iter(scores_of(rows)), "")
 
@@ -247,3 +172,9 @@ def _front(rows: Rows) -> list[Column]:
             f"Front: no other arm has a lower cost and a better {main}; among arms whose intervals overlap, which one "
             "is on it is chance."))
     return [on("front by MACs", lambda row: row.macs), on("by time", lambda row: row.time)]
+
+
+SEVERAL: dict[str, Callable[[Rows], list[Column]]] = {
+    "distances": lambda rows: [distance_column(name) for name in distances_of(rows)],
+    "scores": lambda rows: [spread_column(name) for name in scores_of(rows)],
+    "shifts": _shifts, "front": _front}

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from lab.study.arms import Arm
+from eval.tables.arms import Arm
 from run.files import ROOT
 from unet_caching.errors import UserError
 

@@ -4,8 +4,8 @@ rendered."""
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from eval.tables.current import Wanted
-from lab.study.arms import Arm
+from eval.tables.arms import Arm
+from eval.tables.current import Wanted, match
 from run import results
 from run.results import Result
 
@@ -24,22 +24,17 @@ class Ledger:
 
     def record(self, arm: Arm, kind: str, wanted: Wanted) -> tuple[Result | None, str | None]:
         """The record of a measure that is current; without one why that is so, in words."""
-        why_not: str | None = None
-        for found in self._candidates(arm, kind, wanted):
-            fault = wanted.fault(found)
-            if fault is None:
-                return found, None
-            why_not = why_not or fault
-        return None, why_not or "no"
+        _, found, why_not = match(self._candidates(arm, kind, wanted), wanted)
+        return found, None if found else why_not or "no"
 
-    def _candidates(self, arm: Arm, kind: str, wanted: Wanted) -> Iterable[Result]:
+    def _candidates(self, arm: Arm, kind: str, wanted: Wanted) -> Iterable[tuple[Path, Result]]:
         path = arm.record(kind)
         if path.is_file():
-            yield results.read(path)
+            yield path, results.read(path)
         own = (arm.name, kind, wanted.seeds or "")
         if own in self.known:
-            yield self.known[own]
-        yield from (one for key, one in self.known.items() if key[:2] == own[:2] and key != own)
+            yield self.packed, self.known[own]
+        yield from ((self.packed, one) for key, one in self.known.items() if key[:2] == own[:2] and key != own)
 
     def made_of(self, files: dict[str, str]) -> dict[str, Result]:
         """The records of an arm that is made of these files, by option; by measure."""

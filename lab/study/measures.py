@@ -32,13 +32,13 @@ from eval.metrics.intervals import mean_estimate
 from eval.metrics.registry import EXTRACTORS
 from eval.metrics.results import of_samples
 from eval.metrics.small_sets import FrechetInBasis, KernelDistance
+from eval.tables.arms import Arm
 from eval.tables.current import Wanted, trained_on
+from eval.tables.study import Part
 from eval.throughput import random_inputs
 from lab.fit.adaptive import spent_on
 from lab.plans.distances import Distances
-from lab.study.arms import Arm
 from lab.study.commands import evaluate
-from lab.study.study import Part
 from run.families import build
 from run.provenance import provenance
 from run.results import Cost, Metric, Result

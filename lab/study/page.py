@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.tables.arms import Arm
 from eval.tables.calls import calls_of
 from eval.tables.page import Page, Pictures, Section, pictures_of, write
-from lab.study.arms import Arm
+from eval.tables.study import Study
 from lab.study.charts import charts
 from lab.study.columns import on_front, scores_of
 from lab.study.more import sentences
 from lab.study.rows import PLAIN, Row
-from lab.study.study import Study
 from lab.study.tables import Shown, Table
 from run.folder import missing_seeds
 from run.image_model import fill, open_model

@@ -15,12 +15,12 @@ from typing import ClassVar, NamedTuple
 
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_image, macs_per_step
+from eval.tables.arms import Arm, Given, of_row
 from eval.tables.current import Wanted
-from eval.tables.paper import Section, Table, find
-from eval.tables.render import Asked, shown, wanted
-from eval.tables.rows import Row, Runs, of_table
+from eval.tables.paper import Row, Runs, find, of_table
+from eval.tables.render import as_text, render, wanted
+from eval.tables.study import Study
 from eval.tables.text import align
-from lab.study.arms import Arm, Given, of_row
 from lab.study.commands import by_commands
 from run import arguments, results
 from run.cli import command
@@ -108,7 +108,7 @@ class Plan(NamedTuple):
 
     others: models that stand in the places of the table's.
     """
-    table: Table
+    table: Study
     runs: Runs
     arms: list[Arm]
     others: Collection[str] = ()
@@ -118,30 +118,29 @@ class Plan(NamedTuple):
         found = list(results.read_all(folder)) if folder.is_dir() else []
         arms = {(arm.section, arm.label): arm for arm in self.arms}
 
-        def asked(row: Row, section: Section, kind: str) -> Wanted:
-            arm = arms.get((row.section, row.label))
+        def asked(row: Row, kind: str) -> Wanted:
+            arm = arms.get((row.part.name, row.label))
             if arm is None or arm.evaluator != kind:
-                return wanted(row, section, kind)
-            return replace(arm.wanted, images=section.images or arm.images, published=bool(self.table.paper))
+                return wanted(row, kind)
+            return replace(arm.wanted, images=row.part.images or arm.images, published=bool(self.table.paper))
 
-        text = shown(self.table, found, runs=self.runs, asked=Asked(asked, trials))
+        text = as_text(render(self.table, self.runs, found, asked, trials))
         if not self.others:
             return text
         return f"{text}\n\n{', '.join(sorted(self.others))} in the place of the table's models: no reproduction"
 
 
-def make_plan(table: Table, options: Options, given: Given) -> Plan:
+def make_plan(table: Study, options: Options, given: Given) -> Plan:
     """A table's runs by the user's options. Raises UserError."""
     own = {row.run.config.name for row in of_table(table).rows}
     named = {path: load_config(path).name for path in options.config}
-    runs = of_table(table, {family_named_by(path).name: path for path, name in named.items() if name not in own})
-    alone = own & set(named.values())
     if not table.paper and given.images:        # no paper says how many images its rows are judged on
-        table = table._replace(sections={name: section._replace(images=given.images)
-                                         for name, section in table.sections.items()})
+        table = replace(table, parts=[replace(part, images=given.images) for part in table.parts])
+    runs = of_table(table, {family_named_by(path).name: path for path, name in named.items() if name not in own})
     if table.schedules:
         return Plan(table, runs, [])
-    arms = [of_row(row, table, given) for row in runs.rows if not alone or row.run.config.name in alone]
+    alone = own & set(named.values())
+    arms = [of_row(row, given) for row in runs.rows if not alone or row.run.config.name in alone]
     arms = chosen(arms, options.only)
     given.check_one_model({arm.run.config.name for arm in arms})
     return Plan(table, runs, arms, {arm.run.config.name for arm in arms} - own)

@@ -7,6 +7,7 @@ import numpy as np
 
 from eval.metrics.images import open_images
 from eval.tables.plots import heat_maps, sample_rows
+from eval.tables.study import Study, missing
 from eval.tables.svg import sheet
 from eval.tables.text import markdown
 from lab.study.bench import Bench
@@ -15,7 +16,6 @@ from lab.study.more import MORE
 from lab.study.page import write_page
 from lab.study.rows import Rows
 from lab.study.show import Show
-from lab.study.study import Study, missing
 from lab.study.tables import Shown
 from run.files import write_atomically
 from run.folder import missing_seeds

@@ -10,9 +10,9 @@ import numpy as np
 
 from eval.cost.runs import in_full_calls, macs_per_image
 from eval.metrics.intervals import mean_estimate
+from eval.tables.arms import Arm
 from eval.tables.current import trained_on
-from eval.tables.rows import printed_values
-from lab.study.arms import Arm
+from eval.tables.paper import printed_values
 from lab.study.bench import Bench
 from run import arguments
 from run.results import Metric, Result

@@ -5,14 +5,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from eval.cost.runs import macs_per_image
-from lab.study.arms import Arm
+from eval.tables.arms import Arm
 from lab.study.bench import Bench
 from run.claims import Claims
 from run.files import ROOT
@@ -21,17 +21,20 @@ from unet_caching.errors import UserError
 Pair = tuple[Bench, Arm]
 _SAMPLING = 0.8         # share of an arm's time, of small models, for the time that is left
 _WAIT = 0.5             # seconds until it is looked again what other processes have done
+TELL, GIVE_UP = 60, 3600    # seconds without anything new after which it is told who is waited for, and given up
 
 
 def carry_out(pairs: Sequence[Pair], claims: Path, wait: bool = True) -> None:
     """Sample and measure what is not there yet, arm by arm, and no arm that another process is at.
 
     Whoever carries out the same study at the same time takes other arms. claims: a file of locks. wait: until all is
-    there; else what can only be measured once others have made images is left to them.
+    there; else what can only be measured once others have made images is left to them. Raises UserError where nothing
+    comes of what other processes have claimed.
     """
     claims.parent.mkdir(parents=True, exist_ok=True)
     waiting = dict(enumerate(pairs))
     with Claims(claims) as own:
+        patience = Patience(own)
         while waiting := {number: pair for number, pair in waiting.items() if not pair[0].complete(pair[1])}:
             progress = False
             for number, (bench, arm) in waiting.items():
@@ -42,7 +45,34 @@ def carry_out(pairs: Sequence[Pair], claims: Path, wait: bool = True) -> None:
             if not progress and not wait:
                 return
             if not progress:
-                time.sleep(_WAIT)
+                patience.wait({number: arm for number, (_, arm) in waiting.items()})
+
+
+class Patience:
+    """Waits for what other processes have claimed, tells whom it waits for, and gives up where nothing comes of it."""
+
+    def __init__(self, claims: Claims):
+        self.claims = claims
+        self.there: object = None           # what there was when it last looked
+        self.since = self.told = time.monotonic()
+
+    def wait(self, arms: Mapping[int, Arm]) -> None:
+        """A little. arms: those that are not complete. Raises UserError once nothing new came for too long."""
+        now, there = time.monotonic(), {number: arm.present for number, arm in arms.items()}
+        if there != self.there:
+            self.there, self.since, self.told = there, now, now
+        whom = "; ".join(f"{arm.run.config.name}: {arm.label} ({self._holder(number)})" for number, arm in arms.items())
+        if now - self.since > GIVE_UP:
+            raise UserError(f"nothing new came in {GIVE_UP / 60:.0f} minutes of what other processes are at: {whom}; "
+                            "if one of them hangs, end it, and run the same command again")
+        if now - self.told > TELL:
+            self.told = now
+            print(f"waiting for {whom}, nothing new in {(now - self.since) / 60:.0f} minutes", flush=True)
+        time.sleep(_WAIT)
+
+    def _holder(self, number: int) -> str:
+        holder = self.claims.holder(number)
+        return f"process {holder}" if holder else "a process elsewhere, or images of others"
 
 
 def supervise(pairs: Sequence[Pair], words: Sequence[str], jobs: int, done: Callable[[], object]) -> None:

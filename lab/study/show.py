@@ -4,7 +4,11 @@
     show: {like: grid, maps: [[interval, branch]]}
 """
 
+import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
+
+from unet_caching.files.schema import fault
 
 
 @dataclass(frozen=True)
@@ -14,6 +18,7 @@ class Show:
     order: str = ""                     # near: the nearest first; cost: the dearest; else as the study has them
     more: list[str] = field(default_factory=list)       # further tables, words of MORE in lab/study/columns.py
     charts: list[list[str]] = field(default_factory=list)       # a measure and a cost each (lab/study/charts.py)
+    says: dict[str, str] = field(default_factory=dict)  # what a chart, like "near, cost", tells: its title
     front: bool = False                 # charts leave out settings that another one of their kind beats
     lines: bool = True                  # marks of one kind are joined
     maps: list[list[str]] = field(default_factory=list)         # two options each: their values down and across
@@ -38,3 +43,14 @@ SHOWS = {
     "blocks": Show(["arm", "macs", "of uncached", "distances", "PSNR", "SSIM"], more=["fitted"], charts=_QUALITY,
                    samples=16),
 }
+
+
+def show_of(said: str | dict[str, Any]) -> Show:
+    """One of SHOWS, or that with some of its fields said otherwise. Raises ValueError."""
+    own = {"like": said} if isinstance(said, str) else dict(said)
+    name = own.pop("like", "arms")
+    if name not in SHOWS:
+        raise ValueError(f"show has no {name!r}: choose from {', '.join(SHOWS)}")
+    if wrong := fault(dataclasses.asdict(SHOWS[name]) | own, Show, "show"):
+        raise ValueError(wrong)
+    return dataclasses.replace(SHOWS[name], **own)

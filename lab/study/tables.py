@@ -6,13 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.study.arms import Given
+from eval.tables.arms import Given
+from eval.tables.study import Entry, Part, Study, read_study
 from lab.study.bench import Bench
 from lab.study.columns import columns_of, short
 from lab.study.ledger import Ledger
 from lab.study.measures import PSNR
 from lab.study.rows import Row, Rows, rows_of
-from lab.study.study import Entry, Part, Study, read_study, show_of
 from run.files import ROOT
 
 
@@ -40,7 +40,7 @@ class Shown:
     """A part of a study as it is shown: what is measured of it."""
 
     def __init__(self, bench: Bench):
-        self.bench, self.show = bench, show_of(bench.part)
+        self.bench, self.show = bench, bench.show
         whole = Row(bench.setup.whole, {})
         self.rows = Rows(named(rows_of(bench), whole), whole, bench.part.chosen_on)
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from eval.tables.paper import Table, own_tables, tables
-from lab.study.arms import Arm, Given
+from eval.tables.arms import Arm, Given
+from eval.tables.paper import own_tables, tables
+from eval.tables.study import Study
 from lab.study.papers import Options, Plan, make_plan
 from run.claims import only_one
 from run.cli import command
@@ -135,7 +136,7 @@ class Graph:
         return [live.job for live in self.live if live.name == name]
 
 
-def find_table(name: str) -> Table:
+def find_table(name: str) -> Study:
     """A table that has a script, by its name or the script's. Raises UserError."""
     known = {table.script.removesuffix(".sh"): table for table in (tables() | own_tables()).values() if table.script}
     name = name.removesuffix(".sh")

@@ -16,6 +16,8 @@
 Beside options an arm may say what it is called, its kind (arms of one kind are a line in a chart) and its budget in
 full network calls. The fields of `Part` are what else there is. A file may have several parts, each of one model: under
 `parts` stands what each says otherwise than the file does.
+
+A table of a paper is a study whose arms also carry what is `printed` for them (eval/tables/paper.py).
 """
 
 import dataclasses
@@ -27,10 +29,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, get_type_hints
 
 from eval.metrics.registry import EXTRACTORS
-from lab.study.show import SHOWS, Show
 from run import arguments
 from run.files import ROOT
 from run.prompts import read_prompts
@@ -38,22 +39,20 @@ from run.seeds import format_seeds, parse_seeds
 from run.settings import load_yaml
 from run.spec import Run, RunSpec, SamplerOptions
 from unet_caching.errors import UserError
-from unet_caching.files.schema import AtLeast, fault
+from unet_caching.files.schema import AtLeast, build, fault
 from unet_caching.methods.plan import SAMPLING
 from unet_caching.registry import METHODS
 
 FOLDER = Path("configs/studies")
 MOST_ARMS, MOST_CALLS = 2000, 500_000       # of a part: arms, and network calls of an image of each
-_ABOUT = ("called", "kind", "budget")       # what an arm says beside its options
-_WORDS = {int: "whole numbers", float: "numbers", str: "names", Path: "files", bool: "true or false"}
 
 
 @dataclass
 class Part:
     """The arms of one model, and what is done with them."""
-    model: str                          # the name of a config, or its path
-    seeds: str
     arms: list[dict[str, Any]]
+    model: str = ""                     # the name of a config, or its path
+    seeds: str = ""
     title: str = ""
     common: dict[str, Any] = field(default_factory=dict)
     against: dict[str, Any] = field(default_factory=dict)
@@ -67,37 +66,75 @@ class Part:
     made: dict[str, str] = field(default_factory=dict)
     also: list[str] = field(default_factory=list)           # studies of the same model whose arms are shown, too
     show: str | dict[str, Any] = "arms"
+    # Of a paper's table: what --only and notes call the part, images of each arm, decimals of columns, and columns that
+    # are shown though nothing is printed.
+    name: str = ""
+    images: Annotated[int, AtLeast(1)] | None = None
+    decimals: dict[str, int] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
 
 
-class Study(NamedTuple):
-    name: str                           # of its folder in results/
-    path: Path
-    title: str
-    about: str
-    parts: list[Part]
+@dataclass
+class Note:
+    """A footnote of a paper's table: of some cells or rows, or of the whole table where it names none."""
+    text: str
+    section: str | None = None
+    rows: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+
+    def marks(self, section: str, row: str, column: str | None = None) -> bool:
+        """Whether it is of a cell; without a column, of a whole row."""
+        of_column = not self.columns if column is None else column in self.columns
+        return row in self.rows and self.section in (None, section) and of_column
 
 
-class Entry(NamedTuple):
+@dataclass
+class Study:
+    """What a file says of all of its parts."""
+    title: str = ""
+    about: str = ""
+    script: str | None = None           # of a paper's table: of scripts/, which has its commands; None: none can be run
+    macs_steps: Annotated[int, AtLeast(1)] | None = None    # what its MACs are divided by, if not the row's own steps
+    schedules: bool = False             # whether it lists settings, not measurements
+    waiting: str | None = None          # why rows whose block schedules are not made yet cannot be run
+    notes: list[Note] = field(default_factory=list)
+    # Not said in the file.
+    name: str = ""                      # of its folder in results/
+    path: Path = Path()
+    paper: str = ""                     # whose table it is
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def heading(self) -> str:
+        return f"{self.paper}, Table {self.name.rsplit('table', 1)[1]}: {self.title}" if self.paper else self.title
+
+
+_OF_STUDY = ("about", "script", "macs_steps", "schedules", "waiting", "notes")
+
+
+@dataclass(frozen=True)
+class Entry:
     """An arm as the file has it."""
     options: dict[str, Any]
     called: str = ""
     kind: str = ""
-    budget: int | None = None
+    budget: Annotated[int, AtLeast(1)] | None = None
+    # Of a paper's table: the row's model, if not the part's; what it prints, as numbers or as they are printed; the row
+    # that one of ours stands beside; and whether it can be run here.
+    model: str = ""
+    printed: dict[str, float | str | None] = field(default_factory=dict)
+    beside: str = ""
+    run: bool = True
 
     def __str__(self) -> str:
         return f"{self.called or self.kind or 'an arm'}{f' at {self.budget} calls' if self.budget else ''}"
 
+    @property
+    def label(self) -> str:
+        return f"{self.beside} / {self.called}" if self.beside else self.called
 
-class Axis(NamedTuple):
-    """What an option holds: its type, and its choices where there are few."""
-    kind: type
-    choices: tuple[str, ...] = ()
 
-    def takes(self, value: Any) -> bool:
-        """Whether a study may say this."""
-        if self.kind is bool or isinstance(value, bool):
-            return self.kind is bool and isinstance(value, bool)
-        return isinstance(value, {float: (int, float), Path: (str,)}.get(self.kind, (self.kind,)))
+_OF_ENTRY = [one.name for one in dataclasses.fields(Entry) if one.name != "options"]
 
 
 def read_study(name: str | Path) -> Study:
@@ -105,49 +142,47 @@ def read_study(name: str | Path) -> Study:
     path = Path(name) if str(name).endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not (ROOT / path).is_file():
         known = ", ".join(sorted(path.stem for path in (ROOT / FOLDER).glob("*.yaml")))
-        raise UserError(f"no study {name}: there are {known}, or give the path of a file")
-    content: Any = load_yaml(ROOT / path)
-    about, parts = content.pop("about", ""), content.pop("parts", [{}])
-    wrong = fault(about, str, "about") or fault(parts, list[dict], "parts")
+        raise UserError(f"no study {str(name)!r}: there are {known}, or give the path of a file")
+    study = study_of(load_yaml(ROOT / path), path.stem, path)
+    for part in study.parts:
+        _check(part, path)
+    return study
+
+
+def study_of(content: dict[str, Any], name: str, path: Path, paper: str = "") -> Study:
+    """What a file says, checked as far as that goes without models. Raises UserError."""
+    parts = content.pop("parts", [{}])
+    own = {key: content.pop(key) for key in _OF_STUDY if key in content}
+    wrong = fault(own, Study) or fault(parts, list[dict], "parts")
     for one in () if wrong else parts:
         wrong = wrong or fault({**content, **one}, Part)
     if wrong:
-        raise UserError(f"{path}: {wrong}")
-    found = [Part(**{**content, **one}) for one in parts]
-    for part in found:
-        _check(part, path)
-    return Study(path.stem, path, content.get("title") or path.stem, about.strip(), found)
+        raise UserError(f"{path}: {f'{name}: ' if paper else ''}{wrong}")
+    return dataclasses.replace(build(own, Study), title=content.get("title") or name, name=name, path=path, paper=paper,
+                               about=own.get("about", "").strip(),
+                               parts=[Part(**{**content, **one}) for one in parts])
 
 
 def _check(part: Part, path: Path) -> None:
-    """Raises UserError for what could not be carried out, and says it the same way everywhere from then on."""
+    """Raises UserError for what could not be carried out, and says the seeds the same way everywhere from then on."""
     seeds = sorted(parse_seeds(part.seeds))
     part.seeds = format_seeds(seeds)
     if not part.arms:
         raise UserError(f"{path}: arms is empty: a study needs at least one, like {{interval: 5}}")
+    if of_papers := {key for arm in part.arms for key in arm} & {"model", "printed", "beside", "run"}:
+        raise UserError(f"{path}: no option {min(of_papers)!r}: only rows of the papers' tables have it")
     if part.chosen_on > max(0, len(seeds) - 2) or part.chosen_on == 1:
         raise UserError(f"{path}: chosen_on must leave 2 of the {len(seeds)} seeds or more on either side")
     if part.twice > len(seeds):
         raise UserError(f"{path}: twice must be from 0 to the {len(seeds)} seeds, got {part.twice}")
-    known = options_of(*map(type, RunSpec.of(config_of(part.model)).parts))
-    for number, entry in enumerate(part.arms, 1):
-        for axis, values in lists_of(entry).items():
-            if str(axis) not in _ABOUT:
-                check_option(f"{path}, arm {number}", str(axis), values, known)
-        if not all(isinstance(budget, int) and budget > 0 for budget in lists_of(entry).get("budget", [])):
-            raise UserError(f"{path}, arm {number}: budget takes whole numbers from 1, of full network calls")
-    for where, options, among in (("common", part.common, known), ("against", part.against, known),
-                                  ("converged", part.converged, options_of(SamplerOptions))):
-        for name, value in options.items():
-            check_option(f"{path}, {where}", str(name), [value], among)
+    if unknown := part.converged.keys() - set(arguments.names(SamplerOptions)):
+        raise UserError(f"{path}: converged has no option {min(unknown)!r}: there are "
+                        f"{', '.join(arguments.names(SamplerOptions))}")
     if part.converged and "steps" not in part.converged:
         raise UserError(f"{path}: converged says no steps, like 100")
-    if unknown := [name for name in part.extractors if name not in EXTRACTORS]:
-        raise UserError(f"{path}: extractors has no {unknown[0]!r}: there are {', '.join(EXTRACTORS)}")
+    if lacking := [name for name in part.extractors if name not in EXTRACTORS]:
+        raise UserError(f"{path}: extractors has no {lacking[0]!r}: there are {', '.join(EXTRACTORS)}")
     _check_made(part.made, path)
-    show_of(part, path)
-
-
 def _check_made(made: Mapping[str, str], path: Path) -> None:
     for file, line in made.items():
         try:
@@ -160,17 +195,6 @@ def _check_made(made: Mapping[str, str], path: Path) -> None:
         raise UserError(f"{path}: each of {', '.join(error.args[1][1:])} is made of the others") from None
 
 
-def show_of(part: Part, path: Path | str = "") -> Show:
-    """How a part is shown: one of SHOWS, or that with some of its fields said otherwise. Raises UserError."""
-    said = {"like": part.show} if isinstance(part.show, str) else dict(part.show)
-    name = said.pop("like", "arms")
-    if name not in SHOWS:
-        raise UserError(f"{path}: show has no {name!r}: choose from {', '.join(SHOWS)}")
-    if wrong := fault(dataclasses.asdict(SHOWS[name]) | said, Show, "show"):
-        raise UserError(f"{path}: {wrong}")
-    return dataclasses.replace(SHOWS[name], **said)
-
-
 def config_of(model: str) -> Path:
     """Where the config of a model is. Raises UserError."""
     path = Path(model) if model.endswith(".yaml") else Path("configs") / f"{model}.yaml"
@@ -180,64 +204,52 @@ def config_of(model: str) -> Path:
     return path
 
 
-def options_of(*parts: Any) -> dict[str, Axis]:
-    """All options of some dataclasses of them (unet_caching/options.py), by name."""
-    return {one.name: Axis(arguments.kind(part, one.name), tuple(one.metadata["choices"]))
-            for part in parts for one in dataclasses.fields(part)}
+def check_options(spec: RunSpec, options: Mapping[str, Any]) -> None:
+    """Raises UserError for an option that a model does not have, or a value that it does not take."""
+    known = {one.name: (get_type_hints(type(part))[one.name], one.metadata["choices"])
+             for part in spec.parts for one in dataclasses.fields(part)}
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise UserError(f"no option {name!r}: {f'is it {near[0]}? ' if near else ''}there are {', '.join(known)}")
+        kind, choices = known[name]
+        if wrong := fault(value, kind, name):
+            raise UserError(wrong)
+        if choices and value not in choices:
+            raise UserError(f"{name} has no {value!r}: choose from {', '.join(choices)}")
 
 
-def check_option(where: str, name: str, values: list, known: Mapping[str, Axis]) -> None:
-    """Raises UserError for an option or a value that there is not."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        raise UserError(f"{where} has no option {name!r}: " + (f"is it {near[0]}? " if near else "")
-                        + f"There are {', '.join(known)}")
-    if not values:
-        raise UserError(f"{where}: {name} has no values")
-    axis = known[name]
-    for value in values:
-        if name == "branch" and value == "all":
-            continue
-        if not axis.takes(value):
-            raise UserError(f"{where}: {name} takes {_WORDS[axis.kind]}, got {value!r}")
-        if axis.choices and value not in axis.choices:
-            raise UserError(f"{where}: {name} has no {value!r}: choose from {', '.join(axis.choices)}")
-
-
-def lists_of(entry: Mapping[str, Any]) -> dict[str, list]:
-    """The values of each option; one that stands alone is a list of one."""
-    return {name: values if isinstance(values, list) else [values] for name, values in entry.items()}
-
-
-def every(lists: Mapping[str, list]) -> Iterator[dict[str, Any]]:
-    """All combinations of one value of each option; that of the last option changes first."""
-    return (dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values()))
-
-
-def entries(part: Part) -> Iterator[Entry]:
-    """The arms of a part, `branch: all` spelt out, {budget} filled in."""
-    for entry in part.arms:
-        lists = lists_of(entry)
+def entries(part: Part, path: Path | str) -> Iterator[Entry]:
+    """The arms of a part: all combinations of the values of each, that of the last option changing first; `branch: all`
+    spelt out, {budget} filled in. Raises UserError."""
+    for number, arm in enumerate(part.arms, 1):
+        lists = {name: values if isinstance(values, list) else [values] for name, values in arm.items()}
+        if empty := [name for name, values in lists.items() if not values]:
+            raise UserError(f"{path}, arm {number}: {empty[0]} has no values")
         if "all" in lists.get("branch", []):
             lists["branch"] = list(range(RunSpec.of(config_of(part.model)).open().unet.num_branches))
-        for values in every(lists):
-            about = {name: values.pop(name) for name in _ABOUT if name in values}
+        for values in itertools.product(*lists.values()):
+            options = dict(zip(lists, values, strict=True))
+            about = {name: options.pop(name) for name in _OF_ENTRY if name in options}
+            if wrong := fault({"options": {}, **about}, Entry):
+                raise UserError(f"{path}, arm {number}: {wrong}")
             budget = str(about.get("budget", ""))
-            options = {name: value.replace("{budget}", budget) if isinstance(value, str) else value
-                       for name, value in values.items()}
-            yield Entry(options, **about)
+            yield Entry({name: value.replace("{budget}", budget) if isinstance(value, str) else value
+                         for name, value in options.items()}, **about)
 
 
-def with_common(part: Part, options: Mapping[str, Any]) -> RunSpec:
+def with_common(part: Part, options: Mapping[str, Any], model: str = "") -> RunSpec:
     """A run with the options of all runs and its own: but for what a plan brings itself. Raises UserError."""
     brought = SAMPLING if options.get("plan") else ()
-    common = {key: value for key, value in part.common.items() if key not in brought}
-    return RunSpec.of(config_of(part.model), **common | dict(options))
+    spec = RunSpec.of(config_of(model or part.model))
+    chosen = {key: value for key, value in part.common.items() if key not in brought} | dict(options)
+    check_options(spec, chosen)
+    return spec.having(**chosen)
 
 
 @cache
 def _files() -> list[str]:
-    return [name for name, axis in options_of(*METHODS).items() if axis.kind is Path]
+    return [name for method in METHODS for name in arguments.names(method) if arguments.kind(method, name) is Path]
 
 
 def files_of(entry: Entry) -> dict[str, Path]:
@@ -259,7 +271,7 @@ def opened(part: Part, path: Path) -> tuple[list[tuple[Entry, Run]], list[Entry]
     known: dict[str, Run] = {}
     left_out: list[Entry] = []
     calls = 0
-    for number, entry in enumerate(entries(part), 1):
+    for number, entry in enumerate(entries(part, path), 1):
         if number > MOST_ARMS or calls > MOST_CALLS:
             raise UserError(f"{path}: more than {MOST_ARMS:,} arms, or {MOST_CALLS:,} network calls of an image of "
                             "each together, are too many to plan")
@@ -276,7 +288,7 @@ def opened(part: Part, path: Path) -> tuple[list[tuple[Entry, Run]], list[Entry]
         name = run.name
         if known.setdefault(name, run).brief != run.brief:
             raise UserError(f"{path}: two different runs would both be called {name}")
-        found.setdefault((name, *entry[1:]), (entry, known[name]))
+        found.setdefault((name, entry.called, entry.kind, entry.budget), (entry, known[name]))
     return list(found.values()), left_out
 
 
@@ -291,9 +303,12 @@ def check_run(run: Run, images: int) -> None:
                             f"{-(-images // count)} or more")
 
 
-def against(part: Part) -> Run:
+def against(part: Part, path: Path) -> Run:
     """The run without caching that all others are compared with. Raises UserError."""
-    return with_common(part, part.against).open()
+    try:
+        return with_common(part, part.against).open()
+    except UserError as error:
+        raise UserError(f"{path}, {part.model}, common and against: {error}") from None
 
 
 def needed(file: str, made: Mapping[str, str]) -> list[str]:

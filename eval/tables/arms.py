@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from eval.metrics.registry import SMALL_MEASURES
 from eval.tables.current import CLIP, INCEPTION, Wanted, inputs_of
-from eval.tables.paper import Table
-from eval.tables.render import kind_of_result
-from eval.tables.rows import Row
+from eval.tables.paper import Row, columns_of
 from run import arguments, results
 from run.files import ROOT
 from run.folder import seeds_there
@@ -212,14 +211,21 @@ def _there(path: Path) -> bool:
     return str(path).startswith("emoji:") or (ROOT / path).exists()
 
 
-def of_row(row: Row, table: Table, given: Given | None = None) -> Arm:
+def of_row(row: Row, given: Given | None = None) -> Arm:
     """A row of a paper's table: its records are results of their own. Raises UserError."""
-    given, section, run = given or Given(), table.sections[row.section], row.run
-    whole = section.images or run.config.sampler.images
+    given, run = given or Given(), row.run
+    whole = row.part.images or run.config.sampler.images
     images = images_of(run, whole, given)
-    kind = kind_of_result(run, section.columns())
-    return of_run(run, row.label, range(images), given, kind,
-                  given.results / "runs" / run.config.name / f"{run.name}_{images}", images >= whole, row.section)
+    return of_run(run, row.label, range(images), given, kind_of_result(row),
+                  given.results / "runs" / run.config.name / f"{run.name}_{images}", images >= whole, row.part.name)
+
+
+def kind_of_result(row: Row) -> str:
+    """The kind of result that has a row's metrics: whose convention the paper's column follows."""
+    columns = columns_of(row.part)
+    if any(measure.column in columns for measure in SMALL_MEASURES):
+        return "quality"
+    return "fid" if row.run.family.judge == "clip_score" and "clip" not in columns else row.run.family.judge
 
 
 def images_of(run: Run, whole: int, given: Given) -> int:
