@@ -27,7 +27,6 @@ from unet_caching.files.fitted import fingerprint
 from unet_caching.methods.deepcache import DeepCacheMethod, DeepCacheOptions
 from unet_caching.options import MethodOptions, RunShape, option, required
 from unet_caching.registry import METHODS, Methods, bind
-from unet_caching.samplers.ddim import is_listed
 from unet_caching.samplers.samplers import (
     SAMPLERS,
     SAMPLERS_HELP,
@@ -36,6 +35,7 @@ from unet_caching.samplers.samplers import (
     Sampler,
     timesteps_for,
 )
+from unet_caching.samplers.timesteps import is_listed
 from unet_caching.trace import Asked, positions, reused, trace
 from unet_caching.unet import NestedUNet
 

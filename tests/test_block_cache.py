@@ -15,8 +15,9 @@ from unet_caching.keep import Keep, joined
 from unet_caching.methods.block_caching import outside, residual_names
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.nest import WHOLE
-from unet_caching.samplers.ddim import ddim, uniform_timesteps
 from unet_caching.samplers.diffusion import Diffusion
+from unet_caching.samplers.solvers import ddim
+from unet_caching.samplers.timesteps import uniform_timesteps
 
 STEPS = 6
 

@@ -9,8 +9,9 @@ from conftest import HERE, relative_error
 from ddpm.checkpoint import load_state_dict
 from ddpm.unet import UNet
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.samplers.ddim import ddim, quadratic_timesteps, uniform_timesteps
 from unet_caching.samplers.diffusion import Diffusion
+from unet_caching.samplers.solvers import ddim
+from unet_caching.samplers.timesteps import quadratic_timesteps, uniform_timesteps
 from unet_caching.schedules import centered, uniform
 
 TOLERANCE = 2e-5        # of the largest magnitude; the authors' own noise floor is 3e-6

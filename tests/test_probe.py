@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ldm.unet import UNet
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.samplers.ddim import ddim, uniform_timesteps
 from unet_caching.samplers.diffusion import Diffusion
+from unet_caching.samplers.solvers import ddim
+from unet_caching.samplers.timesteps import uniform_timesteps
 from unet_caching.speed import packed, probe
 from unet_caching.speed.accelerate import place
 

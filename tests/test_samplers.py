@@ -11,7 +11,6 @@ from diffusers import (
 )
 
 from ddpm.unet import UNet
-from unet_caching.samplers.ddim import leading_timesteps
 from unet_caching.samplers.diffusion import Diffusion
 from unet_caching.samplers.noise import SeededNoise
 from unet_caching.samplers.samplers import (
@@ -23,6 +22,7 @@ from unet_caching.samplers.samplers import (
 )
 from unet_caching.samplers.solvers import SOLVERS
 from unet_caching.samplers.table import Table, table_of
+from unet_caching.samplers.timesteps import leading_timesteps
 
 DIFFUSION = Diffusion("scaled_linear", 1000, 0.00085, 0.012)
 SHAPE = (2, 4, 4)

@@ -28,16 +28,16 @@ from run.machine import Machine
 from run.seeds import format_seeds, parse_seeds
 from run.spec import Run, RunSpec
 from unet_caching.errors import UserError
-from unet_caching.samplers.ddim import (
-    ddim,
+from unet_caching.samplers.diffusion import Diffusion, predicted_noise, training_target
+from unet_caching.samplers.noise import SeededNoise
+from unet_caching.samplers.samplers import Sampler
+from unet_caching.samplers.solvers import ddim
+from unet_caching.samplers.timesteps import (
     offset_timesteps,
     quadratic_timesteps,
     trailing_timesteps,
     uniform_timesteps,
 )
-from unet_caching.samplers.diffusion import Diffusion, predicted_noise, training_target
-from unet_caching.samplers.noise import SeededNoise
-from unet_caching.samplers.samplers import Sampler
 
 UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
         "attn_resolutions": [4]}

@@ -17,9 +17,9 @@ from stable_diffusion.config import Diffusion
 from stable_diffusion.unet import UNet
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.nest import Cond
-from unet_caching.samplers.ddim import ddim, offset_timesteps
 from unet_caching.samplers.diffusion import guided
-from unet_caching.samplers.solvers import SOLVERS
+from unet_caching.samplers.solvers import SOLVERS, ddim
+from unet_caching.samplers.timesteps import offset_timesteps
 from unet_caching.schedules import centered, uniform
 
 TOLERANCE = 2e-5        # of the largest magnitude; the authors' own noise floor is 3e-6

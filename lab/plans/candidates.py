@@ -11,7 +11,7 @@ from lab.plans.dynamic_programming import best_marks
 from lab.plans.gaps import Gaps
 from lab.plans.judge import Candidate, Depths, Grid
 from unet_caching.methods.plan import Call
-from unet_caching.samplers.ddim import is_listed
+from unet_caching.samplers.timesteps import is_listed
 from unet_caching.schedules import uniform
 
 PLAN, UNIFORM, FORECAST = "plan", "DeepCache, uniform", "forecast, uniform"

@@ -29,7 +29,7 @@ from unet_caching.files.schema import read_json
 from unet_caching.methods.plan import Call, PlanCache
 from unet_caching.nest import Network
 from unet_caching.policy import Policy
-from unet_caching.samplers.ddim import SPACINGS
+from unet_caching.samplers.timesteps import SPACINGS
 
 EXACT = 200.0               # dB, instead of infinity
 

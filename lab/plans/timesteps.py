@@ -102,7 +102,7 @@ class Trajectory:
         return found.clip(min=0)
 
     def fitted(self, rule: Rule, most: int) -> list[str]:
-        """The timesteps of least error for 1, 2, ... `most` steps, as `samplers.ddim.listed` reads them."""
+        """The timesteps of least error for 1, 2, ... `most` steps, as `samplers.timesteps.listed` reads them."""
         errors = self.errors(rule.order)
         best = best_marks(np.sqrt(errors) if rule.coherent else errors, most)
         return [",".join(str(self.timesteps[call]) for call in calls) for calls in best]

@@ -19,7 +19,7 @@ from run.results import Metric, Result
 from run.spec import Run
 from unet_caching.methods.adaptive import AdaptiveMethod
 from unet_caching.methods.plan import PlanMethod
-from unet_caching.samplers.ddim import is_listed
+from unet_caching.samplers.timesteps import is_listed
 
 Cost = Callable[["Row"], float | None]
 PLAIN = "fewer steps"

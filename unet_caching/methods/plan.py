@@ -22,8 +22,8 @@ from unet_caching.forecast import Forecast
 from unet_caching.keep import Keep
 from unet_caching.methods.deepcache import DeepCacheMethod
 from unet_caching.options import Method, MethodOptions, RunShape, option
-from unet_caching.samplers.ddim import is_listed
 from unet_caching.samplers.table import Table
+from unet_caching.samplers.timesteps import is_listed
 
 HIGHEST_ORDER = 3           # a forecast beyond it only amplifies what is not smooth
 SAMPLING = ("sampler", "steps", "timesteps")

@@ -13,10 +13,10 @@ from torch import device as Device
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.files.fitted import Fitted
 from unet_caching.methods.plan import SAMPLING, Plan
-from unet_caching.samplers.ddim import is_listed, make_timesteps
 from unet_caching.samplers.diffusion import clean_image, predicted_noise
 from unet_caching.samplers.solvers import OfDiffusers, set_listed, solver
 from unet_caching.samplers.table import Table, combined
+from unet_caching.samplers.timesteps import is_listed, make_timesteps
 
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "v"}        # diffusers' names -> ours
 

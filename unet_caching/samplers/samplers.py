@@ -9,11 +9,11 @@ from torch import Tensor
 
 from unet_caching.nest import Network, no_cache
 from unet_caching.policy import Policy
-from unet_caching.samplers.ddim import listed
 from unet_caching.samplers.diffusion import Diffusion, Predict, alpha_at, guided, predicted_noise
 from unet_caching.samplers.noise import SeededNoise
 from unet_caching.samplers.solvers import SOLVERS, solver
 from unet_caching.samplers.table import Table
+from unet_caching.samplers.timesteps import listed
 
 SAMPLERS = tuple(SOLVERS)
 TIMESTEPS = tuple(dict.fromkeys(spacing for one in SOLVERS.values() for spacing in one.spacings))

@@ -1,8 +1,8 @@
 """The registry of samplers. One that is listed in SOLVERS can be reached from every command; no other file names it.
 
-DDIM is ours (samplers/ddim.py); the others run through a scheduler of diffusers, all by one loop. That loop feeds the
-predicted noise, for networks that predict v too, so that the multistep rule of PLMS is of noises, as in its paper;
-diffusers' scheduler would take it over the v of different timesteps. To the other samplers it makes no difference.
+DDIM is ours; the others run through a scheduler of diffusers, all by one loop. That loop feeds the predicted noise, for
+networks that predict v too, so that the multistep rule of PLMS is of noises, as in its paper; diffusers' scheduler
+would take it over the v of different timesteps. To the other samplers it makes no difference.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from unet_caching.samplers.ddim import SPACINGS, ddim, final_alpha, is_listed, listed, make_timesteps
 from unet_caching.samplers.diffusion import Diffusion, Predict, alpha_at
-from unet_caching.samplers.lists import LISTS
+from unet_caching.samplers.timesteps import LISTS, SPACINGS, final_alpha, is_listed, listed, make_timesteps
 
 Progress = Callable[[int, Tensor], None]
 Noise = Callable[[Sequence[int]], Tensor]
@@ -55,8 +54,37 @@ class Solver:
         raise NotImplementedError
 
 
+@torch.no_grad()
+def ddim(predict: Predict, x: Tensor, timesteps: Sequence[float], alphas_cumprod: Tensor, eta: float = 0.0,
+         noise: Noise | None = None, final_alpha: float = 1.0, progress: Progress | None = None) -> Tensor:
+    """Sample x_0 from x_T by DDIM (Song et al., arXiv 2010.02502), over any list of timesteps.
+
+    predict(x, t, step) -> the predicted noise; t is the timestep, step = 0, 1, ... the number of the network call.
+    x: [batch, channels, height, width], standard normal. timesteps: ascending; run from the last to the first.
+    alphas_cumprod: [num_timesteps]. final_alpha: alpha_bar of the end point, 1 for a clean image.
+    eta: 0 = deterministic, 1 = the variance of DDPM (Equation 16). noise: draws per image, needed when eta > 0, else
+    ValueError.
+    progress: called after each step with (step, x).
+    """
+    bars = torch.tensor([final_alpha, *(alpha_at(alphas_cumprod, t).item() for t in timesteps)], dtype=torch.float64)
+    if noise is None and eta > 0:
+        raise ValueError("eta above 0 needs noise to draw from")
+    for step, i in enumerate(reversed(range(len(timesteps)))):
+        alpha, alpha_next = bars[i + 1].item(), bars[i].item()
+        sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5         # Equation 16
+
+        eps = predict(x, timesteps[i], step)
+        x0 = (x - (1 - alpha) ** 0.5 * eps) / alpha ** 0.5                              # Equation 12: predicted x_0,
+        x = alpha_next ** 0.5 * x0 + (1 - alpha_next - sigma ** 2) ** 0.5 * eps         # direction to x_t,
+        if noise is not None and sigma > 0:
+            x = x + sigma * noise(x.shape[1:])                                          # random noise
+        if progress:
+            progress(step, x)
+    return x
+
+
 class Ddim(Solver):
-    """DDIM over any of its spacings (`unet_caching.samplers.ddim`)."""
+    """DDIM over any of its spacings."""
     takes_eta = True
 
     @property
@@ -78,12 +106,12 @@ class Ddim(Solver):
 
 # Our names of spacings -> diffusers' arguments. 'leading': multiples of num_timesteps // (num_steps + 1), each one
 # later, without the lowest. 'linspace': what diffusers makes of the scheduler_config.json published with Stable
-# Diffusion v1.5. 'trailing': see `unet_caching.samplers.ddim.trailing_timesteps`.
+# Diffusion v1.5. 'trailing': see `unet_caching.samplers.timesteps.trailing_timesteps`.
 MULTISTEP: Mapping[str, Mapping[str, Any]] = {
     "leading": {"timestep_spacing": "leading", "steps_offset": 1},
     "linspace": {"timestep_spacing": "linspace"},
     "trailing": {"timestep_spacing": "trailing"},
-    "karras": {"timestep_spacing": "trailing"},         # samplers/lists.py
+    "karras": {"timestep_spacing": "trailing"},         # samplers/timesteps.py
     "ays": {"timestep_spacing": "trailing"}}
 
 

@@ -1,13 +1,15 @@
-"""DDIM (Song et al., arXiv 2010.02502) over any list of timesteps."""
+"""Timesteps: the named spacings, those that are made for a noise schedule, and lists."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unet_caching.samplers.diffusion import Predict, alpha_at
+from unet_caching.samplers.diffusion import make_betas
+
+AYS = (24, 124, 233, 343, 455, 545, 645, 736, 850, 999)
 
 
 def uniform_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
@@ -107,31 +109,28 @@ def _check(num_steps: int, num_timesteps: int) -> None:
         raise ValueError(f"the number of steps must be from 1 to {num_timesteps}, got {num_steps}")
 
 
-@torch.no_grad()
-def ddim(predict: Predict, x: Tensor, timesteps: Sequence[float], alphas_cumprod: Tensor,
-         eta: float = 0.0, noise: Callable[[Sequence[int]], Tensor] | None = None, final_alpha: float = 1.0,
-         progress: Callable[[int, Tensor], None] | None = None) -> Tensor:
-    """Sample x_0 from x_T by DDIM.
+def karras_timesteps(steps: int, betas: Tensor) -> list[float]:
+    """Fractions of timesteps whose sigmas are those of Karras et al. (arXiv 2206.00364, Equation 5, rho 7): ascending.
 
-    predict(x, t, step) -> the predicted noise; t is the timestep, step = 0, 1, ... the number of the network call.
-    x: [batch, channels, height, width], standard normal. timesteps: ascending; run from the last to the first.
-    alphas_cumprod: [num_timesteps]. final_alpha: alpha_bar of the end point, 1 for a clean image.
-    eta: 0 = deterministic, 1 = the variance of DDPM (Equation 16). noise: draws per image, needed when eta > 0, else
-    ValueError.
-    progress: called after each step with (step, x).
+    Sigma, s / a, falls from 80 to 0.002 as there, as far as the noise schedule goes; the first call is at the last
+    timestep nevertheless, as that of every run from pure noise. betas: [num_timesteps].
     """
-    bars = torch.tensor([final_alpha, *(alpha_at(alphas_cumprod, t).item() for t in timesteps)], dtype=torch.float64)
-    if noise is None and eta > 0:
-        raise ValueError("eta above 0 needs noise to draw from")
-    for step, i in enumerate(reversed(range(len(timesteps)))):
-        alpha, alpha_next = bars[i + 1].item(), bars[i].item()
-        sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5         # Equation 16
+    log_sigmas = torch.logit((1 - betas.double()).cumprod(0)).numpy() / -2
+    high, low = min(80.0, np.exp(log_sigmas[-1])), max(0.002, np.exp(log_sigmas[0]))
+    sigmas = np.linspace(high ** (1 / 7), low ** (1 / 7), steps) ** 7
+    found = np.interp(np.log(sigmas), log_sigmas, np.arange(len(betas))).round(4).tolist()
+    return [*found[:0:-1], len(betas) - 1]
 
-        eps = predict(x, timesteps[i], step)
-        x0 = (x - (1 - alpha) ** 0.5 * eps) / alpha ** 0.5                              # Equation 12: predicted x_0,
-        x = alpha_next ** 0.5 * x0 + (1 - alpha_next - sigma ** 2) ** 0.5 * eps         # direction to x_t,
-        if noise is not None and sigma > 0:
-            x = x + sigma * noise(x.shape[1:])                                          # random noise
-        if progress:
-            progress(step, x)
-    return x
+
+def align_your_steps(steps: int, betas: Tensor) -> list[float]:
+    """The ten timesteps of Align Your Steps (arXiv 2404.14507) for Stable Diffusion 1.5, ascending.
+
+    Raises ValueError for another noise schedule, and for another number of steps.
+    """
+    released = make_betas("scaled_linear", 1000, 0.00085, 0.012)
+    if steps != len(AYS) or betas.shape != released.shape or not torch.allclose(betas, released, atol=1e-6):
+        raise ValueError("ays are 10 timesteps, for a model with the noise schedule of Stable Diffusion 1.5")
+    return [*AYS]
+
+
+LISTS: Mapping[str, Callable[[int, Tensor], list[float]]] = {"karras": karras_timesteps, "ays": align_your_steps}
