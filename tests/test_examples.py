@@ -66,6 +66,7 @@ def test_a_method_of_ones_own_is_compared(tmp_path):
     assert re.search(r"^average +0.18\d\d ", run(macs), re.M)
     assert [float(one) for one in re.findall(r"^my method .+ / \d+ +([\d.]+) ", run(listing), re.M)] == [
         pytest.approx(budget, rel=0.05) for budget in (8, 12, 18, 25)]
-    study.write_text(blocks["yaml"].replace("0-127", "0-1").replace("also: [systems_ldm]\n", ""))
+    study.write_text(blocks["yaml"].replace("0-127", "0-1").replace("steps: 100", "steps: 20")
+                     .replace("also: [systems_ldm]\n", ""))
     run(f"{whole} --only 8 --only near --device cpu --threads 1")
     assert re.search(r"## 8 calls\n\n\| system .+\n.+\n\| my method \| late3_0.5_unipc_steps12 \| 8", table.read_text())
