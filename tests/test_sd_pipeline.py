@@ -156,14 +156,6 @@ def test_caching_agrees_with_the_helper_of_the_authors(parts, cls, branch, inter
     assert relative_error(ours, dense) > 50 * TOLERANCE
 
 
-def test_plms_counts_calls_and_makes_one_more_than_steps(parts, calls):
-    pipe = build(parts, scheduler=PNDMScheduler)
-    for interval, mask in ((3, "100100100"), (2, "101010100"), (1, "111111111")):
-        enable_deepcache(pipe, interval)
-        run(pipe, steps=8)
-        assert calls.take() == mask
-
-
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])
 def test_image_to_image_counts_from_its_own_first_step(parts, calls, scheduler):
     pipe = build(parts, StableDiffusionImg2ImgPipeline, scheduler)

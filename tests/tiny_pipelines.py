@@ -250,7 +250,7 @@ def controlnet_of(wanted: Wanted) -> Any:
 
 def encoder_of(wanted: Wanted) -> nn.Module:
     projects = re.search("Projection|Vision|Clap|MultilingualCLIP", wanted.hint) is not None
-    return Encoder(projects, WIDTH // 2 if wanted.of("XL") and "text_encoder" in wanted.name else WIDTH)
+    return Encoder(projects, WIDTH // 2 if wanted.of("(?<!Gen)XL") and "text_encoder" in wanted.name else WIDTH)
 
 
 class Vocoder(Encoder):
