@@ -6,9 +6,8 @@
     python -m eval.throughput --config configs/sd_v15.yaml --forecast 0 1 2 --batch-size 1 --threads 1
     python -m eval.throughput run --config configs/ldm_cin256.yaml --interval 5 --forecast 1      any run, any policy
     python -m eval.throughput run --config configs/sd_v15.yaml --block-schedule FILE
-    python -m eval.throughput compare --threads 1       beside diffusers and the PyPI package
-    python -m eval.throughput grid FILE                 of such a file: interval x branch x forecast, in Markdown
 
+Beside diffusers' networks and the PyPI package, in every mode: python -m scripts.machine.
 Only the U-Net runs, on random weights unless --checkpoint is given, and nothing is written meanwhile. All kinds of
 network calls take turns in one process, so that a busy machine slows them alike: trust the ratios, which are medians
 over the rounds, before the seconds. What to expect is the ratio of the MACs.
@@ -17,20 +16,18 @@ over the rounds, before the seconds. What to expect is the ratio of the MACs.
 import itertools
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from eval.cost.runs import call_macs, costs_of
-from eval.cost.timing import Times, time_runs
-from eval.tables import grid
+from eval.cost.timing import Times, random_inputs, time_runs
 from run import arguments, results
 from run.cli import command
-from run.families import Config, at_resolution, build, example_inputs, load_unet
+from run.families import build, load_unet
 from run.image_model import check_compiled
 from run.machine import Machine
 from run.provenance import provenance
@@ -48,13 +45,6 @@ class TimingOptions:
     repeats: int = option(20, "timed rounds (default: %(default)s)", least=1)
     warmup: int = option(2, "untimed rounds before them (default: %(default)s)", least=1)
     out: Path | None = option(None, "JSON file for the result, written after the timing")
-
-
-def random_inputs(config: Config, rows: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """What the U-Net takes before `cache`."""
-    noise = torch.Generator().manual_seed(0)
-    return [torch.randn(value.shape, generator=noise).to(device, dtype) if value.is_floating_point() else value + 500
-            for value in example_inputs(config, rows, device, dtype)]
 
 
 def timed(runs: Sequence[tuple[Mapping[str, Any], Run]], settings: Mapping[str, Any], machine: Machine,
@@ -79,7 +69,8 @@ def timed(runs: Sequence[tuple[Mapping[str, Any], Run]], settings: Mapping[str, 
           f"({where['device_name']}), {where['threads']} CPU threads, {timing.repeats} rounds", flush=True)
     with as_user_error():
         timings = time_runs([one for _, one in runs], network.network,
-                            random_inputs(run.config, rows, device, run.dtype), timing.repeats, timing.warmup)
+                            random_inputs(run.family.shapes(run.config), rows, device, run.dtype), timing.repeats,
+                            timing.warmup)
     times = Times(timings, settings.get("cache"))
     timings["runs"] = [{**about, **of_run(one, times, machine.batch_size)} for about, one in runs]
     print(table(timings))
@@ -142,33 +133,23 @@ class Steps:
     forecast: tuple[int, ...] = option((0,), "time cached steps that forecast, with these orders; 0 = reuse (default)",
                                        metavar="ORDER")
     steps: int | None = option(None, "network calls per image of the whole runs (default: the config's)")
-    resolution: int | None = option(None, "of the images (default: the config's)", metavar="PIXELS")
 
 
 def time_steps(options: Steps, network: NetworkOptions, machine: Machine, timing: TimingOptions) -> None:
     spec = RunSpec.of(options.config, steps=options.steps, **vars(network))
-    config, runs = spec.open().config, []
-    branches = dict.fromkeys(options.branch or [config.sampler.branch])
+    runs, branches = [], dict.fromkeys(options.branch or [spec.open().config.sampler.branch])
     for branch, order, interval in itertools.product(branches, dict.fromkeys(options.forecast), options.interval):
         run = spec.having(branch=branch, interval=interval, forecast=order if interval > 1 else 0).open()
         runs.append(({"branch": branch, "forecast": order, "interval": interval, "steps": run.steps}, run))
-    if options.resolution is not None:
-        config = at_resolution(config, options.resolution)
-        unet = build(config)
-        for _, run in runs:
-            run.config, run.unet = config, unet
-    timed(runs, {} if options.resolution is None else {"resolution": options.resolution}, machine, timing)
+    timed(runs, {}, machine, timing)
 
 
 @command
 def main() -> None:
     if sys.argv[1:2] == ["run"]:
-        return time_a_run(sys.argv[2:])
-    verbs: dict[str, Callable[..., None]] = {"grid": grid.run}
-    if sys.argv[1:2] == ["compare"]:
-        from eval import compare_speed  # which imports diffusers
-        verbs["compare"] = compare_speed.run
-    arguments.call_verb(verbs, time_steps)
+        time_a_run(sys.argv[2:])
+    else:
+        arguments.call(time_steps)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ NUMBERED = (        # a command that would run, and its numbers
     ("eval.throughput {model} --device cpu --repeats 1 --warmup 1",
      "repeats warmup branch interval forecast steps batch-size threads"),
     ("eval.throughput run {model} --device cpu --interval 2 --repeats 1", "repeats warmup batch-size threads"),
-    ("eval.throughput compare --model ddpm_emoji --device cpu --out {}/c", "repeats warmup batch-size threads"),
+    ("scripts.machine --quick --device cpu --out {}/m", "threads"),
     ("eval.macs {model}", "steps interval branch"),
     ("eval.quality {samples} --reference {world}/real.npz --device cpu",
      "dims repeats count batch-size threads seeds"),

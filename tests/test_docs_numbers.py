@@ -8,15 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import run_command
 
-from eval import throughput
+from eval.cost.macs import branch_macs, giga
+from eval.tables import machine
 from lab.study.columns import with_error
 from lab.study.ledger import records_of
 from lab.study.measures import minus_uncached
 from lab.study.rows import Row, Rows, mean_of
 from lab.study.tables import measured
 from run import results
+from run.families import build, example_inputs, load_config
 from run.files import ROOT
 from run.results import Result
 
@@ -207,19 +208,31 @@ def of_block_caching(at: Place) -> Cells | None:
                                               *judged(own[labels.index(at.label)], " dB")[1:])]
 
 
-SETTINGS = {        # file of times and interval, of real networks; likeness, and the study and runs of the small ones
+@cache
+def of_machine(name: str) -> list[Result]:
+    return results.read_packed(ROOT / "results" / "machines" / name / "records.jsonl")
+
+
+def alone(name: str) -> list[machine.Times]:
+    """Those of one image, eagerly; in float32 where there are such."""
+    times = [machine.Times(one) for one in of_machine(name) if one.kind == "speed"]
+    single = [one for one in times if one.record.settings["batch_size"] == 1 and one.record.settings["mode"] == "eager"]
+    return sorted(single, key=lambda one: one.record.settings["dtype"] != "fp32")
+
+
+SETTINGS = {        # machine, model and interval, of real networks; likeness, and the study and runs of the small ones
     "Stable Diffusion 1.x and 2.x, 50 steps": (
-        "compare/sd_v15_b1_fp32", 3, "{} / {} (text model)", "forecast_sd",
+        "amd_epyc_avx512/sd_v15", 3, "{} / {} (text model)", "forecast_sd",
         "prompts_x2_uniform_n3_forecast1_unipc_trailing", "prompts_x2_unipc_steps20_trailing"),
     "the same, 24 steps": (
         "", 2, "{} / {} (text model)", "forecast_sd",
         "prompts_x2_uniform_n2_branch0_forecast1_unipc_steps24_trailing", "prompts_x2_unipc_steps13_trailing"),
-    "SDXL, 50 steps": ("compare_sdxl/sdxl_512px_b1_bf16", 3, "guess: as above", ""),
+    "SDXL, 50 steps": ("intel_xeon/sdxl", 3, "guess: as above", ""),
     "LCM, Turbo, Lightning: 1 to 8 steps": (
         "", 1, "fewer steps: {}, N = 10: {} (text model)", "forecast_sd", "prompts_x2_unipc_steps7_trailing",
         "prompts_x2_uniform_n10_branch0_forecast1_unipc_trailing"),
     "DDPM in pixels (UNet2DModel), 50 steps": (
-        "compare/ddpm_cifar10_b1_fp32", 2, "{} / {} (pixel model, branch 0)", "forecast_ddpm",
+        "amd_epyc_avx512/ddpm_cifar10", 2, "{} / {} (pixel model, branch 0)", "forecast_ddpm",
         "uniform_n2_branch0_forecast1_unipc_steps50", "unipc_steps26")}
 
 
@@ -229,47 +242,35 @@ def of_settings(at: Place) -> Cells | None:
     name, interval, near, study, *runs = SETTINGS[at.label]
     saved = at.cells[1:3]
     if name:
-        times = results.read(ROOT / "results" / "throughput" / f"{name}_eager_cpu.json").times["runs"]
-        speed = next(one["speedup"] for one in times if (one["steps"], one["interval"]) == (50, interval))
-        saved = [f"{speed['macs_fc']:.2f}x", f"{speed['helper']:.2f}x"]
+        where, model = name.split("/")
+        times = next(times for times in alone(where) if times.record.model == model and times.helper is not None)
+        cached = times.macs(times.usual), machine.ratio(times.record.times["sides"]["helper"], times.usual)
+        saved = [f"{machine.STEPS / machine.full_steps(ratio, interval):.2f}x" for ratio in cached]
     found = [np.mean(records(study)[run]["near"].details["psnr"][64:]) for run in runs]
     return [at.cells[0], *saved, near.format(*(f"{one:.1f}" for one in found))]
 
 
-@cache
-def speeds(compare: str) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Of a processor, by model: its fastest product and the speed of each side's steps, GFLOP/s; ratios of time."""
-    fastest, found, folder = {}, {}, ROOT / "results" / "throughput"
-    for model in ("sd_v15", "ldm_cin256", "ddpm_cifar10"):
-        compared = results.read(folder / compare / f"{model}_b1_fp32_eager_cpu.json")
-        times, sides = results.read(folder / f"{model}_cpu.json").times, compared.times["sides"]
-        # A packed product is beside the steps in the newer files; for the older ones a profile has it.
-        fastest[model] = compared.times.get("peak", {"gflops": 228})["gflops"]
-        macs = times["full"]["macs_fc"] * compared.settings["rows"]
-        cost = {"full": macs, "cached": macs * compared.times["expected"]["macs_fc"]}
-        found[model] = {f"{side} {step}": 2e-9 * cost[step] / sides[side][step]["median"]
-                        for side in sides for step in cost if step in sides[side]}
-        found[model] |= {"full ratio": sides["diffusers"]["full"]["over_ours"],
-                         "cached ratio": sides["helper"]["cached"]["over_ours"]}
-    return fastest, found
+MACHINES = {"EPYC, AVX-512": "amd_epyc_avx512", "Xeon": "intel_xeon", "EPYC, AVX2": "amd_epyc_avx2"}
+NETWORKS = {"DDPM CIFAR-10": "ddpm_cifar10", "LDM-4-G": "ldm_cin256", "Stable Diffusion v1.5": "sd_v15",
+            "SDXL, 1,024 pixels": "sdxl"}
 
 
-def of_processors(at: Place) -> Cells | None:
-    if at.head[0] != "one thread, fp32, one image" or at.row == 1:
-        return None
-    wanted = []
-    for compare in ("compare", "compare_intel"):
-        fastest, found = speeds(compare)
-        if "ratio" in (what := ("ours full", "diffusers full", "ours cached", "helper cached", "ours full",
-                                "diffusers full", "full ratio", "cached ratio")[at.row - 2]):
-            wanted.append(", ".join(f"{one[what]:.2f}x" for one in found.values()))
-        else:
-            model = "sd_v15" if at.row < 6 else "ldm_cin256"
-            speed, share = found[model][what], found[model][what] / fastest[model]
-            wanted.append(f"{speed:.0f}, {100 * share:.0f} %")
-    if at.row == 2:                     # the units are said once
-        wanted[0] = wanted[0].replace(",", " GFLOP/s,") + " of the fastest"
-    return wanted
+def of_speed(at: Place) -> Cells | None:
+    """MACs; rows of a machine's own table, in some of its columns; what cached steps make the host do."""
+    if at.table == 0:
+        config = load_config(NETWORKS[at.label])
+        full, cached = branch_macs(build(config), example_inputs(config), [branch := config.sampler.branch])
+        paper, macs = at.cells[0].split(" / ")[0], cached[branch].hook
+        return [f"{paper} / {giga(full.hook):.4f}", str(branch), f"{giga(macs):.4f}", f"{macs / full.hook:.3f}"]
+    if at.head[0] == "machine":
+        rows = [dict(zip(machine.HEAD, machine.Times(one).row(), strict=True))
+                for one in of_machine(MACHINES[at.label]) if one.kind == "speed"]
+        shown = ([row[name] for name in at.head[1:]] for row in rows)
+        return next(own for own in shown if own[:5] == at.cells[:5])
+    counted = next(one.times["operators"] for one in of_machine("amd_epyc_avx2")
+                   if one.kind == "operators" and one.model == at.label)
+    return [", ".join(str(counted[side][f"branch {branch}"][what]) for branch in (0, 1, 2)) if side in counted else "-"
+            for what, side in (column.split(": ") for column in at.head[1:])]
 
 
 @cache
@@ -300,7 +301,7 @@ KINDS: dict[str, tuple[str, Callable[[Place], Cells | None], int]] = {      # pa
     "settings": ("docs/settings.md", of_settings, 5),
     "plans": ("docs/planning.md", of_plans, 18), "systems": ("docs/systems.md", of_systems, 8),
     "demo": ("docs/shipped_models.md", of_demo, 8), "block caching": ("docs/block_caching.md", of_block_caching, 8),
-    "processors": ("docs/speed.md", of_processors, 8), "pipelines": ("docs/pipelines.md", of_pipelines, 7)}
+    "speed": ("docs/speed.md", of_speed, 20), "pipelines": ("docs/pipelines.md", of_pipelines, 7)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -322,21 +323,13 @@ def test_what_readme_says_in_sentences():
     plan, even, fitted = (plans("ldm", calls)[kind] for kind in ("plan", "even", "fitted"))
     assert told == [f"{nearness(plan):.1f}", nearer(plan, even).split()[0][1:], f"{nearness(even):.1f}",
                     nearer(plan, fitted).split()[0][1:], f"{nearness(fitted):.1f}"]
-    for what, compare in itertools.product(("full ratio", "cached ratio"), ("compare", "compare_intel")):
-        ratios = [one[what] for one in speeds(compare)[1].values()]
+    sides = ("diffusers", "full"), ("helper", "cached")
+    for name, (side, step) in itertools.product(("amd_epyc_avx512", "intel_xeon"), sides):
+        times = [one for one in alone(name) if one.record.settings["dtype"] == "fp32"]
+        ratios = [one.over_ours(side, "full" if step == "full" else one.usual) for one in times]
         assert f"{min(ratios):.2f}x to {max(ratios):.2f}x" in text
 
 
-def test_what_is_said_of_the_fastest_product():
-    text = (ROOT / "docs" / "speed.md").read_text()
-    assert "oneDNN with packed weights at 130 to 228" in (ROOT / "results/throughput/profile_sd_v15_cpu.md").read_text()
-    fastest = speeds("compare_intel")[0].values()
-    assert " 130 to 228, by size " in text and f"| {min(fastest):.0f} to {max(fastest):.0f} |" in text
-
-
-def test_the_table_of_sdxl_is_what_its_command_prints(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    text = (ROOT / "docs" / "speed.md").read_text()
-    words = re.search(r"^python -m eval.throughput (grid .+)$", text, re.M)
-    assert words and run_command(throughput.main, *words[1].split()) == 0
-    assert capsys.readouterr().out in text
+@pytest.mark.parametrize("folder", sorted((ROOT / "results" / "machines").iterdir()), ids=lambda folder: folder.name)
+def test_tables_of_machines_are_those_of_their_records(folder):
+    assert (folder / "table.md").read_text() == machine.report(of_machine(folder.name))

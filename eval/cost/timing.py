@@ -6,6 +6,7 @@ call, so that a busy machine slows all of them alike; the time of a run is the s
 """
 
 import gc
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -50,10 +51,11 @@ class Timing(NamedTuple):
 
 @torch.inference_mode()
 def interleave(variants: Mapping[Name, Callable[[], object]], device: torch.device | str, repeats: int = 20,
-               warmup: int = 2) -> dict[Name, Timing]:
+               warmup: int = 2, limit: float = math.inf) -> dict[Name, Timing]:
     """Time functions that take turns: each runs once per round, for `warmup` untimed and `repeats` timed rounds.
 
-    device: what to wait for before the clock is read. Raises ValueError for fewer than one repeat or warm-up round.
+    device: what to wait for before the clock is read. limit: seconds of timed rounds after which, from two rounds on,
+    no other begins. Raises ValueError for fewer than one repeat or warm-up round.
     """
     if repeats < 1 or warmup < 1:
         raise ValueError(f"at least one timed and one warm-up round are needed, got {repeats} and {warmup}")
@@ -65,6 +67,8 @@ def interleave(variants: Mapping[Name, Callable[[], object]], device: torch.devi
     gc.disable()
     try:
         for turn in range(-warmup, repeats):
+            if turn >= 2 and sum(map(sum, seconds.values())) > limit:
+                break
             for name, call in variants.items():
                 if device.type == "cuda" and turn < 0:
                     torch.cuda.reset_peak_memory_stats(device)
@@ -81,6 +85,14 @@ def interleave(variants: Mapping[Name, Callable[[], object]], device: torch.devi
         if collecting:
             gc.enable()
     return {name: Timing(seconds[name], peaks[name]) for name in variants}
+
+
+def random_inputs(shapes: Sequence[tuple[int, ...]], rows: int, device: torch.device | str, dtype: torch.dtype
+                  ) -> list[Tensor]:
+    """What a U-Net takes before `cache`. shapes: of a row of x and of what is beside it (not t)."""
+    noise = torch.Generator().manual_seed(0)
+    x, *beside = (torch.randn(rows, *shape, generator=noise).to(device, dtype) for shape in shapes)
+    return [x, torch.full((rows,), 500, device=device), *beside]
 
 
 class Kind(NamedTuple):

@@ -306,7 +306,7 @@ from the JSON files in this folder, and only from runs with just the settings of
 images. Rows without a line of ours are other authors' methods. Paper values: `configs/papers/*.yaml`. Commands behind
 the rows: `scripts/table*.sh`. The same tables as CSV and LaTeX: `tables/`. What was measured on the small models that
 are shipped here: a folder for each study (`python -m lab.study NAME`), with its table, its charts and its records; what
-searches for plans found: `planning/`; step times: `throughput/`.
+searches for plans found: `planning/`; step times: `throughput/`, `machines/`.
 """
 
 

@@ -24,7 +24,7 @@ import torch
 from eval import fidelity as pairs
 from eval import quality as sets
 from eval.cost.runs import in_full_calls, macs_per_step
-from eval.cost.timing import Times, only_reuses, time_runs
+from eval.cost.timing import Times, only_reuses, random_inputs, time_runs
 from eval.metrics.extract import pixels_sha256
 from eval.metrics.features import EffLite0, SmallExtractor
 from eval.metrics.images import ImageSet, open_images
@@ -35,7 +35,6 @@ from eval.metrics.small_sets import FrechetInBasis, KernelDistance
 from eval.tables.arms import Arm
 from eval.tables.current import Wanted, trained_on
 from eval.tables.study import Part
-from eval.throughput import random_inputs
 from lab.fit.adaptive import spent_on
 from lab.plans.distances import Distances
 from lab.study.commands import evaluate
@@ -235,7 +234,8 @@ def times(arms: Sequence[Arm], setup: Setup) -> Iterator[tuple[Arm, Result]]:
         torch.manual_seed(0)
         network = accelerated(place(build(run.config, "cpu"), device, run.dtype), machine.compile, machine.cuda_graphs,
                               len({kind for arm in group for kind in arm.run.reused}))
-        inputs = random_inputs(run.config, machine.batch_size * run.rows_per_image, device, run.dtype)
+        rows = machine.batch_size * run.rows_per_image
+        inputs = random_inputs(run.family.shapes(run.config), rows, device, run.dtype)
         with as_user_error():
             found = time_runs([arm.run for arm in group], network.network, inputs, options["repeats"],
                               options["warmup"])

@@ -41,7 +41,7 @@ class RecordedNetwork(nn.Module):
         super().__init__()
         self.network, self.record = network, record
         self.recordings: dict[Hashable, Recording] = {}
-        self.kept: dict[Hashable, dict[Hashable, Tensor]] = {}      # for each set of input shapes, the buffers by name
+        self.kept: dict[Hashable, dict[Hashable, Tensor]] = {}      # for each set of input shapes, the buffers
         self.seconds = 0.0
 
     def forward(self, *args: Tensor, cache: Cache = no_cache) -> Tensor:
@@ -78,13 +78,16 @@ class RecordedNetwork(nn.Module):
 
 
 def move_kept(policy: Policy, buffers: dict[Hashable, Tensor]) -> None:
-    """Move what a policy keeps into buffers, which are made where there are none yet."""
-    for name, value in policy.kept.items():
-        if name not in buffers:
-            buffers[name] = value.clone()
-        elif value is not buffers[name]:
-            buffers[name].copy_(value)
-    policy.kept = {name: buffers[name] for name in policy.kept}
+    """Move what a policy keeps into buffers, by name and shape, which are made where there are none yet."""
+    kept = dict(policy.kept)
+    for name, value in kept.items():
+        place = name, value.shape           # policies differ in how many weights their forecasts have
+        if place not in buffers:
+            buffers[place] = value.clone()
+        elif value is not buffers[place]:
+            buffers[place].copy_(value)
+        kept[name] = buffers[place]
+    policy.kept = kept
 
 
 def cuda_recorder() -> Record:
