@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from run.spec import Run
 from unet_caching.keep import Keep
-from unet_caching.methods.plan import Call, PlanCache
 from unet_caching.policy import Policy
-from unet_caching.trace import Asked, reused
+from unet_caching.trace import Asked
 
 COMPUTED, REUSED, FORECAST = "computed", "reused", "forecast"
 
@@ -24,15 +23,12 @@ class Calls:
         return [step for step, column in enumerate(zip(*self.states, strict=True)) if set(column) == {COMPUTED}]
 
 
-def calls_of(run: Run, plan: Sequence[Call] | None = None) -> Calls:
+def calls_of(run: Run) -> Calls:
     """Of a run that reuses single residuals the parts are those; of any other the blocks of each skip.
 
     The value that skip k concatenates holds all blocks further in: where it is reused, they are not computed.
-    plan: what the calls of a run without caching do instead.
     """
-    asked, policy = run.trace, run.caching.policy("meta", run.dtype) if plan is None else PlanCache(plan)
-    met = [frozenset[Hashable]()] * run.calls if policy is None else list(reused(asked, policy, run.calls))
-    around = dict(_around(asked))
+    policy, met, around = run.caching.policy("meta", run.dtype), run.reused, dict(_around(run.trace))
     ahead = list(_forecasts(met, around, policy))
     levels = run.unet.num_branches
     parts: dict[str, frozenset[Hashable]] = {

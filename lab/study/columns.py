@@ -55,7 +55,8 @@ def distance(row: Row, name: str) -> str:
 
 
 def distance_column(name: str) -> Column:
-    return Column(MEASURES[name].heading, lambda row, rows: distance(row, name), (
+    small = name in {one.name for one in SMALL_MEASURES}
+    return Column(MEASURES[name].heading, lambda row, rows: distance(row, name), "" if not small else (
         "Distances to real images are on features of EfficientNet-Lite0 and, where it says IncMixed5, of InceptionV3 "
         "up to its block mixed5: they are not FID, and compare with each other only. FD: Frechet distance in 64 "
         "principal directions; KID: unbiased kernel distance. With 95 % errors over draws of the images; in brackets "

@@ -190,6 +190,3 @@ class Rows:
         if other is None or other is row or row.psnr is None or other.psnr is None:
             return None
         return mean_of(row.psnr[self.report] - other.psnr[self.report])
-
-    def only(self, rows: Sequence[Row]) -> "Rows":
-        return Rows(rows, self.whole, self.chosen_on)
