@@ -133,7 +133,11 @@ def test_short_runs_with_the_settings_of_the_readme(parts, calls, caplog, cls, s
     run(pipe, steps=steps, **inputs)
     assert calls.take() == {8: "1001", 4: "1001", 2: "10", 1: "1"}[steps]
     assert "next to nothing to reuse" in caplog.text or steps == 1
-    assert "--" not in caplog.text
+    assert "--" not in caplog.text and "adds noise" not in caplog.text
+    pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    run(pipe, steps=12)
+    run(pipe, steps=12)
+    assert caplog.text.count("this scheduler adds noise at every step, where a forecast gains less") == 1
 
 
 def test_the_log_counts_without_running_anything_again(parts, caplog):  # noqa: F811

@@ -3,8 +3,7 @@
     enable_deepcache(pipe, interval=3)      # pipe(...) as before, now one full step in three
     disable_deepcache(pipe)                 # as it was; or: with enable_deepcache(pipe, interval=3): ...
 
-docs/pipelines.md says for which pipelines, loop.py what counts as a step. Several pipelines may share one U-Net, each
-with its own settings or without caching, in threads of their own too.
+docs/pipelines.md says for which pipelines, loop.py what counts as a step. Several may share one U-Net, in threads too.
 """
 
 import re
@@ -160,8 +159,7 @@ class ProgressBar:
             check_order(self.order)
             if self.order > HIGHEST_ORDER:
                 raise ValueError(f"forecast is an order up to {HIGHEST_ORDER}, got {self.order}")
-            uniform = {"schedule": "uniform", "center": None, "power": None}        # where to gather is of a run
-            _bound({**self.options, **uniform}, unet, steps, calls)
+            _bound({**self.options, "schedule": "uniform", "center": None, "power": None}, unet, steps, calls)
 
     def _methods(self, unet: nn.Module, calls: int) -> Methods:
         """What a run of so many network calls caches by: its interval and order fit into it. Raises UserError."""
@@ -181,7 +179,10 @@ class ProgressBar:
             refuse_other_sampling(file, scheduler)
         few = f"this run has {calls} network calls: there is next to nothing to reuse, and each cached one shows"
         low = f"this run has {steps} steps, too few to forecast by order {self.order}: order {order} is taken"
-        for message in [few] * bool(found and calls < FEW) + [low] * (order < self.order):
+        noise = "this scheduler adds noise at every step, where a forecast gains less, or nothing that is sure"
+        kind = f"{type(scheduler).__name__} {getattr(scheduler, 'config', {}).get('algorithm_type')}"
+        fresh = order > 0 and re.search("Ancestral|sde|SDE", kind)
+        for message in [few] * bool(found and calls < FEW) + [low] * (order < self.order) + [noise] * bool(fresh):
             if message not in self.warnings:
                 self.warnings.add(message)
                 log.warning("%s", message)
@@ -198,8 +199,7 @@ def _bound(options: Mapping[str, Any], unet: Any, steps: int, calls: int) -> Met
         found.check({"steps": steps, "fingerprint": fingerprint(unet, unet.config.in_channels, context)})
     blocks = found.of(BlockCachingMethod)
     if blocks and (unknown := blocks.computed.keys() - {name for _, name in residuals(unet)}):
-        raise ValueError("a block schedule for pipelines is of ResNet blocks and transformers: this U-Net has no "
-                         f"{min(unknown)}")
+        raise ValueError(f"a block schedule in pipelines is of their residual layers: this U-Net has no {min(unknown)}")
     return found
 
 
