@@ -17,7 +17,7 @@ import torch
 from conftest import HERE, relative_error
 from DeepCache import DeepCacheSDHelper
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from test_sd_checkpoint import published_state_dict
+from test_weight_files import published_state_dict
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 

@@ -52,7 +52,11 @@ def model(folder) -> Model:
 
 @pytest.fixture(scope="module")
 def tensors(model) -> Tensors:
-    """Of all networks, as one file of 1.x holds them."""
+    return published_state_dict(model)
+
+
+def published_state_dict(model: Model) -> Tensors:
+    """The tensors of all networks, as one file of 1.x holds them."""
     text = {name.removeprefix("text_model."): value for name, value in model.text_encoder.state_dict().items()}
     parts = {UNET: model.unet.state_dict(), FIRST_STAGE: first_stage.published_state_dict(model.vae),
              f"{TEXT}transformer.text_model.": text}
