@@ -14,14 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import unet_caching  # noqa: F401  isort: skip  first: it lets torchvision be imported
+import diffusers
 import torch
+from tiny_pipelines import built, call
 from torch import nn
 
 from unet_caching import enable_deepcache
 from unet_caching.errors import UserError, one_line
-
-import diffusers  # isort: skip  unet_caching first: it lets torchvision be imported
-from tiny_pipelines import built, call  # isort: skip
 
 INTERVAL = 3
 PAGE, HEAD = Path(__file__).parents[1] / "docs" / "pipelines.md", "| | pipelines |"
