@@ -39,7 +39,6 @@ except ImportError:
     DeepCacheSDHelper = None
 
 VIDEO = {"svd": 14}             # networks without a form of ours, and their frames
-MODES = ("eager", "graphs", "compiled")
 STEPS, INTERVALS = 50, (2, 3, 5)                # of whole runs
 PLAN = tuple(Call() if branch is None else Call(branch, (1.0,))
              for branch in (None, None, 1, None, 0, None, 1, None, 0, None, 1, None))
