@@ -16,9 +16,9 @@ def compiled(network: nn.Module, graphs: int) -> Network:
     if missing := missing_compiler(next(network.parameters()).device):
         print(f"torch.compile: not here, {missing}; going on without", flush=True)
         return network
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, graphs + 1)
-    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, graphs + 1)
+    limits = torch._dynamo.config           # which count the graphs of all networks of a class together
+    limits.recompile_limit += graphs + 1
+    limits.accumulated_recompile_limit += graphs + 1
     print(f"torch.compile: {graphs} graph{'s' if graphs > 1 else ''}, one for each set of reused values", flush=True)
     return PackedFirst(network) if waiting(network) else torch.compile(network, fullgraph=True)
 
