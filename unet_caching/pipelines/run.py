@@ -153,9 +153,8 @@ class Run:
 def caching_of_call(unet: nn.Module, args: tuple, kwargs: dict) -> Caching | None:
     """What a call of the U-Net, made one frame up, is given to cache by; None where it is no step of a run on it."""
     run, frame = _running.get(), sys._getframe(1)
-    if run is None:
-        _count_outside(unet, frame)
     if run is None or run.unet is not unet or run.thread != get_ident():
+        _count_outside(unet, frame)
         return None
     if not run.loop.makes(frame):
         run.others += 1
