@@ -104,6 +104,8 @@ def of_readme(at: Place) -> Cells | None:
         runs = results.read(ROOT / "results" / "throughput" / "ldm_cin256_cpu.json").times["runs"]
         speed = {one["interval"]: one["speedup"] for one in runs if one["branch"] == 0}
         return [at.cells[0], f"{', '.join(f'{speed[n]:.2f}' for n in (2, 3, 5, 10, 20))} (one CPU thread)"]
+    if found := re.fullmatch(r"(\w+) model", at.label):
+        return of_plans(at._replace(label=f"{found[1]}, 12 calls"))[:-1]
     if found := re.fullmatch(r"(\w+) model, .*\((\d+) UniPC steps, N = (\d+)\)", at.label):
         runs = by_kind(*found.groups())
         return [held_out(runs[kind]) for kind in ("fewer steps", "reuse", "forecast, order 1")]
@@ -112,15 +114,17 @@ def of_readme(at: Place) -> Cells | None:
 
 @cache
 def plans(model: str, calls: str) -> dict[str, Records]:
-    """The plan of a budget, UniPC with so many evenly spread steps, and with so many fitted ones where the plan is not
-    that: the best list that any search found."""
+    """The runs of a budget: the plan of a search, the learned one, learned steps, evenly spread and fitted ones: the
+    best of each. Where a search chose fitted steps they are its plan, too."""
     best: dict[str, Records] = {}
     for run, found in records(f"plans_{model}").items():
         name = run.removeprefix("prompts_x2_")
-        for kind, pattern in (("plan", rf"plan_{model}_emoji_{calls}_unipc.*"),
+        for kind, pattern in (("steps", rf"plan_{model}_emoji_{calls}_steps_.*"),
+                              ("plan", rf"plan_{model}_emoji_{calls}_unipc.*"),
                               ("even", rf"unipc_steps{calls}(_trailing)?"),
                               ("fitted", rf"unipc_steps{calls}_times\w+")):
             if "near" in found and re.fullmatch(pattern, name):
+                kind = "learned" if kind == "plan" and "." in found["near"].settings["timesteps"] else kind
                 best[kind] = max(filter(None, (best.get(kind), found)), key=nearness)
     return best
 
@@ -132,10 +136,9 @@ def nearer(one: Records, other: Records) -> str:
 def of_plans(at: Place) -> Cells | None:
     if found := re.fullmatch(r"(\w+), (\d+) calls", at.label):
         runs = plans(MODELS[found[1]], found[2])
-        three = plan, even, fitted = runs["plan"], runs["even"], runs.get("fitted", runs["plan"])
-        far = [1000 * run["quality"].metrics[minus_uncached("KID-EffLite0")].value for run in three]
-        return [*(f"{nearness(run):.1f}" for run in three), nearer(plan, even),
-                nearer(plan, fitted) if "fitted" in runs else "is that", " / ".join(f"{one:+.0f}" for one in far)]
+        cells = [f"{nearness(runs[kind]):.1f}" if kind in runs else "-"
+                 for kind in ("even", "fitted", "steps", "plan", "learned")]
+        return [*cells, nearer(runs["learned"], runs["steps"]) if {"learned", "steps"} <= runs.keys() else "-"]
     if at.label in MODELS:              # the plans for 12 calls of the other models
         model = MODELS[at.label]
         runs, others = plans(model, "12"), []
@@ -297,9 +300,9 @@ def of_pipelines(at: Place) -> Cells | None:
 
 
 KINDS: dict[str, tuple[str, Callable[[Place], Cells | None], int]] = {      # page, what rows say, how many there are
-    "forecasts": ("docs/forecasting.md", of_forecasts, 8), "README": ("README.md", of_readme, 6),
+    "forecasts": ("docs/forecasting.md", of_forecasts, 8), "README": ("README.md", of_readme, 8),
     "settings": ("docs/settings.md", of_settings, 5),
-    "plans": ("docs/planning.md", of_plans, 18), "systems": ("docs/systems.md", of_systems, 8),
+    "plans": ("docs/planning.md", of_plans, 9), "systems": ("docs/systems.md", of_systems, 8),
     "demo": ("docs/shipped_models.md", of_demo, 8), "block caching": ("docs/block_caching.md", of_block_caching, 8),
     "speed": ("docs/speed.md", of_speed, 20), "pipelines": ("docs/pipelines.md", of_pipelines, 7)}
 
@@ -317,12 +320,6 @@ def test_every_row_is_that_of_the_records(kind):
 
 def test_what_readme_says_in_sentences():
     text = " ".join((ROOT / "README.md").read_text().split())
-    calls, *told = re.search(
-        r"at the cost of (\d+) full calls \(latent model\): ([\d.]+) dB, ([\d.]+) nearer than evenly spread UniPC "
-        r"steps \(([\d.]+)\) and ([\d.]+) nearer than steps at fitted timesteps \(([\d.]+)\)", text).groups()
-    plan, even, fitted = (plans("ldm", calls)[kind] for kind in ("plan", "even", "fitted"))
-    assert told == [f"{nearness(plan):.1f}", nearer(plan, even).split()[0][1:], f"{nearness(even):.1f}",
-                    nearer(plan, fitted).split()[0][1:], f"{nearness(fitted):.1f}"]
     sides = ("diffusers", "full"), ("helper", "cached")
     for name, (side, step) in itertools.product(("amd_epyc_avx512", "intel_xeon"), sides):
         times = [one for one in alone(name) if one.record.settings["dtype"] == "fp32"]
