@@ -62,8 +62,9 @@ def load_checkpoint(config: Config, path: Path, ema: bool | None = None) -> Mode
     plain ones, which are the default.
     Raises UserError for a file that is missing, damaged, unsafe or of another model.
     """
-    file = open_weights(path, "LDM", config.diffusion, ema)         # of which the copy keeps no more than the weights
-    parts = split(file.tensors if ema else open_weights(convert(path), "LDM").tensors, path)
+    tensors = open_weights(path, "LDM", config.diffusion, ema).tensors
+    copy = path if ema else convert(path)       # which keeps no more than the weights
+    parts = split(tensors if copy == path else open_weights(copy, "LDM").tensors, path)
     with torch.device("meta"):
         model = Model(UNet(**vars(config.unet)), first_stage.build(**vars(config.first_stage)),
                       nn.Embedding(config.num_classes + 1, config.unet.context_dim))
@@ -100,8 +101,8 @@ def convert(path: Path) -> Path:
         return path
     target = path.with_suffix(".safetensors")
     note = Path(f"{target}.sha256")
-    noted = dict(re.findall(r"(?m)^([0-9a-f]{64})  (.+)$", note.read_text())) if note.is_file() else {}
-    noted = {name: digest for digest, name in noted.items()}
+    text = note.read_text() if note.is_file() else ""
+    noted = {name: digest for digest, name in re.findall(r"(?m)^([0-9a-f]{64})  (.+)$", text)}
     current = target.is_file() and noted.get(target.name) == sha256(target)
     if current and noted.get(path.name) == sha256(path):
         return target
