@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from unet_caching.files.schema import build, check, parse_json, read_json, readable
-from unet_caching.files.whole import write_and_move
+from unet_caching.files.whole import check_replaceable, write_and_move
 
 FORMAT = 2
 Kind = TypeVar("Kind", bound="Fitted")
@@ -65,8 +65,7 @@ class Fitted:
         if self.has_tensors:
             halves = {name: _half(value) for name, value in self.tensors.items()}
             content = save(halves, {"fitted": json.dumps(about)})
-        if Path(path).exists() and not Path(path).is_file():
-            raise ValueError(f"{path} is no regular file: nothing is written there; name another")
+        check_replaceable(Path(path))
         write_and_move(Path(path), lambda temporary: temporary.write_bytes(content))
 
     @classmethod
