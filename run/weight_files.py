@@ -111,7 +111,7 @@ def _shadows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {names[name]: value for name, value in tensors.items() if name in names}
 
 
-_SAID = {"v": "v", "v_prediction": "v", "true": "v", "epsilon": "noise", "eps": "noise", "false": "noise"}
+_SAID = {"v": "v", "true": "v", "eps": "noise", "false": "noise", **{name: own for own, name in PREDICTIONS.items()}}
 
 
 def _check_marks(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], diffusion: Diffusion) -> None:

@@ -14,6 +14,7 @@ from stable_diffusion.config import Config, Diffusion
 from stable_diffusion.text import clip_tokenizer
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.files.schema import check, read_json
+from unet_caching.samplers.diffusion import PREDICTIONS
 
 UNET, FIRST_STAGE, TEXT, XL_TEXT = "model.diffusion_model.", first_stage.PREFIX, "cond_stage_model.", "conditioner."
 CLIP, PROJECTED = ["transformers", "CLIPTextModel"], ["transformers", "CLIPTextModelWithProjection"]
@@ -206,5 +207,5 @@ def scheduler_config(diffusion: Diffusion) -> dict[str, Any]:
         betas = {}
     return {"num_train_timesteps": diffusion.num_timesteps, **betas,
             "beta_schedule": {"cosine": "squaredcos_cap_v2"}.get(diffusion.beta_schedule, diffusion.beta_schedule),
-            "prediction_type": {"noise": "epsilon", "v": "v_prediction"}[diffusion.prediction],
+            "prediction_type": PREDICTIONS[diffusion.prediction],
             **({"rescale_betas_zero_snr": True} if diffusion.zero_terminal_snr else {})}

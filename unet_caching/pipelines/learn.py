@@ -23,7 +23,7 @@ from unet_caching.nest import Cache
 from unet_caching.pipelines.forward import argument_names, cached_forward
 from unet_caching.pipelines.install import check, unwrapped
 from unet_caching.pipelines.parts import Caching
-from unet_caching.pipelines.scheduler import PREDICTIONS, plan_scheduler
+from unet_caching.pipelines.scheduler import FROM_DIFFUSERS, plan_scheduler
 from unet_caching.policy import Policy
 from unet_caching.samplers.diffusion import Diffusion, Predict
 from unet_caching.samplers.samplers import noise_predictor
@@ -77,7 +77,7 @@ class OfScheduler(Diffusion):
 
     def __init__(self, scheduler: SchedulerMixin):
         self._betas = scheduler.betas.float().cpu()
-        super().__init__(num_timesteps=len(self._betas), prediction=PREDICTIONS[scheduler.config.prediction_type])
+        super().__init__(num_timesteps=len(self._betas), prediction=FROM_DIFFUSERS[scheduler.config.prediction_type])
 
     def betas(self) -> Tensor:
         return self._betas

@@ -13,12 +13,12 @@ from torch import device as Device
 from unet_caching.errors import UserError, as_user_error
 from unet_caching.files.fitted import Fitted
 from unet_caching.methods.plan import SAMPLING, Plan
-from unet_caching.samplers.diffusion import clean_image, predicted_noise
+from unet_caching.samplers.diffusion import PREDICTIONS, clean_image, predicted_noise
 from unet_caching.samplers.solvers import OfDiffusers, set_listed, solver
 from unet_caching.samplers.table import Table, combined
 from unet_caching.samplers.timesteps import is_listed, make_timesteps
 
-PREDICTIONS = {"epsilon": "noise", "v_prediction": "v"}        # diffusers' names -> ours
+FROM_DIFFUSERS = {theirs: ours for ours, theirs in PREDICTIONS.items()}
 
 
 def plan_scheduler(plan: Path | str, scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -33,7 +33,7 @@ def plan_scheduler(plan: Path | str, scheduler: SchedulerMixin) -> SchedulerMixi
         chosen = solver("unipc" if found.solver else found.made_for["sampler"])     # any would do for its own solver
     betas, prediction = _betas(scheduler), getattr(scheduler, "config", {}).get("prediction_type", "epsilon")
     if not isinstance(chosen, OfDiffusers) or (not chosen.takes_lists and prediction != "epsilon") or (
-            found.solver is not None and prediction not in PREDICTIONS):
+            found.solver is not None and prediction not in FROM_DIFFUSERS):
         raise UserError(f"the plan is of {sampler}, and for a network that predicts {prediction} no scheduler of "
                         f"diffusers is that: set one of your own, with {steps} {timesteps} timesteps")
     with as_user_error():
@@ -69,7 +69,7 @@ def _step_of(table: Table) -> Any:
             raise UserError("a learned plan starts from pure noise, with its first step: here are an image to start "
                             "from, or steps that are left out")
         alpha = 1 / (1 + self.sigmas[number].double().item() ** 2)
-        prediction = PREDICTIONS[self.config.prediction_type]
+        prediction = FROM_DIFFUSERS[self.config.prediction_type]
         noise = predicted_noise(prediction, model_output.float(), sample.float(), alpha)
         self.clean.append(clean_image(sample.float(), noise, alpha))
         x = combined(self.start, self.clean, table.p[number], table.q[number]).to(sample.dtype)

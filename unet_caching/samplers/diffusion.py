@@ -55,7 +55,7 @@ def alpha_at(alphas: Tensor, t: float | Tensor) -> Tensor:
     return torch.sigmoid(torch.lerp(log_snr[0], log_snr[1], t - low)).to(alphas.dtype)
 
 
-PREDICTIONS = ("noise", "v")
+PREDICTIONS = {"noise": "epsilon", "v": "v_prediction"}        # by ours, what diffusers calls them
 
 
 def predicted_noise(prediction: str, output: Tensor, x: Tensor, alpha: Tensor | float) -> Tensor:
