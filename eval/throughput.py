@@ -1,4 +1,4 @@
-"""Wall-clock time of full and cached steps: the only place of the project where anything is timed.
+"""Wall-clock time of full and cached steps.
 
     python -m eval.throughput --config configs/ddpm_cifar10.yaml --branch 1 2 3 --batch-size 8 --threads 1
     python -m eval.throughput --config configs/ddpm_emoji.yaml --interval 2 3 5 10 --out results/throughput/emoji.json

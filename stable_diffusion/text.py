@@ -16,6 +16,7 @@ from unet_caching.errors import UserError, one_line
 
 Encoder = TypeVar("Encoder", transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
 
+
 def clip(config: Mapping, tensors: Mapping[str, Tensor], cls: type[Encoder] = transformers.CLIPTextModel) -> Encoder:
     """CLIP's text model from transformers' config and tensors, named with or without `text_model.`.
 

@@ -183,6 +183,8 @@ def _check(part: Part, path: Path) -> None:
     if lacking := [name for name in part.extractors if name not in EXTRACTORS]:
         raise UserError(f"{path}: extractors has no {lacking[0]!r}: there are {', '.join(EXTRACTORS)}")
     _check_made(part.made, path)
+
+
 def _check_made(made: Mapping[str, str], path: Path) -> None:
     for file, line in made.items():
         try:
