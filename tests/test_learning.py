@@ -248,6 +248,9 @@ def test_the_command_learns_plans_and_steps_without_caching(config, tmp_path, ca
     before = {name: (tmp_path / "one" / f"{name}.json").read_text() for name in made}
     assert run_command(plans.main, *words, tmp_path / "one") == 0               # from what it has kept
     assert before == {name: (tmp_path / "one" / f"{name}.json").read_text() for name in made}
+    fresh = [tmp_path / "other" if word == tmp_path / "work" else word for word in words]
+    assert run_command(plans.main, *fresh, tmp_path / "kept", "--keep-activations") == 0
+    assert before == {name: (tmp_path / "kept" / f"{name}.json").read_text() for name in made}
     assert run_command(plans.main, *words[:3], *words[7:], tmp_path / "no") == 2
     assert "say what to learn: --plan" in capsys.readouterr().err
     words[4] = tmp_path / "one/found.json"
