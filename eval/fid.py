@@ -114,7 +114,7 @@ def make_reference(options: Reference, extraction: Extraction, where: Device) ->
     if len(images) < 2:
         raise UserError(f"{images.description} has {len(images)} image: statistics need at least 2")
     warn([*few(len(images), "images"), *inception.notes])
-    features = extract(images, inception, extraction.batch_size, extraction.features)
+    features = extract(images, inception, extraction.batch_size)
     write_reference(options.out, images, features, inception)
     h, w = images.size
     print(f"wrote {options.out}: {len(images)} images of {w}x{h} from {images.description}, mode {inception.mode}")

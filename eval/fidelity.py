@@ -5,12 +5,8 @@
 PSNR (dB) and SSIM per image, the distance of EfficientNet-Lite0 features (1 - cosine), and LPIPS where the file of its
 backbone is given (--lpips-backbone). The page of a study (lab/study) shows such pairs side by side.
 
-    python -m eval.fidelity --samples samples/interval5 --against samples/steps400 --twice samples/steps800
-
-also has the root mean squared error to a converged run: how far a sampler is from what it approximates, where a
-distance of sets says only that the images look alike. --against is an uncached run of many steps then, and --twice one
-of twice as many. It is converged where the error to either is the same to within 5 % (--within); where it is not, there
-is no such number.
+A study can also measure the error to a converged run (`to_converged`): how far a sampler is from what it approximates,
+where a distance of sets says only that the images look alike.
 """
 
 import time
@@ -30,7 +26,6 @@ from eval.metrics.results import of_samples
 from run.cli import command, warn
 from run.machine import Device
 from run.results import Metric
-from unet_caching.errors import UserError
 from unet_caching.options import option, required
 
 WITHIN = 0.05       # a run has converged where twice its steps change the error to it by no more than this fraction
@@ -39,9 +34,6 @@ WITHIN = 0.05       # a run has converged where twice its steps change the error
 @dataclass(frozen=True)
 class Options(Judged):
     against: Path = required("folder or npz with the same seeds, uncached")
-    twice: Path | None = option(None, "where --against is a run of many steps, one of twice as many: for the error to "
-                                      "a converged run")
-    within: float = option(WITHIN, "what twice the steps may change of it (default: %(default)s)")
     lpips_backbone: Path | None = option(None, f"{BACKBONE}, torchvision's AlexNet, for LPIPS")
     batch_size: int = option(32, "images at a time (default: %(default)s)", least=1)
 
@@ -76,51 +68,26 @@ def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_si
             "images_sha256": {"samples": fx.images_sha256, "against": fy.images_sha256}}
 
 
-def to_converged(samples: ImageSet, against: ImageSet, twice: ImageSet, within: float = WITHIN, batch_size: int = 32
-                 ) -> dict:
-    """The root mean squared error (levels of 255) of each image to its partner in `against`, and whether that one has
-    converged: to those in `twice`, of twice the steps, the mean error is the same to within a fraction.
+def to_converged(samples: ImageSet, against: ImageSet, twice: ImageSet, batch_size: int = 32) -> dict:
+    """The root mean squared error (levels of 255) of each image to its partner in `against`, a run of many steps, and
+    whether that has converged: to the images in `twice`, of twice the steps, the mean error is nearly the same.
 
-    Returns {mean, stderr, interval, per_image, steps, twice: {steps, mean}, moved, within, converged}.
-    Raises UserError where the two are no such runs, or an image has no partner.
+    Returns {mean, stderr, interval, steps, twice: {steps, mean}, moved, within, converged}.
+    Raises UserError where an image has no partner.
     """
-    steps = check_twice(against, twice)
-    seeds = check_paired(samples, against)
-    check_paired(samples, twice)
+    for other in (against, twice):
+        check_paired(samples, other)
     near, far = (np.concatenate([RMSE_TO_CONVERGED.of(x, y) for x, y in zip(
         samples.batches(batch_size), other.batches(batch_size), strict=True)]) for other in (against, twice))
     moved = abs(near.mean() - far.mean()) / far.mean() if far.any() else float(near.any())
-    return {**mean_estimate(near), "steps": steps,
-            "per_image": {"seed": seeds, "rmse": [round(float(value), 6) for value in near]},
-            "twice": {"steps": 2 * steps, "mean": float(far.mean())}, "moved": float(moved), "within": within,
-            "converged": bool(moved <= within)}
+    steps = (against.run() or {}).get("settings", {}).get("steps", 0)
+    return {**mean_estimate(near), "steps": steps, "twice": {"steps": 2 * steps, "mean": float(far.mean())},
+            "moved": float(moved), "within": WITHIN, "converged": bool(moved <= WITHIN)}
 
 
 def converged_metrics(result: dict) -> dict[str, Metric]:
     """The error to a converged run, of a result of `to_converged`; nothing where that run is not converged."""
     return {RMSE_TO_CONVERGED.name: Metric.of(result)} if result["converged"] else {}
-
-
-def check_twice(against: ImageSet, twice: ImageSet) -> int:
-    """The steps of `against`. Raises UserError unless both are uncached runs, alike but for twice the steps."""
-    runs = []
-    for images in (against, twice):
-        settings = (images.run() or {}).get("settings", {})
-        if "steps" not in settings:
-            raise UserError(f"{images.description} has no run.json that says its steps: --twice needs sample folders")
-        if settings.get("cache", {}) not in ({}, {"interval": 1}):
-            raise UserError(f"{images.description} is of a cached run: what is converged is uncached")
-        runs.append(settings)
-    one, other = runs
-    unlike = sorted(key for key in one.keys() | other.keys() if key not in ("steps", "cache")
-                    and one.get(key) != other.get(key))
-    if unlike:
-        raise UserError(f"{twice.description} differs from {against.description} in {', '.join(unlike)}: the steps "
-                        "alone may differ")
-    if other["steps"] != 2 * one["steps"]:
-        raise UserError(f"{twice.description} has {other['steps']} steps: twice the {one['steps']} of "
-                        f"{against.description} are {2 * one['steps']}")
-    return one["steps"]
 
 
 def metrics(result: dict) -> dict[str, Metric]:
@@ -148,40 +115,24 @@ def table(result: dict) -> str:
             continue
         low, high = row["interval"]
         lines.append(f"{measure.label:20}{row['mean']:9.4f}  {low:9.4f} {high:9.4f}")
-    if by := result.get("convergence"):
-        verdict = "converged" if by["converged"] else "NOT converged, so there is no distance to a converged run"
-        lines.append(f"{by['twice']['steps']} instead of {by['steps']} steps of the other run move the error by "
-                     f"{100 * by['moved']:.1f} % (at most {100 * by['within']:g} %): {verdict}")
     return "\n".join(lines)
 
 
 @command
 def main(options: Options, where: Device) -> None:
     started, device = time.time(), where.prepare()
-    if not 0 < options.within < 1:
-        raise UserError(f"--within must be between 0 and 1, got {options.within}")
-    opened = [options.open(path) for path in (options.samples, options.against, options.twice) if path is not None]
-    (samples, against, *twice), notes = [one for one, _ in opened], [note for _, some in opened for note in some]
-    for images in twice:
-        check_twice(against, images)
-    warn(notes)
+    (samples, notes), (against, more) = (options.open(path) for path in (options.samples, options.against))
+    warn(notes := notes + more)
     extractor = EffLite0(device)
     lpips = Lpips(options.lpips_backbone, device) if options.lpips_backbone else None
     result = fidelity(samples, against, extractor, options.batch_size, lpips=lpips)
-    for images in twice:
-        by = to_converged(samples, against, images, options.within, options.batch_size)
-        result["per_image"][RMSE_TO_CONVERGED.key] = by.pop("per_image")["rmse"]
-        if by["converged"]:
-            result[RMSE_TO_CONVERGED.key] = {name: by[name] for name in ("mean", "stderr", "interval")}
-        result["convergence"] = by
     print(table(result))
     hashes = {"images": result["images_sha256"]["samples"], "against": result["images_sha256"]["against"],
               "extractor": extractor.id} | ({"lpips": lpips.sha256} if lpips else {})
     options.write(of_samples(
         "fidelity", samples, metrics(result), device, hashes=hashes, started=started,
-        inputs={"against": against.description, **({"twice": twice[0].description} if twice else {})},
-        details={**result, "against_run": against.run(), **({"twice_run": twice[0].run()} if twice else {}),
-                 **({"notes": notes} if notes else {})}))
+        inputs={"against": against.description},
+        details={**result, "against_run": against.run(), **({"notes": notes} if notes else {})}))
 
 
 if __name__ == "__main__":

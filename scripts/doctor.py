@@ -3,7 +3,6 @@ The first line says what can be done right now, and the one next step.
 
     python -m scripts.doctor                  every table
     python -m scripts.doctor table3 table12   these
-    python -m scripts.doctor --hash           compute the digests of files that have a published one; reads them all
 """
 
 import os
@@ -49,18 +48,12 @@ def machine() -> Iterator[str]:
     yield f"disk: {usage.free / 1e9:.0f} of {usage.total / 1e9:.0f} GB free"
 
 
-def state(item: Item, hashing: bool) -> str:
-    """Here or missing; with `hashing`, whether the digests are right."""
+def state(item: Item) -> str:
+    """Here or missing. `scripts.download` compares what is here with its published digest."""
     here = sum(file.there(ROOT) for file in item.files)
     if here < len(item.files):
         return f"missing, {here} of {len(item.files)} files here" if here else "missing"
-    known = [file for file in item.files if file.digest and not file.unpack]
-    if not known:
-        return "here, no digest is published"
-    if not hashing:
-        return "here, not checked (--hash)"
-    wrong = [f"WRONG: {file.path} {fault}" for file in known if (fault := file.fault(ROOT / file.path))]
-    return next(iter(wrong), "here, digest right")
+    return "here"
 
 
 def references() -> dict[str, Path]:
@@ -125,14 +118,14 @@ def now_and_next(lacking: Sequence[tuple[Study, list[str]]], wrong: Sequence[str
     return f"Right now: {'; '.join(can)}. Next: {step}."
 
 
-def report(chosen: Sequence[Study], hashing: bool) -> str:
+def report(chosen: Sequence[Study]) -> str:
     """All of it, as text."""
     items, met = catalogue(), unmet(ROOT / "requirements.txt")
     wrong = list(filter(None, met.values()))
     lacking = [(table, list(needs(table, items))) for table in chosen]
     parts = [now_and_next(lacking, wrong), "\n".join(machine()),
              "\n".join([*wrong, f"{len(met) - len(wrong)} of {len(met)} packages of requirements.txt are right"]),
-             align([["file or folder", "state"], *([name, state(item, hashing)] for name, item in items.items())])]
+             align([["file or folder", "state"], *([name, state(item)] for name, item in items.items())])]
     for table, lines in lacking:
         lines = lines or ["nothing is missing"] if table.script else ["nothing can be run: its model is not public"]
         parts.append("\n".join([table.heading, *(f"  {line}" for line in lines)]))
@@ -144,12 +137,11 @@ class Options:
     """The command line."""
     tables: tuple[str, ...] = option((), "table1 to table14, block_caching_table1 (default: all)", word=True,
                                      metavar="TABLE")
-    hash: bool = option(False, "compute digests of what is here")
 
 
 @command
 def main(options: Options) -> None:
-    print(report([find(name) for name in options.tables] or list(tables().values()), options.hash))
+    print(report([find(name) for name in options.tables] or list(tables().values())))
 
 
 if __name__ == "__main__":

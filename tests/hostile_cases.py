@@ -91,7 +91,7 @@ NUMBERED = (        # a command that would run, and its numbers
     ("eval.macs {model}", "steps interval branch"),
     ("eval.quality {samples} --reference {world}/real.npz --device cpu",
      "dims repeats count batch-size threads seeds"),
-    ("eval.fidelity {samples} --against {world}/samples --device cpu", "within batch-size threads"),
+    ("eval.fidelity {samples} --against {world}/samples --device cpu", "batch-size threads"),
     ("eval.clip_score {samples} --prompts {world}/prompts.txt --weights {}/w.bin",
      "images-per-prompt batch-size threads"),
     ("scripts.slurm.submit table_emoji --dry-run --samples {}/s --results {}/r",
@@ -169,8 +169,7 @@ def of_files() -> Iterator[Case]:
     for name, content in JSONS.items():
         for what, line in (("plan", f"{SAMPLE} --plan"), ("adaptive rule", f"{SAMPLE} --adaptive"),
                            ("block schedule", f"{SAMPLE} --block-schedule"),
-                           ("changes", "lab.fit block-schedule --out {}/o.json --changes"),
-                           ("schedule to show", "lab.fit show")):
+                           ("changes", "lab.fit block-schedule --out {}/o.json --changes")):
             yield case(f"{what}, JSON {name}", line, "{}/f.json", make=written("f.json", content))
         yield case(f"result, JSON {name}", "eval.table 6 --results {}", make=written("f.json", content))
         yield case(f"run.json {name}", SAMPLE, says="run.json", make=written("o/run.json", content))

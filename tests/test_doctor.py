@@ -1,6 +1,5 @@
 """What the doctor says is missing."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -44,7 +43,7 @@ def first_line(monkeypatch, folder: Path, wrong: str = "", gpu: bool = False) ->
     monkeypatch.setattr(doctor, "ROOT", folder)
     monkeypatch.setattr(doctor, "unmet", lambda file: {"numpy": wrong})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    said = doctor.report([find("2")], False).splitlines()
+    said = doctor.report([find("2")]).splitlines()
     assert said[1] == "" and said[0].startswith("Right now: ")
     return said[0]
 
@@ -77,14 +76,6 @@ def test_the_first_line_says_what_can_be_done_and_the_next_step(monkeypatch, tmp
 def test_states_of_what_is_here(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
     (tmp_path / "x").write_bytes(b"abc")
-    right = hashlib.md5(b"abc").hexdigest()
-
-    def said(*files: File, hashing: bool = True) -> str:
-        return doctor.state(download.Item("about", list(files)), hashing)
-
-    assert said(File("u", Path("x"), right)) == "here, digest right"
-    assert said(File("u", Path("x"), right), hashing=False) == "here, not checked (--hash)"
-    assert said(File("u", Path("x"))) == "here, no digest is published"
-    assert said(File("u", Path("x"), "0" * 32)) == "WRONG: x has another md5 than the published " + "0" * 32
-    assert said(File("u", Path("x")), File("u", Path("y"))) == "missing, 1 of 2 files here"
-    assert said(File("u", Path("y"))) == "missing"
+    here, away = File("u", Path("x")), File("u", Path("y"))
+    assert [doctor.state(download.Item("about", files)) for files in ([here], [here, away], [away])] == [
+        "here", "missing, 1 of 2 files here", "missing"]

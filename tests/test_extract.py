@@ -63,7 +63,8 @@ def test_a_stopped_extraction_goes_on_where_it_stopped(tmp_path):
     rest = Extractor()
     resumed = extract(open_images(path), rest, batch_size=2)
     assert rest.computed == 14 - 8
-    whole = extract(open_images(path), Extractor(), batch_size=2, store=tmp_path / "elsewhere")
+    np.savez(tmp_path / "whole.npz", PIXELS)
+    whole = extract(open_images(tmp_path / "whole.npz"), Extractor(), batch_size=2)
     assert np.array_equal(resumed.all("wide"), whole.all("wide")) and resumed.images_sha256 == whole.images_sha256
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -108,17 +109,6 @@ def test_other_images_of_equal_size_and_time_are_seen(tmp_path):
     again = extract(open_images(path), Extractor())
     assert path.stat().st_size == before.st_size and again.images_sha256 != first.images_sha256
     assert np.allclose(again.all("wide"), Extractor().features(255 - PIXELS)["wide"], rtol=1e-5)
-
-
-def test_files_of_one_name_do_not_share_features(tmp_path):
-    found = []
-    for name, pixels in (("a", PIXELS), ("b", 255 - PIXELS)):
-        (tmp_path / name).mkdir()
-        np.savez(tmp_path / name / "samples.npz", pixels)
-        os.utime(tmp_path / name / "samples.npz", (1, 1))
-        found.append(extract(open_images(tmp_path / name / "samples.npz"), Extractor(), store=tmp_path / "kept"))
-    for features, pixels in zip(found, (PIXELS, 255 - PIXELS), strict=True):        # the first still has its own
-        assert np.allclose(features.all("wide"), Extractor().features(pixels)["wide"], rtol=1e-5)
 
 
 def test_a_damaged_part_is_computed_again(tmp_path):

@@ -155,32 +155,17 @@ def test_a_command_with_bad_input_says_so_before_any_work(tmp_path, capsys):
         assert message in error and error.count("\n") == 1 and not (tmp_path / "x.json").exists()
 
 
-def test_the_error_to_a_converged_run_and_how_that_is_decided(tmp_path, capsys):
+def test_the_error_to_a_converged_run_and_how_that_is_decided(tmp_path):
     base = pixels(4, 16) // 2
-    runs = {"x": (base + 20, 10, {"interval": 5}), "near": (base + 1, 400, {"interval": 1}),
-            "far": (base + 8, 400, {}), "twice": (base, 800, {}), "other": (base, 800, {"interval": 2})}
-    for name, (images, steps, cache) in runs.items():
-        save_samples(tmp_path / name, images, settings={"model": "m", "steps": steps, "cache": cache})
-
-    def judged(against, twice, *words):
-        out = tmp_path / "out" / "x.json"
-        assert run_command(fidelity.main, "--samples", tmp_path / "x", "--against", tmp_path / against, "--twice",
-                           tmp_path / twice, "--out", out, "--device", "cpu", *words) == 0
-        return results.read(out), capsys.readouterr().out
-
-    found, said = judged("near", "twice", "--within", 0.06)         # 19 to 20: 5 %
-    metric, by = found.metrics["RMSE to converged"], found.details["convergence"]
-    assert metric.value == pytest.approx(19) and found.details["per_image"]["rmse_converged"] == [19] * 4
-    assert (by["steps"], by["twice"]) == (400, {"steps": 800, "mean": 20}) and by["moved"] == pytest.approx(0.05)
-    assert "800 instead of 400 steps of the other run move the error by 5.0 % (at most 6 %): converged" in said
-    assert found.inputs["twice"].endswith("twice") and found.details["twice_run"]["settings"]["steps"] == 800
-
-    found, said = judged("far", "twice")                            # 12 to 20
-    assert "RMSE to converged" not in found.metrics and "NOT converged" in said
-    for against, twice, message in (("twice", "near", "has 400 steps: twice the 800"), ("near", "other", "cached run"),
-                                    ("near", "x", "cached run")):
-        with pytest.raises(UserError, match=message):
-            fidelity.check_twice(*(open_images(tmp_path / name) for name in (against, twice)))
+    runs = {"x": (base + 20, 10), "near": (base + 1, 400), "far": (base + 8, 400), "twice": (base, 800)}
+    x, near, far, twice = (open_images(save_samples(tmp_path / name, images, settings={"steps": steps}))
+                           for name, (images, steps) in runs.items())
+    found = fidelity.to_converged(x, near, twice)                   # 19 to 20: 5 %
+    assert fidelity.converged_metrics(found)["RMSE to converged"].value == pytest.approx(19)
+    assert (found["steps"], found["twice"]) == (400, {"steps": 800, "mean": 20})
+    assert found["moved"] == pytest.approx(0.05)
+    found = fidelity.to_converged(x, far, twice)                    # 12 to 20
+    assert not found["converged"] and not fidelity.converged_metrics(found)
 
 
 def test_a_measure_that_is_registered_is_computed_kept_and_printed(tmp_path, monkeypatch, capsys):

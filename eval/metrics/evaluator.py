@@ -80,7 +80,6 @@ class Extraction:
     """How Inception features are computed."""
     title: ClassVar[str] = "the features"
     inception: Path = required("weights of the Inception network, a local file (eval/metrics/inception.py names two)")
-    features: Path | None = option(None, "folder to keep features in (default: beside the images)")
     batch_size: int = option(64, "images at a time (default: %(default)s)", least=1)
 
 
@@ -147,7 +146,7 @@ def judge(command: str, options: OfSets, extraction: Extraction, where: Device,
                         f"--inception is {inception.sha256[:16]}): make it anew with these, or take its own")
     notes += [*real.notes, *inception.notes]
     warn(notes)
-    x, *real_features = (extract(images, inception, extraction.batch_size, extraction.features)
+    x, *real_features = (extract(images, inception, extraction.batch_size)
                          for images in (samples, real.images) if images is not None)
     if "logits" in real.layers:
         warn(order := in_order(x.parts("logits")))

@@ -91,13 +91,13 @@ def _parts(images: ImageSet) -> list[range]:
     return [range(first, min(first + PART, len(images))) for first in range(0, len(images), PART)]
 
 
-def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store: Path | None = None) -> Features:
+def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32) -> Features:
     """The features of all images; those that are kept and still right are not computed again.
 
-    store: where to make the folder for them (default: beside the images; images in memory keep theirs in memory).
-    Raises UserError for images that cannot be used, that change meanwhile, and for a folder that cannot be written.
+    They are kept beside the images; those of images in memory stay there. Raises UserError for images that cannot be
+    used, and that change meanwhile.
     """
-    parts, folder = _parts(images), _folder(images, extractor, store)
+    parts, folder = _parts(images), _folder(images, extractor)
     files = {} if folder is None else {part: folder / f"part-{i:05d}.npz" for i, part in enumerate(parts)}
     kept = {part: digest for part, file in files.items() if (digest := _kept(file, len(part), extractor))}
     digests = {part: digest for part, digest in _digests(images, list(kept), batch_size) if digest == kept[part]}
@@ -113,15 +113,12 @@ def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32, store:
     return Features([found[part] for part in parts], [digests[part] for part in parts], images.names, extractor.layers)
 
 
-def _folder(images: ImageSet, extractor: Extractor, store: Path | None) -> Path | None:
+def _folder(images: ImageSet, extractor: Extractor) -> Path | None:
     """Where these features are kept, made and ready to be written to; None: in memory."""
     if images.root is None:
         return None
     of_set = (images.root / ".features" if images.root.is_dir()
               else images.root.with_name(f"{images.root.name}.features"))
-    if store is not None:
-        root = images.root.resolve()        # many files are called samples.npz
-        of_set = store / f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
     folder = of_set / hashlib.sha256(extractor.id.encode()).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,9 +128,6 @@ def _folder(images: ImageSet, extractor: Extractor, store: Path | None) -> Path 
         reason = "no permission"
     except OSError as error:
         reason = str(error.strerror)
-    if store is not None:
-        raise UserError(f"the features are kept in {folder}, which cannot be written ({reason}): name another folder "
-                        "with --features")
     tqdm.write(f"note: {folder} cannot be written ({reason}): the features stay in memory, and are computed again next "
                "time")
     return None

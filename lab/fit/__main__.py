@@ -3,7 +3,6 @@
     python -m lab.fit changes         how much every residual changes from step to step
     python -m lab.fit block-schedule  when each residual is computed, from measured changes
     python -m lab.fit rhythm          the same steps for all residuals
-    python -m lab.fit show            prints and draws a block schedule
     python -m lab.fit scale-shift     the scale and shift of residuals that a block schedule reuses
     python -m lab.fit adaptor         Clockwork's adaptor
     python -m lab.fit router          a block schedule, learnt (Learning-to-Cache)
@@ -23,7 +22,7 @@ from typing import ClassVar
 
 from lab.fit.adaptive import AdaptiveFit
 from lab.fit.adaptor import AdaptorFit
-from lab.fit.block_schedule import block_schedule, rhythm, show
+from lab.fit.block_schedule import block_schedule, rhythm
 from lab.fit.changes import ChangesFit
 from lab.fit.fit import Fit, check_out, check_runs, frozen, own_unet
 from lab.fit.router import RouterFit
@@ -44,7 +43,7 @@ from unet_caching.options import required
 
 FITS: Mapping[str, type[Fit]] = {"changes": ChangesFit, "scale-shift": ScaleShiftFit, "adaptor": AdaptorFit,
                                  "router": RouterFit, "adaptive": AdaptiveFit}
-VERBS: Mapping[str, Callable[..., None]] = {"block-schedule": block_schedule, "rhythm": rhythm, "show": show}
+VERBS: Mapping[str, Callable[..., None]] = {"block-schedule": block_schedule, "rhythm": rhythm}
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,9 @@
 
     python -m lab.fit block-schedule --changes changes.json --kinds all --macs 0.5 --out half.json
     python -m lab.fit rhythm --config configs/sd_v15.yaml --steps 20 --computed 0,5,9,13,17 --out rhythm.json
-    python -m lab.fit show half.json --out half.png
 
 block-schedule: of measured changes, from a threshold or from a budget of MACs; together with --interval, of the blocks
-outside the level that DeepCache reuses. rhythm: the same steps for all, which needs no weights. show: prints a schedule
-and draws it.
+outside the level that DeepCache reuses. rhythm: the same steps for all, which needs no weights.
 """
 
 from collections.abc import Iterable, Sequence
@@ -132,13 +130,6 @@ class Rhythm(ScheduleOptions):
     computed: str = required("steps that compute, like 0,5,9,13,17; 0 must be one", metavar="STEPS")
 
 
-@dataclass(frozen=True)
-class ToShow:
-    """A schedule to look at."""
-    schedule: Path = required("a block schedule", word=True)
-    out: Path | None = option(None, "the chart, .png")
-
-
 def block_schedule(options: FromChanges, deepcache: DeepCacheOptions) -> None:
     """When each residual is computed: OUT.json and a chart."""
     check_out(options.out, ".json")
@@ -179,17 +170,6 @@ def schedule_of(run: Run, checkpoint_sha256: str | None, kinds: str, blocks: dic
     macs = schedule_macs(costs.full, {name: costs.values[name] for name in blocks}, blocks, run.calls)
     return BlockSchedule(run.made_for(checkpoint_sha256), run.calls, kinds, None, blocks, macs._asdict(),
                          costs.full._asdict(), notes=notes)
-
-
-def show(options: ToShow) -> None:
-    """Print a schedule, and draw its chart."""
-    if options.out is not None:
-        check_out(options.out, ".png")
-    with as_user_error():
-        schedule = BlockSchedule.load(options.schedule)
-    print("\n".join(summary(schedule)))
-    if options.out is not None:
-        schedule_chart(schedule.blocks, schedule.calls, options.out)
 
 
 def write(schedule: BlockSchedule, path: Path) -> None:

@@ -211,7 +211,7 @@ def converged(arm: Arm, setup: Setup) -> Result:
                       {name: str(one.folder) for name, one in zip(names, setup.converged, strict=True)},
                       {"images": pixels_sha256(samples), **{
                           name: pixels_sha256(images) for name, images in zip(names, others, strict=True)}},
-                      {"convergence": {key: value for key, value in found.items() if key != "per_image"}},
+                      {"convergence": found},
                       against=setup.converged[0])
 
 
