@@ -1,6 +1,6 @@
 """Every pipeline class of the installed diffusers that takes a `unet`, built tiny (tiny_pipelines.py), with caching.
 
-    python tests/every_pipeline.py              all: minutes; writes the table of docs/pipelines.md
+    python tests/every_pipeline.py              all: minutes; writes the table of results/pipelines.md
     python tests/every_pipeline.py NAME ...     some, and what each ends in
 """
 
@@ -26,7 +26,7 @@ from unet_caching import enable_deepcache
 from unet_caching.errors import UserError, one_line
 
 INTERVAL = 3
-PAGE, HEAD = Path(__file__).parents[1] / "docs" / "pipelines.md", "| | pipelines |"
+PAGE, HEAD = Path(__file__).parents[1] / "results" / "pipelines.md", "| | pipelines |"
 NOT_BUILT = ("BlipDiffusionPipeline", "BlipDiffusionControlNetPipeline")        # which do not run beside transformers 5
 EXPORTED = re.compile(r"\b(?!Onnx|Flax)\w*Pipeline\w*\b")
 # Network calls of one step, and full ones of runs in several loops, by what a pipeline's name matches.
@@ -108,14 +108,14 @@ def short(name: str) -> str:
 
 
 def row(one: Outcome) -> str:
-    """Where the docs' table has a class: with those of its U-Net, or of the same reason."""
+    """Where the table has a class: with those of its U-Net, or of the same reason."""
     refused = re.sub(r"^\w+ store (.*): .*", r"attention processors store \1", one.refused)
     refused = re.sub(r"has a \w+,", "has a block", re.sub(r"loop of a \w+", "loop", refused))
     return f"refused: {refused}" if refused else f"works: {one.unet}"
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """For the docs: the classes of each kind of U-Net that work, and of each reason those that are refused."""
+    """The classes of each kind of U-Net that work, and of each reason those that are refused."""
     rows: dict[str, list[str]] = {}
     for one in sorted(outcomes, key=lambda one: bool(one.refused)):
         rows.setdefault(row(one), []).append(short(one.name))

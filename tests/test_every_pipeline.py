@@ -1,4 +1,4 @@
-"""Every pipeline class of diffusers that takes a `unet`: as the table of docs/pipelines.md says (every_pipeline.py)."""
+"""Every pipeline class of diffusers that takes a `unet`: as results/pipelines.md says (every_pipeline.py)."""
 
 import re
 from functools import cache
@@ -15,7 +15,7 @@ SHORT = ["StableDiffusionPipeline", "StableDiffusionXLControlNetInpaintPipeline"
 
 @cache
 def told() -> dict[str, str]:
-    """What the docs say of each class, by its short name."""
+    """What the table says of each class, by its short name."""
     rows = re.findall(r"^\| ((?:works|refused): .*) \| (.+) \|$", PAGE.read_text(), re.M)
     return {name: what for what, names in rows for name in names.split(", ")}
 

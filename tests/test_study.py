@@ -265,3 +265,4 @@ def test_charts_have_at_most_eight_lines_each_with_its_name(name):
     for chart in (ROOT / "results" / name).glob("charts*.svg"):
         plots = chart.read_text().split('<g class="plot"')[1:]
         assert plots and all(1 <= plot.count('class="name"') <= 8 for plot in plots), chart
+        assert all(" against " not in plot for plot in plots), f"{chart}: a title that is no message"

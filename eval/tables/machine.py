@@ -112,7 +112,8 @@ class Times(NamedTuple):
 
         helper = self.record.times["sides"].get("helper", {})
         settings = self.record.settings
-        return Plot(f"{self.name}, {settings['dtype']}, {settings['mode']}", "N", "speed-up of 50 steps", [
+        message = f"{self.name}: {self.speedup(3):.2f} times as fast with N = 3, {self.speedup(5):.2f} times with N = 5"
+        return Plot(message, f"N ({settings['dtype']}, {settings['mode']})", "speed-up of 50 steps", [
             *line("by macs_fc", self.macs(self.usual)), *line("reuse", ratio(self.steps, self.usual)),
             *line("forecast", ratio(self.steps, f"{self.usual}, order 1")),
             *line("the package", ratio(helper, self.usual) if "full" in helper else None)])

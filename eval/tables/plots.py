@@ -59,7 +59,7 @@ class Map(NamedTuple):
 
 def heat_maps(maps: Sequence[Map], path: Path, down: str, across: str) -> None:
     """A panel per map; yellow is better in all of them. down, across: what the two settings are called."""
-    columns = min(2, len(maps))
+    columns = 1 if len(maps[0].across) > 6 else min(2, len(maps))          # a page is 700 pixels wide
     rows = -(-len(maps) // columns)
     width, height = len(maps[0].across), len(maps[0].down)
     size = columns * max(0.52 * width + 1.6, 3.6), rows * (0.42 * height + 1.4)

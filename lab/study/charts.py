@@ -32,9 +32,7 @@ def cost_axis(word: str, rows: Rows) -> Axis:
     """A cost of a chart, by its word."""
     return {"cost": Axis("cost per image by MACs, full calls", lambda row: row.cost),
             "time": Axis("network time per image, full calls", lambda row: row.time),
-            "macs": Axis("MACs per image, G", lambda row: giga(row.macs)),
-            "share of time": Axis("network time (uncached = 1)",
-                                  lambda row: row.time and row.time / rows.whole.run.calls)}[word]
+            "macs": Axis("MACs per image, G", lambda row: giga(row.macs))}[word]
 
 
 def value_of(name: str, row: Row, rows: Rows) -> Metric | None:
@@ -88,7 +86,9 @@ def _titles(name: str, cost: str, higher: bool) -> tuple[str, str]:
     by = "time" if "time" in cost else "cost"
     if name == "near":
         return f"PSNR against {by}", "PSNR, dB"
-    label = f"{_measure(name).heading or name}{' less uncached' if name.endswith(minus_uncached('')) else ''}"
+    label = _measure(name).heading or name
+    if name.endswith(minus_uncached("")):
+        return f"{label} less uncached against {by}", f"{label}, more than uncached"
     return f"{label} against {by}", f"{label} ({'higher' if higher else 'lower'} is better)"
 
 

@@ -26,18 +26,17 @@ class Show:
     differences: bool = False           # the sheet also has what changed of each image
 
 
-_QUALITY = [["FD-EffLite0", "macs"], ["FD-IncMixed5", "macs"], ["PSNR", "macs"]]
+_QUALITY = [["FD-IncMixed5 minus uncached", "macs"], ["PSNR", "macs"]]
 SHOWS = {
     "arms": Show(["arm", "cost", "speed-up by MACs", "measured", "near", "gain", "shifts"], more=["sentences"],
                  charts=[["near", "cost"]], samples=12, differences=True),
     "budgets": Show(["kind", "run", "cost", "time", "near", "gain", "FD-EffLite0", "KID-EffLite0", "made"], by="budget",
                     order="near", charts=[["near", "cost"]]),
     "fronts": Show(["run", "cost", "time", "near", "gain of its sampler", "gain", "gain at equal time"], order="cost",
-                   more=["judged", "orders"], front=True, charts=[["near", "cost"], ["near", "time"], [
-                       "FD-EffLite0 minus uncached", "cost"], ["KID-EffLite0 minus uncached", "cost"]]),
+                   more=["judged", "orders"], front=True, charts=[["near", "cost"]]),
     "grid": Show(["point", "full / calls", "speed-up by MACs", "measured", "scores", "shifts", "front"], lines=False,
-                 charts=[[name, cost] for name in ("KID-EffLite0", "KID-IncMixed5", "PSNR", "FID", "CLIP score")
-                         for cost in ("macs", "share of time")], samples=12, differences=True),
+                 charts=[[name, "macs"] for name in ("KID-EffLite0", "PSNR", "FID", "CLIP score")], samples=12,
+                 differences=True),
     "quality": Show(["arm", "full / all steps", "macs", "speed-up by MACs", "measured", "distances", "PSNR", "SSIM",
                      "1 - cos, EffLite0"], more=["controls", "floors", "copies"], charts=_QUALITY, samples=16),
     "blocks": Show(["arm", "macs", "of uncached", "distances", "PSNR", "SSIM"], more=["fitted"], charts=_QUALITY,
