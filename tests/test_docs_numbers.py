@@ -298,7 +298,7 @@ KINDS: dict[str, tuple[str, Callable[[Place], Cells | None], int]] = {      # pa
     "settings": ("docs/settings.md", of_settings, 5),
     "plans": ("docs/planning.md", of_plans, 9), "systems": ("docs/systems.md", of_systems, 8),
     "demo": ("docs/shipped_models.md", of_demo, 8), "block caching": ("docs/block_caching.md", of_block_caching, 8),
-    "speed": ("docs/speed.md", of_speed, 12), "pipelines": ("docs/pipelines.md", of_pipelines, 7)}
+    "speed": ("docs/speed.md", of_speed, 12), "pipelines": ("docs/pipelines.md", of_pipelines, 5)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
