@@ -27,7 +27,7 @@ class Sampling(families.Sampling):
 
 @dataclass(kw_only=True)
 class Train(loop.Section):
-    """Of `ddpm.train`."""
+    """Of `lab.train`."""
     group: str | None = None        # one group of data/emoji/index.csv, or all
     dropout: float = 0.0
     start: str | None = None        # weights to go on from, in the layout of `checkpoint`; None: random ones

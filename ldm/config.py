@@ -56,14 +56,14 @@ class Sampling(families.Sampling):
 
 @dataclass(kw_only=True)
 class TrainFirstStage(loop.Section):
-    """Of `ldm.train_first_stage`, on all emoji."""
+    """Of `lab.train first-stage`, on all emoji."""
     noise: float = 0.05                 # standard deviation of what is added to the latents while training
     penalty: float = 1e-3               # weight of the mean squared latent, so that the noise cannot be outgrown
 
 
 @dataclass(kw_only=True)
 class Train(loop.Section):
-    """Of `ldm.train`."""
+    """Of `lab.train`."""
     groups: list[str]                   # of data/emoji/index.csv; a class is a group in one style
     drop_label: float = 0.1             # fraction of the labels that become the unconditional one
     dropout: float = 0.0

@@ -43,7 +43,7 @@ class Sampling(families.Sampling):
 
 @dataclass(kw_only=True)
 class Train(loop.Section):
-    """Of `stable_diffusion.train`."""
+    """Of `lab.train`."""
     groups: list[str]                   # of data/emoji/index.csv
     drop_text: float = 0.1              # fraction of the captions that become the empty one
     drop_style: float = 0.5             # fraction of the others that do not say the style of the artwork

@@ -96,7 +96,7 @@ NUMBERED = (        # a command that would run, and its numbers
      "images-per-prompt batch-size threads"),
     ("scripts.slurm.submit table_emoji --dry-run --samples {}/s --results {}/r",
      "images-per-task time batch-size"),
-    ("ddpm.train --out {}/t", "threads"), ("ldm.train_first_stage --out {}/t", "threads"))
+    ("lab.train --config configs/ddpm_emoji.yaml --out {}/t", "threads"))
 
 
 def of_other_numbers() -> Iterator[Case]:

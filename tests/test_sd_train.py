@@ -12,10 +12,10 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import save_file
 from torch import nn
 
+from lab import train
 from ldm import first_stage
 from run.prompts import read_prompts
 from run.training import emoji
-from stable_diffusion import train
 from stable_diffusion.autoencoder import from_first_stage
 from stable_diffusion.checkpoint import load_checkpoint
 from stable_diffusion.family import FAMILY
@@ -23,7 +23,7 @@ from stable_diffusion.text import minilm
 
 FIRST_STAGE = {"resolution": 32, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 3, "n_embed": 8}
 CONFIG = {
-    "name": "tiny", "resolution": 32, "downsampling": 2, "tokens": 12, "checkpoint": "unused",
+    "name": "sd_tiny", "resolution": 32, "downsampling": 2, "tokens": 12, "checkpoint": "unused",
     "unet": {"in_channels": 3, "out_channels": 3, "model_channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1,
              "attention_resolutions": [1], "num_heads": 2, "context_dim": 384},
     "diffusion": {"prediction": "v"}, "sampler": {"sampler": "ddim", "steps": 2},
@@ -86,7 +86,7 @@ def test_texts_are_dropped_as_configured(tmp_path, drop_text, drop_style, used):
     config = FAMILY.load_config(write(tmp_path, train=CONFIG["train"] | settings))
     texts = torch.full((5, 2, 3), float("nan"))
     texts[list(used)] = 1.0
-    loss = train.squared_error(config, config.train, torch.zeros(2, 3, 4, 4), texts, torch.tensor([[1, 2], [3, 4]]))
+    loss = train.error_of_texts(config, torch.zeros(2, 3, 4, 4), texts, torch.tensor([[1, 2], [3, 4]]))
     batch = torch.tensor([0, 1, 0, 1])
     assert loss(Reads(), batch, torch.Generator().manual_seed(0)).isfinite()
     texts[list(used)[-1]] = float("nan")
@@ -134,7 +134,7 @@ def trained(inputs) -> Path:
 
 
 def test_training_writes_a_folder_that_diffusers_samples_with(trained):
-    folder = trained / "out" / "tiny"
+    folder = trained / "out" / "sd_tiny"
     ours = load_checkpoint(FAMILY.load_config(trained / "tiny.yaml"), folder)
     theirs = UNet2DConditionModel.from_pretrained(folder / "unet").float().eval()
     x, context = torch.randn(2, 3, 16, 16), torch.randn(2, 12, 384)
@@ -155,7 +155,7 @@ def test_training_writes_a_folder_that_diffusers_samples_with(trained):
 def test_training_was_resumed(trained):
     state = torch.load(trained / "out" / "state.pt", weights_only=True)
     assert state["seen"] == 16
-    weights = load_checkpoint(FAMILY.load_config(trained / "tiny.yaml"), trained / "out" / "tiny").unet.state_dict()
+    weights = load_checkpoint(FAMILY.load_config(trained / "tiny.yaml"), trained / "out" / "sd_tiny").unet.state_dict()
     assert all(torch.equal(value.half(), weights[name].half()) for name, value in state["ema"].items())
 
 

@@ -1,1 +1,1 @@
-"""What the three models' train.py share: the emoji images, and a loop that can be stopped and resumed at any moment."""
+"""What lab/train.py is made of: the emoji images, and a loop that can be stopped and resumed at any moment."""
