@@ -3,11 +3,11 @@
     python -m eval.adm --samples samples/cin256_n10 --reference VIRTUAL_imagenet256_labeled.npz \\
         --inception weights-inception-2015-12-05-6726825d.pth --out results/cin256_n10_adm.json
 
-Images are brought to 299 pixels as TensorFlow 1 does. FID and sFID are against the means and covariances in the
-reference file (mu, sigma; mu_s, sigma_s), precision and recall (k = 3) against its images (arr_0, 10,000).
-The Inception Score is the mean over consecutive blocks of 5000 images in the order of the seeds, unshuffled: it depends
-on that order, and images sorted by class score far lower (a warning says so). Differences from the original: statistics
-in float64, and distances of precision and recall in float32, not float16.
+Images are resized to 299 pixels as TensorFlow 1 does. FID and sFID use the means and covariances in the reference file
+(mu, sigma; mu_s, sigma_s). Precision and recall (k = 3) use its images (arr_0, 10,000).
+The Inception Score is the mean over consecutive blocks of 5000 images in the order of the seeds. It depends on that
+order: images sorted by class score far lower (a warning says so). Differences from the original: statistics are in
+float64, and distances of precision and recall in float32, not float16.
 Features are kept beside the images (0.02 MB an image), so that a second call takes minutes.
 """
 

@@ -5,10 +5,10 @@
 
 100 * cosine between image and text features, negative ones counted as 0, mean over images: what DeepCache's released
 evaluation computes, with ViT-g-14 and laion2b_s34b_b88k. In float16 on a GPU as there (features; the cosine is in
-float32), in float32 on a CPU. Numbers of other models or weights are not comparable; they carry the model's name, and
-where --tag does not say which weights a file holds, the start of its sha256. The published file needs no --tag.
-With --against RESULT.json, the mean difference between the images of equal seeds of two runs. Scores vary far more from
-prompt to prompt than from run to run: the interval of the difference leaves that out.
+float32), in float32 on a CPU. Scores of other models or weights are not comparable. They carry the model's name, and
+the name of the weights (--tag) or the start of the file's sha256. The published file needs no --tag.
+--against RESULT.json gives the mean difference between the images of equal seeds of two runs, with a paired interval:
+scores vary far more from prompt to prompt than from run to run.
 """
 
 import os

@@ -4,9 +4,6 @@
 
 PSNR (dB) and SSIM per image, the distance of EfficientNet-Lite0 features (1 - cosine), and LPIPS where the file of its
 backbone is given (--lpips-backbone). The page of a study (lab/study) shows such pairs side by side.
-
-A study can also measure the error to a converged run (`to_converged`): how far a sampler is from what it approximates,
-where a distance of sets says only that the images look alike.
 """
 
 import time

@@ -3,12 +3,12 @@
     python -m eval.quality --samples samples/full --reference "emoji:Smileys & Emotion" --out results/full_quality.json
 
 FD-EffLite0: Frechet distance in the first 64 principal directions of the reference. KID-EffLite0: unbiased kernel
-distance on all 1280 features. Both with error bars, and with the floor: what real images score at equal numbers.
+distance on all 1280 features. Both come with error bars, and with the score of as many real images.
 These are not FID and KID of the literature, which use another network. Compare FD only between equal numbers of images.
---extractor incmixed5 has the same on another network, InceptionV3 up to its block mixed5 (FD-IncMixed5, KID-IncMixed5):
-what holds on both hangs on neither. bash scripts/download.sh incmixed5 fetches it.
-With --against FOLDER of the same seeds, such as the uncached run: by how much the distances of the two differ, with an
-interval that knows of the pairs. Two runs may differ for certain although their own intervals overlap widely.
+--extractor incmixed5 takes another network, InceptionV3 up to its block mixed5 (FD-IncMixed5, KID-IncMixed5), to see
+whether a result depends on the network. bash scripts/download.sh incmixed5 fetches it.
+--against FOLDER, with the same seeds, gives the difference of the two runs' distances with a paired interval. Two runs
+may differ significantly although their own intervals overlap.
 """
 
 import time

@@ -8,9 +8,9 @@
     python -m eval.throughput run --config configs/sd_v15.yaml --block-schedule FILE
 
 Beside diffusers' networks and the PyPI package, in every mode: python -m scripts.machine.
-Only the U-Net runs, on random weights unless --checkpoint is given, and nothing is written meanwhile. All kinds of
-network calls take turns in one process, so that a busy machine slows them alike: trust the ratios, which are medians
-over the rounds, before the seconds. What to expect is the ratio of the MACs.
+Only the U-Net runs, on random weights unless --checkpoint is given. All kinds of network calls take turns in one
+process, so that a busy machine slows them alike. Trust the ratios, medians over the rounds, more than the seconds. The
+ratio of the MACs says what to expect.
 """
 
 import itertools
@@ -119,7 +119,7 @@ def table(timings: Mapping[str, Any]) -> str:
 def time_a_run(words: Sequence[str]) -> None:
     """`eval.throughput run`: the kinds of network calls that a run has, whatever its caching."""
     spec, machine, timing = parse_run(time_a_run.__doc__, Machine, TimingOptions, words=words,
-                                      defaults={"batch_size": 8}, prog="eval.throughput run")
+                                      defaults={"batch_size": 8}, prog="python -m eval.throughput run")
     run = spec.open()
     timed([({}, run)], run.brief, machine, timing)
 

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import inspect
 import math
+import re
 import sys
 import types
 import typing
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from unet_caching.errors import UserError
+from unet_caching.files.whole import check_replaceable
 
 Flags = Mapping[str, str]       # field -> its flag, where that is not the field's name
 MANY = 20           # options of a command, beyond which its usage does not list them
@@ -54,8 +56,10 @@ def finite(text: str) -> float:
 def out_file(text: str) -> Path:
     """A file to write: no folder and no device."""
     path = Path(text)
-    if path.exists() and not path.is_file():
-        raise argparse.ArgumentTypeError(f"{path} is no regular file: nothing is written there; name another")
+    try:
+        check_replaceable(path)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return path
 
 
@@ -93,7 +97,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def add(parser: argparse.ArgumentParser, cls: type, flags: Flags | None = None) -> None:
     """Add the options of a dataclass to a command line, in a group for each class with a `title`."""
-    groups: dict[str, Any] = {}
+    groups: dict[str, Any] = {group.title: group for group in parser._action_groups if group.title}
     for one in dataclasses.fields(cls):
         owner = next(base for base in cls.__mro__ if one.name in inspect.get_annotations(base))
         title = getattr(owner, "title", "")
@@ -140,6 +144,12 @@ def check(options: Any, flags: Flags | None = None) -> None:
                 raise UserError(f"{name} must be {least} or more, got {value}")
 
 
+def program() -> str:
+    """How a reader calls this program."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+
+
 def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=29)
 
@@ -147,11 +157,13 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 def build_parser(doc: str | None, *kinds: type, flags: Flags | None = None, defaults: Mapping[str, Any] | None = None,
                  prog: str | None = None) -> argparse.ArgumentParser:
     """A command line with the options of dataclasses. defaults: of this command, instead of the options' own."""
-    parser = argparse.ArgumentParser(prog=prog, description=doc, allow_abbrev=False, formatter_class=_formatter)
+    parser = argparse.ArgumentParser(prog=prog or program(), description=doc, allow_abbrev=False,
+                                     formatter_class=_formatter)
     for cls in sorted(kinds, key=lambda cls: getattr(cls, "rare", False)):
         add(parser, cls, flags)
     for action in parser._actions:
-        action.required = action.required and action.dest not in (defaults or {})
+        if action.dest in (defaults or {}):
+            action.required, action.help = False, re.sub(r"(?<=default: ).*?(?=\))", "%(default)s", action.help or "")
     if len(parser._actions) > MANY:
         needed = [f"{action.option_strings[0]} {action.metavar or action.dest.upper()}" if action.option_strings
                   else action.dest for action in parser._actions if action.required]
@@ -185,9 +197,9 @@ def call(main: Callable[..., None], words: Sequence[str] | None = None, prog: st
 
 def call_verb(verbs: Mapping[str, Callable[..., None]], otherwise: Callable[..., None] | None = None) -> None:
     """Call the function of the verb that the command line begins with; `otherwise`, without one. Raises UserError."""
-    program, *words = sys.argv
+    words = sys.argv[1:]
     if words and words[0] in verbs:
-        call(verbs[words[0]], words[1:], f"{Path(program).name} {words[0]}")
+        call(verbs[words[0]], words[1:], f"{program()} {words[0]}")
     elif otherwise is not None:
         call(otherwise, words)
     else:

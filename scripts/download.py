@@ -32,19 +32,19 @@ from unet_caching.options import option
 
 CATALOGUE = Path(__file__).with_name("downloads.yaml")
 _CHUNK = 1 << 20
+NPM = "npm:"             # before the name of a package: npm fetches it
 _TRIES, _PAUSE = 5, 2.0     # of a transfer, and seconds between the first two
 
 
 @dataclass
 class File:
     """A file of the web, as downloads.yaml has it."""
-    url: str
+    url: str                            # http(s)://..., or npm:NAME@VERSION
     path: Path = Path()                 # below the repository
     md5: str | None = None
     sha256: str | None = None           # of both, the start is enough
     bytes: int | None = None
     unpack: dict[str, Path] = field(default_factory=dict)       # {member of the archive, a file or folder: its path}
-    npm: str | None = None              # the package that it is of
     instead: str | None = None          # what to try where the address does not serve it
 
     @property
@@ -102,7 +102,7 @@ def catalogue(path: Path = CATALOGUE) -> dict[str, Item]:
         for file in item.files:
             file.path = file.path if file.path.name else Path(item.to + file.url)
             file.url, file.instead = item.base + file.url, item.instead
-            if not file.url.startswith(("http://", "https://")):
+            if not file.url.startswith(("http://", "https://", NPM)):
                 raise UserError(f"{path}, {name}: url is {file.url!r} and should begin with http:// or https://")
             for one in (file.path, *file.results):
                 if one.is_absolute() or ".." in one.parts or not one.name:
@@ -139,7 +139,9 @@ def _bring(file: File, path: Path) -> None:
     """Fetch what is not there, and check it."""
     part = path.with_name(f"{path.name}.part")
     by_hand = f"{f'try {file.instead} instead, or ' if file.instead else ''}fetch it by hand and put it at {file.path}"
-    if not _packed(file, part):
+    if file.url.startswith(NPM):
+        _pack(file, part, by_hand)
+    else:
         _complete(file, part, by_hand)
     if fault := file.fault(part):
         part.unlink()
@@ -171,17 +173,16 @@ def _unpack(archive: Path, wanted: dict[str, Path]) -> None:
     archive.unlink()
 
 
-def _packed(file: File, part: Path) -> bool:
-    """Let npm fetch a package of its own, from whichever registry its configuration names; False where it does not."""
-    if file.npm is None or shutil.which("npm") is None:
-        return False
+def _pack(file: File, part: Path, by_hand: str) -> None:
+    """Let npm fetch a package, from whichever registry it is set up for."""
+    if shutil.which("npm") is None:
+        raise UserError(f"{file.url} needs npm, which comes with Node.js: install that, or {by_hand}")
     with tempfile.TemporaryDirectory(dir=part.parent) as folder:
-        done = subprocess.run(["npm", "pack", file.npm, "--silent"], cwd=folder, capture_output=True)
+        done = subprocess.run(["npm", "pack", file.url.removeprefix(NPM), "--silent"], cwd=folder, capture_output=True)
         packed = list(Path(folder).glob("*.tgz"))
         if done.returncode or len(packed) != 1:
-            return False
+            raise UserError(f"{file.url}: npm does not fetch it; {by_hand}")
         packed[0].replace(part)
-    return True
 
 
 def _complete(file: File, part: Path, by_hand: str) -> None:
@@ -237,7 +238,7 @@ class Options:
     """The command line."""
     names: tuple[str, ...] = option((), "what to fetch (--list)", word=True, metavar="NAME")
     listing: bool = option(False, "all names, and what is here", flag="list")
-    catalogue: Path = option(CATALOGUE, "another list (default: %(default)s)")
+    catalogue: Path = option(CATALOGUE, "another list (default: scripts/downloads.yaml)")
     into: Path = option(ROOT, "another folder than the repository")
 
 

@@ -216,9 +216,9 @@ def test_lists_that_are_none(tmp_path, content, message):
         catalogue(tmp_path / "list.yaml")
 
 
-def test_npm_fetches_its_packages_where_it_is_installed(server, monkeypatch, tmp_path):
-    """From the registry that it is set up for; without npm, from the address."""
-    file = File(f"{server.url}/x", Path("d/x.tgz"), md5=MD5, npm="x@1")
+def test_npm_fetches_its_packages(monkeypatch, tmp_path):
+    """From the registry that it is set up for; where it cannot, the error says what to do."""
+    file = File("npm:x@1", Path("d/x.tgz"), md5=MD5)
     (tmp_path / "content").write_bytes(CONTENT)
     npm = tmp_path / "bin" / "npm"
     npm.parent.mkdir()
@@ -226,10 +226,14 @@ def test_npm_fetches_its_packages_where_it_is_installed(server, monkeypatch, tmp
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{npm.parent}:/usr/bin:/bin")
     fetch(file, tmp_path / "a")
-    assert server.log == [] and (tmp_path / "a/d/x.tgz").read_bytes() == CONTENT
+    assert (tmp_path / "a/d/x.tgz").read_bytes() == CONTENT
     npm.write_text("#!/bin/sh\nexit 1\n")
-    fetch(file, tmp_path / "b")
-    assert len(server.log) == 1 and (tmp_path / "b/d/x.tgz").read_bytes() == CONTENT
+    with pytest.raises(UserError, match=r"npm does not fetch it; fetch it by hand and put it at d/x\.tgz"):
+        fetch(file, tmp_path / "b")
+    npm.unlink()
+    monkeypatch.setenv("PATH", str(npm.parent))
+    with pytest.raises(UserError, match="npm:x@1 needs npm"):
+        fetch(file, tmp_path / "b")
 
 
 def run(monkeypatch, *args: str) -> None:
@@ -264,6 +268,6 @@ def test_downloads_agree_with_the_configs():
     assert len(seen) == 3
     for item in catalogue().values():
         for file in item.files:
-            assert file.url.startswith("http") and not file.path.is_absolute()
+            assert file.url.startswith(("http", "npm:")) and not file.path.is_absolute()
             assert file.path.parts[0] in ("checkpoints", "data")      # which git ignores
             assert not file.digest or re.fullmatch(r"[0-9a-f]{8}|[0-9a-f]{32}|[0-9a-f]{64}", file.digest[1])

@@ -8,9 +8,9 @@
     python -m lab.fit router          a block schedule, learnt (Learning-to-Cache)
     python -m lab.fit adaptive        the rule by which each image decides when to compute
 
-What is fitted to runs takes the options of the model's sample command that say what is sampled; with --config given,
---help lists them. The network is frozen. What was learnt is judged on other seeds: OUT.KIND.json, beside the file, has
-the distances to the network without caching, with paired 95 % intervals.
+Fits to runs take the sampling options of the model's sample command: --config FILE --help lists them. The network is
+frozen. Each fit is judged on other seeds: OUT.KIND.json, beside the file, has the distances to the network without
+caching, with paired 95 % intervals.
 """
 
 import sys
@@ -67,7 +67,7 @@ def fit(kind: str, words: list[str]) -> None:
     parts = None if cls.caching else (Condition, NetworkOptions, SamplerOptions)
     spec, what, runs, machine, *judging = parse_run(
         sys.modules[cls.__module__].__doc__, cls, Runs, Machine, *([Judging] if cls.judged else []), words=words,
-        parts=parts, defaults={"seeds": cls.seeds} if cls.seeds else {}, prog=f"lab.fit {kind}")
+        parts=parts, defaults={"seeds": cls.seeds} if cls.seeds else {}, prog=f"python -m lab.fit {kind}")
     check_out(runs.out, ".safetensors" if cls.file.has_tensors else ".json")
     seeds, held_out = parse_seeds(runs.seeds), parse_seeds(judging[0].held_out_seeds) if judging else []
     check_runs(machine, seeds=seeds, held_out_seeds=held_out)
@@ -109,7 +109,7 @@ def main() -> None:
     if kind in FITS:
         fit(kind, words)
     elif kind in VERBS:
-        arguments.call(VERBS[kind], words, f"lab.fit {kind}")
+        arguments.call(VERBS[kind], words, f"python -m lab.fit {kind}")
     elif kind in ("-h", "--help"):
         print(__doc__)
     else:

@@ -5,11 +5,10 @@
     python -m ldm.sample --config configs/ldm_emoji.yaml --sampler unipc --steps 50 --adaptive adaptive.json \\
         --seeds 0-63 --out samples/adaptive
 
-Uncached runs tell how much what is watched, and the feature, change from call to call, and with that the threshold at
-which they would have cost the budget, --calls, on average, in multiply-accumulates of full network calls. An image that
-reuses goes another way than an uncached one, so the rule is then run on the same seeds, and the threshold moved until
-that costs the budget. What it costs on the held-out seeds is reported as it comes out, with the distance to the
-uncached run, beside evenly spread full steps.
+The rule watches the first residual block. Once its output has changed enough since the last full call, the deep feature
+is computed again. Uncached runs give the first threshold. The rule is then run on the same seeds, and the threshold is
+moved until the mean cost is the budget: --calls, in full network calls by multiply-accumulates. The report has the cost
+on the held-out seeds, and the distance to the uncached run, beside evenly spread full steps.
 """
 
 from collections.abc import Callable, Mapping

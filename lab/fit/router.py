@@ -5,20 +5,19 @@
     python -m ldm.sample --config configs/ldm_emoji.yaml --sampler unipc --steps 30 --block-schedule routed.json \\
         --seeds 0-63 --out samples/routed
 
-A router beta in [0, 1] for each residual and call mixes what the network computes with what was kept of it:
+Each residual has a router beta in [0, 1] for each network call. It mixes the computed residual with the kept one:
 
     beta * computed + (1 - beta) * kept
 
-With the network frozen the routers learn to be small: the loss is the squared error of the network's output per squared
-output of the network that computes everything, plus lambda times the computed share of the multiply-accumulates. They
-start at 1, which is the run without caching, to the last bit. Rounded, they are an ordinary block schedule.
-With --calls, a budget in multiply-accumulates of full network calls per image, lambda is moved until the routers have
-it, and they are rounded to within it; otherwise lambda stays.
+The network is frozen, and only the routers are trained. The loss is the relative squared error of the network's output,
+plus lambda times the computed share of the multiply-accumulates. The routers start at 1: the run without caching, to
+the last bit. Rounded, they are an ordinary block schedule. With --calls, a budget in full network calls per image,
+lambda is moved until the rounded routers cost the budget; otherwise lambda stays.
 
-The paper trains on every second step, for transformers, from noised images; here it is while runs are sampled, the
-teacher on the student's path, and on every second call or on all but the first. Where all may reuse, betas of
-neighbouring calls are near each other, so that rounding each by itself would compute a residual on all of them and then
-never again: there a beta is how often it is computed (`spread`).
+The paper trains transformers, from noised images, on every second step. Here runs are sampled while the routers are
+trained. Every second call may reuse (--every-second), or all but the first. In the latter case betas of neighbouring
+calls are near each other. Rounding each by itself would then compute a residual on all of them, or on none. So a beta
+is read as how often the residual is computed (`spread`).
 
 The report compares the schedule with one at the same budget that computes all blocks on evenly spread calls.
 """

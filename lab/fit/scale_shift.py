@@ -4,18 +4,16 @@
         --held-out-seeds 2000-2031 --out half.safetensors
     python -m ddpm.sample --config configs/ddpm_emoji.yaml --block-schedule half.json --scale-shift half.safetensors ...
 
-A reused residual is multiplied and shifted per channel, by amounts that a linear layer makes of the timestep embedding.
-The layers start as the identity and learn from the network itself, on the path of a run that reuses residuals: each of
-them, once adjusted, is to equal what the network computes there. Nothing else is trained (`Distiller`).
+A reused residual is scaled and shifted per channel. In the paper a linear layer makes both from the timestep embedding.
+The layers start as the identity. They are trained on the path of a run that reuses residuals, until each adjusted
+residual equals what the network computes there (`Distiller`). Nothing else is trained.
 
-The layers see nothing but the timestep: all that a run of given steps needs of them is one scale and shift per step,
-residual and channel. That table is what is kept. It can be solved for in closed form as well, without the layers
-(`LeastSquares`).
+The layers see nothing but the timestep. So a run of given steps needs one scale and shift per step, residual and
+channel: that table is written. The default solves for it in closed form, without the layers (`LeastSquares`).
 
-The paper leaves open the loss, the optimiser, its learning rate, the batch, and the direction of its index t. Here: the
-error of `Distiller`, which weighs residuals of all sizes alike; Adam; one step per network call; and t counts the
-network calls, so that a change belongs to the later one of two. What else was tried, and how little most of it matters:
-results/block_caching/study/table.md. The index does matter, by a tenth of the distance, with either sign.
+The paper leaves open the loss, the optimiser, its learning rate, the batch, and the direction of its index t. Here the
+loss is that of `Distiller`, which weighs residuals of all sizes alike, and Adam takes one step per network call. t
+counts the network calls: a change belongs to the later one of two. Other choices: results/block_caching/study/table.md.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,7 @@
 """Plans: the best images for a budget.
 
     python -m lab.plans search      finds the plan of a model for a budget
-    python -m lab.plans learn       learns on from plans, and steps without caching, by gradient
+    python -m lab.plans learn       improves plans, or steps without caching, by gradient
     python -m lab.plans transfer    writes a plan of one model for another
 """
 
@@ -21,7 +21,7 @@ def main() -> None:
     if verb in ("search", "learn"):
         (search if verb == "search" else learn)(words)
     elif verb == "transfer":
-        arguments.call(transfer, words, "lab.plans transfer")
+        arguments.call(transfer, words, "python -m lab.plans transfer")
     elif verb in ("-h", "--help"):
         print(__doc__)
     else:

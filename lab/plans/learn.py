@@ -4,11 +4,11 @@
         --held-out-seeds 2000-2031 --out learned
     python -m ldm.sample --config configs/ldm_emoji.yaml --plan learned/plan.json --seeds 0-63 --out samples/learned
 
-It goes on from the plans that a search found, and keeps what their calls compute; with --calls, from runs of so many
-steps without caching, at timesteps that are fitted to the model first: their plan is called MODEL_CALLS_steps.json.
-Learnt is what brings the images of --seeds near to the converged ones (unet_caching/learning.py says how). The best on
-the held-out seeds is written, which may be what was there before; how near it comes, and how much that gains, is
-reported of other seeds again. After a kill the same command goes on, and comes to the same plans.
+With --plan, learning starts from plans that a search found, and keeps what their calls compute. With --calls N, it
+starts from N steps without caching, at timesteps that are fitted to the model first; the plan is called
+MODEL_N_steps.json. The loss is the distance of the images of --seeds to the converged ones (unet_caching/learning.py).
+The iteration that is best on the held-out seeds is written, which may be the start. The report uses other seeds. After
+a kill the same command goes on and comes to the same plans.
 """
 
 import re
@@ -48,14 +48,14 @@ class Options(SeedOptions):
     """What is learned, and how."""
     title: ClassVar[str] = "the learning"
     out: Path = required("folder of the plans to write")
-    plan: tuple[Path, ...] = option((), "plans to learn on from", metavar="FILE")
-    calls: tuple[int, ...] = option((), "steps without caching to learn", metavar="N", least=2)
-    iterations: int = option(Learning.iterations, "for each (default: %(default)s)", least=1)
-    lr: float = option(Learning.lr, "how large steps are (default: %(default)s; unet_caching/learning.py)")
+    plan: tuple[Path, ...] = option((), "plans to start from", metavar="FILE")
+    calls: tuple[int, ...] = option((), "numbers of steps without caching to learn", metavar="N", least=2)
+    iterations: int = option(Learning.iterations, "of Adam, for each plan (default: %(default)s)", least=1)
+    lr: float = option(Learning.lr, "size of its steps (default: %(default)s; unet_caching/learning.py)")
     last: int | None = option(Learning.last, "how many of the last predictions a coefficient may be learned for "
                                              "(default: all)", least=1)
     jobs: int = option(1, "plans that are learned side by side, by processes of --threads each (default: 1)", least=1)
-    keep_activations: bool = option(False, "faster by a third, with the memory of all calls, not of one")
+    keep_activations: bool = option(False, "a third faster; takes the memory of all network calls, not of one")
     work: Path | None = option(None, "folder of what is measured (default: OUT/work)")
 
 
@@ -141,7 +141,7 @@ def learn(words: Sequence[str]) -> None:
     config = config_among(words)
     usual = {"threads": 1} | ({"batch_size": min(8, family_named_by(config).batch_size)} if config else {})
     spec, options, machine = parse_run(__doc__, Options, Machine, words=words, parts=(Condition, NetworkOptions),
-                                       defaults=usual, prog="lab.plans learn")
+                                       defaults=usual, prog="python -m lab.plans learn")
     seeds, own = Seeds.of(options, machine), spec.open()
     model = open_model(own, machine)
     check_float32(model)

@@ -1,19 +1,19 @@
-"""Finds the plan that makes the best images for a budget, for one model: which sampler, how many steps, what each
-network call computes, and what of the rest is reused or forecast.
+"""Finds the plan that makes the best images for a budget, for one model: the sampler, the number of steps, what each
+network call computes, and what it reuses or forecasts.
 
     python -m lab.plans search --config configs/ldm_emoji.yaml --calls 12 --seeds 1000-1031 \\
         --held-out-seeds 2000-2063 --out plan.json
     python -m ldm.sample --config configs/ldm_emoji.yaml --plan plan.json --seeds 0-63 --out samples/plan
 
-Best is what comes nearest to the converged images of the same seeds (UniPC, 100 trailing steps), in dB of the latents.
-First it is measured what a gap in computing a level costs; dynamic programming makes schedules of that for several
-numbers of steps; real runs of ever fewer of them on ever more seeds, then small changes of the best, decide. Fewer
-steps without caching, by every sampler, and uniform schedules, reused and forecast, always take part. The plan is
-chosen on the held-out seeds; the report, OUT.search.json, is of other seeds again.
+The best plan is the one whose images come nearest to the converged images of the same seeds (UniPC, 100 trailing
+steps), in dB of the latents. The search has three stages. It measures the error of every gap between computed calls.
+Dynamic programming turns these errors into schedules. Real runs then decide, of ever fewer schedules on ever more
+seeds, and small changes of the best are tried. Fewer steps without caching and uniform schedules always take part. The
+plan is chosen on the held-out seeds; the report, OUT.search.json, uses other seeds.
 
-It says first how many network calls it will make at most and how long they take. What is measured is kept in a folder
-beside the plan: after a kill the same command goes on, and comes to the same plan, with any number of processes.
-Searches for other budgets of the same model may share it (--work).
+The search begins by printing how many network calls it makes at most, and how long they take. Measurements are kept in
+a folder beside the plan. After a kill the same command goes on and comes to the same plan, with any number of
+processes. Searches for other budgets of the same model may share the folder (--work).
 """
 
 import time
@@ -61,7 +61,7 @@ class SeedOptions:
     seeds: str = required("runs to learn from")
     held_out_seeds: str = required("runs to choose on")
     report_seeds: str | None = option(None, "runs to report on (default: as many as the held-out ones, after them)")
-    converged_steps: int = option(100, "of the run to come near to (default: 100)", least=2)
+    converged_steps: int = option(100, "steps of the converged run (default: 100)", least=2)
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Options(SeedOptions):
     """What is searched for. Raises UserError for options that do not go together."""
     title: ClassVar[str] = "the search"
     out: Path = required("plan to write, .json")
-    calls: float | None = option(None, "the budget: the multiply-accumulates of so many full network calls per image; "
-                                       "fractions count", one_of="budget")
+    calls: float | None = option(None, "the budget: the multiply-accumulates of X full network calls per image, "
+                                       "which may be a fraction", one_of="budget")
     macs: float | None = option(None, "the budget: 10^9 multiply-accumulates per image (the `macs` of eval.macs; both "
                                       "rows of guidance included)", metavar="G", one_of="budget")
     speedup: float | None = option(None, "the budget: 1/X of the multiply-accumulates of the config's own uncached run",
@@ -149,7 +149,7 @@ def search(words: Sequence[str]) -> None:
     started, config = time.time(), config_among(words)
     usual = {"threads": 1} | ({"batch_size": min(16, family_named_by(config).batch_size)} if config else {})
     spec, options, machine = parse_run(__doc__, Options, Machine, words=words, parts=(Condition, NetworkOptions),
-                                       defaults=usual, prog="lab.plans search")
+                                       defaults=usual, prog="python -m lab.plans search")
     check_out(options.out, ".json")
     seeds, own = Seeds.of(options, machine), spec.open()
     prices = options.prices(own)

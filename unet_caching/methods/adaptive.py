@@ -1,15 +1,14 @@
 """Adaptive caching: each image decides while it is made when its deep feature is computed anew.
 
-The rule is that of TeaCache (arXiv 2411.19108) for transformers, on the seam of a U-Net: what the first residual block
-of the encoder makes of the input and of the timestep is computed on every call anyway. Its relative change from call to
-call foretells how much the deep feature changes, once it is multiplied by how many times as much the feature changes at
-that call, which some calibration runs told. These products add up, and when their sum exceeds a threshold the feature
-is computed and the sum begins again.
+The rule is that of TeaCache (arXiv 2411.19108), moved from transformers to U-Nets. The output of the encoder's first
+residual block is computed on every call anyway. Its relative change from call to call, times a factor, estimates how
+much the deep feature changes. Calibration runs give a factor for each call. The estimates add up. When their sum
+exceeds a threshold, the feature is computed and the sum begins again.
 
-Every row of a batch decides for itself and from nothing but itself, so that one seed stays one image whatever it is
-batched with. A call of a batch runs the whole U-Net as soon as one of its rows asks for it, and the others keep their
-own feature: the rule saves time in batches of few images. What it costs is only known when it has run; before, costs
-are those of the calibration run that is nearest to their mean (`typical`).
+Every row of a batch decides from its own values alone, so that one seed stays one image in any batch. A batch runs the
+whole U-Net as soon as one of its rows needs it, and the other rows keep their own feature: the rule saves time in small
+batches. A run's cost is known only afterwards. Estimates before that are the cost of the calibration run that is
+nearest to the mean (`typical`).
 
 A rule belongs to one model, sampler and number of steps.
 """
