@@ -13,8 +13,9 @@ import argparse
 from operator import methodcaller
 from pathlib import Path
 
-from eval.tables.paper import find, of_table
-from eval.tables.render import FORMATS, RESULTS, everything, render
+from eval.tables.arms import runs_of
+from eval.tables.paper import find
+from eval.tables.render import FORMATS, RESULTS, Rendered, everything
 from run import results
 from run.cli import command
 from run.files import write_atomically
@@ -36,9 +37,11 @@ def main() -> None:
     if not args.results.is_dir():
         raise UserError(f"no folder {args.results}")
     chosen = [find(name) for name in args.names]
-    found = list(results.read_all(args.results))
-    for table in chosen:
-        text = FORMATS[args.format](render(table, of_table(table), found, trials=args.trials))
+    runs = [runs_of(table) for table in chosen]
+    models = None if args.all else {arm.run.config.name for one in runs for arm in one.arms}
+    found = list(results.read_all(args.results, models))
+    for table, own in zip(chosen, runs, strict=True):
+        text = FORMATS[args.format](Rendered(table, own, found, args.trials))
         print(text, end="\n" if args.format == "csv" else "\n\n")
     if args.all:
         (args.results / "tables").mkdir(exist_ok=True)

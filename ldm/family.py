@@ -17,4 +17,4 @@ FAMILY = Family(
     name="ldm", package="ldm", schema=Config, condition=ClassCondition, batch_size=32,
     unet=lambda config: UNet(**vars(config.unet)), shapes=shapes,
     resolution=lambda config: config.first_stage.resolution,
-    judge="adm", packed=True, references={"ldm_cin256": Path("data/references/VIRTUAL_imagenet256_labeled.npz")})
+    judge="adm", references={"ldm_cin256": Path("data/references/VIRTUAL_imagenet256_labeled.npz")})

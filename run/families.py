@@ -94,7 +94,6 @@ class Family(Generic[Schema, Net]):
     resolution: Callable[[Schema], int]                 # the pixels of a side
     batch_size: int                                     # images at a time, unless the user says more
     judge: str                                          # the evaluator of the papers' tables, a command of eval/
-    packed: bool = False                                # whether that reads an npz
     references: Mapping[str, Path] = field(default_factory=dict)    # what it compares with, by the model's name
     condition: type[Condition] = Condition
     flags: Mapping[str, str] = field(default_factory=dict)          # of options that have not the option's name

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,16 +113,16 @@ def _checked(content: Any, path: Path | str) -> Result:
     return build(content, Result)
 
 
-def read_all(folder: Path) -> Iterator[tuple[Path, Result]]:
+def read_all(folder: Path, models: Collection[str] | None = None) -> Iterator[tuple[Path, Result]]:
     """Every result in the JSON and JSON-lines files under a folder, by path; of a line its number stands after it.
 
-    Raises UserError for one that is none, by its name.
+    models: of the lines only those of these are read. Raises UserError for one that is none, by its name.
     """
     for path in sorted(Path(folder).rglob("*.json*")):
         if path.suffix == ".json":
             yield path, read(path)
         elif path.suffix == ".jsonl":
-            for number, result in enumerate(read_packed(path), 2):
+            for number, result in _lines(path, models):
                 yield Path(f"{path}#{number}"), result
 
 
@@ -164,13 +164,20 @@ def _packed(content: dict[str, Any], shared: Mapping[str, dict[str, Any]]) -> di
 
 def read_packed(path: Path) -> list[Result]:
     """The results of a file of `write_packed`. Raises UserError for a file or a line that is not of this format."""
+    return [result for _, result in _lines(path)]
+
+
+def _lines(path: Path, models: Collection[str] | None = None) -> Iterator[tuple[int, Result]]:
+    """Those of some models, or all, by the number of their line."""
     with as_user_error():
         lines = [parse_json(line, f"{path}, line {number},")
                  for number, line in enumerate(Path(path).read_bytes().splitlines(), 1)]
     head, *rest = lines or [None]
     if fault(head, _Head) or head["format"] != FORMAT:
         raise UserError(f"{path} is no file of results that this program reads")
-    return [_unpacked(line, head["shared"], f"{path}, line {number},") for number, line in enumerate(rest, 2)]
+    for number, line in enumerate(rest, 2):
+        if models is None or not isinstance(line, dict) or line.get("model") in models:
+            yield number, _unpacked(line, head["shared"], f"{path}, line {number},")
 
 
 @dataclass

@@ -40,7 +40,7 @@ from unet_caching.trace import Asked, positions, reused, trace
 from unet_caching.unet import NestedUNet
 
 MOST_STEPS, MOST_GUIDANCE = 10_000, 1000
-_TRACED: WeakKeyDictionary[NestedUNet, list[Asked]] = WeakKeyDictionary()      # what a call asks its cache for
+TRACED: WeakKeyDictionary[NestedUNet, list[Asked]] = WeakKeyDictionary()      # what a call asks its cache for
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BRIEF = ("model", "sampler", "steps", "dtype", "timesteps", "eta", "guidance", "cache")
 
@@ -246,10 +246,10 @@ class Run:
     @property
     def trace(self) -> list[Asked]:
         """What a network call asks its cache for, traced once for each U-Net."""
-        if self.unet not in _TRACED:
+        if self.unet not in TRACED:
             inputs = example_inputs(self.config)
-            _TRACED[self.unet] = trace(lambda cache: self.unet(*inputs, cache=cache))
-        return _TRACED[self.unet]
+            TRACED[self.unet] = trace(lambda cache: self.unet(*inputs, cache=cache))
+        return TRACED[self.unet]
 
     @property
     def full_calls(self) -> int:

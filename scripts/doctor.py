@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from eval.tables.arms import Arm, of_row
-from eval.tables.paper import find, of_table, tables
+from eval.tables.arms import Arm, runs_of
+from eval.tables.paper import find, tables
 from eval.tables.study import Study
 from eval.tables.text import align
 from run.cli import command
@@ -76,7 +76,7 @@ def named(path: Path, items: dict[str, Item]) -> str:
 
 def arms_of(table: Study) -> list[Arm]:
     """The arms of a table with nothing but defaults."""
-    return [] if table.schedules else [of_row(row) for row in of_table(table).rows]
+    return [] if table.schedules else runs_of(table).arms
 
 
 def needs(table: Study, items: dict[str, Item]) -> Iterator[str]:

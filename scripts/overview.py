@@ -6,8 +6,8 @@
 from pathlib import Path
 
 from eval.cost.runs import macs_per_image
-from eval.tables.arms import Arm, Given, of_row
-from eval.tables.paper import of_table, tables
+from eval.tables.arms import Arm, Given, runs_of
+from eval.tables.paper import tables
 from eval.tables.text import align
 from lab.study.papers import ABOUT, Options, disk, gigabytes
 from run import arguments
@@ -30,8 +30,7 @@ def overview(said: Given) -> str:
     lines = [["table", "script", "runs", "new", "calls left", "PMACs left", "disk up to"]]
     seen: dict[Path, Arm] = {}
     for table in (table for table in tables().values() if table.script):
-        rows = [] if table.schedules else of_table(table).rows
-        arms = {arm.folder: arm for arm in (of_row(row, said) for row in rows)}
+        arms = {} if table.schedules else {arm.folder: arm for arm in runs_of(table, said).arms}
         new = [arm for folder, arm in arms.items() if folder not in seen]
         seen |= arms
         lines.append([table.name, str(table.script), str(len(arms)), str(len(new)), *cost(new)])

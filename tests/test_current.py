@@ -19,9 +19,9 @@ from eval import quality
 from eval import table as table_command
 from eval.metrics.results import VERSION
 from eval.tables import current
-from eval.tables.arms import Given
+from eval.tables.arms import Given, runs_of
 from eval.tables.current import Wanted
-from eval.tables.paper import find, of_table
+from eval.tables.paper import find
 from lab.study import commands, papers
 from run import arguments, results
 from run.folder import image_path
@@ -163,7 +163,7 @@ def test_prompts_are_compared_by_content_where_they_are_there(tmp_path, wanted):
 
 
 def test_a_distance_to_few_images_is_none():
-    row = next(row for row in of_table(find("2")).rows if row.label == "N=5" and row.part.name == "cifar10")
+    row = next(arm for arm in runs_of(find("2")).arms if arm.label == "N=5" and arm.section == "cifar10")
     asked = Wanted(row.run, "fid", 50_000, current.inputs_of(row.run, "fid"), published=True)
     assert asked.fault(result_of(asked)) is None
     few = result_of(asked, details={"reference_images": 200})
@@ -173,7 +173,7 @@ def test_a_distance_to_few_images_is_none():
 
 
 def test_another_inception_or_reference_is_told_by_content(tmp_path):
-    row = next(row for row in of_table(find("2")).rows if row.label == "N=5" and row.part.name == "cifar10")
+    row = next(arm for arm in runs_of(find("2")).arms if arm.label == "N=5" and arm.section == "cifar10")
     for name in ("inception.pth", "reference.npz"):
         (tmp_path / name).write_text(name)
     inputs = current.inputs_of(row.run, "fid", tmp_path / "inception.pth", references=[str(tmp_path / "reference.npz")])
@@ -193,7 +193,7 @@ def test_an_evaluator_of_another_version_is_asked_again(monkeypatch, wanted):
 
 def test_eval_table_says_why_and_shows_trials_on_request(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    row = next(row for row in of_table(find("2")).rows if row.label == "N=5" and row.part.name == "cifar10")
+    row = next(arm for arm in runs_of(find("2")).arms if arm.label == "N=5" and arm.section == "cifar10")
     asked = Wanted(row.run, "fid", 8, current.inputs_of(row.run, "fid"))
     results.write(tmp_path / "r/x.json", result_of(asked))
     assert run_command(table_command.main, "2", "--results", tmp_path / "r") == 0
@@ -214,4 +214,4 @@ def test_the_part_of_a_table_that_belongs_to_one_model(tmp_path, words, rows, mo
     said = arguments.parse("", papers.Options, Given, words=[*words, "--samples", str(tmp_path)])
     made = papers.make_plan(find("2"), *said)
     assert {papers.title_of(arm) for arm in made.arms} == rows and not made.others
-    assert {row.run.config.name for row in made.runs.rows} == {"ddpm_cifar10", "ddpm_bedroom", "ddpm_church"}
+    assert {arm.run.config.name for arm in made.runs.arms} == {"ddpm_cifar10", "ddpm_bedroom", "ddpm_church"}

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from forked import Forked
 
-from eval.tables.paper import find, of_table
+from eval.tables.arms import runs_of
+from eval.tables.paper import find
 from scripts import download
 from scripts.download import File, catalogue, fetch
 from unet_caching.errors import UserError
@@ -261,7 +262,7 @@ def test_downloads_agree_with_the_configs():
     """Paths and md5 of the published checkpoints are said in configs/ too, where they are checked when loaded."""
     files = {file.path: file for item in catalogue().values() for file in item.files}
     seen = set()
-    for row in of_table(find("2")).rows:
+    for row in runs_of(find("2")).arms:
         assert files[Path(row.run.config.checkpoint)].digest == ("md5", row.run.config.md5)
         assert files[Path(row.run.config.checkpoint)].url in row.run.spec.config.read_text()
         seen.add(row.run.config.name)

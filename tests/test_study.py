@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,12 @@ import yaml
 from conftest import HERE, main_of, run_command
 
 from eval.tables.arms import Arm, Given
-from eval.tables.paper import printed_values
-from eval.tables.study import FOLDER, entries, files_of, needed, opened, read_study
+from eval.tables.study import FOLDER, Entry, entries, files_of, needed, opened, read_study
 from lab.study.bench import Bench
 from lab.study.ledger import Ledger
 from lab.study.measures import MEASURES
 from lab.study.more import orders
-from lab.study.rows import Row, Rows, cost_of, front
+from lab.study.rows import Row, Rows, cost_of, front, printed_values
 from lab.study.tables import Shown, open_benches
 from run import results
 from run.results import Metric, Result
@@ -118,7 +116,7 @@ def test_what_is_kept_of_a_file_that_is_no_longer_here(tmp_path, tiny):
     assert schedule.is_file() and [str(entry) for entry in bench.left_out][:1] == [
         "Block Caching, scale-shift at 8 calls"]
     rows = Shown(bench).rows.rows
-    plain, kept = (next(row for row in rows if row.kind == kind and row.arm.budget == 8)
+    plain, kept = (next(row for row in rows if row.kind == kind and row.arm.entry.budget == 8)
                    for kind in ("Block Caching", "Block Caching, scale-shift"))
     assert kept.name == plain.name.replace("all_8", "all_8_scale_shift") and kept.cost == plain.cost
     assert kept.psnr.mean() != plain.psnr.mean() and Shown(bench).left_out == []
@@ -132,7 +130,7 @@ def test_what_a_file_cost_is_known_without_those_on_the_way_to_it(tmp_path, tiny
         path.write_text(path.name)
         results.write(bench.made(path), Result("fitted file", "x", hashes={"file": sha256(path)},
                                                details={"cpu_s": cpu_s}))
-    entry = replace(bench.entries[0], options={"block_schedule": str(file)})
+    entry = Entry({"block_schedule": str(file)})
     assert bench.cost_of_making(entry) == 5
     on_the_way.unlink()
     assert bench.cost_of_making(entry) == 5
@@ -150,7 +148,7 @@ def row(kind: str, cost: float, shift: float, budget: int | None = None, sampler
     psnr = [one + shift for one in (1.0, 2.0, 3.0, 4.0)]
     records = {"near": Result("near", metrics={"full calls": Metric(cost), **more.pop("metrics", {})},
                               details={"psnr": psnr})}
-    return Row(Arm(kind, run, range(4), Path(kind), Path(kind), kind=kind, budget=budget), records, **more)
+    return Row(Arm(Entry({}, kind, kind, budget), run, range(4), Path(kind), Path(kind)), records, **more)
 
 
 def test_cost_decides_what_a_run_is_compared_with():
@@ -204,7 +202,7 @@ def test_shipped_studies_open_and_their_results_belong_to_them(name):
             assert Path(f"{line.split()[0].replace('.', '/')}").is_dir()
         bench = Bench(part, study.path, Given(results=ROOT / "results"), Ledger(packed))
         known |= {arm.name for other in (bench, *bench.also) for arm in other.all} | {bench.setup.whole.name} | {
-            next(iter(records.values())).details["name"] for _, _, records in bench.kept()}
+            next(iter(records.values())).details["name"] for _, records in bench.kept()}
         files |= part.made.keys()
     for result in results.read_packed(packed) if packed.is_file() else ():
         assert result.details["file"] in files if result.kind == "fitted file" else result.details["name"] in known
@@ -232,12 +230,12 @@ def test_shipped_systems_are_compared_at_equal_cost(name):
 def test_arms_of_the_demos_cost_alike(name):
     """Every cached arm has one of fewer steps that costs what it does, to half a call or so; PLMS makes one more."""
     for bench in open_benches(name, Given())[1]:
-        plain = [cost_of(arm.run) for arm in bench.arms if arm.kind == "fewer steps"]
+        plain = [cost_of(arm.run) for arm in bench.arms if arm.entry.kind == "fewer steps"]
         for arm in bench.arms:
-            if arm.run.caching and arm.kind != "control":
+            if arm.run.caching and arm.entry.kind != "control":
                 more = arm.run.calls - arm.run.steps
                 assert min(abs(cost - more - cost_of(arm.run)) for cost in plain) <= 0.55, arm.label
-                assert arm.budget is None or abs(arm.budget - cost_of(arm.run)) <= 0.5
+                assert arm.entry.budget is None or abs(arm.entry.budget - cost_of(arm.run)) <= 0.5
 
 
 RENDERED = [name for name in SHIPPED if (ROOT / "results" / name).is_dir()]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import HERE
+from conftest import HERE, run_command
 
 from eval import table as table_command
 from eval.cost import bk_sdm
@@ -18,11 +18,11 @@ from eval.metrics.extract import pixels_sha256
 from eval.metrics.results import cost
 from eval.metrics.sources import open_reference
 from eval.tables import paper as paper_tables
-from eval.tables import render as table
+from eval.tables.arms import Arm, runs_of
 from eval.tables.current import match, reference_of, weights_sha256
-from eval.tables.paper import Row, decimals, find, of_table, printed_rows, tables
+from eval.tables.paper import decimals, find, printed_rows, tables
+from eval.tables.render import Found, Rendered, as_csv, speed_of
 from eval.tables.study import Study
-from run import results
 from run.families import build, example_inputs
 from run.results import Metric, Result
 from run.spec import RunSpec
@@ -86,20 +86,33 @@ EXCEPTIONS = {("table2", "cifar10", "N=2"): "4.1552", ("table3", "parti", "DeepC
 
 
 @pytest.fixture(scope="module")
-def rendered() -> dict[str, table.Rendered]:
-    found = list(results.read_all(ROOT / "results"))
-    return {paper.name: table.render(paper, of_table(paper), found) for paper in tables().values()}
+def written(tmp_path_factory) -> dict[str, str]:
+    """What `python -m eval.table --all` writes from results/ as it is, by path."""
+    folder = tmp_path_factory.mktemp("results")
+    for path in (ROOT / "results").iterdir():
+        if path.name not in ("README.md", "tables"):
+            (folder / path.name).symlink_to(path)
+    assert run_command(table_command.main, "--all", "--results", folder) == 0
+    return {str(path.relative_to(folder)): path.read_text()
+            for path in (folder / "README.md", *(folder / "tables").iterdir())}
 
 
-def lines_of(rendered: table.Rendered) -> list[dict[str, str]]:
+def lines_of(text: str) -> list[dict[str, str]]:
     """The lines of a table's CSV."""
-    return list(csv.DictReader(io.StringIO(table.as_csv(rendered))))
+    return list(csv.DictReader(io.StringIO(text)))
 
 
-def test_every_macs_cell_is_the_papers_digits_or_has_a_footnote(rendered):
+def test_the_written_tables_are_current(written):
+    for name, text in written.items():
+        assert (ROOT / "results" / name).read_text() == text, f"{name} is old: run python -m eval.table --all"
+    assert {f"tables/{path.name}" for path in (ROOT / "results/tables").iterdir()} | {"README.md"} == written.keys()
+    assert all(f"## {paper.heading}\n" in written["README.md"] for paper in tables().values())
+
+
+def test_every_macs_cell_is_the_papers_digits_or_has_a_footnote(written):
     odd, counted = {}, 0
-    for name, one in rendered.items():
-        for line in lines_of(one):
+    for name in tables():
+        for line in lines_of(written[f"tables/{name}.csv"]):
             if line["column"] == "macs_G" and line["run"]:
                 counted += 1
                 assert re.fullmatch(r"\d+\.\d+", line["ours"]) and line["from"] == "counted"
@@ -108,55 +121,44 @@ def test_every_macs_cell_is_the_papers_digits_or_has_a_footnote(rendered):
                 else:
                     assert line["paper"] == "-" or float(line["difference"]) == 0
     assert odd.keys() == EXCEPTIONS.keys()
-    assert counted == sum(len(of_table(paper).rows) for paper in SCRIPTED)
+    assert counted == sum(len(runs_of(paper).arms) for paper in SCRIPTED)
     for (name, section, label), exact in EXCEPTIONS.items():
-        run = next(row.run for row in of_table(tables()[name]).rows if (row.part.name, row.label) == (section, label))
+        run = run_of(name, label, section).run
         assert f"{macs_per_step(run, tables()[name].macs_steps).hook / 1e9:.4f}" == exact
         [note] = [note for note in tables()[name].notes if note.marks(section, label, "macs_G")]
         assert exact in note.text
 
 
-def test_the_written_tables_are_current(rendered):
-    """results/README.md and results/tables/ are what `python -m eval.table --all` writes from results/ as it is."""
-    found = list(results.read_all(ROOT / "results"))
-    for name, text in table.everything(found).items():
-        assert (ROOT / "results" / name).read_text() == text, f"{name} is old: run python -m eval.table --all"
-    assert {path.name for path in (ROOT / "results/tables").iterdir()} == {
-        f"{paper.name}.{ending}" for paper in tables().values() for ending in ("csv", "tex")}
-
-
 # Results in their places
 
-def measured(row: Row, **other) -> Result:
+def measured(arm: Arm, **other) -> Result:
     """As an evaluator writes it for the images of a row."""
-    settings = row.run.settings | {"cache": row.run.caching.settings, "checkpoint_sha256": "ab" * 32}
-    if pruned(row.run):
-        settings["unet"] = {"diffusers": dict(bk_sdm.build(pruned(row.run)).config)}
-    kind = {"ldm": "adm", "ddpm": "fid", "sd": "clip_score"}[row.run.family.name]
-    metrics = {"FID": Metric(3.456), "precision": Metric(0.8266)} if kind == "adm" else {"FID": Metric(4.2)}
-    if kind == "clip_score":
-        metrics = {"CLIP score": Metric(29.53)}
-    prompts = getattr(row.run.spec.condition, "prompts", None)
-    inputs = {"prompts": f"/elsewhere/{prompts.name}"} if prompts else {"reference": str(reference_of(row.run))}
-    images = {"sd": 1632}.get(row.run.family.name, 50_000)
-    return Result(**{"kind": kind, "model": row.run.config.name, "settings": settings, "images": images,
+    settings = arm.run.settings | {"cache": arm.run.caching.settings, "checkpoint_sha256": "ab" * 32}
+    if pruned(arm.run):
+        settings["unet"] = {"diffusers": dict(bk_sdm.build(pruned(arm.run)).config)}
+    kind, metrics = {"ldm": ("adm", {"FID": Metric(3.456), "precision": Metric(0.8266)}),
+                     "ddpm": ("fid", {"FID": Metric(4.2)}),
+                     "sd": ("clip_score", {"CLIP score": Metric(29.53)})}[arm.run.family.name]
+    prompts = getattr(arm.run.spec.condition, "prompts", None)
+    inputs = {"prompts": f"/elsewhere/{prompts.name}"} if prompts else {"reference": str(reference_of(arm.run))}
+    return Result(**{"kind": kind, "model": arm.run.config.name, "settings": settings, "images": arm.whole,
                      "metrics": metrics, "inputs": inputs,
                      "provenance": {"device": "cuda", "device_name": "GPU", "threads": 1},
                      "finished": "2026-01-01T00:00:00Z", "hashes": {"checkpoint": "ab" * 32}} | other)
 
 
-def cell(paper: Study, found: table.Found, label: str, column: str) -> tuple[str, str, str, str]:
+def cell(paper: Study, found: Found, label: str, column: str) -> tuple[str, str, str, str]:
     return next((line["paper"], line["ours"], line["difference"], line["from"])
-                for line in lines_of(table.render(paper, of_table(paper), found))
+                for line in lines_of(as_csv(Rendered(paper, runs_of(paper), found)))
                 if (line["run"] or line["row"], line["column"]) == (label, column))
 
 
-def run_of(name: str, label: str) -> Row:
-    return next(row for row in of_table(find(name)).rows if row.label == label)
+def run_of(name: str, label: str, section: str | None = None) -> Arm:
+    return next(arm for arm in runs_of(find(name)).arms if arm.label == label and section in (None, arm.section))
 
 
-def is_of(result: Result, row: Row, kind: str) -> bool:
-    return table.wanted(row, kind).fault(result) is None
+def is_of(result: Result, arm: Arm, kind: str) -> bool:
+    return arm.wanted_in_table(kind).fault(result) is None
 
 
 def test_a_result_goes_to_every_row_of_its_settings_and_to_no_other():
@@ -207,7 +209,7 @@ def test_pruned_models_are_told_apart():
 def test_the_newest_result_counts():
     row = run_of("1", "Uniform N=5")
     found = [(Path(f"{day}.json"), measured(row, finished=f"2026-01-{day}T00:00:00Z")) for day in ("09", "30", "12")]
-    assert match(found, table.wanted(row, "adm")).path == Path("30.json")
+    assert match(found, row.wanted_in_table("adm")).path == Path("30.json")
 
 
 def test_times_of_steps_become_throughput():
@@ -227,7 +229,7 @@ def test_times_of_steps_become_throughput():
         "full": {"median": 1.0}, "branches": [{"branch": 1, "median": 0.5, "ratio": 0.5}]},
         provenance={"device": "cuda", "device_name": "GPU", "threads": 1})
     row = run_of("13", "Uniform N=5")
-    assert table.speed_of([(Path("x"), sd)], row.run)[2] == pytest.approx((10 + 41 * 0.5, 10 + 41 * 0.5))
+    assert speed_of([(Path("x"), sd)], row.run)[2] == pytest.approx((10 + 41 * 0.5, 10 + 41 * 0.5))
 
 
 def test_a_run_of_other_methods_is_as_fast_as_it_was_timed_itself():
@@ -238,11 +240,11 @@ def test_a_run_of_other_methods_is_as_fast_as_it_was_timed_itself():
     whole = Result("throughput", "ddpm_cifar10", {"dtype": "fp32", "batch_size": 8, "cache": run.caching.settings},
                    throughput={"full": {"median": 0.5}, "kinds": [{"reused": [], "median": 0.5, "ratio": 1.0},
                                                                   {"reused": ["2"], "median": 0.25, "ratio": 0.5}]})
-    assert table.speed_of([(Path("steps"), steps)], run) is None
-    assert table.speed_of([(Path("steps"), steps), (Path("whole"), whole)], run)[2].full_calls == 20 + 80 * 0.5
+    assert speed_of([(Path("steps"), steps)], run) is None
+    assert speed_of([(Path("steps"), steps), (Path("whole"), whole)], run)[2].full_calls == 20 + 80 * 0.5
     plain = RunSpec.of("configs/ddpm_cifar10.yaml", interval=5).open()
-    assert table.speed_of([(Path("whole"), whole)], plain) is None
-    assert table.speed_of([(Path("steps"), steps)], plain)[2].full_calls == pytest.approx(20 + 80 * 0.4)
+    assert speed_of([(Path("whole"), whole)], plain) is None
+    assert speed_of([(Path("steps"), steps)], plain)[2].full_calls == pytest.approx(20 + 80 * 0.4)
 
 
 def test_times_of_block_schedules_become_throughput():
@@ -280,40 +282,33 @@ def test_a_result_of_block_caching_goes_to_its_row_alone():
 
 # Formats and the command
 
-def run(monkeypatch, capsys, *args: str) -> str:
-    monkeypatch.setattr("sys.argv", ["eval.table", *args])
-    table_command.main()
-    return capsys.readouterr().out
+@pytest.fixture
+def said(capsys, tmp_path):
+    """said(*words): what eval.table prints where nothing was measured."""
+    def run(*words: str) -> str:
+        assert run_command(table_command.main, *words, "--results", tmp_path) == 0
+        return capsys.readouterr().out
+    return run
 
 
-def test_formats(monkeypatch, capsys, tmp_path):
-    markdown = run(monkeypatch, capsys, "12", "--format", "markdown", "--results", str(tmp_path))
+def test_formats(said):
+    markdown = said("12", "--format", "markdown")
     assert "| skip branch 7 | paper | 5.45 [3] | 11.27 | 1.151 | 4.92 |\n|  | ours | 5.57 | - | - | - |" in markdown
     assert "\n- [3] The exact averages, 5.5738 and 5.7319" in markdown
-    lines = list(csv.DictReader(io.StringIO(run(monkeypatch, capsys, "table12", "--format", "csv", "--results",
-                                                str(tmp_path)))))
+    lines = lines_of(said("table12", "--format", "csv"))
     assert lines[0] == {"table": "table12", "section": "", "row": "skip branch 1", "run": "skip branch 1",
                         "column": "macs_G", "paper": "1.60", "ours": "1.61", "difference": "+0.01", "from": "counted"}
     assert len(lines) == 12 * 4
-    latex = run(monkeypatch, capsys, "2", "--format", "latex", "--results", str(tmp_path))
+    latex = said("2", "--format", "latex")
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3 and r"[1] The exact" in latex
     assert not re.search(r"(?<!\\)[%#_]", latex.replace(r"\begin{table}", ""))
-    text = run(monkeypatch, capsys, "block_caching_table1", "--results", str(tmp_path))
+    text = said("block_caching_table1")
     assert "Not run (its schedule is not there yet" in text and "DPM 20 steps, caching" in text
 
 
-def test_all_writes_every_table(monkeypatch, capsys, tmp_path, rendered):
-    run(monkeypatch, capsys, "--all", "--results", str(tmp_path))
-    text = (tmp_path / "README.md").read_text()
-    assert all(f"## {paper.heading}\n" in text for paper in tables().values())
-    assert len(list((tmp_path / "tables").iterdir())) == 2 * len(tables())
-
-
 @pytest.mark.parametrize("args", ["", "1 --all", "15", "table99", "1 --results nowhere"])
-def test_the_command_refuses_bad_input(monkeypatch, capsys, args):
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, capsys, *args.split())
-    assert stop.value.code == 2
+def test_the_command_refuses_bad_input(capsys, args):
+    assert run_command(table_command.main, *args.split()) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
 
@@ -322,10 +317,10 @@ def test_columns_of_a_row_may_come_from_several_evaluators():
     """A distance of sets by either extractor, and the distance to a converged run, which eval.fidelity measures."""
     names = ("fd_efflite0", "kid_incmixed5", "rmse_converged")
     own = replace(find("emoji"), parts=[replace(part, columns=list(names)) for part in find("emoji").parts])
-    row = next(row for row in of_table(own).rows if row.label == "N=5")
+    row = next(arm for arm in runs_of(own).arms if arm.label == "N=5")
     reference = pixels_sha256(open_reference(str(reference_of(row.run)), (32, 32))[0])
     settings = measured(row).settings | {"checkpoint_sha256": weights_sha256(row.run)}
-    found = [(Path(f"{name}.json"), measured(row, kind=kind, images=row.part.images, metrics={name: Metric(value)},
+    found = [(Path(f"{name}.json"), measured(row, kind=kind, metrics={name: Metric(value)},
                                              settings=settings, hashes={"reference": reference}))
              for name, kind, value in (("FD-EffLite0", "quality", 21.3), ("KID-IncMixed5", "quality", 0.0123),
                                        ("RMSE to converged", "fidelity", 7.891))]

@@ -7,7 +7,7 @@ from torch import nn
 from eval.cost import bk_sdm
 from eval.cost.macs import Costs, Macs, costs, mean
 from run.families import example_inputs
-from run.spec import Run
+from run.spec import TRACED, Run
 
 _COUNTED: WeakKeyDictionary[nn.Module, Costs] = WeakKeyDictionary()
 
@@ -23,6 +23,7 @@ def costs_of(run: Run) -> Costs:
     """What a full call of the run's network costs, counted once for each model."""
     if run.unet not in _COUNTED:
         _COUNTED[run.unet] = costs(run.unet, example_inputs(run.config))
+        TRACED.setdefault(run.unet, _COUNTED[run.unet].asked)
     return _COUNTED[run.unet]
 
 

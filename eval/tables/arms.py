@@ -1,17 +1,19 @@
 """An arm: one run on this machine, where its images and records are, what of it is there and what is missing."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from eval.metrics.registry import SMALL_MEASURES
 from eval.tables.current import CLIP, INCEPTION, Wanted, inputs_of
-from eval.tables.paper import Row, columns_of
+from eval.tables.paper import columns_of
+from eval.tables.study import Entry, Part, Study, config_of, entries, missing, with_common
 from run import arguments, results
+from run.families import family_named_by
 from run.files import ROOT
 from run.folder import seeds_there
 from run.machine import Machine
@@ -93,7 +95,7 @@ class Given(PassedOn, Evaluators):
 @dataclass(frozen=True)
 class Arm:
     """One run on some seeds."""
-    label: str
+    entry: Entry                        # as its file has it
     run: Run
     seeds: Sequence[int]
     folder: Path                        # of its images
@@ -101,10 +103,14 @@ class Arm:
     evaluator: str = ""                 # the command of eval/ that judges it
     machine: Mapping[str, Any] = field(default_factory=dict)        # options of run.machine.Machine
     inputs: Mapping[str, Path] = field(default_factory=dict)        # of the evaluator, by option
-    complete: bool = True               # whether images are as many as the paper's
-    section: str = ""                   # of a paper's table
-    kind: str = ""                      # what makes it cheap: arms of one kind are a line in a chart
-    budget: int | None = None           # full network calls that it may cost
+    # Of a row of a table:
+    section: str = ""                   # the name of its part
+    whole: int = 0                      # of how many images its numbers are to be
+    published: bool = False             # whether they stand beside a paper's
+
+    @property
+    def label(self) -> str:
+        return self.entry.label or self.run.name
 
     @cached_property
     def name(self) -> str:
@@ -125,12 +131,6 @@ class Arm:
         return self.record(self.evaluator)
 
     @property
-    def npz(self) -> Path | None:
-        """Its images in ADM's layout, where its evaluator reads that."""
-        packed = self.run.family.packed and self.evaluator == self.run.family.judge
-        return self.folder.with_name(f"{self.folder.name}_{self.images}.npz") if packed else None
-
-    @property
     def pixels(self) -> int:
         """How many bytes the pixels of an image take."""
         return 3 * self.run.family.resolution(self.run.config) ** 2
@@ -146,13 +146,9 @@ class Arm:
         return ["-m", self.run.family.command, *self.run.spec.words(), *(["--seeds", chosen] if chosen else []),
                 *arguments.words(self.machine), "--out", str(self.folder)]
 
-    def npz_command(self) -> list[str]:
-        return ["-m", "run.npz", "--samples", str(self.folder), "--seeds", format_seeds(self.seeds), "--out",
-                str(self.npz)]
-
     def judge_command(self) -> list[str]:
         read = [word for option, path in self.inputs.items() for word in (option, str(path))]
-        expected = [] if self.complete else ["--allow-fewer"]
+        expected = [] if self.images >= self.whole else ["--allow-fewer"]
         if self.evaluator != "clip_score":
             expected = [] if self.evaluator == "quality" else ["--count", str(self.images)]
         device = self.machine.get("device")
@@ -168,18 +164,17 @@ class Arm:
     @property
     def bytes_needed(self) -> int:
         """On the disk for what is not there yet, at most."""
-        return self.pixels * (self.images - self.present + (0 if self.packed() else self.images))
-
-    def packed(self) -> bool:
-        """Whether the npz is there, and no older than the last sampling; an arm without one is done."""
-        notes = (self.folder / name for name in ("run.json", "sessions.jsonl"))
-        made = [path.stat().st_mtime for path in notes if path.exists()]
-        return self.npz is None or (self.npz.exists() and self.npz.stat().st_mtime >= max(made, default=0))
+        return self.pixels * (self.images - self.present)
 
     @property
     def wanted(self) -> Wanted:
         """What its evaluator's number is to be of."""
         return Wanted(self.run, self.evaluator, self.images, self.inputs, self.folder)
+
+    def wanted_in_table(self, kind: str) -> Wanted:
+        """What a number of its table is to be of. kind: of the result that has it."""
+        inputs = self.inputs if kind == self.evaluator else {}
+        return replace(self.wanted, kind=kind, images=self.whole, inputs=inputs, published=self.published)
 
     def why_not(self) -> str | None:
         """Why its evaluator has no number of it that is current, in words; None where it has."""
@@ -211,37 +206,64 @@ def _there(path: Path) -> bool:
     return str(path).startswith("emoji:") or (ROOT / path).exists()
 
 
-def of_row(row: Row, given: Given | None = None) -> Arm:
-    """A row of a paper's table: its records are results of their own. Raises UserError."""
-    given, run = given or Given(), row.run
-    whole = row.part.images or run.config.sampler.images
-    images = images_of(run, whole, given)
-    return of_run(run, row.label, range(images), given, kind_of_result(row),
-                  given.results / "runs" / run.config.name / f"{run.name}_{images}", images >= whole, row.part.name)
+class Runs(NamedTuple):
+    """What of a table can be run. pending: the rows that cannot be yet, each with the name of its part."""
+    arms: list[Arm]
+    pending: list[tuple[str, str]]
+
+    def of(self, part: Part, row: str | None = None) -> list[Arm]:
+        """Those of a part; of one row of it, and those that stand beside that, where it is named."""
+        return [arm for arm in self.arms if arm.section == part.name and row in (None, arm.entry.row)]
 
 
-def kind_of_result(row: Row) -> str:
-    """The kind of result that has a row's metrics: whose convention the paper's column follows."""
-    columns = columns_of(row.part)
+def runs_of(table: Study, given: Given | None = None, configs: Mapping[str, Path] | None = None) -> Runs:
+    """The runs of a table; none where it gives no settings.
+
+    configs: by family, another model's for the rows of that family. Raises UserError.
+    """
+    given, found = given or Given(), Runs([], [])
+    for part in table.parts:
+        for entry in entries(part, table.name):
+            model = entry.model or part.model
+            if not entry.run or (not model and not entry.options):
+                continue
+            if missing(entry) and table.waiting:
+                found.pending.append((part.name, entry.row))
+                continue
+            try:
+                family = family_named_by(config_of(model)).name
+                run = with_common(part, entry.options, str((configs or {}).get(family, model))).open()
+            except UserError as error:
+                raise UserError(f"{table.name}, row {entry.label!r}: {error}") from None
+            found.arms.append(_of_row(table, part, entry, run, given))
+    return found
+
+
+def _of_row(table: Study, part: Part, entry: Entry, run: Run, given: Given) -> Arm:
+    """A row: its records are results of their own."""
+    whole = part.images or run.config.sampler.images
+    prompts = getattr(run.spec.condition, "prompts", None)
+    images = min(given.images or whole, whole) if prompts else given.images or whole
+    arm = of_run(run, entry, range(images), given, kind_of_result(part, run))
+    records = given.results / "runs" / run.config.name / f"{run.name}_{images}"
+    return replace(arm, records=records, section=part.name, whole=whole, published=bool(table.paper))
+
+
+def kind_of_result(part: Part, run: Run) -> str:
+    """The kind of result that has the metrics of a row: whose convention the paper's column follows."""
+    columns = columns_of(part)
     if any(measure.column in columns for measure in SMALL_MEASURES):
         return "quality"
-    return "fid" if row.run.family.judge == "clip_score" and "clip" not in columns else row.run.family.judge
+    return "fid" if run.family.judge == "clip_score" and "clip" not in columns else run.family.judge
 
 
-def images_of(run: Run, whole: int, given: Given) -> int:
-    """How many images a run has where there are `whole` ones, unless the user says another number."""
-    prompts = getattr(run.spec.condition, "prompts", None)
-    return min(given.images or whole, whole) if prompts else given.images or whole
-
-
-def of_run(run: Run, label: str, seeds: Sequence[int], given: Given, evaluator: str = "", records: Path | None = None,
-           complete: bool = True, section: str = "") -> Arm:
+def of_run(run: Run, entry: Entry, seeds: Sequence[int], given: Given, evaluator: str = "") -> Arm:
     """A run in the folder that all tables and studies have for its settings; its records lie beside that."""
     folder = given.samples / run.config.name / run.name         # the user's options are in no name
-    records = records or folder.with_name(f"{run.name}_{format_seeds(seeds)[:60]}")
+    records = folder.with_name(f"{run.name}_{format_seeds(seeds)[:60]}")
     inputs = inputs_of(run, evaluator, given.inception or INCEPTION, given.clip_weights or CLIP,
                        given.reference) if evaluator else dict[str, Path]()
     known = {name for part in run.spec.parts for name in arguments.names(part)}
     chosen = {name: value for name, value in given.pixels.items() if name in known}
     opened = run.spec.having(**chosen).open() if chosen else run
-    return Arm(label, opened, seeds, folder, records, evaluator, given.machine, inputs, complete, section)
+    return Arm(entry, opened, seeds, folder, records, evaluator, given.machine, inputs)

@@ -5,7 +5,7 @@ table says why it has no number.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -35,7 +35,9 @@ INCEPTION = Path("checkpoints/inception/weights-inception-2015-12-05-6726825d.pt
 CLIP = Path("checkpoints/clip_vit_g_14/open_clip_pytorch_model.bin")
 COMMANDS = ("adm", "fid", "clip_score", "quality")      # of eval/, which judge as the papers' tables want it
 _RULE = ("interval", "schedule", "center", "power")     # of what says which steps are full
-_OPTIONS = {"--reference": "reference", "--inception": "Inception", "--weights": "CLIP weights", "--prompts": "prompts"}
+# What an evaluator reads, by option: what it is called, and the name of its digest in a result.
+_READ = {"--reference": ("reference", "reference"), "--inception": ("Inception", "extractor"),
+         "--weights": ("CLIP weights", "weights"), "--prompts": ("prompts", "prompts")}
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,16 @@ class Wanted:
 
     def fault(self, result: Result) -> str | None:
         """Why a result is not current, in words; None where it is. What is not on this machine is not compared."""
-        return (self.of_another_run(result) or self.of_other_settings(result) or self.of_other_inputs(result)
-                or self.of_other_seeds(result) or self.of_other_samples(result) or self.trial(result))
+        parts = (self._run, self._settings, self._inputs, self._seeds, self._samples, self._images)
+        return next((why for part in parts for why in part(result)), None)
+
+    def of_another_run(self, result: Result) -> bool:
+        """Whether it is of another row altogether: another evaluator, model, sampler, or way to cache."""
+        return any(True for _ in self._run(result))
+
+    def trial(self, result: Result) -> str | None:
+        """Whether it is of another number of images, or against so few that a paper's number is another thing."""
+        return next(self._images(result), None)
 
     def progress(self) -> str:
         """Why there is no result at all, in words."""
@@ -63,26 +73,25 @@ class Wanted:
         there = sum(seed < asked for seed in seeds)
         return "not judged" if there == asked else f"{there} of {asked} images sampled" if there else "not sampled"
 
-    def of_another_run(self, result: Result) -> str | None:
-        """Whether it is of another row altogether: another evaluator, model, sampler, or way to cache."""
+    # How a result differs from what is wanted, in words, each question where all before have found nothing.
+
+    def _run(self, result: Result) -> Iterator[str]:
         if result.kind != self.kind:
-            return f"judged by eval.{result.kind}"
+            yield f"judged by eval.{result.kind}"
         ours, theirs = self.run.brief, result.settings
         keys = ("model", "sampler", "steps", "timesteps", "eta", "guidance")
         if any(theirs.get(key) != ours.get(key) for key in keys if key in ours or key in theirs):
-            return "another run"
+            yield "another run"
+        layout = (theirs.get("unet") or {}).get("diffusers")
+        if pruned(self.run) != (None if layout is None else bk_sdm.size_of(layout) or "unknown"):
+            yield "another U-Net"
         # What is kept and reused must be the same, by whatever method; the rule that gave the full steps may be
         # another.
         cached, wanted = theirs.get("cache") or {}, self.run.caching.settings
-        layout = (theirs.get("unet") or {}).get("diffusers")
-        if (pruned(self.run) is not None) != (layout is not None) or (
-                layout is not None and bk_sdm.size_of(layout) != pruned(self.run)):
-            return "another U-Net"
-        unlike = any(cached.get(key) != wanted.get(key) for key in (cached.keys() | wanted.keys()) - {*_RULE})
-        return "another way to cache" if unlike else None
+        if any(cached.get(key) != wanted.get(key) for key in (cached.keys() | wanted.keys()) - {*_RULE}):
+            yield "another way to cache"
 
-    def of_other_settings(self, result: Result) -> str | None:
-        """What of the run itself is not as asked for."""
+    def _settings(self, result: Result) -> Iterator[str]:
         ours = _as_json({**self.run.settings, "cache": None})
         theirs = {key: value for key, value in result.settings.items() if key not in ("cache", "checkpoint_sha256")}
         if pruned(self.run) is not None:
@@ -95,60 +104,57 @@ class Wanted:
         if getattr(self.run.spec.condition, "released_noise", False) and theirs.get("noise") != "per seed":
             theirs.pop("noise", None)
         if ours.get("prompts_sha256", "") != theirs.get("prompts_sha256", ""):
-            return "sampled from other prompts"
-        unlike = differences(theirs, ours)
-        if unlike:
-            return f"sampled with other settings ({'; '.join(unlike[:3])})"
-        return other_weights(self.run, result.settings.get("checkpoint_sha256"))
+            yield "sampled from other prompts"
+        if unlike := differences(theirs, ours):
+            yield f"sampled with other settings ({'; '.join(unlike[:3])})"
+        digest = result.settings.get("checkpoint_sha256")
+        if digest is not None and (ROOT / self.run.checkpoint).exists() and weights_sha256(self.run) != digest:
+            yield f"sampled with other weights than {self.run.checkpoint}"
 
-    def of_other_inputs(self, result: Result) -> str | None:
-        """What of the evaluator and its files is not as asked for."""
+    def _inputs(self, result: Result) -> Iterator[str]:
+        """Of the evaluator and its files."""
         if result.provenance.get("evaluator", 1) != VERSION:
-            return "judged by an older evaluator"
+            yield "judged by an older evaluator"
         for option, path in self.inputs.items():
-            wanted, found = _digest(self.kind, option, path, self.run), _found(result, option)
-            if wanted is not None and wanted != found:
-                return f"judged with another {_OPTIONS[option]} than {path}"
+            what, digest = _READ[option]
+            wanted = _digest(self.kind, option, path, self.run)
+            if wanted is not None and wanted != result.hashes.get(digest):
+                yield f"judged with another {what} than {path}"
             if wanted is None and option in ("--reference", "--prompts"):
                 named = result.inputs.get(option.removeprefix("--"), "")
                 if Path(named).name != path.name:
-                    return f"judged with another {_OPTIONS[option]} ({named or 'unknown'}) than {path}"
+                    yield f"judged with another {what} ({named or 'unknown'}) than {path}"
         if self.kind not in COMMANDS and result.hashes.get("extractor", "") not in ("", extractor_id()):
-            return "judged with other features"
-        return None
+            yield "judged with other features"
 
-    def of_other_seeds(self, result: Result) -> str | None:
-        """Whether it is of other seeds, compared with another run, or without a metric that is asked for."""
+    def _seeds(self, result: Result) -> Iterator[str]:
+        """And of what it is compared with, and of its metrics."""
         if self.seeds and result.details.get("seeds") != self.seeds:
-            return "measured on other seeds"
+            yield "measured on other seeds"
         if self.against and result.details.get("against") != _as_json(self.against.brief):
-            return f"compared with another run than {self.against.name}"
-        lacking = [name for name in self.metrics if name not in result.metrics]
-        return f"without {lacking[0]}" if lacking else None
+            yield f"compared with another run than {self.against.name}"
+        yield from (f"without {name}" for name in self.metrics if name not in result.metrics)
 
-    def trial(self, result: Result) -> str | None:
-        """Whether it is of another number of images, or against so few that a paper's number is another thing."""
-        if self.images is not None and result.images != self.images:
-            return f"trial with {result.images} images"
-        few = result.details.get("reference_images")
-        if self.published and isinstance(few, int) and few <= DIMS["pool"]:
-            return f"trial against {few} images"
-        return None
-
-    def of_other_samples(self, result: Result) -> str | None:
-        """Whether the images are no longer those that were judged, where they are still there."""
+    def _samples(self, result: Result) -> Iterator[str]:
+        """Of the images that were judged, where they are still there."""
         folder = Path(result.inputs.get("samples", "nowhere")) if self.samples is None else self.samples
         if not (folder / "run.json").is_file():
-            return None
+            return
         if differences(read_run(folder)["settings"], result.settings):
-            return "the images were made anew with other settings"
+            yield "the images were made anew with other settings"
         if _changed(folder, result, "images"):
-            return "the images are not those that were judged"
+            yield "the images are not those that were judged"
         for name in ("against", "converged", "twice"):
             other = Path(result.inputs.get(name, "nowhere"))
             if name in result.hashes and other.is_dir() and _changed(other, result, name):
-                return "the images that it is compared with are not those that were judged"
-        return None
+                yield "the images that it is compared with are not those that were judged"
+
+    def _images(self, result: Result) -> Iterator[str]:
+        if self.images is not None and result.images != self.images:
+            yield f"trial with {result.images} images"
+        few = result.details.get("reference_images")
+        if self.published and isinstance(few, int) and few <= DIMS["pool"]:
+            yield f"trial against {few} images"
 
 
 class Match(NamedTuple):
@@ -163,7 +169,7 @@ def match(found: Iterable[tuple[Path, Result]], wanted: Wanted, trials: bool = F
 
     Every table, of a paper or a study, takes its numbers from here.
     """
-    own = sorted((pair for pair in found if wanted.of_another_run(pair[1]) is None),
+    own = sorted((pair for pair in found if not wanted.of_another_run(pair[1])),
                  key=lambda pair: (pair[1].finished or "", str(pair[0])), reverse=True)
     others = list[Match]()
     for path, result in own:
@@ -192,12 +198,6 @@ def _changed(folder: Path, result: Result, key: str) -> bool:
         return False
 
 
-def _found(result: Result, option: str) -> str | None:
-    """The digest of what a result was judged with."""
-    return result.hashes.get({"--reference": "reference", "--inception": "extractor", "--weights": "weights",
-                              "--prompts": "prompts"}[option])
-
-
 def _digest(kind: str, option: str, path: Path, run: Run) -> str | None:
     """The digest of what is to be judged with; None where it is not on this machine."""
     if option == "--prompts":
@@ -209,13 +209,6 @@ def _digest(kind: str, option: str, path: Path, run: Run) -> str | None:
         return None
     return _reference_sha256(str(path) if emoji else str(ROOT / path), run.family.resolution(run.config),
                              *(() if emoji else stamp(ROOT / path)))
-
-
-def other_weights(run: Run, digest: str | None) -> str | None:
-    """Whether what has a digest of its weights was sampled with others than a run has, in words. What is not on this
-    machine, and a digest that is not known, are not compared."""
-    other = digest is not None and (ROOT / run.checkpoint).exists() and weights_sha256(run) != digest
-    return f"sampled with other weights than {run.checkpoint}" if other else None
 
 
 def weights_sha256(run: Run) -> str:

@@ -3,22 +3,20 @@
 Tables of no paper, in the same form, are in configs/papers/own/*.yaml.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eval.metrics.registry import MEASURES
-from eval.tables.study import Entry, Part, Study, config_of, entries, missing, study_of, with_common
-from run.families import family_named_by
+from eval.tables.study import Part, Study, entries, study_of
 from run.files import ROOT
 from run.settings import load_yaml
-from run.spec import Run
 from unet_caching.errors import UserError
 from unet_caching.files.schema import fault
 
 FOLDER, OWN = ROOT / "configs" / "papers", ROOT / "configs" / "papers" / "own"
+Printed = dict[str, float | str | None]         # what a row prints, by column; a string as it is printed
 
 
 class Column(NamedTuple):
@@ -49,22 +47,6 @@ class _File:
     contradictions: list[Any]
 
 
-class Row(NamedTuple):
-    """One run of a table: that of a row of the paper, or one that stands beside it."""
-    part: Part
-    entry: Entry
-    run: Run
-
-    @property
-    def label(self) -> str:
-        return self.entry.label
-
-    @property
-    def printed_as(self) -> str:
-        """The row of the paper."""
-        return self.entry.beside or self.entry.called
-
-
 def columns_of(part: Part) -> list[str]:
     """Those that any of its rows has."""
     printed = {key for entry in entries(part, part.name) for key in entry.printed}
@@ -76,9 +58,9 @@ def decimals(part: Part, column: str) -> int:
     return part.decimals.get(column, COLUMNS[column].decimals)
 
 
-def printed_rows(part: Part) -> dict[str, dict[str, float | str | None]]:
-    """What a part prints, by row and column; a string as it is printed."""
-    blank: dict[str, float | str | None] = dict.fromkeys(part.columns)
+def printed_rows(part: Part) -> dict[str, Printed]:
+    """What a part prints, by row."""
+    blank: Printed = dict.fromkeys(part.columns)
     return {entry.called: blank | entry.printed for entry in entries(part, part.name) if not entry.beside}
 
 
@@ -131,50 +113,3 @@ def find(name: str) -> Study:
         if candidate in known:
             return known[candidate]
     raise UserError(f"no table {name!r}: choose from {', '.join(known)}")
-
-
-class Runs(NamedTuple):
-    """What of a table can be run. pending: the rows of each part that cannot be run yet."""
-    rows: list[Row]
-    pending: list[tuple[Part, str]]
-
-    def beside(self, part: Part, label: str) -> list[Row]:
-        """The runs that are, or stand beside, a row of the paper."""
-        return [row for row in self.rows if (row.part.name, row.printed_as) == (part.name, label)]
-
-
-def of_table(table: Study, configs: Mapping[str, Path] | None = None) -> Runs:
-    """The runs of a table; none where it gives no settings.
-
-    configs: by family, another model's for the rows of that family. Raises UserError.
-    """
-    rows, pending = [], []
-    for part in table.parts:
-        for entry in entries(part, table.name):
-            model = entry.model or part.model
-            if not entry.run or (not model and not entry.options):
-                continue
-            if missing(entry) and table.waiting:
-                pending.append((part, entry.beside or entry.called))
-                continue
-            try:
-                family = family_named_by(config_of(model)).name
-                run = with_common(part, entry.options, str((configs or {}).get(family, model))).open()
-            except UserError as error:
-                raise UserError(f"{table.name}, row {entry.label!r}: {error}") from None
-            rows.append(Row(part, entry, run))
-    return Runs(rows, pending)
-
-
-@cache
-def printed_values(model: str) -> dict[str, list[tuple[Study, str, dict[str, float | str | None]]]]:
-    """What the papers print for the runs of a model: name of the sample folder -> (table, label, numbers) of each row.
-
-    Rows of ours that only stand beside one of the paper's are left out.
-    """
-    found: dict[str, list] = {}
-    for table in tables().values():
-        for row in [] if table.schedules else of_table(table).rows:
-            if row.run.config.name == model and not row.entry.beside:
-                found.setdefault(row.run.name, []).append((table, row.label, row.entry.printed))
-    return found

@@ -133,6 +133,11 @@ class Entry:
     def label(self) -> str:
         return f"{self.beside} / {self.called}" if self.beside else self.called
 
+    @property
+    def row(self) -> str:
+        """The row of the paper that it is, or stands beside."""
+        return self.beside or self.called
+
 
 _OF_ENTRY = [one.name for one in dataclasses.fields(Entry) if one.name != "options"]
 

@@ -66,8 +66,8 @@ def narrowed(part: Part, options: Options, given: Given) -> Part:
 
 def names_of(arm: Arm) -> set[str]:
     """What --only may call an arm."""
-    budget = {str(arm.budget), f"{arm.budget} calls"} if arm.budget else set()
-    return {arm.label, arm.kind, arm.run.name, arm.run.config.name, *budget}
+    budget = {str(arm.entry.budget), f"{arm.entry.budget} calls"} if arm.entry.budget else set()
+    return {arm.label, arm.entry.kind, arm.run.name, arm.run.config.name, *budget}
 
 
 def chosen(benches: list[Bench], options: Options) -> list[Pair]:
@@ -97,7 +97,7 @@ def listing(benches: list[Bench]) -> str:
             why_not = {kind: bench.record(arm, kind)[1] for kind in bench.kinds(arm)}
             lacking = "; ".join(f"{kind}: {why}" for kind, why in why_not.items() if why)
             there = f"{arm.present:,} of {arm.images:,}" if bench.looks_at_images else "-"
-            lines.append([arm.kind or arm.label, arm.run.name, f"{arm.run.full_calls} / {arm.run.calls}",
+            lines.append([arm.entry.kind or arm.label, arm.run.name, f"{arm.run.full_calls} / {arm.run.calls}",
                           f"{cost_of(arm.run):.2f}", f"{giga(macs_per_image(arm.run).hook):.4f}", there,
                           lacking or "yes"])
     return align(lines)

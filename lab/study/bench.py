@@ -53,21 +53,19 @@ class Bench:
         with as_user_error(f"{path}: "):
             self.show = show_of(part.show)
         self.evaluator = next((kind for kind in part.measure if kind in ("adm", "fid", "clip_score")), "")
-        whole = self._arm(against(part, path), "converged" if "near" in part.measure else "uncached")
+        whole = self._arm(against(part, path), Entry({}, "converged" if "near" in part.measure else "uncached"))
         self.also = [*self._beside()]
-        self.setup = Setup(part, whole, [self._arm(run, f"converged, {run.steps} steps") for run in self._many_steps()],
-                           given.samples / "converged")
+        self.setup = Setup(part, whole, [self._arm(run, Entry({}, f"converged, {run.steps} steps"))
+                                         for run in self._many_steps()], given.samples / "converged")
         self.open()
 
     def open(self) -> None:
         """Open the arms whose files are there."""
         found, self.left_out = opened(self.part, self.path)
-        self.entries = [entry for entry, _ in found]
-        self.arms = [replace(self._arm(run, entry.called), kind=entry.kind, budget=entry.budget)
-                     for entry, run in found]
+        self.arms = [self._arm(run, entry) for entry, run in found]
         self.names = {arm.name for arm in self.arms}
 
-    def kept(self) -> Iterator[tuple[Entry, Arm, dict[str, Result]]]:
+    def kept(self) -> Iterator[tuple[Arm, dict[str, Result]]]:
         """Arms whose files are no longer here, with the records that were kept of them: as runs without those files."""
         for entry in self.left_out:
             known = self.ledger.made_of({name: str(file) for name, file in files_of(entry).items()})
@@ -75,8 +73,7 @@ class Bench:
             run = with_common(self.part, there).open()
             if known and run.caching:
                 name = next(iter(known.values())).details["name"]
-                yield entry, replace(self._arm(run, entry.called or name.partition("/")[2]), kind=entry.kind,
-                                     budget=entry.budget), known
+                yield self._arm(run, replace(entry, called=entry.called or name.partition("/")[2])), known
 
     def _beside(self) -> Iterator["Bench"]:
         """The arms of other studies that are shown, too; their times are of this study, where it has measured them.
@@ -95,8 +92,8 @@ class Bench:
             ledger = Ledger(self.given.results / other.name / "records.jsonl", self.ledger)
             yield Bench(part, other.path, self.given, ledger)
 
-    def _arm(self, run: Run, label: str) -> Arm:
-        return of_run(run, label or run.name, self.seeds, self.given, self.evaluator)
+    def _arm(self, run: Run, entry: Entry) -> Arm:
+        return of_run(run, entry, self.seeds, self.given, self.evaluator)
 
     def _many_steps(self) -> Iterator[Run]:
         """The runs that `converged` compares with."""
@@ -173,8 +170,8 @@ class Bench:
 
     def write(self, arm: Arm, result: Result) -> None:
         """Keep what was measured of an arm, and what that is made of."""
-        entry = next((entry for entry, one in zip(self.entries, self.arms, strict=True) if one.name == arm.name), None)
-        made_of = {name: str(file) for name, file in files_of(entry).items()} if entry else {}
+        entry = next((one.entry for one in self.arms if one.name == arm.name), arm.entry)
+        made_of = {name: str(file) for name, file in files_of(entry).items()}
         details = result.details | ({"made_of": made_of} if made_of else {})
         results.write(arm.record(result.kind), replace(result, details=details))
 

@@ -111,8 +111,8 @@ def short(row: Row, rows: Rows) -> str:
 
 def _gain(row: Row, rows: Rows, other: Row | None) -> str:
     """How much nearer a row comes than another one; and which that is, where no budget says it."""
-    if row.arm.budget is not None or other is None:
-        return spread(rows.nearer(row, other), "+.1f") if row.arm.budget or not row.plain else ""
+    if row.arm.entry.budget is not None or other is None:
+        return spread(rows.nearer(row, other), "+.1f") if row.arm.entry.budget or not row.plain else ""
     return "" if row.plain else f"{spread(rows.nearer(row, other), '+.1f')} ({other.run.sampler.name}, {other.cost:g})"
 
 

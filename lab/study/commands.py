@@ -17,19 +17,6 @@ def python(line: Sequence[str], what: str) -> None:
 
 
 def evaluate(arm: Arm) -> None:
-    """Pack the images where that is asked for, and judge them by the evaluator's command, where its files are there."""
-    if not arm.packed():
-        python(arm.npz_command(), f"row {arm.label!r}")
+    """Judge the images by the evaluator's command, where its files are there. Raises UserError where it fails."""
     if not arm.missing_for_judging() and arm.measured() is None:
         python(arm.judge_command(), f"row {arm.label!r}")
-
-
-def by_commands(arms: Sequence[Arm]) -> None:
-    """Sample, pack and judge arms as the papers' tables want it, each step in a process of its own.
-
-    Raises UserError for one that fails.
-    """
-    for i, arm in enumerate(arms):
-        print(f"[{i + 1}/{len(arms)}] {arm.label}", flush=True)
-        python(arm.command(), f"row {arm.label!r}")
-        evaluate(arm)

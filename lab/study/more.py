@@ -20,7 +20,7 @@ def sentences(rows: Rows) -> list[str]:
     """How each cached arm of a budget compares with fewer steps."""
     found = []
     for row in rows.rows:
-        other = rows.rival(row) if row.arm.budget and not row.plain else None
+        other = rows.rival(row) if row.arm.entry.budget and not row.plain else None
         gain = rows.nearer(row, other)
         if other is None or gain is None:
             continue

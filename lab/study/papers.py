@@ -15,13 +15,12 @@ from typing import ClassVar, NamedTuple
 
 from eval.cost.macs import giga
 from eval.cost.runs import macs_per_image, macs_per_step
-from eval.tables.arms import Arm, Given, of_row
-from eval.tables.current import Wanted
-from eval.tables.paper import Row, Runs, find, of_table
-from eval.tables.render import as_text, render, wanted
+from eval.tables.arms import Arm, Given, Runs, runs_of
+from eval.tables.paper import find
+from eval.tables.render import Rendered, as_text
 from eval.tables.study import Study
 from eval.tables.text import align
-from lab.study.commands import by_commands
+from lab.study.commands import evaluate, python
 from run import arguments, results
 from run.cli import command
 from run.families import family_named_by, load_config
@@ -39,22 +38,19 @@ def describe(arms: Sequence[Arm], macs_steps: int | None) -> str:
 
     macs_steps: what the paper divides MACs by, where it is not the row's own steps.
     """
-    lines = [["row", "full / calls", "MACs/step G", "MACs/image T", "images there", "calls left", "PNG up to", "npz"]]
+    lines = [["row", "full / calls", "MACs/step G", "MACs/image T", "images there", "calls left", "PNG up to"]]
     for arm in arms:
         run, there = arm.run, arm.present
         lines.append([title_of(arm), f"{run.full_calls} / {run.calls}",
                       f"{giga(macs_per_step(run, macs_steps).hook):.4f}",
                       f"{macs_per_image(run).hook / 1e12:.4f}", f"{there:,} of {arm.images:,}",
-                      f"{(arm.images - there) * run.calls:,}", gigabytes(arm.pixels * arm.images),
-                      gigabytes(arm.pixels * arm.images) if arm.npz else "-"])
+                      f"{(arm.images - there) * run.calls:,}", gigabytes(arm.pixels * arm.images)])
     text = [align(lines), "",
             "Calls are of the U-Net, per image; PLMS makes one more than it has steps. With guidance each runs two",
             "rows of a batch: MACs/image counts both and all calls, MACs/step one row and the steps, as the papers do.",
             "PNG: the size of the pixels; photographs take two thirds of it or so.", ""]
     for arm in arms:
-        text += [f"# {arm.label}", shlex.join(["python", *arm.command()])]
-        text += [shlex.join(["python", *arm.npz_command()])] if arm.npz else []
-        text += [shlex.join(["python", *arm.judge_command()])]
+        text += [f"# {arm.label}", *(shlex.join(["python", *line]) for line in (arm.command(), arm.judge_command()))]
     return "\n".join(text)
 
 
@@ -116,15 +112,7 @@ class Plan(NamedTuple):
     def shown(self, folder: Path, trials: bool = False) -> str:
         """The table, with the results in a folder, of what the user asked for."""
         found = list(results.read_all(folder)) if folder.is_dir() else []
-        arms = {(arm.section, arm.label): arm for arm in self.arms}
-
-        def asked(row: Row, kind: str) -> Wanted:
-            arm = arms.get((row.part.name, row.label))
-            if arm is None or arm.evaluator != kind:
-                return wanted(row, kind)
-            return replace(arm.wanted, images=row.part.images or arm.images, published=bool(self.table.paper))
-
-        text = as_text(render(self.table, self.runs, found, asked, trials))
+        text = as_text(Rendered(self.table, self.runs, found, trials))
         if not self.others:
             return text
         return f"{text}\n\n{', '.join(sorted(self.others))} in the place of the table's models: no reproduction"
@@ -132,16 +120,15 @@ class Plan(NamedTuple):
 
 def make_plan(table: Study, options: Options, given: Given) -> Plan:
     """A table's runs by the user's options. Raises UserError."""
-    own = {row.run.config.name for row in of_table(table).rows}
+    own = {arm.run.config.name for arm in runs_of(table).arms}
     named = {path: load_config(path).name for path in options.config}
     if not table.paper and given.images:        # no paper says how many images its rows are judged on
         table = replace(table, parts=[replace(part, images=given.images) for part in table.parts])
-    runs = of_table(table, {family_named_by(path).name: path for path, name in named.items() if name not in own})
+    others = {family_named_by(path).name: path for path, name in named.items() if name not in own}
+    runs, alone = runs_of(table, given, others), own & set(named.values())
     if table.schedules:
         return Plan(table, runs, [])
-    alone = own & set(named.values())
-    arms = [of_row(row, given) for row in runs.rows if not alone or row.run.config.name in alone]
-    arms = chosen(arms, options.only)
+    arms = chosen([arm for arm in runs.arms if not alone or arm.run.config.name in alone], options.only)
     given.check_one_model({arm.run.config.name for arm in arms})
     return Plan(table, runs, arms, {arm.run.config.name for arm in arms} - own)
 
@@ -163,16 +150,17 @@ def main() -> None:
     arms = plan.arms
     print(f"{describe(arms, plan.table.macs_steps)}\n\n{disk(arms, given.samples)}")
     lacking = list(dict.fromkeys(thing for arm in arms for thing in arm.missing_for_sampling()))
-    unjudged = list(dict.fromkeys(thing for arm in arms for thing in arm.missing_for_judging()))
-    for thing in lacking:
-        print(f"missing: {thing}")
-    for thing in unjudged:
-        print(f"not judged without: {thing}")
+    unjudged = dict.fromkeys(thing for arm in arms for thing in arm.missing_for_judging())
+    print("".join([*(f"missing: {thing}\n" for thing in lacking),
+                   *(f"not judged without: {thing}\n" for thing in unjudged)]), end="")
     if not options.dry_run:
         if lacking:
             raise UserError(f"missing: {'; '.join(lacking)}")
         print(flush=True)
-        by_commands(arms)
+        for number, arm in enumerate(arms, 1):
+            print(f"[{number}/{len(arms)}] {arm.label}", flush=True)
+            python(arm.command(), f"row {arm.label!r}")
+            evaluate(arm)
     print(f"\n{plan.shown(given.results, options.trials)}\n\nA dash: not printed in the paper, or not measured here "
           f"(results in {given.results}/).")
 

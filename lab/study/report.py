@@ -96,7 +96,7 @@ def pack(benches: Sequence[Bench]) -> None:
     found, names = [], set[str]()
     for bench in benches:
         found += [one for arm in bench.all for one in bench.records(arm).values()]
-        found += [one for _, _, kept in bench.kept() for one in kept.values()]
+        found += [one for _, kept in bench.kept() for one in kept.values()]
         notes = {name: bench.note(Path(name)) for name in bench.part.made}
         found += [note for note in notes.values() if note]
         names |= {arm.name for one in (bench, *bench.also) for arm in one.all} | notes.keys()

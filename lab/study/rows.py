@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 
 from eval.cost.runs import in_full_calls, macs_per_image
 from eval.metrics.intervals import mean_estimate
-from eval.tables.arms import Arm
+from eval.tables.arms import Arm, runs_of
 from eval.tables.current import trained_on
-from eval.tables.paper import printed_values
+from eval.tables.paper import Printed, tables
+from eval.tables.study import Study
 from lab.study.bench import Bench
 from run import arguments
 from run.results import Metric, Result
@@ -49,7 +50,7 @@ class Row:
     @cached_property
     def kind(self) -> str:
         """What makes it cheap."""
-        return self.arm.kind or kind_of(self.run)
+        return self.arm.entry.kind or kind_of(self.run)
 
     @property
     def plain(self) -> bool:
@@ -126,16 +127,30 @@ def rows_of(bench: Bench) -> list[Row]:
     model, timed = bench.setup.whole.run.config, "time" in bench.part.measure
     printed = {} if trained_on(model) else printed_values(model.name)
     found = []
-    for entry, arm in zip(bench.entries, bench.arms, strict=True):
+    for arm in bench.arms:
         records = bench.records(arm)
         if records or not bench.kinds(arm):
-            found.append(Row(arm, records, timed, bench.cost_of_making(entry), printed.get(arm.run.name, ())))
-    for entry, arm, records in bench.kept():
+            found.append(Row(arm, records, timed, bench.cost_of_making(arm.entry), printed.get(arm.run.name, ())))
+    for arm, records in bench.kept():
         name = next(iter(records.values())).details["name"].partition("/")[2]
-        found.append(Row(arm, records, timed, bench.cost_of_making(entry), kept_as=name))
+        found.append(Row(arm, records, timed, bench.cost_of_making(arm.entry), kept_as=name))
     names = {row.name for row in found}
     return [*found, *(replace(row, timed=timed) for other in bench.also for row in rows_of(other)
                       if row.name not in names)]
+
+
+@cache
+def printed_values(model: str) -> dict[str, list[tuple[Study, str, Printed]]]:
+    """What the papers print for the runs of a model: name of the sample folder -> (table, label, numbers) of each row.
+
+    Rows of ours that only stand beside one of the paper's are left out.
+    """
+    found: dict[str, list] = {}
+    for table in tables().values():
+        for arm in [] if table.schedules else runs_of(table).arms:
+            if arm.run.config.name == model and not arm.entry.beside:
+                found.setdefault(arm.run.name, []).append((table, arm.label, arm.entry.printed))
+    return found
 
 
 def front(points: Sequence[Sequence[float]], higher: bool) -> list[int]:
@@ -177,8 +192,8 @@ class Rows:
         as the row; None where none does.
         """
         plain = [one for one in self.rows if one.plain and one.psnr is not None and among(one)]
-        if row.arm.budget is not None:
-            near = [one for one in plain if one.arm.budget == row.arm.budget]
+        if row.arm.entry.budget is not None:
+            near = [one for one in plain if one.arm.entry.budget == row.arm.entry.budget]
         else:
             known, wanted = [(value, one) for one in plain if (value := cost(one)) is not None], cost(row)
             dear = [value for value, _ in known if wanted is not None and value >= EQUAL * wanted]

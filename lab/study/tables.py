@@ -47,8 +47,8 @@ class Shown:
     @property
     def left_out(self) -> list[Entry]:
         """The arms that there is nothing of, since a file is not here."""
-        kept = [entry for entry, _, _ in self.bench.kept()]
-        return [entry for entry in self.bench.left_out if entry not in kept]
+        kept = [arm.entry.options for arm, _ in self.bench.kept()]
+        return [entry for entry in self.bench.left_out if entry.options not in kept]
 
     @property
     def total(self) -> int:
@@ -89,8 +89,8 @@ class Shown:
         """One of all arms, or one for each budget."""
         if self.show.by != "budget":
             return [self._table("", self.rows.rows)]
-        budgets = sorted({row.arm.budget for row in self.rows.rows if row.arm.budget is not None})
-        return [self._table(f"{budget} calls", [row for row in self.rows.rows if row.arm.budget == budget])
+        budgets = sorted({row.arm.entry.budget for row in self.rows.rows if row.arm.entry.budget is not None})
+        return [self._table(f"{budget} calls", [row for row in self.rows.rows if row.arm.entry.budget == budget])
                 for budget in budgets]
 
     def _table(self, heading: str, rows: Sequence[Row]) -> Table:
@@ -107,5 +107,9 @@ def named(rows: Sequence[Row], whole: Row) -> list[Row]:
     them apart; else the name of their run."""
     among = Rows(rows, whole)
     names = [short(row, among) for row in rows]
-    return [row if row.arm.label != row.run.name or names.count(name) > 1
-            else replace(row, arm=replace(row.arm, label=name)) for row, name in zip(rows, names, strict=True)]
+
+    def called(row: Row, name: str) -> Row:
+        return replace(row, arm=replace(row.arm, entry=replace(row.arm.entry, called=name)))
+
+    return [row if row.arm.label != row.run.name or names.count(name) > 1 else called(row, name)
+            for row, name in zip(rows, names, strict=True)]

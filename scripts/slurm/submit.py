@@ -97,17 +97,14 @@ class Graph:
                                                     *arm.command(seeds="")],
                 more=[f"--array={format_seeds(tasks)}{throttle}"]))
 
-        lines = [] if arm.packed() else [arm.npz_command()]
-        if not arm.missing_for_judging() and (missing or arm.why_not()):
-            lines.append(arm.judge_command())
-        if not lines:
+        if arm.missing_for_judging() or not (missing or arm.why_not()):
             return [*sampled, *sorted(arriving)]
         name = f"evaluate:{arm.result}"
         if not sampled and (there := self._there(name)):
             self.keep += there
             return there
         return [self._add(name, f"evaluate {arm.label}", self.side, "evaluate", f"evaluate_{label}_%j",
-                          ["run.sbatch", *(shlex.join([sys.executable, *line]) for line in lines)],
+                          ["run.sbatch", shlex.join([sys.executable, *arm.judge_command()])],
                           sampled, sorted(arriving))]
 
     def add_table(self, words: Sequence[str], file: Path, arms: Sequence[Arm], after: Sequence[str]) -> None:
