@@ -17,7 +17,7 @@ MOST = COLORS = 8           # lines of a plot; colours
 # The colour of a method, the same in every plot, by what its name holds, the first that fits; else by its last number.
 HUES = {"plan": 3, "front": 0, "fewer steps": 0, "uncached": 0, "no cache": 0, "Block Caching": 4, "blocks": 4,
         "transformers": 4, "Clockwork": 5, "Learning-to-Cache": 6, "adaptive": 7, "forecast None": 1, "forecast": 2,
-        "reuse": 1, "uniform": 1, "DeepCache": 1, "both": 6, "package": 5, "macs": 0, "paper": 7}
+        "reuse": 1, "uniform": 1, "DeepCache": 1, "both": 6, "package": 5, "macs": 0}
 SHAPES = ("M-5,0a5,5 0 1 0 10,0a5,5 0 1 0 -10,0z", "M-4.5,-4.5h9v9h-9z", "M0,-6l5.5,10h-11z", "M0,-6l6,6l-6,6l-6,-6z",
           "M0,6l5.5,-10h-11z")
 

@@ -25,9 +25,8 @@ from eval.tables.study import Part, Study, missing
 from eval.tables.text import align
 from lab.study.bench import Bench
 from lab.study.measures import FEWEST
-from lab.study.page import make_images
 from lab.study.papers import disk
-from lab.study.report import render
+from lab.study.report import make_images, render
 from lab.study.rows import cost_of
 from lab.study.runner import Pair, carry_out, end_with_parent, supervise
 from lab.study.tables import Shown, open_benches

@@ -142,10 +142,9 @@ class Bench:
 
     def to_sample(self, arm: Arm) -> bool:
         """Whether images of an arm are looked at that are not there."""
-        if any(arm.name == one.name for one in (self.setup.whole, *self.setup.converged)):
-            return any(MEASURES[kind].images for one in self.arms for kind in self.lacking(one)) and (
-                bool(missing_seeds(arm.folder, arm.seeds)))
-        return any(MEASURES[kind].images for kind in self.lacking(arm)) and bool(missing_seeds(arm.folder, arm.seeds))
+        beside = any(arm.name == one.name for one in (self.setup.whole, *self.setup.converged))
+        looking = (kind for one in (self.arms if beside else [arm]) for kind in self.lacking(one))
+        return any(MEASURES[kind].images for kind in looking) and bool(missing_seeds(arm.folder, arm.seeds))
 
     def complete(self, arm: Arm) -> bool:
         return not self.lacking(arm) and not self.to_sample(arm)
@@ -205,45 +204,47 @@ class Bench:
         folder.fill(list(arm.seeds), distances.machine.batch_size, images)
         model.write_listing(folder)
 
-    def made(self, file: Path) -> Path:
+    def made(self, file: str) -> Path:
         """Where it is noted how a file was made, while the study runs."""
-        return self.given.samples / "made" / f"{str(file).replace('/', '_')}.json"
+        return self.given.samples / "made" / f"{file.replace('/', '_')}.json"
 
-    def note(self, file: Path) -> Result | None:
+    def note(self, file: str) -> Result | None:
         """How a file was made; None where that is not known, as of one that was made anew elsewhere."""
         path = self.made(file)
-        found = results.read(path) if path.is_file() else self.ledger.note(file, MADE)
+        found = results.read(path) if path.is_file() else self.ledger.known.get((file, MADE, ""))
         changed = found and (ROOT / file).is_file() and found.hashes["file"] != sha256(ROOT / file)
         return None if changed else found
 
     def make(self) -> None:
         """Make the files that are not there, and note how long each took. Raises UserError where that fails."""
-        asked = [other for entry in entries(self.part, self.path) for path in files_of(entry).values()
-                 if str(path) in self.part.made for other in needed(str(path), self.part.made)]
         common = shlex.join(with_common(self.part, {}).words())
-        for name in dict.fromkeys(asked):
-            path = Path(name)
-            if (ROOT / path).is_file():
+        for name in self._made_for(*entries(self.part, self.path)):
+            path = ROOT / name
+            if path.is_file():
                 continue
-            (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             line = ["-m", *shlex.split(self.part.made[name].replace("{common}", common)), "--out", name]
-            print(shlex.join(["python", *line]), flush=True)
+            said = shlex.join(["python", *line])
+            print(said, flush=True)
             started, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
             python(line, name)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu = sum(getattr(after, one) - getattr(before, one) for one in ("ru_utime", "ru_stime"))
-            results.write(self.made(path), Result(
-                MADE, self.setup.whole.run.config.name, hashes={"file": sha256(ROOT / path)},
-                provenance=provenance("cpu"), details={"file": name, "command": shlex.join(["python", *line]),
-                                                       "cpu_s": round(cpu, 2), "bytes": (ROOT / path).stat().st_size}
+            results.write(self.made(name), Result(
+                MADE, self.setup.whole.run.config.name, hashes={"file": sha256(path)}, provenance=provenance("cpu"),
+                details={"file": name, "command": said, "cpu_s": round(cpu, 2), "bytes": path.stat().st_size}
                 ).stamped(started))
         self.open()
+
+    def _made_for(self, *arms: Entry) -> list[str]:
+        """The files of some arms that the study makes, and those that these are made of, in the order of making."""
+        own = (str(path) for arm in arms for path in files_of(arm).values() if str(path) in self.part.made)
+        return list(dict.fromkeys(other for path in own for other in needed(path, self.part.made)))
 
     def cost_of_making(self, entry: Entry) -> float | None:
         """CPU seconds that all files of an arm took, those that they are made of included; None where one's is not
         known."""
         if any(str(path) not in self.part.made for path in files_of(entry).values()):
             return None
-        files = dict.fromkeys(other for own in files_of(entry).values() for other in needed(str(own), self.part.made))
-        notes = [self.note(Path(file)) for file in files]
+        notes = [self.note(file) for file in self._made_for(entry)]
         return None if None in notes else sum(note.details["cpu_s"] for note in notes if note)

@@ -71,7 +71,7 @@ def chart(rows: Rows, show: Show, name: str, cost: str) -> Plot:
         """How far the marks of a line are behind the best that costs as little, in the mean."""
         own = [(price, value.value if higher else -value.value) for price, value, _ in kinds[kind]]
         return float(np.mean([max(v for c, v in every if c <= ALIKE * price) - value for price, value in own]))
-    beside = [] if show.lines else [_front(rows, axis, name, kinds), *_printed(rows, axis, name, cost)]
+    beside = [] if show.lines else [_front(rows, axis, name, kinds)]
     most = MOST - len(beside)
     kept = sorted(sorted(kinds, key=shortfall)[:most], key=list(kinds).index)       # all are in the table
     lines = [Line(kind, [_mark(*one, rows) for one in sorted(kinds[kind], key=lambda one: one[0])], show.lines)
@@ -127,14 +127,6 @@ def _front(rows: Rows, axis: Axis, name: str, kinds: dict[str, list[tuple[float,
     places = {id(rows.rows[i]) for i in on_front(rows, axis.of, name)}
     marks = [Mark(price, value.value) for own in kinds.values() for price, value, row in own if id(row) in places]
     return Line("front", sorted(marks, key=lambda mark: mark.x), dots=False)
-
-
-def _printed(rows: Rows, axis: Axis, name: str, cost: str) -> list[Line]:
-    """What the papers print for the same settings."""
-    column = MEASURES[name].column or "" if name in MEASURES else ""
-    marks = [Mark(float(axis.of(row) or 0), float(numbers[column]), note=f"{table.name}, {label}")
-             for row in rows.rows for table, label, numbers in row.printed if column in numbers]
-    return [Line("paper", marks, joined=False)] if marks and cost == "macs" else []
 
 
 def maps(rows: Rows, down: str, across: str) -> list[Map]:

@@ -1,7 +1,7 @@
 """What has been measured of a study: records beside the images while it runs, and one file of all of them once it is
 rendered."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from eval.tables.arms import Arm
@@ -13,36 +13,27 @@ Key = tuple[str, str, str]      # the run, the measure, the seeds
 
 
 class Ledger:
-    """The records of a study, by arm and measure; they are looked for beside the images, then in the file of all."""
+    """The records of a study, by arm and measure; they are looked for beside the images and in the file of all."""
 
     def __init__(self, packed: Path, before: "Ledger | None" = None):
         """packed: the file of all. before: another study's, whose times are taken first."""
         self.packed = packed
-        found = {_key(result): result for result in (results.read_packed(packed) if packed.is_file() else ())}
-        first = {key: one for key, one in before.known.items() if key[1] == "time"} if before else {}
-        self.known: dict[Key, Result] = found | first
+        self.known: dict[Key, Result] = {
+            _key(result): result for result in (results.read_packed(packed) if packed.is_file() else ())}
+        self.known |= {key: one for key, one in before.known.items() if key[1] == "time"} if before else {}
 
     def record(self, arm: Arm, kind: str, wanted: Wanted) -> tuple[Result | None, str | None]:
         """The record of a measure that is current; without one why that is so, in words."""
-        _, found, why_not = match(self._candidates(arm, kind, wanted), wanted)
-        return found, None if found else why_not or "no"
-
-    def _candidates(self, arm: Arm, kind: str, wanted: Wanted) -> Iterable[tuple[Path, Result]]:
         path = arm.record(kind)
-        if path.is_file():
-            yield path, results.read(path)
-        own = (arm.name, kind, wanted.seeds or "")
-        if own in self.known:
-            yield self.packed, self.known[own]
-        yield from ((self.packed, one) for key, one in self.known.items() if key[:2] == own[:2] and key != own)
+        found = [(path, results.read(path))] if path.is_file() else []
+        found += [(self.packed, one) for (name, measure, _), one in self.known.items()
+                  if (name, measure) == (arm.name, kind)]
+        _, result, why_not = match(found, wanted)
+        return result, None if result else why_not or "no"
 
     def made_of(self, files: dict[str, str]) -> dict[str, Result]:
         """The records of an arm that is made of these files, by option; by measure."""
         return {result.kind: result for result in self.known.values() if result.details.get("made_of") == files}
-
-    def note(self, path: Path, kind: str) -> Result | None:
-        """What is noted of a file that was made."""
-        return self.known.get((str(path), kind, ""))
 
     def pack(self, found: Sequence[Result], names: set[str]) -> None:
         """Write the file of all records: these, and those of other seeds of the same runs and files."""

@@ -123,22 +123,19 @@ def _real(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet | None]:
 
 def near(arm: Arm, setup: Setup) -> Result:
     """How near each seed comes."""
-    started, distances, seeds = time.time(), setup.distances, list(arm.seeds)
+    started, distances = time.time(), setup.distances
     distances.check(arm.run)
-    psnr = distances.of(arm.run, seeds, title=arm.label)
-    settings = distances.on(arm.run).settings | {"cache": arm.run.caching.settings}
-    details = {"psnr": [round(float(value), 4) for value in psnr]}
-    return _of_run("near", arm, setup, settings, {PSNR: Metric.of(mean_estimate(psnr))}, details, started)
+    psnr = distances.of(arm.run, list(arm.seeds), title=arm.label)
+    return _of_run("near", arm, setup, distances.on(arm.run).settings, {PSNR: Metric.of(mean_estimate(psnr))},
+                   {"psnr": [round(float(value), 4) for value in psnr]}, started)
 
 
 def twice(arm: Arm, setup: Setup) -> Result:
     """How near the run that all are compared with comes to one of twice as many steps, on the first seeds."""
-    started, distances, seeds = time.time(), setup.distances, list(arm.seeds)[:setup.part.twice]
-    psnr = distances.of(with_steps(arm.run, 2), seeds, title="twice the steps")
-    found = _of_run("twice", arm, setup, distances.model.settings | {"cache": arm.run.caching.settings},
-                    {PSNR: Metric.of(mean_estimate(psnr))}, {}, started)
-    about = {"seeds": format_seeds(seeds), "against": with_steps(arm.run, 2).brief}
-    return replace(found, images=len(seeds), details=found.details | about)
+    started, run, first = time.time(), with_steps(arm.run, 2), replace(arm, seeds=list(arm.seeds)[:setup.part.twice])
+    psnr = setup.distances.of(run, list(first.seeds), title="twice the steps")
+    return _of_run("twice", first, setup, setup.distances.model.settings, {PSNR: Metric.of(mean_estimate(psnr))},
+                   {"against": run.brief}, started)
 
 
 def with_steps(run: Run, times: int) -> Run:
@@ -152,17 +149,17 @@ def spent(arm: Arm, setup: Setup) -> Result:
     adaptive = arm.run.caching.of(AdaptiveMethod)
     assert adaptive is not None         # or it does not apply
     calls = spent_on(model, adaptive.rule, list(arm.seeds), setup.whole.on.batch_size)
-    settings = model.settings | {"cache": arm.run.caching.settings}
-    return _of_run("spent", arm, setup, settings, {"full calls": Metric.of(mean_estimate(calls))},
+    return _of_run("spent", arm, setup, model.settings, {"full calls": Metric.of(mean_estimate(calls))},
                    {"calls": calls.round(4).tolist()}, started)
 
 
-def _of_run(kind: str, arm: Arm, setup: Setup, settings: dict[str, Any], metrics: dict[str, Metric],
+def _of_run(kind: str, arm: Arm, setup: Setup, model: dict[str, Any], metrics: dict[str, Metric],
             details: dict[str, Any], started: float) -> Result:
+    """model: the settings of what was sampled with."""
     about = {"name": arm.name, "seeds": format_seeds(arm.seeds), "against": setup.whole.run.brief,
              "full_calls": in_full_calls(arm.run)}
-    return Result(kind, arm.run.config.name, settings, arm.images, metrics,
-                  hashes={"checkpoint": settings["checkpoint_sha256"]}, macs=Cost(*macs_per_step(arm.run)),
+    return Result(kind, arm.run.config.name, model | {"cache": arm.run.caching.settings}, arm.images, metrics,
+                  hashes={"checkpoint": model["checkpoint_sha256"]}, macs=Cost(*macs_per_step(arm.run)),
                   provenance=provenance(setup.device), details=about | details).stamped(started)
 
 
@@ -204,13 +201,12 @@ def fidelity(arm: Arm, setup: Setup) -> Result:
 def converged(arm: Arm, setup: Setup) -> Result:
     """The error to a run of many steps; no metric where twice as many change it by more than 5 %."""
     started, samples = time.time(), setup.images(arm)
-    others = [setup.images(one) for one in setup.converged]
-    found = pairs.to_converged(samples, others[0], others[1])
-    names = ("against", "twice")
+    others = dict(zip(("against", "twice"), setup.converged, strict=True))
+    images = {name: setup.images(one) for name, one in others.items()}
+    found = pairs.to_converged(samples, images["against"], images["twice"])
     return _of_images("converged", arm, setup, samples, pairs.converged_metrics(found), started,
-                      {name: str(one.folder) for name, one in zip(names, setup.converged, strict=True)},
-                      {"images": pixels_sha256(samples), **{
-                          name: pixels_sha256(images) for name, images in zip(names, others, strict=True)}},
+                      {name: str(one.folder) for name, one in others.items()},
+                      {name: pixels_sha256(one) for name, one in {"images": samples, **images}.items()},
                       {"convergence": found},
                       against=setup.converged[0])
 

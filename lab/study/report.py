@@ -1,26 +1,34 @@
 """What a study ends in: records.jsonl, table.md, charts, sheets of images, and a page to look at, in results/NAME/."""
 
+import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from eval.metrics.images import open_images
+from eval.tables.arms import Arm
+from eval.tables.calls import calls_of
+from eval.tables.page import Page, Pictures, Section, pictures_of, write
 from eval.tables.plots import heat_maps, sample_rows
 from eval.tables.study import Study, missing
 from eval.tables.svg import sheet
 from eval.tables.text import markdown
 from lab.study.bench import Bench
 from lab.study.charts import charts, maps
-from lab.study.more import MORE
-from lab.study.page import write_page
-from lab.study.rows import Rows
+from lab.study.columns import on_front, scores_of
+from lab.study.more import MORE, sentences
+from lab.study.rows import PLAIN, Row, Rows
 from lab.study.show import Show
-from lab.study.tables import Shown
+from lab.study.tables import Shown, Table
 from run.files import write_atomically
 from run.folder import missing_seeds
+from run.image_model import fill, open_model
+from run.provenance import provenance
 
 AMPLIFIED = 8           # differences in a sheet of images
+MOST, FIRST, WORST = 10, 6, 2       # arms whose images and calls are shown; seeds, and those where one is furthest
 
 
 def text_of(shown: Shown) -> list[str]:
@@ -97,8 +105,96 @@ def pack(benches: Sequence[Bench]) -> None:
     for bench in benches:
         found += [one for arm in bench.all for one in bench.records(arm).values()]
         found += [one for _, kept in bench.kept() for one in kept.values()]
-        notes = {name: bench.note(Path(name)) for name in bench.part.made}
-        found += [note for note in notes.values() if note]
-        names |= {arm.name for one in (bench, *bench.also) for arm in one.all} | notes.keys()
-        names |= {bench.setup.whole.name}
+        found += filter(None, map(bench.note, bench.part.made))
+        names |= bench.part.made.keys() | {arm.name for one in (bench, *bench.also)
+                                           for arm in (one.setup.whole, *one.all)}
     benches[0].ledger.pack(found, names)
+
+
+def looked_at(shown: Shown, table: Table) -> list[Row]:
+    """The rows whose images are shown: where there are too many those on the front, or one of each kind at about the
+    cost of the middle one of the cached rows."""
+    rows = table.rows
+    if len(rows) <= MOST or shown.show.by:
+        return rows[:MOST]
+    if not shown.show.lines:
+        places = on_front(shown.rows, lambda row: row.macs, next(iter(scores_of(shown.rows)), ""))
+        return [shown.rows.rows[i] for i in places][:MOST]
+    cached = sorted(row.cost for row in rows if not row.plain) or sorted(row.cost for row in rows)
+    middle, found = cached[len(cached) // 2], dict[str, Row]()
+    for row in sorted(rows, key=lambda row: (round(abs(math.log(row.cost / middle)), 1), -_mean(row))):
+        found.setdefault(PLAIN if row.plain else row.kind, row)
+    return sorted(found.values(), key=lambda row: -_mean(row))[:MOST]
+
+
+def _mean(row: Row) -> float:
+    return 0.0 if row.psnr is None else float(row.psnr.mean())
+
+
+def folder_of(shown: Shown, study: Study, arm: Arm) -> Path:
+    """Where the images of an arm are; of a study that looks at none the page has some of its own."""
+    if shown.bench.looks_at_images:
+        return arm.folder
+    return shown.bench.given.samples / "pages" / study.name / arm.run.name
+
+
+def seeds_of(shown: Shown, rows: Sequence[Row]) -> list[int]:
+    """Which seeds are looked at, of those that report: all; or the first, and those where a row is furthest."""
+    report = list(shown.bench.seeds)[shown.rows.report]
+    if shown.bench.looks_at_images:
+        return report
+    worst = [report[int(i)] for row in rows if row.psnr is not None
+             for i in np.argsort(row.psnr[shown.rows.report])[:WORST]]
+    return sorted(dict.fromkeys([*report[:FIRST], *worst]))
+
+
+def make_images(study: Study, shown: Shown) -> None:
+    """Sample the images of the page, where the study looks at none, unless they are there. Raises UserError."""
+    if shown.bench.looks_at_images or not shown.rows.rows:
+        return
+    rows = looked_at(shown, shown.tables[0])
+    for arm in (shown.bench.setup.whole, *(row.arm for row in rows)):
+        if missing_seeds(folder_of(shown, study, arm), seeds_of(shown, rows)):
+            fill(open_model(arm.run, arm.on), seeds_of(shown, rows), folder_of(shown, study, arm), arm.on)
+
+
+def pictures(study: Study, shown: Shown, rows: Sequence[Row]) -> list[Pictures]:
+    """The images that are there; none without those of the run that all are compared with."""
+    whole, seeds = shown.bench.setup.whole, seeds_of(shown, rows)
+    whole = next((row.arm for row in rows if row.arm.name == whole.name and not shown.show.by), whole)
+    arms = {whole.label: whole, **{label_of(shown, row): row.arm for row in rows if row.arm.name != whole.name}}
+    folders = {label: folder for label, arm in arms.items()
+               if not missing_seeds(folder := folder_of(shown, study, arm), seeds)}
+    about = {label_of(shown, row): f"{row.run.name}, {row.cost:.2f} full calls" for row in rows}
+    return pictures_of(folders, seeds, about) if whole.label in folders and len(folders) > 1 else []
+
+
+def label_of(shown: Shown, row: Row) -> str:
+    return row.kind if shown.show.by else row.arm.label
+
+
+def sections(study: Study, shown: Shown) -> list[Section]:
+    """A part of the page: one section, or one of the charts and one for each budget."""
+    plots, by = charts(shown.rows, shown.show), shown.show.by
+    words = [line.removeprefix("- ") for line in sentences(shown.rows)] if "sentences" in shown.show.more else []
+    found = [Section(shown.title, [shown.counted], plots=plots)] if by else []
+    for table in shown.tables:
+        rows = looked_at(shown, table)
+        found.append(Section(
+            table.heading or shown.title, () if by else [shown.counted, *words], table.lines, () if by else plots,
+            pictures(study, shown, rows), {label_of(shown, row): calls_of(row.run) for row in rows},
+            {label_of(shown, row): shlex.join(["python", *row.arm.command()]) for row in table.rows}))
+    return found
+
+
+def write_page(study: Study, shown: Sequence[Shown], folder: Path) -> Path:
+    """Write the page of what is measured into a folder; returns its path."""
+    where = provenance(shown[0].bench.setup.device)
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    made_by = [f"Made by `python -m lab.study {study.name}` at commit {where['commit'] or 'unknown'}.",
+               f"{where['device_name']}; {versions}."]
+    about = " ".join(dict.fromkeys(line for part in shown for line in part.about))
+    lead = ["Every arm starts from the same seeds.", *([study.about] if study.about else []), about]
+    path = folder / "index.html"
+    write(Page(study.title, lead, [one for part in shown for one in sections(study, part)], made_by), path)
+    return path

@@ -1,8 +1,8 @@
 """The arms of a study that are measured, and what they are compared with in its tables and charts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,7 @@ import numpy as np
 
 from eval.cost.runs import in_full_calls, macs_per_image
 from eval.metrics.intervals import mean_estimate
-from eval.tables.arms import Arm, runs_of
-from eval.tables.current import trained_on
-from eval.tables.paper import Printed, tables
-from eval.tables.study import Study
+from eval.tables.arms import Arm
 from lab.study.bench import Bench
 from run import arguments
 from run.results import Metric, Result
@@ -35,7 +32,6 @@ class Row:
     records: Mapping[str, Result]       # by measure
     timed: bool = False                 # whether the study measures time
     made: float | None = 0.0            # CPU seconds that its files took; None where that is not known
-    printed: Sequence[tuple] = field(default_factory=tuple)     # what the papers print for it: (table, label, numbers)
     kept_as: str = ""                   # the name of its run, where a file of that is no longer here
 
     @property
@@ -82,9 +78,8 @@ class Row:
     def psnr(self) -> np.ndarray | None:
         """To the run that all are compared with, of each seed, dB: of latents where those were looked at."""
         found = self.records.get("near") or self.records.get("fidelity")
-        if found is None:
-            return None
-        return np.array([EXACT if value is None else value for value in found.details["psnr"]])
+        values = found.details["psnr"] if found else ()
+        return np.array([EXACT if value is None else value for value in values]) if found else None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -124,33 +119,15 @@ def kind_of(run: Run) -> str:
 
 def rows_of(bench: Bench) -> list[Row]:
     """The arms of a part of which something is measured."""
-    model, timed = bench.setup.whole.run.config, "time" in bench.part.measure
-    printed = {} if trained_on(model) else printed_values(model.name)
-    found = []
-    for arm in bench.arms:
-        records = bench.records(arm)
-        if records or not bench.kinds(arm):
-            found.append(Row(arm, records, timed, bench.cost_of_making(arm.entry), printed.get(arm.run.name, ())))
+    timed = "time" in bench.part.measure
+    found = [Row(arm, records, timed, bench.cost_of_making(arm.entry)) for arm in bench.arms
+             if (records := bench.records(arm)) or not bench.kinds(arm)]
     for arm, records in bench.kept():
         name = next(iter(records.values())).details["name"].partition("/")[2]
-        found.append(Row(arm, records, timed, bench.cost_of_making(arm.entry), kept_as=name))
+        found.append(Row(arm, records, timed, bench.cost_of_making(arm.entry), name))
     names = {row.name for row in found}
     return [*found, *(replace(row, timed=timed) for other in bench.also for row in rows_of(other)
                       if row.name not in names)]
-
-
-@cache
-def printed_values(model: str) -> dict[str, list[tuple[Study, str, Printed]]]:
-    """What the papers print for the runs of a model: name of the sample folder -> (table, label, numbers) of each row.
-
-    Rows of ours that only stand beside one of the paper's are left out.
-    """
-    found: dict[str, list] = {}
-    for table in tables().values():
-        for arm in [] if table.schedules else runs_of(table).arms:
-            if arm.run.config.name == model and not arm.entry.beside:
-                found.setdefault(arm.run.name, []).append((table, arm.label, arm.entry.printed))
-    return found
 
 
 def front(points: Sequence[Sequence[float]], higher: bool) -> list[int]:
