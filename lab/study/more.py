@@ -1,7 +1,7 @@
 """What a study tells beside the table of its arms. Another one is a function here and its word in MORE: of the rows,
 the lines of table.md; none where there is nothing to tell."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -33,25 +33,23 @@ def sentences(rows: Rows) -> list[str]:
     return found
 
 
-def by_cost(rows: Rows) -> list[Row]:
-    """The dearest first."""
-    return sorted(rows.rows, key=lambda row: (-row.cost, row.name))
+def under(text: str, table: Sequence[Sequence[str]]) -> list[str]:
+    """A table under what it tells; nothing of one that has no more than a head."""
+    return [text, "", *markdown(table)] if len(table) > 1 else []
 
 
 def judged(rows: Rows) -> list[str]:
     """How much further from real images than those of the run without caching each row's are."""
     measures = [one for one in SMALL_MEASURES if any(row.metric(minus_uncached(one.name)) for row in rows.rows)]
     table: list[tuple[str, ...]] = [("run", "cost, calls", *(one.heading for one in measures))]
-    for row in by_cost(rows):
+    for row in sorted(rows.rows, key=lambda row: (-row.cost, row.name)):
         found = [row.metric(minus_uncached(one.name)) for one in measures]
         if found and all(found):
             table.append((row.name, f"{row.cost:.2f}", *(
                 spread(metric, "+.2f", one.scale) for metric, one in zip(found, measures, strict=True))))
-    if len(table) == 1:
-        return []
-    return ["How much further from real images than the converged images of the same seeds: distances of feature "
-            "distributions (`eval.quality`) on all seeds, less those of the converged images, with 95 % intervals of "
-            "the paired difference; below zero is nearer.", "", *markdown(table)]
+    return under("How much further from real images than the converged images of the same seeds: distances of feature "
+                 "distributions (`eval.quality`) on all seeds, less those of the converged images, with 95 % "
+                 "intervals of the paired difference; below zero is nearer.", table)
 
 
 def orders(rows: Rows) -> list[str]:
@@ -71,8 +69,8 @@ def orders(rows: Rows) -> list[str]:
             slopes = np.diff(list(own.values())) / 20 / np.diff(np.log10(list(own)))
             table.append((kind, sampler, str(interval or "-"), ", ".join(map(str, own)),
                           ", ".join(f"{slope:.2f}" for slope in slopes)))
-    return ["How fast the error falls as all steps shrink: the slope of log(error) over log(steps), between one number "
-            "of steps and the next.", "", *markdown(table)] if len(table) > 1 else []
+    return under("How fast the error falls as all steps shrink: the slope of log(error) over log(steps), between one "
+                 "number of steps and the next.", table)
 
 
 def controls(rows: Rows) -> list[str]:
@@ -98,7 +96,7 @@ def floors(rows: Rows) -> list[str]:
         cells = [f"{MEASURES[name].scale * floor[name][of]['mean']:.1f}" for name in (FD, KID)
                  for of in ("real", "samples")]
         table.append((str(floor["n"]), f"{floor['reference_n']} {kind}", *cells))
-    return ["**Real against real**, beside as many uncached samples:", "", *markdown(table)] if len(table) > 1 else []
+    return under("**Real against real**, beside as many uncached samples:", table)
 
 
 def copies(rows: Rows) -> list[str]:

@@ -20,7 +20,7 @@ from eval.tables.paper import find
 from eval.tables.render import Rendered, as_text
 from eval.tables.study import Study
 from eval.tables.text import align
-from lab.study.commands import evaluate, python
+from lab.study import commands
 from run import arguments, results
 from run.cli import command
 from run.families import family_named_by, load_config
@@ -159,8 +159,8 @@ def main() -> None:
         print(flush=True)
         for number, arm in enumerate(arms, 1):
             print(f"[{number}/{len(arms)}] {arm.label}", flush=True)
-            python(arm.command(), f"row {arm.label!r}")
-            evaluate(arm)
+            commands.python(arm.command(), f"row {arm.label!r}")
+            commands.evaluate(arm)
     print(f"\n{plan.shown(given.results, options.trials)}\n\nA dash: not printed in the paper, or not measured here "
           f"(results in {given.results}/).")
 
