@@ -21,6 +21,8 @@ from test_sdxl import POOLED, PROMPTS, SIZE, TOKENS, TOLERANCE, sample, tiny  # 
 
 from ldm import first_stage
 from run.families import load_config
+from run.files import ROOT
+from run.settings import load_yaml
 from stable_diffusion import checkpoint
 from stable_diffusion.checkpoint import load_checkpoint
 
@@ -85,12 +87,12 @@ def test_one_file_gives_what_diffusers_gives_of_it(sample, tiny, one_file, known
     ("unipc", partial(UniPCMultistepScheduler, final_sigmas_type="zero"))])
 def test_v_at_zero_terminal_snr(sample, tiny, one_file, known_sizes, tmp_path, ended, sampler, scheduler,
                                 capsys):
-    """From pure noise at the last timestep to a clean image."""
+    """From pure noise at the last timestep to a clean image, with what configs/sdxl_v.yaml says of it."""
     file, config = one_file.with_name("v.safetensors"), yaml.safe_load(tiny.read_text())
+    shipped = load_yaml(ROOT / "configs" / "sdxl_v.yaml")
     assert fails(capsys, sample("--model", file, "--out", tmp_path / "x"), "predicts v", "`prediction: v`")
-    for change, words in (({"prediction": "v"}, ["zero terminal SNR"]),
-                          ({"prediction": "v", "zero_terminal_snr": True}, [])):
-        config |= {"diffusion": change, "sampler": config["sampler"] | {"timesteps": "trailing"}}
+    for change, words in (({"prediction": "v"}, ["zero terminal SNR"]), (shipped["diffusion"], [])):
+        config |= {"diffusion": change, "sampler": config["sampler"] | {"timesteps": shipped["sampler"]["timesteps"]}}
         (tmp_path / "v.yaml").write_text(yaml.safe_dump(config))
         code = sample("--model", file, "--sampler", sampler, "--steps", 5, "--out", tmp_path / "x",
                       config=tmp_path / "v.yaml")
@@ -102,3 +104,5 @@ def test_v_at_zero_terminal_snr(sample, tiny, one_file, known_sizes, tmp_path, e
     assert pipe.scheduler.timesteps[0] == 999 and expected.isfinite().all()
     assert relative_error(ended[-1], expected) < 2 ** -12       # as much of x_T as diffusers' DDIM leaves out
     assert settings_of(tmp_path / "x")["diffusion"]["zero_terminal_snr"] is True
+    base = load_yaml(ROOT / "configs" / "sdxl.yaml")
+    assert all(shipped[key] == base[key] for key in ("unet", "xl", "resolution", "downsampling", "tokens"))
