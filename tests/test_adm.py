@@ -169,7 +169,8 @@ def test_command_from_images_to_json(tmp_path, capsys, files, inception_file, in
     notes = " ".join(result["details"]["notes"])
     assert "6 images where 50000 are expected" in notes and "not the published file" in notes
     assert "6 images for 2048 dimensions" in notes and notes.split()[0] in printed.err and "sFID" in printed.out
-    assert all(", other weights" in line for line in printed.out.splitlines()[1:-1])
+    assert all(", other weights" in line and re.search(r"\(6 images\)$|  -   \(", line)
+               for line in printed.out.splitlines()[1:-1])
 
 
 def test_samples_packed_for_adm_are_read_as_they_are(tmp_path, files):

@@ -3,6 +3,7 @@
 import json
 import re
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,11 @@ def test_a_file_of_something_else_among_the_results_is_refused_by_name(capsys, t
     assert run_command(table.main, "1", "--results", tmp_path) == 2
     error = capsys.readouterr().err
     assert "other.json is no result of this program" in error and error.count("\n") == 1
+
+
+def test_numbers_of_sets_of_images_stand_beside_how_many_those_are():
+    """A FID of few images is no FID of 50,000."""
+    pages = [page.read_text().splitlines() for page in (ROOT / "results").rglob("*.md")]
+    heads = [line for lines in pages for line, below in pairwise(lines)
+             if below.startswith("|---") and re.search(r"FID|FD-|KID|\bIS\b|precision|recall", line)]
+    assert len(heads) > 30 and all(re.search(r"[\d,]+ images|^\| images", head) for head in heads)

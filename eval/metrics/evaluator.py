@@ -177,5 +177,5 @@ def scores(command: str, sets: Sets, called: Callable[[str], str]
             metrics |= dict(zip(names, one.of(sets), strict=True))
         except Unavailable as reason:
             unavailable |= dict.fromkeys(names, str(reason))
-    lines = {name: shown(metric) for name, metric in metrics.items()}
+    lines = {name: f"{shown(metric)}   ({sets.samples.count:,} images)" for name, metric in metrics.items()}
     return metrics, unavailable, lines | {name: f"-   ({reason})" for name, reason in unavailable.items()}

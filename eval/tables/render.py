@@ -178,7 +178,8 @@ class Rendered:
             return "".join(f" [{number}]" for number, note in enumerate(self.marks, 1)
                            if note.marks(part.name, label, column))
 
-        yield ["", "", *(COLUMNS[key].heading for key in filled.columns)]
+        images = any(COLUMNS[key].metric for key in filled.columns) and part.images
+        yield ["", f"{images:,} images" if images else "", *(COLUMNS[key].heading for key in filled.columns)]
         for label, printed, runs in filled.rows:
             if paper:
                 yield [label + marks(label), "paper", *(_printed(part, key, printed) + marks(label, key)
@@ -235,12 +236,13 @@ def as_csv(rendered: Rendered) -> str:
     """One number per line, with the file that ours is from."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["table", "section", "row", "run", "column", "paper", "ours", "difference", "from"])
+    writer.writerow(["table", "section", "row", "run", "column", "images", "paper", "ours", "difference", "from"])
     for part, columns, rows in rendered.parts:
         for label, printed, runs in rows:
             own = [(arm.label + (f" (trial, {trial} images)" if trial else ""), cells) for arm, cells, trial in runs]
             for named, cells in own or [("", dict.fromkeys(columns, Cell()))]:
-                writer.writerows([rendered.table.name, part.name, label, named, key, _printed(part, key, printed),
+                writer.writerows([rendered.table.name, part.name, label, named, key,
+                                  part.images if COLUMNS[key].metric else "", _printed(part, key, printed),
                                   *cells[key]] for key in columns)
     return text.getvalue()
 

@@ -13,7 +13,7 @@ from eval.metrics.measure import Measure
 from eval.metrics.registry import MEASURES
 from eval.tables.plots import Map
 from eval.tables.svg import MOST, Line, Mark, Plot
-from lab.study.columns import on_front, scores_of
+from lab.study.columns import of_images, on_front, scores_of
 from lab.study.measures import minus_uncached
 from lab.study.rows import Cost, Row, Rows, front
 from lab.study.show import Show
@@ -77,19 +77,20 @@ def chart(rows: Rows, show: Show, name: str, cost: str) -> Plot:
     lines = [Line(kind, [_mark(*one, rows) for one in sorted(kinds[kind], key=lambda one: one[0])], show.lines)
              for kind in kept]
     left_out = f", the best {most} of {len(kinds)} kinds" if len(kinds) > most else ""
-    title, label = _titles(name, cost, higher)
+    title, label = _titles(name, cost, rows)
     message = show.says.get(f"{name}, {cost}")
     return Plot(message or f"{title}{left_out}", axis.label, label, [*lines, *beside], log=cost in ("cost", "time"))
 
 
-def _titles(name: str, cost: str, higher: bool) -> tuple[str, str]:
+def _titles(name: str, cost: str, rows: Rows) -> tuple[str, str]:
     by = "time" if "time" in cost else "cost"
     if name == "near":
         return f"PSNR against {by}", "PSNR, dB"
-    label = _measure(name).heading or name
+    heading, better = _measure(name).heading or name, "higher" if _measure(name).higher else "lower"
+    label = of_images(heading, name, rows)
     if name.endswith(minus_uncached("")):
-        return f"{label} less uncached against {by}", f"{label}, more than uncached"
-    return f"{label} against {by}", f"{label} ({'higher' if higher else 'lower'} is better)"
+        return f"{heading} less uncached against {by}", f"{label}, more than uncached"
+    return f"{heading} against {by}", f"{label} ({better} is better)"
 
 
 def _line(row: Row, rows: Rows, show: Show) -> str:
@@ -161,8 +162,9 @@ def maps(rows: Rows, down: str, across: str) -> list[Map]:
             chosen = [row for row in cached if tuple(row.options.get(name) for name in others) == kind]
             words = ", ".join(f"{name} {value}" for name, value in zip(others, kind, strict=True) if value is not None)
             if len(chosen) > 1:
-                found.append(made(f"{scores[0][0]}\n{textwrap.fill(words, 44)}", chosen, *scores[0]))
+                title = of_images(scores[0][0], scores[0][0], rows)
+                found.append(made(f"{title}\n{textwrap.fill(words, 44)}", chosen, *scores[0]))
     else:
-        found = [made(name, cached, name, higher) for name, higher in (
+        found = [made(of_images(name, name, rows), cached, name, higher) for name, higher in (
             *scores, ("speed-up by MACs", True), ("speed-up measured", True))]
     return [one for one in found if not np.isnan(one.numbers).all()]

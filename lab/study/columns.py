@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from eval.cost.macs import giga
+from eval.metrics.measure import PairMeasure
 from eval.metrics.registry import MEASURES, RMSE_TO_CONVERGED, SMALL_MEASURES
 from lab.study.measures import minus_uncached
 from lab.study.rows import EQUAL, Cost, Row, Rows, front
@@ -25,7 +26,8 @@ def columns_of(word: str, rows: Rows) -> list[Column]:
     """The columns that a word stands for. Raises KeyError for one that there is not."""
     if word in SEVERAL:
         return SEVERAL[word](rows)
-    return [COLUMNS[word] if word in COLUMNS else pair(word) if word in PAIRS else distance_column(word)]
+    return [COLUMNS[word] if word in COLUMNS else pair(word) if word in PAIRS
+            else distance_column(word, rows)]
 
 
 def spread(metric: Metric | None, form: str, scale: float = 1) -> str:
@@ -54,9 +56,17 @@ def distance(row: Row, name: str) -> str:
     return with_error(metric, scale) + (f" ({with_error(more, scale, '+')})" if more else "")
 
 
-def distance_column(name: str) -> Column:
+def of_images(heading: str, name: str, rows: Rows) -> str:
+    """A heading, where its numbers are of sets of images with how many those are: of more or fewer they are others."""
+    counts = sorted({one.images for row in rows.rows for one in row.records.values() if name in one.metrics})
+    of_pairs = isinstance(MEASURES.get(name), PairMeasure)
+    return f"{heading}, {' or '.join(map(str, counts))} images" if counts and not of_pairs else heading
+
+
+def distance_column(name: str, rows: Rows) -> Column:
     small = name in {one.name for one in SMALL_MEASURES}
-    return Column(MEASURES[name].heading, lambda row, rows: distance(row, name), "" if not small else (
+    heading = of_images(MEASURES[name].heading, name, rows)
+    return Column(heading, lambda row, rows: distance(row, name), "" if not small else (
         "Distances to real images are on features of EfficientNet-Lite0 and, where it says IncMixed5, of InceptionV3 "
         "up to its block mixed5: they are not FID, and compare with each other only. FD: Frechet distance in 64 "
         "principal directions; KID: unbiased kernel distance. With 95 % errors over draws of the images; in brackets "
@@ -73,8 +83,8 @@ def pair(name: str) -> Column:
                                  "the same seed.")
 
 
-def spread_column(name: str) -> Column:
-    return Column(name, lambda row, rows: spread(row.metric(name), ".4g"))
+def spread_column(name: str, rows: Rows) -> Column:
+    return Column(of_images(name, name, rows), lambda row, rows: spread(row.metric(name), ".4g"))
 
 
 def distances_of(rows: Rows) -> list[str]:
@@ -161,7 +171,7 @@ COLUMNS: dict[str, Column] = {
 
 def _shifts(rows: Rows) -> list[Column]:
     names = [*map(minus_uncached, SCORES[:2]), RMSE_TO_CONVERGED.name]
-    return [spread_column(name) for name in names if any(row.metric(name) for row in rows.rows)]
+    return [spread_column(name, rows) for name in names if any(row.metric(name) for row in rows.rows)]
 
 
 def _front(rows: Rows) -> list[Column]:
@@ -176,6 +186,6 @@ def _front(rows: Rows) -> list[Column]:
 
 
 SEVERAL: dict[str, Callable[[Rows], list[Column]]] = {
-    "distances": lambda rows: [distance_column(name) for name in distances_of(rows)],
-    "scores": lambda rows: [spread_column(name) for name in scores_of(rows)],
+    "distances": lambda rows: [distance_column(name, rows) for name in distances_of(rows)],
+    "scores": lambda rows: [spread_column(name, rows) for name in scores_of(rows)],
     "shifts": _shifts, "front": _front}

@@ -9,7 +9,7 @@ from eval.metrics.registry import MEASURES, SMALL_MEASURES
 from eval.quality import FD, KID
 from eval.tables.text import markdown
 from lab.fit.teacher import MEASURES as DISTANCES
-from lab.study.columns import distances_of, spread
+from lab.study.columns import distances_of, of_images, spread
 from lab.study.measures import minus_uncached
 from lab.study.rows import Row, Rows
 from run import results
@@ -41,7 +41,8 @@ def under(text: str, table: Sequence[Sequence[str]]) -> list[str]:
 def judged(rows: Rows) -> list[str]:
     """How much further from real images than those of the run without caching each row's are."""
     measures = [one for one in SMALL_MEASURES if any(row.metric(minus_uncached(one.name)) for row in rows.rows)]
-    table: list[tuple[str, ...]] = [("run", "cost, calls", *(one.heading for one in measures))]
+    heads = (of_images(one.heading, minus_uncached(one.name), rows) for one in measures)
+    table: list[tuple[str, ...]] = [("run", "cost, calls", *heads)]
     for row in sorted(rows.rows, key=lambda row: (-row.cost, row.name)):
         found = [row.metric(minus_uncached(one.name)) for one in measures]
         if found and all(found):
