@@ -1,8 +1,7 @@
 """diffusers' own fast pipeline tests with our forward in their U-Nets: what they say, and what pipelines then return.
 
     git clone --depth 1 https://github.com/huggingface/diffusers ../diffusers
-    python tests/diffusers_own.py ../diffusers
-    python tests/diffusers_own.py ../diffusers tests/pipelines/stable_diffusion_xl --stand-ins
+    python tests/diffusers_own.py ../diffusers [tests/pipelines/stable_diffusion_xl --stand-ins]
 
 Each test of the checkout runs twice on the diffusers that is installed here: as it is, and with caching at interval 1
 switched on in every pipeline as it is made. Nothing of theirs is copied. A test is
@@ -15,9 +14,8 @@ switched on in every pipeline as it is made. Nothing of theirs is copied. A test
     skipped
 
 Tests that fail without us too (they want downloads, an accelerator or other versions) are `same` where they fail with
-us in the same way. Needs what diffusers' tests import, beside pytest: parameterized and requests_mock, which are no
-requirements here (`pip install --target FOLDER parameterized requests_mock`, and PYTHONPATH=FOLDER). Ends with 1
-where a test differs or is broken.
+us in the same way. Needs parameterized and requests_mock beside what is required here (`pip install --target FOLDER`
+and PYTHONPATH=FOLDER). Ends with 1 where a test differs or is broken.
 """
 
 import argparse
@@ -36,13 +34,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-
 import numpy as np
 import pytest
 import torch
 from _pytest.runner import runtestprotocol
 from diffusers import DiffusionPipeline
-from PIL.Image import Image
+from torch.utils._pytree import tree_leaves
 from transformers import CLIPTokenizer
 
 from run.cli import command
@@ -53,7 +50,6 @@ from unet_caching.pipelines.enable import enable_deepcache
 FOLDERS = ("controlnet", "ddim", "ddpm", "latent_consistency_models", "latent_diffusion", "pag", "stable_diffusion",
            "stable_diffusion_2", "stable_diffusion_adapter", "stable_diffusion_image_variation", "stable_diffusion_xl")
 KINDS = ("same", "untouched", "refused", "differs", "broken", "skipped")
-LETTERS = [chr(code) for code in range(33, 127)]
 Report = Generator[None, pytest.TestReport, pytest.TestReport]
 
 
@@ -84,26 +80,16 @@ def kind(plain: Seen, ours: Seen) -> str:
 def digest(value: Any) -> str:
     """A digest of the numbers in what a pipeline returned."""
     found = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if torch.is_tensor(value):
-            value = value.detach().cpu().float().numpy()
-        if isinstance(value, np.ndarray | Image):
-            array = np.ascontiguousarray(value)
-            found.update(f"{array.shape} {array.dtype}".encode() + array.tobytes())
-        elif isinstance(value, Mapping):
-            add(list(value.values()))
-        elif isinstance(value, list | tuple):
-            for one in value:
-                add(one)
-    add(value)
+    for one in tree_leaves(value):
+        array = one.detach().cpu().float().numpy() if torch.is_tensor(one) else np.asarray(one)
+        found.update(f"{array.shape} {array.dtype}".encode() + (b"" if array.dtype == object else array.tobytes()))
     return found.hexdigest()[:16]
 
 
 class Twice:
     """A pytest plugin that runs each test twice. pairs: what was seen without us and with us, by test."""
 
-    def __init__(self, stand_ins: bool):
+    def __init__(self) -> None:
         self.seen = Seen()
         self.pairs: dict[str, tuple[Seen, Seen]] = {}
         own, forward = DiffusionPipeline.register_modules, install.cached_forward
@@ -122,8 +108,6 @@ class Twice:
             return forward(*args, **kwargs)
 
         DiffusionPipeline.register_modules, install.cached_forward = register_modules, counted
-        if stand_ins:
-            CLIPTokenizer.from_pretrained = classmethod(stand_in(CLIPTokenizer.from_pretrained.__func__))
 
     def watch(self, cls: type) -> None:
         """Digest what pipelines of a class return from now on."""
@@ -141,9 +125,8 @@ class Twice:
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
         runs = Seen(), Seen(nest=True)
         for self.seen in runs:
-            random.seed(0)
-            np.random.seed(0)
-            torch.manual_seed(0)
+            for seed in (random.seed, np.random.seed, torch.manual_seed):
+                seed(0)
             if hasattr(item, "_initrequest"):
                 item._initrequest()             # fixtures afresh, as where a test is run again
             item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -155,14 +138,12 @@ class Twice:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Report:
         report = yield
-        if report.failed:
-            self.seen.outcome = "failed"
-            if error := call.excinfo:
-                message = re.sub(r"\b0x[0-9a-f]{6,}", "", " ".join(str(error.value).split()))       # no addresses
-                self.seen.reason = f"{error.typename}: {message[:300]}"
-                self.seen.refused += [str(error.value)] if error.errisinstance(UserError) else []
-        elif report.skipped:
-            self.seen.outcome = "skipped"
+        if report.failed or report.skipped:
+            self.seen.outcome = report.outcome
+        if report.failed and (error := call.excinfo):
+            message = re.sub(r"\b0x[0-9a-f]{6,}", "", " ".join(str(error.value).split()))       # no addresses
+            self.seen.reason = f"{error.typename}: {message[:300]}"
+            self.seen.refused += [str(error.value)] if error.errisinstance(UserError) else []
         return report
 
 
@@ -171,24 +152,23 @@ def stand_in(own: Any) -> Any:
     def from_pretrained(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:
         if not str(name).startswith("hf-internal-testing/"):
             return own(cls, name, *args, **kwargs)
-        tokens = ["<|startoftext|>", "<pad>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+        letters = [chr(code) for code in range(33, 127)]
+        tokens = ["<|startoftext|>", "<pad>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
         return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
     return from_pretrained
 
 
 def report(pairs: Mapping[str, tuple[Seen, Seen]]) -> str:
     """How many tests of each kind, as text; of the kinds that matter, which and why."""
-    kinds = {test: kind(*pair) for test, pair in pairs.items()}
-    lines = []
+    kinds, lines = {test: kind(*pair) for test, pair in pairs.items()}, []
     for name in KINDS:
         ours = [pair[1] for test, pair in pairs.items() if kinds[test] == name]
         outcomes, outputs = Counter(one.outcome for one in ours), sum(len(one.outputs) for one in ours)
         lines.append(f"{name:10}{len(ours):5}   {outcomes['passed']} passed, {outputs} outputs, "
                      f"{sum(one.calls for one in ours)} network calls by the nest")
-    for name in ("refused", "differs", "broken"):
-        lines += [f"{name}: {test}: {'; '.join(dict.fromkeys(ours.refused)) or ours.reason}"
-                  for test, (_, ours) in pairs.items() if kinds[test] == name]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(
+        f"{name}: {test}: {'; '.join(dict.fromkeys(ours.refused)) or ours.reason}"
+        for name in ("refused", "differs", "broken") for test, (_, ours) in pairs.items() if kinds[test] == name)])
 
 
 @command
@@ -209,7 +189,9 @@ def main() -> None:
         raise UserError(f"none of {', '.join(FOLDERS)} in {folder}: name the tests to run")
     os.chdir(args.checkout)
     sys.path.insert(0, os.getcwd())
-    twice = Twice(args.stand_ins)
+    if args.stand_ins:
+        CLIPTokenizer.from_pretrained = classmethod(stand_in(CLIPTokenizer.from_pretrained.__func__))
+    twice = Twice()
     code = pytest.main(["-q", "--no-header", "-W", "ignore", "--tb=short", "-p", "no:cacheprovider",
                         "-p", "no:faulthandler", "-k", args.k, *words], [twice])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not twice.pairs:

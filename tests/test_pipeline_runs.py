@@ -11,11 +11,9 @@ from dataclasses import replace
 from types import CodeType
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from DeepCache import DeepCacheSDHelper
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -23,8 +21,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.hooks import apply_group_offloading
+from test_pipeline_settings import save_blocks, save_plan
 from test_pipelines import XL, build_xl, drawn
-from test_sd_pipeline import BETAS, SIZE, build, calls, direct, parts, run, tiny_unet  # noqa: F401  two are fixtures
+from test_sd_pipeline import BETAS, build, calls, direct, parts, run, tiny_unet  # noqa: F401  two are fixtures
+from tiny_pipelines import by_helper
 from torch import Tensor, nn
 
 from ldm.diffusers_layout import diffusers_state_dict
@@ -32,12 +32,11 @@ from stable_diffusion.unet import UNet
 from unet_caching import refresh_deepcache
 from unet_caching.errors import UserError
 from unet_caching.keep import Keep, joined
-from unet_caching.methods.block_caching import BlockSchedule, residual_names
 from unet_caching.methods.deepcache import DeepCache
-from unet_caching.methods.plan import Call, Plan, PlanCache
+from unet_caching.methods.plan import Call, PlanCache
 from unet_caching.pipelines.enable import disable_deepcache, enable_deepcache
-from unet_caching.pipelines.parts import residuals
 from unet_caching.pipelines.scheduler import plan_scheduler
+from unet_caching.policy import Policy
 from unet_caching.samplers.diffusion import Diffusion
 from unet_caching.samplers.samplers import Sampler, noise_predictor
 from unet_caching.samplers.table import table_of
@@ -216,23 +215,6 @@ def test_a_loop_over_a_bar_that_was_broken_off(parts, calls):  # noqa: F811
         assert calls.take() == "100001"
 
 
-def test_settings_end_with_their_context_and_others_come_back(parts, calls):  # noqa: F811
-    pipe = build(parts)
-    enable_deepcache(pipe, np.int64(2), branch=np.int64(1))
-    with enable_deepcache(pipe) as within:
-        run(within)
-    run(pipe)
-    assert calls.take() == "100100" + "101010"
-    with pytest.raises(KeyError), enable_deepcache(pipe, interval=5):
-        raise KeyError
-    run(pipe)
-    assert calls.take() == "101010"
-    disable_deepcache(pipe)
-    with enable_deepcache(pipe):
-        pass
-    assert "forward" not in vars(pipe.unet) and "progress_bar" not in vars(pipe)
-
-
 def test_copies_and_pickles_while_caching_is_on(parts, tmp_path):  # noqa: F811
     pipe = build(parts)
     plain = run(pipe)
@@ -269,51 +251,45 @@ def test_offloading_by_groups_of_blocks(parts, tmp_path):  # noqa: F811
     assert torch.equal(run(pipe), cached)
 
 
-def test_what_cannot_be_is_refused_with_the_reason(parts):  # noqa: F811
+class Own(UNet2DConditionModel):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def own_class(pipe) -> None:
+    pipe.unet = Own(**{key: value for key, value in pipe.unet.config.items() if not key.startswith("_")})
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (own_class, "Own, which has a forward of its own"),
+    (lambda pipe: setattr(pipe.unet, "forward", lambda *args: args), r"torch.compile\(pipe.unet\)"),
+    (lambda pipe: setattr(pipe.unet.down_blocks[1], "forward", lambda *args: args), "down_blocks.1 has a forward"),
+    (lambda pipe: pipe.unet.up_blocks[0].register_forward_hook(lambda *args: None), "up_blocks.0 has a forward hook"),
+    (lambda pipe: pipe.unet.down_blocks.__setitem__(1, nn.Identity()), "has a Identity")])
+def test_what_cannot_be_is_refused_with_the_reason(parts, change, message):  # noqa: F811
+    """When caching is switched on, or, where it was on before that, when the pipeline runs."""
     pipe = build(parts)
-    unet = pipe.unet
-
-    class Own(type(unet)):
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)
-
-    def own_class():
-        pipe.unet = Own(**{key: value for key, value in unet.config.items() if not key.startswith("_")})
-
-    def own_forward():
-        pipe.unet.forward = lambda *args: args
-
-    def block_forward():
-        pipe.unet.down_blocks[1].forward = lambda *args: args
-
-    def hook():
-        pipe.unet.up_blocks[0].register_forward_hook(lambda *args: None)
-
-    def unknown_block():
-        pipe.unet.down_blocks[1] = nn.Identity()
-
-    pipe.unet = None
-    with pytest.raises(UserError, match="NoneType"):
+    enable_deepcache(pipe)
+    change(pipe)
+    with pytest.raises(UserError, match=message):
+        run(pipe)
+    disable_deepcache(pipe)
+    with pytest.raises(UserError, match=message):
         enable_deepcache(pipe)
-    for change, message in ((own_class, "Own, which has a forward of its own"),
-                            (own_forward, r"torch.compile\(pipe.unet\)"),
-                            (block_forward, "down_blocks.1 has a forward"),
-                            (hook, "up_blocks.0 has a forward hook"), (unknown_block, "has a Identity")):
-        pipe.unet = copy.deepcopy(unet)
-        enable_deepcache(pipe)
-        disable_deepcache(pipe)
-        change()
+    assert "progress_bar" not in vars(pipe)
+
+
+def test_what_is_no_pipeline_is_refused(parts):  # noqa: F811
+    without = build(parts)
+    without.unet = None
+    modular = getattr(diffusers, "ModularPipeline", None)
+    if modular is not None:
+        with pytest.raises(UserError, match="runs its loop in blocks"):
+            enable_deepcache(object.__new__(modular))
+    for made, message in ((object.__new__(diffusers.UnCLIPPipeline), r"UnCLIPPipeline has no pipe\.unet"),
+                          (nn.Linear(1, 1), "Linear has no pipe"), (without, "NoneType")):
         with pytest.raises(UserError, match=message):
-            enable_deepcache(pipe)
-        assert "progress_bar" not in vars(pipe)
-        pipe.unet = copy.deepcopy(unet)
-        enable_deepcache(pipe)
-        change()
-        with pytest.raises(UserError, match=message):
-            run(pipe)
-        disable_deepcache(pipe)
-    with pytest.raises(UserError, match="Linear has no pipe"):
-        enable_deepcache(nn.Linear(1, 1))
+            enable_deepcache(made)
 
 
 # What it costs
@@ -351,11 +327,7 @@ def test_the_start_of_a_run_and_a_cached_step_are_light(parts):  # noqa: F811
 
     with enable_deepcache(pipe, branch=1):
         ours = cached_step()
-    helper = DeepCacheSDHelper(pipe)
-    helper.set_params(cache_interval=3, cache_branch_id=1)
-    helper.enable()
-    theirs = cached_step()
-    helper.disable()
+    theirs = by_helper(pipe, 1, 3, lambda pipe: cached_step())
     assert ours <= theirs, (ours, theirs)
 
     def start() -> int:
@@ -370,63 +342,60 @@ def test_the_start_of_a_run_and_a_cached_step_are_light(parts):  # noqa: F811
 
 # Our own samplers and block schedules
 
-def our_unet(pipe: DiffusionPipeline) -> UNet:
-    """Our U-Net on a pipeline's weights; the pipeline's DDIM is ours from now on."""
-    pipe.scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
+DIFFUSION = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
+TEXT = torch.zeros(1, 12, 16)
+GIVEN = {"prompt": None, "prompt_embeds": TEXT, "guidance_scale": 1.0, "latents": drawn(1, 4, 8, 8)}
+
+
+def by_ours(pipe: DiffusionPipeline, sampler: Sampler, cache: Policy) -> Tensor:
+    """What our U-Net on a pipeline's weights gives with our sampler."""
     ours = UNet(4, 4, 32, (1, 2, 2), 1, (2, 1), num_heads=4, context_dim=16).eval()
     theirs = pipe.unet.state_dict()
     with torch.no_grad():
         for name, value in diffusers_state_dict(ours).items():
             value.copy_(theirs[name])
-    return ours
+    return sampler.run(noise_predictor(ours, DIFFUSION, torch.float32, cache, (TEXT,)), GIVEN["latents"])
 
 
-def test_a_forecast_in_a_pipeline_is_that_of_our_own_sampler(parts):  # noqa: F811
+@pytest.fixture
+def pipe(parts):  # noqa: F811
+    """Whose DDIM is ours."""
     pipe = build(parts)
-    x, text = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 12, 16)
-    ours = our_unet(pipe)
+    pipe.scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
+    return pipe
+
+
+def test_a_forecast_in_a_pipeline_is_that_of_our_own_sampler(pipe):
     enable_deepcache(pipe, interval=3, forecast=1)
-    theirs = run(pipe, None, steps=12, prompt_embeds=text, guidance_scale=1.0, latents=x)
-    diffusion = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
-    sampler = Sampler("ddim", 12, "leading", 0.0, diffusion)
+    theirs = run(pipe, steps=12, **GIVEN)
     cache = DeepCache(1, uniform(12, 3), forecast=1)
-    predict = noise_predictor(ours, diffusion, torch.float32, cache, (text,))
-    assert relative_error(theirs, sampler.run(predict, x)) < TOLERANCE
+    assert relative_error(theirs, by_ours(pipe, Sampler("ddim", 12, "leading", 0.0, DIFFUSION), cache)) < TOLERANCE
     enable_deepcache(pipe, interval=3)
-    assert relative_error(theirs, run(pipe, None, steps=12, prompt_embeds=text, guidance_scale=1.0,
-                                      latents=x)) > 10 * TOLERANCE
+    assert relative_error(theirs, run(pipe, steps=12, **GIVEN)) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize(("sampler", "learned"), [("unipc", False), ("dpmpp", False), ("deis", False), ("ddim", True)])
-def test_a_plan_in_a_pipeline_is_that_of_our_own_sampler(parts, tmp_path, sampler, learned):  # noqa: F811
+def test_a_plan_in_a_pipeline_is_that_of_our_own_sampler(pipe, tmp_path, sampler, learned):
     """With the scheduler that goes with it; any other is refused."""
-    pipe = build(parts)
-    x, text = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 12, 16)
-    ours, given = our_unet(pipe), dict(prompt_embeds=text, guidance_scale=1.0, latents=x)
-    diffusion = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
     times = "999,900.25,700,480,300,90" if learned else "999,900,700,480,300,90"
-    table = replace(table_of(sampler, 6, times, diffusion)[1], p=(1.0, 0.9, 0.8, 0.7, 0.5, 0.1)) if learned else None
+    table = replace(table_of(sampler, 6, times, DIFFUSION)[1], p=(1.0, 0.9, 0.8, 0.7, 0.5, 0.1)) if learned else None
     each = [Call(), Call(), Call(0, (0.8,)), Call(), Call(1, (0.9, 0.4)), Call(0)]
-    made_for = {"model": "sd_tiny", "unet": {}, "checkpoint_sha256": None, "sampler": sampler, "steps": 6,
-                "timesteps": times}
-    path, macs = tmp_path / "plan.json", {"hook": 1, "fc": 1}
+    path = tmp_path / "plan.json"
     if learned:                             # the same timesteps and noise levels alone will not do
-        Plan(made_for | {"sampler": "unipc"}, each, None, macs, macs).save(path)
-        pipe.scheduler = plan_scheduler(path, pipe.scheduler)
-    Plan(made_for, each, None, macs, macs, table).save(path)
+        pipe.scheduler = plan_scheduler(save_plan(path, each, timesteps=times), pipe.scheduler)
+    save_plan(path, each, table, sampler=sampler, timesteps=times)
     enable_deepcache(pipe, plan=path)
     with pytest.raises(UserError, match=f"made for .*{sampler},? at other timesteps .* 999,900"):
-        run(pipe, None, steps=6, **given)
+        run(pipe, **GIVEN)
 
     pipe.scheduler = plan_scheduler(path, pipe.scheduler)
-    predict = noise_predictor(ours, diffusion, torch.float32, PlanCache(each), (text,))
-    expected = Sampler(sampler, 6, times, 0.0, diffusion, table).run(predict, x)
+    expected = by_ours(pipe, Sampler(sampler, 6, times, 0.0, DIFFUSION, table), PlanCache(each))
     for again in (False, True):             # the scheduler forgets the run before
-        assert relative_error(run(pipe, None, steps=6, **given), expected) < TOLERANCE, again
+        assert relative_error(run(pipe, **GIVEN), expected) < TOLERANCE, again
     with pytest.raises(UserError, match="for a plan of 6 steps: num_inference_steps=6"):
-        run(pipe, None, steps=5, **given)
+        run(pipe, steps=5, **GIVEN)
     disable_deepcache(pipe)
-    assert relative_error(run(pipe, None, steps=6, **given), expected) > 10 * TOLERANCE
+    assert relative_error(run(pipe, **GIVEN), expected) > 10 * TOLERANCE
     pipe.scheduler.save_config(tmp_path)
     assert "999,900" not in (tmp_path / "scheduler_config.json").read_text()
     loaded = type(pipe.scheduler).__mro__[1].from_pretrained(tmp_path)
@@ -435,25 +404,14 @@ def test_a_plan_in_a_pipeline_is_that_of_our_own_sampler(parts, tmp_path, sample
 
 
 @pytest.mark.parametrize("interval", [1, 3])
-def test_a_block_schedule_reuses_the_residuals_that_our_own_unet_does(parts, tmp_path, interval):  # noqa: F811
-    pipe = build(parts)
-    ours = our_unet(pipe)
-    names = residual_names(ours, "all")
-    assert set(names) == {name for _, name in residuals(pipe.unet)}
-    blocks = {name: [0, 2, 4] if i % 2 else [0, 3] for i, name in enumerate(names)}
-    made_for = {"model": "sd_tiny", "unet": {}, "checkpoint_sha256": None, "sampler": "ddim", "steps": 6,
-                "timesteps": "leading"}
-    schedule = BlockSchedule(made_for, 6, "all", None, blocks, {}, {})
-    schedule.save(tmp_path / "blocks.json")
-    x, text = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 12, 16)
-    plain = run(pipe, None, prompt_embeds=text, guidance_scale=1.0, latents=x)
+def test_a_block_schedule_reuses_the_residuals_that_our_own_unet_does(pipe, tmp_path, interval):
+    schedule = save_blocks(tmp_path / "blocks.json", pipe.unet)
+    plain = run(pipe, **GIVEN)
     enable_deepcache(pipe, interval, block_schedule=str(tmp_path / "blocks.json"))
-    theirs = run(pipe, None, prompt_embeds=text, guidance_scale=1.0, latents=x)
-    policy = Keep(blocks if interval == 1 else schedule.outside(1, 6))
-    diffusion = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
+    theirs = run(pipe, **GIVEN)
+    policy = Keep(schedule.blocks if interval == 1 else schedule.outside(1, 6))
     cache = policy if interval == 1 else joined(DeepCache(1, [0, 3]), policy)
-    predict = noise_predictor(ours, diffusion, torch.float32, cache, (text,))
-    assert relative_error(theirs, Sampler("ddim", 6, "leading", 0.0, diffusion).run(predict, x)) < TOLERANCE
+    assert relative_error(theirs, by_ours(pipe, Sampler("ddim", 6, "leading", 0.0, DIFFUSION), cache)) < TOLERANCE
     assert relative_error(theirs, plain) > 50 * TOLERANCE
     with pytest.raises(UserError, match="steps"):
         run(pipe, steps=5)

@@ -4,21 +4,25 @@ import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload
-from DeepCache import DeepCacheSDHelper
 from diffusers import ConfigMixin, DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from test_pipeline_settings import save_blocks, save_plan
 from test_sd_pipeline import BETAS
-from tiny_pipelines import LEVELS, built, call
+from tiny_pipelines import INPUTS, LEVELS, built, by_helper, call
 from torch import nn
 
 from unet_caching import enable_deepcache
 from unet_caching.errors import UserError
-from unet_caching.methods.block_caching import BlockSchedule
-from unet_caching.methods.plan import Call, Plan
-from unet_caching.pipelines.parts import residuals
+from unet_caching.methods.plan import Call
 from unet_caching.pipelines.scheduler import plan_scheduler
 
 VIDEO = ("StableVideoDiffusionPipeline", "AnimateDiffPipeline", "TextToVideoSDPipeline")
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setitem(INPUTS, "num_inference_steps", STEPS)
 
 
 @pytest.mark.parametrize("name", VIDEO)
@@ -27,17 +31,13 @@ def test_video_pipelines(name, caplog, monkeypatch):
     pipe = built(getattr(diffusers, name))
     plain = call(pipe)
     for branch in (0, 1, 2):
-        helper = DeepCacheSDHelper(pipe)
-        helper.set_params(cache_interval=3, cache_branch_id=branch)
-        helper.enable()
-        theirs = call(pipe)
-        helper.disable()
+        theirs = by_helper(pipe, branch, 3, call)
         with enable_deepcache(pipe, interval=3, branch=branch):
             ours = call(pipe)
         assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
-    with enable_deepcache(pipe, interval=3, forecast=1), caplog.at_level("INFO", "unet_caching"):
+    with enable_deepcache(pipe, interval=2, forecast=1), caplog.at_level("INFO", "unet_caching"):
         assert call(pipe).isfinite().all()
-    assert "7 network calls, 3 of them full" in caplog.text and "per call and video" in caplog.text
+    assert "4 network calls, 2 of them full" in caplog.text and "per call and video" in caplog.text
     assert torch.equal(call(pipe), plain)
 
 
@@ -63,19 +63,13 @@ def freeu(pipe) -> None:
 
 
 def of_plan(pipe, folder) -> dict:
-    made_for = {"model": "video", "unet": {}, "checkpoint_sha256": None, "sampler": "unipc", "steps": 7,
-                "timesteps": "trailing"}
-    calls, macs = [Call(), Call(), Call(0, (0.8,)), Call(1), Call(), Call(0), Call(0)], {"hook": 1, "fc": 1}
-    Plan(made_for, calls, None, macs, macs).save(folder / "plan.json")
-    pipe.scheduler = plan_scheduler(folder / "plan.json", pipe.scheduler)
-    return {"plan": folder / "plan.json"}
+    path = save_plan(folder / "plan.json", [Call(), Call(), Call(0, (0.8,)), Call(1)], steps=STEPS)
+    pipe.scheduler = plan_scheduler(path, pipe.scheduler)
+    return {"plan": path}
 
 
 def of_block_schedule(pipe, folder) -> dict:
-    made_for = {"model": "video", "unet": {}, "checkpoint_sha256": None, "sampler": "ddim", "steps": 7,
-                "timesteps": "leading"}
-    blocks = {name: [0, 2, 4] if i % 2 else [0, 3] for i, (_, name) in enumerate(residuals(pipe.unet))}
-    BlockSchedule(made_for, 7, "all", None, blocks, {}, {}).save(folder / "blocks.json")
+    save_blocks(folder / "blocks.json", pipe.unet, STEPS)
     return {"block_schedule": folder / "blocks.json"}
 
 
@@ -89,7 +83,7 @@ def test_what_is_added_to_a_video_pipeline(way):
     with enable_deepcache(pipe, interval=1):
         assert torch.equal(call(pipe), plain)
     for forecast in (0, 1):
-        with enable_deepcache(pipe, interval=3, forecast=forecast):
+        with enable_deepcache(pipe, interval=2, forecast=forecast):
             cached = call(pipe)
         assert cached.isfinite().all() and not torch.equal(cached, plain)
 
@@ -164,28 +158,34 @@ class Down(Stage):
 
 
 class Up(Stage):
-    def forward(self, hidden_states, res_hidden_states_tuple, temb=None, encoder_hidden_states=None):
+    def forward(self, hidden_states, res_hidden_states_tuple, temb=None, encoder_hidden_states=None,
+                upsample_size=None):
         x, skips = hidden_states, res_hidden_states_tuple
         for resnet, motion in zip(self.resnets, self.motion_modules, strict=True):
             x, skips = resnet(torch.cat([x, skips[-1]], 1), temb), skips[:-1]
             x = x if motion is None else motion(x, temb, encoder_hidden_states=encoder_hidden_states)
         for resample in self.upsamplers or ():
-            x = resample(x)
+            x = resample(x, upsample_size)
         return x + self.added
+
+
+class Widen(nn.Module):
+    def forward(self, x, size):
+        return nn.functional.interpolate(x, size)
 
 
 class Unet3D(ModelMixin, ConfigMixin):
     """A U-Net of another project: diffusers' parts by name, classes and forwards of its own, five dimensions."""
-    config_name = "config.json"
+    config_name, factor = "config.json", 1.0
 
     @register_to_config
     def __init__(self):
         super().__init__()
         self.conv_in, self.conv_out = nn.Conv3d(4, 8, 1), nn.Conv3d(8, 4, 1)
-        self.down_blocks = nn.ModuleList([Down((8,), 8, True, nn.AvgPool3d((1, 2, 2))), Down((8,), 16, False)])
+        half = nn.MaxPool3d((1, 2, 2), ceil_mode=True)
+        self.down_blocks = nn.ModuleList([Down((8, 8), 8, True, half), Down((8, 16), 16, False)])
         self.mid_block = Layer(16, 16)
-        self.up_blocks = nn.ModuleList([Up((32, 24), 16, False, nn.Upsample(scale_factor=(1, 2, 2))),
-                                        Up((24, 16), 8, True)])
+        self.up_blocks = nn.ModuleList([Up((32, 32, 24), 16, False, Widen()), Up((24, 16, 16), 8, True)])
 
     def forward(self, sample, timestep, encoder_hidden_states, return_dict=True):
         temb = torch.sin(torch.arange(1.0, 9.0) * timestep / 100).expand(len(sample), 8)
@@ -194,11 +194,12 @@ class Unet3D(ModelMixin, ConfigMixin):
         for block in self.down_blocks:
             x, made = block(x, temb=temb, encoder_hidden_states=encoder_hidden_states)
             skips += made
-        x = self.mid_block(x, temb)
+        x = self.factor * self.mid_block(x, temb)
         for block in self.up_blocks:
-            x = block(hidden_states=x, res_hidden_states_tuple=skips[-2:], temb=temb,
-                      encoder_hidden_states=encoder_hidden_states)
-            skips = skips[:-2]
+            own, skips = skips[-3:], skips[:-3]
+            x = block(hidden_states=x, res_hidden_states_tuple=own, temb=temb,
+                      encoder_hidden_states=encoder_hidden_states,
+                      upsample_size=skips[-1].shape[2:] if skips else None)
         return (self.conv_out(x),)
 
 
@@ -209,7 +210,7 @@ class Theirs(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(self, steps: int) -> torch.Tensor:
-        x = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(1, 4, 3, 8, 7, generator=torch.Generator().manual_seed(0))
         self.scheduler.set_timesteps(steps)
         with self.progress_bar(total=steps):
             for t in self.scheduler.timesteps:
@@ -218,19 +219,27 @@ class Theirs(DiffusionPipeline):
 
 
 def test_a_video_unet_of_others():
-    """Duck-typed: what consists of the same parts is cached, what computes more than they do is refused."""
+    """Duck-typed: what consists of the same parts is cached, as by the helper, which such projects use; what computes
+    more than the parts do, in a block or around them, is refused."""
     torch.manual_seed(0)
     pipe = Theirs(Unet3D().eval(), DDIMScheduler(**BETAS, clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     plain, ran = pipe(6), []
-    pipe.unet.mid_block.register_forward_hook(lambda *_: ran.append(1))
     with enable_deepcache(pipe, interval=1):
         assert torch.equal(pipe(6), plain)
-    for branch in (0, 1, 2):
-        ran.clear()
+    for branch in range(6):
+        theirs = by_helper(pipe, branch, 3, lambda pipe: pipe(6))
+        hooks = [module.register_forward_hook(lambda *_: ran.append(1))
+                 for module in pipe.unet.modules() if isinstance(module, Layer)]
         with enable_deepcache(pipe, interval=3, branch=branch):
-            assert not torch.equal(pipe(6), plain) and len(ran) == 2
-    pipe.unet = Unet3D.from_config(pipe.unet.config).eval()
-    pipe.unet.up_blocks[0].added = 0.1
-    with enable_deepcache(pipe), pytest.raises(UserError, match="Unet3D, which cannot be taken apart"):
-        pipe(6)
+            assert torch.equal(pipe(6), theirs) and not torch.equal(theirs, plain)
+        layers = [1, 3, 5, 6, 8, 10][branch]            # of 11: those above the branch; branch 3 adds a downsampling
+        assert len(ran) == 2 * 11 + 4 * layers
+        ran.clear()
+        for hook in hooks:
+            hook.remove()
+    for part, name in ((lambda unet: unet.up_blocks[0], "added"), (lambda unet: unet, "factor")):
+        pipe.unet = Unet3D.from_config(pipe.unet.config).eval()
+        setattr(part(pipe.unet), name, 1.5)
+        with enable_deepcache(pipe), pytest.raises(UserError, match="Unet3D, which cannot be taken apart: it would"):
+            pipe(6)

@@ -1,12 +1,12 @@
 """Caching in diffusers' pipelines of all kinds, on tiny random models: their own results, and what can fool a count."""
 
+import logging
 
 import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import relative_error
-from DeepCache import DeepCacheSDHelper
 from diffusers import (
     DDIMScheduler,
     PNDMScheduler,
@@ -16,6 +16,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from test_sd_pipeline import BETAS, SIZE, build, calls, parts, picture, run, tiny_controlnet, tiny_unet  # noqa: F401  two are fixtures
+from tiny_pipelines import built, by_helper
 from torch import Tensor, nn
 
 from unet_caching.errors import UserError
@@ -52,15 +53,6 @@ def run_xl(pipe, **inputs) -> Tensor:
     return pipe(**settings | own | inputs).images
 
 
-def by_helper(pipe, branch: int, interval: int, call) -> Tensor:
-    helper = DeepCacheSDHelper(pipe=pipe)
-    helper.set_params(cache_interval=interval, cache_branch_id=branch)
-    helper.enable()
-    found = call(pipe)
-    helper.disable()
-    return found
-
-
 @pytest.mark.parametrize("cls", [StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline])
 def test_sdxl_is_its_own_without_caching_and_the_helpers_with_it(parts, cls):  # noqa: F811
     pipe = build_xl(parts, cls)
@@ -75,26 +67,51 @@ def test_sdxl_is_its_own_without_caching_and_the_helpers_with_it(parts, cls):  #
     assert sum(len(block.resnets) for block in pipe.unet.up_blocks) == 6 and torch.equal(run_xl(pipe), plain)
 
 
-SCHEDULERS = {                      # how often they call the network in 5 steps
-    "DDIM": 5, "DDPM": 5, "PNDM": 6, "LMSDiscrete": 5, "EulerDiscrete": 5, "EulerAncestralDiscrete": 5,
-    "HeunDiscrete": 9, "KDPM2Discrete": 9, "KDPM2AncestralDiscrete": 9, "DPMSolverMultistep": 5,
-    "DPMSolverSinglestep": 5, "UniPCMultistep": 5, "DEISMultistep": 5, "LCM": 5, "TCD": 5}
+ZERO = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+KARRAS = {"use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"}
+SCHEDULERS = {                      # how often they call the network in 5 steps, and what else they are given
+    **{name: (number, {}) for name, number in {
+        "DDIM": 5, "DDPM": 5, "PNDM": 6, "LMSDiscrete": 5, "EulerDiscrete": 5, "EulerAncestralDiscrete": 5,
+        "HeunDiscrete": 9, "KDPM2Discrete": 9, "KDPM2AncestralDiscrete": 9, "DPMSolverMultistep": 5,
+        "DPMSolverSinglestep": 5, "UniPCMultistep": 5, "DEISMultistep": 5, "LCM": 5, "TCD": 5}.items()},
+    **{f"{name}, zero SNR": (5, ZERO) for name in ("DDIM", "EulerDiscrete", "EulerAncestralDiscrete",
+                                                   "DPMSolverMultistep", "UniPCMultistep")},
+    **{f"{name}, Karras, cosine": (number, KARRAS) for name, number in {
+        "EulerDiscrete": 5, "HeunDiscrete": 9, "DPMSolverMultistep": 5, "UniPCMultistep": 5}.items()}}
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_made_from_that_of_the_pipeline(parts, calls, name):  # noqa: F811
-    pipe = build(parts, scheduler=PNDMScheduler)
-    pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config)
+    pipe, (number, more) = build(parts, scheduler=PNDMScheduler), SCHEDULERS[name]
+    pipe.scheduler = getattr(diffusers, f"{name.split(',')[0]}Scheduler").from_config(pipe.scheduler.config, **more)
     plain = run(pipe, steps=5)
     enable_deepcache(pipe, interval=1)
-    assert torch.equal(run(pipe, steps=5), plain)
+    assert torch.equal(run(pipe, steps=5), plain)           # and finite
     calls.clear()
     enable_deepcache(pipe, interval=2)
     cached = run(pipe, steps=5)
-    mask = "".join("10"[call % 2] for call in range(SCHEDULERS[name]))
-    assert calls.take() == mask and not torch.equal(cached, plain)
+    mask = "".join("10"[call % 2] for call in range(number))
+    assert calls.take() == mask and not torch.equal(cached, plain) and cached.isfinite().all()
     run(pipe, steps=1)
     assert calls.take().startswith("1")
+
+
+def test_tiles_of_a_panorama_have_a_feature_each(calls):  # noqa: F811
+    """As where the network is called once for all of them."""
+    pipe = built(diffusers.StableDiffusionPanoramaPipeline)
+
+    def panorama(tiles: int) -> Tensor:
+        return pipe("a cat", height=SIZE, width=640, num_inference_steps=4, view_batch_size=tiles,
+                    output_type="latent", generator=torch.Generator().manual_seed(0)).images
+
+    plain = panorama(1)
+    with enable_deepcache(pipe, interval=1):
+        assert torch.equal(panorama(1), plain)
+    calls.clear()
+    with enable_deepcache(pipe, interval=3):
+        cached = panorama(1)
+        assert calls.take() == "111" + 6 * "0" + "111"
+        assert relative_error(panorama(3), cached) < TOLERANCE < relative_error(plain, cached)
 
 
 # What is added to a U-Net acts
@@ -248,9 +265,10 @@ def two_controlnets(parts):  # noqa: F811
     return pipe
 
 
-@pytest.mark.parametrize("settings", [{"controlnet_conditioning_scale": [1.0, 0.5]}, {"guess_mode": True}, {
-    "control_guidance_start": [0.0, 0.4], "control_guidance_end": [0.5, 1.0]}])
-def test_two_controlnets_and_sequential_offload(parts, settings):  # noqa: F811
+@pytest.mark.parametrize(("settings", "first"), [
+    ({"controlnet_conditioning_scale": [1.0, 0.5]}, "offload"), ({"guess_mode": True}, "caching"),
+    ({"control_guidance_start": [0.0, 0.4], "control_guidance_end": [0.5, 1.0]}, "offload")])
+def test_two_controlnets_and_sequential_offload(parts, settings, first):  # noqa: F811
     """As enable_sequential_cpu_offload places weights, here with the CPU as the device that computes."""
     pipe, images = two_controlnets(parts), [torch.from_numpy(picture(i)).permute(2, 0, 1)[None] for i in (1, 2)]
 
@@ -261,13 +279,66 @@ def test_two_controlnets_and_sequential_offload(parts, settings):  # noqa: F811
     plain = latents()
     with enable_deepcache(pipe):
         cached = latents()
-    for first in ("offload", "caching"):
-        pipe = two_controlnets(parts)
-        if first == "caching":
-            enable_deepcache(pipe, interval=1)
-        cpu_offload(pipe.unet, torch.device("cpu"), offload_buffers=True)
+    pipe = two_controlnets(parts)
+    if first == "caching":
         enable_deepcache(pipe, interval=1)
-        assert torch.equal(latents(), plain) and not torch.equal(cached, plain)
-        with enable_deepcache(pipe):
-            assert torch.equal(latents(), cached)
-        assert pipe.unet.conv_in.weight.is_meta
+    cpu_offload(pipe.unet, torch.device("cpu"), offload_buffers=True)
+    enable_deepcache(pipe, interval=1)
+    assert torch.equal(latents(), plain) and not torch.equal(cached, plain)
+    with enable_deepcache(pipe):
+        assert torch.equal(latents(), cached)
+    assert pipe.unet.conv_in.weight.is_meta
+
+
+# Layers that are quantised, or stored in another number format; what needs packages beside the requirements is skipped
+
+def torchao_int8(unet: nn.Module) -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    quantization.quantize_(unet, quantization.Int8WeightOnlyConfig())
+
+
+def torchao_int8_activations(unet: nn.Module) -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    quantization.quantize_(unet, quantization.Int8DynamicActivationInt8WeightConfig())
+
+
+def bitsandbytes(unet: nn.Module, kind: str, **options) -> None:
+    layers = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").nn
+    for module in list(unet.modules()):
+        for name, layer in module.named_children():
+            if type(layer) is nn.Linear:
+                other = getattr(layers, kind)(layer.in_features, layer.out_features, layer.bias is not None, **options)
+                other.load_state_dict(layer.state_dict())
+                setattr(module, name, other.to("cpu"))
+
+
+def torch_int8(unet: nn.Module) -> None:
+    torch.ao.quantization.quantize_dynamic(unet, {nn.Linear}, torch.qint8, inplace=True)
+
+
+def layerwise_casting(unet: nn.Module) -> None:
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+WAYS = {"torchao, int8 weights": torchao_int8, "torchao, int8 weights and activations": torchao_int8_activations,
+        "bitsandbytes, 8 bits": lambda unet: bitsandbytes(unet, "Linear8bitLt", has_fp16_weights=False),
+        "bitsandbytes, 4 bits": lambda unet: bitsandbytes(unet, "Linear4bit"),
+        "torch, int8": torch_int8, "layerwise casting": layerwise_casting}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("make", "call"), [(build, run), (build_xl, run_xl)], ids=["SD", "SDXL"])
+def test_quantised_layers(parts, caplog, make, call, way):  # noqa: F811
+    pipe = make(parts)
+    before = call(pipe)
+    WAYS[way](pipe.unet)
+    plain = call(pipe)
+    assert not torch.equal(plain, before)               # they act
+    with enable_deepcache(pipe, interval=1):
+        assert torch.equal(call(pipe), plain)
+    theirs = by_helper(pipe, 1, 3, call)
+    with enable_deepcache(pipe, interval=3, branch=1), caplog.at_level(logging.INFO, "unet_caching"):
+        assert torch.equal(call(pipe), theirs) and not torch.equal(theirs, plain)
+    assert "caching in 6 network calls" in caplog.text
+    assert torch.equal(call(pipe), plain)

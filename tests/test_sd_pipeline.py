@@ -7,7 +7,6 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import relative_error
-from DeepCache import DeepCacheSDHelper
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
@@ -21,6 +20,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from tiny_pipelines import by_helper
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -145,11 +145,7 @@ def calls():
 def test_caching_agrees_with_the_helper_of_the_authors(parts, cls, branch, interval):
     pipe = build(parts, cls, layers_per_block=2)
     dense = run(pipe, PROMPTS)
-    helper = DeepCacheSDHelper(pipe=pipe)
-    helper.set_params(cache_interval=interval, cache_branch_id=branch)
-    helper.enable()
-    theirs = run(pipe, PROMPTS)
-    helper.disable()
+    theirs = by_helper(pipe, branch, interval, lambda pipe: run(pipe, PROMPTS))
     enable_deepcache(pipe, interval=interval, branch=branch)
     ours = run(pipe, PROMPTS)
     assert torch.equal(ours, theirs)
@@ -219,18 +215,27 @@ def test_a_run_that_was_broken_off_leaves_nothing_behind(parts, calls):
     assert calls.take() == "100010"
 
 
-def test_guidance_switched_off_midway_computes_a_full_step(parts, calls):
+@pytest.mark.parametrize(("scale", "mask"), [(1.0, "101010"), (3.75, "100010")])
+def test_guidance_switched_off_or_halved_midway(parts, calls, scale, mask):
+    """Where the batch halves, too, nothing fits that was kept: a full step."""
     pipe = build(parts)
 
     def switch(pipe, step, t, tensors):
         if step == 1:
-            pipe._guidance_scale = 1.0
-            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+            pipe._guidance_scale = scale
+            if scale == 1:
+                tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
         return tensors
 
+    changed = {"callback_on_step_end": switch, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    plain = run(pipe, **changed)
+    assert not torch.equal(plain, run(pipe))
+    enable_deepcache(pipe, interval=1)
+    assert torch.equal(run(pipe, **changed), plain)
+    calls.clear()
     enable_deepcache(pipe, interval=4)
-    run(pipe, callback_on_step_end=switch, callback_on_step_end_tensor_inputs=["prompt_embeds"])
-    assert calls.take() == "101010"
+    run(pipe, **changed)
+    assert calls.take() == mask
 
 
 def test_each_row_of_a_batch_is_its_own_image(parts):
@@ -276,23 +281,26 @@ def test_on_and_off_leaves_the_pipeline_as_it_was(parts, calls):
     pipe = build(parts)
     before, unet, state = run(pipe), pipe.unet, dict(vars(pipe))
     calls.take()
-    inside = dict(vars(unet))
-    pointers = [parameter.data_ptr() for parameter in unet.parameters()]
+    inside, pointers = dict(vars(unet)), {name: value.data_ptr() for name, value in unet.state_dict().items()}
     enable_deepcache(pipe, interval=3)
     enable_deepcache(pipe, interval=2, branch=2)        # replaces the settings
     cached = run(pipe)
-    assert calls.take() == "101010"
-    assert pipe.unet is unet
-    assert [parameter.data_ptr() for parameter in unet.parameters()] == pointers
-    assert {name: tuple(value.shape) for name, value in unet.state_dict().items()} \
-        == {name: tuple(value.shape) for name, value in tiny_unet().state_dict().items()}
+    assert calls.take() == "101010" and pipe.unet is unet
+    assert {name: value.data_ptr() for name, value in unet.state_dict().items()} == pointers
     for _ in range(2):                                  # the second time it is off already
         disable_deepcache(pipe)
         assert vars(pipe).keys() == state.keys() and vars(unet).keys() == inside.keys()
         assert pipe.unet is unet and torch.equal(run(pipe), before)
     assert set(calls.take()) == {"1"}
-    enable_deepcache(pipe, interval=2, branch=2)
-    assert torch.equal(run(pipe), cached)
+    with enable_deepcache(pipe, np.int64(2), branch=np.int64(2)):
+        with enable_deepcache(pipe, interval=3) as within:
+            run(within)
+        assert torch.equal(run(pipe), cached)           # the settings from before come back
+        with pytest.raises(KeyError), enable_deepcache(pipe, interval=5):
+            raise KeyError
+        run(pipe)
+    assert calls.take() == "100100" + "101010" * 2
+    assert vars(pipe).keys() == state.keys() and vars(unet).keys() == inside.keys()
 
 
 def test_a_progress_bar_of_the_users_own_goes_on(parts):
@@ -350,31 +358,25 @@ def test_moves_and_casts_are_seen_and_stay(parts):
     assert (direct(pipe.to(torch.float32), 5) == 1).all()
 
 
-def test_the_hook_of_a_cpu_offload_still_runs(parts):
-    class Hook(ModelHook):
-        def pre_forward(self, module, *args, **kwargs):
-            seen.append("moved")
-            return args, kwargs
-
-    for hook_first in (True, False):
-        seen, pipe = [], build(parts)
-        dense = run(pipe)
-        if hook_first:
-            add_hook_to_module(pipe.unet, Hook())
-        enable_deepcache(pipe, interval=2)
-        if not hook_first:
-            add_hook_to_module(pipe.unet, Hook())
-        cached = run(pipe)
-        assert len(seen) == 6 and relative_error(cached, dense) > 50 * TOLERANCE
-        if hook_first:
-            disable_deepcache(pipe)
-            assert torch.equal(run(pipe), dense) and len(seen) == 12
-            remove_hook_from_module(pipe.unet)
-        else:
-            remove_hook_from_module(pipe.unet)
-            assert torch.equal(run(pipe), cached) and len(seen) == 6
-            disable_deepcache(pipe)
-        assert torch.equal(run(pipe), dense)
+@pytest.mark.parametrize("hook_first", [True, False])
+def test_the_hook_of_a_cpu_offload_still_runs(parts, hook_first):
+    pipe, seen, hook = build(parts), [], ModelHook()
+    hook.pre_forward = lambda module, *args, **kwargs: seen.append("moved") or (args, kwargs)
+    dense = run(pipe)
+    switched_on = [lambda: add_hook_to_module(pipe.unet, hook), lambda: enable_deepcache(pipe, interval=2)]
+    for step in switched_on if hook_first else reversed(switched_on):
+        step()
+    cached = run(pipe)
+    assert len(seen) == 6 and relative_error(cached, dense) > 50 * TOLERANCE
+    if hook_first:
+        disable_deepcache(pipe)
+        assert torch.equal(run(pipe), dense) and len(seen) == 12
+        remove_hook_from_module(pipe.unet)
+    else:
+        remove_hook_from_module(pipe.unet)
+        assert torch.equal(run(pipe), cached) and len(seen) == 6
+        disable_deepcache(pipe)
+    assert torch.equal(run(pipe), dense)
 
 
 @pytest.mark.parametrize(("prediction", "name"), [("noise", "PNDMScheduler"), ("v", "DDIMScheduler")])

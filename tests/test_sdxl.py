@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from conftest import HERE, fails, pixels, relative_error, run_command, same, settings_of
-from DeepCache import DeepCacheSDHelper
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
@@ -21,6 +20,7 @@ from diffusers import (
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from PIL import Image
 from test_sd_sample import BETAS, SCHEDULERS, ended  # noqa: F401  one is a fixture
+from tiny_pipelines import by_helper
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import eval.macs
@@ -147,41 +147,26 @@ def test_our_names_are_those_of_the_file_in_the_authors_layout():
 def macs_by_helper(unet: UNet2DConditionModel, inputs: tuple, branch: int) -> list:
     """The MACs of a full and a cached step of diffusers' own modules, which the authors' helper leaves out."""
     x, _, context, pooled, sizes = inputs
-    helper = DeepCacheSDHelper(SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=[2, 1])))
-    helper.set_params(cache_interval=2, cache_branch_id=branch)
-    helper.enable()
-    found = [count(lambda t=t: unet(x, torch.tensor(t), context, return_dict=False, added_cond_kwargs={
-        "text_embeds": pooled, "time_ids": sizes})) for t in (2, 1)]
-    helper.disable()
-    return found
+    pipe = SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=[2, 1]))
+    return by_helper(pipe, branch, 2, lambda pipe: [count(lambda t=t: unet(
+        x, torch.tensor(t), context, return_dict=False, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}))
+        for t in (2, 1)])
 
 
-@pytest.fixture(scope="module")
-def macs():
-    return branch_macs(build(SDXL), example_inputs(SDXL), range(9))
-
-
-def test_macs(macs):
-    full, cached = macs
+def test_macs():
+    full, cached = branch_macs(build(SDXL), example_inputs(SDXL), range(9))
     assert [round(value / 1e9, 3) for value in full] == [2989.751, 3380.618]
     assert [round(cached[branch].hook / 1e9, 2) for branch in (0, 1, 2)] == [49.10, 128.03, 223.75]
 
 
-@pytest.mark.slow
-def test_macs_are_those_of_diffusers_network(macs):
-    full, cached = macs
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**FORMAT["config"]).eval()
-    for branch in range(9):
-        assert macs_by_helper(unet, example_inputs(SDXL), branch) == [full, cached[branch]]
-
-
-def test_macs_of_a_tiny_one_are_those_of_diffusers_network(tiny):
-    config = load_config(tiny)
+@pytest.mark.parametrize("size", [pytest.param("real", marks=pytest.mark.slow), "tiny"])
+def test_macs_are_those_of_diffusers_network(tiny, size):
+    config, sizes, branches = (SDXL, FORMAT["config"], range(9)) if size == "real" else (load_config(tiny), LEVELS, [4])
     full, cached = branch_macs(build(config), example_inputs(config), range(9))
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**LEVELS).eval()
-    assert macs_by_helper(unet, example_inputs(config), 4) == [full, cached[4]]
+        unet = UNet2DConditionModel(**sizes).eval()
+    for branch in branches:
+        assert macs_by_helper(unet, example_inputs(config), branch) == [full, cached[branch]]
 
 
 # The commands

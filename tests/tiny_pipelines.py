@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import diffusers
 import numpy as np
 import torch
+from DeepCache import DeepCacheSDHelper
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from PIL import Image
 from torch import Tensor, nn
@@ -114,34 +115,27 @@ class Wanted(NamedTuple):
         return re.search(pattern, self.kind) is not None
 
 
-# The configuration of a U-Net beside LEVELS and CROSS, by what the name of its pipeline matches; the last that does.
-HID = {"encoder_hid_dim": WIDTH, "out_channels": 8}
+# The configuration of a U-Net beside LEVELS and CROSS, by what the name of its pipeline matches; of several, all.
 CLASSES = {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": WIDTH}
 UNETS: dict[str, dict[str, Any]] = {
     "XL": TIMES | {"projection_class_embeddings_input_dim": 56},
     "Kolors": TIMES | {"projection_class_embeddings_input_dim": WIDTH + 48},
-    "InstructPix2Pix|Marigold": {"in_channels": 8}, "XLInstructPix2Pix": TIMES | {
-        "in_channels": 8, "projection_class_embeddings_input_dim": 56},
+    "InstructPix2Pix|Marigold": {"in_channels": 8},
     "MarigoldIntrinsics": {"in_channels": 12, "out_channels": 8},
     "^IF": {"in_channels": 3, "out_channels": 6},
-    "^IF.*SuperResolution": {"in_channels": 6, "out_channels": 6, "class_embed_type": "timestep"},
-    "^Kandinsky": HID | {"encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image",
-                         "addition_embed_type_num_heads": 2},
-    "^KandinskyInpaint": HID | {"encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image",
-                                "addition_embed_type_num_heads": 2, "in_channels": 9},
-    "^KandinskyV22": HID | {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"},
-    "^KandinskyV22Inpaint": HID | {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image",
-                                   "in_channels": 9},
-    "^KandinskyV22Controlnet": HID | {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image_hint",
-                                      "in_channels": 8},
+    "^IF.*SuperResolution": {"in_channels": 6, "class_embed_type": "timestep"},
+    "^Kandinsky": {"encoder_hid_dim": WIDTH, "out_channels": 8},
+    "^Kandinsky(?!V22)": {"encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image",
+                          "addition_embed_type_num_heads": 2},
+    "^KandinskyV22": {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"},
+    "^Kandinsky.*Inpaint": {"in_channels": 9},
+    "^KandinskyV22Controlnet": {"addition_embed_type": "image_hint", "in_channels": 8},
     "LatentConsistency": {"time_cond_proj_dim": 8}, "StableUnCLIP": CLASSES | {
         "projection_class_embeddings_input_dim": 2 * WIDTH, "class_embed_type": "projection"},
     "StableDiffusionUpscale": {"in_channels": 7, "num_class_embeds": 1000},
-    "LDMSuper": {"in_channels": 6, "out_channels": 3}, "PIA": {"in_channels": 9},
-    "Depth2Img": {"in_channels": 5}, "PaintByExample": {"in_channels": 9},
-    "Union": TIMES | {"projection_class_embeddings_input_dim": 56, "block_out_channels": (320, 64)},
-    "ControlNetXS": {"layers_per_block": 2}, "XLControlNetXS": TIMES | {
-        "projection_class_embeddings_input_dim": 56, "layers_per_block": 2},
+    "LDMSuper": {"in_channels": 6, "out_channels": 3}, "PIA|PaintByExample": {"in_channels": 9},
+    "Depth2Img": {"in_channels": 5}, "Union": {"block_out_channels": (320, 64)},
+    "ControlNetXS": {"layers_per_block": 2},
     "GLIGEN": {"attention_type": "gated"}, "GLIGENTextImage": {"attention_type": "gated-text-image"},
     "AudioLDMP|MusicLDM": CLASSES | {"class_embeddings_concat": True, "cross_attention_dim": (32, 64)},
     "LatentUpscale": {"in_channels": 8, "out_channels": 5,
@@ -163,7 +157,7 @@ def unet_of(wanted: Wanted) -> nn.Module:
     """A tiny U-Net of the class that the pipeline names."""
     more: dict[str, Any] = {}
     for pattern, config in UNETS.items():
-        more = config if wanted.of(pattern) else more
+        more |= config if wanted.of(pattern) else {}
     sizes = {"in_channels": 4, "out_channels": 4, "sample_size": SIZE // 2, "cross_attention_dim": WIDTH}
     if "SpatioTemporal" in wanted.hint:
         return diffusers.UNetSpatioTemporalConditionModel(
@@ -240,7 +234,8 @@ def controlnet_of(wanted: Wanted) -> Any:
         del own["attention_head_dim"]
         return diffusers.SparseControlNetModel(**own | {"down_block_types": of_blocks("Motion")["down_block_types"]},
                                                **words, num_attention_heads=4)
-    own |= UNETS["Union" if wanted.of("Union") else "XL"] if wanted.of("XL") else {}
+    for pattern in ("XL", "Union"):
+        own |= UNETS[pattern] if wanted.of(pattern) else {}
     net = (diffusers.ControlNetUnionModel(**own, **words, num_control_type=2) if "ControlNetUnion" in wanted.hint
            else diffusers.ControlNetModel(**own, **words))
     for weight in net.parameters():
@@ -351,6 +346,16 @@ def call(pipe: Any) -> Tensor:
     torch.manual_seed(0)                        # for what a pipeline draws without the generator
     found = pipe(**{name: value for name, value in inputs.items() if name in named})
     return flat(found[0] if isinstance(found, tuple) else next(iter(found.values())))
+
+
+def by_helper(pipe: Any, branch: int, interval: int, run: Callable[[Any], Tensor]) -> Tensor:
+    """What a pipeline ends with where the authors' helper caches in it."""
+    helper = DeepCacheSDHelper(pipe)
+    helper.set_params(cache_interval=interval, cache_branch_id=branch)
+    helper.enable()
+    found = run(pipe)
+    helper.disable()
+    return found
 
 
 def flat(value: Any) -> Tensor:
