@@ -126,9 +126,8 @@ def table(result: dict) -> str:
                 for measure in shown_here)
 
     row("", (measure.heading for measure in shown_here))
-    row(f"all {result['samples']['images']} images", (
-        shown(metric, 2, measure.scale)
-        for measure, metric in zip(shown_here, metrics(result).values(), strict=True)))
+    row(f"all {result['samples']['images']} images", (shown(metric, 2, measure.scale) for measure, metric in zip(
+        shown_here, metrics(result).values(), strict=True)))
     for floor in result["floors"]:
         sizes = f"{floor['n']} against {floor['reference_n']}"
         real, samples = ({name: floor[name][kind] for name in metrics(result)} for kind in ("real", "samples"))

@@ -148,14 +148,10 @@ def split(tensors: Mapping[str, Tensor], path: Path, prefixes: Sequence[str], mo
     model: the name of the architecture, for messages. lacking: what to do about a part that is not there, by prefix.
     Raises UserError, naming `path`, for a part that is not there, and for tensors that belong to none.
     """
-    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
-    unknown = []
-    for name, value in tensors.items():
-        prefix = next((prefix for prefix in parts if name.startswith(prefix)), None)
-        if prefix is None:
-            unknown.append(name)
-        else:
-            parts[prefix][name.removeprefix(prefix)] = value
+    owner = {name: next((prefix for prefix in prefixes if name.startswith(prefix)), None) for name in tensors}
+    parts = {prefix: {name.removeprefix(prefix): tensors[name] for name, own in owner.items() if own == prefix}
+             for prefix in prefixes}
+    unknown = [name for name, own in owner.items() if own is None]
     missing = [f"{prefix}*" for prefix, part in parts.items() if not part]
     if missing:
         others = f"; it holds {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}" if unknown else ""

@@ -38,8 +38,7 @@ from unet_caching.policy import Policy
 FILE = ROOT / "results/pipelines.jsonl"
 BRANCHES = (0, 1, 2)
 STEPS, INTERVAL, ORDERS = 50, 3, (0, 1)
-MODELS: dict[str, dict[str, Any]] = {"sd_emoji": {"prompts": ROOT / "data/emoji/prompts.txt"}, "ldm_emoji": {},
-                                     "ddpm_emoji": {}}
+MODELS: dict[str, dict] = {"sd_emoji": {"prompts": ROOT / "data/emoji/prompts.txt"}, "ldm_emoji": {}, "ddpm_emoji": {}}
 # diffusers' schedulers, and what their steps are called with
 SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "DDIM, eta 1": ("DDIMScheduler", {"clip_sample": False}, {"eta": 1.0}),
@@ -47,9 +46,9 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "SDE-DPM-Solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++",
                                                          "final_sigmas_type": "zero"}, {})}
 # Class, configuration beside its defaults, and the shapes of what a call with guidance is given: rows are doubled.
-SVD = "UNetSpatioTemporalConditionModel", {"num_attention_heads": (5, 10, 20, 20)}
 VIDEO: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
-    **{f"SVD, {frames} frames, 576 x 1024": (*SVD, {
+    **{f"SVD, {frames} frames, 576 x 1024": (
+        "UNetSpatioTemporalConditionModel", {"num_attention_heads": (5, 10, 20, 20)}, {
         "sample": (2, frames, 8, 72, 128), "encoder_hidden_states": (2, 1, 1024), "added_time_ids": (2, 3)})
        for frames in (14, 25)},
     "AnimateDiff, 16 frames, 512 x 512": ("UNetMotionModel", {"cross_attention_dim": 768}, {
@@ -108,20 +107,17 @@ def noise(seeds: Sequence[int], machine: Machine) -> Iterator[Result]:
         model.load()
         for sampler in SAMPLERS:
             started = time.time()
-            near: list[list[float]] = [[] for _ in runs]
-            for i in range(0, len(seeds), machine.batch_size):
-                batch = seeds[i:i + machine.batch_size]
-                whole = sampled(model, sampler, batch, None)
-                for run, values in zip(runs, near, strict=True):
-                    policy = run.caching.policy(model.device, model.dtype)
-                    values.extend(psnr_to(whole, sampled(model, sampler, batch, policy)))
-            for order, run, values in zip(ORDERS, runs, near, strict=True):
-                about = {"name": f"{sampler}, order {order}", "seeds": format_seeds(list(seeds))}
+            batches = [seeds[i:i + machine.batch_size] for i in range(0, len(seeds), machine.batch_size)]
+            whole = [sampled(model, sampler, batch, None) for batch in batches]
+            for order, run in zip(ORDERS, runs, strict=True):
+                values = [value for batch, x in zip(batches, whole, strict=True) for value in psnr_to(x, sampled(
+                    model, sampler, batch, run.caching.policy(model.device, model.dtype)))]
                 settings = model.settings | {"sampler": sampler, "cache": run.caching.settings}
                 yield Result("fresh noise", name, settings, len(seeds),
                              {"PSNR of latents": Metric.of(mean_estimate(np.array(values)))},
                              provenance=provenance(model.device),
-                             details=about | {"psnr": [round(float(value), 4) for value in values]}).stamped(started)
+                             details={"name": f"{sampler}, order {order}", "seeds": format_seeds(list(seeds)),
+                                      "psnr": [round(float(value), 4) for value in values]}).stamped(started)
 
 
 @command

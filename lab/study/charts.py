@@ -139,7 +139,7 @@ def maps(rows: Rows, down: str, across: str) -> list[Map]:
                if any(row.metric(minus_uncached(name)) for row in cached)}
     scores = [(shifted.get(name, name), name in MEASURES and MEASURES[name].higher) for name in scores_of(rows)]
 
-    def made(title: str, chosen: Sequence[Row], name: str, higher: bool) -> Map:
+    def made(which: str, chosen: Sequence[Row], name: str, higher: bool) -> Map:
         numbers = np.full([len(head) for head in heads], math.nan)
         texts = [["" for _ in heads[1]] for _ in heads[0]]
         for row in chosen:
@@ -153,7 +153,7 @@ def maps(rows: Rows, down: str, across: str) -> list[Map]:
                 numbers[i, j], low, high = metric.bounds
                 sure = name in shifted.values() and not low <= 0 <= high
                 texts[i][j] = f"{metric.value:.3g}" + ("*" if sure else "")
-        return Map(title, heads[0], heads[1], numbers, texts, higher)
+        return Map(of_images(name, name, rows) + which, heads[0], heads[1], numbers, texts, higher)
 
     if others:
         kinds = dict.fromkeys(tuple(row.options.get(name) for name in others) for row in cached)
@@ -162,9 +162,8 @@ def maps(rows: Rows, down: str, across: str) -> list[Map]:
             chosen = [row for row in cached if tuple(row.options.get(name) for name in others) == kind]
             words = ", ".join(f"{name} {value}" for name, value in zip(others, kind, strict=True) if value is not None)
             if len(chosen) > 1:
-                title = of_images(scores[0][0], scores[0][0], rows)
-                found.append(made(f"{title}\n{textwrap.fill(words, 44)}", chosen, *scores[0]))
+                found.append(made(f"\n{textwrap.fill(words, 44)}", chosen, *scores[0]))
     else:
-        found = [made(of_images(name, name, rows), cached, name, higher) for name, higher in (
+        found = [made("", cached, name, higher) for name, higher in (
             *scores, ("speed-up by MACs", True), ("speed-up measured", True))]
     return [one for one in found if not np.isnan(one.numbers).all()]

@@ -26,8 +26,7 @@ def columns_of(word: str, rows: Rows) -> list[Column]:
     """The columns that a word stands for. Raises KeyError for one that there is not."""
     if word in SEVERAL:
         return SEVERAL[word](rows)
-    return [COLUMNS[word] if word in COLUMNS else pair(word) if word in PAIRS
-            else distance_column(word, rows)]
+    return [COLUMNS[word] if word in COLUMNS else pair(word) if word in PAIRS else distance_column(word, rows)]
 
 
 def spread(metric: Metric | None, form: str, scale: float = 1) -> str:
