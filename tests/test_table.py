@@ -292,12 +292,14 @@ def said(capsys, tmp_path):
 
 def test_formats(said):
     markdown = said("12", "--format", "markdown")
+    assert "|  | 50,000 images |" in markdown
     assert "| skip branch 7 | paper | 5.45 [3] | 11.27 | 1.151 | 4.92 |\n|  | ours | 5.57 | - | - | - |" in markdown
     assert "\n- [3] The exact averages, 5.5738 and 5.7319" in markdown
     lines = lines_of(said("table12", "--format", "csv"))
     assert lines[0] == {"table": "table12", "section": "", "row": "skip branch 1", "run": "skip branch 1",
-                        "column": "macs_G", "paper": "1.60", "ours": "1.61", "difference": "+0.01", "from": "counted"}
-    assert len(lines) == 12 * 4
+                        "column": "macs_G", "images": "", "paper": "1.60", "ours": "1.61", "difference": "+0.01",
+                        "from": "counted"}
+    assert len(lines) == 12 * 4 and {line["images"] for line in lines if line["column"] == "fid"} == {"50000"}
     latex = said("2", "--format", "latex")
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3 and r"[1] The exact" in latex
     assert not re.search(r"(?<!\\)[%#_]", latex.replace(r"\begin{table}", ""))
