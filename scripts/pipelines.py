@@ -47,10 +47,9 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
                                                          "final_sigmas_type": "zero"}, {})}
 # Class, configuration beside its defaults, and the shapes of what a call with guidance is given: rows are doubled.
 VIDEO: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
-    **{f"SVD, {frames} frames, 576 x 1024": (
-        "UNetSpatioTemporalConditionModel", {"num_attention_heads": (5, 10, 20, 20)}, {
-        "sample": (2, frames, 8, 72, 128), "encoder_hidden_states": (2, 1, 1024), "added_time_ids": (2, 3)})
-       for frames in (14, 25)},
+    **{f"SVD, {n} frames, 576 x 1024": ("UNetSpatioTemporalConditionModel", {"num_attention_heads": (5, 10, 20, 20)}, {
+        "sample": (2, n, 8, 72, 128), "encoder_hidden_states": (2, 1, 1024), "added_time_ids": (2, 3)})
+       for n in (14, 25)},
     "AnimateDiff, 16 frames, 512 x 512": ("UNetMotionModel", {"cross_attention_dim": 768}, {
         "sample": (2, 4, 16, 64, 64), "encoder_hidden_states": (32, 77, 768)}),
     "ZeroScope, 24 frames, 320 x 576": ("UNet3DConditionModel", {}, {
@@ -112,9 +111,8 @@ def noise(seeds: Sequence[int], machine: Machine) -> Iterator[Result]:
             for order, run in zip(ORDERS, runs, strict=True):
                 values = [value for batch, x in zip(batches, whole, strict=True) for value in psnr_to(x, sampled(
                     model, sampler, batch, run.caching.policy(model.device, model.dtype)))]
-                settings = model.settings | {"sampler": sampler, "cache": run.caching.settings}
-                yield Result("fresh noise", name, settings, len(seeds),
-                             {"PSNR of latents": Metric.of(mean_estimate(np.array(values)))},
+                yield Result("fresh noise", name, model.settings | {"sampler": sampler, "cache": run.caching.settings},
+                             len(seeds), {"PSNR of latents": Metric.of(mean_estimate(np.array(values)))},
                              provenance=provenance(model.device),
                              details={"name": f"{sampler}, order {order}", "seeds": format_seeds(list(seeds)),
                                       "psnr": [round(float(value), 4) for value in values]}).stamped(started)
@@ -123,9 +121,8 @@ def noise(seeds: Sequence[int], machine: Machine) -> Iterator[Result]:
 @command
 def main() -> None:
     options, machine = arguments.parse(__doc__, Options, Machine)
-    found = macs() if options.what == "macs" else noise(parse_seeds(options.seeds), machine)
     known = {(one.model, one.details["name"]): one for one in (read_packed(FILE) if FILE.is_file() else ())}
-    for one in found:
+    for one in macs() if options.what == "macs" else noise(parse_seeds(options.seeds), machine):
         print(one.model, one.details["name"], *(metric.value for metric in one.metrics.values()), flush=True)
         known[one.model, one.details["name"]] = one
         write_packed(FILE, list(known.values()))

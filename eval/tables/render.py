@@ -241,9 +241,8 @@ def as_csv(rendered: Rendered) -> str:
         for label, printed, runs in rows:
             own = [(arm.label + (f" (trial, {trial} images)" if trial else ""), cells) for arm, cells, trial in runs]
             for named, cells in own or [("", dict.fromkeys(columns, Cell()))]:
-                writer.writerows([rendered.table.name, part.name, label, named, key,
-                                  part.images if COLUMNS[key].metric else "", _printed(part, key, printed),
-                                  *cells[key]] for key in columns)
+                writer.writerows([rendered.table.name, part.name, label, named, key, part.images if COLUMNS[key].metric
+                                  else "", _printed(part, key, printed), *cells[key]] for key in columns)
     return text.getvalue()
 
 

@@ -57,8 +57,7 @@ def distance(row: Row, name: str) -> str:
 
 def of_images(heading: str, name: str, rows: Rows) -> str:
     """A heading, where its numbers are of sets of images with how many those are: of more or fewer they are others."""
-    found = [one for row in rows.rows for one in row.records.values() if name in one.metrics]
-    counts = sorted({one.images for one in found if one.images})
+    counts = sorted({one.images or 0 for row in rows.rows for one in row.records.values() if name in one.metrics})
     of_pairs = isinstance(MEASURES.get(name), PairMeasure)
     return f"{heading}, {' or '.join(map(str, counts))} images" if counts and not of_pairs else heading
 
