@@ -120,22 +120,19 @@ CLASSES = {"class_embed_type": "simple_projection", "projection_class_embeddings
 UNETS: dict[str, dict[str, Any]] = {
     "XL": TIMES | {"projection_class_embeddings_input_dim": 56},
     "Kolors": TIMES | {"projection_class_embeddings_input_dim": WIDTH + 48},
-    "InstructPix2Pix|Marigold": {"in_channels": 8},
-    "MarigoldIntrinsics": {"in_channels": 12, "out_channels": 8},
+    "InstructPix2Pix|Marigold": {"in_channels": 8}, "MarigoldIntrinsics": {"in_channels": 12, "out_channels": 8},
     "^IF": {"in_channels": 3, "out_channels": 6},
     "^IF.*SuperResolution": {"in_channels": 6, "class_embed_type": "timestep"},
-    "^Kandinsky": {"encoder_hid_dim": WIDTH, "out_channels": 8},
+    "^Kandinsky": {"encoder_hid_dim": WIDTH, "out_channels": 8}, "^Kandinsky.*Inpaint": {"in_channels": 9},
     "^Kandinsky(?!V22)": {"encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image",
                           "addition_embed_type_num_heads": 2},
     "^KandinskyV22": {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"},
-    "^Kandinsky.*Inpaint": {"in_channels": 9},
     "^KandinskyV22Controlnet": {"addition_embed_type": "image_hint", "in_channels": 8},
     "LatentConsistency": {"time_cond_proj_dim": 8}, "StableUnCLIP": CLASSES | {
         "projection_class_embeddings_input_dim": 2 * WIDTH, "class_embed_type": "projection"},
-    "StableDiffusionUpscale": {"in_channels": 7, "num_class_embeds": 1000},
+    "StableDiffusionUpscale": {"in_channels": 7, "num_class_embeds": 1000}, "Depth2Img": {"in_channels": 5},
     "LDMSuper": {"in_channels": 6, "out_channels": 3}, "PIA|PaintByExample": {"in_channels": 9},
-    "Depth2Img": {"in_channels": 5}, "Union": {"block_out_channels": (320, 64)},
-    "ControlNetXS": {"layers_per_block": 2},
+    "Union": {"block_out_channels": (320, 64)}, "ControlNetXS": {"layers_per_block": 2},
     "GLIGEN": {"attention_type": "gated"}, "GLIGENTextImage": {"attention_type": "gated-text-image"},
     "AudioLDMP|MusicLDM": CLASSES | {"class_embeddings_concat": True, "cross_attention_dim": (32, 64)},
     "LatentUpscale": {"in_channels": 8, "out_channels": 5,
@@ -234,8 +231,7 @@ def controlnet_of(wanted: Wanted) -> Any:
         del own["attention_head_dim"]
         return diffusers.SparseControlNetModel(**own | {"down_block_types": of_blocks("Motion")["down_block_types"]},
                                                **words, num_attention_heads=4)
-    for pattern in ("XL", "Union"):
-        own |= UNETS[pattern] if wanted.of(pattern) else {}
+    own |= (UNETS["XL"] if wanted.of("XL") else {}) | (UNETS["Union"] if wanted.of("Union") else {})
     net = (diffusers.ControlNetUnionModel(**own, **words, num_control_type=2) if "ControlNetUnion" in wanted.hint
            else diffusers.ControlNetModel(**own, **words))
     for weight in net.parameters():
