@@ -36,8 +36,7 @@ SlurmdLogFile={root}/slurmd.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-JobCompType=jobcomp/filetxt
-JobCompLoc={root}/ended.txt
+JobCompType=jobcomp/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
@@ -182,9 +181,3 @@ class SlurmNode:
     def wait(self) -> None:
         """Until no job is left."""
         until(lambda: not self.queue(), "the queue to be empty")
-
-    def ended(self) -> list[dict[str, str]]:
-        """What Slurm noted of each job, or life of a job, that is over."""
-        path = self.root / "ended.txt"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
