@@ -11,7 +11,6 @@ from conftest import TINY_UNET, run_command
 from ddpm.unet import UNet
 from eval import macs
 from eval.cost.macs import Costs, Macs, branch_macs, costs, count, mean, on_meta
-from eval.cost.macs import average as of_steps
 from ldm.unet import UNet as LatentUNet
 from run.families import build, example_inputs, load_config
 from run.spec import RunSpec
@@ -115,7 +114,6 @@ def test_macs_of_table_9(capsys, interval, center, power, printed):
 def test_average_counts_steps_where_the_interval_does_not_divide_them():
     full, cached = counted("ddpm_cifar10").full, counted("ddpm_cifar10").cached(2)
     assert average("ddpm_cifar10", 2, 100, 3) == (34 * full.hook + 66 * cached.hook) / 100
-    assert of_steps(full, cached, uniform(7, 2), 7).hook == (4 * full.hook + 3 * cached.hook) / 7
 
 
 # A tiny network, by hand
@@ -166,18 +164,12 @@ def test_hand_count(tiny):
         assert cached[branch] == add(*shell, *encoder[:branch], *decoder[:branch + 1])
 
 
-def test_counts_a_network_wherever_it_is(tiny):
-    unet, inputs = tiny
-    with torch.device("meta"):
-        assert costs(UNet(**TINY_UNET), inputs).values == costs(unet, inputs).values
-    assert all(parameter.device.type == "cpu" for parameter in unet.parameters())
-
-
 def test_any_policy(tiny):
     unet, inputs = tiny
     full_steps = centered(12, 4, 5, 1.4)
     found = costs(unet, inputs)
-    assert mean(found.calls(DeepCache(2, full_steps), 12)) == of_steps(found.full, found.cached(2), full_steps, 12)
+    calls = [found.full if step in full_steps else found.cached(2) for step in range(12)]
+    assert found.calls(DeepCache(2, full_steps), 12) == calls
 
     class ReuseResiduals(Policy):   # a policy with another kind of key: on odd steps, all residuals but the middle's
         def __init__(self):

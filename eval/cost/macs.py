@@ -131,12 +131,6 @@ def mean(calls: Sequence[Macs]) -> Macs:
     return Macs(*(sum(values) / len(calls) for values in zip(*calls, strict=True)))
 
 
-def average(full: Macs, cached: Macs, full_steps: Collection[int], num_steps: int) -> Macs:
-    """The MACs per step of a run: (k F + (T - k) C) / T with k full steps of T."""
-    k = len(full_steps)
-    return mean([full] * k + [cached] * (num_steps - k))
-
-
 def schedule_macs(full: Macs, residuals: Mapping[str, Macs], schedule: Mapping[str, Collection[int]],
                   num_steps: int) -> Macs:
     """The MACs per step of a run in which each residual of `schedule` is computed on its own steps only.

@@ -107,7 +107,7 @@ class AdaptiveFit(Fit):
     def full_calls(self, model: ImageModel) -> tuple[float, float]:
         """How many full calls the budget pays for, and the price of a cached one. Raises UserError."""
         costs, total = costs_of(model.run), model.sampler.calls
-        ratio = costs.calls(DeepCache(self.adaptive_branch, [0]), 2)[1].hook / costs.full.hook
+        ratio = costs.cached(self.adaptive_branch).hook / costs.full.hook
         found = (self.calls - total * ratio) / (1 - ratio)
         if not 1 <= found < total:
             raise UserError(f"{total} calls, one to all of them full, cost {1 + (total - 1) * ratio:.2f} to {total}: "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.cost.macs import Macs, average, schedule_macs
+from eval.cost.macs import Macs, mean, schedule_macs
 from eval.cost.runs import costs_of
 from lab.fit.block_plots import schedule_chart
 from lab.fit.changes import BlockChanges
@@ -62,7 +62,8 @@ class ScheduleMaker:
             if not self.measured:
                 raise UserError(f"no {kinds} blocks lie outside the level that DeepCache reuses at branch "
                                 f"{level.branch}")
-            self.base = average(self.full, Macs(*changes.macs_cached[level.branch]), level.full_steps, changes.calls)
+            full, cached = len(level.full_steps), Macs(*changes.macs_cached[level.branch])
+            self.base = mean([self.full] * full + [cached] * (changes.calls - full))
         self.residuals = {name: Macs(*changes.residuals[name].macs) for name in self.measured}
 
     def blocks(self, delta: float) -> dict[str, list[int]]:
@@ -145,9 +146,9 @@ def block_schedule(options: FromChanges, deepcache: DeepCacheOptions) -> None:
     schedule = maker.make(delta if fraction is None else maker.delta_for(fraction))
     write(schedule, options.out)
     if level is not None:
-        mean = maker.macs(schedule.blocks)
+        cost = maker.macs(schedule.blocks)
         print(f"with DeepCache, {len(level.full_steps)} full steps, branch {level.branch}: "
-              f"{mean.hook / maker.full.hook:.4f} of the MACs ({mean.fc / maker.full.fc:.4f} with attention)")
+              f"{cost.hook / maker.full.hook:.4f} of the MACs ({cost.fc / maker.full.fc:.4f} with attention)")
 
 
 def rhythm(options: Rhythm, sampling: SamplerOptions) -> None:

@@ -23,7 +23,6 @@ from unet_caching.errors import UserError
 from unet_caching.files.fitted import Fitted
 from unet_caching.methods.adaptive import relative_change
 from unet_caching.methods.block_caching import KINDS
-from unet_caching.methods.deepcache import DeepCache
 from unet_caching.policy import Policy
 
 
@@ -115,7 +114,7 @@ class ChangesFit(Fit):
             raise UserError(f"the changes of {unknown} are not finite: an overflow of the number format (use --dtype "
                             "fp32 or bf16), or damaged weights")
         costs = costs_of(model.run)
-        cached = [costs.calls(DeepCache(branch, [0]), 2)[1] for branch in range(model.run.unet.num_branches)]
+        cached = [costs.cached(branch) for branch in range(model.run.unet.num_branches)]
         residuals = {name: Residual(kind, changes[name].double().mean(0).tolist(), costs.values[name])
                      for name, kind in kinds.items()}
         notes = {"seeds": format_seeds(seeds), "settings": model.settings, "provenance": provenance(model.device)}
