@@ -130,12 +130,6 @@ def of_damaged_work() -> Iterator[Case]:
     """What studies and searches keep, damaged or of another run, and the files that they read."""
     whole = {"model": "ddpm_emoji", "seeds": "0-5", "chosen_on": 3, "against": {"steps": 4}, "measure": ["near"],
              "arms": [{"steps": 2, "sampler": "unipc"}]}
-    for key, value in (("seeds", "x"), ("chosen_on", -1), ("chosen_on", "x"), ("twice", -1), ("twice", "many"),
-                       ("against", {"steps": "x"}), ("against", {"stepz": 5}), ("against", [1]), ("arms", 5),
-                       ("arms", []), ("arms", [5]), ("common", {"steps": [1]}), ("common", {"eta": "x"}),
-                       ("model", 5), ("model", "../x"), ("surprise", 1), ("parts", 5), ("parts", [5]), ("show", 5)):
-        yield case(f"study with {key} {value}", f"{STUDY} --list",
-                   make=written("f.yaml", yaml.safe_dump(whole | {key: value})))
     for name, content in JSONS.items():
         for what, path in (("record", "s/ddpm_emoji/unipc_steps2_0-5_near.json"),
                            ("file of records", "r/f/records.jsonl")):
@@ -186,14 +180,7 @@ def of_files() -> Iterator[Case]:
 
 
 def of_configs() -> Iterator[Case]:
-    """A config with one value that cannot be."""
-    for key, value in (("ch", -32), ("ch", 0), ("ch", "x"), ("ch_mult", []), ("ch_mult", [0]), ("ch_mult", -1),
-                       ("resolution", 0), ("resolution", -8), ("in_channels", 0), ("num_res_blocks", -1),
-                       ("num_res_blocks", 0.5), ("attn_resolutions", 5), ("surprise", 1)):
-        content = {"name": "ddpm_x", "unet": UNET | {key: value}, "diffusion": {"beta_schedule": "linear"},
-                   "checkpoint": "none.safetensors", "sampler": {"steps": 4, "branch": 0, "images": 4}}
-        yield case(f"unet.{key}: {value}", "ddpm.sample --config {}/f.yaml --seeds 0 --out {}/o",
-                   make=written("f.yaml", yaml.safe_dump(content)))
+    """A study of one arm that cannot be."""
     for arm in ({"interval": 10 ** 9}, {"steps": 10 ** 9}, {"branch": -1}, {"interval": [[1]]}, {"power": 1e308},
                  {"schedule": "centered", "interval": 2, "center": 1, "power": 1e308}, {"model": 5}, {"steps": True}):
         yield case(f"study of {arm}", f"{STUDY} --list", make=study(**arm))

@@ -11,13 +11,11 @@ from conftest import run_command, save_samples
 from PIL import Image
 
 from eval import adm
-from eval.adm import LAYERS, open_reference
+from eval.adm import LAYERS
 from eval.metrics import evaluator
 from eval.metrics.frechet import frechet_distance, mean_and_covariance
-from eval.metrics.images import open_images
 from eval.metrics.inception import MODES, Inception, load
 from eval.metrics.measure import Sets
-from run.npz import pack
 from unet_caching.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -173,12 +171,6 @@ def test_command_from_images_to_json(tmp_path, capsys, files, inception_file, in
                for line in printed.out.splitlines()[1:-1])
 
 
-def test_samples_packed_for_adm_are_read_as_they_are(tmp_path, files):
-    pack(files[0], range(6), tmp_path / "packed.npz")
-    assert np.array_equal(np.load(tmp_path / "packed.npz")["arr_0"], PIXELS)
-    assert np.array_equal(np.concatenate(list(open_images(tmp_path / "packed.npz").batches(4))), PIXELS)
-
-
 @pytest.mark.parametrize("args, change, message", [
     ((), None, "6 of the 50000 images expected"),
     (("--count", 7), None, "6 of the 7 images expected"),
@@ -204,17 +196,6 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, files, inception_file, arg
     assert error.count("\n") == 1 and error.startswith("error: ")
     assert re.search(message, error)
     assert not (tmp_path / "x.json").exists()
-
-
-def test_a_truncated_reference_is_refused(tmp_path, files):
-    samples = open_images(files[0])
-    np.savez(tmp_path / "ref.npz", arr_0=PIXELS)
-    whole = (tmp_path / "ref.npz").read_bytes()
-    (tmp_path / "ref.npz").write_bytes(whole[:-400])
-    with pytest.raises(UserError, match="truncated or not an npz"):
-        open_reference(tmp_path / "ref.npz", samples)
-    with pytest.raises(UserError, match=r"VIRTUAL_imagenet256_labeled\.npz"):
-        open_reference(tmp_path / "nothing.npz", samples)
 
 
 def test_a_reference_without_statistics_is_judged_by_its_images(tmp_path):

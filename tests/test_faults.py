@@ -12,7 +12,6 @@ chosen at random, or (SIGXFSZ) in the middle of writing a file.
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -201,12 +200,6 @@ def test_killed_at_any_moment(cases, name, tmp_path):
     kill_often(cases[name], KILLS[name], tmp_path, random.Random(name))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", KILLS)
-def test_killed_a_hundred_times(cases, name, tmp_path):
-    kill_often(cases[name], 17, tmp_path, random.Random(name))
-
-
 # ---- disks, damaged files, two writers
 
 
@@ -259,16 +252,6 @@ def test_a_full_disk(cases, name, tmp_path):
     assert refused > 0
 
 
-@pytest.mark.parametrize("name", ["sampling", "conversion and sampling", "packing"])
-def test_a_read_only_disk(cases, name, tmp_path):
-    """One clear line, and nothing happened; later it goes on."""
-    with small_disk(tmp_path / "disk", 2 ** 27) as disk:
-        cases[name].make(disk)
-        for mode, codes in (("ro", (1, 2)), ("rw", (0,))):
-            subprocess.run(["mount", "-o", f"remount,{mode}", disk], check=True)
-            ended(cases[name].start(disk, tmp_path / "log"), codes)
-
-
 @pytest.mark.parametrize(("name", "pattern", "heals"), [
     ("sampling", "out/000/000003.png", True), ("sampling", "out/sessions.jsonl", True),
     ("sampling", "out/run.json", False),
@@ -288,15 +271,3 @@ def test_a_file_cut_short(cases, name, pattern, heals, tmp_path):
         # A PNG that lacks no more than its last bytes has all its pixels.
         if not ended(case.start(folder, tmp_path / "log"), (0,) if heals else (0, 2), "" if heals else path.name):
             compare(case.result(folder), expected, folder)
-
-
-@pytest.mark.parametrize("name", ["sampling", "conversion and sampling", "packing"])
-def test_two_writers(cases, name, tmp_path):
-    """The same command twice at the same time: both end well, and no image is made twice."""
-    case, folder = cases[name], cases[name].make(tmp_path / "twice")
-    both = [case.start(folder, tmp_path / f"log{i}") for i in range(2)]
-    for process in both:
-        ended(process, (0,))
-    made = [int(number) for process in both for number in re.findall(r"(\d+) made now", process.output)]
-    assert not made or sum(made) == len(list(folder.glob("out/*/*.png")))
-    compare(case.result(folder), case.finish(case.make(tmp_path / "once"), tmp_path / "log"), folder)

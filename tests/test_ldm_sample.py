@@ -311,14 +311,6 @@ def test_npz_of_an_incomplete_folder_is_refused(pack, folder, tmp_path, capsys):
     assert not list(tmp_path.glob("*x.npz*"))
 
 
-def test_npz_of_mixed_sizes_leaves_nothing(pack, folder, tmp_path, capsys):
-    Image.new("RGB", (8, 8)).save(image_path(folder, 7))
-    capsys.readouterr()
-    assert pack("--samples", folder, "--seeds", "0-11", "--out", tmp_path / "x.npz") == 2
-    assert "mixed sizes" in capsys.readouterr().err.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
-
-
 def test_npz_that_does_not_fit_the_disk_is_refused(pack, folder, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     size = 12 * 16 * 16 * 3

@@ -14,7 +14,6 @@ from conftest import HERE
 from forked import Forked, signal_at
 from PIL import Image
 from test_sampling import sample, start, tiny  # noqa: F401  fixtures
-from tqdm import tqdm
 
 from unet_caching.samplers.noise import SeededNoise
 
@@ -23,22 +22,6 @@ def pixels(folder: Path) -> np.ndarray:
     files = sorted(folder.glob("*/*.png"))
     assert [int(file.stem) for file in files] == list(range(64))
     return np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
-
-
-def test_a_fork_that_is_killed_while_it_draws_its_bar_stops_no_other(tmp_path):
-    """tqdm's lock of its own is one for all forks."""
-    def draw_and_hold() -> None:
-        with tqdm(range(3)) as bar, bar.get_lock():
-            (tmp_path / "holds").touch()
-            time.sleep(60)
-
-    with tqdm(range(3)):                        # a lock is there before the forks
-        first = Forked(draw_and_hold, log=tmp_path / "first")
-        while not (tmp_path / "holds").exists():
-            time.sleep(0.002)
-        first.send(signal.SIGKILL)
-        assert first.wait() == -signal.SIGKILL
-        assert Forked(lambda: list(tqdm(range(3))), log=tmp_path / "second").wait(20) == 0
 
 
 def test_64_seeds_however_they_are_split(sample, start, tmp_path, monkeypatch):  # noqa: F811
