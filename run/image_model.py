@@ -126,8 +126,8 @@ def kinds_of_calls(run: Run) -> int:
 def check_compiled(run: Run, machine: Machine) -> None:
     """Refuse to compile a run whose calls decide themselves what they compute. Raises UserError."""
     if machine.compile and any(method.online for method in run.caching.methods):
-        raise UserError("--compile is for calls that are known beforehand, and this run decides while it goes on what "
-                        "each computes: leave it out")
+        raise UserError("--compile needs a schedule that is known beforehand, and here each image decides what is "
+                        "computed: leave it out")
 
 
 def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine, last: bool = False) -> int:

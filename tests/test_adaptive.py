@@ -124,5 +124,5 @@ def test_foreign_rules_are_refused(run, rule, tmp_path, capsys, words, why):
 
 def test_a_run_that_decides_while_it_goes_on_is_not_compiled(run, rule, tmp_path, capsys):
     assert run(sample.main, "--adaptive", rule, "--compile", "--seeds", "0", "--out", tmp_path / "no") == 2
-    assert "--compile is for calls that are known beforehand" in capsys.readouterr().err
+    assert "--compile needs a schedule that is known beforehand" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

@@ -130,7 +130,7 @@ def test_an_adaptor_of_other_channels_is_refused(run, adaptor, tmp_path, capsys)
 @pytest.mark.parametrize(("words", "why"), [
     (("--clock", 0), "--clock must be"), (("--clock-from", 0.5), "need a --clock"),
     (("--clock", 3, "--clock-from", 1), "--clock-from must be"),
-    (("--clock", 3, "--clock-preset", "stable-diffusion"), "says clock and share itself"),
+    (("--clock", 3, "--clock-preset", "stable-diffusion"), "sets --clock and --clock-from"),
     (("--clock", 3, "--clock-branch", 9), "--clock-branch must be from 0 to")])
 def test_refusals(run, tmp_path, capsys, words, why):
     assert run(sample.main, *words, "--out", tmp_path / "no") == 2

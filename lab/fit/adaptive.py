@@ -110,8 +110,8 @@ class AdaptiveFit(Fit):
         ratio = costs.cached(self.adaptive_branch).hook / costs.full.hook
         found = (self.calls - total * ratio) / (1 - ratio)
         if not 1 <= found < total:
-            raise UserError(f"{total} calls, one to all of them full, cost {1 + (total - 1) * ratio:.2f} to {total}: "
-                            f"--calls {self.calls:g} is outside")
+            raise UserError(f"{total} network calls cost from {1 + (total - 1) * ratio:.2f} (one full) to {total} "
+                            f"(all full): --calls {self.calls:g} is outside")
         return found, ratio
 
     def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> AdaptiveRule:

@@ -100,7 +100,7 @@ class AdaptorFit(Fit):
             raise UserError(f"--lr must be above 0, got {self.lr:g}")
         clockwork = model.run.caching.of(ClockworkMethod)
         if clockwork is None or clockwork.adaptor is not None or len(model.run.caching.methods) > 1:
-            raise UserError("what is trained is the adaptor of a clock: give --clock, and neither --adaptor nor other "
+            raise UserError("an adaptor is trained for a clock: give --clock, and neither --adaptor nor other "
                             "caching options")
         check_float32(model)
 

@@ -103,7 +103,7 @@ def check_out(path: Path, suffix: str) -> None:
 def check_float32(model: ImageModel) -> None:
     """Raises UserError for a network in another number format, which is too coarse to learn in."""
     if model.dtype != torch.float32:
-        raise UserError("what is trained is trained in float32: leave out --dtype")
+        raise UserError("training is in float32: leave out --dtype")
 
 
 def own_unet(model: ImageModel) -> NestedUNet:

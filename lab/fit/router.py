@@ -94,8 +94,8 @@ class Budget:
         """Of a run that computes only on the calls `always`. Raises ValueError if the budget is less."""
         least = self.calls * self.full - (self.calls - len(always)) * self.saved
         if self.spent is not None and least > self.spent:
-            raise ValueError(f"{self.calls} calls that compute as little as they can cost {least / self.full:.2f} full "
-                             f"calls, more than {self.spent / self.full:.2f}: take fewer steps, or a larger budget")
+            raise ValueError(f"{self.calls} calls cost {least / self.full:.2f} full calls at the least, more than the "
+                             f"budget of {self.spent / self.full:.2f}: take fewer steps, or a larger budget")
         return least
 
     def rounded(self, betas: Sequence[Tensor], always: Collection[int] = (0,)) -> dict[str, list[int]]:

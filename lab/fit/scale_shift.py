@@ -144,7 +144,7 @@ class ScaleShiftFit(Fit):
             raise UserError(f"--lr must be above 0 and --ridge 0 or more, got {self.lr:g} and {self.ridge:g}")
         blocks = model.run.caching.of(BlockCachingMethod)
         if blocks is None or blocks.table is not None or len(model.run.caching.methods) > 1:
-            raise UserError("what is learnt is the scale and shift of a block schedule: give --block-schedule, and "
+            raise UserError("scale and shift are fitted to a block schedule: give --block-schedule, and "
                             "neither --scale-shift nor other caching options")
         if all(len(steps) == blocks.schedule.calls for steps in blocks.computed.values()):
             raise UserError("the block schedule computes everything: there is nothing to adjust")

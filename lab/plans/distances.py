@@ -44,7 +44,7 @@ class Distances:
     def __init__(self, converged: RunSpec, machine: Machine, folder: Path):
         self.run, self.machine = converged.open(), machine
         if self.run.caching or self.run.sampler.eta:
-            raise UserError("what others are compared with must be a run without caching and with eta 0")
+            raise UserError("the run to compare with must have no caching and eta 0")
         self.model = open_model(self.run, machine)
         self.model.load()
         self._models: dict[torch.dtype, ImageModel] = {self.run.dtype: self.model}

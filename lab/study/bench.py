@@ -104,7 +104,7 @@ class Bench:
         for factor in (1, 2):
             run = plain.having(**own | {"steps": factor * self.part.converged["steps"]}).open()
             if run.sampler.eta:
-                raise UserError(f"{self.path}: converged has eta {run.sampler.eta}: what is random comes to no image")
+                raise UserError(f"{self.path}: converged has eta {run.sampler.eta}: random, so nothing converges")
             yield run
 
     @property

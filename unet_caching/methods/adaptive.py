@@ -172,7 +172,7 @@ class AdaptiveOptions(MethodOptions):
         if self.adaptive is None:
             return None
         if others:
-            raise ValueError("--adaptive decides itself what is computed: leave out the other caching options")
+            raise ValueError("--adaptive decides what is computed: leave out the other caching options")
         rule = AdaptiveRule.load(self.adaptive)
         rule.check({"steps": shape.steps, "calls": shape.calls})
         if rule.branch >= shape.num_branches or not outside([rule.watched], shape.num_branches, rule.branch):

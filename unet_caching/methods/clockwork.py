@@ -203,7 +203,7 @@ class ClockworkOptions(MethodOptions):
         clock, share = self.clock, self.clock_from
         if self.clock_preset is not None:
             if (clock, share) != (1, 0.0):
-                raise ValueError("--clock-preset says clock and share itself: leave out --clock and --clock-from")
+                raise ValueError("--clock-preset sets --clock and --clock-from: leave both out")
             clock, share = (PRESETS[self.clock_preset][name] for name in ("clock", "clock_from"))
         steps = clocked(shape.calls, clock, share)
         if clock == 1:

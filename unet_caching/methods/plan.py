@@ -153,7 +153,7 @@ class PlanMethod(Method):
         return PlanCache(self.plan.calls)
 
     def extrapolate(self, forecast: Forecast, calls: int) -> None:
-        raise ValueError("a plan says itself what each call forecasts: leave out --forecast")
+        raise ValueError("the plan has a forecast for each call: leave out --forecast")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class PlanOptions(MethodOptions):
             return None
         if others:
             other = "--interval" if isinstance(others[0], DeepCacheMethod) else "--block-schedule"
-            raise ValueError(f"a plan says itself what each call computes: leave out {other}")
+            raise ValueError(f"the plan says what each call computes: leave out {other}")
         plan = Plan.load(self.plan)
         plan.check({"steps": shape.steps})
         if len(plan.calls) != shape.calls:
