@@ -199,7 +199,7 @@ def test_number_formats(sample, tmp_path, monkeypatch, dtype):
     assert seen == {(DTYPES[dtype],) * 2, (torch.float32,) * 2}
     assert sample(*common, "--out", tmp_path / "fp32") == 0
     a, b = pixels(tmp_path / dtype), pixels(tmp_path / "fp32")
-    assert all(np.abs(a[seed] - b[seed]).mean() < 1 for seed in a)
+    assert all(np.abs(a[seed] - b[seed]).mean() < 3 for seed in a)     # of 255; some processors round more than others
 
 
 def test_run_json_and_listing(sample, tmp_path, capsys):
