@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,22 +103,28 @@ def test_shares_and_processes_come_to_the_same(study):
     assert code == 0 and found() == alone and "100%" in told, told
 
 
-def test_a_process_that_hangs_is_named_and_not_waited_for_without_end(study, monkeypatch):
-    """It has an arm, and nothing comes of it; once it is ended the same command does that arm itself."""
-    content, claims = {"measure": ["fidelity"], "arms": [{"interval": 2}]}, study.samples / "claims" / "some.claims"
-    claims.parent.mkdir(parents=True)
-    holding = subprocess.Popen([sys.executable, "-c", "import sys; from run.claims import Claims\n"
-                                "with Claims(sys.argv[1]) as own: own.take([1]); print('held', flush=True); input()",
-                                claims], cwd=HERE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holding.stdout.readline() == b"held\n"
+def holding(study, *names: str) -> subprocess.Popen:
+    """Another process that has some arms of `study`, until its stdin is closed."""
+    (claims := study.samples / "claims").mkdir(parents=True, exist_ok=True)
+    taken = [runner.claim_of(SimpleNamespace(name=f"ddpm_tiny/{one}", records=Path(f"{one}_0-5"))) for one in names]
+    script = (f"import sys\nfrom run.claims import Claims\nwith Claims('{claims}/some.claims') as own:\n"
+              f"    own.take({taken})\n    print(flush=True)\n    sys.stdin.read()")
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE.parent, stdin=-1, stdout=-1)
+    process.stdout.readline()
+    return process
+
+
+def test_a_process_does_what_no_other_has_and_waits_for_the_rest_not_without_end(study, monkeypatch):
+    """One that hangs is named. What is left to do when a process begins has no say in who does what."""
+    content = {"measure": ["fidelity"], "arms": [{"interval": [2, 4]}]}
     monkeypatch.setattr(runner, "TELL", 0.6)
     monkeypatch.setattr(runner, "GIVE_UP", 1.5)
-    code, told = study(content)
-    arm = f"ddpm_tiny: uniform_n2 (process {holding.pid})"
-    assert code == 2 and f"waiting for {arm}" in told and told.splitlines()[-1].startswith("error: nothing new came")
-    assert arm in told.splitlines()[-1]
-    holding.communicate(b"\n")
-    assert "1 of 1 arms" in study(content)[1]
+    with holding(study, "uniform_n4") as process:
+        code, told = study(content)
+    arm = f"ddpm_tiny: uniform_n4 (process {process.pid})"
+    assert code == 2 and f"waiting for {arm}" in told and re.search(f"error: nothing new came.*{re.escape(arm)}", told)
+    with holding(study, "uncached", "uniform_n2"):
+        assert "2 of 2 arms" in study(content)[1]
 
 
 NEAR = {"seeds": "10-15", "chosen_on": 3, "twice": 2, "against": {"sampler": "unipc", "steps": 8},

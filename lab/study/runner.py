@@ -1,11 +1,12 @@
 """Carries out studies: what is not there yet, in this process or in several, which may stop and go on at any time."""
 
+import hashlib
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,20 +33,25 @@ def carry_out(pairs: Sequence[Pair], claims: Path, wait: bool = True) -> None:
     comes of what other processes have claimed.
     """
     claims.parent.mkdir(parents=True, exist_ok=True)
-    waiting = dict(enumerate(pairs))
+    waiting = [*enumerate(pairs, 1)]
     with Claims(claims) as own:
         patience = Patience(own)
-        while waiting := {number: pair for number, pair in waiting.items() if not pair[0].complete(pair[1])}:
+        while waiting := [(number, pair) for number, pair in waiting if not pair[0].complete(pair[1])]:
             progress = False
-            for number, (bench, arm) in waiting.items():
-                if bench.complete(arm) or not own.take([number]):
+            for number, (bench, arm) in waiting:
+                if bench.complete(arm) or not own.take([claim_of(arm)]):
                     continue
-                print(f"[{number + 1}/{len(pairs)}] {arm.run.config.name}: {arm.label}", flush=True)
+                print(f"[{number}/{len(pairs)}] {arm.run.config.name}: {arm.label}", flush=True)
                 progress = bench.run(arm) or progress
             if not progress and not wait:
                 return
             if not progress:
-                patience.wait({number: arm for number, (_, arm) in waiting.items()})
+                patience.wait([arm for _, (_, arm) in waiting])
+
+
+def claim_of(arm: Arm) -> int:
+    """The number of an arm in a file of locks: the same for all processes, whatever else each has left to do."""
+    return int.from_bytes(hashlib.sha256(f"{arm.name} {arm.records.name}".encode()).digest()[:7])
 
 
 class Patience:
@@ -56,12 +62,12 @@ class Patience:
         self.there: object = None           # what there was when it last looked
         self.since = self.told = time.monotonic()
 
-    def wait(self, arms: Mapping[int, Arm]) -> None:
+    def wait(self, arms: Sequence[Arm]) -> None:
         """A little. arms: those that are not complete. Raises UserError once nothing new came for too long."""
-        now, there = time.monotonic(), {number: arm.present for number, arm in arms.items()}
+        now, there = time.monotonic(), [(arm.name, arm.present) for arm in arms]
         if there != self.there:
             self.there, self.since, self.told = there, now, now
-        whom = "; ".join(f"{arm.run.config.name}: {arm.label} ({self._holder(number)})" for number, arm in arms.items())
+        whom = "; ".join(f"{arm.run.config.name}: {arm.label} ({self._holder(arm)})" for arm in arms)
         if now - self.since > GIVE_UP:
             raise UserError(f"nothing new came in {GIVE_UP / 60:.0f} minutes of what other processes are at: {whom}; "
                             "if one of them hangs, end it, and run the same command again")
@@ -70,8 +76,8 @@ class Patience:
             print(f"waiting for {whom}, nothing new in {(now - self.since) / 60:.0f} minutes", flush=True)
         time.sleep(_WAIT)
 
-    def _holder(self, number: int) -> str:
-        holder = self.claims.holder(number)
+    def _holder(self, arm: Arm) -> str:
+        holder = self.claims.holder(claim_of(arm))
         return f"process {holder}" if holder else "a process elsewhere, or images of others"
 
 
