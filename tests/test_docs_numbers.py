@@ -294,9 +294,9 @@ def of_pipelines(at: Place) -> Cells | None:
 
 
 KINDS: dict[str, tuple[str, Callable[[Place], Cells | None], int]] = {      # page, what rows say, how many there are
-    "forecasts": ("docs/forecasting.md", of_forecasts, 8), "README": ("README.md", of_readme, 8),
+    "forecasts": ("docs/forecasting.md", of_forecasts, 8), "README": ("README.md", of_readme, 9),
     "settings": ("docs/settings.md", of_settings, 5),
-    "plans": ("docs/planning.md", of_plans, 9), "systems": ("docs/systems.md", of_systems, 8),
+    "plans": ("docs/planning.md", of_plans, 11), "systems": ("docs/systems.md", of_systems, 8),
     "demo": ("docs/shipped_models.md", of_demo, 8), "block caching": ("docs/block_caching.md", of_block_caching, 8),
     "speed": ("docs/speed.md", of_speed, 12), "pipelines": ("docs/pipelines.md", of_pipelines, 5)}
 
