@@ -203,8 +203,8 @@ def test_a_reference_without_statistics_is_judged_by_its_images(tmp_path):
 
     class Known:
         def __init__(self, n):
-            self.values = {"pool": rng.normal(size=(n, 6)), "logits": rng.normal(size=(n, 5)),
-                           "spatial": rng.normal(size=(n, 4))}
+            self.count, self.values = n, {"pool": rng.normal(size=(n, 6)), "logits": rng.normal(size=(n, 5)),
+                                          "spatial": rng.normal(size=(n, 4))}
             self.values = {name: value.astype(np.float32) for name, value in self.values.items()}
 
         def parts(self, layer):

@@ -89,7 +89,7 @@ ARM = {"interval": 2}
     ({"arms": [ARM], "measure": ["converged"], "converged": {"sampler": "ddim", "steps": 10, "eta": 1.0}}, "eta 1.0"),
     ({"arms": [ARM], "made": {"a": "made --with 'a"}}, "its command has a No closing quotation"),
     ({"arms": [ARM], "made": {"a": "made --of b", "b": "made --of a"}}, "is made of the others"),
-    ({"arms": [ARM], "measure": ["near"], "against": {"interval": 2}}, "without caching"),
+    ({"arms": [ARM], "measure": ["near"], "against": {"interval": 2}}, "must have no caching"),
     ({"arms": [ARM], "measure": ["near"], "against": {"timesteps": "uniform"}}, "differ in timesteps")])
 def test_what_cannot_be_is_refused_in_one_line(study, tmp_path, content, message):
     code, told = study(content, *([] if "near" in content.get("measure", ()) else ["--list"]))
