@@ -76,9 +76,9 @@ class Task(NamedTuple):
 def start_of(model: ImageModel, keep: bool) -> Start:
     """What the runs of a loaded model start from. keep: the activations of all calls. Packed weights have no gradients,
     so the U-Net is loaded anew (unet_caching/speed/packed.py)."""
-    unet = load_unet(model.config, model.run.checkpoint, **model.run.weights).to(model.device)
-    network = unet.to(memory_format=torch.channels_last)                # type: ignore[call-overload]
-    network = network if keep else Recomputed(network)
+    unet = load_unet(model.config, model.run.checkpoint, **model.run.weights)
+    unet.to(model.device, memory_format=torch.channels_last)    # type: ignore[call-overload]  # not in the stubs
+    network = unet if keep else Recomputed(unet)
 
     def start(seeds: Sequence[int], policy: Policy | None) -> tuple[Predict, Tensor]:
         return model.start(seeds, policy, network if torch.is_grad_enabled() else None)[:2]

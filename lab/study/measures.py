@@ -207,8 +207,7 @@ def converged(arm: Arm, setup: Setup) -> Result:
     return _of_images("converged", arm, setup, samples, pairs.converged_metrics(found), started,
                       {name: str(one.folder) for name, one in others.items()},
                       {name: pixels_sha256(one) for name, one in {"images": samples, **images}.items()},
-                      {"convergence": found},
-                      against=setup.converged[0])
+                      {"convergence": found}, against=setup.converged[0])
 
 
 def _of_images(kind: str, arm: Arm, setup: Setup, samples: ImageSet, metrics: dict[str, Metric], started: float,

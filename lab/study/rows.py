@@ -78,8 +78,9 @@ class Row:
     def psnr(self) -> np.ndarray | None:
         """To the run that all are compared with, of each seed, dB: of latents where those were looked at."""
         found = self.records.get("near") or self.records.get("fidelity")
-        values = found.details["psnr"] if found else ()
-        return np.array([EXACT if value is None else value for value in values]) if found else None
+        if found is None:
+            return None
+        return np.array([EXACT if value is None else value for value in found.details["psnr"]])
 
     @property
     def options(self) -> dict[str, Any]:
