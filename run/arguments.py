@@ -26,35 +26,35 @@ from typing import Any
 from unet_caching.errors import UserError
 from unet_caching.files.whole import check_replaceable
 
-Flags = Mapping[str, str]       # field -> its flag, where that is not the field's name
-MANY = 20           # options of a command, beyond which its usage does not list them
-_OURS = ("help", "least", "flag", "word", "one_of")     # keys of a field's metadata that argparse does not have
+Flags = Mapping[str, str]       # field -> flag, for flags that differ from the field's name
+MANY = 20           # a command with more options does not list them in its usage
+_OURS = ("help", "least", "flag", "word", "one_of")     # keys of a field's metadata that argparse does not know
 
 
 def whole(text: str) -> int:
-    """A whole number of a command line, within 64 bits."""
+    """Read a whole number of at most 64 bits from a command line."""
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number") from None
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from None
     if abs(value) >= 2 ** 63:
         raise argparse.ArgumentTypeError(f"{text[:40]} is too large")
     return value
 
 
 def finite(text: str) -> float:
-    """A finite number of a command line."""
+    """Read a finite number from a command line."""
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number") from None
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number") from None
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text[:40]} is not a finite number")
     return value
 
 
 def out_file(text: str) -> Path:
-    """A file to write: no folder and no device."""
+    """Read the path of a file to write, which must not be a folder or a device."""
     path = Path(text)
     try:
         check_replaceable(path)
@@ -63,12 +63,12 @@ def out_file(text: str) -> Path:
     return path
 
 
-_WORDS = {int: "N", float: "X", Path: "PATH"}      # what a value is called in --help, where its option does not say
+_WORDS = {int: "N", float: "X", Path: "PATH"}      # placeholders in --help, by type
 _CHECKED: dict[type, Callable[[str], Any]] = {int: whole, float: finite}
 
 
 def names(options: Any) -> list[str]:
-    """The names of the options of a dataclass, or of one of its objects."""
+    """The names of the options of a dataclass, or of an object of one."""
     return [one.name for one in dataclasses.fields(options)]
 
 
@@ -78,7 +78,7 @@ def flag(name: str, flags: Flags | None = None) -> str:
 
 
 def kind(cls: type, name: str) -> type:
-    """The type of an option, without its None; of a tuple of values, that of a value."""
+    """The type of an option without None; for a tuple, the type of its values."""
     hint = _hints(cls)[name]
     if isinstance(hint, types.UnionType):
         hint = next(one for one in typing.get_args(hint) if one is not type(None))
@@ -96,14 +96,14 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def add(parser: argparse.ArgumentParser, cls: type, flags: Flags | None = None) -> None:
-    """Add the options of a dataclass to a command line, in a group for each class with a `title`."""
+    """Add the options of a dataclass to a parser, in a group for each class with a `title`."""
     groups: dict[str, Any] = {group.title: group for group in parser._action_groups if group.title}
     for one in dataclasses.fields(cls):
         owner = next(base for base in cls.__mro__ if one.name in inspect.get_annotations(base))
         title = getattr(owner, "title", "")
         if title not in groups:
             groups[title] = parser.add_argument_group(title) if title else parser
-        together = one.metadata.get("one_of")       # of options that exclude each other
+        together = one.metadata.get("one_of")       # a group of options that exclude each other
         if together and together not in groups:
             groups[together] = groups[title].add_mutually_exclusive_group()
         name, how = _argument(cls, one, flags)
@@ -111,7 +111,7 @@ def add(parser: argparse.ArgumentParser, cls: type, flags: Flags | None = None) 
 
 
 def _argument(cls: type, one: Field, flags: Flags | None) -> tuple[str, dict[str, Any]]:
-    """What argparse is told of an option."""
+    """The arguments of argparse's add_argument for an option."""
     about, of, many = one.metadata, kind(cls, one.name), _is_tuple(cls, one.name)
     needed = one.default is MISSING
     how: dict[str, Any] = {"help": about["help"], "default": None if needed else one.default,
@@ -129,13 +129,13 @@ def _argument(cls: type, one: Field, flags: Flags | None) -> tuple[str, dict[str
 
 
 def chosen(cls: type, args: argparse.Namespace) -> Any:
-    """An object of a dataclass of options, with what the command line said."""
+    """An object of a dataclass of options, with the values of the command line."""
     values = {name: getattr(args, name) for name in names(cls)}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def check(options: Any, flags: Flags | None = None) -> None:
-    """Refuse a number below the least that its option may be. Raises UserError."""
+    """Raise a UserError for a number below its option's least value."""
     for one in dataclasses.fields(options):
         least, values = one.metadata.get("least"), getattr(options, one.name)
         for value in values if isinstance(values, tuple) else (values,):
@@ -145,7 +145,7 @@ def check(options: Any, flags: Flags | None = None) -> None:
 
 
 def program() -> str:
-    """How a reader calls this program."""
+    """The command that runs this program, for messages."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
@@ -156,7 +156,7 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 def build_parser(doc: str | None, *kinds: type, flags: Flags | None = None, defaults: Mapping[str, Any] | None = None,
                  prog: str | None = None) -> argparse.ArgumentParser:
-    """A command line with the options of dataclasses. defaults: of this command, instead of the options' own."""
+    """A parser of the options of dataclasses. defaults: this command's, instead of the options' own."""
     parser = argparse.ArgumentParser(prog=prog or program(), description=doc, allow_abbrev=False,
                                      formatter_class=_formatter)
     for cls in sorted(kinds, key=lambda cls: getattr(cls, "rare", False)):
@@ -174,9 +174,9 @@ def build_parser(doc: str | None, *kinds: type, flags: Flags | None = None, defa
 
 def parse(doc: str | None, *kinds: type, words: Sequence[str] | None = None, flags: Flags | None = None,
           defaults: Mapping[str, Any] | None = None, prog: str | None = None) -> list[Any]:
-    """An object of each dataclass of options, from the words of a command line (None: the program's), checked.
+    """Parse a command line into an object of each dataclass of options. words: the command line; None: the program's.
 
-    doc, flags, defaults, prog: as `build_parser` takes them. Raises UserError for numbers that cannot be.
+    doc, flags, defaults, prog: as in `build_parser`. Raises UserError for a number below its option's least value.
     """
     args = build_parser(doc, *kinds, flags=flags, defaults=defaults, prog=prog).parse_args(words)
     objects = [chosen(cls, args) for cls in kinds]
@@ -186,9 +186,9 @@ def parse(doc: str | None, *kinds: type, words: Sequence[str] | None = None, fla
 
 
 def call(main: Callable[..., None], words: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Call a function whose parameters are dataclasses of options with what the command line says.
+    """Call a function, whose parameters are dataclasses of options, with the values of the command line.
 
-    Its description is the function's docstring, or that of its module.
+    --help shows the function's docstring, or else its module's.
     """
     hints = typing.get_type_hints(main)
     kinds = [hints[name] for name in inspect.signature(main).parameters]
@@ -196,7 +196,10 @@ def call(main: Callable[..., None], words: Sequence[str] | None = None, prog: st
 
 
 def call_verb(verbs: Mapping[str, Callable[..., None]], otherwise: Callable[..., None] | None = None) -> None:
-    """Call the function of the verb that the command line begins with; `otherwise`, without one. Raises UserError."""
+    """Call the function of the verb that the command line starts with; without a verb, `otherwise`.
+
+    Raises UserError if there is neither.
+    """
     words = sys.argv[1:]
     if words and words[0] in verbs:
         call(verbs[words[0]], words[1:], f"{program()} {words[0]}")
@@ -215,7 +218,7 @@ def given(options: Any) -> dict[str, Any]:
 
 
 def words(values: Mapping[str, Any], flags: Flags | None = None) -> Iterator[str]:
-    """The words of a command line that say these options."""
+    """The words of a command line that set these options."""
     for name, value in values.items():
         yield flag(name, flags)
         if value is not True:
@@ -223,6 +226,6 @@ def words(values: Mapping[str, Any], flags: Flags | None = None) -> Iterator[str
 
 
 def typed(cls: type, name: str, value: Any) -> Any:
-    """A value from a file in the type of its option: paths come as text, whole numbers may stand for others."""
+    """Convert a value from a file to the type of its option: text to a path, a whole number to a float."""
     wanted: Any = kind(cls, name)
     return wanted(value) if wanted in (Path, float) and isinstance(value, str | int) and value is not True else value

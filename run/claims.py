@@ -1,4 +1,4 @@
-"""Which process makes which image: locks that the system drops with their process, so nothing stays claimed."""
+"""Which process samples which image: locks that the system drops when their process ends."""
 
 import errno
 import fcntl
@@ -14,8 +14,8 @@ _TAKEN = (errno.EACCES, errno.EAGAIN)       # by another process
 class Claims:
     """A context in which this process claims seeds; other processes with the same file see them as taken.
 
-    The claim to a seed is the lock on the byte of its number in an empty file. Where the file system has no locks
-    every seed is free: two processes may then make the same image, and nothing worse.
+    A claim is a lock on one byte of an empty file, at the seed's number. On a file system without locks every seed is
+    free: then two processes may make the same image, and nothing worse.
     """
 
     def __init__(self, path: Path):
@@ -29,11 +29,11 @@ class Claims:
         self._file.close()          # drops every claim
 
     def take(self, seeds: Iterable[int]) -> list[int]:
-        """Claim those of the seeds that no other process has claimed; returns them."""
+        """Claim the seeds that no other process has claimed; returns them."""
         return [seed for seed in seeds if self._lock(seed % 2 ** 62)]
 
     def holder(self, seed: int) -> int | None:
-        """The process that has claimed a seed; None where no other one has, or that is not known, as on other machines.
+        """The number of the other process that has claimed a seed; None if there is none, or it is on another machine.
         """
         if sys.platform != "linux":
             return None
@@ -54,9 +54,10 @@ class Claims:
 
 @contextmanager
 def only_one(file: Path, byte: int = 0, waiting: str = "") -> Iterator[None]:
-    """A context in which one process at a time has a byte of a file that is there; the others say `waiting` and wait.
+    """A context that one process at a time may be in, by a lock on a byte of an existing file. The others print
+    `waiting` and wait.
 
-    Nothing is written. Where the file system has no locks, or the file is read-only, nobody waits.
+    Nothing is written. Without locks in the file system, or with a read-only file, nobody waits.
     """
     with ExitStack() as stack:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What all commands share: one clear line instead of a traceback, and the exit codes."""
+"""What all commands share: one clear line instead of a traceback, and exit codes."""
 
 import errno
 import functools
@@ -20,11 +20,9 @@ INTERRUPTED = 130       # as a shell reports Ctrl-C
 def command(main: Callable[..., None]) -> Callable[[], None]:
     """Run `main` with the options that its parameters declare (`run.arguments.call`).
 
-    A UserError exits with 2, a failing disk or file with 1, Ctrl-C with 130, a stop in good order with
-    75 (run/stopping.py), each with one line.
-
-    Anything else is a defect of this program: it ends in one line with its place and with 1, and in a traceback where
-    the environment variable TRACEBACK is set.
+    A UserError exits with 2, an error of the disk or a file with 1, Ctrl-C with 130, a stop on request with 75
+    (run/stopping.py), each with one line. Any other error is a defect of this program: it exits with 1 and one line
+    that says where, or with a traceback if the environment variable TRACEBACK is set.
     """
     @functools.wraps(main)
     def run() -> None:
@@ -48,27 +46,27 @@ def command(main: Callable[..., None]) -> Callable[[], None]:
 
 
 def _of_memory(error: Exception) -> bool:
-    """Whether the machine, or its accelerator, has no more memory to give."""
+    """Whether the machine or its accelerator is out of memory."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in ("allocate memory", "out of memory"))
 
 
 def _defect(error: Exception) -> str:
-    """What is said of an error that nobody foresaw: what, where, and what to do."""
+    """The line about an unexpected error: what, where, and what to do."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
               if Path(frame.filename).is_relative_to(ROOT) and ".venv" not in frame.filename]
     place = f" at {Path(frames[-1].filename).relative_to(ROOT)}, line {frames[-1].lineno}" if frames else ""
     what = f"{type(error).__name__}: {one_line(error)[:300]}".rstrip(": ")
-    return (f"error: {what}{place}: this is a defect of the program; please report it, with what the same command says "
-            "when the environment variable TRACEBACK is 1")
+    return (f"error: {what}{place}: this is a defect of the program; please report it, with the output of the same "
+            "command under TRACEBACK=1")
 
 
 def warn(notes: Iterable[str]) -> None:
-    """Tell the user what must be said of a result, a line each."""
+    """Print warnings about a result, a line each."""
     print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
 
 
 def _exit(code: int, line: str) -> None:
     sys.stdout.flush()
     print(line, file=sys.stderr, flush=True)
-    # Other threads may be waiting on the disk or the accelerator; a clean interpreter exit would wait for them.
+    # Other threads may wait for the disk or the accelerator, and sys.exit would wait for them.
     sys.exit(code) if code != INTERRUPTED else os._exit(code)

@@ -34,7 +34,7 @@ class Sampling:
 
 @dataclass(kw_only=True)
 class Config:
-    """One model, as a YAML file of configs/ describes it; each family has its own sizes beside."""
+    """One model, as a YAML file of configs/ describes it. Each family adds its own fields."""
     name: str
     unet: Any                           # a dataclass of the U-Net's arguments
     checkpoint: str                     # path, relative to the repository
@@ -53,27 +53,27 @@ Net = TypeVar("Net", bound=NestedUNet)
 
 @dataclass(frozen=True)
 class Condition:
-    """What an image shows, beside what its seed decides. Families with a choice there add fields.
+    """What an image shows, as far as an option decides it. Families with such options add fields.
 
     Raises UserError for options that do not go together.
     """
     title: ClassVar[str] = "what is sampled"
 
     def name(self) -> tuple[list[str], list[str]]:
-        """The parts of a sample folder's name that come first, and those that come last."""
+        """The first and the last parts of a sample folder's name."""
         return [], []
 
     def check(self, config: Any) -> None:
-        """Refuse what a model of this config cannot show. Raises UserError."""
+        """Raise a UserError if a model of this config cannot show this."""
 
     def settings(self, config: Any) -> dict[str, Any]:
-        """What run.json says of a model of this config and of what is shown, as far as it is known without weights."""
+        """What run.json says of the model and of what is shown, as far as this is known without weights."""
         return {"unet": asdict(config.unet)}
 
 
 @dataclass(frozen=True)
 class Guided(Condition):
-    """What a model with classifier-free guidance shows."""
+    """The option of a model with classifier-free guidance."""
     guidance: float | None = option(None, "classifier-free guidance; 1 = none")
 
     def name(self) -> tuple[list[str], list[str]]:
@@ -84,20 +84,20 @@ class Guided(Condition):
 class Family(Generic[Schema, Net]):
     """A model package as other programs know it.
 
-    Its modules `checkpoint` and `model` take seconds to import, and are when they are needed.
+    Its modules `checkpoint` and `model` take seconds to import, so they are imported when first needed.
     """
     name: str                                           # the first word of its configs' names
     package: str
     schema: type[Schema]                                # of its configs
-    unet: Callable[[Schema], Net]                       # random weights, on the device in force; raises ValueError
-    shapes: Callable[[Schema], list[tuple[int, ...]]]   # of x and of what is beside it (not t), for one image
-    resolution: Callable[[Schema], int]                 # the pixels of a side
-    batch_size: int                                     # images at a time, unless the user says more
+    unet: Callable[[Schema], Net]                       # random weights, on torch's default device; raises ValueError
+    shapes: Callable[[Schema], list[tuple[int, ...]]]   # of the U-Net's inputs but t, for one image
+    resolution: Callable[[Schema], int]                 # pixels of a side
+    batch_size: int                                     # default of --batch-size
     judge: str                                          # the evaluator of the papers' tables, a command of eval/
-    references: Mapping[str, Path] = field(default_factory=dict)    # what it compares with, by the model's name
+    references: Mapping[str, Path] = field(default_factory=dict)    # what the evaluator compares with, by model name
     condition: type[Condition] = Condition
-    flags: Mapping[str, str] = field(default_factory=dict)          # of options that have not the option's name
-    aliases: Sequence[str] = ()                         # other first words
+    flags: Mapping[str, str] = field(default_factory=dict)          # option -> flag, for flags with another name
+    aliases: Sequence[str] = ()                         # other first words of its configs' names
 
     @property
     def command(self) -> str:
@@ -105,26 +105,20 @@ class Family(Generic[Schema, Net]):
         return f"{self.package}.sample"
 
     def load_config(self, path: Path | str) -> Schema:
-        """Read a config file. Raises UserError for a key that is wrong."""
+        """Read a config file. Raises UserError for a wrong key."""
         return read_yaml(find_config(path), self.schema)
 
-    def load_unet(self, config: Schema, path: Path, **weights: Any) -> Net:
-        """The U-Net with the weights of a checkpoint, in evaluation mode, float32 on the CPU. Raises UserError.
-
-        weights: which of them, as `run.spec.Run.weights` says.
-        """
-        return self._checkpoint.load_unet(config, path, **weights)
-
     def checkpoint_sha256(self, path: Path, **weights: Any) -> str:
-        """What run.json says of the weights. Raises UserError."""
-        return self._checkpoint.checkpoint_sha256(path, **weights)
+        """The digest of the weights, for run.json. Raises UserError."""
+        return self.checkpoint.checkpoint_sha256(path, **weights)
 
     def theirs(self, config: Schema, unet: Net) -> nn.Module:
-        """diffusers' U-Net on the very weights of ours."""
-        return self._checkpoint.diffusers_unet(config, unet)
+        """diffusers' U-Net with the weights of ours."""
+        return self.checkpoint.diffusers_unet(config, unet)
 
     @property
-    def _checkpoint(self) -> Any:
+    def checkpoint(self) -> Any:
+        """The package's module `checkpoint`."""
         return importlib.import_module(f"{self.package}.checkpoint")
 
 
@@ -136,7 +130,7 @@ def families() -> dict[str, Family]:
 
 
 def find_config(path: Path | str) -> Path:
-    """A config file: the path as it is, or below the repository, or the name of one in configs/. Raises UserError."""
+    """Find a config file by its path, its path in the repository, or its name in configs/. Raises UserError."""
     for candidate in (Path(path), ROOT / path, ROOT / "configs" / f"{path}.yaml"):
         if candidate.is_file():
             return candidate
@@ -144,7 +138,7 @@ def find_config(path: Path | str) -> Path:
 
 
 def family_named_by(path: Path | str) -> Family:
-    """The family whose config a file is, by the first word of its name. Raises UserError."""
+    """The family of a config file, by the first word of the `name` in it. Raises UserError."""
     file = find_config(path)
     return families()[_named_by(file, *stamp(file))]
 
@@ -156,33 +150,33 @@ def _named_by(path: Path, *seen: int) -> str:
     known = words.get(str(name).split("_")[0])
     if known is None:
         prefixes = " or ".join(f"{word}_" for word in words)
-        raise UserError(f"{path}: the name must start with {prefixes} to say whose config this is, got {name!r}")
+        raise UserError(f"{path}: the name must start with {prefixes}, got {name!r}")
     return known.name
 
 
 def load_config(path: Path | str) -> Config:
-    """Read a config file of the family that its name says. Raises UserError for a key that is wrong."""
+    """Read a config file of any family. Raises UserError for a wrong key."""
     return family_named_by(path).load_config(path)
 
 
 def at_resolution(config: Config, pixels: int) -> Config:
-    """A config for square images of another size. Raises UserError for one that its networks cannot have."""
+    """The config for square images of another size. Raises UserError for a size that its networks cannot have."""
     downsampling = getattr(config, "downsampling", None)
     if downsampling is None:
-        raise UserError(f"{config.name} is made for images of {family(config).resolution(config)} pixels alone")
+        raise UserError(f"{config.name} makes only images of {family(config).resolution(config)} pixels")
     unit = downsampling * 2 ** (len(config.unet.channel_mult) - 1)
     if pixels < unit or pixels % unit:
         raise UserError(f"{config.name} makes images of a multiple of {unit} pixels, got {pixels}")
-    return replace(config, resolution=pixels)       # type: ignore[call-arg]  # which it has, with `downsampling`
+    return replace(config, resolution=pixels)       # type: ignore[call-arg]  # a config with `downsampling` has it
 
 
 def family(config: Config) -> Family:
-    """The family whose config it is."""
+    """The family of a config."""
     return next(known for known in families().values() if type(config) is known.schema)
 
 
 def build(config: Config, device: torch.device | str = "meta") -> NestedUNet:
-    """The U-Net of a config, in evaluation mode, with random weights (none on the meta device). Raises UserError."""
+    """The U-Net of a config in evaluation mode, with random weights (none on the meta device). Raises UserError."""
     try:
         with torch.device(device):
             return family(config).unet(config).eval().requires_grad_(False)
@@ -191,20 +185,23 @@ def build(config: Config, device: torch.device | str = "meta") -> NestedUNet:
 
 
 def load_unet(config: Config, path: Path, **weights: Any) -> NestedUNet:
-    """The U-Net of a config with the weights of a checkpoint, on the CPU. weights: as above. Raises UserError."""
-    return family(config).load_unet(config, path, **weights)
+    """The U-Net of a config with the weights of a checkpoint, in evaluation mode, float32 on the CPU.
+
+    weights: which of the checkpoint's weights, as `run.spec.Run.weights` says. Raises UserError.
+    """
+    return family(config).checkpoint.load_unet(config, path, **weights)
 
 
 def example_inputs(config: Config, batch_size: int = 1, device: torch.device | str = "meta",
                    dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """Zeros of the shapes that the U-Net of a config takes: (x, t), or (x, t, context)."""
+    """Inputs of the U-Net of a config, all zeros: (x, t) or (x, t, context)."""
     x, *context = (torch.zeros(batch_size, *shape, device=device, dtype=dtype)
                    for shape in family(config).shapes(config))
     return x, torch.zeros(batch_size, device=device, dtype=torch.long), *context
 
 
 def rows_per_image(config: Config) -> int:
-    """How many rows of the network's batch an image takes, by the config: 2 with classifier-free guidance, else 1.
+    """Rows of the network's batch per image, by the config: 2 with classifier-free guidance, else 1.
 
     The papers' MACs count one row.
     """

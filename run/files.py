@@ -1,4 +1,4 @@
-"""Where the repository is, whether a file has changed, and JSON for people."""
+"""Where the repository is, whether a file has changed, and files that are written atomically."""
 
 import glob
 import os
@@ -14,26 +14,26 @@ ROOT = Path(__file__).resolve().parent.parent       # of the repository
 
 
 def stamp(path: Path) -> tuple[int, ...]:
-    """What changes whenever a file does, without reading it.
+    """Numbers that change whenever a file changes: size, mtime, ctime, inode. The file is not read.
 
-    Size and time of modification are kept by copying, and are equal for arrays of one shape that were written at once;
-    but no program sets a file's time of change (ctime, the third), which the system moves with every write.
+    Size and mtime are not enough: a copy keeps both, and two arrays of one shape may be written within one tick. No
+    program can set ctime, which the system moves with every write.
     """
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file beside `path`, and move it there; on any failure nothing is left.
+    """Let `write` make a temporary file beside `path`, then move it to `path`. A failure leaves nothing behind.
 
-    What a writer of the same file that was killed has left is removed.
+    Temporary files that a killed writer of `path` left behind are deleted.
     """
     remove_leftovers(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
     write_and_move(path, write)
 
 
 def remove_leftovers(temporaries: Iterable[Path]) -> None:
-    """Delete those temporary files of `write_atomically` whose process, on this machine, is no more."""
+    """Delete the temporary files of `write_atomically` whose process on this machine has ended."""
     for path in temporaries:
         owner = re.fullmatch(rf".*\.{re.escape(socket.gethostname())}\.(\d+)\.tmp", path.name)
         if owner and not _alive(int(owner[1])):

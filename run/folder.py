@@ -1,8 +1,8 @@
 """A sample folder: one PNG per seed, one run.json, resumable after any kill, never mixed.
 
-    OUT/run.json            settings that decide the pixels, and where the first images came from
-    OUT/sessions.jsonl      one line per process that came to add images: which were missing, device, versions, commit
-    OUT/.claims             which seeds some process is at work on (run/claims.py); empty
+    OUT/run.json            the settings that decide the pixels, and the provenance of the first images
+    OUT/sessions.jsonl      one line per process that added images: which were missing, device, versions, commit
+    OUT/.claims             an empty file with a lock on each seed that a process is sampling (run/claims.py)
     OUT/000/000123.png      the image of seed 123
 """
 
@@ -31,14 +31,14 @@ from unet_caching.files.whole import write_and_move
 
 FORMAT = 1      # of run.json
 _PNG_END = b"IEND\xaeB`\x82"
-_RECOUNT = 10   # seconds after which the progress bar looks what other processes have made
+_RECOUNT = 10   # seconds after which the progress bar counts the images of other processes
 
 
 def read_run(folder: Path) -> dict:
-    """The content of a sample folder's run.json. Raises UserError where it is missing or damaged."""
+    """The content of a sample folder's run.json. Raises UserError if it is missing or damaged."""
     path = folder / "run.json"
     if not path.is_file():
-        raise UserError(f"{folder} is no sample folder: it has no run.json")
+        raise UserError(f"{folder} is not a sample folder: it has no run.json")
     try:
         content = read_json(path)
         check(content, _Record, path)
@@ -60,34 +60,34 @@ class _Command:
 @dataclass
 class _Record:
     """What run.json holds."""
-    settings: dict                  # that decide the pixels
+    settings: dict                  # what decides the pixels
     provenance: dict = field(default_factory=dict)      # of the first images
-    run: _Command | None = None     # the options that gave the settings; None in folders from before they were kept
+    run: _Command | None = None     # the options that gave the settings; None in older folders
     format: int = FORMAT
 
 
 def image_path(folder: Path, seed: int) -> Path:
-    """The path of a seed's image in a sample folder, which has sub-folders of 1000 seeds."""
+    """The path of a seed's image in a sample folder, which has a sub-folder for every 1000 seeds."""
     return folder / f"{seed // 1000:03d}" / f"{seed:06d}.png"
 
 
 def seeds_there(folder: Path) -> list[int]:
-    """The seeds whose images are in a sample folder, sorted, by their names alone; other files are left alone."""
+    """The seeds that have an image in a sample folder, sorted. Only file names count; other files are ignored."""
     paths = {int(path.stem): path for path in folder.glob("[0-9][0-9][0-9]*/[0-9]*.png")
              if path.stem.isascii() and path.stem.isdigit()}
     return sorted(seed for seed, path in paths.items() if path == image_path(folder, seed))
 
 
 def missing_seeds(folder: Path, seeds: Iterable[int]) -> list[int]:
-    """The seeds whose image is not in a sample folder, or not whole."""
+    """The seeds whose image is missing from a sample folder, or not whole."""
     return [seed for seed in seeds if not _is_whole_png(image_path(folder, seed))]
 
 
 def check_finite(x: Tensor) -> Tensor:
-    """Return x as it is. Raises UserError where it is not finite, as after an overflow in float16."""
+    """Return x unchanged. Raises UserError if it is not finite, as after an overflow in float16."""
     if not torch.isfinite(x).all():
-        raise UserError("the network's output is not finite: an overflow of the number format (use --dtype fp32 or "
-                        "bf16), or damaged weights")
+        raise UserError("the network's output is not finite: the number format overflowed (use --dtype fp32 or bf16), "
+                        "or the weights are damaged")
     return x
 
 
@@ -99,7 +99,7 @@ def quoted(field: str) -> str:
 def to_uint8(x: Tensor) -> np.ndarray:
     """[-1, 1] float [n, channels, height, width] -> uint8 [n, height, width, channels], rounded to nearest.
 
-    Raises UserError when the images are not finite.
+    Raises UserError if the images are not finite.
     """
     pixels = (check_finite(x).float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
@@ -108,10 +108,10 @@ def to_uint8(x: Tensor) -> np.ndarray:
 class RunFolder:
     """A folder of images that all come from the same settings.
 
-    settings: what decides the pixels, JSON-compatible. A folder that holds other settings, or images without a
-    run.json, is refused with a UserError that says what differs. provenance: where this process runs; run: the options
-    that gave the settings, as `RunSpec.to_json` writes them; both are recorded only.
+    settings: what decides the pixels, JSON-compatible. provenance: where this process runs. run: the options that gave
+    the settings, as `RunSpec.to_json` writes them. The last two are only recorded.
     Several processes may work on one folder: every file appears whole or not at all.
+    Raises UserError, which says what differs, for a folder with other settings, or with images but no run.json.
     """
 
     def __init__(self, path: Path, settings: dict, provenance: dict, run: dict | None = None):
@@ -144,13 +144,13 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
 
     def seeds(self) -> list[int]:
-        """The seeds whose images are there now, sorted."""
+        """The seeds that have an image now, sorted."""
         return seeds_there(self.path)
 
     def write_listing(self, name: str, header: str, line: Callable[[int], str]) -> None:
-        """Write a CSV file about the images that are there: header, and the line of each seed.
+        """Write a CSV file about the images in the folder: a header, and a line for each seed.
 
-        Several processes may end at the same time: each looks again after writing, so the last listing is complete.
+        Several processes may end at the same time. Each looks again after writing, so the last listing is complete.
         """
         listed = None
         while (seeds := self.seeds()) != listed:
@@ -159,7 +159,7 @@ class RunFolder:
             listed = seeds
 
     def save(self, seed: int, image: np.ndarray) -> None:
-        """Write uint8 [height, width, 3] as the PNG of a seed, atomically."""
+        """Write uint8 [height, width, 3] atomically as the PNG of a seed."""
         path = image_path(self.path, seed)
         path.parent.mkdir(exist_ok=True)
         write_and_move(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
@@ -169,7 +169,7 @@ class RunFolder:
             self.save(seed, image)
 
     def _log(self, line: dict) -> None:
-        """Add a line to sessions.jsonl; one that a full disk cut short before it stays alone."""
+        """Append to sessions.jsonl, on a new line even if a full disk cut the last line short."""
         line = {**self.provenance, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **line}
         with open(self.path / "sessions.jsonl", "a+b") as file:
             file.seek(max(0, file.tell() - 1))
@@ -179,13 +179,13 @@ class RunFolder:
     def fill(self, seeds: Sequence[int], batch_size: int,
              sample: Callable[[list[int], Callable[[float], None]], np.ndarray],
              stop: Callable[[], bool] = lambda: False) -> int:
-        """Make those images of `seeds` that are missing and that no other process makes; returns how many.
+        """Make the missing images of `seeds` that no other process is making; returns how many.
 
-        sample(batch of seeds, report) -> uint8 [batch, height, width, 3]; it may call report(done) with the fraction
-        of the batch that is done, for the progress bar, which only the first rank shows. stop: asked before each batch.
-        Processes share a folder as they come: each begins at its own place, goes round, and waits for nobody. Batches
-        are cut from `seeds` once and for all, so that a restart computes together what would have been.
-        A batch is encoded and written while the next is made; no more than that one waits.
+        sample(batch of seeds, report) -> uint8 [batch, height, width, 3]; it may call report(done) with the finished
+        fraction of the batch, for the progress bar, which only rank 0 shows. stop: called before each batch.
+        Processes that share a folder start at different batches, go round, and never wait for each other. `seeds` is
+        always cut into the same batches, so a restart samples the same seeds together.
+        One batch is encoded and written while the next is sampled.
         """
         rank, world = rank_and_world()
         todo = set(missing_seeds(self.path, seeds))
@@ -204,7 +204,7 @@ class RunFolder:
                 if stop():
                     break
                 batch = claims.take(seed for seed in batch if seed in todo)
-                batch = missing_seeds(self.path, batch)         # what another process has not made since
+                batch = missing_seeds(self.path, batch)         # without what another process has made since
                 if not batch:
                     continue
                 if not bar.disable and time.monotonic() - counted > _RECOUNT:
@@ -226,7 +226,7 @@ class RunFolder:
 
 
 def differences(theirs: dict, ours: dict, prefix: str = "") -> list[str]:
-    """'steps 100 there, 50 here' for every setting that differs."""
+    """A line like 'steps: 100 there, 50 here' for each setting that differs."""
     lines = []
     for key in sorted(theirs.keys() | ours.keys()):
         a, b = theirs.get(key), ours.get(key)
@@ -241,8 +241,8 @@ def differences(theirs: dict, ours: dict, prefix: str = "") -> list[str]:
 
 def _is_whole_png(path: Path) -> bool:
     try:
-        if path.exists() and not path.is_file():        # a pipe would be waited for
-            raise UserError(f"{path} is no regular file: move it elsewhere")
+        if path.exists() and not path.is_file():        # opening a pipe would wait
+            raise UserError(f"{path} is not a regular file: move it elsewhere")
         with open(path, "rb") as file:
             file.seek(-len(_PNG_END), os.SEEK_END)
             return file.read() == _PNG_END

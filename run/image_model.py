@@ -1,4 +1,4 @@
-"""Models that make images of seeds: what each must offer, and the sample command that all of them share."""
+"""Models that make an image from a seed: what each of them must offer, and the sample command that they share."""
 
 import importlib
 from abc import ABC, abstractmethod
@@ -34,19 +34,19 @@ Shown = TypeVar("Shown", bound=Condition)
 
 
 class ImageModel(ABC, Generic[Schema, Shown]):
-    """A run's model with all that decides the image of a seed, caching aside.
+    """The model of a run, with everything but the caching that decides the image of a seed.
 
-    Made from a run, which is checked, and a machine; that does everything which needs no weights. `load` reads them.
-    Both raise UserError. Its settings are the run's; `load` adds the checkpoint's sha256.
+    The constructor does what needs no weights; `load` reads the weights and adds the checkpoint's sha256 to the
+    settings. Both raise UserError.
     """
-    images: int                 # how many seeds are meant by default
+    images: int                 # the default number of seeds
     shape: tuple[int, ...]      # of the latents of an image
-    unet: nn.Module             # once it is loaded: on its device, in its dtype
-    kind_of_weights: dict       # likewise: what run.json says of a checkpoint that has EMA and plain ones
+    unet: nn.Module             # after `load`: on its device, in its dtype
+    kind_of_weights: dict       # after `load`: what run.json says of a checkpoint with EMA and plain weights
 
     def __init__(self, run: Run, machine: Machine):
         self.run, self.sampler, self.settings = run, run.sampler, dict(run.settings)
-        # As the family says that opens the model.
+        # The family that opens the model has these types.
         self.config, self.condition = cast(Schema, run.config), cast(Shown, run.spec.condition)
         self.device, self.dtype = machine.prepare(), run.dtype
         self.images, self.shape = run.config.sampler.images, run.family.shapes(run.config)[0]
@@ -59,24 +59,26 @@ class ImageModel(ABC, Generic[Schema, Shown]):
         ema = ema_of(run.weights.get("unet", run.checkpoint), run.weights.get("ema"))
         own, other, flag = ("EMA", "plain", "no") if ema else ("plain", "EMA", "yes")
         self.kind_of_weights = {} if ema is None else {
-            "weights": f"{own} weights; the checkpoint has {other} ones, too (--ema {flag})"}
+            "weights": f"{own} weights; the checkpoint also has {other} ones (--ema {flag})"}
 
     @abstractmethod
     def read(self, checkpoint: Path) -> None:
-        """Read the weights of a checkpoint, and place them on the device."""
+        """Read the weights of a checkpoint and place them on the device."""
 
     def noise(self, seeds: Sequence[int], draws: SeededNoise) -> Tensor:
         """What sampling starts from: float32 [seeds, *shape]."""
         return draws(self.shape)
 
     def context(self, seeds: Sequence[int]) -> Sequence[Tensor]:
-        """What the network is given beside x and t; with guidance of the doubled batch [uncond, cond]."""
+        """The network's inputs beside x and t; with guidance for the doubled batch [uncond, cond]."""
         return ()
 
     @torch.no_grad()
     def start(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None
               ) -> tuple[Predict, Tensor, SeededNoise]:
-        """What predicts the noise in the runs of some seeds, their x_T, and further draws. policy, network: as below.
+        """The noise predictor of a batch of seeds, their x_T, and their noise for later steps.
+
+        policy, network: as in `latents`.
         """
         draws = SeededNoise(seeds, self.device)
         x, context = self.noise(seeds, draws), self.context(seeds)
@@ -86,10 +88,10 @@ class ImageModel(ABC, Generic[Schema, Shown]):
     @torch.no_grad()
     def latents(self, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None,
                 report: Callable[[float], None] | None = None) -> Tensor:
-        """What sampling ends on, for each seed: float32 [seeds, *shape]. Raises UserError where it is not finite.
+        """The result of sampling for each seed: float32 [seeds, *shape]. Raises UserError if it is not finite.
 
-        policy: a fresh caching policy; None computes everything. network: what takes the place of the U-Net.
-        report: called with the fraction of the network calls that is done.
+        policy: a fresh caching policy; None computes everything. network: used instead of the U-Net.
+        report: called with the finished fraction of the network calls.
         """
         predict, x, draws = self.start(seeds, policy, network)
         return check_finite(self.sampler.run(predict, x, draws, report))
@@ -99,52 +101,47 @@ class ImageModel(ABC, Generic[Schema, Shown]):
         """The images of latents: uint8 [seeds, height, width, 3]."""
 
     def check_seeds(self, seeds: Sequence[int]) -> None:            # few models have anything to check
-        """Refuse a seed that has no image. Raises UserError."""
+        """Raise a UserError for a seed that has no image."""
 
     def describe(self, seeds: Sequence[int]) -> list[str]:
-        """The lines that the user is told before sampling."""
+        """Lines to print before sampling."""
         return []
 
     def write_listing(self, folder: RunFolder) -> None:             # nor to list
-        """Write a CSV file about the images that are there, where there is anything to say."""
+        """Write a CSV file about the images in the folder, if there is anything to say."""
 
     def policy(self) -> Policy | None:
-        """A fresh caching policy of the run, or None without caching."""
+        """A fresh caching policy of the run; None without caching."""
         return self.run.caching.policy(self.device, self.dtype)
 
 
 def open_model(run: Run, machine: Machine) -> ImageModel:
-    """The model of a run, of which its package's `model` module exports the class as MODEL. Raises UserError."""
+    """The model of a run: its package's module `model` exports the class as MODEL. Raises UserError."""
     return importlib.import_module(f"{run.family.package}.model").MODEL(run, machine)
 
 
-def kinds_of_calls(run: Run) -> int:
-    """How many different sets of values the network calls of a run reuse: as many graphs does compiling make."""
-    return len(set(run.reused))
-
-
 def check_compiled(run: Run, machine: Machine) -> None:
-    """Refuse to compile a run whose calls decide themselves what they compute. Raises UserError."""
+    """Raise a UserError if a run is to be compiled whose schedule depends on the image."""
     if machine.compile and any(method.online for method in run.caching.methods):
-        raise UserError("--compile needs a schedule that is known beforehand, and here each image decides what is "
-                        "computed: leave it out")
+        raise UserError("--compile needs a schedule that is known beforehand, but here it depends on the image: leave "
+                        "out --compile")
 
 
 def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine, last: bool = False) -> int:
-    """Fill a sample folder with the images of the seeds that are not there yet; returns how many were made.
+    """Sample the missing images of a folder; returns how many were made.
 
-    last: whether the program ends then, so that nothing is left to stop where all images are there. Raises UserError,
-    and Stopped where a batch system asked for it.
+    last: whether the program ends after this call; then a request to stop that came after the last image is ignored.
+    Raises UserError, and Stopped if a signal asked to stop.
     """
     run = model.run
     check_compiled(run, machine)
-    run.refuse_foreign(model.settings)          # before the weights are read, as far as it can be known,
+    run.refuse_foreign(model.settings)          # as far as possible before the weights are read
     model.check_seeds(seeds)
     with StopRequest() as stop:
         model.load()
-        run.refuse_foreign(model.settings)      # and after
+        run.refuse_foreign(model.settings)
         network = accelerated(model.unet, machine.compile, machine.cuda_graphs,
-                              kinds_of_calls(run) if machine.compile else 1)
+                              len(set(run.reused)) if machine.compile else 1)       # graphs: one per kind of call
         folder = RunFolder(out, model.settings, provenance(model.device) | network.in_use | model.kind_of_weights,
                            run.spec.to_json())
         for line in [*model.kind_of_weights.values(), *model.describe(seeds)]:
@@ -159,7 +156,7 @@ def fill(model: ImageModel, seeds: Sequence[int], out: Path, machine: Machine, l
     if stop.asked and (missing or not last):
         raise Stopped(f"{len(seeds) - len(missing)} of {len(seeds)} images are there")
     if missing:
-        print(f"{len(missing)} images are not there yet: other processes are at them")
+        print(f"{len(missing)} images are still missing: other processes are sampling them")
     for line in network.report():
         print(line)
     return made
@@ -173,8 +170,8 @@ def summary(run: Run, out: Path, wanted: int, made: int) -> str:
 
 
 _SAMPLING = """
-One image per seed, the same for any batch size or number of processes. The same command goes on after a stop; several
-of them share the seeds, as does torchrun. SIGUSR1 and SIGTERM stop it after its batch, with exit code 75.
+One image per seed, the same for any batch size or number of processes. After a stop, the same command goes on. Several
+of them, or torchrun, share the seeds. SIGUSR1 and SIGTERM stop the command after its batch, with exit code 75.
 """
 
 
@@ -182,12 +179,12 @@ of them share the seeds, as does torchrun. SIGUSR1 and SIGTERM stop it after its
 class Images:
     """What a sample command makes."""
     title: ClassVar[str] = "the images"
-    out: Path = required("folder; images that are there are kept", metavar="FOLDER")
+    out: Path = required("folder; existing images are kept", metavar="FOLDER")
     seeds: str | None = option(None, "like 0-9,20 (default: as many as the paper)")
 
 
 def sample_command(family: Family, doc: str | None) -> Callable[[], None]:
-    """The sample command of a family: it fills a folder with the images of a run, as the command line says."""
+    """The sample command of a family, which fills a folder with the images of a run."""
     @command
     def main() -> None:
         spec, images, machine = parse_run(f"{doc}{_SAMPLING}", Images, Machine, family=family)

@@ -18,7 +18,7 @@ def read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | N
     Raises UserError for a file that is no image, not 8-bit RGB, or of another shape.
     """
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file: move it elsewhere")
+        raise UserError(f"{path} is not a regular file: move it elsewhere")
     try:
         with Image.open(path) as image:
             if image.width * image.height > _LARGEST:

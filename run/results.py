@@ -1,12 +1,11 @@
-"""One format for every number that the project measures: JSON under results/, written and read here alone.
+"""The one format of every number that the project measures: JSON under results/, written and read only here.
 
     results.write(path, Result("fidelity", "ddpm_emoji", settings, images=256, metrics={"PSNR": Metric(37.5)}))
 
-A metric has the name that its literature gives it, and only where it is that very measure: FID, sFID, IS, KID,
-CLIP score, PSNR, SSIM, LPIPS; precision and recall (0 to 1) of the Inception features. On others it has another
-name: FD-EffLite0, FD-IncMixed5. Which evaluator's convention was used is the `kind`: adm, fid (pytorch-fid's),
-clip_score, fidelity, quality, throughput, demo. eval.table takes a number for a cell of a paper when kind, settings
-and images are the row's.
+A metric has its name from the literature only if it is exactly that measure: FID, sFID, IS, KID, CLIP score, PSNR,
+SSIM, LPIPS; precision and recall (0 to 1) of Inception features. A distance of other features has another name:
+FD-EffLite0, FD-IncMixed5. The `kind` says whose convention was used: adm, fid (pytorch-fid's), clip_score, fidelity,
+quality, throughput, demo. eval.table puts a number into a cell of a paper if kind, settings and images are the row's.
 """
 
 import dataclasses
@@ -27,20 +26,20 @@ FORMAT = 1
 
 @dataclass
 class Metric:
-    """One number. interval: its 95 % interval [low, high]; stderr: its standard error; None where neither is known."""
+    """One number, its 95 % interval [low, high] and its standard error; None if unknown."""
     value: float
     interval: list[float] | None = None
     stderr: float | None = None
 
     @classmethod
     def of(cls, estimate: Mapping[str, Any]) -> "Metric":
-        """An estimate as the evaluators write it: {value or mean, interval, stderr}, the last two where known."""
+        """Read an estimate of the evaluators: {value or mean, interval, stderr}. The last two may be missing."""
         return cls(estimate["value" if "value" in estimate else "mean"], estimate.get("interval"),
                    estimate.get("stderr"))
 
     @property
     def bounds(self) -> tuple[float, float, float]:
-        """The value and the ends of its interval, which are the value again where that is not known."""
+        """The value and the ends of its interval; the value three times if the interval is not known."""
         low, high = self.interval or (self.value, self.value)
         return self.value, low, high
 
@@ -54,11 +53,11 @@ class Cost:
 
 @dataclass
 class Result:
-    """What one command measured, and all that it depends on."""
+    """What one command measured, and everything that it depends on."""
     kind: str                           # which command, and so which convention
     model: str | None = None            # name of the config
-    settings: dict[str, Any] = field(default_factory=dict)      # that decided the pixels, as in run.json; or the times
-    images: Annotated[int, AtLeast(1)] | None = None            # that were judged
+    settings: dict[str, Any] = field(default_factory=dict)      # what decided the pixels, as in run.json, or the times
+    images: Annotated[int, AtLeast(1)] | None = None            # how many were judged
     metrics: dict[str, Metric] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)        # what was read, as the user named it
     hashes: dict[str, str] = field(default_factory=dict)        # sha256 of checkpoint, extractor, reference, images ...
@@ -67,27 +66,27 @@ class Result:
     provenance: dict[str, Any] = field(default_factory=dict)    # commit, versions, device
     finished: str | None = None         # UTC, 2026-01-31T23:59:59Z
     duration_s: float | None = None
-    details: dict[str, Any] = field(default_factory=dict)       # what else the command reports, in its own words
+    details: dict[str, Any] = field(default_factory=dict)       # other values, under the command's own names
     format: int = FORMAT
 
     @property
     def full_steps(self) -> list[int]:
-        """Steps on which the whole network ran; all of them without caching."""
+        """The steps on which the whole network ran: all of them without caching."""
         return self.settings.get("cache", {}).get("full_steps") or list(range(self.settings.get("steps", 0)))
 
     @property
     def times(self) -> dict[str, Any]:
-        """What was timed; nothing where nothing was."""
+        """The step times; empty if none were measured."""
         return self.throughput or {}
 
     def stamped(self, started: float | None) -> "Result":
-        """The same, finished now. started: time.time() of before; None leaves the duration out."""
+        """The result with the time now as its end. started: time.time() of the start; None leaves out the duration."""
         return dataclasses.replace(self, finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                                    duration_s=None if started is None else round(time.time() - started, 3))
 
 
 def write(path: Path, result: Result) -> None:
-    """Write a result as JSON, atomically. Raises ValueError for one that is not of this format."""
+    """Write a result as JSON, atomically. Raises ValueError for one that breaks the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, _content(result))
 
@@ -100,7 +99,7 @@ def _content(result: Result) -> dict[str, Any]:
 
 
 def read(path: Path) -> Result:
-    """Read a result. Raises UserError for a file that is missing, no JSON, no result, or of another format."""
+    """Read a result. Raises UserError for a file that is missing, is not JSON, not a result, or of another format."""
     if not Path(path).is_file():
         raise UserError(f"no result {path}")
     with as_user_error():
@@ -109,14 +108,14 @@ def read(path: Path) -> Result:
 
 def _checked(content: Any, path: Path | str) -> Result:
     if wrong := _wrong(content):
-        raise UserError(f"{path} is no result of this program: {wrong}")
+        raise UserError(f"{path} is not a result of this program: {wrong}")
     return build(content, Result)
 
 
 def read_all(folder: Path, models: Collection[str] | None = None) -> Iterator[tuple[Path, Result]]:
-    """Every result in the JSON and JSON-lines files under a folder, by path; of a line its number stands after it.
+    """Every result in the JSON and JSON-lines files under a folder, with its path; FILE.jsonl#N for line N of a file.
 
-    models: of the lines only those of these are read. Raises UserError for one that is none, by its name.
+    models: read only these models' lines. Raises UserError, naming the place, for something that is not a result.
     """
     for path in sorted(Path(folder).rglob("*.json*")):
         if path.suffix == ".json":
@@ -126,12 +125,11 @@ def read_all(folder: Path, models: Collection[str] | None = None) -> Iterator[tu
                 yield Path(f"{path}#{number}"), result
 
 
-_SHARED = ("settings", "inputs", "hashes", "provenance", "details")     # whose entries most results share
+_SHARED = ("settings", "inputs", "hashes", "provenance", "details")     # parts with entries that most results share
 
 
 def write_packed(path: Path, found: Sequence[Result]) -> None:
-    """Write results as JSON lines, atomically; the first line has what most of each kind say of settings, files and
-    machine."""
+    """Write results as JSON lines, atomically. The first line holds the entries that most results of a kind share."""
     contents = [_content(result) for result in found]
     shared = {kind: _shared([content for content in contents if content["kind"] == kind])
               for kind in dict.fromkeys(content["kind"] for content in contents)}
@@ -142,7 +140,7 @@ def write_packed(path: Path, found: Sequence[Result]) -> None:
 
 
 def _shared(contents: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What most of some results say, by part."""
+    """The entries that more than half of these results share, by part."""
     found: dict[str, dict[str, Any]] = {}
     for part in _SHARED:
         counts = Counter((key, json.dumps(value)) for content in contents for key, value in content[part].items())
@@ -151,7 +149,7 @@ def _shared(contents: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _packed(content: dict[str, Any], shared: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """What a result has that the file's first line does not say; `without`: what that says and the result has not."""
+    """The entries of a result that are not in the first line; `without` lists shared entries that it does not have."""
     empty = dataclasses.asdict(Result(""))
     found = {key: value for key, value in content.items() if key not in _SHARED and value != empty[key]}
     for part in _SHARED:
@@ -163,18 +161,18 @@ def _packed(content: dict[str, Any], shared: Mapping[str, dict[str, Any]]) -> di
 
 
 def read_packed(path: Path) -> list[Result]:
-    """The results of a file of `write_packed`. Raises UserError for a file or a line that is not of this format."""
+    """The results in a file of `write_packed`. Raises UserError for a file or a line that is not of this format."""
     return [result for _, result in _lines(path)]
 
 
 def _lines(path: Path, models: Collection[str] | None = None) -> Iterator[tuple[int, Result]]:
-    """Those of some models, or all, by the number of their line."""
+    """The results of some models, or of all, with their line numbers."""
     with as_user_error():
         lines = [parse_json(line, f"{path}, line {number},")
                  for number, line in enumerate(Path(path).read_bytes().splitlines(), 1)]
     head, *rest = lines or [None]
     if fault(head, _Head) or head["format"] != FORMAT:
-        raise UserError(f"{path} is no file of results that this program reads")
+        raise UserError(f"{path} is not a file of results that this program reads")
     for number, line in enumerate(rest, 2):
         if models is None or not isinstance(line, dict) or line.get("model") in models:
             yield number, _unpacked(line, head["shared"], f"{path}, line {number},")
@@ -182,14 +180,14 @@ def _lines(path: Path, models: Collection[str] | None = None) -> Iterator[tuple[
 
 @dataclass
 class _Head:
-    """The first line of a file of several."""
+    """The first line of a JSON-lines file."""
     format: int
     shared: dict[str, dict[str, dict]]
 
 
 def _unpacked(line: Any, shared: Mapping[str, dict[str, Any]], where: str) -> Result:
     if not isinstance(line, dict):
-        raise UserError(f"{where} is damaged: it is no JSON object")
+        raise UserError(f"{where} is damaged: it is not a JSON object")
     common, without = shared.get(str(line.get("kind")), {}), line.pop("without", [])
     for part in _SHARED:
         both = {key: value for key, value in common.get(part, {}).items() if f"{part}.{key}" not in without}
@@ -198,7 +196,7 @@ def _unpacked(line: Any, shared: Mapping[str, dict[str, Any]], where: str) -> Re
 
 
 def _wrong(content: Any) -> str | None:
-    """What is wrong with the JSON of a result; None where nothing is."""
+    """What is wrong with the JSON of a result; None if it is right."""
     if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] != FORMAT:
         return f"it has format {content['format']}, this program reads {FORMAT}"
     if wrong := fault(content, Result):
@@ -215,7 +213,7 @@ def _wrong(content: Any) -> str | None:
 
 
 def _wrong_times(times: dict[str, Any], settings: dict[str, Any]) -> str | None:
-    """What is wrong with the numbers that tables read of the times that eval.throughput writes."""
+    """What is wrong with eval.throughput's times, as far as tables read them; None if nothing is."""
     numbers = {"settings.batch_size": settings.get("batch_size", 1)}
     if "full" in times:
         numbers["throughput.full.median"] = times["full"].get("median") if isinstance(times["full"], dict) else None

@@ -1,6 +1,6 @@
-"""What a file of weights is. All models open theirs here: tensors come without what frameworks put around them, of EMA
-and plain weights those that are wanted, and what the file says of its network is compared with the config. What cannot
-be used ends in one line that says what it is, and what to do.
+"""Open a file of weights, whatever program wrote it. All models open theirs here: the wrappers of training frameworks
+are removed, EMA or plain weights are chosen, and what the file says of its network is compared with the config. A file
+that cannot be used is refused in one line that says what it is and what to do.
 """
 
 import hashlib
@@ -18,29 +18,29 @@ from unet_caching.errors import UserError, one_line
 from unet_caching.samplers.diffusion import PREDICTIONS, Diffusion
 
 _IN_PIPELINE = "load it into a diffusers pipeline, where enable_deepcache caches"
-# What a file is with such a name among those of its tensors, or of its parts, and what to do.
+# What a file is that has a tensor or an entry of such a name, and what to do.
 _KINDS = (
     (r"\blora_|\.lora\.|_lora[._]|^lora_|\.hada_|\.lokr_|\.oft_",
      f"a LoRA, which changes another model: {_IN_PIPELINE}"),
     (r"^control_model\.|^controlnet_|input_hint_block", f"a ControlNet: {_IN_PIPELINE}"),
     (r"^(image_proj|ip_adapter)\b", f"an IP-Adapter: {_IN_PIPELINE}"),
-    (r"motion_modules\.", f"of a model of video (AnimateDiff): {_IN_PIPELINE}"),
-    (r"\btime_stack\.|temporal_transformer_block", f"of a model of video: {_IN_PIPELINE}"),
+    (r"motion_modules\.", f"a video model's (AnimateDiff): {_IN_PIPELINE}"),
+    (r"\btime_stack\.|temporal_transformer_block", f"a video model's: {_IN_PIPELINE}"),
     (r"\b(joint_blocks|double_blocks|single_transformer_blocks|transformer_blocks\.0\.ff_context)\.",
-     "a transformer (Stable Diffusion 3, Flux), another architecture than a U-Net"),
-    (r"^edm_(mean|std|vpred)", "of a model at EDM's noise levels (CosXL, Playground 2.5), at which nothing is sampled "
+     "a transformer's (Stable Diffusion 3, Flux), which is not a U-Net"),
+    (r"^edm_(mean|std|vpred)", "of a model with EDM's noise levels (CosXL, Playground 2.5), which are not sampled "
                                f"here: {_IN_PIPELINE}"),
     (r"^(emb_params|string_to_param|clip_[lg])$", f"a textual inversion, words for another model: {_IN_PIPELINE}"),
     (r"^param_groups$|\bexp_avg\b", "an optimiser's state: take the weights of the same training run"),
     (r"^shadow_params$", "an EMA without the names of its tensors: take the folder unet/ or unet_ema/ beside it"),
     (r"\.(absmax|quant_map|SCB|qweight|qzeros|scale_weight)$|^scaled_fp8$",
      "quantised: take the same weights in float16 or float32"))
-_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")    # data-parallel training's, torch.compile's
-_PLAIN = ("state_dict", "model", "model_state_dict")        # entries of a file with more than the weights
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")    # of data-parallel training and torch.compile
+_PLAIN = ("state_dict", "model", "model_state_dict")        # entries of a file that holds more than the weights
 _EMA = ("ema", "ema_state_dict", "model_ema", "ema_model")
-_SHADOWS = "model_ema."                                     # CompVis': names without their dots
+_SHADOWS = "model_ema."                                     # CompVis' EMA weights; their names have no dots
 _DROPPED_PREFIXES = (_SHADOWS, "first_stage_model.loss.", "loss.")      # losses and their networks
-_DROPPED = frozenset((                                                  # buffers of the noise schedule, marks
+_DROPPED = frozenset((                                                  # the noise schedule's buffers, and marks
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
     "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
@@ -48,20 +48,20 @@ _DROPPED = frozenset((                                                  # buffer
 
 
 class WeightFile(NamedTuple):
-    """A file of weights, opened. ema: whether its tensors are EMA weights, where it has both kinds, else None."""
+    """An open file of weights. ema: whether the tensors are EMA weights; None if the file has only one kind."""
     path: Path
     tensors: dict[str, Tensor]
     ema: bool | None = None
 
 
 def open_weights(path: Path, model: str, diffusion: Diffusion | None = None, ema: bool | None = None) -> WeightFile:
-    """The tensors of a file of weights.
+    """Open a file of weights.
 
-    model: the name of the architecture, for messages. diffusion: what the config says of the network; None: the file
-    holds none of which that can be asked. ema: which weights of a file that has both, EMA or plain ones; None: EMA
-    where they are whole, the plain ones where the former are CompVis' shadows, as its scripts do.
-    Raises UserError for a file that is missing, damaged, unsafe or something else, that says that its network predicts
-    otherwise or at other noise levels than the config does, and that has no choice of weights where one is asked for.
+    model: the name of the architecture, for messages. diffusion: what the config says of the network, which the file
+    must agree with; None skips this check. ema: take the EMA or the plain weights of a file that has both. None takes
+    the EMA weights, except from CompVis' files, whose scripts take the plain ones.
+    Raises UserError for a file that is missing, damaged, unsafe or something else, for one whose prediction or noise
+    levels differ from the config's, and if `ema` is set but the file has only one kind of weights.
     """
     content, metadata = read_file(Path(path))
     content, of_ema, both = _unwrapped(content, ema, Path(path))
@@ -73,7 +73,7 @@ def open_weights(path: Path, model: str, diffusion: Diffusion | None = None, ema
         both, of_ema = True, ema is True
         tensors |= shadows if ema else {}
     if ema is not None and not both:
-        raise UserError(f"{path} has weights of one kind, so that there is nothing to choose: leave out --ema")
+        raise UserError(f"{path} has only one kind of weights: leave out --ema")
     if diffusion is not None:
         _check_marks(path, tensors, metadata, diffusion)
     kept = {name: value for name, value in tensors.items()
@@ -82,14 +82,15 @@ def open_weights(path: Path, model: str, diffusion: Diffusion | None = None, ema
 
 
 def refuse_other(names: Collection[object], path: Path) -> None:
-    """Raises UserError that says what a file is which holds no U-Net that can be used here, by its tensors' names."""
+    """Raise a UserError if the names in a file are not those of a U-Net, saying what the file is instead."""
     for pattern, what in _KINDS:
         if name := next((name for name in names if isinstance(name, str) and re.search(pattern, name)), None):
             raise UserError(f"{path} is {what} (it holds {name})")
 
 
 def _unwrapped(content: object, ema: bool | None, path: Path) -> tuple[object, bool, bool]:
-    """The entry of a file's content that holds the weights; whether it is of the EMA ones, and of both."""
+    """The entry of a file's content that holds the weights, whether they are EMA ones, and whether it has both kinds.
+    """
     if isinstance(content, list):
         if len(content) < 5 or not isinstance(content[-1], dict):
             raise UserError(f"{path} is a list of {len(content)} parts without EMA weights at its end: the DDIM "
@@ -105,27 +106,28 @@ def _unwrapped(content: object, ema: bool | None, path: Path) -> tuple[object, b
 
 
 def _shadows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CompVis' EMA weights, under the names of the plain ones."""
+    """CompVis' EMA weights under the names of the plain ones; empty if there are none."""
     names = {f"{_SHADOWS}{name.removeprefix('model.').replace('.', '')}": name for name in tensors
              if name.startswith("model.")}
     return {names[name]: value for name, value in tensors.items() if name in names}
 
 
+# What a file's metadata may say of the prediction -> our name for it.
 _SAID = {"v": "v", "true": "v", "eps": "noise", "false": "noise", **{name: own for own, name in PREDICTIONS.items()}}
 
 
 def _check_marks(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], diffusion: Diffusion) -> None:
-    """Compare what a file says of how its network was trained with what the config says. Raises UserError."""
+    """Raise a UserError if a file says that its network was trained differently than the config says."""
     marks = {name: metadata[name].lower() for name in ("modelspec.prediction_type", "prediction_type",
                                                        "ss_v_parameterization") if name in metadata}
     said = {name: _SAID.get(value, value) for name, value in marks.items() if value not in ("", "none")}
     said |= {"v_pred": "v"} if "v_pred" in tensors else {}
     for name, prediction in said.items():
         if prediction != diffusion.prediction:
-            raise UserError(f"{path} says that its network predicts {prediction} ({name}), and the config that it "
-                            f"predicts {diffusion.prediction}" + (
-                                f": write `prediction: {prediction}` under `diffusion` into a copy of the config"
-                                if prediction in PREDICTIONS else ", and nothing else is sampled here"))
+            raise UserError(f"{path} says that its network predicts {prediction} ({name}), the config says "
+                            f"{diffusion.prediction}: " + (
+                                f"write `prediction: {prediction}` under `diffusion` into a copy of the config"
+                                if prediction in PREDICTIONS else f"only {', '.join(PREDICTIONS)} are sampled here"))
     zero = "ztsnr" in tensors or metadata.get("ss_zero_terminal_snr", "").lower() == "true"
     if zero and not diffusion.zero_terminal_snr:
         raise UserError(f"{path} says that its network was trained at zero terminal SNR (ztsnr): write "
@@ -136,17 +138,17 @@ def _check_marks(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     if "denoiser.sigmas" in tensors:
         found = 1 / (1 + tensors["denoiser.sigmas"].double() ** 2)
     if found.shape != alphas.shape or not torch.allclose(found, alphas, rtol=0, atol=2e-3):       # kept in float16
-        raise UserError(f"{path} says that its network was trained at other noise levels than the config does: its "
-                        f"alphas_cumprod go from {found.max():.4f} to {found.min():.4f} in {len(found)} timesteps, the "
-                        f"config's from {alphas[0]:.4f} to {alphas[-1]:.4f} in {len(alphas)}")
+        raise UserError(f"{path} was trained at other noise levels than the config says: its alphas_cumprod go from "
+                        f"{found.max():.4f} to {found.min():.4f} in {len(found)} timesteps, the config's from "
+                        f"{alphas[0]:.4f} to {alphas[-1]:.4f} in {len(alphas)}")
 
 
 def split(tensors: Mapping[str, Tensor], path: Path, prefixes: Sequence[str], model: str,
           lacking: Mapping[str, str] = {}) -> dict[str, dict[str, Tensor]]:
-    """Split a whole checkpoint by prefix: {prefix: {name without it: tensor}}.
+    """Split a whole checkpoint by prefix: {prefix: {name without the prefix: tensor}}.
 
-    model: the name of the architecture, for messages. lacking: what to do about a part that is not there, by prefix.
-    Raises UserError, naming `path`, for a part that is not there, and for tensors that belong to none.
+    model: the name of the architecture, for messages. lacking: what to do if a part is missing, by prefix.
+    Raises UserError, naming `path`, for a missing part and for tensors that belong to no part.
     """
     owner = {name: next((prefix for prefix in prefixes if name.startswith(prefix)), None) for name in tensors}
     parts = {prefix: {name.removeprefix(prefix): tensors[name] for name, own in owner.items() if own == prefix}
@@ -164,13 +166,13 @@ def split(tensors: Mapping[str, Tensor], path: Path, prefixes: Sequence[str], mo
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Name the file in errors about its content."""
+    """A context that names the file in errors about its content."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-        # diffusers' and transformers', for settings that make no sense
+        # What diffusers and transformers raise for settings that make no sense.
         raise UserError(f"{path}: no such network can be built: {one_line(error)[:200]}") from None
 
 
@@ -181,10 +183,10 @@ _NAMED = re.compile(r"(?:diffusion_pytorch_model|model|pytorch_model)((?:\.\w+)?
 
 
 def weights_in(folder: Path, ema: bool | None = None) -> Path:
-    """The file of weights in the folder of a network, or the index of its shards.
+    """The file of weights in a network's folder, or the index of its shards.
 
-    float32 rather than half precision, safetensors rather than pickled. ema: False takes diffusers' variant non_ema.
-    Raises UserError where there is none.
+    float32 comes before half precision, safetensors before pickles. ema: False takes diffusers' variant non_ema.
+    Raises UserError if there is none.
     """
     there = {file: match for file in sorted(folder.glob("*")) if (match := _NAMED.fullmatch(file.name))}
     order = [".non_ema"] if ema is False else ["", ".fp32", ".fp16", ".bf16"]
@@ -196,10 +198,10 @@ def weights_in(folder: Path, ema: bool | None = None) -> Path:
         raise UserError(f"{folder} has no weights of the variant non_ema: leave out --ema")
     others = [file.name for file in sorted(folder.glob("*")) if file.suffix in (".safetensors", ".bin")]
     if any("non_ema" in name for name in others):
-        raise UserError(f"{folder} has {', '.join(others)} alone: say --ema no to take the weights that are no EMA")
+        raise UserError(f"{folder} has only {', '.join(others)}: say --ema no to take these weights")
     if any("-of-" in name for name in others):
-        raise UserError(f"{folder} has shards of weights ({others[0]}, ...), and no index.json that says what is in "
-                        "them: it comes with them")
+        raise UserError(f"{folder} has shards of weights ({others[0]}, ...), but not the index.json that belongs to "
+                        "them: put it beside them")
     standard = "model.safetensors" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
     also = f" (but {', '.join(others)})" if others else ""
     raise UserError(f"no {folder / standard}{also}; the first lines of the model's file in configs/ say where to get "
@@ -207,8 +209,9 @@ def weights_in(folder: Path, ema: bool | None = None) -> Path:
 
 
 def ema_of(path: Path, ema: bool | None = None) -> bool | None:
-    """Whether the U-Net's weights in a file or folder are EMA ones, where it has both kinds, else None. ema: as asked
-    for. Raises UserError.
+    """Whether the U-Net's weights are EMA ones; None if the file or folder has only one kind.
+
+    ema: the choice of --ema. Raises UserError as `open_weights` does.
     """
     unet = path / "unet" if (path / "unet").is_dir() else path
     if not unet.is_dir():
@@ -216,12 +219,12 @@ def ema_of(path: Path, ema: bool | None = None) -> bool | None:
     if any("non_ema" in file.name for file in unet.iterdir()):
         return ema is not False
     if ema is not None:
-        raise UserError(f"{unet} has weights of one kind, so that there is nothing to choose: leave out --ema")
+        raise UserError(f"{unet} has only one kind of weights: leave out --ema")
     return None
 
 
 def file_sha256(path: Path, ema: bool | None = None) -> str:
-    """The hex digest of a file; another one where not those weights are asked for that it gives by itself."""
+    """The hex digest of a file, or another one if `ema` takes other weights from it than None does."""
     whole = sha256(path)
     chosen = ema is not None and open_weights(path, "U-Net", None, ema).ema != open_weights(path, "U-Net").ema
     return hashlib.sha256(f"{whole}  {'EMA' if ema else 'plain'}\n".encode()).hexdigest() if chosen else whole

@@ -1,4 +1,4 @@
-"""Weights on disk: files are never run as code, and tensors are loaded by name and shape, every one of them."""
+"""Weights on disk. Files are never run as code; every tensor is loaded by name and shape."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from unet_caching.errors import UserError, one_line
 
 
 def sha256(path: Path) -> str:
-    """The hex digest of a file, which is read again only where it has changed."""
+    """The hex digest of a file. The file is read again only if it has changed."""
     return _sha256(Path(path).absolute(), *stamp(path))
 
 
@@ -34,7 +34,7 @@ def _sha256(path: Path, *seen: int) -> str:
 
 
 def check_md5(path: Path, md5: str) -> None:
-    """Compare a downloaded file with its published md5 (hex). Raises UserError where it is missing or differs."""
+    """Compare a downloaded file with its published md5 (hex). Raises UserError if it is missing or differs."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path}")
     with open(path, "rb") as file:
@@ -44,7 +44,7 @@ def check_md5(path: Path, md5: str) -> None:
                         "file; download it again")
 
 
-# What training frameworks leave beside the weights. Unpickled as classes without behaviour, whatever the name says.
+# What training frameworks store beside the weights. Unpickled as classes without behaviour.
 _HARMLESS = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
@@ -55,7 +55,7 @@ _HARMLESS = (
 
 
 class _Inert:
-    """Takes any arguments and any state, and keeps none of it."""
+    """Takes any arguments and any state, and keeps nothing."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         return super().__new__(cls)
@@ -71,31 +71,29 @@ _INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (type(name.rsplit(".", 1)[1], (_Inert,), {}), name) for name in _HARMLESS]
 
 
-# What a file is that holds no tensors to read, by its first bytes or the end of its name, and what to do.
+# What a file without readable tensors is, by its first bytes or the end of its name, and what to do.
 _NO_TENSORS = (
     (rb"\Z", "empty: download it again"),
     (rb"\s*<", "a web page, not the file that was to be downloaded: download it again"),
-    (rb"version https://git-lfs", "a pointer of Git LFS to the file: fetch that with git lfs pull"),
-    (rb"GGUF", "GGUF's, whose tensors are quantised: take the .safetensors that it was made from"),
-    (rb".*\.onnx\Z", "ONNX's, a compiled network: take the .safetensors or the diffusers folder of the same model"),
-    (rb".*\.(msgpack|h5|tflite|pb)\Z", "of another framework: take the .safetensors of the same model"),
-    (rb".*\.(zip|tar|gz|7z)\Z", "an archive: unpack it, and name what was in it"))
+    (rb"version https://git-lfs", "a Git LFS pointer: fetch the file itself with git lfs pull"),
+    (rb"GGUF", "a GGUF file, whose tensors are quantised: take the .safetensors that it was made from"),
+    (rb".*\.onnx\Z", "ONNX, a compiled network: take the .safetensors or the diffusers folder of the same model"),
+    (rb".*\.(msgpack|h5|tflite|pb)\Z", "another framework's: take the .safetensors of the same model"),
+    (rb".*\.(zip|tar|gz|7z)\Z", "an archive: unpack it, and name the file in it"))
 
 
 def read_tensors(path: Path) -> object:
-    """What a checkpoint file holds: a dict of tensors for safetensors, whatever was pickled otherwise.
+    """The content of a checkpoint: a dict of tensors from safetensors, the pickled object from a pickle.
 
-    Both are mapped, not copied. Pickles are opened with weights_only=True; what frameworks leave beside the weights is
-    read as objects without behaviour. The content says which of both a file is, not its name. index.json of a file in
-    shards stands for all of them.
-    Raises UserError for a missing or damaged file, and for a pickle that wants to run code, with the name of what it
-    wanted.
+    Tensors are memory-mapped, not copied. Pickles are opened with weights_only=True; what frameworks store beside the
+    weights becomes objects without behaviour. The index.json of a sharded checkpoint stands for all its shards.
+    Raises UserError for a file that is missing or damaged, and for a pickle that wants to run code, which it names.
     """
     return read_file(path)[0]
 
 
 def read_file(path: Path) -> tuple[object, dict[str, str]]:
-    """As `read_tensors`, and the metadata of a safetensors file. Raises UserError."""
+    """What `read_tensors` returns, and the metadata of a safetensors file (else empty). Raises UserError."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint {path}" + (": it is a folder; name the file in it" if path.is_dir() else ""))
@@ -108,7 +106,7 @@ def read_file(path: Path) -> tuple[object, dict[str, str]]:
         if is_safetensors(path):
             with safe_open(path, framework="pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-        # The warnings are of a pickle protocol; refused below. Files from before torch 1.6 cannot be mapped.
+        # torch warns of unusual pickle protocols and then fails. Files from before torch 1.6 cannot be memory-mapped.
         with (warnings.catch_warnings(category=UserWarning, action="ignore"), torch.serialization.safe_globals(_INERT)):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -118,7 +116,7 @@ def read_file(path: Path) -> tuple[object, dict[str, str]]:
                             "take a file that holds tensors only, or convert it where you trust it") from None
         # The rest of the message advises to open the file unsafely.
         reason = str(error).split("WeightsUnpickler error:")[-1].split("Check the documentation")[0]
-        raise UserError(f"{path} is damaged or not a checkpoint of tensors alone: {one_line(reason)[:160]}") from None
+        raise UserError(f"{path} is damaged, or holds more than tensors: {one_line(reason)[:160]}") from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
         raise UserError(f"{path} is damaged or not a checkpoint: {one_line(error)[:160]}") from None
     _check_plain(content, path)
@@ -126,7 +124,7 @@ def read_file(path: Path) -> tuple[object, dict[str, str]]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is one of safetensors, by its name or its header, which begins with its length, below 4 GB."""
+    """Whether a file is in safetensors format, by its name or by its header, which starts with a length below 4 GB."""
     return path.suffix.lower() == ".safetensors" or re.match(rb".{4}\0{4}\{", _head(path), re.DOTALL) is not None
 
 
@@ -136,12 +134,12 @@ def _head(path: Path) -> bytes:
 
 
 def shards(index: Path) -> list[Path]:
-    """The files that an index.json says a file is split into, sorted. Raises UserError for one that is none."""
+    """The shards that an index.json lists, sorted. Raises UserError for a file that is not such an index."""
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
         return sorted(index.with_name(Path(name).name) for name in names)
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{index} is damaged, or no index of weights in shards") from None
+        raise UserError(f"{index} is damaged, or not an index of weights in shards") from None
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -152,7 +150,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _check_plain(content: object, path: Path) -> None:
-    """Raises UserError for tensors that have no values, are sparse or quantised: the networks here take none."""
+    """Raise a UserError for a tensor that has no values or is sparse or quantised."""
     parts = content if isinstance(content, list) else [content]
     parts = [*parts, *(part.get("state_dict") for part in parts if isinstance(part, dict))]
     for part in parts:
@@ -163,7 +161,7 @@ def _check_plain(content: object, path: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a .safetensors file: whole, or not at all."""
+    """Write a .safetensors file, whole or not at all."""
     write_atomically(Path(path), lambda temporary: write_tensors(tensors, temporary, metadata))
 
 
@@ -180,9 +178,9 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 
 def tensors_of(content: object, path: Path, model: str) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint; Lightning's `state_dict` entry is entered.
+    """The named tensors of a checkpoint, which may be under Lightning's entry `state_dict`.
 
-    model: the name of the architecture, for messages. Raises UserError, naming `path`, for anything else.
+    model: the name of the architecture, for messages. Raises UserError, naming `path`, for any other content.
     """
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -192,20 +190,20 @@ def tensors_of(content: object, path: Path, model: str) -> dict[str, Tensor]:
     return content
 
 
-_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}     # before diffusers 0.18
+_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}     # names before diffusers 0.18
 
 
 def in_todays_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of diffusers' older files, as the public ones are, under the names that its attention has today."""
+    """Rename the attention tensors of older diffusers files, as most public ones are, to today's names."""
     return {re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda match: f"{match[1]}.{_OLDER[match[2]]}.",
                    name): value for name, value in state_dict.items()}
 
 
 def load_strict(module: nn.Module, state_dict: dict[str, Tensor], published_name: Callable[[str], str]) -> None:
-    """Copy tensors given under published names into a module; one on the meta device takes them over uncopied.
+    """Copy tensors with published names into a module. A module on the meta device takes them over without a copy.
 
-    Raises UserError that names, in full, every missing, extra or misshapen tensor, whole numbers where others are
-    wanted, and what is not finite; nothing is loaded then.
+    Raises UserError that names every tensor that is missing, extra, of the wrong shape or kind of number, or not
+    finite; then nothing is loaded.
     """
     ours = module.state_dict()
     names = {published_name(name): name for name in ours}
@@ -226,7 +224,7 @@ def load_strict(module: nn.Module, state_dict: dict[str, Tensor], published_name
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are; no copy is made of large ones."""
+    """Whether no value is NaN or infinite. Large tensors are not copied."""
     if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
         return True
     return bool(torch.stack((tensor.float() if tensor.itemsize == 1 else tensor).aminmax()).isfinite().all())

@@ -69,7 +69,7 @@ class TextCondition(Guided):
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise UserError(f"a prompt is no UTF-8 text: {text!r:.60}") from None
+                raise UserError(f"a prompt is not UTF-8 text: {text!r:.60}") from None
         for name in SIZED:
             _pair(name, getattr(self, name))
 

@@ -151,7 +151,7 @@ class Folder:
         """[CLIP], [MINILM] or SDXL's [CLIP, PROJECTED]."""
         xl = self.name.startswith("StableDiffusionXL")
         if not self.name.startswith("StableDiffusion") or ("text_encoder_2" in self._index) != xl:
-            raise UserError(f"{self.index}: {self.name} is no pipeline of Stable Diffusion 1.x, 2.x or SDXL")
+            raise UserError(f"{self.index}: {self.name} is not a pipeline of Stable Diffusion 1.x, 2.x or SDXL")
         names = [self._index[key] for key in ("text_encoder", "text_encoder_2") if key in self._index]
         known = [[CLIP, PROJECTED]] if xl else [[CLIP], [MINILM]]
         if names not in known:
@@ -162,7 +162,7 @@ class Folder:
     def check(self, config: Config) -> None:
         """Check that all files are there, and scheduler/ agrees with the config's `diffusion`. Raises UserError."""
         if self.xl != (config.xl is not None):
-            raise UserError(f"{self.index}: {self.name} is no pipeline of "
+            raise UserError(f"{self.index}: {self.name} is not a pipeline of "
                             f"{'Stable Diffusion 1.x or 2.x' if config.xl is None else 'SDXL'}")
         self.files()
         check_scheduler(config, self.path)

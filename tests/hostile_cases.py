@@ -199,7 +199,7 @@ def of_paths() -> Iterator[Case]:
         yield case(f"study {name}", "lab.study --samples {}/s --results {}/r", path, says="no study")
     for line in ("run.npz {samples} --seeds 0-3", "eval.quality {samples} --reference {world}/real.npz --dims 2 "
                  "--repeats 2 --threads 1"):
-        yield case(f"{line.split()[0]} --out a pipe", f"{line} --out {{}}/pipe", says="no regular file",
+        yield case(f"{line.split()[0]} --out a pipe", f"{line} --out {{}}/pipe", says="not a regular file",
                    make=lambda folder: os.mkfifo(folder / "pipe"))
     for table in ("", "0", "table99", "../x"):
         yield case(f"table {table!r}", "eval.table --results {world}/results", table)

@@ -39,8 +39,8 @@ def test_words_become_objects():
 
 @pytest.mark.parametrize(("words", "message"), [
     ("", "required: --out"), ("--out x --delta 1 --macs 1", "not allowed with"), ("--out x --quic", "unrecognized"),
-    ("--out x --intervals 2.5", "no whole number"), ("--out x --macs nan", "not a finite"),
-    ("--out /dev", "no regular")])
+    ("--out x --intervals 2.5", "not a whole number"), ("--out x --macs nan", "not a finite"),
+    ("--out /dev", "not a regular")])
 def test_wrong_words_are_one_line(words, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         arguments.parse("doc", Options, words=words.split())

@@ -119,7 +119,7 @@ def test_what_is_no_file(path, kind, content):
 
 
 def test_nothing_is_written_over_what_is_no_file(tmp_path):
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         FILES["numbers"].save(tmp_path)
 
 

@@ -111,7 +111,7 @@ def picture(path, seed=2):
     (lambda d: picture(d / "000/000002.PNG"), {}, "000002.PNG and 0 more lie among"),
     (lambda d: picture(d / "000/000001 copy.png"), {},
      "000001 copy.png and 0 more lie among the images of seeds, like 000000.png"),
-    (lambda d: os.mkfifo(d / "000/000002.png"), {}, "000002.png is no regular file"),
+    (lambda d: os.mkfifo(d / "000/000002.png"), {}, "000002.png is not a regular file"),
     (lambda d: (d / "run.json").write_text('{"settings": null}'), {},
      r"run.json is damaged: settings is None and should be keys with values"),
     (lambda d: picture(d / "cat.png"), {}, "holds images itself and in 000/"),

@@ -42,7 +42,7 @@ def test_what_is_no_result_is_refused(tmp_path, change, said):
     results.write(tmp_path / "r.json", Result("adm"))
     content = json.loads((tmp_path / "r.json").read_text())
     (tmp_path / "r.json").write_text(json.dumps(content | change))
-    with pytest.raises(UserError, match=f"r.json is no result of this program: .*{re.escape(said)}"):
+    with pytest.raises(UserError, match=f"r.json is not a result of this program: .*{re.escape(said)}"):
         results.read(tmp_path / "r.json")
     with pytest.raises(UserError, match=r"damaged|no result"):
         (tmp_path / "r.json").write_text("{")
@@ -78,7 +78,7 @@ def test_a_file_of_something_else_among_the_results_is_refused_by_name(capsys, t
     (tmp_path / "other.json").write_text(content)
     assert run_command(table.main, "1", "--results", tmp_path) == 2
     error = capsys.readouterr().err
-    assert "other.json is no result of this program" in error and error.count("\n") == 1
+    assert "other.json is not a result of this program" in error and error.count("\n") == 1
 
 
 def test_numbers_of_sets_of_images_stand_beside_how_many_those_are():

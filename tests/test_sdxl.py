@@ -299,13 +299,13 @@ def test_sdxl_and_its_elders_are_told_apart(sample, tiny, tmp_path, capsys):
     config = {key: value for key, value in yaml.safe_load(tiny.read_text()).items() if key != "xl"}
     (tmp_path / "elder.yaml").write_text(yaml.safe_dump(config))
     assert fails(capsys, sample("--out", tmp_path / "x", config=tmp_path / "elder.yaml"),
-                 "StableDiffusionXLPipeline is no pipeline of Stable Diffusion 1.x or 2.x")
+                 "StableDiffusionXLPipeline is not a pipeline of Stable Diffusion 1.x or 2.x")
     assert fails(capsys, sample("--crop", "0,0", "--out", tmp_path / "x", config=tmp_path / "elder.yaml"), "SDXL")
     folder = Path(shutil.copytree(tiny.with_name("model"), tmp_path / "model"))
     index = json.loads((folder / "model_index.json").read_text())
     index.pop("text_encoder_2")
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
-    assert fails(capsys, sample("--model", folder, "--out", tmp_path / "x"), "no pipeline of SDXL")
+    assert fails(capsys, sample("--model", folder, "--out", tmp_path / "x"), "not a pipeline of SDXL")
     (folder / "text_encoder_2" / "model.safetensors").unlink()
     rewrite(folder / "model_index.json", _class_name="StableDiffusionXLPipeline",
             text_encoder_2=["transformers", "CLIPTextModelWithProjection"])

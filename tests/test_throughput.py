@@ -166,5 +166,5 @@ def test_command_refuses_bad_input(config, capsys, tmp_path, words):
 def test_sizes_that_a_network_cannot_have():
     with pytest.raises(UserError, match="multiple of 8 pixels, got 36"):
         at_resolution(load_config(SD_EMOJI), 36)
-    with pytest.raises(UserError, match="made for images of 32 pixels alone"):
+    with pytest.raises(UserError, match="makes only images of 32 pixels"):
         at_resolution(load_config(EMOJI), 64)

@@ -140,7 +140,7 @@ def test_digest_of_a_folder(place):
     ({"tokens": 50}, "model_max_length of the tokenizer is 77 and should be 50"),
     ({"unet": Unet(**SD1 | {"linear_projections": True})}, "use_linear_projection is False"),
     ({"unet": Unet(**SD1 | {"in_channels": 9})}, "in_channels is 4 and should be 9"),
-    ({"xl": XL([1, 1], 1552)}, "StableDiffusionPipeline is no pipeline of SDXL")])
+    ({"xl": XL([1, 1], 1552)}, "StableDiffusionPipeline is not a pipeline of SDXL")])
 def test_a_config_of_another_model_is_refused(folder, changes, words):
     with pytest.raises(UserError) as error:
         load_checkpoint(changed(**changes), folder)
@@ -158,7 +158,7 @@ def test_a_config_of_v_takes_what_says_so(place, model):
     file = place.plus({"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0),
                        "alphas_cumprod": diffusion.alphas_cumprod()}, metadata={"ss_v_parameterization": "True"})
     assert same(load_checkpoint(config, file), model)
-    with pytest.raises(UserError, match=r"predicts noise .*config that it predicts v"):
+    with pytest.raises(UserError, match=r"predicts noise .*the config says v"):
         load_checkpoint(config, place.plus({}, metadata={"prediction_type": "epsilon"}))
     with pytest.raises(ValueError, match="prediction: v"):
         Diffusion(zero_terminal_snr=True)

@@ -222,7 +222,7 @@ LOADS: dict[str, Callable[[Place], Path | dict]] = {
 # What each is refused for, in words of the line.
 REFUSED: dict[str, tuple[Callable[[Place], Path | dict], list[str]]] = {
     **{f"metadata {name}": (lambda p, name=name, value=value: p.plus({}, metadata={name: value}),
-                            ["predicts v", name, "predicts noise", "`prediction: v`"])
+                            ["predicts v", name, "config says noise", "`prediction: v`"])
        for name, value in (("modelspec.prediction_type", "v"), ("ss_v_parameterization", "True"),
                            ("prediction_type", "v_prediction"))},
     "metadata of x_0": (lambda p: p.plus({}, metadata={"modelspec.prediction_type": "sample"}), ["predicts sample"]),

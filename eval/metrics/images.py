@@ -174,7 +174,7 @@ def _folder(path: Path, wanted: Sequence[int] | None = None) -> ImageSet:
         files = [files[i] for i in _positions(path, seeds, wanted)]
         seeds = [int(file.stem) for file in files]
     if other := [file for file in files if not file.is_file()]:
-        raise UserError(f"{other[0]} is no regular file: move it elsewhere")
+        raise UserError(f"{other[0]} is not a regular file: move it elsewhere")
     names, first = [str(file.relative_to(path)) for file in files], read_png(files[0])
     return ImageSet(str(path), names, seeds, first.shape[:2], path,
                     one_by_one(lambda i: read_png(files[i], first.shape, files[0])),

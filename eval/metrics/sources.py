@@ -111,7 +111,7 @@ def photographs(path: Path, size: int) -> ImageSet:
     if not files:
         raise UserError(f"no images in {path}")
     if other := [file for file in files if not file.is_file()]:
-        raise UserError(f"{other[0]} is no regular file: move it elsewhere")
+        raise UserError(f"{other[0]} is not a regular file: move it elsewhere")
     names = [file.name for file in files]
     return ImageSet(f"{path} (at {size})", names, None, (size, size), path,
                     one_by_one(lambda i: prepared(files[i], size, str(files[i]))),

@@ -11,7 +11,7 @@ from unet_caching.errors import as_user_error
 def check_replaceable(path: Path) -> None:
     """Raises ValueError for a path that is there and no regular file, like a device: it would be replaced."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file: nothing is written there; name another")
+        raise ValueError(f"{path} is not a regular file: nothing is written there; name another")
 
 
 def write_and_move(path: Path, write: Callable[[Path], object]) -> None:
