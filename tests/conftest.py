@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from ddpm.checkpoint import published_state_dict
 from ddpm.unet import UNet
 from eval.tables import paper
+from ldm.unet import UNet as LatentUNet
 from run.folder import image_path
 
 HERE = Path(__file__).parent
@@ -106,7 +107,6 @@ def tiny_ldm(folder: Path, steps: int) -> Path:
     """The config of a random class-conditional latent diffusion model with guidance, likewise."""
     from ldm import checkpoint as ldm
     from ldm import first_stage
-    from ldm.unet import UNet as LatentUNet
     unet = {"in_channels": 3, "out_channels": 3, "model_channels": 32, "channel_mult": [1], "num_res_blocks": 1,
             "attention_resolutions": [1], "num_heads": 1, "context_dim": 8}
     stage = {"resolution": 16, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 3, "n_embed": 16}
@@ -142,9 +142,22 @@ def unet() -> UNet:
     return UNet(**TINY_UNET).eval().requires_grad_(False)
 
 
+@pytest.fixture(scope="module")
+def latent_unet() -> LatentUNet:
+    """A random network of two levels with 4 branches, conditioned on 16 channels; no test changes it."""
+    torch.manual_seed(0)
+    return LatentUNet(4, 4, 32, (1, 2), 1, (1, 2), num_heads=2, context_dim=16).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """The config of a random DDPM that draws 9 steps; a module may have another."""
+    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), TINY_UNET, steps=9)
+
+
 @pytest.fixture
 def run(config) -> Callable[..., int]:
-    """run(main, *words): a command of the model of the module's own fixture `config`, on the CPU; its exit code."""
+    """run(main, *words): a command of the model of the fixture `config`, on the CPU; its exit code."""
     return lambda main, *words: run_command(main, "--config", config, "--device", "cpu", *words)
 
 

@@ -1,27 +1,22 @@
 """Plans: what each network call computes, as a policy, as a file and as an option of every command."""
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command, tiny_ddpm
+from conftest import TINY_UNET, run_command
 from peft import LoraConfig
-from test_forecast import sample
+from test_forecast import CALLS, UNEVEN, Plain, sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm import sample as sample_command
 from ddpm.unet import UNet as PixelUNet
-from eval import macs, throughput
 from eval.cost.runs import call_macs, costs_of, macs_per_image
 from lab.plans.__main__ import main as plans_main
 from lab.plans.candidates import deepcache_calls
-from ldm.unet import UNet
 from run.families import build, example_inputs
-from run.folder import read_run
 from run.seeds import parse_seeds
 from run.spec import RunSpec
 from unet_caching.errors import UserError
@@ -32,30 +27,22 @@ from unet_caching.options import RunShape
 from unet_caching.registry import bind, options_by_name
 from unet_caching.samplers.table import table_of
 
-UNEVEN = [0, 2, 3, 7, 8, 13]
-CALLS = 16
 # All depths, in an order in which levels go stale while others are refreshed.
 MIXED = [Call(), Call(1), Call(2, (1.0,)), Call(0), Call(), Call(1, (1.0,)), Call(0, (0.5,)), Call(2, (1.0,)),
          Call(0, (1.0, 1.0)), Call(1, (1.0,)), Call(3), Call(0), Call(), Call(0, (1.0,)), Call(2), Call(1, (0.7,))]
 
 
-@pytest.fixture(scope="module")
-def unet() -> UNet:
-    torch.manual_seed(0)
-    return UNet(4, 4, 32, (1, 2), 1, (1, 2), num_heads=2, context_dim=16).eval().requires_grad_(False)
-
-
-@pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("branch", [0, 1, 3])
-def test_the_papers_schedules_as_plans(unet, branch, order):
+@pytest.mark.parametrize(("branch", "order"), [(0, 0), (1, 1), (3, 2)])
+def test_the_papers_schedules_as_plans(latent_unet, branch, order):
     ours = PlanCache(deepcache_calls(branch, UNEVEN, CALLS, order, 0.9))
-    assert torch.equal(sample(unet, ours), sample(unet, DeepCache(branch, UNEVEN, order, 0.9)))
+    assert torch.equal(sample(latent_unet, ours), sample(latent_unet, DeepCache(branch, UNEVEN, order, 0.9)))
     assert len(ours.kept) == 1 + order + (order > 0)
 
 
-def test_a_plan_that_computes_everything_is_no_cache(unet):
+def test_a_plan_that_computes_everything_is_no_cache(latent_unet):
     policy = PlanCache([Call()] * CALLS)
-    assert torch.equal(sample(unet, policy), sample(unet, None)) and policy.kept == {} and not policy.owns(0)
+    assert torch.equal(sample(latent_unet, policy), sample(latent_unet, None))
+    assert policy.kept == {} and not policy.owns(0)
 
 
 def test_which_call_refreshes_which_level():
@@ -73,44 +60,14 @@ def test_which_call_refreshes_which_level():
     assert seen == pytest.approx([2.00, 1.01, 0.02, 1.01, 2.00, 0.05])
 
 
-def plainly(unet, calls):
-    """The plain way to a plan: a cache that keeps the last values of all levels, and Lagrange's line."""
-    kept: dict = {}
-
-    class Plain:
-        def at(self, step):
-            self.step, self.call = step, calls[step]
-            return self
-
-        def __call__(self, key, compute):
-            if isinstance(key, str):
-                return compute()
-            if key != self.call.branch:
-                value = compute()
-                kept.setdefault(key, {})[self.step] = value
-                return value
-            steps = sorted(kept[key])[::-1]
-            value = kept[key][steps[0]]
-            for order, weight in enumerate(self.call.damping, 1):       # Newton's terms
-                if order < len(steps):
-                    table = [kept[key][s].double() for s in steps[:order + 1]]
-                    for width in range(1, order + 1):
-                        table = [(a - b) / (steps[i] - steps[i + width])
-                                 for i, (a, b) in enumerate(itertools.pairwise(table))]
-                    for s in steps[:order]:
-                        table[0] = table[0] * (self.step - s)
-                    value = value + weight * table[0].float()
-            return value
-    return Plain()
-
-
-def test_depths_mixed_over_a_run(unet):
-    expected = sample(unet, plainly(unet, MIXED))
-    assert torch.allclose(sample(unet, PlanCache(MIXED)), expected, atol=1e-5 * expected.abs().max().item())
-    policy = PlanCache(MIXED)
-    first = sample(unet, policy)
+def test_depths_mixed_over_a_run(latent_unet):
+    expected, policy = sample(latent_unet, Plain(MIXED)), PlanCache(MIXED)
+    first = sample(latent_unet, policy)
+    assert torch.allclose(first, expected, atol=1e-5 * expected.abs().max().item())
     policy.reset()
-    assert policy.kept == {} and torch.equal(sample(unet, policy), first) and torch.equal(sample(unet, policy), first)
+    assert policy.kept == {}
+    for _ in range(2):                                  # a run that begins at call 0 again needs no reset
+        assert torch.equal(sample(latent_unet, policy), first)
 
 
 @pytest.mark.parametrize(("calls", "words"), [
@@ -121,23 +78,14 @@ def test_what_is_no_plan(calls, words):
         PlanCache(calls)
 
 
-def test_calls_that_cannot_be(unet):
+def test_calls_that_cannot_be(latent_unet):
     with pytest.raises(RuntimeError, match="call 1 is to reuse the level at branch 9"):
-        sample(unet, PlanCache([Call(), Call(9)]))
+        sample(latent_unet, PlanCache([Call(), Call(9)]))
     with pytest.raises(RuntimeError, match="2 network calls, and none for call 2"):
-        sample(unet, PlanCache([Call()] * 2))
+        sample(latent_unet, PlanCache([Call()] * 2))
 
 
 # Files
-
-UNET = {"resolution": 8, "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
-        "attn_resolutions": [4]}
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), UNET, steps=9)
-
 
 def made(config, calls=MIXED) -> Plan:
     """A plan for the tiny model, with what it costs."""
@@ -168,7 +116,7 @@ def test_a_file_comes_back(config, file):
 def test_macs_are_those_of_a_real_run(config, file):
     """PyTorch's own counter over all calls, on the CPU, with attention as matrix products."""
     run = RunSpec.of(config, plan=file).open()
-    network = PixelUNet(**UNET).eval()
+    network = PixelUNet(**TINY_UNET).eval()
     policy, x = run.caching.policy(), torch.zeros(1, 3, 8, 8)
     counted = []
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -210,66 +158,6 @@ def test_a_plan_of_a_bigger_network_is_refused(config, tmp_path):
     assert isinstance(bind([PlanOptions(path)], RunShape(2, 2, 6, 1)).policy(), PlanCache)
     with pytest.raises(ValueError, match="has 2 network calls, this run makes 3"):
         bind([PlanOptions(path)], RunShape(2, 3, 6, 1))
-
-
-@pytest.fixture
-def command(config):
-    return lambda main, *words: run_command(main, "--config", config, *words)
-
-
-def test_commands_take_a_plan(command, config, file, tmp_path, capsys):
-    out = tmp_path / "images"
-    assert command(sample_command.main, "--plan", file, "--seeds", "0-2", "--out", out, "--device", "cpu") == 0
-    assert "3 full of 16 network calls, a plan of" in capsys.readouterr().out
-    told = read_run(out)["settings"]
-    assert told["sampler"] == "dpmpp" and told["cache"]["plan"]["sha256"] == made(config).sha256
-    assert command(sample_command.main, "--plan", file, "--sampler", "ddim", "--seeds", "0", "--out", tmp_path / "no",
-                   "--device", "cpu") == 2
-    assert "the plan was made for another run: sampler dpmpp there, ddim here" in capsys.readouterr().err
-    assert not (tmp_path / "no").exists()
-
-    assert command(macs.main, "--plan", file, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["macs"] * 16 == pytest.approx(made(config).macs["hook"])
-    words = ("run", "--config", config, "--plan", file, "--device", "cpu", "--batch-size", 1, "--repeats", 1,
-             "--warmup", 1)
-    assert run_command(throughput.main, *words) == 0
-    assert "the run: 16 calls" in capsys.readouterr().out
-    assert run_command(throughput.main, *words, "--sampler", "ddim") == 2
-    assert "sampler dpmpp there, ddim here" in capsys.readouterr().err
-
-
-def test_diffusers_pipelines_take_a_plan(tmp_path):
-    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-
-    from unet_caching.pipelines.enable import enable_deepcache
-    torch.manual_seed(0)
-    unet = UNet2DModel(16, layers_per_block=1, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
-                       up_block_types=("UpBlock2D",) * 2).eval()
-    pipe = DDIMPipeline(unet, DDIMScheduler(clip_sample=False, steps_offset=1))
-    pipe.set_progress_bar_config(disable=True)
-
-    def run(steps=6, **options):
-        enable_deepcache(pipe, **options)
-        generator = torch.Generator().manual_seed(0)
-        return pipe(num_inference_steps=steps, generator=generator, output_type="np").images
-
-    bound = {"model": "other", "unet": {}, "checkpoint_sha256": None, "sampler": "ddim", "steps": 6,
-             "timesteps": "leading"}
-    path, macs = tmp_path / "x.json", {"hook": 1, "fc": 1}
-    Plan(bound, deepcache_calls(1, [0, 3], 6, 1), None, macs, macs).save(path)
-    assert (run(plan=path) == run(interval=3, branch=1, forecast=1)).all()
-    assert (run(plan=path) != run(interval=1)).any()
-    with pytest.raises(UserError, match="this run has 7 steps: the plan was made for another run: steps 6 there, 7"):
-        run(7, plan=path)
-
-    # of a network with as many calls and branches
-    bound["fingerprint"] = fingerprint(unet, 3, None)
-    Plan(bound, deepcache_calls(1, [0, 3], 6, 1), None, macs, macs).save(path)
-    assert (run(plan=path) == run(interval=3, branch=1, forecast=1)).all()
-    pipe.unet = UNet2DModel(16, layers_per_block=1, block_out_channels=(32, 64), down_block_types=("DownBlock2D",) * 2,
-                            up_block_types=("UpBlock2D",) * 2).eval()
-    with pytest.raises(UserError, match="the plan was made for another run: the U-Net of other there"):
-        run(plan=path)
 
 
 @pytest.mark.parametrize("model", ["ddpm_emoji", "ldm_emoji", "sd_emoji"])
