@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_UNET, tiny_ddpm
 
 from ddpm import sample
 from eval.cost.runs import call_macs, costs_of
@@ -15,11 +14,6 @@ from unet_caching.methods.deepcache import DeepCache
 from unet_caching.nest import no_cache
 
 WATCHED, THRESHOLD = "input_blocks.1.0", 0.2
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), TINY_UNET, steps=9)
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +110,8 @@ def test_samples_with_a_rule(run, rule, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("words", "why"), [
-    (("--interval", 3), "leave out the other"), (("--forecast", 1), "--forecast is not for")])
-def test_foreign_rules_are_refused(run, rule, tmp_path, capsys, words, why):
+    (("--interval", 3), "leave out the other"), (("--forecast", 1), "--forecast is not for"),
+    (("--compile",), "--compile needs a schedule that is known beforehand")])
+def test_what_does_not_go_with_a_rule_is_refused(run, rule, tmp_path, capsys, words, why):
     assert run(sample.main, "--adaptive", rule, *words, "--out", tmp_path / "no") == 2
     assert why in capsys.readouterr().err and not (tmp_path / "no").exists()
-
-
-def test_a_run_that_decides_while_it_goes_on_is_not_compiled(run, rule, tmp_path, capsys):
-    assert run(sample.main, "--adaptive", rule, "--compile", "--seeds", "0", "--out", tmp_path / "no") == 2
-    assert "--compile needs a schedule that is known beforehand" in capsys.readouterr().err
-    assert not (tmp_path / "no").exists()
