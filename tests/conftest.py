@@ -149,6 +149,21 @@ def latent_unet() -> LatentUNet:
     return LatentUNet(4, 4, 32, (1, 2), 1, (1, 2), num_heads=2, context_dim=16).eval().requires_grad_(False)
 
 
+@pytest.fixture(scope="session")
+def parts() -> dict:
+    """What tiny pipelines of Stable Diffusion are made of."""
+    from sd_pipelines import random_parts
+    return random_parts()
+
+
+@pytest.fixture
+def calls() -> Iterator[list]:
+    """The calls of U-Nets in a test (sd_pipelines.Calls)."""
+    from sd_pipelines import counted
+    with counted() as seen:
+        yield seen
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     """The config of a random DDPM that draws 9 steps; a module may have another."""

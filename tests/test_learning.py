@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY_UNET, relative_error, run_command, tiny_ddpm
-from test_sd_pipeline import SIZE, build, parts  # noqa: F401  one is a fixture
+from sd_pipelines import SIZE, build
 from torch import nn
 
 from eval.cost.runs import macs_per_image
@@ -261,7 +261,7 @@ def test_the_command_learns_plans_and_steps_without_caching(config, tmp_path, ca
 
 # In a pipeline of diffusers
 
-def test_a_pipeline_learns_a_plan(parts, tmp_path, monkeypatch):  # noqa: F811
+def test_a_pipeline_learns_a_plan(parts, tmp_path, monkeypatch):
     pipe = build(parts)
     pipe.unet.requires_grad_(True)
     own, path, out = pipe.scheduler, tmp_path / "plan.json", tmp_path / "learned.json"

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from types import CodeType
 
 import diffusers
@@ -21,28 +20,23 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.hooks import apply_group_offloading
-from test_pipeline_settings import save_blocks, save_plan
-from test_pipelines import XL, build_xl, drawn
-from test_sd_pipeline import BETAS, build, calls, direct, parts, run, tiny_unet  # noqa: F401  two are fixtures
+from sd_pipelines import (
+    BETAS,
+    TOLERANCE,
+    XL,
+    build,
+    build_xl,
+    direct,
+    drawn,
+    run,
+    tiny_unet,
+)
 from tiny_pipelines import by_helper
 from torch import Tensor, nn
 
-from ldm.diffusers_layout import diffusers_state_dict
-from stable_diffusion.unet import UNet
 from unet_caching import refresh_deepcache
 from unet_caching.errors import UserError
-from unet_caching.keep import Keep, joined
-from unet_caching.methods.deepcache import DeepCache
-from unet_caching.methods.plan import Call, PlanCache
 from unet_caching.pipelines.enable import disable_deepcache, enable_deepcache
-from unet_caching.pipelines.scheduler import plan_scheduler
-from unet_caching.policy import Policy
-from unet_caching.samplers.diffusion import Diffusion
-from unet_caching.samplers.samplers import Sampler, noise_predictor
-from unet_caching.samplers.table import table_of
-from unet_caching.schedules import uniform
-
-TOLERANCE = 2e-5
 
 
 def shared(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -53,15 +47,15 @@ def shared(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return other
 
 
-def test_threads_with_and_without_caching_on_one_unet(parts):  # noqa: F811
+def test_threads_with_and_without_caching_on_one_unet(parts):
     pipe = build(parts)
-    plain = [run(pipe, seed=seed, steps=12) for seed in range(3)]
+    plain = [run(pipe, seed=seed, steps=8) for seed in range(3)]
     pipes = [pipe, shared(pipe), shared(pipe)]
     for other in pipes[1:]:                     # a tokenizer keeps how it pads: no two threads may share one
         other.register_modules(tokenizer=copy.deepcopy(pipe.tokenizer))
     enable_deepcache(pipes[0], interval=3)
     enable_deepcache(pipes[1], interval=2, branch=2)
-    alone = [run(one, seed=seed, steps=12) for seed, one in enumerate(pipes)]
+    alone = [run(one, seed=seed, steps=8) for seed, one in enumerate(pipes)]
     assert torch.equal(alone[2], plain[2]) and not torch.equal(alone[0], plain[0])
     together = threading.Barrier(3, timeout=60)
 
@@ -69,14 +63,14 @@ def test_threads_with_and_without_caching_on_one_unet(parts):  # noqa: F811
         def wait(pipe, step, t, tensors):
             together.wait()                 # all threads are in the midst of their runs at every step
             return tensors
-        return run(pipes[seed], seed=seed, steps=12, callback_on_step_end=wait)
+        return run(pipes[seed], seed=seed, steps=8, callback_on_step_end=wait)
 
     with ThreadPoolExecutor(3) as pool:
         assert all(map(torch.equal, pool.map(at_once, range(3)), alone))
 
 
-@pytest.mark.parametrize("inner", ["cached", "plain", "unet", "other unet"])
-def test_calls_in_a_callback_are_no_steps(parts, calls, inner):  # noqa: F811
+@pytest.mark.parametrize("inner", ["cached", "unet", "other unet"])
+def test_calls_in_a_callback_are_no_steps(parts, calls, inner):
     pipe = build(parts)
     other = shared(pipe)
     if inner == "other unet":
@@ -105,74 +99,28 @@ def test_calls_in_a_callback_are_no_steps(parts, calls, inner):  # noqa: F811
     assert set(masks[1::2]) == {{"cached": "1010", "unet": "111"}.get(inner, "1111")}
 
 
-def test_a_callback_can_have_the_next_call_computed(parts, calls):  # noqa: F811
+def test_a_callback_can_have_the_next_call_computed(parts, calls):
     pipe = build(parts)
     enable_deepcache(pipe, interval=3)
     run(pipe, callback_on_step_end=lambda _, step, t, tensors: (step == 1 and refresh_deepcache()) or tensors)
     assert calls.take() == "101100"
 
 
-class TwoCalls(StableDiffusionPipeline):
-    """Guidance by two calls of the network in each step, by a method of its own."""
-
-    together = False
-
-    @torch.no_grad()
-    def __call__(self, latents: Tensor, text: Tensor, steps: int) -> Tensor:
-        self.scheduler.set_timesteps(steps)
-        with self.progress_bar(total=steps, leave=False) as bar:
-            for t in self.scheduler.timesteps:
-                latents = self.scheduler.step(self.predict(latents, t, text), t, latents).prev_sample
-                bar.update()
-        return latents
-
-    def progress_bar(self, iterable=None, total=None, leave=True):
-        return super().progress_bar(iterable, total)
-
-    @torch.no_grad()
-    def predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        if self.together:
-            without, with_text = self.unet(torch.cat([x, x]), t, text).sample.chunk(2)
-        else:
-            without = self.unet(x, t.repeat(1), text[:1]).sample        # a tensor of its own for each call
-            with_text = self.unet(x, t.repeat(1), text[1:]).sample
-        return without + 5 * (with_text - without)
+def direct_calls(pipe: DiffusionPipeline, number: int) -> None:
+    for t in range(number):
+        direct(pipe, t)
 
 
-def test_two_calls_of_a_step_have_a_feature_each(parts, calls):  # noqa: F811
-    pipe = TwoCalls(**build(parts).components, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator), 6
-    enable_deepcache(pipe, interval=3)
-    separate = pipe(*inputs)
-    assert calls.take() == "110000" * 2
-    pipe.together = True
-    assert relative_error(separate, pipe(*inputs)) < TOLERANCE
-    assert calls.take() == "100100"
-
-
-def own_loop(pipe: DiffusionPipeline, timesteps, x: Tensor, text: Tensor) -> Tensor:
-    with torch.no_grad():
-        for t in timesteps:
-            x = pipe.scheduler.step(pipe.unet(x, t, text).sample, t, x).prev_sample
-    return x
-
-
-def test_loops_of_ones_own(parts, calls, caplog):  # noqa: F811
+def test_loops_of_ones_own(parts, calls, caplog):
     pipe = build(parts)
     enable_deepcache(pipe, interval=5)
     run(pipe, steps=4)
     calls.clear()
     pipe.scheduler.set_timesteps(12)
     text, x = torch.zeros(1, 5, 16), torch.ones(1, 4, 8, 8)
-
-    def bar(steps: int) -> None:
-        with pipe.progress_bar(total=12), torch.no_grad():
-            for t in pipe.scheduler.timesteps[:steps]:
-                pipe.unet(x, t, text)
-
-    bar(12)
+    with pipe.progress_bar(total=12), torch.no_grad():
+        for t in pipe.scheduler.timesteps:
+            pipe.unet(x, t, text)
     assert calls.take() == "100001000010"
     pipe.scheduler.set_timesteps(14)
     with torch.no_grad():
@@ -180,7 +128,7 @@ def test_loops_of_ones_own(parts, calls, caplog):  # noqa: F811
             pipe.unet(x, t, text)
     assert calls.take() == "10000100001000"
     with pipe.progress_bar(total=14):
-        own_loop(pipe, pipe.scheduler.timesteps, x, text)       # by a function that opened no bar
+        direct_calls(pipe, 14)                                  # by a function that opened no bar
     assert calls.take() == "1" * 14 and "nothing was cached" in caplog.text
     pipe.scheduler.set_timesteps(3)
     with pipe.progress_bar(total=3), torch.no_grad():           # more calls than were planned compute everything
@@ -189,7 +137,7 @@ def test_loops_of_ones_own(parts, calls, caplog):  # noqa: F811
     assert calls.take() == "100111"
 
 
-def test_a_loop_over_a_bar_that_was_broken_off(parts, calls):  # noqa: F811
+def test_a_loop_over_a_bar_that_was_broken_off(parts, calls):
     pipe = build(parts)
     enable_deepcache(pipe, interval=5)
     pipe.scheduler.set_timesteps(12)
@@ -215,28 +163,28 @@ def test_a_loop_over_a_bar_that_was_broken_off(parts, calls):  # noqa: F811
         assert calls.take() == "100001"
 
 
-def test_copies_and_pickles_while_caching_is_on(parts, tmp_path):  # noqa: F811
+def test_copies_and_pickles_while_caching_is_on(parts, tmp_path):
     pipe = build(parts)
-    plain = run(pipe)
+    plain = run(pipe, steps=4)
     enable_deepcache(pipe)
-    cached = run(pipe)
+    cached = run(pipe, steps=4)
     unet = copy.deepcopy(pipe.unet)
     assert not any(isinstance(value, DiffusionPipeline) for value in vars(vars(unet)["forward"].__self__).values())
     torch.save(pipe.unet, tmp_path / "unet.pt")
     loaded = torch.load(tmp_path / "unet.pt", weights_only=False)
     for one in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
-        assert one.unet is not pipe.unet and torch.equal(run(one), cached)
+        assert one.unet is not pipe.unet and torch.equal(run(one, steps=4), cached)
         disable_deepcache(one)
-        assert torch.equal(run(one), plain) and "forward" not in vars(one.unet)
+        assert torch.equal(run(one, steps=4), plain) and "forward" not in vars(one.unet)
     for one in (unet, loaded):
         pipe.unet = one                     # another U-Net than when caching was switched on
-        assert torch.equal(run(pipe), cached)
+        assert torch.equal(run(pipe, steps=4), cached)
     disable_deepcache(pipe)
-    assert "forward" not in vars(pipe.unet) and torch.equal(run(pipe), plain)
+    assert "forward" not in vars(pipe.unet) and torch.equal(run(pipe, steps=4), plain)
 
 
 @pytest.mark.skipif(diffusers.__version__ < "0.36" and not torch.cuda.is_available(), reason="it wants a GPU there")
-def test_offloading_by_groups_of_blocks(parts, tmp_path):  # noqa: F811
+def test_offloading_by_groups_of_blocks(parts, tmp_path):
     pipe = build(parts)
     plain = run(pipe)
     with enable_deepcache(pipe):
@@ -266,7 +214,7 @@ def own_class(pipe) -> None:
     (lambda pipe: setattr(pipe.unet.down_blocks[1], "forward", lambda *args: args), "down_blocks.1 has a forward"),
     (lambda pipe: pipe.unet.up_blocks[0].register_forward_hook(lambda *args: None), "up_blocks.0 has a forward hook"),
     (lambda pipe: pipe.unet.down_blocks.__setitem__(1, nn.Identity()), "has a Identity")])
-def test_what_cannot_be_is_refused_with_the_reason(parts, change, message):  # noqa: F811
+def test_what_cannot_be_is_refused_with_the_reason(parts, change, message):
     """When caching is switched on, or, where it was on before that, when the pipeline runs."""
     pipe = build(parts)
     enable_deepcache(pipe)
@@ -279,7 +227,7 @@ def test_what_cannot_be_is_refused_with_the_reason(parts, change, message):  # n
     assert "progress_bar" not in vars(pipe)
 
 
-def test_what_is_no_pipeline_is_refused(parts):  # noqa: F811
+def test_what_is_no_pipeline_is_refused(parts):
     without = build(parts)
     without.unet = None
     modular = getattr(diffusers, "ModularPipeline", None)
@@ -305,7 +253,7 @@ def python_calls() -> Iterator[list[CodeType]]:
         sys.setprofile(None)
 
 
-def test_the_start_of_a_run_and_a_cached_step_are_light(parts):  # noqa: F811
+def test_the_start_of_a_run_and_a_cached_step_are_light(parts):
     """On SDXL's levels: a cached step runs no more functions than with the package; a run begins with some hundred."""
     pipe = build_xl(parts)
     pipe.unet = UNet2DConditionModel(**XL | {
@@ -340,86 +288,9 @@ def test_the_start_of_a_run_and_a_cached_step_are_light(parts):  # noqa: F811
         assert start() - plain < 500
 
 
-# Our own samplers and block schedules
-
-DIFFUSION = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
-TEXT = torch.zeros(1, 12, 16)
-GIVEN = {"prompt": None, "prompt_embeds": TEXT, "guidance_scale": 1.0, "latents": drawn(1, 4, 8, 8)}
-
-
-def by_ours(pipe: DiffusionPipeline, sampler: Sampler, cache: Policy) -> Tensor:
-    """What our U-Net on a pipeline's weights gives with our sampler."""
-    ours = UNet(4, 4, 32, (1, 2, 2), 1, (2, 1), num_heads=4, context_dim=16).eval()
-    theirs = pipe.unet.state_dict()
-    with torch.no_grad():
-        for name, value in diffusers_state_dict(ours).items():
-            value.copy_(theirs[name])
-    return sampler.run(noise_predictor(ours, DIFFUSION, torch.float32, cache, (TEXT,)), GIVEN["latents"])
-
-
-@pytest.fixture
-def pipe(parts):  # noqa: F811
-    """Whose DDIM is ours."""
-    pipe = build(parts)
-    pipe.scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
-    return pipe
-
-
-def test_a_forecast_in_a_pipeline_is_that_of_our_own_sampler(pipe):
-    enable_deepcache(pipe, interval=3, forecast=1)
-    theirs = run(pipe, steps=12, **GIVEN)
-    cache = DeepCache(1, uniform(12, 3), forecast=1)
-    assert relative_error(theirs, by_ours(pipe, Sampler("ddim", 12, "leading", 0.0, DIFFUSION), cache)) < TOLERANCE
-    enable_deepcache(pipe, interval=3)
-    assert relative_error(theirs, run(pipe, steps=12, **GIVEN)) > 10 * TOLERANCE
-
-
-@pytest.mark.parametrize(("sampler", "learned"), [("unipc", False), ("dpmpp", False), ("deis", False), ("ddim", True)])
-def test_a_plan_in_a_pipeline_is_that_of_our_own_sampler(pipe, tmp_path, sampler, learned):
-    """With the scheduler that goes with it; any other is refused."""
-    times = "999,900.25,700,480,300,90" if learned else "999,900,700,480,300,90"
-    table = replace(table_of(sampler, 6, times, DIFFUSION)[1], p=(1.0, 0.9, 0.8, 0.7, 0.5, 0.1)) if learned else None
-    each = [Call(), Call(), Call(0, (0.8,)), Call(), Call(1, (0.9, 0.4)), Call(0)]
-    path = tmp_path / "plan.json"
-    if learned:                             # the same timesteps and noise levels alone will not do
-        pipe.scheduler = plan_scheduler(save_plan(path, each, timesteps=times), pipe.scheduler)
-    save_plan(path, each, table, sampler=sampler, timesteps=times)
-    enable_deepcache(pipe, plan=path)
-    with pytest.raises(UserError, match=f"made for .*{sampler},? at other timesteps .* 999,900"):
-        run(pipe, **GIVEN)
-
-    pipe.scheduler = plan_scheduler(path, pipe.scheduler)
-    expected = by_ours(pipe, Sampler(sampler, 6, times, 0.0, DIFFUSION, table), PlanCache(each))
-    for again in (False, True):             # the scheduler forgets the run before
-        assert relative_error(run(pipe, **GIVEN), expected) < TOLERANCE, again
-    with pytest.raises(UserError, match="for a plan of 6 steps: num_inference_steps=6"):
-        run(pipe, steps=5, **GIVEN)
-    disable_deepcache(pipe)
-    assert relative_error(run(pipe, **GIVEN), expected) > 10 * TOLERANCE
-    pipe.scheduler.save_config(tmp_path)
-    assert "999,900" not in (tmp_path / "scheduler_config.json").read_text()
-    loaded = type(pipe.scheduler).__mro__[1].from_pretrained(tmp_path)
-    loaded.set_timesteps(5)
-    assert len(loaded.timesteps) == 5
-
-
-@pytest.mark.parametrize("interval", [1, 3])
-def test_a_block_schedule_reuses_the_residuals_that_our_own_unet_does(pipe, tmp_path, interval):
-    schedule = save_blocks(tmp_path / "blocks.json", pipe.unet)
-    plain = run(pipe, **GIVEN)
-    enable_deepcache(pipe, interval, block_schedule=str(tmp_path / "blocks.json"))
-    theirs = run(pipe, **GIVEN)
-    policy = Keep(schedule.blocks if interval == 1 else schedule.outside(1, 6))
-    cache = policy if interval == 1 else joined(DeepCache(1, [0, 3]), policy)
-    assert relative_error(theirs, by_ours(pipe, Sampler("ddim", 6, "leading", 0.0, DIFFUSION), cache)) < TOLERANCE
-    assert relative_error(theirs, plain) > 50 * TOLERANCE
-    with pytest.raises(UserError, match="steps"):
-        run(pipe, steps=5)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["before", "after", "in place"])
-def test_compiled_whole_a_unet_has_one_graph_for_full_steps_and_one_for_cached_ones(parts, kind):  # noqa: F811
+def test_compiled_whole_a_unet_has_one_graph_for_full_steps_and_one_for_cached_ones(parts, kind):
     pipe = build(parts)
     graphs = []
 

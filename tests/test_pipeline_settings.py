@@ -2,52 +2,34 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from conftest import relative_error
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from diffusers.models.unets import unet_2d_blocks
-from test_sd_pipeline import BETAS, SIZE, build, calls, parts, run, tiny_unet  # noqa: F401  two are fixtures
+from sd_pipelines import BETAS, TOLERANCE, build, drawn, run, save_blocks, save_plan, tiny_unet
 from torch import Tensor
 
+from ldm.diffusers_layout import diffusers_state_dict
+from stable_diffusion.unet import UNet
 from unet_caching import disable_deepcache, enable_deepcache
 from unet_caching.errors import UserError
-from unet_caching.files.fitted import fingerprint
-from unet_caching.methods.block_caching import BlockSchedule
-from unet_caching.methods.plan import Call, Plan
-from unet_caching.pipelines.parts import residuals
+from unet_caching.keep import Keep, joined
+from unet_caching.methods.deepcache import DeepCache
+from unet_caching.methods.plan import Call, PlanCache
 from unet_caching.pipelines.scheduler import plan_scheduler
-from unet_caching.samplers.table import Table
-
-
-def made_for(sampler: str = "unipc", steps: int = 6, timesteps: str = "trailing", unet=None) -> dict:
-    own = {} if unet is None else {"fingerprint": fingerprint(unet, 4, 16)}
-    return {"model": "tiny", "unet": {}, "checkpoint_sha256": None, "sampler": sampler, "steps": steps,
-            "timesteps": timesteps} | own
-
-
-def save_plan(path: Path, each: Sequence[Call] = (), table: Table | None = None, **about) -> Path:
-    """each: of its calls; one full in three, unless said otherwise."""
-    usual = [Call() if i % 3 == 0 else Call(0) for i in range(about.get("steps", 6))]
-    Plan(made_for(**about), list(each) or usual, None, {"hook": 1, "fc": 1}, {"hook": 1, "fc": 1}, table).save(path)
-    return path
-
-
-def save_blocks(path: Path, unet, steps: int = 6, of=None) -> BlockSchedule:
-    """The residuals of a U-Net, every other one computed more often. of: the U-Net that it says it was made for."""
-    each = [[step for step in full if step < steps] for full in ([0, 3], [0, 2, 4])]
-    blocks = {name: each[i % 2] for i, (_, name) in enumerate(residuals(unet))}
-    schedule = BlockSchedule(made_for("ddim", steps, "leading", of), steps, "all", None, blocks, {}, {})
-    schedule.save(path)
-    return schedule
-
+from unet_caching.policy import Policy
+from unet_caching.samplers.diffusion import Diffusion
+from unet_caching.samplers.samplers import Sampler, noise_predictor
+from unet_caching.samplers.table import table_of
+from unet_caching.schedules import uniform
 
 # What can be known is known when caching is switched on
 
-@pytest.mark.parametrize(("settings", "message"), [
+IMPOSSIBLE = [
     ({"forecast": 7}, "forecast is an order up to"), ({"forecast": -1}, "order"), ({"forecast": 1.5}, "order"),
     ({"plan": "nowhere.json"}, "nowhere.json"), ({"block_schedule": "nowhere.json"}, "nowhere.json"),
     ({"interval": True}, "interval is True"), ({"intervall": 3}, "no option intervall"),
@@ -56,19 +38,23 @@ def save_blocks(path: Path, unet, steps: int = 6, of=None) -> BlockSchedule:
     ({"interval": 2.5}, "interval"), ({"schedule": "centered", "center": 3}, "power"),
     ({"schedule": "cosine"}, "cosine"), ({"schedule": "centered", "power": 1.4}, "center"),
     ({"schedule": "centered", "center": 3, "power": 0.0}, "power"),
-    ({"schedule": "centered", "center": -1, "power": 1.4}, "center")])
-def test_settings_that_no_run_can_have(parts, settings, message):  # noqa: F811
+    ({"schedule": "centered", "center": -1, "power": 1.4}, "center")]
+
+
+def test_settings_that_no_run_can_have(parts):
     """They are refused before anything changes, whether caching is off or on."""
-    pipe, settings = build(parts), {"interval": 2} | settings if "plan" not in str(settings) else settings
+    pipe = build(parts)
     for on in (False, True):
         before = dict(vars(pipe))
-        with pytest.raises(UserError, match=message) as refused:
-            enable_deepcache(pipe, **settings)
-        assert "--" not in str(refused.value) and vars(pipe) == before and ("forward" in vars(pipe.unet)) is on
+        for settings, message in IMPOSSIBLE:
+            with pytest.raises(UserError, match=message) as refused:
+                enable_deepcache(pipe, **({} if "plan" in settings else {"interval": 2}) | settings)
+            assert "--" not in str(refused.value), message
+            assert vars(pipe) == before and ("forward" in vars(pipe.unet)) is on, message
         enable_deepcache(pipe)
 
 
-def test_files_of_another_unet_and_an_interval_beside_a_plan(parts, tmp_path):  # noqa: F811
+def test_files_of_another_unet_and_an_interval_beside_a_plan(parts, tmp_path):
     pipe = build(parts)
     other = tiny_unet(block_out_channels=(32, 64, 96))
     save_blocks(tmp_path / "blocks.json", pipe.unet, of=other)
@@ -83,7 +69,7 @@ def test_files_of_another_unet_and_an_interval_beside_a_plan(parts, tmp_path):  
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
-def test_a_plan_of_named_timesteps_wants_those(parts, tmp_path, spacing):  # noqa: F811
+def test_a_plan_of_named_timesteps_wants_those(parts, tmp_path, spacing):
     pipe = build(parts)
     path = save_plan(tmp_path / "plan.json", timesteps=spacing)
     other = {"trailing": "leading", "leading": "trailing"}[spacing]
@@ -101,7 +87,7 @@ SCHEDULERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler"
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if "Vq" not in name])
-def test_a_plan_takes_the_noise_levels_of_any_scheduler_or_refuses_it(parts, tmp_path, name):  # noqa: F811
+def test_a_plan_takes_the_noise_levels_of_any_scheduler_or_refuses_it(tmp_path, name):
     try:
         donor = getattr(diffusers, name)()
     except (ImportError, TypeError, ValueError):
@@ -114,12 +100,13 @@ def test_a_plan_takes_the_noise_levels_of_any_scheduler_or_refuses_it(parts, tmp
         return
     made.set_timesteps(6)
     assert torch.allclose(made.alphas_cumprod, donor.alphas_cumprod.to(made.alphas_cumprod), rtol=1e-3, atol=1e-6)
-    pipe = build(parts)
-    pipe.scheduler = made
-    assert made.sigmas.isfinite().all() and run(pipe).isfinite().all()
+    x = torch.ones(1, 4, 2, 2)
+    for t in made.timesteps:
+        x = made.step(torch.tanh(x), t, x).prev_sample
+    assert made.sigmas.isfinite().all() and x.isfinite().all()
 
 
-def test_a_plan_for_zero_terminal_snr(parts, tmp_path):  # noqa: F811
+def test_a_plan_for_zero_terminal_snr(parts, tmp_path):
     path, pipe = save_plan(tmp_path / "plan.json"), build(parts)
     with pytest.raises(UserError, match="zero terminal SNR, where a network that predicts noise tells nothing"):
         plan_scheduler(path, DDIMScheduler(**BETAS, rescale_betas_zero_snr=True))
@@ -131,18 +118,18 @@ def test_a_plan_for_zero_terminal_snr(parts, tmp_path):  # noqa: F811
 
 # Short runs, and what is logged
 
-@pytest.mark.parametrize(("cls", "steps", "inputs"), [(None, 4, {}), (None, 2, {}), (None, 1, {}), (
+@pytest.mark.parametrize(("cls", "steps", "inputs"), [(None, 4, {}), (None, 1, {}), (
     StableDiffusionImg2ImgPipeline, 8, {"strength": 0.5})])
-def test_short_runs_with_the_settings_of_the_readme(parts, calls, caplog, cls, steps, inputs):  # noqa: F811
+def test_short_runs_with_the_settings_of_the_readme(parts, calls, caplog, cls, steps, inputs):
     pipe = build(parts) if cls is None else build(parts, cls)
     enable_deepcache(pipe, interval=3, forecast=1)
     run(pipe, steps=steps, **inputs)
-    assert calls.take() == {8: "1001", 4: "1001", 2: "10", 1: "1"}[steps]
+    assert calls.take() == {8: "1001", 4: "1001", 1: "1"}[steps]
     assert "next to nothing to reuse" in caplog.text or steps == 1
     assert "--" not in caplog.text and "adds noise" not in caplog.text
 
 
-def test_a_forecast_under_fresh_noise_is_told_once(parts, caplog):  # noqa: F811
+def test_a_forecast_under_fresh_noise_is_told_once(parts, caplog):
     pipe = build(parts)
     enable_deepcache(pipe, interval=3, forecast=1)
     pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -151,7 +138,7 @@ def test_a_forecast_under_fresh_noise_is_told_once(parts, caplog):  # noqa: F811
     assert caplog.text.count("this scheduler adds noise at every step, where a forecast gains less") == 1
 
 
-def test_the_log_counts_without_running_anything_again(parts, caplog):  # noqa: F811
+def test_the_log_counts_without_running_anything_again(parts, caplog):
     pipe = build(parts)
     ran: Counter = Counter()
 
@@ -177,7 +164,7 @@ def test_the_log_counts_without_running_anything_again(parts, caplog):  # noqa: 
     assert torch.equal(*images) and counts[0] == counts[1] and "6 network calls, 2 of them full" in caplog.text
 
 
-def test_calls_outside_of_a_progress_bar_are_told(parts, calls, caplog):  # noqa: F811
+def test_calls_outside_of_a_progress_bar_are_told(parts, calls, caplog):
     class NoBar(diffusers.StableDiffusionPipeline):
         def __call__(self, steps: int) -> None:
             for t in range(steps):
@@ -191,7 +178,7 @@ def test_calls_outside_of_a_progress_bar_are_told(parts, calls, caplog):  # noqa
     assert set(calls.take()) == {"1"} and "10 network calls of a NoBar were made outside" in caplog.text
 
 
-def test_guidance_cut_short_and_a_loss_in_the_loop(parts, calls, caplog):  # noqa: F811
+def test_guidance_cut_short_and_a_loss_in_the_loop(parts, calls, caplog):
     """A loss through the U-Net has the gradients that it has without caching: such steps compute everything."""
     class Guided(diffusers.StableDiffusionPipeline):
         def __call__(self, steps: int) -> Tensor:
@@ -216,7 +203,7 @@ def test_guidance_cut_short_and_a_loss_in_the_loop(parts, calls, caplog):  # noq
 
 # What is not as diffusers made it
 
-def test_blocks_that_are_replaced_or_patched(parts, monkeypatch):  # noqa: F811
+def test_blocks_that_are_replaced_or_patched(parts, monkeypatch):
     pipe = build(parts)
     kind = type(pipe.unet.down_blocks[0])
     own = {"forward": lambda self, *args, **kwargs: 1 / 0}
@@ -235,3 +222,80 @@ def test_blocks_that_are_replaced_or_patched(parts, monkeypatch):  # noqa: F811
     monkeypatch.setattr(unet_2d_blocks.CrossAttnDownBlock2D, "forward", patched)
     with pytest.raises(UserError, match="CrossAttnDownBlock2D, which cannot be taken apart"):
         enable_deepcache(pipe)
+
+
+# Our own samplers and block schedules
+
+DIFFUSION = Diffusion("scaled_linear", beta_start=BETAS["beta_start"], beta_end=BETAS["beta_end"])
+TEXT = torch.zeros(1, 12, 16)
+GIVEN = {"prompt": None, "prompt_embeds": TEXT, "guidance_scale": 1.0, "latents": drawn(1, 4, 8, 8)}
+
+
+def by_ours(pipe: DiffusionPipeline, sampler: Sampler, cache: Policy) -> Tensor:
+    """What our U-Net on a pipeline's weights gives with our sampler."""
+    ours = UNet(4, 4, 32, (1, 2, 2), 1, (2, 1), num_heads=4, context_dim=16).eval()
+    theirs = pipe.unet.state_dict()
+    with torch.no_grad():
+        for name, value in diffusers_state_dict(ours).items():
+            value.copy_(theirs[name])
+    return sampler.run(noise_predictor(ours, DIFFUSION, torch.float32, cache, (TEXT,)), GIVEN["latents"])
+
+
+@pytest.fixture
+def pipe(parts):
+    """Whose DDIM is ours."""
+    pipe = build(parts)
+    pipe.scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
+    return pipe
+
+
+def test_a_forecast_in_a_pipeline_is_that_of_our_own_sampler(pipe):
+    enable_deepcache(pipe, interval=3, forecast=1)
+    theirs = run(pipe, steps=12, **GIVEN)
+    cache = DeepCache(1, uniform(12, 3), forecast=1)
+    assert relative_error(theirs, by_ours(pipe, Sampler("ddim", 12, "leading", 0.0, DIFFUSION), cache)) < TOLERANCE
+    enable_deepcache(pipe, interval=3)
+    assert relative_error(theirs, run(pipe, steps=12, **GIVEN)) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(("sampler", "learned"), [("unipc", False), ("dpmpp", False), ("deis", False), ("ddim", True)])
+def test_a_plan_in_a_pipeline_is_that_of_our_own_sampler(pipe, tmp_path, sampler, learned):
+    """With the scheduler that goes with it; any other is refused."""
+    times = "999,900.25,700,480,300,90" if learned else "999,900,700,480,300,90"
+    table = replace(table_of(sampler, 6, times, DIFFUSION)[1], p=(1.0, 0.9, 0.8, 0.7, 0.5, 0.1)) if learned else None
+    each = [Call(), Call(), Call(0, (0.8,)), Call(), Call(1, (0.9, 0.4)), Call(0)]
+    path = tmp_path / "plan.json"
+    if learned:                             # the same timesteps and noise levels alone will not do
+        pipe.scheduler = plan_scheduler(save_plan(path, each, timesteps=times), pipe.scheduler)
+    save_plan(path, each, table, sampler=sampler, timesteps=times)
+    enable_deepcache(pipe, plan=path)
+    with pytest.raises(UserError, match=f"made for .*{sampler},? at other timesteps .* 999,900"):
+        run(pipe, **GIVEN)
+
+    pipe.scheduler = plan_scheduler(path, pipe.scheduler)
+    expected = by_ours(pipe, Sampler(sampler, 6, times, 0.0, DIFFUSION, table), PlanCache(each))
+    for again in (False, True):             # the scheduler forgets the run before
+        assert relative_error(run(pipe, **GIVEN), expected) < TOLERANCE, again
+    with pytest.raises(UserError, match="for a plan of 6 steps: num_inference_steps=6"):
+        run(pipe, steps=5, **GIVEN)
+    disable_deepcache(pipe)
+    assert relative_error(run(pipe, **GIVEN), expected) > 10 * TOLERANCE
+    pipe.scheduler.save_config(tmp_path)
+    assert "999,900" not in (tmp_path / "scheduler_config.json").read_text()
+    loaded = type(pipe.scheduler).__mro__[1].from_pretrained(tmp_path)
+    loaded.set_timesteps(5)
+    assert len(loaded.timesteps) == 5
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_block_schedule_reuses_the_residuals_that_our_own_unet_does(pipe, tmp_path, interval):
+    schedule = save_blocks(tmp_path / "blocks.json", pipe.unet)
+    plain = run(pipe, **GIVEN)
+    enable_deepcache(pipe, interval, block_schedule=str(tmp_path / "blocks.json"))
+    theirs = run(pipe, **GIVEN)
+    policy = Keep(schedule.blocks if interval == 1 else schedule.outside(1, 6))
+    cache = policy if interval == 1 else joined(DeepCache(1, [0, 3]), policy)
+    assert relative_error(theirs, by_ours(pipe, Sampler("ddim", 6, "leading", 0.0, DIFFUSION), cache)) < TOLERANCE
+    assert relative_error(theirs, plain) > 50 * TOLERANCE
+    with pytest.raises(UserError, match="steps"):
+        run(pipe, steps=5)

@@ -12,10 +12,21 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from peft import LoraConfig
-from test_sd_pipeline import BETAS, SIZE, build, calls, parts, picture, run, tiny_controlnet, tiny_unet  # noqa: F401  two are fixtures
+from sd_pipelines import (
+    BETAS,
+    SIZE,
+    TOLERANCE,
+    build,
+    build_xl,
+    drawn,
+    picture,
+    run,
+    run_xl,
+    tiny_controlnet,
+    tiny_unet,
+)
 from tiny_pipelines import built, by_helper
 from torch import Tensor, nn
 
@@ -23,67 +34,34 @@ from unet_caching.errors import UserError
 from unet_caching.pipelines import check_diffusers
 from unet_caching.pipelines.enable import enable_deepcache
 
-TOLERANCE = 2e-5
-XL = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-      "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (32, 64),
-      "layers_per_block": 2, "attention_head_dim": (2, 4), "cross_attention_dim": 16,
-      "transformer_layers_per_block": (1, 2), "use_linear_projection": True, "addition_embed_type": "text_time",
-      "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
 
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def build_xl(parts: dict, cls: type = StableDiffusionXLPipeline):  # noqa: F811
-    torch.manual_seed(3)
-    unet = UNet2DConditionModel(**{"sample_size": SIZE // 2, "in_channels": 4} | XL).eval()
-    pipe = cls(parts["vae"], None, None, None, None, unet, DDIMScheduler(**BETAS, clip_sample=False),
-               add_watermarker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def run_xl(pipe, **inputs) -> Tensor:
-    settings = {"prompt_embeds": drawn(1, 7, 16), "negative_prompt_embeds": drawn(1, 7, 16, seed=1),
-                "pooled_prompt_embeds": drawn(1, 16), "negative_pooled_prompt_embeds": drawn(1, 16, seed=1),
-                "num_inference_steps": 6, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
-    own = ({"image": torch.from_numpy(picture(1)).permute(2, 0, 1)[None], "strength": 0.6}
-           if "Img2Img" in type(pipe).__name__ else {"height": SIZE, "width": SIZE})
-    return pipe(**settings | own | inputs).images
-
-
-@pytest.mark.parametrize("cls", [StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline])
-def test_sdxl_is_its_own_without_caching_and_the_helpers_with_it(parts, cls):  # noqa: F811
+@pytest.mark.parametrize(("cls", "branches"), [(StableDiffusionXLPipeline, (0, 4)),
+                                               (StableDiffusionXLImg2ImgPipeline, (1,))])
+def test_sdxl_is_its_own_without_caching_and_the_helpers_with_it(parts, cls, branches):
     pipe = build_xl(parts, cls)
     plain = run_xl(pipe)
     with enable_deepcache(pipe, interval=1):
         assert torch.equal(run_xl(pipe), plain)
-    for branch in (0, 1, 4):
+    for branch in branches:
         theirs = by_helper(pipe, branch, 3, run_xl)
         with enable_deepcache(pipe, branch=branch):
             assert torch.equal(run_xl(pipe), theirs)
         assert relative_error(theirs, plain) > 1e-3
-    assert sum(len(block.resnets) for block in pipe.unet.up_blocks) == 6 and torch.equal(run_xl(pipe), plain)
+    assert torch.equal(run_xl(pipe), plain)
 
 
 ZERO = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
 KARRAS = {"use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"}
-SCHEDULERS = {                      # how often they call the network in 5 steps, and what else they are given
-    **{name: (number, {}) for name, number in {
-        "DDIM": 5, "DDPM": 5, "PNDM": 6, "LMSDiscrete": 5, "EulerDiscrete": 5, "EulerAncestralDiscrete": 5,
-        "HeunDiscrete": 9, "KDPM2Discrete": 9, "KDPM2AncestralDiscrete": 9, "DPMSolverMultistep": 5,
-        "DPMSolverSinglestep": 5, "UniPCMultistep": 5, "DEISMultistep": 5, "LCM": 5, "TCD": 5}.items()},
-    **{f"{name}, zero SNR": (5, ZERO) for name in ("DDIM", "EulerDiscrete", "EulerAncestralDiscrete",
-                                                   "DPMSolverMultistep", "UniPCMultistep")},
-    **{f"{name}, Karras, cosine": (number, KARRAS) for name, number in {
-        "EulerDiscrete": 5, "HeunDiscrete": 9, "UniPCMultistep": 5}.items()}}
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_made_from_that_of_the_pipeline(parts, calls, name):  # noqa: F811
-    pipe, (number, more) = build(parts, scheduler=PNDMScheduler), SCHEDULERS[name]
-    pipe.scheduler = getattr(diffusers, f"{name.split(',')[0]}Scheduler").from_config(pipe.scheduler.config, **more)
+@pytest.mark.parametrize(("name", "number", "more"), [      # number: of network calls in 5 steps
+    ("DDIM", 5, ZERO), ("DDPM", 5, {}), ("PNDM", 6, {}), ("LMSDiscrete", 5, {}), ("EulerDiscrete", 5, ZERO),
+    ("EulerAncestralDiscrete", 5, {}), ("HeunDiscrete", 9, KARRAS), ("KDPM2Discrete", 9, {}),
+    ("KDPM2AncestralDiscrete", 9, {}), ("DPMSolverMultistep", 5, ZERO), ("DPMSolverSinglestep", 5, {}),
+    ("UniPCMultistep", 5, KARRAS), ("DEISMultistep", 5, {}), ("LCM", 5, {}), ("TCD", 5, {})])
+def test_every_scheduler_made_from_that_of_the_pipeline(parts, calls, name, number, more):
+    pipe = build(parts, scheduler=PNDMScheduler)
+    pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config, **more)
     plain = run(pipe, steps=5)
     enable_deepcache(pipe, interval=1)
     assert torch.equal(run(pipe, steps=5), plain)           # and finite
@@ -96,7 +74,7 @@ def test_every_scheduler_made_from_that_of_the_pipeline(parts, calls, name):  # 
     assert calls.take().startswith("1")
 
 
-def test_tiles_of_a_panorama_have_a_feature_each(calls):  # noqa: F811
+def test_tiles_of_a_panorama_have_a_feature_each(calls):
     """As where the network is called once for all of them."""
     pipe = built(diffusers.StableDiffusionPanoramaPipeline)
 
@@ -162,11 +140,11 @@ def processors(pipe) -> None:
 
 
 IP = {"ip_adapter_image_embeds": [torch.cat([torch.zeros(1, 1, 8), drawn(1, 1, 8)])]}
-ADDITIONS = {lora: {}, ip_adapter: IP, freeu: {}, tiles: {}, processors: {}}
+ADDITIONS = {ip_adapter: IP, freeu: {}, tiles: {}, processors: {}}
 
 
 @pytest.mark.parametrize("add", ADDITIONS)
-def test_what_is_added_to_a_unet_acts(parts, add):  # noqa: F811
+def test_what_is_added_to_a_unet_acts(parts, add):
     pipe = build(parts)
     bare = run(pipe)
     with enable_deepcache(pipe):
@@ -180,30 +158,32 @@ def test_what_is_added_to_a_unet_acts(parts, add):  # noqa: F811
         assert relative_error(one, other) > 1e-3
 
 
-def test_lora_weights_change_between_calls_and_scale_within_them(parts):  # noqa: F811
+def test_lora_weights_change_between_calls_and_scale_within_them(parts):
     pipe = build(parts)
+    bare = run(pipe, steps=4)
     lora(pipe)
 
     def settings():
-        yield run(pipe)
-        yield run(pipe, cross_attention_kwargs={"scale": 0.3})
+        yield run(pipe, steps=4)
+        yield run(pipe, steps=4, cross_attention_kwargs={"scale": 0.3})
         pipe.unet.set_adapters(["person"], [1.0])
-        yield run(pipe)
+        yield run(pipe, steps=4)
         pipe.unet.disable_lora()
-        yield run(pipe)
+        yield run(pipe, steps=4)
         pipe.unet.enable_lora()
         pipe.unet.set_adapters(["style", "person"], [1.0, 0.5])
 
     plain = list(settings())
+    assert torch.equal(plain[3], bare) and relative_error(plain[0], bare) > 1e-3
     with enable_deepcache(pipe, interval=1):
         assert all(map(torch.equal, settings(), plain))
     with enable_deepcache(pipe):
         cached = list(settings())
     assert min(relative_error(a, b) for i, a in enumerate(cached) for b in cached[:i]) > 1e-4
     pipe.fuse_lora()
-    fused = run(pipe)
+    fused = run(pipe, steps=4)
     with enable_deepcache(pipe, interval=1):
-        assert torch.equal(run(pipe), fused)
+        assert torch.equal(run(pipe, steps=4), fused)
 
 
 def skip_shapes(unet, inputs: dict) -> list[list[torch.Size]]:
@@ -220,7 +200,7 @@ def skip_shapes(unet, inputs: dict) -> list[list[torch.Size]]:
 
 @pytest.mark.parametrize("kind", [build, build_xl])
 @torch.no_grad()
-def test_residuals_of_adapters_and_controlnets(parts, kind):  # noqa: F811
+def test_residuals_of_adapters_and_controlnets(parts, kind):
     pipe = kind(parts)
     unet = pipe.unet
     inputs = {"sample": drawn(2, 4, 8, 8), "timestep": 500, "encoder_hidden_states": drawn(2, 5, 16),
@@ -256,30 +236,25 @@ def test_diffusers_that_is_too_old_is_refused_at_import():
         check_diffusers("0.29.2")
 
 
-def two_controlnets(parts):  # noqa: F811
+@pytest.mark.parametrize(("settings", "first"), [
+    ({"controlnet_conditioning_scale": [1.0, 0.5], "control_guidance_start": [0.0, 0.4],
+      "control_guidance_end": [0.5, 1.0]}, "offload"), ({"guess_mode": True}, "caching")])
+def test_two_controlnets_and_sequential_offload(parts, settings, first):
+    """As enable_sequential_cpu_offload places weights, here with the CPU as the device that computes."""
     torch.manual_seed(1)
+    images = [torch.from_numpy(picture(i)).permute(2, 0, 1)[None] for i in (1, 2)]
     pipe = diffusers.StableDiffusionControlNetPipeline(
         **parts, unet=tiny_unet(), controlnet=diffusers.MultiControlNetModel([tiny_controlnet(), tiny_controlnet()]),
         scheduler=DDIMScheduler(**BETAS, clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.mark.parametrize(("settings", "first"), [
-    ({"controlnet_conditioning_scale": [1.0, 0.5]}, "offload"), ({"guess_mode": True}, "caching"),
-    ({"control_guidance_start": [0.0, 0.4], "control_guidance_end": [0.5, 1.0]}, "offload")])
-def test_two_controlnets_and_sequential_offload(parts, settings, first):  # noqa: F811
-    """As enable_sequential_cpu_offload places weights, here with the CPU as the device that computes."""
-    pipe, images = two_controlnets(parts), [torch.from_numpy(picture(i)).permute(2, 0, 1)[None] for i in (1, 2)]
 
     def latents() -> Tensor:
-        return pipe("a cat", images, height=SIZE, width=SIZE, num_inference_steps=6, output_type="latent",
+        return pipe("a cat", images, height=SIZE, width=SIZE, num_inference_steps=4, output_type="latent",
                     generator=torch.Generator().manual_seed(0), **settings).images
 
     plain = latents()
     with enable_deepcache(pipe):
         cached = latents()
-    pipe = two_controlnets(parts)
     if first == "caching":
         enable_deepcache(pipe, interval=1)
     cpu_offload(pipe.unet, torch.device("cpu"), offload_buffers=True)
@@ -292,14 +267,9 @@ def test_two_controlnets_and_sequential_offload(parts, settings, first):  # noqa
 
 # Layers that are quantised, or stored in another number format; what needs packages beside the requirements is skipped
 
-def torchao_int8(unet: nn.Module) -> None:
+def torchao(unet: nn.Module, config: str) -> None:
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    quantization.quantize_(unet, quantization.Int8WeightOnlyConfig())
-
-
-def torchao_int8_activations(unet: nn.Module) -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    quantization.quantize_(unet, quantization.Int8DynamicActivationInt8WeightConfig())
+    quantization.quantize_(unet, getattr(quantization, config)())
 
 
 def bitsandbytes(unet: nn.Module, kind: str, **options) -> None:
@@ -320,7 +290,8 @@ def layerwise_casting(unet: nn.Module) -> None:
     unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 
 
-WAYS = {"torchao, int8 weights": torchao_int8, "torchao, int8 weights and activations": torchao_int8_activations,
+WAYS = {"torchao, int8 weights": lambda unet: torchao(unet, "Int8WeightOnlyConfig"),
+        "torchao, int8 weights and activations": lambda unet: torchao(unet, "Int8DynamicActivationInt8WeightConfig"),
         "bitsandbytes, 8 bits": lambda unet: bitsandbytes(unet, "Linear8bitLt", has_fp16_weights=False),
         "bitsandbytes, 4 bits": lambda unet: bitsandbytes(unet, "Linear4bit"),
         "torch, int8": torch_int8, "layerwise casting": layerwise_casting}
@@ -328,17 +299,15 @@ WAYS = {"torchao, int8 weights": torchao_int8, "torchao, int8 weights and activa
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("make", "call"), [(build, run), (build_xl, run_xl)], ids=["SD", "SDXL"])
-def test_quantised_layers(parts, caplog, make, call, way):  # noqa: F811
-    pipe = make(parts)
-    before = call(pipe)
+def test_quantised_layers(parts, caplog, way):
+    pipe = build_xl(parts)
+    before = run_xl(pipe)
     WAYS[way](pipe.unet)
-    plain = call(pipe)
+    plain = run_xl(pipe)
     assert not torch.equal(plain, before)               # they act
     with enable_deepcache(pipe, interval=1):
-        assert torch.equal(call(pipe), plain)
-    theirs = by_helper(pipe, 1, 3, call)
+        assert torch.equal(run_xl(pipe), plain)
+    theirs = by_helper(pipe, 1, 3, run_xl)
     with enable_deepcache(pipe, interval=3, branch=1), caplog.at_level(logging.INFO, "unet_caching"):
-        assert torch.equal(call(pipe), theirs) and not torch.equal(theirs, plain)
+        assert torch.equal(run_xl(pipe), theirs) and not torch.equal(theirs, plain)
     assert "caching in 6 network calls" in caplog.text
-    assert torch.equal(call(pipe), plain)
