@@ -6,8 +6,8 @@
 Images are resized to 299 pixels as TensorFlow 1 does. FID and sFID use the means and covariances in the reference file
 (mu, sigma; mu_s, sigma_s). Precision and recall (k = 3) use its images (arr_0, 10,000).
 The Inception Score is the mean over consecutive blocks of 5000 images in the order of the seeds. It depends on that
-order: images sorted by class score far lower (a warning says so). Differences from the original: statistics are in
-float64, and distances of precision and recall in float32, not float16.
+order: images sorted by class score far lower, with a warning. Differences from ADM's evaluator: statistics are in
+float64, and distances of precision and recall in float32 instead of float16.
 Features are kept beside the images (0.02 MB an image), so that a second call takes minutes.
 """
 
@@ -33,7 +33,7 @@ class Options(OfSets):
 def open_reference(path: Path, samples: ImageSet) -> Real:
     """A reference file of ADM: arr_0 uint8 NHWC, and mu, sigma, mu_s, sigma_s, all of them or none.
 
-    Raises UserError for a file that is damaged, has other shapes, or images of another size than the samples.
+    Raises UserError for a file that is damaged or has other shapes, and for images of another size than the samples.
     """
     if not path.is_file():
         raise UserError(f"no reference {path}: ADM's for ImageNet 256 is VIRTUAL_imagenet256_labeled.npz, at "
@@ -46,7 +46,7 @@ def open_reference(path: Path, samples: ImageSet) -> Real:
                         "take the reference of the samples' size")
     statistics, notes = read_statistics(path, _KEYS), []
     if statistics is None:
-        notes = [f"{path} has no mu and sigma: those of its {len(images)} images are used",
+        notes = [f"{path} has no mu and sigma: they are computed from its {len(images)} images",
                  *few(len(images), "reference images")]
     return Real(path, "adm", LAYERS, statistics, images, notes=notes, details={"reference_images": len(images)})
 

@@ -1,4 +1,4 @@
-"""Whether a device computes what it should: small networks with random weights, each result beside a reference."""
+"""Checks of a device: small networks with random weights, each result beside a reference."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from unet_caching.speed.compiled import missing_compiler
 
 SMALL = tuple(map(Subject, ("ddpm_emoji", "ldm_emoji", "sd_emoji")))
 ALLOWED = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}       # of the largest magnitude
-FIRST = (1.5409961, -0.2934289, -2.1787894)         # what PyTorch draws on a CPU for seed 0
+FIRST = (1.5409961, -0.2934289, -2.1787894)         # PyTorch's first numbers of seed 0 on a CPU
 
 
 class Compared(NamedTuple):
@@ -32,11 +32,11 @@ class Compared(NamedTuple):
 
 
 class NotHere(Exception):
-    """Why a check cannot be made."""
+    """Why a check cannot run on this device."""
 
 
 def outputs(device: torch.device, *dtypes: torch.dtype) -> Iterator[Compared]:
-    """Full and cached steps of our networks against those of a CPU in float32, unpacked; in float32 without TF32."""
+    """Full and cached steps of our networks against a CPU's, in float32 and unpacked. On the device without TF32."""
     for subject in SMALL:
         plain, _ = subject.make("cpu", torch.float32)
         assert plain is not None
@@ -52,12 +52,12 @@ def outputs(device: torch.device, *dtypes: torch.dtype) -> Iterator[Compared]:
 
 
 def half_precision(device: torch.device) -> Iterator[Compared]:
-    """bfloat16 and float16 against float32: a wide limit, that catches what overflows or is nonsense."""
+    """bfloat16 and float16 against float32, with a wide limit that catches overflow and nonsense."""
     yield from outputs(device, torch.bfloat16, torch.float16)
 
 
 def runs(device: torch.device, **how: bool) -> Iterator[Compared]:
-    """Runs of an accelerated network against the same eagerly, for reuse, forecasts and a plan."""
+    """Runs of an accelerated network against the eager network, with reuse, forecasts and a plan."""
     plain, _ = SMALL[0].make("cpu", torch.float32)
     assert plain is not None
     network = place(plain, device)
@@ -74,21 +74,21 @@ def runs(device: torch.device, **how: bool) -> Iterator[Compared]:
 
 
 def cuda_graphs(device: torch.device) -> Iterator[Compared]:
-    """CUDA graphs against eager."""
+    """CUDA graphs against the eager network."""
     if device.type != "cuda":
         raise NotHere(f"the device is {device}")
     yield from runs(device, cuda_graphs=True)
 
 
 def compiled(device: torch.device) -> Iterator[Compared]:
-    """torch.compile against eager."""
+    """torch.compile against the eager network."""
     if missing := missing_compiler(device):
         raise NotHere(missing)
     yield from runs(device, compile=True)
 
 
 def seeds(device: torch.device) -> Iterator[Compared]:
-    """The noise of a seed, alone and among others, against a CPU's, and that against what is known of it."""
+    """The noise of a seed, by itself and in a batch, against a CPU's, and the CPU's against its known first numbers."""
     alone = SeededNoise([0], device)((3, 32, 32))
     yield Compared("seed 0 among others", difference(SeededNoise([7, 0], device)((3, 32, 32))[1:], alone), 0.0)
     yield Compared("seed 0 on a CPU", difference(alone, SeededNoise([0])((3, 32, 32))), 0.0)
@@ -96,7 +96,7 @@ def seeds(device: torch.device) -> Iterator[Compared]:
 
 
 def pipelines(device: torch.device) -> Iterator[Compared]:
-    """diffusers' networks with caching at interval 1 against themselves, bit for bit."""
+    """diffusers' networks with caching at interval 1 against the same without caching, bit for bit."""
     from diffusers import DDIMPipeline, DDIMScheduler
     for subject in SMALL:
         _, (theirs, _) = subject.make(device, torch.float32)
@@ -121,7 +121,7 @@ CHECKS: dict[str, Callable[[torch.device], Iterator[Compared]]] = {
 
 
 def check(name: str, device: torch.device) -> dict:
-    """Carry out a check, whatever becomes of it: {check, state, compared}; state: ok, failed, not here."""
+    """Run a check: {check, state, why, compared}. state: ok, failed, not here. Raises nothing."""
     found: list[Compared] = []
     state, why = "ok", ""
     try:

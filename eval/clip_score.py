@@ -3,12 +3,12 @@
     python -m eval.clip_score --samples samples/parti_interval5 --prompts PartiPrompts.tsv \\
         --weights open_clip_pytorch_model.bin --out results/parti_interval5_clip.json
 
-100 * cosine between image and text features, negative ones counted as 0, mean over images: what DeepCache's released
-evaluation computes, with ViT-g-14 and laion2b_s34b_b88k. In float16 on a GPU as there (features; the cosine is in
-float32), in float32 on a CPU. Scores of other models or weights are not comparable. They carry the model's name, and
-the name of the weights (--tag) or the start of the file's sha256. The published file needs no --tag.
---against RESULT.json gives the mean difference between the images of equal seeds of two runs, with a paired interval:
-scores vary far more from prompt to prompt than from run to run.
+The score is 100 * cosine between image and text features, at least 0, as a mean over images. DeepCache's released
+evaluation computes the same, with ViT-g-14 and laion2b_s34b_b88k. Features are in float16 on a GPU, as there, and in
+float32 on a CPU; the cosine is in float32. Scores of other models or weights are not comparable. Their names have the
+model's name, and the name of the weights (--tag) or the start of the file's sha256. The published file needs no --tag.
+--against RESULT.json gives the mean difference of two runs over images of equal seeds, with a paired interval: scores
+vary far more from prompt to prompt than from run to run.
 """
 
 import os
@@ -41,18 +41,18 @@ from unet_caching.errors import UserError, one_line
 from unet_caching.options import option, required
 
 MODEL, PAPER_TAG = "ViT-g-14", "laion2b_s34b_b88k"      # of DeepCache's released evaluation
-# of open_clip_pytorch_model.bin, as the repository of these weights on Hugging Face states it
+# sha256 of open_clip_pytorch_model.bin, from the repository of these weights on Hugging Face
 PUBLISHED = "9ef136f407986fb607cd37a823eba38a3b6f95e8ec702b3d1687252985d84750"
 _PREPARATION = ("mean", "std", "interpolation", "resize_mode")       # of images
 
 
 @dataclass(frozen=True)
 class Options(Judged):
-    prompts: Path = required("the file that was sampled (run/prompts.py)")
-    weights: Path = required("the model's, a local file; never downloaded")
+    prompts: Path = required("the file of prompts that was sampled (run/prompts.py)")
+    weights: Path = required("weights of the model, a local file; never downloaded")
     model: str = option(MODEL, "architecture of open_clip (default: %(default)s); OpenAI's own weights need the one "
                                "that ends in -quickgelu")
-    tag: str | None = option(None, "open_clip's name of the weights, where it asks for it")
+    tag: str | None = option(None, "open_clip's name of the weights, if a message asks for it")
     images_per_prompt: int | None = option(None, "seed s has prompt s // this (default: run.json's, or 1)", least=1)
     against: Path | None = option(None, "JSON of another run with the same seeds: print the difference")
     batch_size: int = option(16, "images at a time (default: %(default)s)", least=1)
@@ -61,8 +61,8 @@ class Options(Judged):
 class ImageText:
     """A model of open_clip with the weights of a local file, in evaluation mode; nothing is downloaded.
 
-    name: an architecture of open_clip. tag: which of its pretrained weights the file holds; needed only where they were
-    trained on images that were prepared differently. Raises UserError for what is not there or does not fit.
+    name: an architecture of open_clip. tag: the name of the pretrained weights in the file; needed only if images are
+    prepared differently for different weights. Raises UserError for a file that is missing or does not fit.
     """
 
     def __init__(self, name: str, weights: Path, tag: str | None = None, device: torch.device | str = "cpu"):
@@ -72,15 +72,15 @@ class ImageText:
             import open_clip
         huggingface_hub.constants.HF_HUB_OFFLINE = True     # read from the environment only at its first import
         preparation, self.device = preparation_of(open_clip, name, weights, tag), torch.device(device)
-        read_tensors(weights)       # its messages are clear; open_clip reads the file again
+        read_tensors(weights)       # for its clear messages; open_clip reads the file again
         try:
-            # The absolute path cannot be taken for the name of weights to download.
+            # open_clip cannot mistake an absolute path for the name of weights to download.
             net, _, self.preprocess = open_clip.create_model_and_transforms(
                 name, pretrained=str(weights.resolve()), pretrained_image=False,
                 **{f"image_{key}": preparation.get(key) for key in _PREPARATION})
             self.tokenize = open_clip.get_tokenizer(name)
         except (OSError, ImportError) as error:         # tokenizers and text towers of Hugging Face
-            raise UserError(f"{name} needs more than the weights, and it is not on this machine: "
+            raise UserError(f"{name} needs more files than the weights, and they are not on this machine: "
                             f"{one_line(error)[:300]}") from None
         except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, AssertionError) as error:
             raise UserError(f"{weights} does not fit open_clip's {name}: {one_line(error)[:300]}") from None
@@ -97,7 +97,7 @@ class ImageText:
 
 
 def preparation_of(open_clip: ModuleType, name: str, weights: Path, tag: str | None) -> dict[str, Any]:
-    """How the images of an architecture are prepared, as far as open_clip knows. Raises UserError as above."""
+    """How images are prepared for an architecture, as far as open_clip knows. Raises UserError as `ImageText`."""
     if name not in open_clip.list_models():
         near = [known for known in open_clip.list_models() if known.lower().startswith(name.lower()[:5])]
         raise UserError(f"open_clip has no model {name!r}; near it: {', '.join(near[:12]) or 'none'} "
@@ -114,17 +114,17 @@ def preparation_of(open_clip: ModuleType, name: str, weights: Path, tag: str | N
     ways = [{key: cfg[key] for key in _PREPARATION if cfg.get(key) is not None} for t, cfg in known.items()
             if tag in (None, t)]
     if any(way != ways[0] for way in ways):
-        raise UserError(f"the weights of {name} differ in how images are prepared: say which yours are with --tag, "
-                        f"one of {', '.join(tags)}")
+        raise UserError(f"open_clip prepares images differently for different weights of {name}: name yours with "
+                        f"--tag, one of {', '.join(tags)}")
     return ways[0] if ways else {}
 
 
 def prompts_of_seeds(images: ImageSet, prompts: Sequence[str], images_per_prompt: int | None = None,
                      allow_fewer: bool = False) -> tuple[np.ndarray, int]:
-    """(which prompt each image belongs to [n], images per prompt): seed s has prompt s // images_per_prompt.
+    """(the index of each image's prompt [n], images per prompt): seed s has prompt s // images_per_prompt.
 
-    Raises UserError where run.json tells of other prompts, where an image has none, and, unless allow_fewer, where
-    an image is missing.
+    Raises UserError if run.json has other prompts, if an image has no prompt, and, unless allow_fewer, if an image is
+    missing.
     """
     seeds = images.numbers("images have no prompts")
     settings = (images.run() or {}).get("settings", {})
@@ -137,8 +137,8 @@ def prompts_of_seeds(images: ImageSet, prompts: Sequence[str], images_per_prompt
         raise UserError(f"--images-per-prompt {images_per_prompt}: {images.description} has {per} per prompt")
     index = np.array(seeds) // per
     if index.max() >= len(prompts):
-        raise UserError(f"{images.description} has seed {max(seeds)}, and {len(prompts)} prompts with {per} "
-                        f"images each end at {len(prompts) * per - 1}")
+        raise UserError(f"{images.description} has seed {max(seeds)}, but the seeds of {len(prompts)} prompts with "
+                        f"{per} images each end at {len(prompts) * per - 1}")
     missing = set(range(len(prompts) * per)) - set(seeds)
     if missing and not allow_fewer:
         raise UserError(f"{images.description} has {len(images)} of {len(prompts) * per} images; missing seeds "
@@ -147,7 +147,7 @@ def prompts_of_seeds(images: ImageSet, prompts: Sequence[str], images_per_prompt
 
 
 def image_scores(images: ImageSet, texts: Sequence[str], model: ImageText, batch_size: int = 16) -> np.ndarray:
-    """The score of each image with its text: float64 [n]. Raises UserError where it is not finite."""
+    """The score of each image with its text: float64 [n]. Raises UserError if one is not finite."""
     scores: list[float] = []
     with tqdm(total=len(images), unit="img", desc=f"scores of {images.description}", leave=False, disable=None) as bar:
         for batch in images.batches(batch_size):
@@ -174,9 +174,9 @@ def check_comparable(ours: Result, other: Result) -> None:
 
 
 def difference(ours: Result, other: Result) -> dict:
-    """Score of `ours` minus that of `other`, paired by seed: {mean, stderr, interval (95%)}.
+    """The score of `ours` minus the score of `other`, paired by seed: {mean, stderr, interval (95%)}.
 
-    What varies is the choice of prompts: the bootstrap draws prompts, each with all of its images in both runs.
+    The error is over the choice of prompts: the bootstrap draws prompts, each with all of its images in both runs.
     """
     a, b = (np.array(result.details["per_image"]["score"]) for result in (ours, other))
     groups = np.array(ours.details["per_image"]["seed"]) // ours.details["images_per_prompt"]
@@ -214,11 +214,10 @@ def main(options: Options, where: Device) -> None:
 
 
 def called(model: str, tag: str | None, weights: Path, digest: str) -> tuple[str, list[str]]:
-    """What a score by a file of weights is called, and what must be said of it. Raises UserError where its sha256
-    belies the tag.
+    """The name of a score by a file of weights, and notes about it. Raises UserError if the sha256 contradicts the tag.
 
-    'CLIP score' is that of the papers' weights alone, known by the sha256 of their file or named by the user; others
-    carry what they are.
+    Only the papers' weights give a 'CLIP score': by the sha256 of their file, or by the user's word. The name of any
+    other score has its model and weights.
     """
     published = digest == PUBLISHED
     if published and (model, tag or PAPER_TAG) != (MODEL, PAPER_TAG):
@@ -226,10 +225,10 @@ def called(model: str, tag: str | None, weights: Path, digest: str) -> tuple[str
     if published:
         return CLIP_SCORE.name, []
     if (model, tag) == (MODEL, PAPER_TAG):
-        return CLIP_SCORE.name, [f"{weights} is not the published file of {tag}: that it holds these weights is taken "
-                                 "from --tag"]
-    notes = [f"{weights} is not the published file of {PAPER_TAG}: the number carries its sha256 and stands in no "
-             f"table of a paper; if it holds these weights in another form, say so with --tag {PAPER_TAG}"]
+        return CLIP_SCORE.name, [f"{weights} is not the published file of {tag}: only --tag says that it holds these "
+                                 "weights"]
+    notes = [f"{weights} is not the published file of {PAPER_TAG}: the score has its sha256 in its name and is in no "
+             f"table of a paper; if the file holds these weights in another form, add --tag {PAPER_TAG}"]
     return (f"{CLIP_SCORE.name}, {model} {tag or f'sha256 {digest[:12]}'}",
             notes if (model, tag) == (MODEL, None) else [])
 

@@ -4,15 +4,15 @@
     python -m eval.fid make-reference --from bedroom_train_lmdb --count 50000 --out bedroom.npz --inception FILE
     python -m eval.fid --samples samples/cifar10_n5 --reference cifar10_train.npz --inception FILE --out results/x.json
 
-How images are brought to 299 pixels decides the number. The modes:
+The number depends on how images are resized to 299 pixels. The modes:
     pytorch-fid         PyTorch's bilinear, no antialias
     clean               clean-fid: Pillow's bicubic with antialias
     legacy_pytorch      clean-fid's version of pytorch-fid
     legacy_tensorflow   TensorFlow 1's bilinear: the original FID
-Resizing for `clean` and `legacy_pytorch` is done by clean-fid's functions. The network is that of --inception in every
-mode; clean-fid takes another file of the same weights for `clean` and `legacy_tensorflow`.
-A reference remembers its mode, network, number and size of images, and judges samples in that mode. A published file
-with nothing but mu and sigma serves too, in the mode that --mode says.
+clean-fid's functions resize for `clean` and `legacy_pytorch`. All modes use the network of --inception; clean-fid has
+another file of the same weights for `clean` and `legacy_tensorflow`.
+A reference holds its mode, network, number and size of images, and judges samples in its mode. A published file with
+only mu and sigma can be a reference, too; its mode is then --mode.
 """
 
 from dataclasses import dataclass
@@ -34,15 +34,15 @@ from unet_caching.errors import UserError
 from unet_caching.options import option, required
 
 FORMAT = 1              # of references
-# The names of results: only pytorch-fid's is FID without a word before it.
+# The names of results: only pytorch-fid's number is called FID and nothing else.
 NAMES = {"pytorch-fid": "{}", "clean": "clean-{}", "legacy_pytorch": "{} (clean-fid, legacy_pytorch)",
          "legacy_tensorflow": "{} (clean-fid, legacy_tensorflow)"}
 
 
 @dataclass(frozen=True)
 class Options(OfSets):
-    reference: Path = required("statistics of real images, of make-reference or published (mu, sigma)")
-    mode: str | None = option(None, "of a published reference (default: pytorch-fid)", choices=tuple(NAMES))
+    reference: Path = required("statistics of real images, from make-reference or published (mu, sigma)")
+    mode: str | None = option(None, "mode of a published reference (default: pytorch-fid)", choices=tuple(NAMES))
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,22 @@ class Reference:
                             flag="from")
     out: Path = required("the npz to write", type=arguments.out_file)
     mode: str = option("pytorch-fid", "how images are prepared (default: %(default)s)", choices=tuple(NAMES))
-    count: int | None = option(None, "the first so many images (default: all)", least=1)
-    size: int | None = option(None, "the shorter side of each image is brought to it, then the centre cut; needed for "
-                                    "a folder of mixed sizes (default: 256 of LSUN, else as they are)", least=1)
+    count: int | None = option(None, "how many images, from the first on (default: all)", least=1)
+    size: int | None = option(None, "resize the shorter side to so many pixels, then crop the centre; needed for a "
+                                    "folder of mixed sizes (default: 256 for LSUN, else unchanged)", least=1)
 
 
 def open_reference(path: Path, mode: str | None, samples: ImageSet) -> Real:
-    """What make-reference wrote, or a published file. mode: of the latter.
+    """A reference from make-reference, or a published file. mode: of a published file.
 
-    Raises UserError for a file that is missing, damaged, no such statistics, or of another size or mode.
+    Raises UserError for a file that is missing, damaged, something else, or of another size or mode.
     """
     if not path.is_file():
         raise UserError(f"no reference {path}: make it with python -m eval.fid make-reference")
     with opened(path) as file:
         if "format" not in file and ("arr_0" in file or "mu_s" in file):
-            raise UserError(f"{path} is a reference of ADM's evaluator, which prepares images otherwise: judge against "
-                            "it with python -m eval.adm, or make one with eval.fid make-reference")
+            raise UserError(f"{path} is a reference of ADM's evaluator, which resizes images differently: use it with "
+                            "python -m eval.adm, or make one with python -m eval.fid make-reference")
         known = {key: file[key] for key in file if key not in ("mu", "sigma")}
     statistics = read_statistics(path, {"pool": ("mu", "sigma")})
     if statistics is None:
@@ -76,18 +76,18 @@ def open_reference(path: Path, mode: str | None, samples: ImageSet) -> Real:
     if "format" not in known:
         mode = mode or "pytorch-fid"
         return Real(path, mode, ("pool",), statistics, None, NAMES[mode], notes=[
-            f"{path} does not say which network, mode and images it is of: taken to be of this network, and of {mode}"])
+            f"{path} does not name its network and mode: the network of --inception and mode {mode} are assumed"])
     if not known.keys() >= {"format", "mode", "extractor_sha256", "count", "size", "source"}:
-        raise UserError(f"{path} is damaged or no reference of eval.fid make-reference: make it anew")
+        raise UserError(f"{path} is damaged or not a reference from python -m eval.fid make-reference: make it again")
     of, count, (h, w) = str(known["mode"]), int(known["count"]), known["size"].tolist()
     if int(known["format"]) != FORMAT:
-        raise UserError(f"{path} has format {known['format']}, this program reads {FORMAT}: make it anew")
+        raise UserError(f"{path} has format {known['format']}, and format {FORMAT} is needed: make it again")
     if of not in NAMES:
-        raise UserError(f"{path} is of mode {of!r}, which is none of {', '.join(NAMES)}")
+        raise UserError(f"{path} has mode {of!r}, which is not one of {', '.join(NAMES)}")
     if mode not in (None, of):
-        raise UserError(f"{path} is of mode {of}, not {mode}: leave out --mode, or make another reference")
+        raise UserError(f"{path} has mode {of}, not {mode}: leave out --mode, or make another reference")
     if (h, w) != samples.size:
-        raise UserError(f"the samples are {samples.size[1]}x{samples.size[0]} pixels and {path} is of {w}x{h}: "
+        raise UserError(f"the samples are {samples.size[1]}x{samples.size[0]} pixels and {path} is {w}x{h}: "
                         "take a reference of the samples' size")
     return Real(path, of, ("pool",), statistics, None, NAMES[of], str(known["extractor_sha256"]),
                 few(count, f"reference images in {path}"),
@@ -95,7 +95,7 @@ def open_reference(path: Path, mode: str | None, samples: ImageSet) -> Real:
 
 
 def write_reference(path: Path, images: ImageSet, features: Features, inception: Inception) -> None:
-    """Statistics of real images, in the layout that pytorch-fid reads too (mu, sigma)."""
+    """Write statistics of real images, in a layout that pytorch-fid can read, too (mu, sigma)."""
     mu, sigma = mean_and_covariance(features.parts("pool"))
 
     def write(temporary: Path) -> None:

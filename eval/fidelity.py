@@ -1,9 +1,9 @@
-"""How close images are to those of the same seeds in another folder: cached against uncached sampling.
+"""How close images are to images of the same seeds in another folder: cached against uncached sampling.
 
     python -m eval.fidelity --samples samples/interval5 --against samples/full --out results/interval5_fidelity.json
 
-PSNR (dB) and SSIM per image, the distance of EfficientNet-Lite0 features (1 - cosine), and LPIPS where the file of its
-backbone is given (--lpips-backbone). The page of a study (lab/study) shows such pairs side by side.
+PSNR (dB) and SSIM per image, the distance of EfficientNet-Lite0 features (1 - cosine), and LPIPS with the file of its
+backbone (--lpips-backbone). The page of a study (lab/study) shows such pairs side by side.
 """
 
 import time
@@ -25,7 +25,7 @@ from run.machine import Device
 from run.results import Metric
 from unet_caching.options import option, required
 
-WITHIN = 0.05       # a run has converged where twice its steps change the error to it by no more than this fraction
+WITHIN = 0.05       # a run has converged if twice its steps change the error to it by at most this fraction
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Options(Judged):
 
 def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_size: int = 32,
              lpips: Lpips | None = None) -> dict:
-    """PSNR, SSIM, feature distance and, with `lpips`, LPIPS of each image to its partner of the same seed, and means.
+    """PSNR, SSIM, feature distance and, with `lpips`, LPIPS between images of the same seed, and their means.
 
     Returns {images, identical, psnr, ssim, feature_distance, lpips: {mean, stderr, interval}, per_image: {seed, psnr,
-    ...}}. interval: 95%, bootstrap over seeds, a pair drawn as one.
+    ...}}. interval: 95%, bootstrap over pairs.
     The PSNR of identical images is infinite: None per image, and left out of the mean; `identical` counts them.
-    Raises UserError when an image has no partner, the sizes differ, or the images are too small.
+    Raises UserError if an image has no partner, the sizes differ, or the images are too small.
     """
     seeds, measures = check_paired(samples, against), [*PIXELS, *([lpips.measure] if lpips else [])]
     for measure in measures:
@@ -66,11 +66,11 @@ def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_si
 
 
 def to_converged(samples: ImageSet, against: ImageSet, twice: ImageSet, batch_size: int = 32) -> dict:
-    """The root mean squared error (levels of 255) of each image to its partner in `against`, a run of many steps, and
-    whether that has converged: to the images in `twice`, of twice the steps, the mean error is nearly the same.
+    """The root mean squared error (levels of 255) to the images of the same seeds in `against`, a run of many steps.
 
+    That run has converged if the mean error to `twice`, a run of twice its steps, is nearly the same.
     Returns {mean, stderr, interval, steps, twice: {steps, mean}, moved, within, converged}.
-    Raises UserError where an image has no partner.
+    Raises UserError if an image has no partner.
     """
     for other in (against, twice):
         check_paired(samples, other)
@@ -83,7 +83,7 @@ def to_converged(samples: ImageSet, against: ImageSet, twice: ImageSet, batch_si
 
 
 def converged_metrics(result: dict) -> dict[str, Metric]:
-    """The error to a converged run, of a result of `to_converged`; nothing where that run is not converged."""
+    """The error in a result of `to_converged`; empty if the run of many steps has not converged."""
     return {RMSE_TO_CONVERGED.name: Metric.of(result)} if result["converged"] else {}
 
 

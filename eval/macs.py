@@ -2,12 +2,12 @@
 
     python -m eval.macs --config configs/ddpm_cifar10.yaml                              a table of all branches
     python -m eval.macs --config configs/ddpm_cifar10.yaml --interval 5 --branch 2      the average over a run
-    python -m eval.macs --config configs/ldm_cin256.yaml --interval 5                   so for LDM
+    python -m eval.macs --config configs/ldm_cin256.yaml --interval 5                   the same for LDM
     python -m eval.macs --config configs/ddpm_emoji.yaml --block-schedule FILE          with Block Caching
 
-Two conventions, for one row of a batch (with guidance an image takes two). `macs` is the papers': the hook counter of
-DeepCache's released code, which counts biases and norms (those of torch's own classes) but no attention product.
-`macs_fc` is PyTorch's FlopCounterMode / 2: convolutions, linear layers and attention products, no biases, no norms.
+Two conventions, for one row of a batch (with guidance an image has two). `macs` is the papers' convention: the hook
+counter of DeepCache's released code, which counts biases and torch's own norms but no attention products. `macs_fc` is
+PyTorch's FlopCounterMode / 2: convolutions, linear layers and attention products, no biases, no norms.
 """
 
 import json
@@ -28,7 +28,7 @@ class Options:
 
 
 def of_branches(run: Run, branch: int | None) -> tuple[dict, list[str]]:
-    """One step: full, and cached at a branch or at all of them."""
+    """The MACs of a full step, and of a cached step at a branch or at all branches."""
     branches = range(run.unet.num_branches) if branch is None else [branch]
     costs = costs_of(run)
     full, counted = costs.full, {one: costs.cached(one) for one in branches}
@@ -43,7 +43,7 @@ def of_branches(run: Run, branch: int | None) -> tuple[dict, list[str]]:
 
 
 def of_run(run: Run) -> tuple[dict, list[str]]:
-    """The average over a run with caching, beside a full step and, where there is one kind of others, a cached one."""
+    """The average over a run with caching, beside a full step and, for DeepCache by itself, a cached step."""
     blocks, level, full = run.caching.of(BlockCachingMethod), run.deepcache, costs_of(run).full
     alone = level is not None and len(run.caching.methods) == 1
     average = macs_per_step(run) if alone else mean(call_macs(run))

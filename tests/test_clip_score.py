@@ -135,7 +135,7 @@ def test_the_difference_of_two_runs_is_paired_by_seed(capsys, tmp_path, samples,
 
 @pytest.mark.parametrize("change, args, message", [
     (lambda d: (d / "samples/000/000002.png").unlink(), [], "5 of 6 images; missing seeds 2: sample them first"),
-    (lambda d: (d / "prompts.txt").write_text("a\nb"), [], "seed 5, and 2 prompts with 1 images each end at 1"),
+    (lambda d: (d / "prompts.txt").write_text("a\nb"), [], "seeds of 2 prompts with 1 images each end at 1"),
     (lambda d: (d / "samples/run.json").write_text(json.dumps({"settings": {"prompts_sha256": "0" * 64}})), [],
      "sampled from other prompts"),
     (lambda d: (d / "samples/run.json").write_text(json.dumps({"settings": {"images_per_prompt": 2}})),
@@ -167,7 +167,7 @@ def test_bad_input_ends_in_one_line(monkeypatch, tmp_path, capsys, tiny, samples
     (["--weights", "none.bin"], "open_clip's ViT-g-14; laion2b_s34b_b88k is open_clip_model.safetensors or "
                                 "open_clip_pytorch_model.bin of laion/CLIP-ViT-g-14-laion2B-s34B-b88K"),
     (["--model", "ViT-g-99", "--weights", "none.bin"], "open_clip has no model 'ViT-g-99'; near it: ViT-g-14"),
-    (["--model", "ViT-L-14", "--weights", "x.bin"], "say which yours are with --tag, one of openai"),
+    (["--model", "ViT-L-14", "--weights", "x.bin"], "name yours with --tag, one of openai"),
     (["--model", "ViT-H-14", "--weights", "x.bin", "--tag", "no"], "no weights 'no' for ViT-H-14: choose from"),
 ])
 def test_published_models_say_what_they_need(monkeypatch, tmp_path, capsys, samples, prompts, args, message):
@@ -186,7 +186,7 @@ def test_nothing_is_downloaded_for_models_that_need_further_files(monkeypatch, t
     open_clip.add_model_config(tmp_path / "tiny-hub.json")
     assert run_command(clip_score.main, "--samples", samples, "--prompts", prompts, "--model", "tiny-hub", "--weights",
                        tiny[0]) == 2
-    assert "tiny-hub needs more than the weights, and it is not on this machine" in capsys.readouterr().err
+    assert "tiny-hub needs more files than the weights, and they are not on this machine" in capsys.readouterr().err
     assert asked == []
 
 
@@ -198,8 +198,8 @@ def test_only_the_papers_weights_give_the_number_of_their_tables():
              ("ViT-B-32", None, other): "CLIP score, ViT-B-32 sha256 0123456789ab"}
     found = {key: clip_score.called(*key[:2], "x.bin", key[2]) for key in names}
     assert {key: name for key, (name, _) in found.items()} == names
-    assert "stands in no table of a paper" in found["ViT-g-14", None, other][1][0]
-    assert "taken from --tag" in found["ViT-g-14", "laion2b_s34b_b88k", other][1][0]
+    assert "in no table of a paper" in found["ViT-g-14", None, other][1][0]
+    assert "only --tag says" in found["ViT-g-14", "laion2b_s34b_b88k", other][1][0]
     assert sum(len(notes) for _, notes in found.values()) == 2
     with pytest.raises(UserError, match=r"x.bin is the published file of ViT-g-14 laion2b_s34b_b88k, not ViT-B-32"):
         clip_score.called("ViT-B-32", None, "x.bin", published)

@@ -139,5 +139,5 @@ def test_images_that_change_meanwhile_are_refused(tmp_path):
             save_samples(folder, PIXELS[:1], first=99)
             return super().features(pixels)
 
-    with pytest.raises(UserError, match="changed while it was read: it is still being written"):
+    with pytest.raises(UserError, match="changed while it was read: wait until it is written"):
         extract(open_images(folder), Grows())

@@ -93,11 +93,11 @@ def write(path, **content):
     ({"mu": None}, None, "has no mu"),
     ({"mu": np.zeros(64)}, None, r"mu and sigma are \[64\]"),
     ({"sigma": np.full((2048, 2048), np.inf)}, None, "finite"),
-    ({"size": np.array([256, 256])}, None, "samples are 40x40 pixels and .* is of 256x256"),
-    ({}, "clean", "is of mode pytorch-fid, not clean"),
-    ({"mode": "other"}, None, "none of pytorch-fid, clean"),
+    ({"size": np.array([256, 256])}, None, "samples are 40x40 pixels and .* is 256x256"),
+    ({}, "clean", "has mode pytorch-fid, not clean"),
+    ({"mode": "other"}, None, "not one of pytorch-fid, clean"),
     ({"format": 99}, None, "has format 99"),
-    ({"count": None}, None, "damaged or no reference"),
+    ({"count": None}, None, "damaged or not a reference"),
     ({"format": None, "arr_0": PIXELS[:2, :9]}, None, "is a reference of ADM's evaluator"),
 ])
 def test_a_reference_that_does_not_fit_is_refused(tmp_path, made, change, mode, message):
@@ -110,7 +110,7 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path, made, change, mode, 
 
 def test_bad_arguments_end_in_one_line(tmp_path, capsys, made, inception_file):
     for args, message in (
-            (("--samples", made[0], "--reference", made[1]), "5 of the 50000 images expected"),
+            (("--samples", made[0], "--reference", made[1]), "5 of 50000 images"),
             (("--samples", made[0], "--reference", tmp_path / "no.npz", "--allow-fewer"), "make-reference"),
             (("make-reference", "--from", tmp_path / "no", "--out", tmp_path / "r.npz"), "no images at"),
             (("make-reference", "--from", made[0], "--count", 6, "--out", tmp_path / "r.npz"), "from 2 to 5, got 6"),
@@ -149,7 +149,7 @@ def test_commands_from_real_images_to_json(tmp_path, capsys, made, inception_fil
 def test_a_published_file_serves_too(tmp_path, made):
     with np.load(made[1]) as file:
         reference = opened(write(tmp_path / "x.npz", mu=file["mu"], sigma=file["sigma"]), made[0], "clean")
-    assert reference.name == "clean-{}" and "x.npz does not say which network" in reference.notes[0]
+    assert reference.name == "clean-{}" and "x.npz does not name its network" in reference.notes[0]
     assert reference.images is None and reference.weights is None
 
 
@@ -237,6 +237,6 @@ def test_photographs_of_any_size_become_a_reference(tmp_path):
     pixels = np.concatenate(list(images.batches(2)))
     assert pixels.shape == (3, 48, 48, 3) and (pixels[1, ..., 0] == pixels[1, ..., 2]).all()
     assert np.array_equal(pixels[2], np.asarray(Image.open(tmp_path / "photos/c.png")))
-    with pytest.raises(UserError, match=r"images of 48x48 pixels, which --size does not change"):
+    with pytest.raises(UserError, match=r"images of 48x48 pixels, which --size cannot change"):
         np.savez(tmp_path / "x.npz", pixels)
         open_source(tmp_path / "x.npz", 32)

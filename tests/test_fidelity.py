@@ -76,7 +76,7 @@ def test_lpips_refuses_what_is_no_alexnet(tmp_path, alexnet):
     with pytest.raises(UserError, match=r"text\.pth is damaged"):
         Lpips(tmp_path / "text.pth")
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="no AlexNet of torchvision"):
+    with pytest.raises(UserError, match="not torchvision's AlexNet"):
         Lpips(tmp_path / "other.pth")
     torch.save({k: v for k, v in alexnet[1].state_dict().items() if k != "features.3.bias"}, tmp_path / "cut.pth")
     with pytest.raises(UserError, match=r"missing features\.3\.bias"):

@@ -43,7 +43,7 @@ def test_a_plain_folder_is_read_by_name(tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
     assert open_images(tmp_path).names[3:] == ["d.JPG"]
     Image.fromarray(PIXELS[2]).save(tmp_path / "c.webp")
-    with pytest.raises(UserError, match=r"c.webp .* of a kind that is not read here"):
+    with pytest.raises(UserError, match=r"c.webp .* in an image format that is not read here"):
         open_images(tmp_path)
 
 
@@ -95,8 +95,8 @@ def picture(path, seed=2):
 
 @pytest.mark.parametrize("spoil, call, message", [
     (lambda d: [path.unlink() for path in d.glob("000/*")], {}, "no PNG images"),
-    (lambda d: None, {"seeds": range(5)}, r"2 of the 5 .* missing seeds 2-4"),
-    (lambda d: None, {"seeds": [7]}, r"0 of the 1 .* missing seeds 7"),
+    (lambda d: None, {"seeds": range(5)}, r"2 of 5 images; missing seeds 2-4"),
+    (lambda d: None, {"seeds": [7]}, r"0 of 1 images; missing seeds 7"),
     (lambda d: save_samples(d, PIXELS[:1, :5], first=2), {}, r"mixed sizes: .*000002.png is 10x5"),
     (lambda d: (d / "000/000001.png").write_bytes((d / "000/000001.png").read_bytes()[:150]), {},
      "000001.png is truncated"),
@@ -151,7 +151,7 @@ def test_an_unfinished_folder_is_refused(tmp_path):
     folder = save_samples(tmp_path / "x", PIXELS[:5])
     sessions = [{"seeds": "0-3"}, {"seeds": "4-9"}]
     (folder / "sessions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sessions) + '{"se')
-    with pytest.raises(UserError, match=r"lacks 5 images .* seeds 5-9: it is still being written, or was interrupted"):
+    with pytest.raises(UserError, match=r"lacks 5 images of its own runs, seeds 5-9: it is still being written"):
         check_finished(open_images(folder))
     assert "seeds 5-9" in check_finished(open_images(folder), allow_fewer=True)[0]
     save_samples(folder, PIXELS[5:10], first=5)

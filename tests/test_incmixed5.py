@@ -93,7 +93,7 @@ def test_the_network_of_an_archive_by_hand(archive):
 
 
 def test_another_archive_is_refused(tmp_path, archive, monkeypatch):
-    with pytest.raises(UserError, match=r"no .*missing.tgz: bash scripts/download.sh incmixed5"):
+    with pytest.raises(UserError, match=r"no file .*missing.tgz: fetch it with bash scripts/download.sh incmixed5"):
         IncMixed5(archive=tmp_path / "missing.tgz")
     published(tmp_path / "other.tgz")
     with pytest.raises(UserError, match=r"other.tgz is not nsfwjs 4.4.0"):
@@ -102,7 +102,7 @@ def test_another_archive_is_refused(tmp_path, archive, monkeypatch):
         path = tmp_path / name
         published(path, last) if last else path.write_bytes(b"text")
         monkeypatch.setattr(incmixed5, "SHA256", sha256(path))
-        with pytest.raises(UserError, match=rf"{name} is no nsfwjs of npm's, or damaged"):
+        with pytest.raises(UserError, match=rf"{name} is not npm's package nsfwjs, or is damaged"):
             IncMixed5(archive=path)(np.zeros((1, 15, 15, 3), np.uint8))
 
 
@@ -127,7 +127,7 @@ def test_a_study_is_judged_by_both_extractors(study, archive):
     path, _ = archive
     path.rename(path.with_name("elsewhere.tgz"))
     code, told = study(content)
-    assert code == 2 and "download.sh incmixed5 fetches it" in told and not list(study.samples.rglob("*.png"))
+    assert code == 2 and "bash scripts/download.sh incmixed5" in told and not list(study.samples.rglob("*.png"))
     path.with_name("elsewhere.tgz").rename(path)
     assert study(content)[0] == 0
     one = records_of(study.folder / "records.jsonl")["uniform_n2"]["quality"]

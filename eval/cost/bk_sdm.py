@@ -1,4 +1,4 @@
-"""The U-Nets of BK-SDM (Kim et al., arXiv 2305.15798), Stable Diffusion with blocks removed: for their MACs.
+"""The MACs of BK-SDM's U-Nets (Kim et al., arXiv 2305.15798), which are Stable Diffusion with blocks removed.
 
 Sizes: the config.json files of github Nota-NetsPresso/BK-SDM, src/unet_config; all else is Stable Diffusion v1's.
 """
@@ -28,7 +28,7 @@ def build(size: str) -> nn.Module:
 
 
 def size_of(layout: Mapping[str, Any]) -> str | None:
-    """The size of the U-Net of a diffusers config, as run.json has it; None for any other U-Net."""
+    """The size of a U-Net by its diffusers config in run.json; None for any other U-Net."""
     def layers(config: Mapping[str, Any]) -> tuple[Any, ...]:
         return (config.get("layers_per_block", 2), config.get("mid_block_type", "UNetMidBlock2DCrossAttn"),
                 tuple(config.get("block_out_channels", (320, 640, 1280, 1280))))

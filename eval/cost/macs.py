@@ -32,16 +32,16 @@ def _hook_macs(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> in
     if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):        # the released counter goes by exact class, which
         return 2 * inputs[0].numel() if type(module) in (nn.GroupNorm, nn.LayerNorm) else 0     # leaves GroupNorm32 out
     if next(module.parameters(recurse=False), None) is not None:
-        raise TypeError(f"no rule for the MACs of {type(module).__name__}, which has weights of its own")
+        raise TypeError(f"no rule for the MACs of {type(module).__name__}, which has weights")
     return 0                                # activations, resampling, and containers, whose layers count themselves
 
 
 @contextmanager
 def counting() -> Iterator[Callable[[], Macs]]:
-    """Count the MACs of what runs inside: yields a function that tells how many it were so far.
+    """Count the MACs of the block's computations: yields a function that returns the count so far.
 
     Attention is exact in `fc` on the meta device, where it is two matrix products; fused CPU kernels are not counted.
-    Raises TypeError for a layer with weights that the hook convention has no rule for.
+    Raises TypeError for a layer with weights if the hook convention has no rule for it.
     """
     total = 0
 
@@ -76,20 +76,20 @@ def on_meta(unet: nn.Module, inputs: Sequence[Tensor]) -> Callable[[Cache], Tens
 
 
 class Costs(NamedTuple):
-    """What one full network call costs."""
+    """The cost of a full network call and of its parts."""
     full: Macs
-    values: dict[Hashable, Macs]        # of each value that it asks its cache for: what a call saves that reuses it
+    values: dict[Hashable, Macs]        # by cache key: what a call saves by reusing the value
     asked: list[Asked]                  # see `unet_caching.trace`
 
     def calls(self, policy: Policy | None, num_calls: int) -> list[Macs]:
-        """Every network call of a run under a caching policy, which is made for the meta device.
+        """The MACs of every network call of a run under a caching policy, which is on the meta device.
 
-        A call costs what a full one does, less the values that it reuses, and what the policy itself computes.
+        A call costs as much as a full one, minus the values that it reuses, plus what the policy itself computes.
         """
         if policy is None:
             return [self.full] * num_calls
         macs: list[Macs] = []
-        known: dict[Hashable, Macs] = {}        # by what the policy does, which the kinds of calls of a run share
+        known: dict[Hashable, Macs] = {}        # by the policy's pattern: many calls of a run share one
         with counting() as so_far:
             before = so_far()
             for keys in reused(self.asked, policy, num_calls):
@@ -103,15 +103,15 @@ class Costs(NamedTuple):
         return macs
 
     def cached(self, branch: int) -> Macs:
-        """DeepCache's cached step."""
+        """The MACs of DeepCache's cached step."""
         return self.calls(DeepCache(branch, [0]), 2)[1]
 
 
 def costs(unet: nn.Module, inputs: Sequence[Tensor]) -> Costs:
     """Count a full call, on the meta device.
 
-    inputs: what the U-Net takes before `cache`: (x, t) or (x, t, context); their values do not matter. Divide by their
-    batch size.
+    inputs: the U-Net's arguments before `cache`, (x, t) or (x, t, context); their values do not matter. The MACs are
+    those of the whole batch.
     """
     with counting() as so_far:
         asked, counts = metered(on_meta(unet, inputs), so_far)
@@ -121,7 +121,7 @@ def costs(unet: nn.Module, inputs: Sequence[Tensor]) -> Costs:
 
 
 def branch_macs(unet: nn.Module, inputs: Sequence[Tensor], branches: Iterable[int]) -> tuple[Macs, dict[int, Macs]]:
-    """The MACs of a full step, and of DeepCache's cached step at each branch. inputs: as `costs` takes them."""
+    """The MACs of a full step, and of DeepCache's cached step at each branch. inputs: as in `costs`."""
     counted = costs(unet, inputs)
     return counted.full, {branch: counted.cached(branch) for branch in branches}
 
@@ -133,9 +133,9 @@ def mean(calls: Sequence[Macs]) -> Macs:
 
 def schedule_macs(full: Macs, residuals: Mapping[str, Macs], schedule: Mapping[str, Collection[int]],
                   num_steps: int) -> Macs:
-    """The MACs per step of a run in which each residual of `schedule` is computed on its own steps only.
+    """The MACs per step of a run in which each residual of `schedule` is computed only on its own steps.
 
-    full: of a step that computes everything. residuals: of each in it. None of them may lie inside another one.
+    full: the MACs of a full step. residuals: the MACs of each residual. No residual may lie inside another one.
     """
     def mean(convention: str) -> float:
         saved = sum((num_steps - len(steps)) * getattr(residuals[name], convention)

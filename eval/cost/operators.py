@@ -1,7 +1,7 @@
-"""What a step makes the host do, counted: on a GPU a cached step of few kernels takes as long as launching them.
+"""The host's work in a step, counted: on a GPU, a cached step of few kernels takes as long as launching them.
 
-Counted on the meta device, with the networks at their real size: the operators that Python calls, those of them that
-compute something (each is a kernel of a GPU, or a few), and the functions that run in Python outside of PyTorch's
+Three counts, on the meta device with the networks at their real size: the operators that Python calls; the operators
+that compute something, each of them one kernel of a GPU or a few; and the Python functions outside of PyTorch's
 operators.
 """
 
@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from eval.cost.sides import DeepCacheSDHelper, Helper, Nested, Subject, cached_steps
 
-# Whose functions are counted; on the meta device PyTorch's operators run in Python, too.
+# Functions of these packages are counted. On the meta device PyTorch's operators run in Python, too.
 _COUNTED = ("torch/nn/", "diffusers/", "DeepCache/", "unet_caching/", "ddpm/", "ldm/", "stable_diffusion/")
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators as PyTorch's profiler lists them outside of others; in inference mode they arrive whole."""
+    """Counts the outermost operators, as in PyTorch's profiler; in inference mode they arrive whole."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Operators(TorchDispatchMode):
 
 @torch.inference_mode()
 def work(run: Callable[[], object]) -> dict[str, int]:
-    """What a call makes the host do, after a first one: {operators, kernels, functions}."""
+    """The host's work in a call, after a first call: {operators, kernels, functions}."""
     run()
     with Operators() as counted:
         run()
@@ -59,7 +59,7 @@ def work(run: Callable[[], object]) -> dict[str, int]:
 
 @torch.inference_mode()
 def of_cached_steps(subject: Subject) -> dict[str, dict[str, dict[str, int]]]:
-    """The work of cached steps, by side and step: ours (with forecasts, too), a pipeline's, the PyPI package's."""
+    """The work of cached steps, by side and step: ours and a pipeline's, with forecasts, too, the PyPI package's."""
     plain, (theirs, helped) = subject.make("meta", torch.float32)
     inputs = subject.inputs(subject.rows, "meta", torch.float32)
     nested = Nested(theirs)

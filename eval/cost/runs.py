@@ -13,14 +13,14 @@ _COUNTED: WeakKeyDictionary[nn.Module, Costs] = WeakKeyDictionary()
 
 
 def pruned(run: Run) -> str | None:
-    """The size of BK-SDM's U-Net that takes the place of the config's: base, small or tiny."""
+    """The size of the run's BK-SDM U-Net (base, small or tiny); None if the run has the config's U-Net."""
     if not getattr(run.spec.condition, "diffusers_unet", False):
         return None
     return run.checkpoint.name.split("-")[2]
 
 
 def costs_of(run: Run) -> Costs:
-    """What a full call of the run's network costs, counted once for each model."""
+    """The cost of a full call of the run's network, counted once for each model."""
     if run.unet not in _COUNTED:
         _COUNTED[run.unet] = costs(run.unet, example_inputs(run.config))
         TRACED.setdefault(run.unet, _COUNTED[run.unet].asked)
@@ -36,9 +36,9 @@ def call_macs(run: Run) -> list[Macs]:
 
 
 def macs_per_step(run: Run, over: int | None = None) -> Macs:
-    """The MACs per step as the papers count: the mean over the steps of one row, or their sum divided by `over` steps.
+    """The MACs per step as in the papers: the sum over the steps for one row, divided by `over` steps (default: all).
 
-    The call that PLMS makes beside its steps is left out, as it is there.
+    As in the papers, the extra network call of PLMS is left out.
     """
     average = mean(call_macs(run)[:run.steps])
     return average if over is None else Macs(*(value * run.steps / over for value in average))
@@ -50,5 +50,5 @@ def macs_per_image(run: Run) -> Macs:
 
 
 def in_full_calls(run: Run) -> float:
-    """The cost of an image: how many full network calls have as many multiply-accumulates (hook)."""
+    """The cost of an image, in full network calls by multiply-accumulates (hook)."""
     return macs_per_image(run).hook / (costs_of(run).full.hook * run.rows_per_image)

@@ -1,8 +1,8 @@
-"""One network in all its forms, with the same random weights, side by side: what they compute, how long it takes.
+"""One network in all its forms, with the same random weights, compared by results and by time.
 
-`ours` is our U-Net as the sample commands run it (`speed.accelerate.place`), `pipeline` the nest over diffusers' U-Net,
-which a pipeline with caching runs, `diffusers` theirs as it comes, `helper` the PyPI package DeepCache on it, where it
-is installed; that cannot be compiled or recorded. A video network has no form of ours.
+`ours` is our U-Net as the sample commands run it (`speed.accelerate.place`). `pipeline` is the nest over diffusers'
+U-Net, which a pipeline with caching runs. `diffusers` is their U-Net, unchanged. `helper` is the PyPI package DeepCache
+on their U-Net, if it is installed; it cannot be compiled or recorded. We have no U-Net of our own for video.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -38,16 +38,16 @@ try:
 except ImportError:
     DeepCacheSDHelper = None
 
-VIDEO = {"svd": 14}             # networks without a form of ours, and their frames
+VIDEO = {"svd": 14}             # networks of diffusers without one of ours, and their number of frames
 STEPS, INTERVALS = 50, (2, 3, 5)                # of whole runs
 PLAN = tuple(Call() if branch is None else Call(branch, (1.0,))
              for branch in (None, None, 1, None, 0, None, 1, None, 0, None, 1, None))
-TIMES = (500, 499)              # the package finds out from the timestep whether a step is a full or a cached one
+TIMES = (500, 499)              # by the timestep the package tells full steps from cached ones
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network at a size. name: of a config, or its file, or of VIDEO. pixels: of a side; None: the model's own."""
+    """A network at a size. name: a config, its file, or one of VIDEO. pixels: of a side (default: the model's)."""
     name: str
     pixels: int | None = None
     frames: int | None = None
@@ -61,12 +61,12 @@ class Subject:
 
     @property
     def branch(self) -> int:
-        """The papers', or the one that pipelines take."""
+        """The papers' branch, or the default of pipelines."""
         return 1 if self.config is None else self.config.sampler.branch
 
     @property
     def rows(self) -> int:
-        """Of the batch for each image: 2 with guidance."""
+        """Rows of the batch for each image: 2 with guidance."""
         return 2 if self.config is None else rows_per_image(self.config)
 
     @property
@@ -82,7 +82,7 @@ class Subject:
         return ", ".join([self.model, *frames, *([f"{self.pixels} px"] if self.pixels else [])])
 
     def make(self, device: torch.device | str, dtype: torch.dtype) -> tuple[nn.Module | None, list[nn.Module]]:
-        """Our network and two of diffusers' on the same random weights."""
+        """Our network and two copies of diffusers', with the same random weights."""
         torch.manual_seed(0)
         config = self.config
         if config is None:
@@ -98,7 +98,7 @@ class Subject:
         return plain, [family(config).theirs(config, plain) for _ in range(2)]
 
     def inputs(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> list[Tensor]:
-        """Random x, a timestep, and what the network takes beside."""
+        """Random x, a timestep, and random further arguments of the network."""
         if self.config is not None:
             return random_inputs(family(self.config).shapes(self.config), rows, device, dtype)
         height, width = ((pixels or usual) // 8 for pixels, usual in ((self.pixels, 576), (self.pixels, 1024)))
@@ -106,7 +106,7 @@ class Subject:
 
 
 def their_words(beside: Sequence[Tensor]) -> dict[str, Any]:
-    """What diffusers' U-Nets take beside x and t, by name."""
+    """The arguments of diffusers' U-Nets after x and t, by name."""
     if len(beside) == 2:
         return {"encoder_hidden_states": beside[0], "added_time_ids": beside[1]}
     added = {"added_cond_kwargs": dict(zip(("text_embeds", "time_ids"), beside[1:], strict=True))} if beside[1:] else {}
@@ -114,7 +114,7 @@ def their_words(beside: Sequence[Tensor]) -> dict[str, Any]:
 
 
 class Nested(nn.Module):
-    """Our nest over a U-Net of diffusers', called as ours are."""
+    """Our nest over a U-Net of diffusers', called like one of ours."""
 
     def __init__(self, theirs: nn.Module):
         super().__init__()
@@ -127,8 +127,10 @@ class Nested(nn.Module):
 
 def cached_steps(network: Network, inputs: Sequence[Tensor], branches: Sequence[int], orders: Sequence[int],
                  source: Network) -> dict[str, Callable[[], Tensor]]:
-    """A full step and cached ones, by name: "full", "branch 0", "branch 0, order 1". source: what computes the values
-    that they reuse, in one call."""
+    """A full step and cached ones, by name: "full", "branch 0", "branch 0, order 1".
+
+    source: the network whose one call computes the values that the cached steps reuse.
+    """
     values: dict[Hashable, Tensor] = {}
 
     def kept(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
@@ -142,12 +144,12 @@ def cached_steps(network: Network, inputs: Sequence[Tensor], branches: Sequence[
         return lambda: network(*inputs, cache=policy.at(order + 1))
 
     source(*inputs, cache=kept)
-    found: dict[str, Callable[[], Tensor]] = {"full": lambda: network(*inputs, cache=no_cache)}
-    return found | {name_of(branch, order): cached(branch, order) for branch in branches for order in orders}
+    full: dict[str, Callable[[], Tensor]] = {"full": lambda: network(*inputs, cache=no_cache)}
+    return full | {name_of(branch, order): cached(branch, order) for branch in branches for order in orders}
 
 
 def name_of(branch: int, order: int = 0) -> str:
-    """Of a cached step."""
+    """The name of a cached step."""
     return f"branch {branch}" + (f", order {order}" if order else "")
 
 
@@ -156,7 +158,7 @@ class Helper:
 
     def __init__(self, theirs: Any, inputs: Sequence[Tensor], branches: Sequence[int]):
         self.theirs, (self.x, _, *beside) = theirs, inputs
-        clock = "cpu" if self.x.is_meta else self.x.device      # whose values it reads
+        clock = "cpu" if self.x.is_meta else self.x.device      # the package reads the timesteps' values
         self.words, self.times = their_words(beside), [torch.tensor(time, device=clock) for time in TIMES]
         self.package = DeepCacheSDHelper(SimpleNamespace(unet=theirs, scheduler=SimpleNamespace(timesteps=list(TIMES))))
         self.package.set_params(cache_interval=len(TIMES))
@@ -169,13 +171,13 @@ class Helper:
         return self.theirs(self.x, self.times[number], **self.words, return_dict=False)[0]
 
     def first(self) -> Tensor:
-        """A full step that finds nothing kept."""
+        """A full step with an empty cache."""
         self.package.cached_output.clear()
         return self.step(0, 0)
 
 
 class Sides:
-    """The forms of a network in a mode, and the steps of each by name. eager: those of ours as it is."""
+    """The forms of a network in a mode, and the steps of each by name. eager: the steps of our eager network."""
 
     def __init__(self, subject: Subject, batch_size: int, dtype: torch.dtype, mode: str, device: torch.device):
         plain, (theirs, helped) = subject.make(device, dtype)
@@ -196,15 +198,15 @@ class Sides:
             "full": lambda: their(x, t, **their_words(beside), return_dict=False)[0]}}
         if mode == "eager" and network is not nested:
             self.steps["pipeline"] = cached_steps(nested, self.inputs, (0, 1, 2), (0,), nested)
-            del self.steps["pipeline"]["full"]          # it is theirs
+            del self.steps["pipeline"]["full"]          # the same as diffusers'
         self.helper = None
         if mode != "compiled" and DeepCacheSDHelper is not None:
             self.helper = Helper(helped, self.inputs, (0, 1, 2))
             self.steps["helper"] = self.helper.steps
 
     def memory(self, branch: int, device: torch.device) -> dict[str, Any]:
-        """The peak bytes beside the weights, of a step without a cache (dense) and of one that keeps (run), and those
-        of the feature that ours keeps."""
+        """Peak bytes besides the weights, of a step without a cache (dense) and of a full step that fills the cache
+        (run), and the bytes of the feature in our cache."""
         cache = DeepCache(branch, [0])
         found: dict[str, Any] = {self.name: {
             "dense": peak_memory(self.steps[self.name]["full"], device),
@@ -226,10 +228,10 @@ def compare(subject: Subject, batch_size: int, dtype: torch.dtype, mode: str, de
             limit: float) -> dict[str, Any]:
     """Time all sides: JSON-compatible {sides, expected, memory, runs, compile_seconds}.
 
-    sides: of each its steps by name, each with its times, `over_ours` (a median over rounds, as all ratios) and how far
-    its result is from our eager one's. expected: a cached step's MACs as a fraction of a full one's. memory (eager):
-    peak bytes beside the weights. runs: whole runs by our network, in seconds by the times of their steps and as
-    measured where that takes less than `limit` seconds.
+    sides: by side and step, the times, `over_ours` (a median over rounds, as all ratios) and how far the result is from
+    our eager network's. expected: a cached step's MACs as a fraction of a full one's. memory (eager): peak bytes beside
+    the weights. runs: whole runs of our network, in seconds: the sum of their steps' times, and as measured if that
+    takes less than `limit` seconds.
     """
     before = compile_seconds()
     sides = Sides(subject, batch_size, dtype, mode, device)
@@ -250,8 +252,8 @@ def compare(subject: Subject, batch_size: int, dtype: torch.dtype, mode: str, de
 
 
 def expected(subject: Subject) -> dict[str, dict[str, float]]:
-    """The MACs of cached steps as a fraction of a full one's. Nothing of a video network: for some of its layers the
-    papers' convention has no rule."""
+    """The MACs of cached steps as a fraction of a full step's. Empty for a video network: the papers' convention has no
+    rule for some of its layers."""
     if subject.config is None:
         return {}
     full, cached = branch_macs(build(subject.config), example_inputs(subject.config), (0, 1, 2))
@@ -261,7 +263,7 @@ def expected(subject: Subject) -> dict[str, dict[str, float]]:
 
 def whole_runs(subject: Subject, sides: Sides, steps: Mapping[str, Timing], device: torch.device, limit: float
                ) -> dict[str, dict]:
-    """Whole runs, without a cache, at some intervals and by a plan: {calls, seconds by their steps, as measured}."""
+    """Whole runs without a cache, at some intervals and by a plan: {calls, steps, measured}, both times in seconds."""
     usual = name_of(subject.branch)
     policies: dict[str, tuple[list[str], Policy | None]] = {"uncached": (["full"] * STEPS, None)}
     for interval in INTERVALS:
@@ -287,7 +289,7 @@ def whole_runs(subject: Subject, sides: Sides, steps: Mapping[str, Timing], devi
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that PyTorch's tensors take at most during a run, beside those that were there before."""
+    """The peak bytes of PyTorch's tensors during a run, besides those that existed before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -301,5 +303,5 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
         events += event.children
         if event.tag == _EventType.Allocation:
             allocations.append((event.start_time_ns, event.extra_fields))
-    first = min(allocations, key=lambda pair: pair[0])[1]        # the totals begin with what earlier recordings left
+    first = min(allocations, key=lambda pair: pair[0])[1]        # the totals include earlier recordings
     return max(fields.total_allocated for _, fields in allocations) - (first.total_allocated - first.alloc_size)

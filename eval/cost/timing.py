@@ -1,8 +1,8 @@
-"""The wall-clock time of a run's network calls: the only place of the project where anything is timed.
+"""The wall-clock time of a run's network calls: the project's only timer.
 
-Calls of one kind reuse the same values and forecast them alike: with DeepCache there are two kinds, full and cached
-calls, with a block schedule as many as it has different sets of blocks. Each kind is timed once, in turns with a full
-call, so that a busy machine slows all of them alike; the time of a run is the sum over its calls.
+Calls of one kind reuse the same values and forecast them alike. DeepCache has two kinds, full and cached calls; a block
+schedule has one for each different set of blocks. Each kind is timed once, in turns with a full call, so that a busy
+machine slows all of them alike. The time of a run is the sum over its calls.
 """
 
 import gc
@@ -31,16 +31,16 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 class Timing(NamedTuple):
-    """Seconds of one call: one value per round, in the order of the rounds, which all variants share."""
+    """The seconds of one call, a value for each round. All variants share the rounds."""
     seconds: list[float]
-    peak_bytes: int | None = None       # of accelerator memory while it ran; None on a CPU
+    peak_bytes: int | None = None       # of accelerator memory during the call; None on a CPU
 
     @property
     def median(self) -> float:
         return float(np.median(self.seconds))
 
     def ratio(self, other: "Timing") -> float:
-        """The median over the rounds of this call's time as a fraction of the other's."""
+        """This call's time as a fraction of the other's, the median over the rounds."""
         return round(float(np.median(np.divide(self.seconds, other.seconds))), 6)
 
     def to_json(self) -> dict:
@@ -54,8 +54,8 @@ def interleave(variants: Mapping[Name, Callable[[], object]], device: torch.devi
                warmup: int = 2, limit: float = math.inf) -> dict[Name, Timing]:
     """Time functions that take turns: each runs once per round, for `warmup` untimed and `repeats` timed rounds.
 
-    device: what to wait for before the clock is read. limit: seconds of timed rounds after which, from two rounds on,
-    no other begins. Raises ValueError for fewer than one repeat or warm-up round.
+    device: waited for before the clock is read. limit: seconds of timed rounds after which no other round begins; at
+    least two are timed. Raises ValueError for fewer than one timed or warm-up round.
     """
     if repeats < 1 or warmup < 1:
         raise ValueError(f"at least one timed and one warm-up round are needed, got {repeats} and {warmup}")
@@ -78,7 +78,7 @@ def interleave(variants: Mapping[Name, Callable[[], object]], device: torch.devi
                 synchronize()
                 elapsed = time.perf_counter() - start
                 if turn >= 0:
-                    seconds[name].append(round(elapsed, 8))     # files keep no digits that mean nothing
+                    seconds[name].append(round(elapsed, 8))     # no meaningless digits in files
                 elif device.type == "cuda":
                     peaks[name] = torch.cuda.max_memory_allocated(device)
     finally:
@@ -89,15 +89,15 @@ def interleave(variants: Mapping[Name, Callable[[], object]], device: torch.devi
 
 def random_inputs(shapes: Sequence[tuple[int, ...]], rows: int, device: torch.device | str, dtype: torch.dtype
                   ) -> list[Tensor]:
-    """What a U-Net takes before `cache`. shapes: of a row of x and of what is beside it (not t)."""
+    """A U-Net's arguments before `cache`. shapes: of a row of each argument but t."""
     noise = torch.Generator().manual_seed(0)
     x, *beside = (torch.randn(rows, *shape, generator=noise).to(device, dtype) for shape in shapes)
     return [x, torch.full((rows,), 500, device=device), *beside]
 
 
 class Kind(NamedTuple):
-    """A kind of network call; that which reuses nothing is a full one."""
-    reused: tuple[str, ...] = ()        # the keys of the values that it reuses, sorted; levels by their skip
+    """A kind of network call. A full call reuses nothing."""
+    reused: tuple[str, ...] = ()        # the cache keys of the reused values, sorted; a level has its skip's index
     order: int = 0                      # of their forecast
 
 
@@ -114,20 +114,20 @@ def time_runs(runs: Sequence[Run], network: Network, inputs: Sequence[Tensor], r
               ) -> dict[str, Any]:
     """Time every kind of call of some runs, in turns with a call without any cache.
 
-    runs: of one model. network: their U-Net or what stands in for it, on its device. inputs: what it takes before
-    `cache`. Returns JSON-compatible {full, kinds: [...]}, with seconds of one batch and MACs of one row (`Times` reads
-    it). Raises ValueError for no repeats.
+    runs: all of one model. network: their U-Net, perhaps accelerated, on its device. inputs: its arguments before
+    `cache`. Returns JSON-compatible {full, kinds: [...]} for `Times`, with seconds of one batch and MACs of one row.
+    Raises ValueError for no repeats.
     """
-    first: dict[Kind, tuple[Run, int, Macs]] = {}       # a run with a call of the kind, which, and its MACs
+    first: dict[Kind, tuple[Run, int, Macs]] = {}       # the first call of each kind: its run, its step, its MACs
     for run in runs:
         for step, (kind, macs) in enumerate(zip(kinds_of(run), call_macs(run), strict=True)):
-            if kind.reused or not only_reuses(run):       # of other methods a full call may do more
+            if kind.reused or not only_reuses(run):       # other methods may do more in a full call
                 first.setdefault(kind, (run, step, macs))
 
     @torch.inference_mode()
     def at(run: Run, step: int) -> Callable[[], Tensor]:
         policy = run.caching.policy(inputs[0].device, inputs[0].dtype) or Keep({})
-        for before in range(step):              # what the call reuses or forecasts is there then
+        for before in range(step):              # these calls fill the cache
             network(*inputs, cache=policy.at(before))
         return lambda: network(*inputs, cache=policy.at(step))
 
@@ -146,23 +146,25 @@ def time_runs(runs: Sequence[Run], network: Network, inputs: Sequence[Tensor], r
 
 
 def only_reuses(run: Run) -> bool:
-    """Whether all that its calls do is to reuse and to forecast, so that calls of one kind take the same time in all
-    runs. Scale-shift belongs to it: on Stable Diffusion v1.5 it added 0.005 %."""
+    """Whether a run's calls only reuse and forecast, so that calls of one kind take the same time in all runs.
+
+    Scale-shift counts as reuse: on Stable Diffusion v1.5 it added 0.005 %.
+    """
     plain = DeepCacheMethod, BlockCachingMethod, PlanMethod, ForecastMethod
     return all(isinstance(method, plain) for method in run.caching.methods)
 
 
 class RunTime(NamedTuple):
-    """Of all network calls of a batch."""
+    """The time of all network calls of a batch."""
     seconds: float
-    full_calls: float           # how many full calls take as long, by the ratios of single rounds
+    full_calls: float           # the same in full calls, by the ratios of single rounds
 
 
 class Times:
-    """What was timed of a model: seconds of a batch of a full call, and (seconds, ratio to a full call) by kind.
+    """The measured times of a model's calls, for one batch: seconds of a full call; (seconds, ratio to it) by kind.
 
-    throughput: what `time_runs` returned. cache: of the only run that it tells of; None: it tells of all runs whose
-    kinds of calls are there. Files of before have `branches` in the place of kinds.
+    throughput: the result of `time_runs`; older files have `branches` instead of kinds. cache: the caching settings of
+    the only run that the times hold for; None: they hold for all runs whose kinds of calls were timed.
     """
 
     def __init__(self, throughput: Mapping[str, Any], cache: Mapping[str, Any] | None = None):
@@ -177,11 +179,11 @@ class Times:
 
     @classmethod
     def of(cls, result: Result) -> "Times":
-        """Those of a result of eval.throughput."""
+        """The times in a result of eval.throughput."""
         return cls(result.times, result.settings.get("cache"))
 
     def of_run(self, run: Run) -> RunTime | None:
-        """The time of a run; None where a kind of its calls was not timed."""
+        """The time of a run; None if a kind of its calls was not timed."""
         if self.cache != run.caching.settings if self.cache is not None else not only_reuses(run):
             return None
         calls = Counter(kinds_of(run))

@@ -1,4 +1,4 @@
-"""What the evaluators share: the options of what is judged, and the judging of two sets on Inception features."""
+"""What the evaluators share: options, opening the images, and scores of two sets on Inception features."""
 
 import contextlib
 import sys
@@ -33,23 +33,23 @@ COUNT = 50_000      # images behind the published numbers
 
 @dataclass(frozen=True)
 class Judged:
-    """Which images are judged, and where the number goes."""
-    title: ClassVar[str] = "what is judged"
+    """The images to judge, and the file for the result."""
+    title: ClassVar[str] = "the images to judge"
     samples: Path = required("sample folder, folder of images, or npz (arr_0)")
-    seeds: str | None = option(None, "exactly these, like 0-49999, whatever else is there (default: all)")
+    seeds: str | None = option(None, "exactly these, like 0-49999; other images are ignored (default: all)")
     allow_fewer: bool = option(False, "judge fewer images, or an unfinished folder; the result says so")
     out: Path | None = option(None, "JSON to write (run/results.py)", type=arguments.out_file)
 
     def open(self, path: Path | None = None, count: int | None = None) -> tuple[ImageSet, list[str]]:
-        """The images (of another path, for what they are compared with), and what must be said about them.
+        """The images of --samples or of another path, and notes about them.
 
-        count: at least so many must be there. Raises UserError for fewer, and for an unfinished folder unless --seeds
-        says that just these are meant; --allow-fewer takes both as they are.
+        count: the fewest images. Raises UserError for fewer, and for an unfinished folder unless --seeds names its
+        images. With --allow-fewer both are notes.
         """
         images = open_images(path or self.samples, parse_seeds(self.seeds) if self.seeds else None)
         if count is not None and len(images) < count and not self.allow_fewer:
-            raise UserError(f"{images.description} has {len(images)} of the {count} images expected: sample the rest "
-                            "first, name another --count, or pass --allow-fewer for a number that is not comparable")
+            raise UserError(f"{images.description} has {len(images)} of {count} images: sample the rest first, pass "
+                            "another --count, or pass --allow-fewer for a number that is not comparable")
         return images, [] if self.seeds else check_finished(images, self.allow_fewer)
 
     def write(self, result: Result) -> None:
@@ -61,30 +61,30 @@ class Judged:
 @dataclass(frozen=True)
 class OfSets(Judged):
     """A set of images that is judged as a whole."""
-    count: int = option(COUNT, "images that must be there (default: %(default)s)", least=2)
+    count: int = option(COUNT, "how many images there must be (default: %(default)s)", least=2)
 
     def open_all(self) -> tuple[ImageSet, list[str]]:
-        """As `open`; raises UserError for fewer images than --count without --allow-fewer, and for fewer than two."""
+        """As `open` with --count. Raises UserError for fewer than two images, with --allow-fewer, too."""
         images, notes = self.open(count=self.count)
         n = len(images)
         if n < 2:
             raise UserError(f"{images.description} has {n} image: a distance of sets needs at least 2")
         if n != self.count:
-            notes.append(f"{n} images where {self.count} are expected: FID, sFID and recall of another number of "
-                         "images are not comparable")
+            notes.append(f"{n} images instead of {self.count}: FID, sFID and recall of different numbers of images are "
+                         "not comparable")
         return images, [*notes, *few(n, "images")]
 
 
 @dataclass(frozen=True)
 class Extraction:
     """How Inception features are computed."""
-    title: ClassVar[str] = "the features"
+    title: ClassVar[str] = "Inception features"
     inception: Path = required("weights of the Inception network, a local file (eval/metrics/inception.py names two)")
     batch_size: int = option(64, "images at a time (default: %(default)s)", least=1)
 
 
 def few(n: int, what: str) -> list[str]:
-    """A note where the covariance of n images is singular."""
+    """A note if the covariance of n images is singular."""
     dims = DIMS["pool"]
     return [f"{n} {what} for {dims} dimensions: the covariance is singular, and the Frechet distance mostly bias"
             ] if n <= dims else []
@@ -92,39 +92,40 @@ def few(n: int, what: str) -> list[str]:
 
 @dataclass
 class Real:
-    """Real images that others are judged against. Raises UserError, where it is opened, for what cannot be that."""
+    """The reference: real images that samples are judged against."""
     path: Path
-    mode: str                                   # how images are prepared, of eval.metrics.inception.MODES
+    mode: str                                   # how images are prepared, one of eval.metrics.inception.MODES
     layers: tuple[str, ...]                     # of Inception
-    statistics: Mapping[str, tuple[np.ndarray, np.ndarray]] | None      # (mean, covariance) by layer; of the images
-    images: ImageSet | None                     # themselves
-    name: str = "{}"                            # of a metric
-    weights: str | None = None                  # sha256 of the network that the statistics are of, where known
+    statistics: Mapping[str, tuple[np.ndarray, np.ndarray]] | None      # (mean, covariance) by layer
+    images: ImageSet | None
+    name: str = "{}"                            # format of a metric's name
+    weights: str | None = None                  # sha256 of the network behind the statistics, if known
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
-    """The arrays of an npz. Raises UserError for a file that is damaged."""
+    """The arrays of an npz. Raises UserError for a damaged file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             yield file
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, AttributeError, zlib.error) as error:
-        raise UserError(f"{path} is damaged or no reference: {one_line(error)[:200]}") from None
+        raise UserError(f"{path} is damaged or not a reference: {one_line(error)[:200]}") from None
 
 
 def read_statistics(path: Path, keys: Mapping[str, tuple[str, str]]) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
-    """(mean, covariance) by layer, from an npz; None where it has none. keys: by layer, how they are called there.
+    """(mean, covariance) by layer, from an npz; None if it has none of them. keys: their names there, by layer.
 
-    Raises UserError for a file that has some of them, of other shapes, or not finite.
+    Raises UserError if only some of them are in the file, or if one has another shape or is not finite.
     """
     with opened(path) as file:
         missing = [key for pair in keys.values() for key in pair if key not in file]
         if len(missing) == 2 * len(keys):
             return None
         if missing:
-            raise UserError(f"{path} has no {' and '.join(missing)}, which belong to the others of a reference")
+            raise UserError(f"{path} has no {' and '.join(missing)}, but other statistics of a reference: it needs all "
+                            "of them or none")
         statistics = {layer: (file[mu], file[sigma]) for layer, (mu, sigma) in keys.items()}
     for layer, (mu, sigma) in statistics.items():
         d = DIMS[layer]
@@ -136,14 +137,15 @@ def read_statistics(path: Path, keys: Mapping[str, tuple[str, str]]) -> dict[str
 
 def judge(command: str, options: OfSets, extraction: Extraction, where: Device,
           open_real: Callable[[ImageSet], Real]) -> None:
-    """Score samples against real images, print it and write it: eval.adm and eval.fid. Raises UserError."""
+    """Score samples against real images, print the scores and write them, for eval.adm and eval.fid."""
     started, device = time.time(), where.prepare()
     samples, notes = options.open_all()
     real = open_real(samples)
     inception = Inception(extraction.inception, real.mode, real.layers, device)
     if real.weights not in (None, inception.sha256):
         raise UserError(f"{real.path} was made with other Inception weights (sha256 {real.weights[:16]}; "
-                        f"--inception is {inception.sha256[:16]}): make it anew with these, or take its own")
+                        f"--inception has {inception.sha256[:16]}): make it again with these weights, or pass its own "
+                        "to --inception")
     notes += [*real.notes, *inception.notes]
     warn(notes)
     x, *real_features = (extract(images, inception, extraction.batch_size)
@@ -164,9 +166,9 @@ def judge(command: str, options: OfSets, extraction: Extraction, where: Device,
 
 def scores(command: str, sets: Sets, called: Callable[[str], str]
            ) -> tuple[dict[str, Metric], dict[str, str], dict[str, str]]:
-    """What a command of eval/, adm or fid, tells of two sets: metrics, why others cannot be had, and both as text.
+    """The metrics of two sets that a command prints, the reasons for missing ones, and both as text, all by name.
 
-    called: what the number of a measure may be called.
+    command: adm or fid. called: turns the name of a measure into the name of its number.
     """
     metrics, unavailable = dict[str, Metric](), dict[str, str]()
     for one in (one for one in SETS if command in one.commands):

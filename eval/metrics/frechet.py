@@ -10,8 +10,10 @@ import torch
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Small eigenproblems on several threads spend their time waiting for each other: with a busy core next door, that
-    of 1280 dimensions took 41 s on two threads and 0.7 s on one. NumPy's BLAS cannot be told so; torch's can."""
+    """Run torch on one thread: in a small eigenproblem, several threads spend their time waiting for each other.
+
+    In 1280 dimensions, beside a busy core, two threads took 41 s and one took 0.7 s. NumPy's BLAS has no such switch.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -22,11 +24,12 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
-    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), in float64, of mu [d] and symmetric cov [d, d] each.
+    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), float64, of means [d] and symmetric covariances [d, d].
 
-    With S S' = cov1 and T T' = cov2 the trace of (cov1 cov2)^(1/2) is the sum of the singular values of S' T. Where
-    both have full rank they are the roots of the eigenvalues of S' cov2 S, which is four times quicker; those of a
-    singular one would be rounding errors, whose roots are large: 2e-5 of the distance, as with SciPy's sqrtm.
+    With S S' = cov1 and T T' = cov2 the trace of (cov1 cov2)^(1/2) is the sum of the singular values of S' T. If both
+    covariances have full rank, these are the roots of the eigenvalues of S' cov2 S, which is four times quicker. If one
+    is singular, some of those eigenvalues are rounding errors, and their roots are large: 2e-5 of the distance, as with
+    SciPy's sqrtm.
     """
     mu, other_mu, cov, other_cov = (torch.tensor(a, dtype=torch.float64) for a in (mu1, mu2, cov1, cov2))
     (root, full), (other_root, other_full) = _root(cov), _root(other_cov)
@@ -41,7 +44,7 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
 def _root(cov: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """(S [d, rank] with S S' = cov, whether the rank is full)."""
     root, singular = torch.linalg.cholesky_ex(cov)
-    noise = len(cov) * torch.finfo(cov.dtype).eps       # of the largest, what rounding leaves of a zero
+    noise = len(cov) * torch.finfo(cov.dtype).eps       # of the largest: how large rounding makes a zero
     if not singular and root.diagonal().square().min() > noise * cov.diagonal().max():
         return root, True
     values, vectors = torch.linalg.eigh(cov)            # six times slower
@@ -51,7 +54,7 @@ def _root(cov: torch.Tensor) -> tuple[torch.Tensor, bool]:
 
 @one_thread()
 def mean_and_covariance(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [d] and unbiased covariance [d, d] of features that come part by part, [any, d] each, in float64.
+    """The mean [d] and unbiased covariance [d, d], in float64, of features that come in parts [any, d].
 
     Memory does not grow with the images. Sums are taken about the first part's mean, so that nothing cancels.
     """
@@ -66,7 +69,7 @@ def mean_and_covariance(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.nda
 
 
 def warn_of_few(features: np.ndarray) -> None:
-    """Warn where the covariance of features [n, d] is singular."""
+    """Warn if the covariance of features [n, d] is singular."""
     n, d = features.shape
     if n <= d:
         warnings.warn(f"{n} images for {d} dimensions: the covariance is singular and the Frechet distance mostly "

@@ -1,4 +1,4 @@
-"""Reading a set of images: a sample folder, a plain folder, or an npz; always in the same order, in batches."""
+"""Reading a set of images, in batches and always in the same order: a sample folder, a plain folder, or an npz."""
 
 import hashlib
 import itertools
@@ -25,54 +25,53 @@ from unet_caching.errors import UserError, one_line
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
 _NUMBER = re.compile("[0-9]+")
 _OTHER_SUFFIXES = {".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic"}
-_READERS = min(8, os.cpu_count() or 1)      # threads that decode; Pillow lets others run meanwhile
+_READERS = min(8, os.cpu_count() or 1)      # threads that decode; Pillow releases the GIL
 
 
-# (n, ranges) -> the images of each range of positions in turn, in batches of at most n that end with a range
+# (n, ranges) -> the images of each range of positions in turn, in batches of at most n; none crosses a range's end
 Reader = Callable[[int, Sequence[range]], Iterator[np.ndarray]]
 
 
 @dataclass
 class ImageSet:
-    """Images that are read when asked for; memory does not grow with their number."""
+    """Images that are read on demand; memory does not grow with their number."""
     description: str                                        # where they are
     names: list[str]                                        # one per image, in order
-    seeds: list[int] | None                                 # the same as numbers, where the names are
+    seeds: list[int] | None                                 # the names as numbers, if all are numbers
     size: tuple[int, int]                                   # (height, width)
     root: Path | None                                       # the folder or file; None for arrays
     read: Reader
     fingerprint: str                                        # changes when the files do
-    reopen: Callable[[], "ImageSet"] | None = None          # the same path as it is now
+    reopen: Callable[[], "ImageSet"] | None = None          # opens the same path again
 
     def __len__(self) -> int:
         return len(self.names)
 
     def numbers(self, why: str) -> list[int]:
-        """The seeds. why: what they are needed for. Raises UserError that names a file without one."""
+        """The seeds. why: the consequence of a missing one. Raises UserError that names a file without a seed."""
         if self.seeds is None:
             name = next((name for name in self.names if not _NUMBER.fullmatch(Path(name).stem)), self.names[0])
             raise UserError(f"{self.description}: the file name {name!r} is not a number, so {why}")
         return self.seeds
 
     def batches(self, n: int, ranges: Sequence[range] | None = None) -> Iterator[np.ndarray]:
-        """uint8 [at most n, height, width, 3], in order. Raises UserError that names a file it cannot use.
+        """uint8 [at most n, height, width, 3], in order. Raises UserError that names a file that cannot be used.
 
         ranges: ascending ranges of positions (default: all images); no batch crosses the end of one.
         """
         yield from self.read(n, [range(len(self))] if ranges is None else ranges)
 
     def run(self) -> dict | None:
-        """run.json of a sample folder, None where there is none."""
-        there = self.root is not None and (self.root / "run.json").is_file()
-        return read_run(self.root) if self.root is not None and there else None
+        """The run.json of a sample folder; None without one."""
+        return read_run(self.root) if self.root is not None and (self.root / "run.json").is_file() else None
 
 
 def open_images(path: Path | str, seeds: Sequence[int] | None = None) -> ImageSet:
     """The images of a sample folder (000/000123.png), a plain folder (PNG, JPEG), or an npz (`arr_0`, uint8 NHWC).
 
-    Order: by seed where the names are numbers, else by name; an npz as it lies, its positions counting as seeds.
-    seeds: exactly these, which must all be there; whatever else lies there is left alone.
-    Raises UserError for no images, missing seeds, and files that are no 8-bit RGB images.
+    Order: by seed if the names are numbers, else by name; an npz in its own order, with positions as seeds.
+    seeds: exactly these, which must all exist; other files are ignored.
+    Raises UserError for no images, missing seeds, and files that are not 8-bit RGB images.
     """
     path = Path(path)
     if path.is_dir():
@@ -83,10 +82,9 @@ def open_images(path: Path | str, seeds: Sequence[int] | None = None) -> ImageSe
 
 
 def check_finished(images: ImageSet, allow_fewer: bool = False) -> list[str]:
-    """Refuse a sample folder that lacks images which its own runs were to make: it grows, or was interrupted.
+    """Refuse a sample folder that lacks images of its own runs: a score of it would depend on when it was computed.
 
-    Returns nothing, or with allow_fewer a line that says what is missing. Raises UserError. For judging: a number that
-    depends on when it was computed is none.
+    Returns no lines, or with allow_fewer one that says what is missing. Raises UserError.
     """
     log = images.root / "sessions.jsonl" if images.root else None
     if log is None or not log.is_file():
@@ -96,25 +94,26 @@ def check_finished(images: ImageSet, allow_fewer: bool = False) -> list[str]:
         try:
             missing.update(parse_seeds(json.loads(line)["seeds"]))
         except (ValueError, KeyError, TypeError, RecursionError, UserError):
-            continue        # a line that was being written; the images are what counts
+            continue        # a line that is still being written
     missing -= set(images.seeds or ())
     if not missing:
         return []
-    line = (f"{images.description} lacks {len(missing)} images that its runs were asked for, seeds "
-            f"{format_some(missing)}: it is still being written, or was interrupted")
+    line = (f"{images.description} lacks {len(missing)} images of its own runs, seeds {format_some(missing)}: it is "
+            "still being written, or was interrupted")
     if not allow_fewer:
         raise UserError(f"{line}; run the same sample command to the end first")
     return [line]
 
 
 def check_unchanged(images: ImageSet) -> None:
-    """Raises UserError where images were added, removed or rewritten since they were opened."""
+    """Raises UserError if images were added, removed or rewritten since the set was opened."""
     if images.root and images.reopen is not None and images.reopen().fingerprint != images.fingerprint:
-        raise UserError(f"{images.description} changed while it was read: it is still being written; wait for that")
+        raise UserError(f"{images.description} changed while it was read: wait until it is written, then run the same "
+                        "command again")
 
 
 def check_paired(samples: ImageSet, against: ImageSet) -> list[int]:
-    """The seeds, which are those of the other set too. Raises UserError where they, or the sizes, differ."""
+    """The seeds of both sets. Raises UserError if the sets have different seeds or sizes."""
     seeds, others = (images.numbers("images cannot be paired by seed") for images in (samples, against))
     for one, other, (own, theirs) in ((samples, against, (seeds, others)), (against, samples, (others, seeds))):
         if alone := set(own) - set(theirs):
@@ -134,7 +133,7 @@ def batched(ranges: Sequence[range], n: int) -> Iterator[range]:
 
 
 def one_by_one(load: Callable[[int], np.ndarray]) -> Reader:
-    """Reads images that are each loaded by position, several at a time."""
+    """A reader that loads each image by its position, several at a time."""
     def read(n: int, ranges: Sequence[range]) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor(_READERS) as pool:
             for some in batched(ranges, n):
@@ -144,7 +143,7 @@ def one_by_one(load: Callable[[int], np.ndarray]) -> Reader:
 
 def from_array(pixels: np.ndarray, description: str, names: Sequence[str], root: Path | None = None,
                seeds: list[int] | None = None) -> ImageSet:
-    """Images in memory: uint8 [n, height, width, 3] and n names. root: where they were read."""
+    """Images in memory: uint8 [n, height, width, 3] and n names. root: where they were read from."""
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) != len(names):
         raise ValueError(f"expected uint8 [{len(names)}, height, width, 3], got {pixels.dtype} {list(pixels.shape)}")
     return ImageSet(description, list(names), seeds, pixels.shape[1:3], root,
@@ -153,13 +152,13 @@ def from_array(pixels: np.ndarray, description: str, names: Sequence[str], root:
 
 
 def _folder(path: Path, wanted: Sequence[int] | None = None) -> ImageSet:
-    """wanted: the seeds that are meant, among whatever else lies there."""
-    # A plain folder may hold sub-folders of something else, and a sample folder a picture of all samples.
+    """wanted: exactly these seeds; other files are ignored."""
+    # A plain folder may hold other sub-folders, and a sample folder a picture of all samples.
     dealt, sampled = _dealt(path, wanted is None), (path / "run.json").exists()
     files = dealt if dealt or sampled else plain_files(path)
     if dealt and not sampled and plain_files(path):
         raise UserError(f"{path} holds images itself and in {dealt[0].parent.name}/, and no run.json says that it is "
-                        "a sample folder: name the sub-folder, or move what is not meant elsewhere")
+                        "a sample folder: name the sub-folder, or move the other images elsewhere")
     if not files:
         raise UserError(f"no PNG images in {path}")
     if wanted is not None:
@@ -182,38 +181,38 @@ def _folder(path: Path, wanted: Sequence[int] | None = None) -> ImageSet:
 
 
 def _positions(path: Path, there: Sequence[int], wanted: Sequence[int]) -> list[int]:
-    """Where the wanted seeds, ascending, are among those that are there. Raises UserError for missing ones."""
+    """The positions of the wanted seeds, ascending, among the existing ones. Raises UserError for missing seeds."""
     at = {seed: place for place, seed in enumerate(there)}
     missing = [seed for seed in wanted if seed not in at]
     if missing or not len(wanted):
-        raise UserError(f"{path} has {len(wanted) - len(missing)} of the {len(wanted)} images asked for; "
-                        f"missing seeds {format_some(missing)}: sample them first")
+        raise UserError(f"{path} has {len(wanted) - len(missing)} of {len(wanted)} images; missing seeds "
+                        f"{format_some(missing)}: sample them first")
     return sorted(at[seed] for seed in wanted)
 
 
 def _dealt(path: Path, alone: bool) -> list[Path]:
-    """The images of a sample folder, 000/000123.png. alone: raise UserError for others among them."""
+    """The images of a sample folder, 000/000123.png. alone: raise UserError for other images among them."""
     inside = [file for folder in path.iterdir() if re.fullmatch("[0-9]{3,}", folder.name) and folder.is_dir()
              for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
     files = [file for file in inside if file.suffix == ".png" and _NUMBER.fullmatch(file.stem)]
     other = sorted({file for file in inside if file.suffix.lower() in _SUFFIXES | _OTHER_SUFFIXES} - set(files))
     if files and other and alone:
         raise UserError(f"{other[0]} and {len(other) - 1} more lie among the images of seeds, like {files[0].name}, "
-                        "and leaving them out would judge another set: move them elsewhere, or say --seeds")
+                        "and leaving them out would judge another set: move them elsewhere, or name the --seeds")
     return files
 
 
 def plain_files(path: Path) -> list[Path]:
-    """The images that lie in a folder, by name; text and the like beside them are left alone."""
+    """The images in a folder, by name; text and the like are ignored."""
     files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
     if other := [file for file in files if file.suffix.lower() in _OTHER_SUFFIXES]:
-        raise UserError(f"{other[0]} and {len(other) - 1} more are images of a kind that is not read here, and leaving "
-                        "them out would judge another set: convert them to PNG")
+        raise UserError(f"{other[0]} and {len(other) - 1} more are in an image format that is not read here, and "
+                        "leaving them out would judge another set: convert them to PNG")
     return [file for file in files if file.suffix.lower() in _SUFFIXES]
 
 
 def _npz(path: Path, wanted: Sequence[int] | None = None) -> ImageSet:
-    """wanted: positions that are meant."""
+    """wanted: exactly these positions."""
     with _array(path) as (_, (count, *shape)):
         places = list(range(count)) if wanted is None else _positions(path, range(count), wanted)
 
@@ -228,8 +227,8 @@ def _npz(path: Path, wanted: Sequence[int] | None = None) -> ImageSet:
         return np.frombuffer(data, np.uint8).reshape(shape)
 
     def read(n: int, ranges: Sequence[range]) -> Iterator[np.ndarray]:
-        # The archive is decompressed as it is read: numpy.load would hold all 10 GB of 50,000 images. What is left out
-        # is read too, so that the checksum at the end is of everything.
+        # The archive is decompressed while it is read: numpy.load would hold all 10 GB of 50,000 images. Positions that
+        # are not wanted are read, too, so that the checksum at the end covers everything.
         with _array(path) as (file, _):
             at = 0
             for some in batched(ranges, n):
@@ -247,7 +246,7 @@ def _npz(path: Path, wanted: Sequence[int] | None = None) -> ImageSet:
 
 @contextmanager
 def _array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
-    """arr_0 in an npz: (a file positioned at the first pixel, shape)."""
+    """The array arr_0 of an npz: (a file positioned at the first pixel, shape)."""
     try:
         archive = zipfile.ZipFile(path)
         file = archive.open("arr_0.npy")
@@ -268,7 +267,7 @@ def _array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
 
 
 def fingerprint_of(files: Iterable[Path], names: Iterable[str]) -> str:
-    """Of files under these names: reading 50,000 images to learn that they are the same takes too long."""
+    """A digest of names, sizes and times of files: reading 50,000 images to see that nothing changed takes too long."""
     digest = hashlib.sha256()
     for file, name in zip(files, names, strict=True):
         digest.update("\0".join([name, *map(str, stamp(file))]).encode() + b"\n")

@@ -1,10 +1,10 @@
 """The Inception network of FID (2015-12-05, 1008 classes): torch-fidelity's, with weights from a local file.
 
-Nothing is downloaded. Either of these serves: it is one file under two names (95,628,359 bytes; the names end with the
-start of its sha256), TensorFlow's weights in the layout of torchvision:
+Nothing is downloaded. The file has TensorFlow's weights in torchvision's layout (95,628,359 bytes). It is published
+under two names, which end with the start of its sha256:
     weights-inception-2015-12-05-6726825d.pth   github.com/toshas/torch-fidelity, release v0.2.0
     pt_inception-2015-12-05-6726825d.pth        github.com/mseitzer/pytorch-fid, release fid_weights
-Which number an image set gets depends on how the images are brought to 299 pixels, so each way has a name (MODES).
+The scores depend on how images are resized to 299 pixels, so each way has a name (MODES).
 """
 
 import io
@@ -25,7 +25,7 @@ from unet_caching.errors import UserError, one_line
 WHERE = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth "
          "or https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
          "pt_inception-2015-12-05-6726825d.pth")
-PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"     # sha256 of that file
+PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"     # sha256 of the file
 SIZE = 299
 DIMS = {"pool": 2048, "logits": 1008, "spatial": 17 * 17 * 7}
 _SPATIAL_CHANNELS = 7
@@ -54,14 +54,14 @@ def legacy_pytorch(x: Tensor) -> Tensor:
 
 
 def _clean_fid(mode: str, x: Tensor) -> Tensor:
-    with warnings.catch_warnings(), needed("clean-fid"):        # its functions silence all warnings for good
+    with warnings.catch_warnings(), needed("clean-fid"):        # clean-fid silences all warnings for good
         from cleanfid.resize import build_resizer
         resize = build_resizer(mode)                            # uint8 [h, w, 3] -> float32 [299, 299, 3]
         images = [resize(image) for image in x.permute(0, 2, 3, 1).cpu().numpy()]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(x.device)
 
 
-# The network behind legacy_tensorflow and clean is clean-fid's torchscript file in clean-fid, the same weights here.
+# clean-fid's own network is a torchscript file with the same weights.
 MODES: dict[str, Callable[[Tensor], Tensor]] = {
     "adm": tensorflow, "pytorch-fid": pytorch_fid, "clean": clean, "legacy_pytorch": legacy_pytorch,
     "legacy_tensorflow": tensorflow}
@@ -73,8 +73,8 @@ class Inception:
     pool: [n, 2048], after the last pooling (FID, precision, recall). logits: [n, 1008], without the bias (IS).
     spatial: [n, 2023], the first 7 channels of Mixed_6d.branch1x1, after its ReLU, in (row, column, channel) order:
     sFID's (Nash et al., arXiv 2103.03841; openai/guided-diffusion evaluator.py, mixed_6/conv).
-    mode: how images are prepared, of MODES. published: whether the file is the one that everybody uses.
-    Raises UserError for weights that are missing or of another network, and for a mode without its library.
+    mode: how images are prepared, one of MODES. published: whether the weights are the published file's.
+    Raises UserError if the weights are missing or another network's, or if the mode's library is missing.
     """
 
     def __init__(self, weights: Path, mode: str, layers: tuple[str, ...] = ("pool",),
@@ -90,24 +90,24 @@ class Inception:
 
     @property
     def id(self) -> str:
-        """What decides the features. adm and legacy_tensorflow are the same computation, and share what is kept."""
+        """What decides the features. adm and legacy_tensorflow are the same computation and share kept features."""
         way = {"adm": "tensorflow", "legacy_tensorflow": "tensorflow"}.get(self.mode, self.mode)
         return f"Inception-2015-12-05:sha256={self.sha256}:{way}:{'+'.join(self.layers)}:fp32"
 
     def name(self, metric: str) -> str:
-        """What a number may be called: with other weights it is not the metric of the literature, nor of any table."""
+        """The name of a number: with other weights it is not the metric of the literature, nor of any table."""
         return metric if self.published else f"{metric}, other weights"
 
     @property
     def notes(self) -> list[str]:
-        """What must be said about the numbers."""
+        """Warnings about the numbers."""
         return [] if self.published else [
             f"{self.weights} is not the published file (sha256 {PUBLISHED[:16]}...): with other "
             "weights no number here is an FID, sFID, IS, precision or recall of the literature"]
 
     @torch.no_grad()
     def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """By layer, in float32 throughout (no TF32)."""
+        """The features by layer, in float32 throughout (no TF32)."""
         x = torch.tensor(np.ascontiguousarray(pixels), device=self.device).permute(0, 3, 1, 2)
         layers = {}
 
@@ -118,7 +118,7 @@ class Inception:
         tf32 = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False
         try:
-            # torch-fidelity's forward prepares images in one way only; its modules in their order are the network.
+            # torch-fidelity's forward knows only one way to prepare images. Its modules in order are the network.
             *body, fc = self.net.children()
             layers["pool"] = nn.Sequential(*body)(MODES[self.mode](x)).flatten(1)
             layers["logits"] = layers["pool"] @ fc.weight.T
@@ -129,7 +129,7 @@ class Inception:
 
 
 def load(path: Path) -> Any:
-    """The network with the weights of a file, checked before they are used. Raises UserError that says what differs."""
+    """The network with the weights of a file. Raises UserError if they do not fit, with the difference."""
     state = tensors_of(read_tensors(path), path, "Inception")
     fc = state.get("fc.weight")
     if fc is None or tuple(fc.shape) != (DIMS["logits"], DIMS["pool"]):

@@ -1,7 +1,7 @@
-"""Scores of Inception features: FID, sFID, IS, precision and recall. What torch-fidelity computes is left to it.
+"""Scores of Inception features: FID, sFID, IS, precision and recall. torch-fidelity computes the last three.
 
-Features are read part by part: memory does not grow with the number of images, but for precision and recall, which need
-the vectors themselves (820 MB for 100,000 images).
+Features are read in parts, so memory does not grow with the number of images. Precision and recall are the exception:
+they need the vectors themselves (820 MB for 100,000 images).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,15 +14,15 @@ from eval.metrics.measure import Measure, SetMeasure, Sets, Unavailable
 from run.results import Metric
 
 SPLIT = 5000                # images per block of the Inception Score (ADM's evaluator)
-NEIGHBOURS = 3              # of precision and recall
-_PR_ROWS = 1000             # of the distance matrix held at a time: 200 MB against 50,000 images, and as much to sort
+NEIGHBOURS = 3              # k of precision and recall
+_PR_ROWS = 1000             # rows of the distance matrix in memory: 200 MB for 50,000 images, and as much to sort them
 
 
 def inception_score(parts: Iterable[np.ndarray], split: int = SPLIT) -> list[float]:
-    """exp of the mean KL divergence of p(y|x) from p(y) of each consecutive block, as ADM's evaluator (torch-fidelity).
+    """The Inception Score of each consecutive block of images, as in ADM's evaluator: exp of the mean KL(p(y|x), p(y)).
 
-    parts: logits [any, classes] in the order of the images. Nothing is shuffled and the last block may be shorter, so
-    the score depends on the order: of images sorted by class it is far lower.
+    parts: logits [any, classes] in the order of the images. Nothing is shuffled and the last block may be shorter. So
+    the score depends on the order: it is far lower for images that are sorted by class.
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
     return [isc_features_to_metric(torch.from_numpy(block), splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN]
@@ -30,18 +30,18 @@ def inception_score(parts: Iterable[np.ndarray], split: int = SPLIT) -> list[flo
 
 
 def in_order(parts: Iterable[np.ndarray], split: int = SPLIT) -> list[str]:
-    """A note where images come in the order of their classes, so that a block shows few of them.
+    """A note if the images come in the order of their classes, so that a block shows only some classes.
 
-    log IS of all images at once is the mean over blocks of log IS and KL(p(y) of the block, p(y) of all). Of blocks in
-    random order the divergence is below (classes - 1) / (2 split), 0.1; of blocks with a tenth of the classes log 10.
+    log IS of all images is the mean over blocks of log IS + KL(p(y) of the block, p(y) of all images). In random order
+    the mean divergence is below (classes - 1) / (2 split), 0.1. With a tenth of the classes in each block it is log 10.
     """
-    found = [(len(block), torch.from_numpy(block).double().softmax(1).mean(0)) for block in _blocks(parts, split)]
-    sizes, means = torch.tensor([size for size, _ in found]), torch.stack([mean for _, mean in found])
+    blocks = [(len(block), torch.from_numpy(block).double().softmax(1).mean(0)) for block in _blocks(parts, split)]
+    sizes, means = torch.tensor([size for size, _ in blocks]), torch.stack([mean for _, mean in blocks])
     shares = sizes.double() / sizes.sum()
     divergence = float(shares @ torch.xlogy(means, means / (shares @ means)).sum(1))
-    return [f"the images come in the order of their classes: over blocks of {split} in that order, as the original "
-            f"computes it, IS is lower by a factor of {np.exp(divergence):.1f} than of images in random order: shuffle "
-            "them where published numbers are of such"] if divergence > 0.3 else []
+    return [f"the images come in the order of their classes: IS, over blocks of {split} in that order as in ADM's "
+            f"evaluator, is lower by a factor of {np.exp(divergence):.1f} than of images in random order: shuffle "
+            "them to compare with numbers of shuffled images"] if divergence > 0.3 else []
 
 
 def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -61,14 +61,12 @@ def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 def precision_recall(samples: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991) of features [n, d] and [m, d], k = 3.
 
-    torch-fidelity's, on float32 distances, a block of rows at a time. precision: samples inside a ball of a reference
-    image; recall: reference images inside a ball of a sample. Needs more than k images on both sides.
+    torch-fidelity's, on float32 distances, a block of rows at a time. precision: the share of samples inside a ball of
+    a reference image; recall: the share of reference images inside a ball of a sample. Both sets need over k images.
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
     return calculate_precision_recall_part(torch.from_numpy(samples), torch.from_numpy(reference), NEIGHBOURS, _PR_ROWS)
 
-
-# As eval.adm and eval.fid print and keep them.
 
 def _frechet(layer: str) -> Callable[[Sets], list[Metric]]:
     def of(sets: Sets) -> list[Metric]:

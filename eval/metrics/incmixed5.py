@@ -1,17 +1,17 @@
-"""InceptionV3 up to its block mixed5, with the weights that npm's package nsfwjs carries (MIT): a second extractor.
+"""InceptionV3 up to its block mixed5, with the weights in npm's package nsfwjs (MIT): a second extractor.
 
-The first 50 convolutions of the package's image classifier were frozen at ImageNet's weights when it was trained; what
-follows mixed5 was tuned to its own task, and is not used. Weights are stored in 8 bits: w = minimum + scale * byte. The
-archive is read as it is published; the layers and their order come from the model description in it (Keras').
+The package's image classifier was trained with its first 50 convolutions frozen at ImageNet's weights. The layers after
+mixed5 were tuned to its own task and are not used. Weights are stored in 8 bits: w = minimum + scale * byte. The
+published archive is read unchanged; the layers and their order come from its model description (Keras').
 
-Images are RGB in [0, 1]. nsfwjs divides by 255 and does no more (src/core.ts; the graph itself has no scaling), and the
-weights say the same: the running means of the first normalisation are its kernels' sums times one colour, (0.591,
-0.521, 0.487), all 32 of them but for 0.01 % of their squares. On this scale that is what photographs average, red
-before green before blue; in [-1, 1], which Keras' own InceptionV3 takes, it would be nearly white, and BGR would be
-bluish. A linear probe of the nine groups of emoji (logistic regression on 2,000 images, the best of four penalties,
-1,353 held-out images, 45 % of the largest group) is right for 74.5 % with [0, 1], 73.8 % with [-1, 1] and 69.5 % with
-ImageNet's mean and deviation; the penalty alone moves it from 60 to 75 %, so it tells less than the weights do.
-nsfwjs enlarges to 299 pixels; here it is 128, since emoji have 32.
+Images are RGB in [0, 1]. nsfwjs only divides by 255 (src/core.ts; the graph itself has no scaling). The weights agree:
+the 32 running means of the first normalisation are its kernels' sums times one colour, (0.591, 0.521, 0.487), but for
+0.01 % of their squares. In [0, 1] that is the average colour of photographs, red before green before blue. In [-1, 1],
+which Keras' own InceptionV3 takes, it would be nearly white, and in BGR bluish. A linear probe agrees, too, but says
+less (the nine groups of emoji, logistic regression on 2,000 images, 1,353 held-out images, 45 % of them in the largest
+group, the best of four penalties): 74.5 % are right with [0, 1], 73.8 % with [-1, 1], 69.5 % with ImageNet's mean and
+deviation, while the penalty moves the result from 60 to 75 %. nsfwjs enlarges images to 299 pixels; here they are
+enlarged to 128, since emoji have 32.
 """
 
 import base64
@@ -37,24 +37,24 @@ from unet_caching.errors import UserError, one_line
 ARCHIVE = ROOT / "checkpoints" / "nsfwjs-4.4.0.tgz"
 SHA256 = "585cd178f3b994337c4d10a87b080d342fc52f8b9bf0085c4d1f345a3a1c5382"
 LAST = "mixed5"
-SIZE = 128          # the stem leaves 13 positions a side of it, and mixed5 six
+SIZE = 128          # pixels a side: 13 positions after the stem, 6 after mixed5
 _FOLDER = "package/dist/models/inception_v3/"
 
 
 class Network(NamedTuple):
-    """layers: Keras' descriptions of them, each after those it takes its input from. weights: float32, by name."""
+    """layers: Keras' descriptions, each after its inputs. weights: float32, by name."""
     layers: list[dict[str, Any]]
     weights: dict[str, np.ndarray]
 
 
 def read_archive(path: Path) -> Network:
-    """The network in a package of npm's. Raises UserError for a file that holds none."""
+    """The network in npm's package. Raises UserError if the file is something else."""
     try:
         with tarfile.open(path) as archive:
             files = {Path(member.name).name: file.read().decode() for member in archive
                      if member.name.startswith(_FOLDER) and (file := archive.extractfile(member))}
         model = _literal(files["model.min.js"])
-        manifest = [group for group in model["weightsManifest"]]
+        manifest = model["weightsManifest"]
         raw = b"".join(base64.b64decode(re.findall(r'exports="([A-Za-z0-9+/=]+)"', files[f"{name}.min.js"])[0])
                        for group in manifest for name in group["paths"])
         weights, at = {}, 0
@@ -68,7 +68,7 @@ def read_archive(path: Path) -> Network:
         names = [layer["name"] for layer in layers]
         return Network(layers[:names.index(LAST) + 1], weights)
     except (OSError, KeyError, ValueError, IndexError, TypeError, EOFError, tarfile.TarError) as error:
-        raise UserError(f"{path} is no nsfwjs of npm's, or damaged: {one_line(error)[:200]}") from None
+        raise UserError(f"{path} is not npm's package nsfwjs, or is damaged: {one_line(error)[:200]}") from None
 
 
 def _literal(script: str) -> dict[str, Any]:
@@ -79,8 +79,10 @@ def _literal(script: str) -> dict[str, Any]:
 
 
 class KerasGraph(nn.Module):
-    """[n, 3, height, width] -> the output of the last layer [n, channels, h, w]. Raises ValueError for a layer that is
-    of none of the kinds of InceptionV3's body."""
+    """[n, 3, height, width] -> the output of the last layer [n, channels, h, w].
+
+    Raises ValueError for a kind of layer that InceptionV3's body does not have.
+    """
 
     def __init__(self, network: Network):
         super().__init__()
@@ -107,7 +109,7 @@ class KerasGraph(nn.Module):
 
         def padding(window: list[int]) -> list[int]:
             if how["padding"] == "same" and set(how["strides"]) != {1}:
-                raise ValueError(f"{layer['name']} pads and strides at once, which InceptionV3 does not")
+                raise ValueError(f"{layer['name']} pads and strides at once, which no layer of InceptionV3 does")
             return [side // 2 if how["padding"] == "same" else 0 for side in window]
 
         if kind == "InputLayer":
@@ -120,17 +122,17 @@ class KerasGraph(nn.Module):
             return F.relu(x)
         if kind == "MaxPooling2D" and how["padding"] == "valid":
             return F.max_pool2d(x, how["pool_size"], how["strides"])
-        if kind == "AveragePooling2D":      # over the positions that are in the image, as TensorFlow
+        if kind == "AveragePooling2D":      # over the positions inside the image, as in TensorFlow
             return F.avg_pool2d(x, how["pool_size"], how["strides"], padding(how["pool_size"]), count_include_pad=False)
         if kind == "Concatenate":
             return torch.cat(inputs, 1)
-        raise ValueError(f"{layer['name']} is a {kind} as InceptionV3 has none")
+        raise ValueError(f"{layer['name']} is a {kind} that InceptionV3 does not have")
 
 
 class IncMixed5(SmallExtractor):
     """uint8 [n, height, width, 3] -> float32 [n, 768]: the mean over positions of the block mixed5.
 
-    Raises UserError where the archive is missing or another one. The network is loaded on first use.
+    Raises UserError if the archive is missing or another file. The network is loaded on first use.
     """
     name = "IncMixed5"
     layers: Mapping[str, int] = MappingProxyType({"pooled": 768})
@@ -139,19 +141,17 @@ class IncMixed5(SmallExtractor):
         super().__init__(device)
         self.archive = archive or ARCHIVE
         if not self.archive.is_file():
-            raise UserError(f"no {self.archive}: bash scripts/download.sh incmixed5 fetches it")
+            raise UserError(f"no file {self.archive}: fetch it with bash scripts/download.sh incmixed5")
         if (digest := sha256(self.archive)) != SHA256:
             raise UserError(f"{self.archive} is not nsfwjs 4.4.0 as npm publishes it: its sha256 is {digest[:16]}..., "
                             f"not {SHA256[:16]}...")
 
     @property
     def id(self) -> str:
-        """What decides the features: network, weights, preprocessing."""
         return f"IncMixed5:sha256={SHA256}:rgb-bilinear-antialias-{SIZE}px-[0,1]-fp32:768-pooled"
 
     @cached_property
     def net(self) -> KerasGraph:
-        """The network with its weights in float32."""
         return KerasGraph(read_archive(self.archive)).requires_grad_(False).to(self.device)
 
     @torch.no_grad()

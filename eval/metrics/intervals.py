@@ -7,13 +7,11 @@ from scipy.special import ndtr, stdtrit  # scipy.stats takes a second to import
 
 
 def mean_estimate(values: np.ndarray, seed: int = 0, repeats: int = 1000, groups: np.ndarray | None = None) -> dict:
-    """{mean, stderr, interval} of values [n]: the standard deviation of resampled means, and the 95% interval by the
-    percentile bootstrap; each None of nothing.
+    """The mean of values [n], by the percentile bootstrap: {mean, stderr, interval (95 %)}; each None if n is 0.
 
-    groups: [n], what belongs together, such as the images of one prompt; whole groups are drawn. Of paired
-    differences it is the interval of their mean. Of few values the quantiles are as far out as makes the interval that
-    of Student where the values are normal (Hesterberg, The American Statistician 69(4), 2015): those of 2.5 % would
-    cover 81 % of 5 normal values' means.
+    groups: [n], the group of each value, such as its prompt; whole groups are drawn. For few values the quantiles are
+    moved outwards, so that normal values get Student's interval (Hesterberg, The American Statistician 69(4), 2015).
+    With the quantiles at 2.5 % the interval would cover the mean of 5 normal values in 81 % of cases.
     """
     if not len(values):
         return dict.fromkeys(("mean", "stderr", "interval"))

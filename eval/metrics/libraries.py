@@ -1,4 +1,4 @@
-"""Libraries that only one metric needs: the others work without them."""
+"""Libraries that only one metric needs. The others work without them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from unet_caching.errors import UserError, one_line
 
 @contextmanager
 def needed(package: str) -> Iterator[None]:
-    """Raise UserError where what is imported inside is not installed, or broken. package: what pip calls it."""
+    """Raise UserError if an import inside the block fails. package: its name for pip."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,6 +1,7 @@
-"""LPIPS (Zhang et al., arXiv 1801.03924), version 0.1 with AlexNet: torchmetrics' network, the backbone from a file.
+"""LPIPS (Zhang et al., arXiv 1801.03924), version 0.1 with AlexNet.
 
-torchmetrics carries the small linear heads; left to itself it would download the backbone.
+The network and its small linear heads are torchmetrics'. The backbone, which torchmetrics would download, is read from
+a file.
 """
 
 from functools import cached_property
@@ -22,7 +23,7 @@ OTHER_BACKBONE = PairMeasure("not LPIPS (backbone)", key="lpips_other_backbone",
 class Lpips:
     """uint8 [n, height, width, 3] twice -> float64 [n]: 0 for equal images, larger for less alike ones.
 
-    backbone: torchvision's AlexNet (BACKBONE), a file. Raises UserError where it is missing or something else.
+    backbone: the file of torchvision's AlexNet (BACKBONE). Raises UserError if it is missing or another network.
     """
 
     def __init__(self, backbone: Path, device: torch.device | str = "cpu"):
@@ -31,7 +32,7 @@ class Lpips:
         self.backbone, self.device = Path(backbone), torch.device(device)
         tensors = read_tensors(backbone)
         if not isinstance(tensors, dict) or not any(str(name).startswith("features.") for name in tensors):
-            raise UserError(f"{backbone} is no AlexNet of torchvision: LPIPS needs {BACKBONE}")
+            raise UserError(f"{backbone} is not torchvision's AlexNet: LPIPS needs {BACKBONE}")
         from torchmetrics.functional.image.lpips import _NoTrainLpips
         self.net = _NoTrainLpips(net="alex", pnet_rand=True)
         # slice1.0.weight is torchvision's features.0.weight.
@@ -41,12 +42,12 @@ class Lpips:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the backbone's file, hex."""
+        """The sha256 of the backbone's file, hex."""
         return sha256(self.backbone)
 
     @property
     def measure(self) -> PixelMeasure:
-        """For eval.fidelity; with another file than the published one the numbers are no LPIPS."""
+        """The measure for eval.fidelity. With any other than the published backbone it is not called LPIPS."""
         published = self.sha256.startswith(BACKBONE.removesuffix(".pth").rsplit("-", 1)[1])
         return PixelMeasure(**vars(LPIPS if published else OTHER_BACKBONE), of=self, smallest=_SMALLEST)
 

@@ -1,4 +1,4 @@
-"""What a metric is to the programs that print, keep, tabulate and draw it. eval/metrics/registry.py lists them all."""
+"""A metric, for the programs that print, keep, tabulate and draw it. eval/metrics/registry.py lists them all."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,25 +16,25 @@ from unet_caching.errors import UserError
 class Measure:
     """A number with a name in results (run/results.py)."""
     name: str
-    column: str | None = None       # in the papers' tables (configs/papers/*.yaml); None where they have none
-    heading: str = ""               # of that column,
-    decimals: int = 2               # how it is shown there,
-    scale: float = 1                # and what a value is multiplied by
-    higher: bool = False            # whether that is better
+    column: str | None = None       # its column in the papers' tables (configs/papers/*.yaml), if they have one
+    heading: str = ""               # of that column
+    decimals: int = 2               # in that column
+    scale: float = 1                # factor of a value in that column
+    higher: bool = False            # whether higher is better
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairMeasure(Measure):
-    """How like an image is to its partner of the same seed."""
+    """The likeness of two images of the same seed."""
     key: str                        # in the JSON of eval.fidelity
-    label: str                      # with its unit
+    label: str                      # with the unit
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelMeasure(PairMeasure):
-    """The same, of the pixels alone."""
-    of: Callable[[np.ndarray, np.ndarray], np.ndarray]      # float64 [n] of uint8 [n, height, width, 3] twice
-    smallest: int = 1                                       # pixels that a side must have
+    """A measure of pairs that is computed from their pixels."""
+    of: Callable[[np.ndarray, np.ndarray], np.ndarray]      # uint8 [n, height, width, 3] twice -> float64 [n]
+    smallest: int = 1                                       # the fewest pixels of a side
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises UserError for images (height, width) that are too small."""
@@ -44,30 +44,30 @@ class PixelMeasure(PairMeasure):
 
 
 class Unavailable(Exception):
-    """Why a score cannot be had of these sets."""
+    """Why a score cannot be computed for these sets."""
 
 
 class Sets(NamedTuple):
-    """Inception features of the images that are judged, and what is known of real ones."""
+    """Inception features of the images that are judged, and of real ones."""
     samples: Features
     known: Mapping[str, tuple[np.ndarray, np.ndarray]] | None       # real images' (mean, covariance) by layer
-    real: Features | None = None                                    # of real images, where they are there
+    real: Features | None = None                                    # real images' features, if there are images
 
     def statistics(self, layer: str) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [d] and covariance [d, d] of the real images: of their features where they are not known."""
+        """The mean [d] and covariance [d, d] of the real images, computed from their features if not known."""
         if self.known is not None:
             return self.known[layer]
-        assert self.real is not None        # a reference has the one or the other
+        assert self.real is not None        # a reference has statistics or images
         return mean_and_covariance(self.real.parts(layer))
 
 
 @dataclass(frozen=True)
 class SetMeasure:
-    """Numbers of two sets of Inception features that are found together."""
+    """Measures of two sets of Inception features that are computed together."""
     measures: tuple[Measure, ...]
-    of: Callable[[Sets], list[Metric]]                  # one for each of them, in order; raises Unavailable
-    commands: tuple[str, ...] = ("adm",)                # of eval/, which print them
-    slow: str = ""                                      # what is said while they are computed
+    of: Callable[[Sets], list[Metric]]                  # one metric for each measure, in order; raises Unavailable
+    commands: tuple[str, ...] = ("adm",)                # the commands of eval/ that print them
+    slow: str = ""                                      # a note while they are computed
 
 
 def shown(metric: Metric, digits: int = 4, scale: float = 1) -> str:

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and root mean squared error of images to their partners."""
+"""PSNR, SSIM and root mean squared error of pairs of images."""
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ def _psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """With the usual 11 x 11 Gaussian window, over the positions where it lies within the image (Wang et al., IEEE
-    Transactions on Image Processing 13(4), 2004; scikit-image's mean). torchmetrics' own mean is over a map of images
-    that are reflected at their edges: at 32 pixels 0.973 where this is 0.977, and 0.796 where it is 0.829."""
+    """The mean over the positions where the usual 11 x 11 Gaussian window lies within the image (Wang et al., IEEE
+    Transactions on Image Processing 13(4), 2004; scikit-image does the same). torchmetrics' own mean includes the
+    edges, with reflected images: at 32 pixels it is 0.973 instead of 0.977, and 0.796 instead of 0.829."""
     from torchmetrics.functional.image import structural_similarity_index_measure
-    # In float32 the variances inside SSIM cancel: an image and itself came out at 0.99992.
+    # In float32 the variances inside SSIM cancel: the SSIM of an image and itself came out at 0.99992.
     a, b = (torch.tensor(one).permute(0, 3, 1, 2).double() for one in (x, y))
     _, at = structural_similarity_index_measure(a, b, data_range=255.0, reduction="none", return_full_image=True)
     edge = _SSIM_WINDOW // 2
@@ -31,6 +31,6 @@ def _rmse(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 PSNR = PixelMeasure("PSNR", higher=True, key="psnr", label="PSNR (dB)", of=_psnr)
 SSIM = PixelMeasure("SSIM", higher=True, key="ssim", label="SSIM", smallest=_SSIM_WINDOW, of=_ssim)
-# In levels of 255. Its name is for a run of so many steps that twice as many change nothing (eval/fidelity.py).
+# In levels of 255. "Converged" is a run of so many steps that twice as many change nothing (eval/fidelity.py).
 RMSE_TO_CONVERGED = PixelMeasure("RMSE to converged", "rmse_converged", "RMSE to converged", key="rmse_converged",
                                  label="RMSE to converged", of=_rmse)

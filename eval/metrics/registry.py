@@ -1,4 +1,4 @@
-"""All metrics. One that is listed here is computed by its commands, kept in results, and known to tables and plots."""
+"""All metrics. The commands, results, tables and plots go by this list."""
 
 from eval.metrics.features import EffLite0, SmallExtractor
 from eval.metrics.inception_scores import FID, IS, PRECISION_RECALL, SFID
@@ -15,7 +15,7 @@ PIXELS: tuple[PixelMeasure, ...] = (PSNR, SSIM)                                 
 PAIRS: tuple[PairMeasure, ...] = (*PIXELS, FEATURE_DISTANCE, LPIPS, OTHER_BACKBONE, RMSE_TO_CONVERGED)
 SETS: tuple[SetMeasure, ...] = (FID, SFID, IS, PRECISION_RECALL)                       # eval.adm, eval.fid
 SMALL_SETS: tuple[type[SmallSetDistance], ...] = (FrechetInBasis, KernelDistance)           # eval.quality
-EXTRACTORS: dict[str, type[SmallExtractor]] = {"efflite0": EffLite0, "incmixed5": IncMixed5}  # what these are made on
+EXTRACTORS: dict[str, type[SmallExtractor]] = {"efflite0": EffLite0, "incmixed5": IncMixed5}    # for SMALL_SETS
 SMALL_MEASURES: tuple[Measure, ...] = tuple(one.named(of.name) for of in EXTRACTORS.values() for one in SMALL_SETS)
 MEASURES: dict[str, Measure] = {measure.name: measure for measure in (
     *(measure for one in SETS for measure in one.measures), CLIP_SCORE, *SMALL_MEASURES,

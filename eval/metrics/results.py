@@ -1,4 +1,4 @@
-"""Judged images as a result (run/results.py): what is known of them besides the numbers that the evaluator found.
+"""The result of judging images (run/results.py): the evaluator's numbers, and the run that the images come from.
 
     results.write(args.out, of_samples(
         "adm", images=image_set, device=args.device, started=started,
@@ -20,17 +20,17 @@ from run.seeds import format_seeds
 from run.spec import Run
 from unet_caching.errors import UserError
 
-VERSION = 1         # of all evaluators: another one where a number of the same images would be another
+VERSION = 1         # of all evaluators: raise it when the same images would get another number
 
 
 def of_samples(kind: str, images: ImageSet, metrics: Mapping[str, Metric], device: torch.device | str, *,
                inputs: Mapping[str, str] | None = None, hashes: Mapping[str, str] | None = None,
                details: Mapping[str, Any] | None = None, started: float | None = None, macs: Cost | None = None
                ) -> Result:
-    """The result of judging a set of images; what run.json beside them knows is filled in.
+    """The result of judging a set of images. The settings of the run are read from the run.json beside them.
 
-    inputs, hashes: of what else was read; the samples and their checkpoint are added. started: time.time() of before.
-    macs: of the run, where they are known; else those of the sample folder's.
+    inputs, hashes: everything else that was read; the samples and their checkpoint are added. started: time.time() when
+    the command began. macs: the cost of the run (default: that of the sample folder's run).
     """
     settings = (images.run() or {}).get("settings", {})
     checkpoint = {"checkpoint": settings["checkpoint_sha256"]} if settings.get("checkpoint_sha256") else {}
@@ -42,14 +42,14 @@ def of_samples(kind: str, images: ImageSet, metrics: Mapping[str, Metric], devic
 
 
 def cost(run: Run) -> Cost | None:
-    """MACs per step of a run; None where they depend on the images, or the network is another than the config's."""
+    """The MACs per step of a run; None if they depend on the images, or the network is not the config's."""
     if any(method.online for method in run.caching.methods) or getattr(run.spec.condition, "diffusers_unet", False):
         return None
     return Cost(*macs_per_step(run))
 
 
 def _cost_of_folder(images: ImageSet) -> Cost | None:
-    """MACs per step of the run of a sample folder, where that is known."""
+    """The MACs per step of the run of a sample folder; None if they are not known."""
     try:
         return None if images.root is None or images.run() is None else cost(Run.of_folder(images.root))
     except UserError:

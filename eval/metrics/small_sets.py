@@ -1,6 +1,6 @@
-"""Distances of sets of hundreds of images, with error bars and the distance that real images have from real images.
+"""Distances of sets of hundreds of images, with error bars, and the distance of real images from real images.
 
-Each is bound to a reference. What it must bring is `of_subsets`; errors, paired differences and floors follow from it.
+Each has a reference. A distance defines `of_subsets`; errors, paired differences and floors follow from it.
 """
 
 from abc import ABC, abstractmethod
@@ -20,25 +20,25 @@ _BLOCK = 1024       # rows of a kernel matrix held at a time
 class SmallSetDistance(ABC):
     """A distance of sets of features [n, D] to reference features [m, D].
 
-    dims: how many directions it may look at. extractor: the name of the network that the features are of.
+    dims: the most directions it may use. extractor: the name of the network behind the features.
     """
 
     def __init__(self, reference: np.ndarray, dims: int, extractor: str = "EffLite0"):
         self.reference, self.measure = reference, self.named(extractor)
-        self.about: dict[str, Any] = {"dims": reference.shape[1]}       # what else the JSON says of it
+        self.about: dict[str, Any] = {"dims": reference.shape[1]}       # what else the JSON says
 
     @staticmethod
     @abstractmethod
     def named(extractor: str) -> Measure:
-        """What it is called on the features of a network."""
+        """The measure on the features of an extractor."""
 
     @abstractmethod
     def of_subsets(self, x: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> np.ndarray:
-        """[R]: of subsets wx (bool [n, R]) of features x [n, D] to those wy (bool [m, R], or [m, 1]) of the reference.
-        """
+        """The distances [R] of subsets wx (bool [n, R]) of features x [n, D] from subsets wy (bool [m, R] or [m, 1]) of
+        the reference."""
 
-    def look_at(self, samples: np.ndarray) -> None:                 # noqa: B027  few have anything to say
-        """Warn of samples that are too few."""
+    def look_at(self, samples: np.ndarray) -> None:                 # noqa: B027  most distances have no warning
+        """Warn if there are too few samples."""
 
     def estimate(self, samples: np.ndarray, repeats: int = 200, seed: int = 0) -> dict[str, Any]:
         """The distance of features [n, D], with its error over draws of n images: {value, stderr, interval (95 %)}.
@@ -51,12 +51,12 @@ class SmallSetDistance(ABC):
 
     def difference(self, samples: np.ndarray, against: np.ndarray, repeats: int = 200, seed: int = 0
                    ) -> dict[str, Any]:
-        """The distance of `samples` minus that of `against`, features [n, D] both, row i of each of the same seed.
+        """The distance of `samples` minus the distance of `against`. Both are features [n, D]; row i has the same seed.
 
         The standard error is over draws of n seeds, each with its image in both runs: every subset leaves out the same
-        seeds of both. What two images of a seed share moves both distances alike and drops out of their difference,
-        which the errors of the two, taken as independent, would count twice. So does the rise of a Frechet distance
-        with fewer images, where the covariances are alike. The reference is held fixed.
+        seeds of both. What two images of a seed share moves both distances alike, so it drops out of the difference.
+        Errors of two independent runs would count it twice. The rise of a Frechet distance with fewer images drops out,
+        too, if the covariances are alike. The reference is held fixed.
         """
         _needs_two(samples, against)
         if len(samples) != len(against):
@@ -65,14 +65,14 @@ class SmallSetDistance(ABC):
 
     def _with_error(self, repeats: int, seed: int, samples: np.ndarray, against: np.ndarray | None = None
                     ) -> dict[str, Any]:
-        """Of all n images, with the standard error from random subsets of 80 % of them, drawn WITHOUT replacement.
+        """The value of all n images; its standard error from random subsets of 80 % of them, drawn WITHOUT replacement.
 
-        A bootstrap (with replacement) repeats images. In an unbiased kernel estimate the pairs of an image with itself
-        are left out for a reason: its copies bring them back and push every resample up; in a covariance, copies lower
-        the number of distinct images, and the Frechet distance with it rises. Subsets have no copies. By the delete-d
-        jackknife (Shao and Wu 1989) the mean of `keep` out of n has variance s^2 / keep * (1 - keep / n): smaller than
-        s^2 / n by (n - keep) / keep. Against 60 real draws of 256 emoji: right for KID (0.0096 for 0.0088), a third too
-        large for FD in 64 dimensions (5.4 for 3.9), where the bootstrap was by more than half (6.1).
+        A bootstrap (with replacement) repeats images. An unbiased kernel estimate leaves out the pairs of an image with
+        itself; copies bring them back and push every resample up. In a covariance, copies lower the number of distinct
+        images, and the Frechet distance rises. Subsets have no copies. By the delete-d jackknife (Shao and Wu 1989) the
+        mean of `keep` out of n has variance s^2 / keep * (1 - keep / n), which is s^2 / n times (n - keep) / keep.
+        Compared with 60 real draws of 256 emoji, the error is right for KID (0.0096; real 0.0088) and a third too large
+        for FD in 64 dimensions (5.4; real 3.9; bootstrap 6.1).
         """
         n = len(samples)
         keep = min(max(2, round(0.8 * n)), n - 1) if n > 2 else n
@@ -86,11 +86,10 @@ class SmallSetDistance(ABC):
 
 
 class FrechetInBasis(SmallSetDistance):
-    """The Frechet distance within the first `dims` principal directions of the reference: with fewer images than
-    dimensions it is mostly bias.
+    """The Frechet distance within the first `dims` principal directions of the reference.
 
-    It falls as n grows, for equal distributions too: compare only numbers of equal n and m. Raises UserError unless
-    dims < m and <= D.
+    With fewer images than dimensions it is mostly bias. It falls as n grows, for equal distributions too: compare only
+    numbers of equal n and m. Raises UserError unless dims < m and <= D.
     """
 
     @one_thread()
@@ -128,8 +127,8 @@ class KernelDistance(SmallSetDistance):
     """The kernel distance (KID; Binkowski et al., arXiv 1801.01401): the unbiased squared MMD with the kernel
     (x.y / d + 1)^3, on all images and all dimensions at once.
 
-    Its expectation does not depend on the number of images, which the Frechet distance's does. No random subsets of 100
-    or 1000 images as in other implementations: they estimate the same number with more noise.
+    Its expectation does not depend on the number of images; the Frechet distance's does. Other implementations average
+    over random subsets of 100 or 1000 images, which estimate the same number with more noise.
     """
 
     @staticmethod
@@ -141,9 +140,9 @@ class KernelDistance(SmallSetDistance):
 
 
 def kernel_distances(x: np.ndarray, wx: np.ndarray, y: np.ndarray, wy: np.ndarray) -> np.ndarray:
-    """KID [R] over all pairs, of the subsets wx (bool [n, R]) of x [n, d] with those wy (bool [m, R or 1]) of y [m, d].
+    """The KID [R], over all pairs, of subsets wx (bool [n, R]) of x [n, d] and wy (bool [m, R or 1]) of y [m, d].
 
-    Zero on average for equal distributions at any sizes, so it may be negative.
+    Its average is zero for equal distributions of any sizes, so it may be negative.
     """
     def within(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         count, itself = w.sum(0), ((x * x).sum(1) / x.shape[1] + 1) ** 3
@@ -169,15 +168,14 @@ def _pair_sums(x: torch.Tensor, wx: torch.Tensor, y: torch.Tensor, wy: torch.Ten
 
 def real_floor(distances: Sequence[SmallSetDistance], samples: np.ndarray, held_out: np.ndarray | None = None,
                repeats: int = 100, seed: int = 0) -> dict:
-    """What real images score against real images, and the samples at exactly the same sizes. Features [n, D] all.
+    """The distance of real images from real images, and of the samples at exactly the same sizes. All features: [n, D].
 
-    distances: of one reference. With held_out: min(len(held_out), len(samples)) of them against the whole reference.
-    Without: the reference is split at random into at most half, as many as there are samples, and the rest. Every
-    number is the mean over `repeats` draws with its 2.5% and 97.5% quantiles: where a set of so many real images (real)
-    or of so many of the samples (samples) falls; where all of the held-out images are taken, their number and its 95%
-    interval. Where all of the samples are taken, their range shows the choice of the reference alone, not their own
-    error. A split knows the same subjects on both sides, held-out images other subjects: the first floor is a little
-    low, the second a little high.
+    distances: all with the same reference. With held_out, n = min(len(held_out), len(samples)) held-out images are
+    compared with the whole reference. Without, the reference is split at random: n images, at most half and at most as
+    many as there are samples, are compared with the rest. Every number is the mean over `repeats` draws of n images,
+    with its 2.5% and 97.5% quantiles. If all held-out images are drawn, it is their distance with its 95% interval. If
+    all samples are drawn, their range shows only the choice of the reference, not their own error. A split has the same
+    subjects on both sides, held-out images other subjects: the first floor is a little low, the second a little high.
     Returns {kind, n, reference_n, and by the name of each distance {samples, real}}.
     """
     rng, reference = np.random.default_rng(seed), distances[0].reference
@@ -200,9 +198,9 @@ def real_floor(distances: Sequence[SmallSetDistance], samples: np.ndarray, held_
 
 
 def nearest_distances(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """For each of features [n, D] the Euclidean distance to the nearest reference image: float [n].
+    """The Euclidean distance [n] of features [n, D] to the nearest reference image.
 
-    A sample much nearer to a training image than held-out images are is a copy of it.
+    A sample that is much nearer to a training image than held-out images are is a copy of that image.
     """
     _needs_two(reference)
     from scipy.spatial.distance import cdist  # here: it takes half a second

@@ -1,8 +1,8 @@
-"""Real images as data sets come: CIFAR-10's python batches and LSUN's lmdb folders, as sets of images to read.
+"""Data sets of real images as they are published: CIFAR-10's python batches, LSUN's lmdb folders, photographs.
 
-LSUN at 256 pixels as ermongroup/ddim prepares it: the shorter side to 256 (Pillow's bilinear), then the centre. For
-pictures whose shorter side is 256 already, as in the published lmdb files, that is a crop. Photographs in a folder,
-such as COCO's, are brought to a size in the same way, grey ones among them as RGB.
+LSUN at 256 pixels is prepared as in ermongroup/ddim: the shorter side is resized to 256 (Pillow's bilinear), then the
+centre is cropped. The pictures of the published lmdb files have a shorter side of 256 already. Photographs in a folder,
+such as COCO's, are resized and cropped in the same way; grey ones become RGB.
 """
 
 import importlib
@@ -28,9 +28,8 @@ _CIFAR10 = [f"data_batch_{i}" for i in range(1, 6)]
 def open_source(path: Path, size: int | None = None, count: int | None = None) -> ImageSet:
     """The images at a path: an LSUN lmdb folder, CIFAR-10's folder, a folder of images, or an npz.
 
-    size: pixels that they are brought to; None: 256 of LSUN, all others as they are. count: the first so many only
-    (default: all).
-    Raises UserError for what is none of these, or has fewer.
+    size: pixels a side to resize to (default: 256 for LSUN, else unchanged). count: only the first so many images.
+    Raises UserError for anything else, and for fewer images than count.
     """
     if (path / "data.mdb").is_file():
         return lsun(path, size or 256, count)
@@ -44,7 +43,7 @@ def open_source(path: Path, size: int | None = None, count: int | None = None) -
         images = open_images(path)
     if size is not None and images.size != (size, size):
         raise UserError(f"{images.description} has images of {images.size[1]}x{images.size[0]} pixels, which --size "
-                        "does not change: leave it out")
+                        "cannot change: leave --size out")
     count = _checked(images.description, len(images), count)
     return images if count == len(images) else replace(
         images, description=f"{images.description} (the first {count})", names=images.names[:count],
@@ -52,20 +51,20 @@ def open_source(path: Path, size: int | None = None, count: int | None = None) -
 
 
 def _checked(what: str, there: int, count: int | None) -> int:
-    """How many images to take. Raises UserError for more than there are."""
+    """The number of images to take. Raises UserError if count is more than there are."""
     if count is not None and not 2 <= count <= there:
         raise UserError(f"{what} has {there} images, so --count must be from 2 to {there}, got {count}")
     return count or there
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Opens nothing but arrays in lists and dicts: a pickle that wants more could run code."""
+    """Opens only arrays in lists and dicts: a pickle of anything else could run code."""
     _allowed = frozenset({("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
                           ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")})
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in self._allowed:
-            raise pickle.UnpicklingError(f"it wants {module}.{name}, which is no array")
+            raise pickle.UnpicklingError(f"it wants {module}.{name}, which is not an array")
         return getattr(importlib.import_module(module.replace("numpy.core", "numpy._core")), name)
 
 
@@ -80,7 +79,7 @@ def cifar10(path: Path) -> ImageSet:
     pixels = []
     for file in files:
         try:
-            with open(file, "rb") as opened, warnings.catch_warnings(action="ignore"):  # of numpy's older pickles
+            with open(file, "rb") as opened, warnings.catch_warnings(action="ignore"):  # about numpy's older pickles
                 content = _ArraysOnly(opened, encoding="latin1").load()
             data = content.get("data") if isinstance(content, dict) else None
         except Exception as error:      # a damaged pickle may raise anything
@@ -93,20 +92,20 @@ def cifar10(path: Path) -> ImageSet:
 
 
 def prepared(file: Path | IO[bytes], size: int, what: str) -> np.ndarray:
-    """uint8 [size, size, 3]: a picture's shorter side brought to `size`, then the centre.
+    """uint8 [size, size, 3]: a picture with its shorter side resized to `size`, then cropped to the centre.
 
-    what: names it. Raises UserError where it cannot be read.
+    what: the picture's name in a message. Raises UserError if it cannot be read.
     """
     from torchvision.transforms.functional import center_crop, resize  # takes seconds
     try:
         with Image.open(file) as image:
             return np.asarray(center_crop(resize(image.convert("RGB"), size), [size, size]))
     except UNREADABLE as error:
-        raise UserError(f"{what} is damaged, or of a format that is not read here ({one_line(error)})") from None
+        raise UserError(f"{what} is damaged, or in a format that is not read here ({one_line(error)})") from None
 
 
 def photographs(path: Path, size: int) -> ImageSet:
-    """The images that lie in a folder, of any size, in the order of their names. Raises UserError where one is none."""
+    """The images in a folder, of any size, in the order of their names. Raises UserError if one cannot be read."""
     files = plain_files(path)
     if not files:
         raise UserError(f"no images in {path}")
@@ -121,7 +120,7 @@ def photographs(path: Path, size: int) -> ImageSet:
 def lsun(path: Path, size: int = 256, count: int | None = None) -> ImageSet:
     """The pictures of an LSUN lmdb folder, in the order of their keys: shorter side to `size`, centre crop.
 
-    Raises UserError where the package lmdb is missing or broken, and for an lmdb that cannot be read.
+    Raises UserError if the package lmdb is missing or broken, or the folder cannot be read.
     """
     with needed("lmdb"):
         import lmdb
@@ -147,10 +146,10 @@ def lsun(path: Path, size: int = 256, count: int | None = None) -> ImageSet:
 
 
 def open_reference(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet | None]:
-    """(reference, held-out or None) of 'emoji:GROUP' (training images), a folder or an npz.
+    """The images of a reference and the held-out ones, if there are any.
 
-    GROUP: one group of the emoji, several with commas between, or 'all'.
-    size: (height, width) of the samples; a reference of another size is a UserError, since sharpness would differ.
+    text: a folder, an npz, or 'emoji:GROUP' with a group of the emoji, several with commas between, or 'all'.
+    size: (height, width) of the samples. Raises UserError for a reference of another size: sharpness would differ.
     """
     if not text.startswith("emoji:"):
         reference = open_images(text)
