@@ -4,6 +4,7 @@ Sizes: the config.json files of github Nota-NetsPresso/BK-SDM, src/unet_config; 
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def size_of(layout: Mapping[str, Any]) -> str | None:
     return next((size for size, config in _SIZES.items() if layers(config) == layers(layout)), None)
 
 
+@cache
 def step_macs(size: str) -> Macs:
     """The MACs of one step for a 512x512 image and 77 tokens of text, one row of the batch."""
     unet = build(size)
