@@ -6,7 +6,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import run_command, save_samples
+from conftest import fails, run_command, save_samples
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -156,10 +156,8 @@ def test_bad_input_ends_in_one_line(monkeypatch, tmp_path, capsys, tiny, samples
     if change:
         change(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert run_command(clip_score.main, "--model", NAME, "--weights", tiny[0], "--samples", samples, "--prompts",
-                       prompts, "--out", "out.json", *args) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.splitlines()[-1].startswith("error: ")
+    assert fails(capsys, run_command(clip_score.main, "--model", NAME, "--weights", tiny[0], "--samples", samples,
+                                     "--prompts", prompts, "--out", "out.json", *args), message)
     assert not (tmp_path / "out.json").exists()
 
 
@@ -173,8 +171,7 @@ def test_bad_input_ends_in_one_line(monkeypatch, tmp_path, capsys, tiny, samples
 def test_published_models_say_what_they_need(monkeypatch, tmp_path, capsys, samples, prompts, args, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.bin").write_bytes(b"")
-    assert run_command(clip_score.main, "--samples", samples, "--prompts", prompts, *args) == 2
-    assert message in capsys.readouterr().err
+    assert fails(capsys, run_command(clip_score.main, "--samples", samples, "--prompts", prompts, *args), message)
 
 
 def test_nothing_is_downloaded_for_models_that_need_further_files(monkeypatch, tmp_path, capsys, tiny, samples,
@@ -184,9 +181,9 @@ def test_nothing_is_downloaded_for_models_that_need_further_files(monkeypatch, t
     config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "hf_tokenizer_name": "nobody/nothing"}}
     (tmp_path / "tiny-hub.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "tiny-hub.json")
-    assert run_command(clip_score.main, "--samples", samples, "--prompts", prompts, "--model", "tiny-hub", "--weights",
-                       tiny[0]) == 2
-    assert "tiny-hub needs more files than the weights, and they are not on this machine" in capsys.readouterr().err
+    code = run_command(clip_score.main, "--samples", samples, "--prompts", prompts, "--model", "tiny-hub", "--weights",
+                       tiny[0])
+    assert fails(capsys, code, "tiny-hub needs more files than the weights, and they are not on this machine")
     assert asked == []
 
 

@@ -25,7 +25,7 @@ from run import results
 from run.results import Metric, Result
 
 SECONDS, MEMORY = 10, 2 << 30
-SHARE = 20      # one case of so many, other ones of each kind
+SHARE = 20      # one case of so many, some of each kind
 
 
 class World:
@@ -96,14 +96,9 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("hostile") / "world")
 
 
-def test_a_share_of_the_cases(world, tmp_path):
+@pytest.mark.parametrize("share", [SHARE, pytest.param(1, marks=pytest.mark.slow)])
+def test_one_case_of_so_many(world, tmp_path, share):
     cases = all_cases()
     assert len(cases) >= 300
-    faults = [fault for case in cases[::SHARE] for fault in faults_of(case, world, tmp_path)]
-    assert not faults, "\n".join(faults)
-
-
-@pytest.mark.slow
-def test_every_case(world, tmp_path):
-    faults = [fault for case in all_cases() for fault in faults_of(case, world, tmp_path)]
+    faults = [fault for case in cases[::share] for fault in faults_of(case, world, tmp_path)]
     assert not faults, "\n".join(faults)

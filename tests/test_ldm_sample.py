@@ -247,16 +247,6 @@ def test_bad_configs_are_one_line(sample, tiny, tmp_path, capsys, changes, word)
     assert not (tmp_path / "out").exists()
 
 
-def test_stable_diffusions_weights_are_refused(sample, tmp_path, capsys):
-    """Its layout has all three prefixes; the text encoder gives it away."""
-    path = tmp_path / "sd.safetensors"
-    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3),
-               "first_stage_model.quant_conv.weight": torch.zeros(8, 8, 1, 1),
-               "cond_stage_model.transformer.text_model.final_layer_norm.weight": torch.zeros(768)}, path)
-    assert fails(capsys, sample("--checkpoint", path, "--out", tmp_path / "out"), "sd.safetensors", "Stable Diffusion")
-    assert not (tmp_path / "out").exists()
-
-
 # ---- npz
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from conftest import HERE
+from conftest import HERE, fails
 from forked import Forked, signal_at
 from PIL import Image
 from test_sampling import sample, start, tiny  # noqa: F401  fixtures
@@ -85,5 +85,4 @@ def test_a_process_of_torchrun_takes_its_own_gpu(sample, tmp_path, monkeypatch, 
     """Seen in the message, where there is no GPU."""
     monkeypatch.setenv("LOCAL_RANK", "96")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 100)
-    assert sample("--device", "cuda", "--out", tmp_path / "out") == 2
-    assert "cuda:96 is not there" in capsys.readouterr().err
+    assert fails(capsys, sample("--device", "cuda", "--out", tmp_path / "out"), "cuda:96 is not there")

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import run_command
+from conftest import fails, run_command
 
 from eval import table
 from eval.metrics.results import cost
@@ -76,9 +76,8 @@ def test_every_number_that_is_kept_here_is_read_by_the_one_reader():
 def test_a_file_of_something_else_among_the_results_is_refused_by_name(capsys, tmp_path, content):
     results.write(tmp_path / "some.json", Result("adm"))
     (tmp_path / "other.json").write_text(content)
-    assert run_command(table.main, "1", "--results", tmp_path) == 2
-    error = capsys.readouterr().err
-    assert "other.json is not a result of this program" in error and error.count("\n") == 1
+    code = run_command(table.main, "1", "--results", tmp_path)
+    assert fails(capsys, code, "other.json is not a result of this program")
 
 
 def test_numbers_of_sets_of_images_stand_beside_how_many_those_are():

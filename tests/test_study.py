@@ -246,8 +246,6 @@ def test_tables_that_are_kept_are_those_of_their_records(name, tmp_path, monkeyp
     assert run_command(main_of("lab.study"), name, "--render", "--device", "cpu", "--results", tmp_path) == 0
     for file in ("table.md", "records.jsonl"):
         assert (tmp_path / name / file).read_text() == (ROOT / "results" / name / file).read_text()
-    for chart in (tmp_path / name).glob("charts*.svg"):
-        assert chart.read_text().count('class="name"') <= 8 * chart.read_text().count('<g class="plot"')
 
 
 @pytest.mark.parametrize("name", RENDERED)

@@ -150,9 +150,7 @@ def test_a_run_is_timed_by_its_kinds_of_calls(config, tmp_path, capsys, options,
     assert f"the run: {options[1]} calls" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", ["--branch 4", "--branch 1 -1", "--interval 0", "--interval 2 101", "--steps 0",
-                                   "--forecast -1", "--repeats 0", "--warmup 0", "--batch-size 0", "--threads 0",
-                                   "--device abacus", "--device cuda:99", "--device meta", "--config nowhere.yaml",
+@pytest.mark.parametrize("words", ["--branch 4", "--interval 2 101", "--repeats 0", "--device abacus", "--device meta",
                                    "--checkpoint nowhere.ckpt", "run --block-schedule nowhere.json",
                                    f"run --block-schedule {FOREIGN}"])
 def test_command_refuses_bad_input(config, capsys, tmp_path, words):
