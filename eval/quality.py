@@ -1,12 +1,12 @@
-"""How close a set of images is to a set of real ones, on features of a small network.
+"""The distance of a set of images from a set of real ones, on features of a small network.
 
     python -m eval.quality --samples samples/full --reference "emoji:Smileys & Emotion" --out results/full_quality.json
 
 FD-EffLite0: Frechet distance in the first 64 principal directions of the reference. KID-EffLite0: unbiased kernel
-distance on all 1280 features. Both come with error bars, and with the score of as many real images.
+distance on all 1280 features. Both have error bars, and beside them the distance of as many real images.
 These are not FID and KID of the literature, which use another network. Compare FD only between equal numbers of images.
---extractor incmixed5 takes another network, InceptionV3 up to its block mixed5 (FD-IncMixed5, KID-IncMixed5), to see
-whether a result depends on the network. bash scripts/download.sh incmixed5 fetches it.
+--extractor incmixed5 uses another network, InceptionV3 up to its block mixed5 (FD-IncMixed5, KID-IncMixed5), to see
+whether a result depends on the network. Fetch it with bash scripts/download.sh incmixed5.
 --against FOLDER, with the same seeds, gives the difference of the two runs' distances with a paired interval. Two runs
 may differ significantly although their own intervals overlap.
 """
@@ -40,7 +40,7 @@ FD, KID = FrechetInBasis.named("EffLite0").name, KernelDistance.named("EffLite0"
 class Options(Judged):
     reference: str = required("emoji:GROUP (or GROUP,GROUP or all), a folder of PNGs, or an npz")
     against: Path | None = option(None, "folder or npz of the same seeds: print the difference, too")
-    count: int | None = option(None, "at least so many images must be there")
+    count: int | None = option(None, "the fewest images there must be")
     extractor: str = option("efflite0", "network of the features (default: %(default)s)", choices=tuple(EXTRACTORS))
     dims: int = option(64, "principal directions of FD (default: %(default)s)")
     repeats: int = option(200, "subsets per error bar (default: %(default)s)", least=2)
@@ -50,11 +50,11 @@ class Options(Judged):
 def quality(samples: ImageSet, reference: ImageSet, extractor: SmallExtractor, held_out: ImageSet | None = None,
             dims: int = 64, repeats: int = 200, batch_size: int = 32, with_floors: bool = True,
             against: ImageSet | None = None) -> dict:
-    """Distances of samples to reference with errors, floors and nearest neighbours, JSON-compatible.
+    """The distances of samples from a reference, with errors, floors and nearest neighbours, JSON-compatible.
 
-    dims: of the PCA basis. repeats: subsets per error bar, and half as many for each floor. with_floors: they take most
-    of the time, and one of several sets of equal size tells them. against: a set of the same seeds; `difference` has
-    the distances of samples minus those of it then, paired: {by name: {value, stderr, interval}, against}.
+    dims: of the PCA basis. repeats: subsets per error bar, and half as many for each floor. with_floors: floors take
+    most of the time, and sets of equal size need them only once. against: a set of the same seeds; `difference` is then
+    the distances of samples minus the distances of `against`, paired: {by name: {value, stderr, interval}, against}.
     """
     if against is not None:
         check_paired(samples, against)
@@ -89,18 +89,18 @@ def metrics(result: dict) -> dict[str, Metric]:
 
 
 def measures(result: dict) -> list[Measure]:
-    """Which distances those are: on the features of one network."""
+    """The measures in a result of `quality`."""
     return [measure for measure in SMALL_MEASURES if measure.name in result]
 
 
 def hashes(result: dict) -> dict[str, str]:
-    """sha256 of what `quality` looked at."""
+    """The sha256 of the images, the reference and the extractor in a result of `quality`."""
     return {"images": result["samples"]["sha256"], "reference": result["reference"]["sha256"],
             "extractor": result["extractor"]}
 
 
 def _nearest(features: np.ndarray, reference: np.ndarray) -> dict:
-    """Quantiles of the distance to the nearest reference image: far below those of held-out images = copied."""
+    """Quantiles of the distance to the nearest reference image. Far below held-out images' they mean copies."""
     distances = nearest_distances(features, reference)
     quantiles = {"min": 0, "5%": 0.05, "median": 0.5, "95%": 0.95}
     return {name: float(np.quantile(distances, q)) for name, q in quantiles.items()}
@@ -132,7 +132,7 @@ def table(result: dict) -> str:
         sizes = f"{floor['n']} against {floor['reference_n']}"
         real, samples = ({name: floor[name][kind] for name in metrics(result)} for kind in ("real", "samples"))
         row(f"  real ({floor['kind']}), {sizes}", spread(real, "mean", "range", "{:.2f} [{:.2f} {:.2f}]"))
-        # The error of the samples is in the first row; this range may leave it out.
+        # The samples' error is in the first row; this range may not include it.
         row(f"  samples, {sizes}", (f"{measure.scale * samples[measure.name]['mean']:.2f}" for measure in shown_here))
     if by := result.get("difference"):
         row(f"minus {Path(by['against']['from']).name}, paired by seed",

@@ -1,12 +1,12 @@
-"""Any table of the two papers: paper | ours | difference, with a dash where nothing was printed or measured.
+"""Any table of the two papers: paper | ours | difference. A dash: not printed, or not measured.
 
     python -m eval.table 1                                table1, as text
     python -m eval.table table3 block_caching_table1 --format markdown
     python -m eval.table --all                            writes results/README.md and results/tables/*.csv, *.tex
 
-MACs are counted here and now; they need no weights. All else comes from the JSON files under results/, and only where
-the run is the row's: all its settings, the weights, the number of images, the evaluator and its files, prompts
-(eval/tables/current.py). Why a number is missing is said below the table, as text.
+The command counts MACs, which need no weights. All other numbers come from the JSON files under results/, if their run
+is the row's: all settings, the weights, the number of images, the evaluator and its files, the prompts
+(eval/tables/current.py). In the text format, the reasons for missing numbers are below the table.
 """
 
 import argparse

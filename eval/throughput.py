@@ -7,10 +7,10 @@
     python -m eval.throughput run --config configs/ldm_cin256.yaml --interval 5 --forecast 1      any run, any policy
     python -m eval.throughput run --config configs/sd_v15.yaml --block-schedule FILE
 
-Beside diffusers' networks and the PyPI package, in every mode: python -m scripts.machine.
-Only the U-Net runs, on random weights unless --checkpoint is given. All kinds of network calls take turns in one
-process, so that a busy machine slows them alike. Trust the ratios, medians over the rounds, more than the seconds. The
-ratio of the MACs says what to expect.
+To compare with diffusers' networks and the PyPI package, in every mode: python -m scripts.machine.
+Only the U-Net runs, with random weights unless --checkpoint is given. All kinds of network calls take turns in one
+process, so that a busy machine slows them alike. Trust the ratios, medians over the rounds, more than the seconds.
+Compare them with the ratios of the MACs.
 """
 
 import itertools
@@ -40,18 +40,17 @@ from unet_caching.speed.accelerate import accelerated, place
 
 @dataclass(frozen=True)
 class TimingOptions:
-    """How often."""
     title: ClassVar[str] = "the timing"
     repeats: int = option(20, "timed rounds (default: %(default)s)", least=1)
-    warmup: int = option(2, "untimed rounds before them (default: %(default)s)", least=1)
+    warmup: int = option(2, "untimed rounds at the start (default: %(default)s)", least=1)
     out: Path | None = option(None, "JSON file for the result, written after the timing")
 
 
 def timed(runs: Sequence[tuple[Mapping[str, Any], Run]], settings: Mapping[str, Any], machine: Machine,
           timing: TimingOptions) -> None:
-    """Time all kinds of calls of some runs of one model, print what that comes to, and write it.
+    """Time all kinds of calls of some runs of one model, print the result, and write it.
 
-    runs: each with what tells it from the others. settings: of the result, beside those of the timing.
+    runs: each with the settings that differ between them. settings: of the result, besides the timing's.
     """
     started, run = time.time(), runs[0][1]
     for _, one in runs:
@@ -84,7 +83,7 @@ def timed(runs: Sequence[tuple[Mapping[str, Any], Run]], settings: Mapping[str, 
 
 
 def of_run(run: Run, times: Times, batch_size: int) -> dict[str, Any]:
-    """What the times of its kinds of calls, and the MACs of its calls, come to in a run."""
+    """The time and the speed-up of a run, by the times and by the MACs of its calls."""
     macs, full, time = call_macs(run), costs_of(run).full, times.of_run(run)
     assert time is not None         # all of its kinds were timed
     return {"calls": run.calls, "seconds": time.seconds, "images_per_second": batch_size / time.seconds,
@@ -93,7 +92,7 @@ def of_run(run: Run, times: Times, batch_size: int) -> dict[str, Any]:
 
 
 def table(timings: Mapping[str, Any]) -> str:
-    """All of it, for people."""
+    """The timings as text."""
     full = timings["full"]
     lines = ["of a call, and as a fraction of a full one: time, macs, macs_fc",
              f"{'median ms':>10}{'quartiles':>18}{'time':>8}{'macs':>8}{'macs_fc':>9}  what it reuses"]
@@ -117,7 +116,7 @@ def table(timings: Mapping[str, Any]) -> str:
 
 
 def time_a_run(words: Sequence[str]) -> None:
-    """`eval.throughput run`: the kinds of network calls that a run has, whatever its caching."""
+    """`eval.throughput run`: time all kinds of network calls of a run, with any caching."""
     spec, machine, timing = parse_run(time_a_run.__doc__, Machine, TimingOptions, words=words,
                                       defaults={"batch_size": 8}, prog="python -m eval.throughput run")
     run = spec.open()
@@ -126,11 +125,11 @@ def time_a_run(words: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Steps:
-    """Full and cached steps, and whole runs made of them."""
+    """Full and cached steps, and whole runs of them."""
     config: Path = required("configs/*.yaml")
     branch: tuple[int, ...] = option((), "0-based skips (default: the paper's for this model)")
     interval: tuple[int, ...] = option((2, 3, 5, 10), "N of 1:N of the whole runs (default: 2 3 5 10)")
-    forecast: tuple[int, ...] = option((0,), "time cached steps that forecast, with these orders; 0 = reuse (default)",
+    forecast: tuple[int, ...] = option((0,), "orders of the cached steps' forecasts; 0 = reuse (default)",
                                        metavar="ORDER")
     steps: int | None = option(None, "network calls per image of the whole runs (default: the config's)")
 

@@ -7,8 +7,8 @@
     python -m lab.train --config configs/sd_emoji.yaml --out checkpoints/train_sd_emoji
 
 Stop it whenever you like; the same command goes on where it stopped. The EMA weights are written into --out, in float16
-and in the layout of the public checkpoints, beside a log (log.jsonl). The text-conditional model is a diffusers folder;
-its text encoder is all-MiniLM-L6-v2, as it is, its autoencoder the first stage of the class-conditional model.
+and in the layout of the public checkpoints, beside a log (log.jsonl). The text-conditional model is a diffusers folder.
+Its text encoder is all-MiniLM-L6-v2, unchanged; its autoencoder is the first stage of the class-conditional model.
 """
 
 import copy
@@ -51,20 +51,19 @@ from unet_caching.samplers.diffusion import training_target
 
 @dataclass(frozen=True)
 class Options:
-    """What is trained, and where it goes."""
     title: ClassVar[str] = "the training run"
     what: str = option("model", "model (default), or first-stage: the autoencoder of a latent one", word=True,
                        choices=("model", "first-stage"))
     config: Path = required("configs/*_emoji.yaml")
-    out: Path = required("its folder; resumed if it has one")
-    first_stage: Path = option(Path("checkpoints/ldm_emoji.safetensors"), "of a latent model: what first-stage wrote, "
-                               "or the class-conditional model (default: %(default)s)")
-    first_stage_config: Path = option(Path("configs/ldm_emoji.yaml"), "that of the text-conditional model's "
-                                      "(default: %(default)s)")
+    out: Path = required("folder of the run; a stopped run is resumed")
+    first_stage: Path = option(Path("checkpoints/ldm_emoji.safetensors"), "for a latent model: the file from "
+                               "first-stage, or the class-conditional model (default: %(default)s)")
+    first_stage_config: Path = option(Path("configs/ldm_emoji.yaml"), "for the text-conditional model: the config of "
+                                      "its first stage (default: %(default)s)")
 
 
 class Job(NamedTuple):
-    """A model to be trained. data: what batches are drawn from, on the device. write: for its EMA copy, in the end."""
+    """A model to train. data: batches are drawn from it; on the device. write: writes the EMA copy at the end."""
     about: str
     model: nn.Module
     loss: Loss[Any]
@@ -87,8 +86,8 @@ def denoising_error(network: Callable[[Tensor, Tensor], Tensor], x0: Tensor, con
                     generator: torch.Generator) -> Tensor:
     """The squared error of the predicted noise (Ho et al., arXiv 2006.11239, Equation 14), or v, at uniform timesteps.
 
-    network(x_t, t) -> its output, under autocast to bfloat16 where `bf16`; t: int64 [batch].
-    x0: [batch, channels, height, width], clean.
+    network: (x_t, t) -> output, under autocast to bfloat16 if `bf16`; t: int64 [batch]. x0: clean, [batch, channels,
+    height, width].
     """
     device, alphas = x0.device, config.diffusion.alphas_cumprod().to(x0.device)
     t = torch.randint(0, len(alphas), (len(x0),), generator=generator, device=device)
@@ -106,7 +105,7 @@ def of_latents(latents: Tensor) -> str:
 
 
 def write_weights(tensors: Mapping[str, Tensor], target: Path) -> None:
-    """Write tensors in float16, and say so."""
+    """Write tensors in float16, and print the file's name."""
     save_tensors({name: value.half() for name, value in tensors.items()}, target)
     print(f"wrote {target}, {target.stat().st_size / 2**20:.1f} MiB")
 
@@ -116,7 +115,7 @@ def write_weights(tensors: Mapping[str, Tensor], target: Path) -> None:
 def pixels(config: PixelConfig, options: Options, device: torch.device) -> Job:
     """A model of pixels, on images mirrored at random."""
     settings = config.train
-    assert settings is not None         # or it is refused before
+    assert settings is not None         # main checks it
     unet = ddpm.unet.UNet(**vars(config.unet), dropout=settings.dropout)
     if settings.start is not None:
         ddpm.checkpoint.load_checkpoint(unet, Path(settings.start))
@@ -139,9 +138,9 @@ def as_images(tiles: Any) -> Tensor:
 def autoencoder(config: ldm.config.Config, options: Options, device: torch.device) -> Job:
     """A first stage, on all emoji.
 
-    While it trains, the latents are continuous, with a little noise added, so that the decoder forgives what
-    quantisation and diffusion will do to them. The error is that of the pixels, and of their differences to the right
-    and below, which keep edges sharp.
+    In training, the latents are continuous, with a little noise added, so that the decoder tolerates errors of
+    quantisation and diffusion. The loss is the error of the pixels, and of their differences to the right and below,
+    which keep edges sharp.
     """
     settings, sizes = config.train_first_stage, config.first_stage
     assert settings is not None
@@ -165,7 +164,7 @@ def autoencoder(config: ldm.config.Config, options: Options, device: torch.devic
 @torch.no_grad()
 def finish(vq: diffusers.VQModel, images: Tensor, held_out: Tensor, target: Path) -> None:
     """Scale the latents to mean 0 and variance 1 (LDM's scale factor is then 1, as for the published VQ-f4), fit the
-    codebook to them, print how good the result is, and write it."""
+    codebook to them, print the reconstruction error, and write the weights."""
     vectors = torch.cat([stages.encode(vq, to_float(x)) for x in images.split(64)]).permute(0, 2, 3, 1).flatten(0, 2)
     generator = torch.Generator().manual_seed(0)
     some = torch.randperm(len(vectors), generator=generator)[:12 * vq.config.num_vq_embeddings]
@@ -181,14 +180,14 @@ def finish(vq: diffusers.VQModel, images: Tensor, held_out: Tensor, target: Path
 
 
 def reconstruction_psnr(vq: diffusers.VQModel, images: Tensor, quantize: bool) -> float:
-    """Decibels, of reconstructions clamped to [-1, 1], over all images at once."""
+    """The PSNR, dB, of reconstructions clamped to [-1, 1], over all images at once."""
     errors = [(stages.decode(vq, stages.encode(vq, to_float(x)), quantize).clamp(-1, 1) - to_float(x)).square().mean(
         dim=(1, 2, 3)) for x in images.split(64)]
     return float(psnr(torch.cat(errors).mean().item(), span=2))
 
 
 def fit_codebook(codes: Tensor, vectors: Tensor, generator: torch.Generator, rounds: int = 8) -> None:
-    """k-means in place: codes [n_embed, channels] become centres of vectors [many, channels]; none is left unused."""
+    """k-means in place: codes [n_embed, channels] become centres of vectors [many, channels]; none stays unused."""
     codes.copy_(vectors[torch.randperm(len(vectors), generator=generator)[:len(codes)]])
     for _ in range(rounds):
         nearest = torch.cat([torch.cdist(part, codes).argmin(1) for part in vectors.split(2048)])
@@ -213,8 +212,10 @@ class Conditional(nn.Module):
 
 
 def of_classes(config: ldm.config.Config, options: Options, device: torch.device) -> Job:
-    """A class-conditional latent model, with its class embedder. Each image is there twice, as it is and mirrored, and
-    encoded once; training draws indices."""
+    """A class-conditional latent model, with its class embedder.
+
+    Each image is encoded once unchanged and once mirrored; training draws indices.
+    """
     settings = config.train
     assert settings is not None
     vq = stages.load(config.first_stage, options.first_stage).to(device)
@@ -249,7 +250,7 @@ def of_texts(config: stable_diffusion.config.Config, options: Options, device: t
     actual = stage.downsampling, stage.z_channels, minilm(config.tokens)[0].config.hidden_size
     expected = config.downsampling, config.unet.in_channels, config.unet.context_dim
     if actual != expected:
-        raise UserError(f"{options.config}: downsampling, in_channels and context_dim are {expected}, and {actual} in "
+        raise UserError(f"{options.config}: downsampling, in_channels and context_dim are {expected}, but {actual} in "
                         "the first stage and the text encoder")
     images, rows = emoji.load_groups(config.resolution, "train", settings.groups)
     unet = stable_diffusion.unet.UNet(**vars(config.unet), dropout=settings.dropout)
@@ -263,18 +264,19 @@ def of_texts(config: stable_diffusion.config.Config, options: Options, device: t
 
 @torch.no_grad()
 def make_autoencoder(vq: diffusers.VQModel, images: Tensor) -> tuple[diffusers.AutoencoderKL, Tensor]:
-    """An autoencoder that gives `images`, uint8 [n, 3, size, size], latents of mean 0 and deviation 1; and those."""
+    """An autoencoder whose latents of `images`, uint8 [n, 3, size, size], have mean 0 and deviation 1; and the latents.
+    """
     parts = [to_float(part) for part in images.split(64)]
     latents = torch.cat([stages.encode(vq, x) for x in parts])
     vae = from_first_stage(vq, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
-    vae = vae.half().float()                                # as it will be written
+    vae = vae.half().float()                                # as it is written
     return vae, torch.cat([vae.encode(x).latent_dist.mode() for x in parts])
 
 
 @torch.no_grad()
 def encode_captions(rows: Sequence[emoji.Emoji], tokens: int) -> tuple[Tensor, Tensor]:
-    """Every caption encoded once, padding included: [captions, tokens, context_dim], the empty one first; and of each
-    row the indices of its caption with the style and without, [rows, 2]."""
+    """All captions, encoded with padding, the empty one first: [captions, tokens, context_dim]; and for each row the
+    indices of its caption with the style and without, [rows, 2]."""
     captions = ["", *sorted({row.caption(style) for row in rows for style in (True, False)})]
     places = {caption: i for i, caption in enumerate(captions)}
     indices = torch.tensor([[places[row.caption(style)] for style in (True, False)] for row in rows])
@@ -286,7 +288,7 @@ def encode_captions(rows: Sequence[emoji.Emoji], tokens: int) -> tuple[Tensor, T
 
 def error_of_texts(config: stable_diffusion.config.Config, latents: Tensor, texts: Tensor, captions: Tensor
                    ) -> Loss[stable_diffusion.unet.UNet]:
-    """The loss for batches of indices into `latents`. texts, captions: as `encode_captions` returns them."""
+    """The loss for batches of indices into `latents`. texts, captions: from `encode_captions`."""
     settings = config.train
     assert settings is not None
 
@@ -303,7 +305,7 @@ def error_of_texts(config: stable_diffusion.config.Config, latents: Tensor, text
 
 def save_folder(config: stable_diffusion.config.Config, unet: stable_diffusion.unet.UNet, vae: diffusers.AutoencoderKL,
                 folder: Path) -> None:
-    """Write a diffusers folder with weights in float16, without the text encoder, which is an installed package."""
+    """Write a diffusers folder in float16, without the text encoder, which is an installed package."""
     diffusers_unet(config, unet, sample_size=config.latent_size).half().save_pretrained(folder / "unet")
     copy.deepcopy(vae).half().save_pretrained(folder / "vae")
     scheduler = diffusers.PNDMScheduler(**scheduler_config(config.diffusion), set_alpha_to_one=False,

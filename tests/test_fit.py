@@ -98,7 +98,7 @@ def test_kinds_are_listed(capsys):
     assert run_command(main_of("lab.fit"), "--help") == 0
     text = capsys.readouterr().out
     assert all(f"python -m lab.fit {kind}" in text for kind in FITS)
-    assert run_command(main_of("lab.fit"), "scale") == 2 and "say what to fit: changes, " in capsys.readouterr().err
+    assert run_command(main_of("lab.fit"), "scale") == 2 and "name what to fit: changes, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "name", "arms", "nearer"), [
@@ -145,14 +145,14 @@ def test_samples_take_what_was_fitted_and_refuse_that_of_another_run(made, sampl
       for kind in FITS if kind != "changes"),
     *((kind, ("--out", "nowhere/file.json"), "--out must be a .") for kind in FITS),
     *((kind, ("--compile",), "are for sampling") for kind in FITS),
-    ("scale-shift", ("--lr", 0), "--lr must be above 0"), ("scale-shift", ("--interval", 2), "nor other caching"),
+    ("scale-shift", ("--lr", 0), "--lr must be above 0"), ("scale-shift", ("--interval", 2), "and other caching"),
     ("scale-shift", ("--steps", 5), f"steps {STEPS} there, 5 here"),
     ("adaptor", ("--clock", 1), "need a --clock of 2"), ("adaptor", ("--channels", 0), "--channels must be 1 or more"),
     ("adaptor", ("--dtype", "bf16"), "in float32"), ("adaptor", ("--interval", 2), "leave out --interval"),
     ("router", ("--calls", 1), "take fewer steps, or a larger budget"), ("router", ("--lr", 0), "--lr must be above 0"),
     ("router", ("--every-second", "--calls", 4), "a larger budget"), ("router", ("--lam", -1), "--lam 0 or more"),
     ("router", ("--kinds", "attention"), "no attention blocks"), ("router", ("--dtype", "bf16"), "in float32"),
-    ("adaptive", ("--calls", 0.5), "--calls 0.5 is outside"),
+    ("adaptive", ("--calls", 0.5), "--calls must be from"),
     ("adaptive", ("--adaptive-branch", 0), "--adaptive-branch must be")])
 def test_refusals(fit, made, tmp_path, fails, kind, words, why):
     usual = {"scale-shift": ("--block-schedule", made / "half.json"), "adaptor": CLOCK, "adaptive": ("--calls", 4)}

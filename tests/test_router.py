@@ -41,7 +41,7 @@ def test_rounding_keeps_the_largest_within_the_budget():
     assert rounded(50 + 20 + 30 + 10 + 10) == {"a": [0, 1, 2], "b": [0, 2]}
     assert rounded(80) == {"a": [0, 1], "b": [0]}
     assert rounded(50 + 50 + 10, (0, 1)) == {"a": [0, 1], "b": [0, 1]}
-    with pytest.raises(ValueError, match=r"3 calls cost 1.40 .* more than the budget of 1.20"):
+    with pytest.raises(ValueError, match=r"3 calls cost at least 1.40 .* more than the budget of 1.20"):
         rounded(60)
 
 

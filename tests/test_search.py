@@ -304,7 +304,7 @@ def test_a_budget_too_small_for_plans_is_spent_on_steps(few, judge):
     (("--calls", 4, "--report-seeds", "30-31"), "--report-seeds must be 4 or more"),
     (("--calls", 4, "--compile"), "are for sampling"), (("--calls", 4, "--attempts", -1), "--attempts must be 0"),
     (("--calls", 4, "--jobs", 0), "--jobs must be 1"), (("--calls", 4, "--speedup", 2), "not allowed with"),
-    (("--calls", 4, "--out", "nowhere/plan.json"), "in a folder that is there")])
+    (("--calls", 4, "--out", "nowhere/plan.json"), "in a folder that exists")])
 def test_refusals(search_for, tmp_path, capsys, words, why):
     assert search_for("--out", tmp_path / "plan.json", *words) == 2
     assert why in capsys.readouterr().err and not any(tmp_path.iterdir())

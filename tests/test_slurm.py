@@ -108,7 +108,7 @@ BAD = {"nonsense": "no table 'nonsense': choose from table1_ldm_imagenet",
        "table_emoji --images-per-task 0": "--images-per-task must be 1 or more",
        "table_emoji --time soon": "time limit 'soon' does not parse",
        "table_emoji --time 00:10:00": "must be 15 minutes or more",
-       "table_emoji --only nothing": "is no row of this table"}
+       "table_emoji --only nothing": "is not a row of this table"}
 
 
 @pytest.mark.parametrize("words", BAD)

@@ -78,7 +78,7 @@ def test_a_study_is_carried_out_once(study, tmp_path, tiny):
     save_file({name: 2 * value for name, value in load_file(tiny.with_suffix(".safetensors")).items()}, other)
     assert study(WHOLE, "--list", "--checkpoint", other)[1].count("sampled with other weights than") > 10
     code, told = study(WHOLE, "--checkpoint", other)
-    assert code == 2 and "sampled with other weights than" in told and "say another folder" in told
+    assert code == 2 and "sampled with other weights than" in told and "name another folder" in told
 
     # The file of records alone is enough for the table.
     shutil.rmtree(study.samples)
@@ -122,7 +122,7 @@ def test_a_process_does_what_no_other_has_and_waits_for_the_rest_not_without_end
     with holding(study, "uniform_n4") as process:
         code, told = study(content)
     arm = f"ddpm_tiny: uniform_n4 (process {process.pid})"
-    assert code == 2 and f"waiting for {arm}" in told and re.search(f"error: nothing new came.*{re.escape(arm)}", told)
+    assert code == 2 and f"waiting for {arm}" in told and re.search(f"error: other processes.*{re.escape(arm)}", told)
     with holding(study, "uncached", "uniform_n2"):
         assert "2 of 2 arms" in study(content)[1]
 
@@ -182,7 +182,7 @@ def test_other_studies_are_shown_beside(study, tmp_path):
     assert code == 0 and "6 of 6 arms" in told, told
     assert (study.folder / "table.md").read_text().count("| unipc_steps3 |") == 1
     code, told = study(both | {"seeds": "10-16"}, "--list")
-    assert code == 2 and "other cannot be shown beside it: it has another seeds" in told
+    assert code == 2 and "other cannot be shown, too: it has another seeds" in told
 
 
 FITTED = {"against": {"sampler": "unipc", "steps": 8}, "common": {"timesteps": "trailing"}, "seeds": "0-2",

@@ -281,13 +281,13 @@ def test_columns_of_a_row_may_come_from_several_evaluators():
 
 @pytest.mark.parametrize("table, message", [
     ("5", "tables.t is 5 and should be keys with values"), ("{arms: [], images: 0}", "images is 0 and should be 1 or"),
-    ("{arms: [], surprise: 1}", "unknown key surprise"), ("{arms: [{steps: 2}]}", "row 1 is not called anything"),
+    ("{arms: [], surprise: 1}", "unknown key surprise"), ("{arms: [{steps: 2}]}", "row 1 has no name"),
     ("{arms: [{called: a, printed: {fid: [1]}}]}", "printed.fid is a list and should be a finite number or text"),
     ("{arms: [{called: a, printed: {fidd: 1}}]}", "unknown column fidd"),
-    ("{arms: [{called: a}, {called: a}]}", "two rows of one name"),
+    ("{arms: [{called: a}, {called: a}]}", "two rows have the same name"),
     ("{arms: [{called: a, run: 5}]}", "run is 5 and should be true or false"),
     ("{parts: [{name: a, title: x}]}", "it has no arms"),
-    ("{arms: [], notes: [{text: a, rows: [b]}]}", "a note is of rows that are not there: b"),
+    ("{arms: [], notes: [{text: a, rows: [b]}]}", "a note names rows that do not exist: b"),
     ("{arms: [], notes: [{rows: [a]}]}", r"notes\[0\] has no text")])
 def test_a_file_of_tables_that_was_edited_wrongly(table_file, table, message):
     table_file(f"  t: {table}\n")

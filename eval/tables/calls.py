@@ -1,4 +1,4 @@
-"""What each network call of a run computes, reuses and forecasts, for pictures of it."""
+"""What each network call of a run computes, reuses and forecasts, for pictures."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ COMPUTED, REUSED, FORECAST = "computed", "reused", "forecast"
 
 @dataclass(frozen=True)
 class Calls:
-    """states: of every part of the U-Net in every network call, [parts][calls]; parts from the outermost in."""
+    """states: of each part of the U-Net in each network call, [parts][calls]. parts: from the outermost in."""
     parts: list[str]
     states: list[list[str]]
 
@@ -24,9 +24,9 @@ class Calls:
 
 
 def calls_of(run: Run) -> Calls:
-    """Of a run that reuses single residuals the parts are those; of any other the blocks of each skip.
+    """The calls of a run. The parts are the residuals if a run reuses single residuals, else the blocks of each skip.
 
-    The value that skip k concatenates holds all blocks further in: where it is reused, they are not computed.
+    The value that skip k concatenates contains all blocks further in: if it is reused, they are not computed.
     """
     policy, met, around = run.caching.policy("meta", run.dtype), run.reused, dict(_around(run.trace))
     ahead = list(_forecasts(met, around, policy))
@@ -43,7 +43,7 @@ def calls_of(run: Run) -> Calls:
 
 def _around(asked: Sequence[Asked], outer: frozenset[Hashable] = frozenset()
             ) -> Iterator[tuple[Hashable, frozenset[Hashable]]]:
-    """Every value that a call asks its cache for, and the keys of those that it lies in."""
+    """The key of every value that a call asks its cache for, and the keys of the values around it."""
     for one in asked:
         yield one.key, outer
         yield from _around(one.inner, outer | {one.key})
@@ -51,7 +51,7 @@ def _around(asked: Sequence[Asked], outer: frozenset[Hashable] = frozenset()
 
 def _forecasts(met: Sequence[frozenset[Hashable]], around: Mapping[Hashable, frozenset[Hashable]],
                policy: Policy | None) -> Iterator[set[Hashable]]:
-    """Of each call, the reused values that are extrapolated: those that were computed twice or more before."""
+    """For each call, the reused values that are extrapolated: the ones that were computed at least twice before."""
     held = policy.held if isinstance(policy, Keep) else {}
     before = dict.fromkeys(around, 0)
     for step, keys in enumerate(met):

@@ -1,7 +1,7 @@
 """Whether a number is current: everything that it depends on is unchanged, by content.
 
-Tables, plans, sweeps and Slurm ask `Wanted.fault` and nothing else: a result that is not current is judged again, and a
-table says why it has no number.
+Tables, studies and Slurm jobs all ask `Wanted.fault`. A result that is not current is judged again, and a table shows
+why it has no number.
 """
 
 import json
@@ -30,50 +30,50 @@ from run.spec import Run
 from run.weights import sha256
 from unet_caching.errors import UserError
 
-# Where scripts/download.sh puts what the evaluators need.
+# scripts/download.sh puts the evaluators' files here.
 INCEPTION = Path("checkpoints/inception/weights-inception-2015-12-05-6726825d.pth")
 CLIP = Path("checkpoints/clip_vit_g_14/open_clip_pytorch_model.bin")
-COMMANDS = ("adm", "fid", "clip_score", "quality")      # of eval/, which judge as the papers' tables want it
-_RULE = ("interval", "schedule", "center", "power")     # of what says which steps are full
-# What an evaluator reads, by option: what it is called, and the name of its digest in a result.
+COMMANDS = ("adm", "fid", "clip_score", "quality")      # of eval/, with the conventions of the papers' tables
+_RULE = ("interval", "schedule", "center", "power")     # the settings that decide which steps are full
+# The files that an evaluator reads, by option: the name in a message, and the name of the digest in a result.
 _READ = {"--reference": ("reference", "reference"), "--inception": ("Inception", "extractor"),
          "--weights": ("CLIP weights", "weights"), "--prompts": ("prompts", "prompts")}
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a number is to be of."""
+    """What a number must belong to."""
     run: Run
     kind: str                   # of its result
     images: int | None          # None: any number
     inputs: Mapping[str, Path] = field(default_factory=dict)        # of the evaluator, by option
-    samples: Path | None = None         # the folder of the images; None: that which a result names
-    published: bool = False             # it is to stand beside a paper's
+    samples: Path | None = None         # the folder of the images; None: the folder in the result
+    published: bool = False             # whether it stands beside a paper's number
     seeds: str | None = None            # None: any
     against: Run | None = None          # the run that its run is compared with
-    metrics: Sequence[str] = ()         # that it must have
+    metrics: Sequence[str] = ()         # that the result must have
 
     def fault(self, result: Result) -> str | None:
-        """Why a result is not current, in words; None where it is. What is not on this machine is not compared."""
+        """Why a result is not current, in words; None if it is. Files that are missing here are not compared."""
         parts = (self._run, self._settings, self._inputs, self._seeds, self._samples, self._images)
         return next((why for part in parts for why in part(result)), None)
 
     def of_another_run(self, result: Result) -> bool:
-        """Whether it is of another row altogether: another evaluator, model, sampler, or way to cache."""
+        """Whether a result belongs to another row: another evaluator, model, sampler, or way to cache."""
         return any(True for _ in self._run(result))
 
     def trial(self, result: Result) -> str | None:
-        """Whether it is of another number of images, or against so few that a paper's number is another thing."""
+        """Why a result is a trial: another number of images, or a reference of too few; None if it is not."""
         return next(self._images(result), None)
 
     def progress(self) -> str:
-        """Why there is no result at all, in words."""
+        """Why there is no result, in words."""
         folder = self.samples or Path("samples") / self.run.config.name / self.run.name
         seeds, asked = seeds_there(folder), self.images or 0
         there = sum(seed < asked for seed in seeds)
         return "not judged" if there == asked else f"{there} of {asked} images sampled" if there else "not sampled"
 
-    # How a result differs from what is wanted, in words, each question where all before have found nothing.
+    # How a result differs from the wanted one, in words. Each assumes that the ones before it found nothing.
 
     def _run(self, result: Result) -> Iterator[str]:
         if result.kind != self.kind:
@@ -85,8 +85,7 @@ class Wanted:
         layout = (theirs.get("unet") or {}).get("diffusers")
         if pruned(self.run) != (None if layout is None else bk_sdm.size_of(layout) or "unknown"):
             yield "another U-Net"
-        # What is kept and reused must be the same, by whatever method; the rule that gave the full steps may be
-        # another.
+        # The same values must be kept and reused, by any method; another rule may have chosen the full steps.
         cached, wanted = theirs.get("cache") or {}, self.run.caching.settings
         if any(cached.get(key) != wanted.get(key) for key in (cached.keys() | wanted.keys()) - {*_RULE}):
             yield "another way to cache"
@@ -97,7 +96,7 @@ class Wanted:
         if pruned(self.run) is not None:
             ours.pop("unet", None)
             theirs.pop("unet", None)
-        if ours.get("labels") in RULES and theirs.get("labels") in RULES:    # as many images of each class by either
+        if ours.get("labels") in RULES and theirs.get("labels") in RULES:    # equally many images of each class
             ours["labels"] = theirs["labels"]
         if "prompts_sha256" not in ours:            # the file is not on this machine
             theirs.pop("prompts_sha256", None)
@@ -112,7 +111,7 @@ class Wanted:
             yield f"sampled with other weights than {self.run.checkpoint}"
 
     def _inputs(self, result: Result) -> Iterator[str]:
-        """Of the evaluator and its files."""
+        """The evaluator and its files."""
         if result.provenance.get("evaluator", 1) != VERSION:
             yield "judged by an older evaluator"
         for option, path in self.inputs.items():
@@ -128,7 +127,7 @@ class Wanted:
             yield "judged with other features"
 
     def _seeds(self, result: Result) -> Iterator[str]:
-        """And of what it is compared with, and of its metrics."""
+        """The seeds, the run to compare with, and the metrics."""
         if self.seeds and result.details.get("seeds") != self.seeds:
             yield "measured on other seeds"
         if self.against and result.details.get("against") != _as_json(self.against.brief):
@@ -136,7 +135,7 @@ class Wanted:
         yield from (f"without {name}" for name in self.metrics if name not in result.metrics)
 
     def _samples(self, result: Result) -> Iterator[str]:
-        """Of the images that were judged, where they are still there."""
+        """The images that were judged, if they still exist."""
         folder = Path(result.inputs.get("samples", "nowhere")) if self.samples is None else self.samples
         if not (folder / "run.json").is_file():
             return
@@ -158,14 +157,14 @@ class Wanted:
 
 
 class Match(NamedTuple):
-    """The number that is wanted. result: None where there is none. why: there is none, or it is not quite that."""
+    """The result for a wanted number, if there is one. why: it is missing, or is only a trial."""
     path: Path | None
     result: Result | None
     why: str | None
 
 
 def match(found: Iterable[tuple[Path, Result]], wanted: Wanted, trials: bool = False) -> Match:
-    """The newest of some results that is current, or why none is; with `trials`, else one of another number of images.
+    """The newest current result, or why none is current. trials: a result of another number of images will do, too.
 
     Every table, of a paper or a study, takes its numbers from here.
     """
@@ -189,17 +188,17 @@ def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed(folder: Path, result: Result, key: str) -> bool:
-    """Whether the images in a folder are others than a result's hash of that name says."""
+    """Whether the images in a folder differ from a result's hash with the name `key`."""
     seeds = result.details.get("seeds")
     try:
         wanted = parse_seeds(seeds) if isinstance(seeds, str) else range(result.images or 0)
         return key in result.hashes and pixels_sha256(open_images(folder, wanted)) != result.hashes[key]
-    except UserError:                   # some are gone: what is left says nothing of the number
+    except UserError:                   # some are gone: the others say nothing about the number
         return False
 
 
 def _digest(kind: str, option: str, path: Path, run: Run) -> str | None:
-    """The digest of what is to be judged with; None where it is not on this machine."""
+    """The digest of a file of the evaluator; None if it is not on this machine."""
     if option == "--prompts":
         return prompts_sha256(read_prompts(ROOT / path)) if (ROOT / path).is_file() else None
     if kind in ("adm", "fid", "clip_score"):
@@ -212,13 +211,13 @@ def _digest(kind: str, option: str, path: Path, run: Run) -> str | None:
 
 
 def weights_sha256(run: Run) -> str:
-    """Of the weights of a run, as run.json says it."""
+    """The sha256 of a run's weights, as in its run.json."""
     return run.family.checkpoint_sha256(ROOT / run.checkpoint, **run.weights)
 
 
 @cache
 def extractor_id() -> str:
-    """Of the network of the small models' distances."""
+    """The id of the network behind the small models' distances."""
     return EffLite0().id
 
 
@@ -228,7 +227,7 @@ def _reference_sha256(text: str, size: int, *seen: object) -> str:
 
 
 def trained_on(config: Config) -> str | None:
-    """The images that a model was trained on here, as eval.quality calls them; None for a published one."""
+    """The images that a model was trained on here, as --reference of eval.quality; None for a published model."""
     train = getattr(config, "train", None)
     if train is None:
         return None
@@ -237,7 +236,7 @@ def trained_on(config: Config) -> str | None:
 
 
 def reference_of(run: Run, named: Sequence[str] = ()) -> Path:
-    """MODEL=PATH or PATH of the user's, else what the model was trained on, or where its reference is looked for."""
+    """The reference of a run: from the user's MODEL=PATH or PATH, else the training images or the default place."""
     name = run.config.name
     for text in named:
         model, _, path = text.rpartition("=")
@@ -248,7 +247,7 @@ def reference_of(run: Run, named: Sequence[str] = ()) -> Path:
 
 def inputs_of(run: Run, kind: str, inception: Path = INCEPTION, clip_weights: Path = CLIP,
               references: Sequence[str] = ()) -> dict[str, Path]:
-    """What the evaluator of a run reads, by option. references: of the user's, see `reference_of`."""
+    """The files that the evaluator of a run reads, by option. references: the user's, see `reference_of`."""
     prompts: Path | None = getattr(run.spec.condition, "prompts", None)
     if kind == "clip_score" and prompts:
         return {"--prompts": prompts, "--weights": clip_weights}

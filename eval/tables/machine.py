@@ -1,4 +1,4 @@
-"""What was measured of a machine, for people: tables, a picture, and what to choose, in a sentence for each network."""
+"""The report on a machine: tables, a picture, and for each network a sentence with the best settings."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,23 +21,23 @@ RUNS = ("uncached", *(f"N = {interval}" for interval in INTERVALS))
 
 
 def ratio(steps: dict[str, Any], name: str) -> float | None:
-    """The median over the rounds of a step's time as a fraction of a full step's; None of one that was not timed."""
+    """A step's time as a fraction of a full step's, the median over the rounds; None if it was not timed."""
     return float(np.median(np.divide(steps[name]["rounds"], steps["full"]["rounds"]))) if name in steps else None
 
 
 def full_steps(cached: float, interval: int) -> float:
-    """What a run takes, in full steps. cached: of a cached step, as a fraction of a full one."""
+    """The cost of a run, in full steps. cached: the cost of a cached step, as a fraction of a full one."""
     full = len(uniform(STEPS, interval))
     return full + (STEPS - full) * cached
 
 
 class Times(NamedTuple):
-    """Those of a network in a mode."""
+    """The times of a network in a mode."""
     record: Result
 
     @property
     def steps(self) -> dict[str, Any]:
-        """Ours; of a video network, a pipeline's."""
+        """The steps of our network; for a video network, a pipeline's."""
         return self.record.times["sides"].get("ours") or self.record.times["sides"]["pipeline"]
 
     @property
@@ -62,7 +62,7 @@ class Times(NamedTuple):
         return STEPS / full_steps(ratio(self.steps, self.usual) or 1.0, interval)
 
     def seconds(self, side: str, interval: int) -> float | None:
-        """Of a run, by the times of its steps."""
+        """The time of a run, by the times of its steps."""
         steps = self.record.times["sides"].get(side, {})
         cached = ratio(steps, self.usual) if "full" in steps else None
         return None if cached is None else steps["full"]["median"] * full_steps(cached, interval)
@@ -95,7 +95,7 @@ class Times(NamedTuple):
                 cells([self.over_ours("helper", self.usual)], 2), cells([self.helper], 2)]
 
     def sentence(self) -> str:
-        """What to choose, where nothing that was measured makes more images in a second."""
+        """The settings of these times, for a network whose best they are."""
         settings, macs, helper = self.record.settings, self.macs(self.usual), self.helper
         by_macs = "" if macs is None else f" ({STEPS / full_steps(macs, 3):.2f} by macs_fc)"
         package = "" if helper is None else f"; the package's run with N = 5 takes {helper:.2f} times as long"
@@ -104,7 +104,7 @@ class Times(NamedTuple):
                 f"{self.speedup(5):.2f} times{package}.")
 
     def plot(self) -> Plot:
-        """Speed-up over N, of its best mode."""
+        """The speed-up over N."""
         ns = (1, *INTERVALS, 10)
 
         def line(name: str, cached: float | None) -> list[Line]:
@@ -120,13 +120,13 @@ class Times(NamedTuple):
 
 
 def cells(values: Any, digits: int) -> str:
-    """Numbers, with a dash for what was not measured; one dash where nothing was."""
+    """Numbers, with a dash for a missing one; a single dash if all are missing."""
     found = ["-" if value is None else f"{value:.{digits}f}" for value in values]
     return ", ".join(found) if set(found) != {"-"} else "-"
 
 
 def best(records: Sequence[Result]) -> list[Times]:
-    """For each network what makes the most images."""
+    """For each network, the settings with the most images per second."""
     found: dict[str, Times] = {}
     for times in map(Times, records):
         if times.usual in times.steps and (times.name not in found or found[times.name].rate < times.rate):
@@ -135,7 +135,7 @@ def best(records: Sequence[Result]) -> list[Times]:
 
 
 def memory(records: Sequence[Result]) -> list[list[str]]:
-    """The peak memory beside the weights where it was measured, head first."""
+    """The rows of peak memory besides the weights, if it was measured; head first."""
     rows = [["network", "batch", "dtype", "ours, without cache", "ours, cached", "the feature", "diffusers", "helper"]]
     for times in map(Times, records):
         if of := times.record.times["memory"]:
@@ -148,7 +148,7 @@ def memory(records: Sequence[Result]) -> list[list[str]]:
 
 
 def operators(records: Sequence[Result]) -> list[list[str]]:
-    """What cached steps make the host do, head first."""
+    """The rows of the host's work in cached steps, head first."""
     sides = ("ours", "pipeline", "helper")
     rows = [["network", "cached step", *(f"{side}: operators, kernels, functions" for side in sides)]]
     for record in records:
@@ -159,7 +159,7 @@ def operators(records: Sequence[Result]) -> list[list[str]]:
 
 
 def report(records: Sequence[Result]) -> str:
-    """All of it, in Markdown."""
+    """The report in Markdown."""
     of = {kind: [record for record in records if record.kind == kind] for kind in ("checks", "speed", "operators")}
     where = records[-1].provenance
     lines = [f"# {where['device_name']}, {where['device']}; CPU threads: {where['threads']}", ""]
@@ -177,7 +177,7 @@ def report(records: Sequence[Result]) -> str:
 
 
 def write(records: Sequence[Result], folder: Path) -> str:
-    """table.md and charts.svg of a machine; returns the first."""
+    """Write table.md and charts.svg of a machine. Returns the text of the table."""
     text = report(records)
     write_atomically(folder / "table.md", lambda path: path.write_text(text))
     if plots := [times.plot() for times in best([record for record in records if record.kind == "speed"])]:

@@ -1,7 +1,7 @@
-"""One HTML file that shows what was measured: tables, plots, images to compare, what each call computed.
+"""One HTML file that shows results: tables, plots, images to compare, and what each call computed.
 
-The file needs nothing else: no network, no library. Whoever has results fills in a `Page` and writes it; the template
-beside this file has the looks and what moves.
+The file needs no network and no library. Code with results fills in a `Page` and writes it. The template beside this
+file has the styles and the script.
 """
 
 import base64
@@ -23,10 +23,10 @@ from eval.tables.svg import TEMPLATE, Plot
 from run.files import write_atomically
 from run.psnr import psnr
 
-MOST_BYTES = 3_500_000              # of images, as they stand in the file
-SMALL, LARGE = 64, 224              # pixels: up to the first every one is kept; larger images are shrunk to the last
-LONG = 16                           # rows of a table that comes after the plots
-FIRST, WORST, SEEN = 8, 3, 256      # seeds: in order, of each arm the worst, and how many are looked at for those
+MOST_BYTES = 3_500_000              # of the encoded images in a file
+SMALL, LARGE = 64, 224              # pixels a side: small images stay unchanged, others are shrunk to the larger size
+LONG = 16                           # rows: a longer table comes after the plots
+FIRST, WORST, SEEN = 8, 3, 256      # seeds: the first ones, each arm's worst ones, and how many the worst are among
 Rows = Sequence[Sequence[str]]
 
 
@@ -34,7 +34,7 @@ Rows = Sequence[Sequence[str]]
 class Pictures:
     """The images of an arm. images: seed -> uint8 [height, width, 3], the same seeds in every arm of a section.
 
-    distances: seed -> PSNR to the section's first arm, dB, None for the same image. about: a word or two on what it is.
+    distances: seed -> PSNR to the section's first arm, dB; None for the same image. about: a word or two on the arm.
     """
     label: str
     images: Mapping[int, np.ndarray]
@@ -44,9 +44,9 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page; what it does not have is left out.
+    """A part of a page; empty fields are left out.
 
-    rows: of a table, its head first. calls: what each arm computed, by label. commands: of the arms, by label.
+    rows: of a table, its head first. calls: of each arm, by label. commands: of the arms, by label.
     """
     title: str
     text: Sequence[str] = ()
@@ -59,7 +59,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """What a page says. made_by: the command, and what else there is to say of where the numbers come from."""
+    """The contents of a page. made_by: the command, and other notes on the source of the numbers."""
     title: str
     lead: Sequence[str]
     sections: Sequence[Section]
@@ -68,8 +68,8 @@ class Page:
 
 def pictures_of(folders: Mapping[str, Path], seeds: Iterable[int], about: Mapping[str, str] | None = None
                 ) -> list[Pictures]:
-    """The images of arms, by label, from their sample folders: the first seeds, and those where each arm is furthest
-    from the first one. Every folder must have all the seeds."""
+    """The images of arms, by label, from their sample folders: the first seeds, and those at which each arm is furthest
+    from the first arm. Every folder must have all the seeds."""
     looked = list(seeds)[:SEEN]
     whole = {label: np.concatenate(list(open_images(folder, looked).batches(64))) for label, folder in folders.items()}
     return pictures_among(whole, looked, about)
@@ -77,11 +77,11 @@ def pictures_of(folders: Mapping[str, Path], seeds: Iterable[int], about: Mappin
 
 def pictures_among(whole: Mapping[str, np.ndarray], seeds: Sequence[int], about: Mapping[str, str] | None = None
                    ) -> list[Pictures]:
-    """The same of images that are there: uint8 [seeds, height, width, 3] of every arm."""
+    """The same for images in memory: uint8 [seeds, height, width, 3] for every arm."""
     first = next(iter(whole.values()))
     far = {label: psnr(np.square(images.astype(float) - first).mean((1, 2, 3))) for label, images in whole.items()}
     shown = [int(i) for values in far.values() if not np.isinf(values).all() for i in np.argsort(values)[:WORST]]
-    places = list(dict.fromkeys([*shown, *range(min(FIRST, len(seeds)))]))      # in the order in which they are kept
+    places = list(dict.fromkeys([*shown, *range(min(FIRST, len(seeds)))]))      # the most important first
     return [Pictures(label, {seeds[i]: images[i] for i in places},
                      {} if images is first else {seeds[i]: _decibels(far[label][i]) for i in places},
                      (about or {}).get(label, "")) for label, images in whole.items()]
@@ -92,7 +92,7 @@ def _decibels(value: float) -> float | None:
 
 
 def write(page: Page, path: Path) -> None:
-    """Write the page, atomically; where its images are too many, fewer seeds of each arm stand in it."""
+    """Write the page, atomically. If its images take too many bytes, some seeds are left out."""
     body = [f"<h1>{escape(page.title)}</h1>", *map(_paragraph, page.lead)]
     if len(page.sections) > 1:
         body.append("<nav>" + "".join(f'<a href="#s{number}">{escape(one.title)}</a>'
@@ -131,7 +131,7 @@ def _paragraph(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Words with `commands` in them."""
+    """Text with `commands` as code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
@@ -146,7 +146,7 @@ def _table(rows: Rows) -> str:
 
 
 def _viewer(pictures: Sequence[Pictures], room: int) -> str:
-    """The images to compare, as data that the template's script shows."""
+    """The images to compare, as data for the template's script."""
     seeds, size = list(pictures[0].images), max(next(iter(pictures[0].images.values())).shape[:2])
     encoded = {one.label: {seed: _encoded(one.images[seed]) for seed in seeds} for one in pictures}
     each = [sum(len(images[seed]) for images in encoded.values()) for seed in seeds]
@@ -160,7 +160,7 @@ def _viewer(pictures: Sequence[Pictures], room: int) -> str:
 
 
 def _encoded(image: np.ndarray) -> str:
-    """A picture as a URL; large ones are made smaller."""
+    """A picture as a URL; a large one is shrunk."""
     picture, buffer = Image.fromarray(image), io.BytesIO()
     small = max(picture.size) <= SMALL
     picture.thumbnail((LARGE, LARGE))

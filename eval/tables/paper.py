@@ -1,6 +1,6 @@
-"""What the papers print, and the settings that give it: configs/papers/*.yaml, whose tables are studies (study.py).
+"""The papers' digits and the settings behind them, from configs/papers/*.yaml. Their tables are studies (study.py).
 
-Tables of no paper, in the same form, are in configs/papers/own/*.yaml.
+Tables of our own, in the same form, are in configs/papers/own/*.yaml.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from unet_caching.errors import UserError
 from unet_caching.files.schema import fault
 
 FOLDER, OWN = ROOT / "configs" / "papers", ROOT / "configs" / "papers" / "own"
-Printed = dict[str, float | str | None]         # what a row prints, by column; a string as it is printed
+Printed = dict[str, float | str | None]         # a row's printed values by column; a string keeps its digits
 
 
 class Column(NamedTuple):
-    """A column of the papers: its heading, the decimals it is usually printed with, and of one of a metric (a name of
-    results) what its values are multiplied by."""
+    """A column of the papers: heading and usual decimals; for a metric, its name in results and a factor of its values.
+    """
     heading: str
     decimals: int
     metric: str | None = None
@@ -43,23 +43,23 @@ class _File:
     name: str
     source: str
     tables: dict[str, dict[str, Any]]
-    settings: dict[str, Any]                # what the paper says beside its tables
+    settings: dict[str, Any]                # stated outside of the paper's tables
     contradictions: list[Any]
 
 
 def columns_of(part: Part) -> list[str]:
-    """Those that any of its rows has."""
+    """The columns that any row of a part has."""
     printed = {key for entry in entries(part, part.name) for key in entry.printed}
     return [key for key in COLUMNS if key in printed or key in part.columns]
 
 
 def decimals(part: Part, column: str) -> int:
-    """With which a column is printed."""
+    """The decimals of a printed column."""
     return part.decimals.get(column, COLUMNS[column].decimals)
 
 
 def printed_rows(part: Part) -> dict[str, Printed]:
-    """What a part prints, by row."""
+    """The printed values of a part, by row."""
     blank: Printed = dict.fromkeys(part.columns)
     return {entry.called: blank | entry.printed for entry in entries(part, part.name) if not entry.beside}
 
@@ -72,7 +72,7 @@ def tables() -> dict[str, Study]:
 
 @cache
 def own_tables() -> dict[str, Study]:
-    """The tables of no paper, by name."""
+    """Our own tables, by name."""
     return _read_all(OWN)
 
 
@@ -90,20 +90,20 @@ def _read_all(folder: Path) -> dict[str, Study]:
 
 
 def _check(table: Study) -> None:
-    """Raises UserError for rows and notes that cannot be."""
+    """Raises UserError for rows and notes that are wrong."""
     where, known = f"{table.path}, {table.name}", set()
     for part in table.parts:
         own = [(entry.label, entry) for entry in entries(part, where)]
         if unlabelled := [place for place, (label, _) in enumerate(own, 1) if not label]:
-            raise UserError(f"{where}: row {unlabelled[0]} is not called anything")
+            raise UserError(f"{where}: row {unlabelled[0]} has no name: add called")
         if len(dict(own)) < len(own):
-            raise UserError(f"{where}: two rows of one name")
+            raise UserError(f"{where}: two rows have the same name")
         if unknown := ({key for _, entry in own for key in entry.printed} | {*part.columns}) - COLUMNS.keys():
             raise UserError(f"{where}: unknown column {', '.join(sorted(unknown))}")
         known |= {(section, entry.called) for _, entry in own for section in (None, part.name)}
     for note in table.notes:
         if gone := [row for row in note.rows if (note.section, row) not in known]:
-            raise UserError(f"{where}: a note is of rows that are not there: {', '.join(gone)}")
+            raise UserError(f"{where}: a note names rows that do not exist: {', '.join(gone)}")
 
 
 def find(name: str) -> Study:

@@ -1,4 +1,4 @@
-"""Pictures made from sample folders and from result files."""
+"""Pictures as PNG: rows of samples, and heat maps."""
 
 import io
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from run.files import write_atomically
 
 
 def save(figure: plt.Figure, path: Path, dpi: int = 110) -> None:
-    """Save a figure with a palette, which takes a third of the bytes and makes no difference that can be seen."""
+    """Save a figure with a palette, which takes a third of the bytes and looks the same."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     plt.close(figure)
@@ -25,10 +25,9 @@ def save(figure: plt.Figure, path: Path, dpi: int = 110) -> None:
 
 
 def sample_rows(rows: Sequence[tuple[str, np.ndarray]], path: Path, scale: float = 2) -> None:
-    """One row of images per variant, the same seeds below each other.
+    """One row of images per variant, the same seeds below each other, as a PNG with a palette.
 
-    rows: (label, uint8 [n, height, width, 3]), all of one shape. Written as a PNG with a palette, `scale` times
-    enlarged.
+    rows: (label, uint8 [n, height, width, 3]), all of one shape. scale: the enlargement.
     """
     n, height, width, _ = rows[0][1].shape
     cell_h, cell_w, gap = round(height * scale), round(width * scale), 2
@@ -48,17 +47,17 @@ def sample_rows(rows: Sequence[tuple[str, np.ndarray]], path: Path, scale: float
 
 
 class Map(NamedTuple):
-    """Numbers over two settings. numbers: [down, across], NaN for none. texts: of the cells."""
+    """Numbers over two settings. numbers: [down, across], NaN for a missing one. texts: of the cells."""
     title: str
     down: Sequence
     across: Sequence
     numbers: np.ndarray
     texts: list[list[str]]
-    higher: bool                # is better
+    higher: bool                # whether higher is better
 
 
 def heat_maps(maps: Sequence[Map], path: Path, down: str, across: str) -> None:
-    """A panel per map; yellow is better in all of them. down, across: what the two settings are called."""
+    """A panel per map; yellow is better in all of them. down, across: the names of the two settings."""
     columns = 1 if len(maps[0].across) > 6 else min(2, len(maps))          # a page is 700 pixels wide
     rows = -(-len(maps) // columns)
     width, height = len(maps[0].across), len(maps[0].down)

@@ -28,7 +28,7 @@ _THEIR_GPU = "2080"
 
 
 def speed_of(found: Found, run: Run) -> tuple[Path, Result, RunTime] | None:
-    """The time of a run's network; from an accelerator where there is one, else from a CPU, and the newest of them."""
+    """The newest time of a run's network, on an accelerator if there is one, else on a CPU."""
     own = []
     for path, result in found:
         if result.kind == "throughput" and result.times and result.model == run.config.name and not pruned(run):
@@ -40,21 +40,21 @@ def speed_of(found: Found, run: Run) -> tuple[Path, Result, RunTime] | None:
 
 
 class Cell(NamedTuple):
-    """A number of ours beside a paper's. source: the file that it is from."""
+    """A number of ours beside a paper's. source: the name of its file, or "counted"."""
     ours: str = "-"
     difference: str = "-"
     source: str = ""
 
 
 class Ours(NamedTuple):
-    """A run of ours beside a row of a paper. trial: how many images its numbers are of, where not as many as wanted."""
+    """A run of ours beside a row of a paper. trial: the number of images of its numbers, if not the wanted one."""
     arm: Arm
     cells: dict[str, Cell]
     trial: int | None
 
 
 class Filled(NamedTuple):
-    """A part with its numbers: of each row of the paper what it prints, and the runs beside it."""
+    """A part with its numbers. rows: the name of each row of the paper, its printed values, and our runs beside it."""
     part: Part
     columns: list[str]
     rows: list[tuple[str, Printed, list[Ours]]]
@@ -68,12 +68,12 @@ class Filled(NamedTuple):
 
 
 class Rendered:
-    """A table with what was counted and measured. trials: also with numbers of fewer images, labelled."""
+    """A table with our numbers. trials: also with numbers of fewer images, labelled."""
 
     def __init__(self, table: Study, runs: Runs, found: Found, trials: bool = False):
         self.table, self.runs, self.found, self.trials = table, runs, found, trials
-        self.sources: dict[str, None] = {}              # where the numbers are from, in words
-        self.missing: dict[str, dict[str, None]] = {}   # why rows have no number of ours, and which those are
+        self.sources: dict[str, None] = {}              # the sources of the numbers, in words
+        self.missing: dict[str, dict[str, None]] = {}   # reason -> the rows without a number of ours
         self.parts = [self._filled(part) for part in table.parts]
         self.marks = [note for note in table.notes if note.rows]        # footnotes, from 1
 
@@ -84,12 +84,12 @@ class Rendered:
         for label, printed in printed_rows(part).items():
             beside = self.runs.of(part, label)
             if beside and printed.get("speedup") in (1.0, "1.0", "1.00"):
-                base = beside[0].run.calls          # of the run that is printed as 1x; else the config's steps
+                base = beside[0].run.calls          # the calls of the row that the paper prints as 1x
             filled.rows.append((label, printed, [self._ours(filled, arm, printed, base) for arm in beside]))
         return filled
 
     def _ours(self, filled: Filled, arm: Arm, printed: Printed, base: int | None) -> Ours:
-        """The numbers of a row."""
+        """The numbers of a run."""
         run, files = arm.run, dict[str, Path]()
         values = {"macs_G": giga(macs_per_step(run, self.table.macs_steps).hook)}
         values |= {key: run.caching.settings[key] for key in _SETTINGS if key in filled.columns}
@@ -107,7 +107,7 @@ class Rendered:
         return Ours(arm, cells, trial)
 
     def _score(self, filled: Filled, arm: Arm, values: dict[str, float], files: dict[str, Path]) -> int | None:
-        """Put in what evaluators measured, and why it is not there; of how many images a trial is."""
+        """Add evaluators' numbers to values, and their files; note why some are missing. Returns a trial's images."""
         trial = None
         for column in filled.columns:
             name = COLUMNS[column].metric
@@ -128,7 +128,7 @@ class Rendered:
         return trial
 
     def _time(self, filled: Filled, run: Run, base: int, values: dict[str, float], files: dict[str, Path]) -> str:
-        """Put in the throughput, and the speed-up over an uncached run of `base` network calls; the device's name."""
+        """Add the throughput, and the speed-up over an uncached run of `base` calls. Returns the device's name."""
         speed = speed_of(self.found, run) if {*_SPEED} & {*filled.columns} else None
         if speed is None:
             return ""
@@ -156,14 +156,14 @@ class Rendered:
 
     @property
     def notes(self) -> list[str]:
-        """Those of the whole table."""
+        """The notes on the whole table, and the sources of its numbers."""
         pending = [f"Not run ({self.table.waiting}): {'; '.join(row for _, row in self.runs.pending)}."]
         return [*(note.text.strip() for note in self.table.notes if not note.rows),
                 *(pending if self.runs.pending else []), *self.sources]
 
     @property
     def why_missing(self) -> list[str]:
-        """Why rows have no number of ours, a line for each reason."""
+        """Why rows have no number of ours: a line for each reason."""
         every = len(self.runs.pending) + len(self.runs.arms)
         lines = [f"{reason}: {'all rows' if len(rows) == every > 1 else '; '.join(rows)}"
                  for reason, rows in self.missing.items()]
@@ -171,7 +171,7 @@ class Rendered:
         return [*lines, *(["trials are shown with --trials"] if hidden else [])]
 
     def grid(self, filled: Filled) -> Iterator[list[str]]:
-        """The lines of a part, its head first: a row's name, what a line holds, and its cells."""
+        """The lines of a part, its head first: the name of the row, paper, ours or difference, and the cells."""
         part, paper = filled.part, self.table.paper
 
         def marks(label: str, column: str | None = None) -> str:
@@ -198,18 +198,18 @@ def _decimals(part: Part, column: str, printed: float | str | None) -> int:
 
 
 def _shown(value: float, digits: int) -> str:
-    """With the paper's decimals; with two digits where those would leave nothing, as of images/s on a CPU."""
+    """A value with the paper's decimals, or with two digits if it would become 0, such as images/s on a CPU."""
     return f"{value:.2g}" if 0 < abs(value) < 10 ** -digits else f"{value:.{digits}f}"
 
 
 def _printed(part: Part, column: str, printed: Mapping[str, float | str | None]) -> str:
-    """A value as the column is printed; a dash for none."""
+    """A printed value with the column's decimals; a dash if there is none."""
     value = printed.get(column)
     return value or "-" if value is None or isinstance(value, str) else f"{value:.{decimals(part, column)}f}"
 
 
 def as_text(rendered: Rendered) -> str:
-    """For a terminal."""
+    """The table for a terminal."""
     parts = [rendered.table.heading]
     for part in rendered.parts:
         parts += [*filter(None, [part.title]), align([*rendered.grid(part)])]
@@ -221,7 +221,7 @@ def as_text(rendered: Rendered) -> str:
 
 
 def as_markdown(rendered: Rendered) -> str:
-    """With a heading of the second level."""
+    """The table in Markdown, with a heading of the second level."""
     lines = [f"## {rendered.table.heading}", ""]
     for part in rendered.parts:
         lines += [f"**{part.title}**", ""] if part.title else []
@@ -233,7 +233,7 @@ def as_markdown(rendered: Rendered) -> str:
 
 
 def as_csv(rendered: Rendered) -> str:
-    """One number per line, with the file that ours is from."""
+    """One number per line, with the file that our number is from."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["table", "section", "row", "run", "column", "images", "paper", "ours", "difference", "from"])
@@ -254,7 +254,7 @@ def _tex(text: str) -> str:
 
 
 def as_latex(rendered: Rendered) -> str:
-    """A table environment; needs booktabs."""
+    """A LaTeX table; it needs booktabs."""
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(rendered.table.heading)}}}"]
     for part in rendered.parts:
         head, *body = rendered.grid(part)

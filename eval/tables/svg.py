@@ -1,4 +1,4 @@
-"""Plots and pictures of calls as SVG: in a page (eval/tables/page.py), whose colours they have, or as a file."""
+"""Plots and pictures of calls as SVG, in the colours of a page (eval/tables/page.py) and for a page or a file."""
 
 import math
 import re
@@ -11,10 +11,10 @@ from eval.tables.calls import COMPUTED, FORECAST, Calls
 from run.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.html")
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 700, 340, 52, 26, 44       # as wide as a page of GitHub shows a picture
-LETTER = 6.6                # width of one of a line's name
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 700, 340, 52, 26, 44       # GitHub shows pictures at this width
+LETTER = 6.6                # the width of a letter in a line's name
 MOST = COLORS = 8           # lines of a plot; colours
-# The colour of a method, the same in every plot, by what its name holds, the first that fits; else by its last number.
+# A method has the same colour in every plot: that of the first word here that its name contains, else by its number.
 HUES = {"plan": 3, "front": 0, "fewer steps": 0, "uncached": 0, "no cache": 0, "Block Caching": 4, "blocks": 4,
         "transformers": 4, "Clockwork": 5, "Learning-to-Cache": 6, "adaptive": 7, "forecast None": 1, "forecast": 2,
         "reuse": 1, "uniform": 1, "DeepCache": 1, "both": 6, "package": 5, "macs": 0}
@@ -24,7 +24,7 @@ SHAPES = ("M-5,0a5,5 0 1 0 10,0a5,5 0 1 0 -10,0z", "M-4.5,-4.5h9v9h-9z", "M0,-6l
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a plot. low, high: the ends of its interval. note: what is told where a reader points at it."""
+    """A point of a plot. low, high: the ends of its interval. note: shown when a reader points at it."""
     x: float
     y: float
     low: float | None = None
@@ -34,8 +34,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """Marks of one kind, in the order in which they are joined. joined: whether they are. dots: whether the marks are
-    shown, or the line alone."""
+    """Marks of one kind, in order. joined: whether a line joins them. dots: whether the marks are shown."""
     name: str
     marks: Sequence[Mark]
     joined: bool = True
@@ -44,7 +43,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Plot:
-    """x, y: what the axes show. log: of the x axis."""
+    """x, y: the titles of the axes. log: whether the x axis is logarithmic."""
     title: str
     x: str
     y: str
@@ -53,7 +52,7 @@ class Plot:
 
     @property
     def drawn(self) -> list[tuple[Line, int, int]]:
-        """Its lines that have marks, each with the numbers of its colour and of its shape."""
+        """The lines with marks, each with the numbers of its colour and its shape."""
         found: list[tuple[Line, int, int]] = []
         for line in (line for line in self.lines if line.marks):
             number = int("".join(re.findall(r"\d+$", line.name)) or 0)
@@ -63,12 +62,12 @@ class Plot:
 
     @property
     def right(self) -> float:
-        """Where its axes end and the names of its lines begin."""
+        """Where the axes end and the names of the lines begin."""
         return WIDTH - 30 - LETTER * max(len(line.name) for line, *_ in self.drawn)
 
 
 def ticks(low: float, high: float, log: bool = False) -> list[float]:
-    """Round numbers between two others: about five; on a logarithmic axis 1, 2 and 5 times powers of ten, or more."""
+    """About five round numbers between low and high; on a logarithmic axis 1, 2 and 5 times powers of ten, or more."""
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for factors in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
@@ -83,7 +82,7 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
 
 
 class Axis:
-    """Values to places along an axis of the picture."""
+    """An axis of the picture: turns values into places."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, log: bool = False):
         self.log = log and min(values) > 0
@@ -104,7 +103,7 @@ class Axis:
 
 
 def plot(shown: Plot) -> str:
-    """The picture for a page. Nothing of a plot without marks."""
+    """The picture for a page; empty for a plot without marks."""
     if not shown.drawn:
         return ""
     return "".join([f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="group" '
@@ -139,7 +138,7 @@ def _axes(x: Axis, y: Axis, shown: Plot) -> Iterator[str]:
 
 
 def _beside(place: float, taken: dict[float, int]) -> float:
-    """A place, or one a little to the left or right of it where others are there already. taken: how many, by place."""
+    """A place, moved a little to the left or right if others have it. taken: how many marks, by place."""
     number = taken.get(place, 0)
     taken[place] = number + 1
     return place + (-1) ** number * 7 * ((number + 1) // 2)
@@ -185,7 +184,7 @@ def sheet(plots: Sequence[Plot], path: Path) -> None:
 
 
 def _style() -> str:
-    """The looks of a plot in a file: those of a page, which follow what a reader prefers."""
+    """The styles of a plot in a file, taken from the page's, light or dark by the reader's preference."""
     page = TEMPLATE.read_text(encoding="utf-8")
     colours = re.findall(r":root \{\s*(.*?)\s*\}", page, re.S)
     rules = re.findall(r"^(?:\.plot (?:text|\.title|\.name|\.rule)|\.(?:dot|link|lead|bar|k\d))[ .].*\}$", page, re.M)
@@ -194,7 +193,7 @@ def _style() -> str:
 
 
 def calls(shown: Calls) -> str:
-    """A column for each network call, a row for each part of the U-Net; what is reused shows the ground."""
+    """A column for each network call and a row for each part of the U-Net; reused parts are left empty."""
     width, rows = len(shown.states[0]), len(shown.states)
     found = {COMPUTED: "", FORECAST: ""}
     for row, states in enumerate(shown.states):

@@ -12,7 +12,7 @@ def align(lines: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]], right: int | None = None) -> list[str]:
-    """A table in Markdown, whose first row is its head. right: the column from which on cells stand to the right."""
+    """A table in Markdown; its first row is the head. right: the first column that is aligned to the right."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     left = len(rows[0]) if right is None else right
     return [lines[0], "|---" * left + "|---:" * (len(rows[0]) - left) + "|", *lines[1:]]

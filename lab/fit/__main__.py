@@ -1,15 +1,15 @@
-"""Fits something to a model before it runs, or makes what is fitted.
+"""Fit a file to a model, or make a block schedule.
 
     python -m lab.fit changes         how much every residual changes from step to step
     python -m lab.fit block-schedule  when each residual is computed, from measured changes
-    python -m lab.fit rhythm          the same steps for all residuals
+    python -m lab.fit rhythm          a block schedule with the same steps for all residuals
     python -m lab.fit scale-shift     the scale and shift of residuals that a block schedule reuses
     python -m lab.fit adaptor         Clockwork's adaptor
-    python -m lab.fit router          a block schedule, learnt (Learning-to-Cache)
+    python -m lab.fit router          a learned block schedule (Learning-to-Cache)
     python -m lab.fit adaptive        the rule by which each image decides when to compute
 
-Fits to runs take the sampling options of the model's sample command: --config FILE --help lists them. The network is
-frozen. Each fit is judged on other seeds: OUT.KIND.json, beside the file, has the distances to the network without
+Fits to runs have the sampling options of the model's sample command: --config FILE --help lists them. The network is
+frozen. Each fit is judged on held-out seeds: OUT.KIND.json, beside the file, has the distances to the network without
 caching, with paired 95 % intervals.
 """
 
@@ -48,21 +48,19 @@ VERBS: Mapping[str, Callable[..., None]] = {"block-schedule": block_schedule, "r
 
 @dataclass(frozen=True)
 class Runs:
-    """What something is fitted to, and where it goes."""
     title: ClassVar[str] = "the runs"
     out: Path = required("file to write")
-    seeds: str = required("to learn from; others than the held-out ones")
+    seeds: str = required("seeds to fit to; none of the held-out ones")
 
 
 @dataclass(frozen=True)
 class Judging:
-    """What it is judged on."""
     title: ClassVar[str] = "the runs"
-    held_out_seeds: str = required("to judge on")
+    held_out_seeds: str = required("seeds to judge on")
 
 
 def fit(kind: str, words: list[str]) -> None:
-    """Fit one of `FITS`, as a command line says."""
+    """Fit one of `FITS`, with the options of a command line."""
     started, cls = time.time(), FITS[kind]
     parts = None if cls.caching else (Condition, NetworkOptions, SamplerOptions)
     spec, what, runs, machine, *judging = parse_run(
@@ -88,7 +86,7 @@ def fit(kind: str, words: list[str]) -> None:
     if not cls.judged:
         return
     found = held_out_distances(model, what.arms(model, runs.out), held_out, machine.batch_size) | found
-    report = runs.out.with_suffix(f".{kind.replace('-', '_')}.json")        # not .json, which a schedule is called
+    report = runs.out.with_suffix(f".{kind.replace('-', '_')}.json")        # a schedule's file ends with .json itself
     hashes = {"checkpoint": model.settings["checkpoint_sha256"], "weights": weights, "file": sha256(runs.out)}
     details = {**made.notes, "held_out_seeds": format_seeds(held_out), "fitted_s": fitted_s}
     results.write(report, Result(kind, model.settings["model"], model.settings, len(held_out), found,
@@ -98,7 +96,7 @@ def fit(kind: str, words: list[str]) -> None:
 
 
 def table(found: Mapping[str, Metric], held_out: list[int]) -> str:
-    """What a report says, for people."""
+    """A report as text."""
     return "\n".join([f"{len(held_out)} held-out seeds; distance to the network without caching, 95% intervals:",
                       *("{:32} {:.4f} [{:.4f}, {:.4f}]".format(name, *one.bounds) for name, one in found.items())])
 
@@ -113,7 +111,7 @@ def main() -> None:
     elif kind in ("-h", "--help"):
         print(__doc__)
     else:
-        raise UserError(f"say what to fit: {', '.join([*FITS, *VERBS])} (each has a --help)")
+        raise UserError(f"name what to fit: {', '.join([*FITS, *VERBS])} (each has a --help)")
 
 
 if __name__ == "__main__":

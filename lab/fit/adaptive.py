@@ -1,4 +1,4 @@
-"""Calibrates the rule by which each image decides when its deep feature is computed (unet_caching/methods/adaptive.py).
+"""Calibrate the rule by which each image decides when its deep feature is computed (unet_caching/methods/adaptive.py).
 
     python -m lab.fit adaptive --config configs/ldm_emoji.yaml --sampler unipc --steps 50 --calls 18 \\
         --seeds 1000-1031 --held-out-seeds 2000-2031 --out adaptive.json
@@ -33,11 +33,11 @@ from unet_caching.methods.deepcache import DeepCache
 from unet_caching.options import option, required
 from unet_caching.policy import Policy
 
-TRIES = 5           # thresholds that are run before the nearest is taken
+TRIES = 5           # thresholds to run before the nearest is taken
 
 
 def decided(changes: np.ndarray, threshold: float) -> np.ndarray:
-    """Which calls the rule makes full: changes [rows, calls] -> bool [rows, calls]. The first is always."""
+    """Which calls are full by the rule: changes [rows, calls] -> bool [rows, calls]. The first call always is."""
     full, sums = np.zeros(changes.shape, bool), np.zeros(len(changes))
     full[:, 0] = True
     for step in range(1, changes.shape[1]):
@@ -48,17 +48,17 @@ def decided(changes: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def threshold_for(changes: np.ndarray, full_calls: float) -> float:
-    """The threshold at which the rule makes so many full calls on average. changes: [rows, calls]."""
+    """The threshold at which the rule makes `full_calls` full calls on average. changes: [rows, calls]."""
     return bisected(lambda threshold: decided(changes, threshold).sum(1).mean() <= full_calls,
                     float(changes.sum(1).max()), 0.0, 50)
 
 
 def settled(threshold_of: Callable[[float], float], run: Callable[[float], np.ndarray], full_calls: float
             ) -> tuple[float, np.ndarray]:
-    """The threshold at which real runs make nearest to so many full calls on average, and which calls those are.
+    """The threshold at which the mean number of full calls in real runs is nearest to `full_calls`, and those calls.
 
-    threshold_of: a first guess for a number of full calls. run: what a threshold makes full, bool [..., calls]. Each
-    try guesses for as many more as the one before came out short of; the last is within half a percent or `TRIES`th.
+    threshold_of: guesses the threshold for a number of full calls. run: the full calls at a threshold, bool [...,
+    calls]. Each try corrects the number by the last error. It ends within half a percent, or after `TRIES` tries.
     """
     tried, wanted = [], full_calls
     for _ in range(TRIES):
@@ -74,7 +74,7 @@ def settled(threshold_of: Callable[[float], float], run: Callable[[float], np.nd
 
 
 def full_on(model: ImageModel, policy: AdaptiveCache, seeds: list[int], batch_size: int) -> np.ndarray:
-    """Which calls a rule makes full: bool [1 or the halves of guidance, seeds, calls]."""
+    """Which calls are full by a rule: bool [1 or the halves of guidance, seeds, calls]."""
     found = []
     for batch, report in batches(seeds, batch_size, "costs", model):
         model.latents(batch, policy, report=report)
@@ -84,17 +84,16 @@ def full_on(model: ImageModel, policy: AdaptiveCache, seeds: list[int], batch_si
 
 
 def spent_on(model: ImageModel, rule: AdaptiveRule, seeds: list[int], batch_size: int) -> np.ndarray:
-    """What the rule costs each seed, in full calls, as it comes out: float64 [seeds]."""
+    """The cost of each seed with the rule, in full calls: float64 [seeds]."""
     share = full_on(model, rule.policy(), seeds, batch_size).mean(0)        # of the rows of a seed, by call
     return (share + rule.notes["cached call"] * (1 - share)).sum(1)
 
 
 @dataclass(frozen=True)
 class AdaptiveFit(Fit):
-    """An adaptive rule."""
     title = "the rule"
     file = AdaptiveRule
-    calls: float = required("the budget")
+    calls: float = required("the budget, in full network calls")
     adaptive_branch: int = option(1, "0-based skip whose inner level is cached; the first has no block to watch "
                                      "(default: %(default)s)")
 
@@ -105,13 +104,13 @@ class AdaptiveFit(Fit):
         self.full_calls(model)
 
     def full_calls(self, model: ImageModel) -> tuple[float, float]:
-        """How many full calls the budget pays for, and the price of a cached one. Raises UserError."""
+        """The number of full calls within the budget, and the cost of a cached call. Raises UserError."""
         costs, total = costs_of(model.run), model.sampler.calls
         ratio = costs.cached(self.adaptive_branch).hook / costs.full.hook
         found = (self.calls - total * ratio) / (1 - ratio)
         if not 1 <= found < total:
-            raise UserError(f"{total} network calls cost from {1 + (total - 1) * ratio:.2f} (one full) to {total} "
-                            f"(all full): --calls {self.calls:g} is outside")
+            raise UserError(f"--calls must be from {1 + (total - 1) * ratio:.2f} (one full) to {total} (all full), "
+                            f"got {self.calls:g}")
         return found, ratio
 
     def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> AdaptiveRule:
@@ -134,7 +133,7 @@ class AdaptiveFit(Fit):
                                    "full calls": float(counts.mean())})
 
     def measure(self, model: ImageModel, made: AdaptiveRule, seeds: list[int], batch_size: int) -> dict[str, Metric]:
-        """What the rule costs, which is only known when it has run."""
+        """The cost with the rule, which is only known after runs."""
         spent = spent_on(model, made, seeds, batch_size)
         made.notes |= {"held_out_seeds": format_seeds(seeds), "spent": {
             "mean": float(spent.mean()), "least": float(spent.min()), "most": float(spent.max())}}

@@ -1,12 +1,12 @@
-"""Learns Clockwork's adaptor (arXiv 2312.08128) for one model, sampler, clock and branch, on unrolled runs.
+"""Learn Clockwork's adaptor (arXiv 2312.08128) for one model, sampler, clock and branch, on unrolled runs.
 
     python -m lab.fit adaptor --config configs/ldm_emoji.yaml --sampler unipc --steps 50 --clock 4 \\
         --seeds 1000-1063 --held-out-seeds 2000-2031 --out adaptor.safetensors
     python -m ldm.sample --config configs/ldm_emoji.yaml --sampler unipc --steps 50 --clock 4 \\
         --adaptor adaptor.safetensors --seeds 0-63 --out samples/clockwork
 
-The network is frozen, and teaches on the path of the run that goes on with the adaptor. The report compares what was
-learnt with the identity.
+The frozen network is the teacher, on the path of the run with the adaptor. The report compares the learned adaptor with
+the identity.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ from unet_caching.trace import positions
 
 
 class TimeConditioning(nn.Module):
-    """Rows of the table from the timestep embedding: [emb_channels] and the feature's age in calls -> [3, width]."""
+    """Rows of the table: timestep embedding [emb_channels] and the feature's age in calls -> [3, width]."""
 
     def __init__(self, emb_channels: int, width: int):
         super().__init__()
@@ -45,9 +45,9 @@ class TimeConditioning(nn.Module):
 class AdaptorStudent(Student):
     """Trains an adaptor at every cached call.
 
-    The loss is the squared error of what the adaptor makes of the last feature, per squared feature of the teacher;
-    beside it, that of the identity. channels: of the feature. width: of the bottleneck. embeddings: of each network
-    call, float32 [calls, emb_channels].
+    The loss is the squared error of the adaptor's output for the last feature, relative to the squared feature of the
+    teacher; `losses` has the identity's beside it. channels: of the feature. width: of the bottleneck. embeddings: of
+    each network call, float32 [calls, emb_channels].
     """
 
     def __init__(self, unet: Network, branch: int, full_steps: Sequence[int], channels: int, width: int,
@@ -76,39 +76,38 @@ class AdaptorStudent(Student):
         return predict()
 
     def row(self, step: int) -> Tensor:
-        """What the adaptor is told at a network call."""
+        """The row of the table at a network call."""
         return self.conditioning(self.embeddings[step], step - max(full for full in self.full_steps if full <= step))
 
     @torch.no_grad()
     def table(self) -> Tensor:
-        """The row of every network call, float32 [calls, 3, width]."""
+        """The rows of all network calls, float32 [calls, 3, width]."""
         return torch.stack([self.row(step) for step in range(len(self.embeddings))])
 
 
 @dataclass(frozen=True)
 class AdaptorFit(Fit):
-    """Clockwork's adaptor."""
     title = "the training"
     file = AdaptorFile
     caching = True
     channels: int = option(16, "channels of the adaptor's bottleneck (default: %(default)s)", least=1)
-    lr: float = option(3e-3, "Adam's at the start; it falls to 0 (default: %(default)s)")
-    passes: int = option(1, "how often the seeds are met (default: %(default)s)", least=1)
+    lr: float = option(3e-3, "Adam's learning rate at the start; it falls to 0 (default: %(default)s)")
+    passes: int = option(1, "passes through the seeds (default: %(default)s)", least=1)
 
     def check(self, model: ImageModel) -> None:
         if not self.lr > 0:
             raise UserError(f"--lr must be above 0, got {self.lr:g}")
         clockwork = model.run.caching.of(ClockworkMethod)
         if clockwork is None or clockwork.adaptor is not None or len(model.run.caching.methods) > 1:
-            raise UserError("an adaptor is trained for a clock: give --clock, and neither --adaptor nor other "
-                            "caching options")
+            raise UserError("an adaptor is trained for a clock: give --clock, without --adaptor and other caching "
+                            "options")
         check_float32(model)
 
     def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> AdaptorFile:
         clockwork = model.run.caching.of(ClockworkMethod)
         assert clockwork is not None
         channels = positions(model.run.trace)[clockwork.branch].shape[1]
-        torch.manual_seed(0)                    # the inner convolution starts at random
+        torch.manual_seed(0)                    # the inner convolution has random initial weights
         student = AdaptorStudent(own_unet(model), clockwork.branch, clockwork.full_steps, channels, self.channels,
                                  embeddings(model), self.lr)
         student.learn(model, seeds * self.passes, batch_size)

@@ -13,13 +13,13 @@ from eval.tables.plots import save
 
 
 def short(name: str) -> str:
-    """The name of a residual at the axis of a picture: input_blocks.4.1 -> in 4.1."""
+    """The name of a residual in a picture: input_blocks.4.1 -> in 4.1."""
     return (name.replace("input_blocks.", "in ").replace("output_blocks.", "out ").replace("middle_block.", "middle ")
             .replace("transformer_blocks.0.", ""))
 
 
 def change_curves(changes: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw a curve per residual: its relative change at every step; colour = where it lies in the network."""
+    """Draw a curve per residual: its relative change at every step; the colour is its place in the network."""
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(changes)))
     for colour, (name, values) in zip(colours, changes.items(), strict=True):

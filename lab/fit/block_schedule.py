@@ -1,10 +1,10 @@
-"""Makes block schedules (Block Caching, arXiv 2312.03209): when each residual of a run is computed.
+"""Make block schedules (Block Caching, arXiv 2312.03209): when each residual of a run is computed.
 
     python -m lab.fit block-schedule --changes changes.json --kinds all --macs 0.5 --out half.json
     python -m lab.fit rhythm --config configs/sd_v15.yaml --steps 20 --computed 0,5,9,13,17 --out rhythm.json
 
-block-schedule: of measured changes, from a threshold or from a budget of MACs; together with --interval, of the blocks
-outside the level that DeepCache reuses. rhythm: the same steps for all, which needs no weights.
+block-schedule: from measured changes and a threshold or a budget of MACs; with --interval only for the blocks outside
+the level that DeepCache reuses. rhythm: the same steps for all residuals; it needs no weights.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,13 +24,13 @@ from unet_caching.methods.block_caching import KINDS, BlockSchedule, outside, re
 from unet_caching.methods.deepcache import DeepCacheMethod, DeepCacheOptions
 from unet_caching.options import RunShape, option, required
 
-PAPERS_DELTA = 0.5          # of its LDM-512
+PAPERS_DELTA = 0.5          # the paper's, for LDM-512
 
 
 def threshold_schedule(changes: Sequence[float], delta: float) -> list[int]:
-    """The steps at which a block is computed: at 0, and whenever its change since the last time exceeds delta.
+    """The steps that compute a block: step 0, and every step at which its change since the last one exceeds delta.
 
-    changes[t]: from step t - 1 to step t; changes[0] is not looked at. delta 0 computes every step.
+    changes[t]: from step t - 1 to step t; changes[0] is ignored. With delta 0, every step computes.
     Raises ValueError for a negative delta or changes that are not finite.
     """
     if not delta >= 0:
@@ -39,7 +39,7 @@ def threshold_schedule(changes: Sequence[float], delta: float) -> list[int]:
     for t in range(1, len(changes)):
         total += changes[t]
         if not 0 <= total < float("inf"):
-            raise ValueError(f"the change of step {t} is {changes[t]}: changes are finite and not negative")
+            raise ValueError(f"the change of step {t} must be finite and not negative, got {changes[t]}")
         if total > delta or delta == 0:
             steps.append(t)
             total = 0.0
@@ -47,9 +47,9 @@ def threshold_schedule(changes: Sequence[float], delta: float) -> list[int]:
 
 
 class ScheduleMaker:
-    """Schedules of the residuals of some kind, at any threshold, and what a run costs with them.
+    """Schedules of the residuals of some kind, at any threshold, and the cost of a run with them.
 
-    level: DeepCache in the same run, if any: only the blocks outside its level have a schedule then.
+    level: DeepCache in the same run, if any; then only the blocks outside its level have a schedule.
     """
 
     def __init__(self, changes: BlockChanges, kinds: str, level: DeepCacheMethod | None = None):
@@ -72,20 +72,20 @@ class ScheduleMaker:
             return {name: threshold_schedule(values, delta) for name, values in self.measured.items()}
 
     def macs(self, blocks: dict[str, list[int]]) -> Macs:
-        """The MACs per network call and row of a run with these blocks, and with DeepCache where it is there.
+        """The MACs per network call and row of a run with these blocks, and with DeepCache if there is any.
 
-        They are exact: the blocks outside DeepCache's level are asked for in full and in cached steps alike.
+        They are exact: full and cached steps alike ask the cache for the blocks outside DeepCache's level.
         """
         return schedule_macs(self.base, self.residuals, blocks, self.changes.calls)
 
     def delta_for(self, fraction: float) -> float:
         """The smallest threshold at which a run costs at most this fraction of an uncached one's MACs (hook).
 
-        The larger the threshold, the later each block is computed again: the cost never rises with it. Raises UserError
-        for a fraction that no threshold reaches.
+        The cost never rises with the threshold: each block is computed later. Raises UserError for a fraction that no
+        threshold reaches.
         """
         if not 0 < fraction <= 1:
-            raise UserError(f"the MACs must be a fraction from 0 to 1 of those without caching, got {fraction:g}")
+            raise UserError(f"the MACs must be a fraction from 0 to 1 of the uncached ones, got {fraction:g}")
 
         def cost(delta: float) -> float:
             return self.macs(self.blocks(delta)).hook / self.full.hook
@@ -108,16 +108,15 @@ class ScheduleMaker:
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """What every schedule is made of."""
     out: Path = required("JSON to write")
-    kinds: str = option("transformer", "of blocks that are cached (default: %(default)s, as in the paper)",
+    kinds: str = option("transformer", "the kind of blocks to cache (default: %(default)s, as in the paper)",
                         choices=KINDS)
 
 
 @dataclass(frozen=True)
 class FromChanges(ScheduleOptions):
-    """A schedule of measured changes."""
-    changes: Path = required("what lab.fit changes wrote")
+    """A schedule from measured changes."""
+    changes: Path = required("the file from lab.fit changes")
     delta: float | None = option(None, f"the threshold (default: {PAPERS_DELTA}, the paper's)", one_of="aim")
     macs: float | None = option(None, "the smallest threshold that leaves at most this fraction of the MACs",
                                 one_of="aim")
@@ -126,20 +125,20 @@ class FromChanges(ScheduleOptions):
 
 @dataclass(frozen=True)
 class Rhythm(ScheduleOptions):
-    """A schedule of one rhythm."""
+    """A schedule with the same steps for all residuals."""
     config: Path = required("configs/*.yaml")
-    computed: str = required("steps that compute, like 0,5,9,13,17; 0 must be one", metavar="STEPS")
+    computed: str = required("steps that compute, like 0,5,9,13,17; the first must be 0", metavar="STEPS")
 
 
 def block_schedule(options: FromChanges, deepcache: DeepCacheOptions) -> None:
-    """When each residual is computed: OUT.json and a chart."""
+    """Make a schedule from measured changes: OUT.json and a chart."""
     check_out(options.out, ".json")
     with as_user_error():
         changes = BlockChanges.load(options.changes)
         shape = RunShape(changes.made_for["steps"], changes.calls, len(changes.macs_cached), 0)
         level = deepcache.bind(shape, ())
     if level is not None and deepcache.branch is None:
-        raise UserError("--interval needs --branch here")
+        raise UserError("--interval needs --branch here: add it")
     maker = ScheduleMaker(changes, options.kinds, level)
     fraction = options.macs if options.speedup is None else 1 / options.speedup
     delta = PAPERS_DELTA if options.delta is None else options.delta
@@ -152,7 +151,7 @@ def block_schedule(options: FromChanges, deepcache: DeepCacheOptions) -> None:
 
 
 def rhythm(options: Rhythm, sampling: SamplerOptions) -> None:
-    """All residuals computed on the same given steps, for any weights: OUT.json and a chart."""
+    """Make a schedule with the same steps for all residuals, for any weights: OUT.json and a chart."""
     check_out(options.out, ".json")
     run = RunSpec.of(options.config, **vars(sampling)).open()
     steps = sorted(parse_seeds(options.computed, "--computed"))
@@ -166,7 +165,7 @@ def rhythm(options: Rhythm, sampling: SamplerOptions) -> None:
 
 def schedule_of(run: Run, checkpoint_sha256: str | None, kinds: str, blocks: dict[str, list[int]],
                 notes: dict[str, Any]) -> BlockSchedule:
-    """A schedule that was not made of changes. checkpoint_sha256: of the weights; None: any will do."""
+    """A schedule with given steps, without a threshold. checkpoint_sha256: of the weights; None: for any weights."""
     costs = costs_of(run)
     macs = schedule_macs(costs.full, {name: costs.values[name] for name in blocks}, blocks, run.calls)
     return BlockSchedule(run.made_for(checkpoint_sha256), run.calls, kinds, None, blocks, macs._asdict(),

@@ -1,9 +1,9 @@
-"""Measures how much every residual changes from step to step, and what it costs: OUT.json and pictures of it.
+"""Measure how much every residual changes from step to step, and its cost: OUT.json and pictures.
 
     python -m lab.fit changes --config configs/ddpm_emoji.yaml --out changes.json
     python -m lab.fit block-schedule --changes changes.json --kinds all --macs 0.5 --out half.json
 
-Block Caching's schedules (arXiv 2312.03209) are made of that alone; they need no weights.
+Block Caching's schedules (arXiv 2312.03209) are made from this file only, without weights.
 """
 
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -28,9 +28,9 @@ from unet_caching.policy import Policy
 
 @dataclass
 class Residual:
-    """What is known of one residual."""
+    """The measured changes and the MACs of a residual."""
     kind: str                   # of `KINDS`
-    changes: list[float]        # of each call from the one before
+    changes: list[float]        # from the call before, for each call
     macs: tuple[float, float]   # hook, fc
 
 
@@ -49,25 +49,25 @@ class BlockChanges(Fitted):
         return None if wrong is None else f"{wrong} does not have a change for each of {self.calls} calls"
 
     def of_kinds(self, kinds: str) -> dict[str, list[float]]:
-        """The changes of the residuals of `methods.block_caching.KINDS`. Raises UserError where there are none."""
+        """The changes of the residuals of a kind of `methods.block_caching.KINDS`. Raises UserError if it has none."""
         if kinds not in KINDS:
             raise UserError(f"unknown kind of blocks {kinds!r}: choose from {', '.join(KINDS)}")
         wanted = ("transformer", "resnet") if kinds == "all" else (kinds,)
         found = {name: one.changes for name, one in self.residuals.items() if one.kind in wanted}
         if not found:
-            raise UserError(f"{self.made_for['model']} has no {kinds} blocks that could be cached")
+            raise UserError(f"{self.made_for['model']} has no {kinds} blocks to cache")
         return found
 
 
 class ChangeMeter(Policy):
-    """How much some values change from call to call (Block Caching, arXiv 2312.03209, its L1rel), row by row."""
+    """Measures how much values change from call to call, by row (L1rel of Block Caching, arXiv 2312.03209)."""
 
     def __init__(self, keys: Collection[Hashable]):
         self.batches: dict[Hashable, list[Tensor]] = {key: [] for key in keys}
         self.reset()
 
     def reset(self) -> None:
-        """Put the changes of the batch to those of the others."""
+        """Add the changes of the batch to those of earlier batches."""
         for key, calls in getattr(self, "calls", {}).items():
             self.batches[key].append(torch.stack(calls, 1))
         self.calls: dict[Hashable, list[Tensor]] = {}
@@ -82,14 +82,14 @@ class ChangeMeter(Policy):
         return value
 
     def changes(self) -> dict[Hashable, Tensor]:
-        """The change of each value from the call before, by its key: float32 [rows of all batches, calls]; 0 for the
-        first."""
+        """The change of each value from the call before, by key: float32 [rows of all batches, calls]; 0 in the first
+        call."""
         return {key: torch.cat(batches) for key, batches in self.batches.items()}
 
 
 def changes_of(model: ImageModel, keys: Collection[Hashable], seeds: Sequence[int], batch_size: int
                ) -> dict[Hashable, Tensor]:
-    """How much values change in the uncached runs of a loaded model (`ChangeMeter.changes`)."""
+    """The changes of values in the uncached runs of a loaded model, as `ChangeMeter.changes`."""
     meter = ChangeMeter(keys)
     for batch, report in batches(seeds, batch_size, "changes", model):
         model.latents(batch, meter, report=report)
@@ -99,8 +99,7 @@ def changes_of(model: ImageModel, keys: Collection[Hashable], seeds: Sequence[in
 
 @dataclass(frozen=True)
 class ChangesFit(Fit):
-    """Change curves."""
-    title = "what is measured"
+    title = "the measurement"
     file = BlockChanges
     seeds = "0-63"              # the paper measures 32 prompts with 2 seeds each
     judged = False

@@ -1,4 +1,4 @@
-"""What everything that is fitted to a model has in common: its protocol, and going through runs of the model."""
+"""What all fits share: their protocol, and going through runs of the model."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -26,41 +26,41 @@ from unet_caching.unet import NestedUNet
 
 @dataclass(frozen=True)
 class Fit(ABC):
-    """Something that is fitted to runs of a model; its options are fields (`unet_caching.options.option`).
+    """Something that is fitted to runs of a model. Its fields are options (`unet_caching.options.option`).
 
-    A kind of it is one file of lab/fit and a word in `FITS` of lab/fit/__main__.py, which does what all share: the run
+    A fit is one file of lab/fit and a word in `FITS` of lab/fit/__main__.py. That command does the shared work: the run
     and its seeds, the checks before any work, the frozen network, the distances on held-out seeds, the report.
     """
     title: ClassVar[str] = ""               # of its options in --help
-    file: ClassVar[type[Fitted]]            # what is made
+    file: ClassVar[type[Fitted]]            # the class of the file that it makes
     caching: ClassVar[bool] = False         # whether it is fitted to runs that cache
-    seeds: ClassVar[str | None] = None      # to learn from, where the user need not say
-    judged: ClassVar[bool] = True           # on held-out seeds
+    seeds: ClassVar[str | None] = None      # the default of --seeds
+    judged: ClassVar[bool] = True           # whether it is judged on held-out seeds
 
-    def check(self, model: ImageModel) -> None:         # noqa: B027  few have nothing to check
-        """Refuse, before the weights are read, what cannot be fitted. Raises UserError or ValueError."""
+    def check(self, model: ImageModel) -> None:         # noqa: B027  some fits have nothing to check
+        """Refuse a run that it cannot be fitted to, before the weights are read. Raises UserError or ValueError."""
 
     @abstractmethod
     def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> Any:
-        """The file of what is learnt from the runs of some seeds of a loaded model. Raises UserError."""
+        """Fit to the runs of some seeds of a loaded model. Returns the file's contents. Raises UserError."""
 
     def measure(self, model: ImageModel, made: Any, seeds: list[int], batch_size: int) -> dict[str, Metric]:
-        """What the report says of the held-out seeds beside distances; it may be noted in the file, too."""
+        """Metrics of the held-out seeds for the report, besides distances; may also note them in the file."""
         return {}
 
     def draw(self, model: ImageModel, made: Any, seeds: list[int], path: Path) -> None:     # noqa: B027
-        """Pictures beside the file. seeds: that were learnt from."""
+        """Draw pictures beside the file. seeds: of the fit."""
 
     def arms(self, model: ImageModel, path: Path) -> Mapping[str, Callable[[], Policy]]:
-        """What is compared on the held-out seeds, each with the one before it: functions that return a fresh policy.
+        """Functions that return a fresh policy, by name, to compare on the held-out seeds, each with the one before.
 
-        path: of the file, which the last of them takes.
+        path: the fitted file, which the last policy uses.
         """
         return {}
 
 
 def with_file(model: ImageModel, **options: Path) -> Callable[[], Policy]:
-    """A fresh policy of the model's run with more caching options. Raises UserError where the run refuses them."""
+    """A function that returns a fresh policy of the model's run with more caching options. Raises UserError."""
     run = model.run.spec.having(**options).open()
     run.refuse_foreign(model.settings)
 
@@ -72,17 +72,17 @@ def with_file(model: ImageModel, **options: Path) -> Callable[[], Policy]:
 
 
 def check_runs(machine: Machine, **sets: list[int]) -> None:
-    """Refuse sets of seeds, by their options, that share one; and a machine that is for sampling. Raises UserError."""
+    """Refuse sets of seeds, by option, that share a seed, and machine options for sampling. Raises UserError."""
     if machine.compile or machine.cuda_graphs:
-        raise UserError("--compile and --cuda-graphs are for sampling: every network call is looked at here")
+        raise UserError("--compile and --cuda-graphs are for sampling: leave them out here")
     seed, most = Counter(chain(*sets.values())).most_common(1)[0]
     if most > 1:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in sets)
-        raise UserError(f"seed {seed} is in two of {flags}: take others")
+        raise UserError(f"seed {seed} is in two of {flags}: take different seeds")
 
 
 def bisected(holds: Callable[[float], bool], good: float, bad: float, halvings: int = 60) -> float:
-    """The value nearest to a bad one for which something holds, as it does from there to a good one."""
+    """The value nearest to `bad` for which `holds` is true. It must be true from there to `good`."""
     for _ in range(halvings):
         middle = (good + bad) / 2
         good, bad = (middle, bad) if holds(middle) else (good, middle)
@@ -90,34 +90,34 @@ def bisected(holds: Callable[[float], bool], good: float, bad: float, halvings: 
 
 
 def evenly(calls: int, count: int) -> list[int]:
-    """So many of the network calls of a run, evenly spread, the first among them."""
+    """`count` of the network calls of a run, evenly spread, from the first on."""
     return sorted({step * calls // count for step in range(count)})
 
 
 def check_out(path: Path, suffix: str) -> None:
-    """Refuse a file that could not be written. Raises UserError."""
+    """Refuse a file that cannot be written. Raises UserError."""
     if path.suffix != suffix or not path.absolute().parent.is_dir():
-        raise UserError(f"--out must be a {suffix} file in a folder that is there, got {path}")
+        raise UserError(f"--out must be a {suffix} file in a folder that exists, got {path}")
 
 
 def check_float32(model: ImageModel) -> None:
-    """Raises UserError for a network in another number format, which is too coarse to learn in."""
+    """Raises UserError for a network in another number format, which is too coarse for training."""
     if model.dtype != torch.float32:
         raise UserError("training is in float32: leave out --dtype")
 
 
 def own_unet(model: ImageModel) -> NestedUNet:
-    """The U-Net of a loaded model. Raises UserError for one of another layout, which nothing can be fitted to."""
+    """The U-Net of a loaded model. Raises UserError if it is not one of ours: nothing can be fitted to it."""
     if not isinstance(model.unet, NestedUNet):
-        raise UserError("--diffusers-unet is for sampling without caching: there is nothing to measure or to fit")
+        raise UserError("--diffusers-unet is for sampling without caching: leave it out here")
     return model.unet
 
 
 def batches(seeds: Sequence[int], size: int, title: str | None, model: ImageModel, work: int = 1
             ) -> Iterator[tuple[list[int], Callable[[float], None]]]:
-    """Go through batches under a progress bar, with what is told the progress of each of the `work` runs.
+    """Go through batches under a progress bar. Yields each batch, and a function that reports a run's progress.
 
-    title: of the bar; None: there is none.
+    title: of the bar; None: no bar. work: the number of runs of each batch.
     """
     with tqdm(total=len(seeds) * work * model.sampler.calls, desc=title, unit="call",
               disable=title is None or not seeds) as bar:
@@ -128,7 +128,7 @@ def batches(seeds: Sequence[int], size: int, title: str | None, model: ImageMode
 
 
 def embeddings(model: ImageModel) -> torch.Tensor:
-    """What the blocks know of the timestep of each network call of a loaded model's run: float32 [calls, channels]."""
+    """The timestep embedding of each network call of a loaded model's run: float32 [calls, channels]."""
     steps = torch.tensor(model.sampler.call_timesteps(), device=model.device)
     return own_unet(model).embedding(steps).float()
 
@@ -145,11 +145,11 @@ def weights_sha256(network: nn.Module) -> str:
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[str]:
-    """Make sure that a network's weights are the same after what is done inside: yields their digest.
+    """Make sure that a network's weights do not change inside the block: yields their digest.
 
-    Raises RuntimeError where they are not, or could learn.
+    Raises RuntimeError if they have changed, or require gradients.
     """
     before = weights_sha256(network)
     yield before
     if weights_sha256(network) != before or any(value.requires_grad for value in network.parameters()):
-        raise RuntimeError("the network was to be frozen, and it has changed")
+        raise RuntimeError("the weights of a frozen network have changed, or require gradients")

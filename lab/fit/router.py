@@ -1,4 +1,4 @@
-"""Learns which blocks a run computes (Learning-to-Cache, arXiv 2406.01733), for one model, sampler and number of steps.
+"""Learn which blocks a run computes (Learning-to-Cache, arXiv 2406.01733), for one model, sampler and number of steps.
 
     python -m lab.fit router --config configs/ldm_emoji.yaml --sampler unipc --steps 30 --every-second --calls 18 \\
         --seeds 1000-1063 --held-out-seeds 2000-2031 --out routed.json
@@ -15,9 +15,9 @@ the last bit. Rounded, they are an ordinary block schedule. With --calls, a budg
 lambda is moved until the rounded routers cost the budget; otherwise lambda stays.
 
 The paper trains transformers, from noised images, on every second step. Here runs are sampled while the routers are
-trained. Every second call may reuse (--every-second), or all but the first. In the latter case betas of neighbouring
-calls are near each other. Rounding each by itself would then compute a residual on all of them, or on none. So a beta
-is read as how often the residual is computed (`spread`).
+trained. Every second call may reuse (--every-second), or all but the first. In the latter case, betas of neighbouring
+calls are nearly equal, and rounding each would compute a residual on all of these calls or on none. So a beta is taken
+as the frequency with which the residual is computed (`spread`).
 
 The report compares the schedule with one at the same budget that computes all blocks on evenly spread calls.
 """
@@ -45,14 +45,14 @@ from unet_caching.nest import Network
 from unet_caching.options import option
 from unet_caching.policy import Policy
 
-PACE = 4.0              # how fast lambda moves: the change of its logarithm for twice the share that a run may have
+PACE = 4.0              # how fast lambda moves: the change of its logarithm at twice the allowed share
 
 
 class Router(Policy):
-    """Mixes each residual with the value that was kept of it, as betas say.
+    """Mixes each computed residual with its kept value, by betas.
 
-    names: the residuals, the columns of `betas`, [network calls, residuals]. Others are always computed, and so are all
-    on the first call. What is kept is what the call went on with.
+    names: the residuals, in the order of the columns of `betas` [network calls, residuals]. Other residuals are always
+    computed; on the first call all are. The mixed value is kept.
     """
 
     def __init__(self, names: Sequence[str], betas: Sequence[Tensor]):
@@ -61,7 +61,7 @@ class Router(Policy):
         self.reset()
 
     def reset(self) -> None:
-        """Let go of all values, after the last step of a batch."""
+        """Drop all values, after the last step of a batch."""
         self.step = 0
         self.values: dict[Hashable, Tensor] = {}
 
@@ -81,9 +81,9 @@ class Router(Policy):
 
 
 class Budget:
-    """The multiply-accumulates that a run may have, `spent` of them at most (None: as many as it takes).
+    """The multiply-accumulates of a run, at most `spent` (None: without a limit).
 
-    costs: of each residual, by name; full: of a whole call; calls: of a run.
+    costs: of each residual, by name. full: of a full call. calls: in a run.
     """
 
     def __init__(self, costs: Mapping[str, float], full: float, calls: int, spent: float | None = None):
@@ -91,18 +91,18 @@ class Budget:
         self.names, self.saved = list(costs), sum(costs.values())
 
     def least(self, always: Collection[int] = (0,)) -> float:
-        """Of a run that computes only on the calls `always`. Raises ValueError if the budget is less."""
+        """The MACs of a run that computes residuals only on the calls `always`. Raises ValueError above the budget."""
         least = self.calls * self.full - (self.calls - len(always)) * self.saved
         if self.spent is not None and least > self.spent:
-            raise ValueError(f"{self.calls} calls cost {least / self.full:.2f} full calls at the least, more than the "
+            raise ValueError(f"{self.calls} calls cost at least {least / self.full:.2f} full calls, more than the "
                              f"budget of {self.spent / self.full:.2f}: take fewer steps, or a larger budget")
         return least
 
     def rounded(self, betas: Sequence[Tensor], always: Collection[int] = (0,)) -> dict[str, list[int]]:
-        """The block schedule of betas: for each residual the calls that compute it, all of `always` among them.
+        """The block schedule of betas: for each residual the calls that compute it, including all of `always`.
 
-        Computed is what has a beta of 1/2 or more, or, within the budget, what has the largest betas, the earlier call
-        first, until the next one would exceed it. Raises ValueError as `least` does.
+        Without a budget, betas of at least 1/2 are computed. With a budget, the largest betas are computed, the earlier
+        call first, until the next one would exceed the budget. Raises ValueError as `least`.
         """
         ranked = sorted(((beta, step, name) for step, of_step in enumerate(betas) if step not in always
                          for name, beta in zip(self.names, of_step.tolist(), strict=True)),
@@ -119,9 +119,8 @@ class Budget:
     def spread(self, betas: Sequence[Tensor]) -> dict[str, list[int]]:
         """The block schedule that computes each residual as often as its betas say; all calls but the first may reuse.
 
-        Computed is a residual on call 0, and whenever the sum of its betas since then comes to another half, one and a
-        half, two and a half and so on. Within the budget all betas are scaled (up to 1), as far as it allows. Raises
-        ValueError as `least` does.
+        A residual is computed on call 0, and whenever the sum of its betas since then passes 1/2, 3/2, 5/2 and so on.
+        With a budget, all betas are first scaled (up to 1) to fill it. Raises ValueError as `least`.
         """
         rates = torch.stack(list(betas[1:])).double()
         prices = torch.tensor(list(self.costs.values())).double()
@@ -137,19 +136,19 @@ class Budget:
         return {name: [0, *(chosen[:, i].nonzero().flatten() + 1).tolist()] for i, name in enumerate(self.names)}
 
     def even(self) -> dict[str, list[int]]:
-        """All residuals on evenly spread calls, as many as the budget allows, the first among them."""
+        """All residuals on evenly spread calls, from the first on, as many as the budget allows."""
         assert self.spent is not None
         count = int((self.spent - self.calls * (self.full - self.saved)) / self.saved + 1e-9)
         return dict.fromkeys(self.names, evenly(self.calls, max(1, min(self.calls, count))))
 
 
 class RouterStudent(Student):
-    """Trains the betas of a `Router` at every call that may reuse; runs go on with what it predicted.
+    """Trains the betas of a `Router` at every call that may reuse. Runs go on with the router's output.
 
-    The loss is the error of the output plus lambda times the computed share, which are noted beside each other.
-    trained: the calls that may reuse. lam: lambda at the start. With a budget, what a run may have falls from
-    everything to that over the first half of `runs`; after each, lambda rises where the betas have more and falls where
-    they have less. Without, lambda stays. `betas`: [calls] of [residuals].
+    The loss is the error of the output plus lambda times the computed share; `losses` has both. trained: the calls that
+    may reuse. lam: lambda at the start. With a budget, the allowed share falls from everything to the budget over the
+    first half of `runs`. After each run, lambda rises if the betas' share is larger and falls if it is smaller. Without
+    a budget, lambda stays. `betas`: [calls] of [residuals].
     """
 
     def __init__(self, unet: Network, budget: Budget, trained: Collection[int], lr: float, lam: float, runs: int = 1):
@@ -166,7 +165,7 @@ class RouterStudent(Student):
 
     @property
     def share(self) -> float:
-        """The full calls that a run has, as the betas are."""
+        """The cost of a run with the betas, in full calls."""
         saved = sum(((1 - beta.detach()) * self.costs.to(beta.device)).sum().item() for beta in self.betas[1:])
         return len(self.betas) - saved
 
@@ -199,20 +198,20 @@ class RouterStudent(Student):
 
 @dataclass(frozen=True)
 class RouterFit(Fit):
-    """A block schedule, from routers."""
     title = "the training"
     file = BlockSchedule
-    kinds: str = option("all", "of blocks that are routed (default: %(default)s)", choices=KINDS)
+    kinds: str = option("all", "the kind of blocks with routers (default: %(default)s)", choices=KINDS)
     every_second: bool = option(False, "only every second call may reuse, as in the paper (default: all but the first)")
-    calls: float | None = option(None, "the budget (default: none)")
-    lam: float = option(1e-3, "lambda, of the computed share; with --calls, at the start (default: %(default)s)")
-    lr: float = option(0.1, "Adam's at the start; it falls to a tenth (default: %(default)s)")
+    calls: float | None = option(None, "the budget, in full network calls (default: none)")
+    lam: float = option(1e-3, "lambda, the weight of the computed share; with --calls, at the start (default: "
+                              "%(default)s)")
+    lr: float = option(0.1, "Adam's learning rate at the start; it falls to a tenth (default: %(default)s)")
 
     def check(self, model: ImageModel) -> None:
         if not self.lr > 0 or not self.lam >= 0:
             raise UserError(f"--lr must be above 0 and --lam 0 or more, got {self.lr:g} and {self.lam:g}")
         check_float32(model)
-        self.budget(model).least(self.always(model))        # which may be more than the budget
+        self.budget(model).least(self.always(model))        # raises ValueError if the budget is too small
 
     def budget(self, model: ImageModel) -> Budget:
         costs = costs_of(model.run)
@@ -227,7 +226,7 @@ class RouterFit(Fit):
     def fit(self, model: ImageModel, seeds: list[int], batch_size: int) -> BlockSchedule:
         budget, always = self.budget(model), self.always(model)
         trained = [step for step in range(1, budget.calls) if step not in always]
-        # A network whose weights are not packed, since those have no gradients (unet_caching/speed/packed.py).
+        # Without packed weights, which have no gradients (unet_caching/speed/packed.py).
         unet = load_unet(model.config, model.run.checkpoint, **model.run.weights).to(model.device)
         with frozen(unet):
             student = RouterStudent(unet, budget, trained, self.lr, self.lam, runs=-(-len(seeds) // batch_size))

@@ -1,19 +1,19 @@
-"""Learns the scale and shift of residuals that Block Caching reuses (arXiv 2312.03209).
+"""Learn the scale and shift of residuals that Block Caching reuses (arXiv 2312.03209).
 
     python -m lab.fit scale-shift --config configs/ddpm_emoji.yaml --block-schedule half.json --seeds 1000-1031 \\
         --held-out-seeds 2000-2031 --out half.safetensors
     python -m ddpm.sample --config configs/ddpm_emoji.yaml --block-schedule half.json --scale-shift half.safetensors ...
 
-A reused residual is scaled and shifted per channel. In the paper a linear layer makes both from the timestep embedding.
-The layers start as the identity. They are trained on the path of a run that reuses residuals, until each adjusted
-residual equals what the network computes there (`Distiller`). Nothing else is trained.
+A reused residual is scaled and shifted per channel. In the paper a linear layer computes both from the timestep
+embedding. The layers start as the identity. They are trained on the path of a run that reuses residuals, so that each
+adjusted residual equals the one that the network computes there (`Distiller`). Nothing else is trained.
 
-The layers see nothing but the timestep. So a run of given steps needs one scale and shift per step, residual and
-channel: that table is written. The default solves for it in closed form, without the layers (`LeastSquares`).
+The layers only see the timestep. So a run of given steps needs one scale and shift per step, residual and channel: the
+file is that table. The default solves for it in closed form, without the layers (`LeastSquares`).
 
-The paper leaves open the loss, the optimiser, its learning rate, the batch, and the direction of its index t. Here the
-loss is that of `Distiller`, which weighs residuals of all sizes alike, and Adam takes one step per network call. t
-counts the network calls: a change belongs to the later one of two. Other choices: results/block_caching/study/table.md.
+The paper does not state the loss, the optimiser, its learning rate, the batch size, and the direction of its index t.
+Here the loss is that of `Distiller`, which weighs residuals of all sizes alike, and Adam takes one step per network
+call. t counts network calls: a change belongs to the later of two. Other choices: results/block_caching/study/table.md.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,11 +38,11 @@ from unet_caching.trace import positions
 
 class Distiller(Student):
     """Trains one linear layer per residual, from the timestep embedding to the scale and shift of its channels, at
-    every network call that reuses something.
+    every network call that reuses a residual.
 
-    The loss is the mean over the reused residuals of the squared error per squared value of the teacher; beside it,
-    that without adjustment. channels: how many each residual has, by name. embeddings: of each network call, float32
-    [calls, emb_channels].
+    The loss is the squared error relative to the teacher's squared value, the mean over the reused residuals; `losses`
+    has the loss without adjustment beside it. channels: of each residual, by name. embeddings: of each network call,
+    float32 [calls, emb_channels].
     """
 
     def __init__(self, unet: Network, schedule: Mapping[str, Sequence[int]], channels: Mapping[str, int],
@@ -71,13 +71,13 @@ class Distiller(Student):
         return predict()
 
     def adjustment(self, step: int) -> Adjustment:
-        """What a network call does to the residuals that it reuses."""
+        """The scale and shift of the residuals at a network call."""
         pairs = {name: layer(self.embeddings[step]).chunk(2) for name, layer in self.layers.items()}
         return {name: (1 + scale, shift) for name, (scale, shift) in pairs.items()}
 
     @torch.no_grad()
     def table(self) -> list[Adjustment]:
-        """That of every network call."""
+        """The adjustments of all network calls."""
         return [self.adjustment(step) for step in range(len(self.embeddings))]
 
     @staticmethod
@@ -89,12 +89,12 @@ class Distiller(Student):
 
 
 class LeastSquares(OnRunsPath):
-    """Solves for the scale and shift of each step in closed form, as the run that it stands in comes to the step.
+    """Solves for the scale and shift of each step in closed form, when the run reaches the step.
 
-    For a fixed step the embedding is fixed too, and the best scale and shift of a channel are those of a line through
-    the pairs (reused value, teacher's value) of all pixels of all images: no training. One run of a batch gives all.
+    For a fixed step the embedding is fixed, too. The best scale and shift of a channel are then a least-squares line
+    through the pairs (reused value, teacher's value) of all pixels of all images. One run of a batch gives all of them.
     ridge: weight of scale 1 against the data, in mean variances of the reused values over the channels.
-    `table`: what each network call does to the residuals that it reuses.
+    `table`: the adjustments of all network calls.
     """
 
     def __init__(self, unet: Network, ridge: float = 1e-2):
@@ -111,13 +111,13 @@ class LeastSquares(OnRunsPath):
 
 
 def in_dtype_of(values: Values, adjustment: Adjustment) -> Adjustment:
-    """The part of an adjustment that is of some values, in their number format."""
+    """The part of an adjustment that applies to some values, in their number format."""
     return {key: (scale.to(values[key].dtype), shift.to(values[key].dtype))
             for key, (scale, shift) in adjustment.items() if key in values}
 
 
 def best_line(value: Tensor, wanted: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Scale and shift of each channel that bring `value` nearest to `wanted` in squares: float32 [channels] each."""
+    """The least-squares scale and shift of each channel from `value` to `wanted`: float32 [channels] each."""
     x, y = (a.float().movedim(1 if a.ndim == 4 else -1, 0).flatten(1) for a in (value, wanted))   # [channels, n]
     (x, x_mean), (y, y_mean) = ((a - a.mean(1, keepdim=True), a.mean(1)) for a in (x, y))
     variance, covariance = x.square().mean(1), (x * y).mean(1)
@@ -128,15 +128,14 @@ def best_line(value: Tensor, wanted: Tensor, ridge: float) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True)
 class ScaleShiftFit(Fit):
-    """The scale and shift of what a block schedule reuses."""
     title = "the training"
     file = ScaleShiftTable
     caching = True
     method: str = option("least-squares", "least-squares (default): solved step by step while all --seeds run as one "
-                                          "batch; adam: the paper's linear layers on the timestep embedding, a step "
-                                          "per network call, in batches of --batch-size",
+                                          "batch; adam: the paper's linear layers on the timestep embedding, an "
+                                          "optimiser step per network call, in batches of --batch-size",
                          choices=("least-squares", "adam"))
-    lr: float = option(1e-3, "adam: at the start; it falls to 0 (default: %(default)s)")
+    lr: float = option(1e-3, "adam: learning rate at the start; it falls to 0 (default: %(default)s)")
     ridge: float = option(1e-2, "least-squares: pull towards the identity (default: %(default)s)")
 
     def check(self, model: ImageModel) -> None:
@@ -144,8 +143,8 @@ class ScaleShiftFit(Fit):
             raise UserError(f"--lr must be above 0 and --ridge 0 or more, got {self.lr:g} and {self.ridge:g}")
         blocks = model.run.caching.of(BlockCachingMethod)
         if blocks is None or blocks.table is not None or len(model.run.caching.methods) > 1:
-            raise UserError("scale and shift are fitted to a block schedule: give --block-schedule, and "
-                            "neither --scale-shift nor other caching options")
+            raise UserError("scale and shift are fitted to a block schedule: give --block-schedule, without "
+                            "--scale-shift and other caching options")
         if all(len(steps) == blocks.schedule.calls for steps in blocks.computed.values()):
             raise UserError("the block schedule computes everything: there is nothing to adjust")
 

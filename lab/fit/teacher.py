@@ -1,5 +1,4 @@
-"""The teacher of what is fitted: the frozen network itself, on the path of a run that caches; and how far from it the
-run goes."""
+"""The teacher of fits is the frozen network itself, on the path of a run that caches; and distances from it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -19,7 +18,7 @@ from unet_caching.nest import Network
 from unet_caching.policy import Policy
 
 MEASURES = ("feature", "latents", "pixels")
-OUTPUT = "output"           # of the network, among the keys of what it computes
+OUTPUT = "output"           # the key of the network's output among its values
 Values = Mapping[Any, Tensor]       # by key
 
 
@@ -27,8 +26,8 @@ class OnRunsPath:
     """Stands in for the U-Net while a run samples with a caching policy: `network(x, t, *context, cache=...)`, as
     `unet_caching.samplers.samplers.noise_predictor` calls it.
 
-    At each network call the teacher computes, from the run's own input, what the student does without. Subclasses look
-    at that, learn from it, or change what the policy does; then the student predicts.
+    At each network call the teacher computes, from the run's own input, the values that the student reuses. Subclasses
+    compare them, learn from them, or change the policy; then the student predicts.
     """
 
     def __init__(self, unet: Network):
@@ -51,38 +50,38 @@ class OnRunsPath:
         return self.meet(cache, wanted, lambda: self.unet(x, t, *context, cache=cache))
 
     def taught(self, cache: Policy) -> Collection[Hashable]:
-        """The keys of what the teacher is to compute at this call, or OUTPUT; none: it does not run.
+        """The keys of the values that the teacher computes at this call, or OUTPUT; none: it does not run.
 
-        It is what the call reuses; nothing where the policy does not know that beforehand.
+        By default the values that the call reuses; none if the policy does not know them beforehand.
         """
         return cache.reused if isinstance(cache, Keep) else ()
 
     def meet(self, cache: Policy, wanted: Values, predict: Callable[[], Tensor]) -> Tensor:
-        """What the run goes on with. wanted: what the teacher computed of the keys; empty where it did not run.
-        predict: the student's output, as the policy is by then."""
+        """The output that the run continues with. wanted: the teacher's values by key; empty if it did not run.
+        predict: computes the student's output with the policy."""
         raise NotImplementedError
 
 
 class Student(OnRunsPath):
-    """What learns while runs are sampled with its `policy`, by an optimiser step at network calls."""
+    """Learns while runs are sampled with its `policy`, by an optimiser step at network calls."""
     optimizer: torch.optim.Optimizer
-    losses: list[tuple[float, float]]       # of every call that is learnt from, beside what it is to be compared with
+    losses: list[tuple[float, float]]       # of every call that it learns from, with a number to compare to
 
     def policy(self) -> Policy:
-        """A fresh one for a batch, with what has been learnt by then."""
+        """A fresh policy for a batch, with the parameters learned so far."""
         raise NotImplementedError
 
     def update(self) -> None:
-        """What is done after every batch."""
+        """Called after every batch."""
 
     def descend(self, loss: Tensor) -> None:
-        """An optimiser step."""
+        """Take an optimiser step."""
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
     def learn(self, model: ImageModel, seeds: Sequence[int], batch_size: int, falls_by: float = 1.0) -> None:
-        """Go through runs; over them the learning rate falls in a line, by a share of what it is at the start."""
+        """Learn from runs. The learning rate falls linearly, by the share `falls_by` of its start."""
         groups, met = [(group, group["lr"]) for group in self.optimizer.param_groups], 0
         for batch, report in batches(seeds, batch_size, "training", model):
             for group, lr in groups:
@@ -93,10 +92,10 @@ class Student(OnRunsPath):
 
 
 class Comparison(OnRunsPath):
-    """How far what calls reuse is from what the network would compute there.
+    """The error of reused values against the values that the network would compute there.
 
-    `errors`: for every call that reuses something |reused - computed|_2 / |computed|_2, float32 [batch], the mean over
-    all that it reuses.
+    `errors`: for every call that reuses values, the mean over them of |reused - computed|_2 / |computed|_2, float32
+    [batch].
     """
 
     def __init__(self, unet: Network):
@@ -115,10 +114,10 @@ def held_out_distances(model: ImageModel, arms: Mapping[str, Callable[[], Policy
                        batch_size: int) -> dict[str, Metric]:
     """The distances of policies to the network without caching, on the same seeds, by "measure, arm".
 
-    arms: functions that return a fresh policy. feature: from what calls reuse to what the network would compute there,
-    relative, the mean over calls and values, where the policy knows it beforehand. latents: between what sampling ends
-    on, relative. pixels: root mean square, of 255. Each has a 95 % interval over the seeds, and so have the paired
-    differences of each arm to the one before it, "measure, arm less arm before".
+    arms: functions that return a fresh policy. feature: the relative distance of reused values from the values that the
+    network would compute there, the mean over calls and values; only if the policy knows them beforehand. latents: the
+    relative distance of the final latents. pixels: root mean square, of 255. Each has a 95 % interval over the seeds.
+    So have the paired differences between each arm and the one before, "measure, arm less arm before".
     """
     found: dict[str, list[float]] = defaultdict(list)
     for batch, report in batches(seeds, batch_size, "judging", model, work=1 + len(arms)):

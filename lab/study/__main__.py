@@ -1,15 +1,15 @@
-"""Carry out studies: sample, measure, tabulate, draw. What is there is kept: the same command goes on.
+"""Run a study: sample, measure, tabulate, draw. The same command goes on where it stopped.
 
     python -m lab.study forecast_ldm                    a file of configs/studies, or the path of another
-    python -m lab.study systems_ldm --list              its arms, and what is there of them
-    python -m lab.study systems_ldm --make              make the files first that its arms need
+    python -m lab.study systems_ldm --list              its arms, and which images and records exist
+    python -m lab.study systems_ldm --make              first make the files that its arms need
     python -m lab.study systems_ldm --only 18 --only near       one budget, one measure
     python -m lab.study demo_short --jobs 2             two processes, one thread each
     python -m lab.study table12_branch --share 2/8      a share of the arms, for one of many machines
-    python -m lab.study forecast_ldm --render           only write what there is
+    python -m lab.study forecast_ldm --render           only write the results so far
 
-Ends in results/NAME/: table.md, pictures, records.jsonl and a page to look at (index.html). Several processes, on
-several machines with one disk, may carry out a study at once.
+The results are in results/NAME/: table.md, pictures, records.jsonl and a page to look at (index.html). Several
+processes, on several machines with one disk, may run a study at once.
 """
 
 import os
@@ -41,20 +41,20 @@ class Options:
     title: ClassVar[str] = "the study"
     study: str = required("a file of configs/studies by its name, or a path", word=True)
     list: bool = option(False, "print the arms and what is missing; do nothing", one_of="what")
-    render: bool = option(False, "only write what there is", one_of="what")
-    make: bool = option(False, "make the files first that are not there", one_of="what")
-    only: tuple[str, ...] = option((), "arms of this label, kind or budget (like 18), of this model, or this measure; "
-                                       "repeatable", action="append", metavar="WORD")
-    share: str | None = option(None, "only sample and measure this share of the arms; the command without it does what "
-                                     "is left, and writes the results", metavar="INDEX/COUNT")
+    render: bool = option(False, "only write the results so far", one_of="what")
+    make: bool = option(False, "first make the missing fitted files", one_of="what")
+    only: tuple[str, ...] = option((), "only arms with this label, kind, budget (like 18) or model, or only this "
+                                       "measure; repeatable", action="append", metavar="WORD")
+    share: str | None = option(None, "only sample and measure this share of the arms; the command without it does the "
+                                     "rest, and writes the results", metavar="INDEX/COUNT")
     seeds: str | None = option(None, "instead of the study's")
-    jobs: int = option(1, "processes, of one thread each where there are several; 0: one for each core (default: "
-                          "%(default)s)", least=0)
-    worker: bool = option(False, "as one of such processes: write no results, and end with stdin")
+    jobs: int = option(1, "processes; several have one thread each; 0: one for each core (default: %(default)s)",
+                       least=0)
+    worker: bool = option(False, "be one of several processes: write no results, and end when stdin is closed")
 
 
 def narrowed(part: Part, options: Options, given: Given) -> Part:
-    """A part with the user's seeds, and with those measures alone that are named."""
+    """A part with the user's seeds, and only with the measures that --only names, if it names any."""
     seeds = parse_seeds(part.seeds if options.seeds is None else options.seeds)
     if given.images:
         seeds = [*seeds, *range(seeds[-1] + 1, seeds[-1] + 1 + given.images)][:given.images]
@@ -64,19 +64,19 @@ def narrowed(part: Part, options: Options, given: Given) -> Part:
 
 
 def names_of(arm: Arm) -> set[str]:
-    """What --only may call an arm."""
+    """The words of --only that an arm matches."""
     budget = {str(arm.entry.budget), f"{arm.entry.budget} calls"} if arm.entry.budget else set()
     return {arm.label, arm.entry.kind, arm.run.name, arm.run.config.name, *budget}
 
 
 def chosen(benches: list[Bench], options: Options) -> list[Pair]:
-    """The arms to do, those that others are compared with first. Raises UserError for a name of none."""
+    """The arms to run; the arms to compare with come first. Raises UserError for a word that matches no arm."""
     pairs = [(bench, arm) for bench in benches for arm in bench.all]
     measures = {kind for bench in benches for kind in bench.part.measure}
     only = set(options.only) - measures
     known = {name for bench in benches for arm in bench.arms for name in names_of(arm)}
     if unknown := only - known:
-        raise UserError(f"--only {unknown.pop()!r} is no arm, budget or measure of this study")
+        raise UserError(f"--only {unknown.pop()!r} is not an arm, budget or measure of this study: see --list")
     wanted = {arm.name for bench in benches for arm in bench.arms if not only or names_of(arm) & only}
     beside = {id(arm) for bench in benches for arm in (bench.setup.whole, *bench.setup.converged)}
     pairs = [pair for pair in pairs if id(pair[1]) in beside or pair[1].name in wanted]
@@ -103,7 +103,7 @@ def listing(benches: list[Bench]) -> str:
 
 
 def check(benches: list[Bench], pairs: list[Pair], listing: bool) -> None:
-    """Say what cannot be judged. Raises UserError where something is missing that is needed."""
+    """Print what cannot be judged. Raises UserError if a file is missing that sampling needs."""
     todo = [(bench, arm) for bench, arm in pairs if not bench.complete(arm)]
     lacking = list(dict.fromkeys(thing for _, arm in todo for thing in arm.missing_for_sampling()))
     unjudged = dict.fromkeys(thing for _, arm in pairs for thing in arm.missing_for_judging())
@@ -115,13 +115,13 @@ def check(benches: list[Bench], pairs: list[Pair], listing: bool) -> None:
         print("".join(f"missing: {thing}\n" for thing in lacking), end="")
         return
     for name in {name for bench, _ in todo for name in bench.part.extractors}:
-        EXTRACTORS[name]()                          # refuses, if its file is not there
+        EXTRACTORS[name]()                          # raises UserError if its file is missing
     if lacking:
         raise UserError(f"missing: {'; '.join(lacking)}")
 
 
 def run(study: Study, benches: list[Bench], pairs: list[Pair], options: Options, given: Given) -> None:
-    """Do what is not there yet, and write what there is all along."""
+    """Sample and measure what is missing; several processes also write the results so far from time to time."""
     claims, folder = given.samples / "claims" / f"{study.name}.claims", given.results / study.name
     todo = [(bench, arm) for bench, arm in pairs if not bench.complete(arm)]
     if options.worker:

@@ -20,7 +20,7 @@ from lab.study.show import Show
 from run.results import Metric
 from run.seeds import format_seeds
 
-ALIKE = 1.05                # costs that differ by less are alike
+ALIKE = 1.05                # costs with a smaller ratio are alike
 
 
 class Axis(NamedTuple):
@@ -36,7 +36,7 @@ def cost_axis(word: str, rows: Rows) -> Axis:
 
 
 def value_of(name: str, row: Row, rows: Rows) -> Metric | None:
-    """What a chart shows of a row, in the unit of its axis."""
+    """The value of a row in a chart, in the unit of its axis."""
     metric = rows.near(row) if name == "near" else row.metric(name)
     if metric is None or name == "near":
         return metric
@@ -68,12 +68,12 @@ def chart(rows: Rows, show: Show, name: str, cost: str) -> Plot:
     every = [(price, value.value if higher else -value.value) for own in kinds.values() for price, value, _ in own]
 
     def shortfall(kind: str) -> float:
-        """How far the marks of a line are behind the best that costs as little, in the mean."""
+        """How far the marks of a line are behind the best at the same cost, in the mean."""
         own = [(price, value.value if higher else -value.value) for price, value, _ in kinds[kind]]
         return float(np.mean([max(v for c, v in every if c <= ALIKE * price) - value for price, value in own]))
     beside = [] if show.lines else [_front(rows, axis, name, kinds)]
     most = MOST - len(beside)
-    kept = sorted(sorted(kinds, key=shortfall)[:most], key=list(kinds).index)       # all are in the table
+    kept = sorted(sorted(kinds, key=shortfall)[:most], key=list(kinds).index)       # the table has all of them
     lines = [Line(kind, [_mark(*one, rows) for one in sorted(kinds[kind], key=lambda one: one[0])], show.lines)
              for kind in kept]
     left_out = f", the best {most} of {len(kinds)} kinds" if len(kinds) > most else ""
@@ -94,7 +94,7 @@ def _titles(name: str, cost: str, rows: Rows) -> tuple[str, str]:
 
 
 def _line(row: Row, rows: Rows, show: Show) -> str:
-    """The line that a row is on: its kind, or the value of the option that differs most."""
+    """The name of a row's line: its kind, or the value of the option with the most values."""
     if show.lines:
         return row.kind
     if row.plain:
@@ -104,7 +104,7 @@ def _line(row: Row, rows: Rows, show: Show) -> str:
 
 
 def options_that_differ(rows: Rows) -> list[str]:
-    """The options in which the cached rows differ, those with most values first."""
+    """The options in which the cached rows differ, the one with the most values first."""
     cached = [row for row in rows.rows if not row.plain]
     names = dict.fromkeys(name for row in cached for name in row.options)
     count = {name: len({row.options.get(name) for row in cached}) for name in names}
@@ -112,13 +112,13 @@ def options_that_differ(rows: Rows) -> list[str]:
 
 
 def _unbeaten(own: list[tuple[float, Metric, Row]], rows: Rows) -> list[tuple[float, Metric, Row]]:
-    """The settings of a kind that no other one of it beats on the seeds that choose."""
+    """The settings of a kind that no other setting of it beats on the seeds that choose."""
     points = [(price, row.psnr[rows.choose].mean()) for price, _, row in own]        # type: ignore[index]
     return [own[i] for i in front(points, higher=True)]
 
 
 def _mark(price: float, value: Metric, row: Row, rows: Rows) -> Mark:
-    """A row in a chart: its value with its interval, and on demand what it is and how to make it again."""
+    """A row in a chart: its value with its interval, and a note with its name, seeds and command."""
     arm, (middle, low, high) = row.arm, value.bounds
     return Mark(price, middle, low, high, f"{arm.label}: {middle:.4g} [{low:.4g}, {high:.4g}]\nat {price:.4g}\nseeds "
                 f"{format_seeds(list(arm.seeds)[rows.report])}\n{shlex.join(['python', *arm.command()])}")
@@ -131,7 +131,7 @@ def _front(rows: Rows, axis: Axis, name: str, kinds: dict[str, list[tuple[float,
 
 
 def maps(rows: Rows, down: str, across: str) -> list[Map]:
-    """A map for each score, or, where other options differ too, of the first score for each of their combinations."""
+    """A map for each score. If other options differ, too: a map of the first score for each combination of those."""
     cached = [row for row in rows.rows if row.run.deepcache and {down, across} <= row.options.keys()]
     heads = [sorted({row.options[name] for row in cached}) for name in (down, across)]
     others = [name for name in options_that_differ(rows) if name not in (down, across)]

@@ -1,5 +1,5 @@
-"""Columns of the tables of studies. Another one is a word of COLUMNS with what gives the cell of a row among
-the others. Names of metrics are columns, too, and some words stand for several of them."""
+"""The columns of studies' tables. To add one: a word of COLUMNS with the function from a row and all rows to a cell.
+Names of metrics are columns, too, and some words stand for several columns."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from lab.study.rows import EQUAL, Cost, Row, Rows, front
 from run.results import Metric
 
 Cell = Callable[[Row, Rows], str]
-SCORES = ("KID-EffLite0", "KID-IncMixed5", "PSNR", "FID", "CLIP score")   # KID is unbiased, however few the images are
+SCORES = ("KID-EffLite0", "KID-IncMixed5", "PSNR", "FID", "CLIP score")   # KID is unbiased for any number of images
 PAIRS = {"PSNR": ("PSNR to uncached, dB", 1), "SSIM": ("SSIM", 3), "1 - cos, EffLite0": ("feature distance", 3)}
 
 
@@ -23,14 +23,14 @@ class Column(NamedTuple):
 
 
 def columns_of(word: str, rows: Rows) -> list[Column]:
-    """The columns that a word stands for. Raises KeyError for one that there is not."""
+    """The columns of a word. Raises KeyError for an unknown word."""
     if word in SEVERAL:
         return SEVERAL[word](rows)
     return [COLUMNS[word] if word in COLUMNS else pair(word) if word in PAIRS else distance_column(word, rows)]
 
 
 def spread(metric: Metric | None, form: str, scale: float = 1) -> str:
-    """A number with its interval where that is known, or a dash."""
+    """A number with its interval, if it is known; a dash for no number."""
     if metric is None:
         return "-"
     if metric.interval is None:
@@ -39,7 +39,7 @@ def spread(metric: Metric | None, form: str, scale: float = 1) -> str:
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """With two decimals, or a dash."""
+    """A number with two decimals; a dash for no number."""
     return "-" if value is None else f"{value:.2f}{unit}"
 
 
@@ -48,7 +48,7 @@ def with_error(metric: Metric, scale: float = 1.0, sign: str = "") -> str:
 
 
 def distance(row: Row, name: str) -> str:
-    """A distance to real images with its error, and in brackets how much more that is than without caching."""
+    """A distance to real images with its error, and in brackets its difference to the reference run's."""
     metric, more, scale = row.metric(name), row.metric(minus_uncached(name)), MEASURES[name].scale
     if metric is None:
         return "-"
@@ -56,7 +56,7 @@ def distance(row: Row, name: str) -> str:
 
 
 def of_images(heading: str, name: str, rows: Rows) -> str:
-    """A heading, where its numbers are of sets of images with how many those are: of more or fewer they are others."""
+    """A heading. For distances of sets it has the number of images, since the distances depend on that."""
     counts = sorted({one.images or 0 for row in rows.rows for one in row.records.values() if name in one.metrics})
     of_pairs = isinstance(MEASURES.get(name), PairMeasure)
     return f"{heading}, {' or '.join(map(str, counts))} images" if counts and not of_pairs else heading
@@ -87,18 +87,18 @@ def spread_column(name: str, rows: Rows) -> Column:
 
 
 def distances_of(rows: Rows) -> list[str]:
-    """The distances to real images that all of some rows have: those of EffLite0, then those of other extractors."""
+    """The distances to real images that all rows have: on EffLite0's features, then on other extractors'."""
     return [one.name for one in SMALL_MEASURES if rows.rows and all(row.metric(one.name) for row in rows.rows)]
 
 
 def scores_of(rows: Rows) -> list[str]:
-    """The scores that some rows have, else the first metric that one has."""
+    """The scores of SCORES that any row has; else the first metric of any row."""
     names = list(dict.fromkeys(name for row in rows.rows for one in row.records.values() for name in one.metrics))
     return [name for name in SCORES if name in names] or names[:1]
 
 
 def on_front(rows: Rows, cost: Cost, name: str) -> list[int]:
-    """The places of the rows on the front of a cost and a metric."""
+    """The positions of the rows on the front of a cost and a metric."""
     known = [(i, price, metric.value) for i, row in enumerate(rows.rows)
              if (price := cost(row)) is not None and (metric := row.metric(name))]
     higher = name in MEASURES and MEASURES[name].higher
@@ -106,7 +106,7 @@ def on_front(rows: Rows, cost: Cost, name: str) -> list[int]:
 
 
 def short(row: Row, rows: Rows) -> str:
-    """A row among the others, in short, by the options that differ: N=5 b2."""
+    """A short name of a row by the options in which the rows differ: N=5 b2."""
     if row.plain:
         one_way = len({(one.run.sampler.name, one.run.steps) for one in rows.rows}) == 1
         return "uncached" if one_way else f"{row.run.sampler.name} {row.run.steps}"
@@ -119,7 +119,7 @@ def short(row: Row, rows: Rows) -> str:
 
 
 def _gain(row: Row, rows: Rows, other: Row | None) -> str:
-    """How much nearer a row comes than another one; and which that is, where no budget says it."""
+    """How much nearer a row is than another one, and without budgets the other one's name."""
     if row.arm.entry.budget is not None or other is None:
         return spread(rows.nearer(row, other), "+.1f") if row.arm.entry.budget or not row.plain else ""
     return "" if row.plain else f"{spread(rows.nearer(row, other), '+.1f')} ({other.run.sampler.name}, {other.cost:g})"

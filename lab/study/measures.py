@@ -1,14 +1,13 @@
-"""What is measured of an arm. Each measure writes one record for each arm; another is a function here and its word in
-MEASURES.
+"""The measures of an arm. Each writes one record for each arm. To add one: a function here and its word in MEASURES.
 
-    near        PSNR of the final latents to those of the run that all are compared with, by seed
-    quality     distances to real images on features of small networks, and how much larger they are than that run's
-    fidelity    PSNR, SSIM and feature distance to that run's images, by seed
-    converged   error of the images to a run of many steps, where twice as many change little
-    twice       how near the run that all are compared with comes to one of twice as many steps, on the first seeds
-    spent       what each seed cost, where each image decides what is computed
+    near        PSNR of the final latents to the reference run's, by seed; the part's `against` says which run that is
+    quality     distances to real images on features of small networks, and how far they are above the reference run's
+    fidelity    PSNR, SSIM and feature distance to the reference run's images, by seed
+    converged   error of the images to a run of many steps, if twice as many steps change little
+    twice       PSNR of the reference run to a run of twice as many steps, on the first seeds
+    spent       cost of each seed, if each image decides what is computed
     time        time of each kind of network call, and so of a run
-    adm, fid, clip_score        of published models: the papers' evaluators, by their commands
+    adm, fid, clip_score        for published models: the papers' evaluators, by their commands
 """
 
 import time
@@ -47,21 +46,21 @@ from unet_caching.errors import as_user_error
 from unet_caching.methods.adaptive import AdaptiveMethod
 from unet_caching.speed.accelerate import accelerated, place
 
-PSNR = "PSNR to converged"         # of latents; that of images is the metric PSNR
+PSNR = "PSNR to converged"         # of latents; for images it is the metric PSNR
 FEWEST = 80             # images, for a Frechet distance in 64 dimensions; the kernel distance is unbiased with fewer
 
 
 def minus_uncached(name: str) -> str:
-    """What the difference of a metric to that of the run without caching is called."""
+    """The name of the difference between a metric and the uncached run's."""
     return f"{name} minus uncached"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the arms of a part are measured with."""
+    """The things that the measures of a part need."""
     part: Part
-    whole: Arm                          # the run without caching that all others are compared with
-    converged: Sequence[Arm]            # of many steps, and of twice as many; none where `converged` is not measured
+    whole: Arm                          # the reference run, without caching
+    converged: Sequence[Arm]            # runs of many steps and of twice as many, for the measure `converged`
     work: Path                          # the folder of converged latents
 
     @cached_property
@@ -75,12 +74,12 @@ class Setup:
 
     @property
     def real(self) -> str | None:
-        """The real images of `quality`, as eval.quality calls them."""
+        """The real images of `quality`, as --reference of eval.quality."""
         return self.part.real or trained_on(self.whole.run.config)
 
     @property
     def extractors(self) -> list[SmallExtractor]:
-        """The networks of `quality`. Raises UserError where the file of one is missing."""
+        """The networks of `quality`. Raises UserError if the file of one is missing."""
         return [_extractor(name, self.device) for name in dict.fromkeys(("efflite0", *self.part.extractors))]
 
     def images(self, arm: Arm) -> ImageSet:
@@ -89,8 +88,8 @@ class Setup:
 
 @dataclass(frozen=True)
 class Measure:
-    """of: what is found of an arm, None where it cannot be had on this machine. images: whether it looks at those.
-    inputs: what it reads beside them. metrics: that its record must have."""
+    """of: measures an arm; None if this machine cannot. images: whether it needs the images. inputs: other files that
+    it reads. metrics: the names that its record must have."""
     of: Callable[[Arm, Setup], Result | None]
     images: bool = True
     applies: Callable[[Arm, Setup], bool] = lambda arm, setup: True
@@ -98,7 +97,7 @@ class Measure:
     metrics: Callable[[Setup], Sequence[str]] = lambda setup: ()
 
     def wanted(self, kind: str, arm: Arm, setup: Setup) -> Wanted:
-        """What its record of an arm is to be of."""
+        """What its record of an arm must belong to."""
         if kind == arm.evaluator:
             return arm.wanted
         if kind == "time":              # the same for all images
@@ -122,7 +121,7 @@ def _real(text: str, size: tuple[int, int]) -> tuple[ImageSet, ImageSet | None]:
 
 
 def near(arm: Arm, setup: Setup) -> Result:
-    """How near each seed comes."""
+    """The PSNR of the final latents to the reference run's, by seed."""
     started, distances = time.time(), setup.distances
     distances.check(arm.run)
     psnr = distances.of(arm.run, list(arm.seeds), title=arm.label)
@@ -131,7 +130,7 @@ def near(arm: Arm, setup: Setup) -> Result:
 
 
 def twice(arm: Arm, setup: Setup) -> Result:
-    """How near the run that all are compared with comes to one of twice as many steps, on the first seeds."""
+    """The PSNR of the reference run to a run of twice as many steps, on the first seeds."""
     started, run, first = time.time(), with_steps(arm.run, 2), replace(arm, seeds=list(arm.seeds)[:setup.part.twice])
     psnr = setup.distances.of(run, list(first.seeds), title="twice the steps")
     return _of_run("twice", first, setup, setup.distances.model.settings, {PSNR: Metric.of(mean_estimate(psnr))},
@@ -139,15 +138,15 @@ def twice(arm: Arm, setup: Setup) -> Result:
 
 
 def with_steps(run: Run, times: int) -> Run:
-    """A run of so many times as many steps."""
+    """The same run with `times` as many steps."""
     return run.spec.having(steps=times * run.steps).open()
 
 
 def spent(arm: Arm, setup: Setup) -> Result:
-    """What each seed cost, in full network calls."""
+    """The cost of each seed, in full network calls."""
     started, model = time.time(), setup.distances.on(arm.run)
     adaptive = arm.run.caching.of(AdaptiveMethod)
-    assert adaptive is not None         # or it does not apply
+    assert adaptive is not None         # else the measure does not apply
     calls = spent_on(model, adaptive.rule, list(arm.seeds), setup.whole.on.batch_size)
     return _of_run("spent", arm, setup, model.settings, {"full calls": Metric.of(mean_estimate(calls))},
                    {"calls": calls.round(4).tolist()}, started)
@@ -155,7 +154,7 @@ def spent(arm: Arm, setup: Setup) -> Result:
 
 def _of_run(kind: str, arm: Arm, setup: Setup, model: dict[str, Any], metrics: dict[str, Metric],
             details: dict[str, Any], started: float) -> Result:
-    """model: the settings of what was sampled with."""
+    """model: the settings of the model that sampled."""
     about = {"name": arm.name, "seeds": format_seeds(arm.seeds), "against": setup.whole.run.brief,
              "full_calls": in_full_calls(arm.run)}
     return Result(kind, arm.run.config.name, model | {"cache": arm.run.caching.settings}, arm.images, metrics,
@@ -164,12 +163,14 @@ def _of_run(kind: str, arm: Arm, setup: Setup, model: dict[str, Any], metrics: d
 
 
 def quality(arm: Arm, setup: Setup) -> Result:
-    """Distances to real images by all extractors, and by how much they are above those of the run without caching; of
-    that one also what real images score."""
+    """Distances to real images by all extractors, and how far they are above the reference run's.
+
+    The record of the reference run also has the distances of real images.
+    """
     started, samples, base = time.time(), setup.images(arm), setup.images(setup.whole)
     real, held_out = _real(str(setup.real), samples.size)
     first, metrics, hashes, details = arm.run.name == setup.whole.run.name, dict[str, Metric](), dict[str, str](), {}
-    warnings.filterwarnings("ignore", r"\d+ images for \d+ dimensions")     # of FD, which is left out with few images
+    warnings.filterwarnings("ignore", r"\d+ images for \d+ dimensions")     # FD is left out with few images
     for extractor in setup.extractors:
         main = extractor.name == "EffLite0"
         found = sets.quality(samples, real, extractor, held_out if main else None, with_floors=first and main,
@@ -189,7 +190,7 @@ def quality(arm: Arm, setup: Setup) -> Result:
 
 
 def fidelity(arm: Arm, setup: Setup) -> Result:
-    """How near the images of each seed come to those of the run without caching."""
+    """The likeness of the images of each seed to the reference run's."""
     started, samples = time.time(), setup.images(arm)
     found = pairs.fidelity(samples, setup.images(setup.whole), EffLite0(setup.device))
     details = {"psnr": [round(value, 4) if value is not None else None for value in found["per_image"]["psnr"]]}
@@ -199,7 +200,7 @@ def fidelity(arm: Arm, setup: Setup) -> Result:
 
 
 def converged(arm: Arm, setup: Setup) -> Result:
-    """The error to a run of many steps; no metric where twice as many change it by more than 5 %."""
+    """The error to a run of many steps; no metric if twice as many steps change it by more than 5 %."""
     started, samples = time.time(), setup.images(arm)
     others = dict(zip(("against", "twice"), setup.converged, strict=True))
     images = {name: setup.images(one) for name, one in others.items()}
@@ -219,7 +220,7 @@ def _of_images(kind: str, arm: Arm, setup: Setup, samples: ImageSet, metrics: di
 
 
 def times(arms: Sequence[Arm], setup: Setup) -> Iterator[tuple[Arm, Result]]:
-    """The times of the runs of some arms: of each kind of their calls once, in turns with a full call."""
+    """The times of the runs of some arms. Each kind of call is timed once, in turns with a full call."""
     alone = [arm for arm in arms if not only_reuses(arm.run)]
     groups = [[arm for arm in arms if arm not in alone], *([arm] for arm in alone)]
     options = {"batch_size": 1, "repeats": 20, "warmup": 2} | setup.part.time
@@ -245,18 +246,18 @@ def times(arms: Sequence[Arm], setup: Setup) -> Iterator[tuple[Arm, Result]]:
 
 
 def by_command(arm: Arm, setup: Setup) -> Result | None:
-    """What the papers' evaluator finds."""
+    """The result of the papers' evaluator."""
     evaluate(arm)
     return arm.measured()
 
 
 def timed(arm: Arm, setup: Setup) -> Result:
-    """The time of one run; of several it is quicker to have `times` of them."""
+    """The time of one run. For several, `times` is quicker."""
     return next(found for _, found in times([arm], setup))
 
 
 def _small(setup: Setup) -> list[str]:
-    """The distances of `quality` that are measured of any number of images."""
+    """The distances of `quality` that need no minimum number of images."""
     names = dict.fromkeys(("efflite0", *setup.part.extractors))
     return [KernelDistance.named(EXTRACTORS[name].name).name for name in names]
 

@@ -1,5 +1,5 @@
-"""What a study tells beside the table of its arms. Another one is a function here and its word in MORE: of the rows,
-the lines of table.md; none where there is nothing to tell."""
+"""The texts of table.md after the table of arms. To add one: a function here, from rows to lines (none if there is
+nothing to say), and its word in MORE."""
 
 from collections.abc import Callable, Sequence
 
@@ -34,12 +34,12 @@ def sentences(rows: Rows) -> list[str]:
 
 
 def under(text: str, table: Sequence[Sequence[str]]) -> list[str]:
-    """A table under what it tells; nothing of one that has no more than a head."""
+    """A table under a text; nothing if the table has only a head."""
     return [text, "", *markdown(table)] if len(table) > 1 else []
 
 
 def judged(rows: Rows) -> list[str]:
-    """How much further from real images than those of the run without caching each row's are."""
+    """How much further each row's images are from real ones than the reference run's."""
     measures = [one for one in SMALL_MEASURES if any(row.metric(minus_uncached(one.name)) for row in rows.rows)]
     heads = (of_images(one.heading, minus_uncached(one.name), rows) for one in measures)
     table: list[tuple[str, ...]] = [("run", "cost, calls", *heads)]
@@ -54,7 +54,7 @@ def judged(rows: Rows) -> list[str]:
 
 
 def orders(rows: Rows) -> list[str]:
-    """How fast the error falls as all steps shrink: a row for each kind, sampler and interval with three steps or more.
+    """How fast the error falls with more steps: a row for each kind, sampler and interval with at least three runs.
 
     The order between two numbers of steps is the slope of log(error) over log(steps); an error is 10^(-PSNR / 20).
     """
@@ -75,7 +75,7 @@ def orders(rows: Rows) -> list[str]:
 
 
 def controls(rows: Rows) -> list[str]:
-    """Whether the scores see what matters: arms of the kind "control" should be clearly worse than the first arm."""
+    """Whether the scores can tell bad images: arms of the kind "control" should be clearly worse than the first arm."""
     names, whole = distances_of(rows), rows.rows[0]
 
     def verdict(row: Row, name: str) -> str:
@@ -89,7 +89,7 @@ def controls(rows: Rows) -> list[str]:
 
 
 def floors(rows: Rows) -> list[str]:
-    """What real images score, beside as many samples."""
+    """The distances of real images, and of as many samples."""
     table: list[tuple[str, ...]] = [("images", "against", f"real: {FD}", f"samples: {FD}",
                                      f"real: {KID} x 1000", f"samples: {KID} x 1000")]
     for floor in _of_quality(rows).get("floors", ()):
@@ -101,7 +101,7 @@ def floors(rows: Rows) -> list[str]:
 
 
 def copies(rows: Rows) -> list[str]:
-    """How far samples are from the nearest image that the model learnt from, beside real ones that it did not."""
+    """The distance of samples, and of held-out real images, to the nearest training image."""
     near = _of_quality(rows).get("nearest_reference")
     if not near:
         return []
@@ -112,13 +112,13 @@ def copies(rows: Rows) -> list[str]:
 
 
 def _of_quality(rows: Rows) -> dict:
-    """What the quality of the first row, without caching, tells beside its metrics."""
+    """The details in the quality record of the first row, which is without caching."""
     record = rows.rows[0].records.get("quality")
     return record.details if record else {}
 
 
 def fitted(rows: Rows) -> list[str]:
-    """What scale-shift does on the seeds that it was judged on, by the reports beside its files."""
+    """The effect of scale-shift on held-out seeds, from the reports beside its files."""
     table: list[tuple[str, ...]] = [("schedule", "distance to uncached of", "without", "with scale-shift",
                                      "difference, 95% interval")]
     files = {row.options["scale_shift"]: row.run.spec.options["scale_shift"] for row in rows.rows

@@ -1,8 +1,8 @@
-"""The rows of one table of a paper: plan them, sample them, judge them, print them. The table scripts call it.
+"""The rows of one table of a paper: plan, sample, judge and print them. The table scripts call it.
 
     python -m lab.study.papers table1 [options]
 
-Equal settings get the same sample folder, whatever table asks for them, so nothing is sampled twice.
+Tables share sample folders by settings, so nothing is sampled twice.
 """
 
 import shlex
@@ -34,9 +34,9 @@ def gigabytes(size: float) -> str:
 
 
 def describe(arms: Sequence[Arm], macs_steps: int | None) -> str:
-    """The plan: per row its steps, exact MACs, what is there, what is left and the disk it takes; then the commands.
+    """The plan: for each row its steps, exact MACs, images, calls that are left and disk space; then the commands.
 
-    macs_steps: what the paper divides MACs by, where it is not the row's own steps.
+    macs_steps: the paper divides MACs by it (default: the row's steps).
     """
     lines = [["row", "full / calls", "MACs/step G", "MACs/image T", "images there", "calls left", "PNG up to"]]
     for arm in arms:
@@ -55,7 +55,7 @@ def describe(arms: Sequence[Arm], macs_steps: int | None) -> str:
 
 
 def disk(arms: Sequence[Arm], samples: Path) -> str:
-    """What is needed, and whether it is there."""
+    """The disk space that is needed, and whether it is free."""
     existing = next(path for path in [samples.absolute(), *samples.absolute().parents] if path.exists())
     free, size = shutil.disk_usage(existing).free, sum(arm.bytes_needed for arm in arms)
     return (f"disk: up to {gigabytes(size)} for what is not there yet, {gigabytes(free)} free"
@@ -64,53 +64,49 @@ def disk(arms: Sequence[Arm], samples: Path) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """What a table script is asked for."""
     title: ClassVar[str] = "the table"
     dry_run: bool = option(False, "print the plan and what is missing; do nothing")
     trials: bool = option(False, "show numbers of fewer images in the table, labelled")
-    only: tuple[str, ...] = option((), "this row, as the plan prints it, or by its sample folder; a section, like "
-                                       "cifar10, is all of its rows; repeatable", action="append", metavar="ROW")
-    config: tuple[Path, ...] = option((), "one of the table's own models: its rows alone; another model: in the place "
-                                          "of those of its package, to try the script out; repeatable", action="append")
-    write_table: Path | None = option(None, "write the table, with the results that are there, and do nothing else",
-                                      metavar="FILE")
+    only: tuple[str, ...] = option((), "only this row, by its name in the plan or by its sample folder, or all rows of "
+                                       "a section, like cifar10; repeatable", action="append", metavar="ROW")
+    config: tuple[Path, ...] = option((), "a model of the table: only its rows; another model: try the script with it "
+                                          "instead of the table's models of its package; repeatable", action="append")
+    write_table: Path | None = option(None, "only write the table, with the results so far", metavar="FILE")
 
 
-ABOUT = ("Sample the rows of one table of the paper, and judge them where the evaluator's files are given or in their "
-         "places. A second run goes on where the first one stopped. Paths are relative to the repository.")
+ABOUT = ("Sample the rows of one table of the paper, and judge them if the evaluator's files are given or in their "
+         "default places. A second run goes on where the first one stopped. Paths are relative to the repository.")
 
 
 def chosen(arms: list[Arm], only: Sequence[str]) -> list[Arm]:
-    """The arms that --only names. Raises UserError for a name of none."""
+    """The arms that --only names. Raises UserError for a name that matches no arm."""
     unknown = set(only) - {key for arm in arms for key in names_of(arm)}
     if unknown:
-        raise UserError(f"--only {unknown.pop()!r} is no row of this table: "
+        raise UserError(f"--only {unknown.pop()!r} is not a row of this table: choose from "
                         f"{'; '.join(f'{title_of(arm)} ({arm.name})' for arm in arms)}")
     return [arm for arm in arms if not only or names_of(arm) & set(only)]
 
 
 def title_of(arm: Arm) -> str:
-    """A row as the plan prints it: 'cifar10: N=2'."""
+    """The name of a row in the plan: 'cifar10: N=2'."""
     return f"{arm.section}: {arm.label}" if arm.section else arm.label
 
 
 def names_of(arm: Arm) -> set[str]:
-    """What --only may call a row: its section, itself in it, its label in every section, or its folder."""
+    """The words of --only that match a row: its name in the plan, its label, its folder, its section."""
     return {title_of(arm), arm.label, arm.name, arm.folder.name, *([arm.section] if arm.section else [])}
 
 
 class Plan(NamedTuple):
-    """What a table script asks for, with the user's options. arms: none for a table that only lists settings.
-
-    others: models that stand in the places of the table's.
-    """
+    """A table and the arms to run. arms: none for a table that only lists settings. others: models that replace the
+    table's."""
     table: Study
     runs: Runs
     arms: list[Arm]
     others: Collection[str] = ()
 
     def shown(self, folder: Path, trials: bool = False) -> str:
-        """The table, with the results in a folder, of what the user asked for."""
+        """The table with the results in a folder."""
         found = list(results.read_all(folder)) if folder.is_dir() else []
         text = as_text(Rendered(self.table, self.runs, found, trials))
         if not self.others:
@@ -122,7 +118,7 @@ def make_plan(table: Study, options: Options, given: Given) -> Plan:
     """A table's runs by the user's options. Raises UserError."""
     own = {arm.run.config.name for arm in runs_of(table).arms}
     named = {path: load_config(path).name for path in options.config}
-    if not table.paper and given.images:        # no paper says how many images its rows are judged on
+    if not table.paper and given.images:        # a table of our own has no published number of images
         table = replace(table, parts=[replace(part, images=given.images) for part in table.parts])
     others = {family_named_by(path).name: path for path, name in named.items() if name not in own}
     runs, alone = runs_of(table, given, others), own & set(named.values())
@@ -137,7 +133,7 @@ def make_plan(table: Study, options: Options, given: Given) -> Plan:
 def main() -> None:
     table = find(sys.argv[1]) if len(sys.argv) > 1 else None
     if table is None or table.script is None:
-        raise UserError("python -m lab.study.papers TABLE [options]: name a table that can be run, like table1")
+        raise UserError("name a table that can be run, like python -m lab.study.papers table1 [options]")
     options, given = arguments.parse(ABOUT, Options, Given, words=sys.argv[2:], prog=f"bash scripts/{table.script}")
     plan = make_plan(table, options, given)
     if options.write_table or plan.table.schedules:

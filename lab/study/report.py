@@ -1,4 +1,4 @@
-"""What a study ends in: records.jsonl, table.md, charts, sheets of images, and a page to look at, in results/NAME/."""
+"""The results of a study in results/NAME/: records.jsonl, table.md, charts, sheets of images, and a page to look at."""
 
 import math
 import shlex
@@ -27,8 +27,8 @@ from run.folder import missing_seeds
 from run.image_model import fill, open_model
 from run.provenance import provenance
 
-AMPLIFIED = 8           # differences in a sheet of images
-MOST, FIRST, WORST = 10, 6, 2       # arms whose images and calls are shown; seeds, and those where one is furthest
+AMPLIFIED = 8           # factor of the differences in a sheet of images
+MOST, FIRST, WORST = 10, 6, 2       # arms with images and calls; first seeds, and seeds at which an arm is furthest
 
 
 def text_of(shown: Shown) -> list[str]:
@@ -44,8 +44,10 @@ def text_of(shown: Shown) -> list[str]:
 
 
 def sheet_of_images(rows: Rows, show: Show, path: Path) -> bool:
-    """The first images of the arms, each above its difference to the first one's where that is asked for; False where
-    none can be shown."""
+    """Draw the first images of the arms, if the study wants it each above its difference to the first arm's.
+
+    False if there is nothing to show.
+    """
     own = [row for row in rows.rows if not missing_seeds(row.arm.folder, row.arm.seeds[:show.samples])]
     if not show.samples or len(own) < 2 or (show.differences and len(own) > AMPLIFIED):
         return False
@@ -61,7 +63,7 @@ def sheet_of_images(rows: Rows, show: Show, path: Path) -> bool:
 
 
 def render(study: Study, benches: Sequence[Bench], folder: Path) -> str:
-    """Write what there is of a study into its folder; returns what to tell the user."""
+    """Write the results of a study so far into its folder. Returns a message for the user."""
     shown = [one for one in map(Shown, benches) if one.rows.rows]
     if not shown:
         return "nothing is measured yet"
@@ -84,7 +86,7 @@ def render(study: Study, benches: Sequence[Bench], folder: Path) -> str:
 
 
 def draw(shown: Shown, folder: Path, name: str) -> list[Path]:
-    """The pictures of a part: its charts, maps, and a sheet of its images, those that there is something for."""
+    """Draw the charts, maps and sheet of images of a part, as far as it has them. Returns their paths."""
     rows, found = shown.rows, list[Path]()
     if plots := charts(rows, shown.show):
         found.append(folder / f"charts{name}.svg")
@@ -94,13 +96,13 @@ def draw(shown: Shown, folder: Path, name: str) -> list[Path]:
             found.append(folder / f"{down}_{across}{name}.png")
             heat_maps(panels, found[-1], down, across)
     images = folder / f"samples{name}.png"
-    if sheet_of_images(rows, shown.show, images) or images.is_file():       # one that was made where the images are
+    if sheet_of_images(rows, shown.show, images) or images.is_file():       # perhaps made on another machine
         found.append(images)
     return found
 
 
 def pack(benches: Sequence[Bench]) -> None:
-    """Write all records of a study to its one file."""
+    """Write all records of a study to one file."""
     found, names = [], set[str]()
     for bench in benches:
         found += [one for arm in bench.all for one in bench.records(arm).values()]
@@ -112,8 +114,8 @@ def pack(benches: Sequence[Bench]) -> None:
 
 
 def looked_at(shown: Shown, table: Table) -> list[Row]:
-    """The rows whose images are shown: where there are too many those on the front, or one of each kind at about the
-    cost of the middle one of the cached rows."""
+    """The rows whose images are shown. If there are too many: the front, or one of each kind at about the median cost
+    of the cached rows."""
     rows = table.rows
     if len(rows) <= MOST or shown.show.by:
         return rows[:MOST]
@@ -132,14 +134,14 @@ def _mean(row: Row) -> float:
 
 
 def folder_of(shown: Shown, study: Study, arm: Arm) -> Path:
-    """Where the images of an arm are; of a study that looks at none the page has some of its own."""
+    """The folder of an arm's images. If a study needs no images, its page has its own."""
     if shown.bench.looks_at_images:
         return arm.folder
     return shown.bench.given.samples / "pages" / study.name / arm.run.name
 
 
 def seeds_of(shown: Shown, rows: Sequence[Row]) -> list[int]:
-    """Which seeds are looked at, of those that report: all; or the first, and those where a row is furthest."""
+    """The seeds on the page, among those that report: all, or the first ones and those at which a row is furthest."""
     report = list(shown.bench.seeds)[shown.rows.report]
     if shown.bench.looks_at_images:
         return report
@@ -149,7 +151,7 @@ def seeds_of(shown: Shown, rows: Sequence[Row]) -> list[int]:
 
 
 def make_images(study: Study, shown: Shown) -> None:
-    """Sample the images of the page, where the study looks at none, unless they are there. Raises UserError."""
+    """Sample the missing images of the page, if the study itself needs none. Raises UserError."""
     if shown.bench.looks_at_images or not shown.rows.rows:
         return
     rows = looked_at(shown, shown.tables[0])
@@ -159,7 +161,7 @@ def make_images(study: Study, shown: Shown) -> None:
 
 
 def pictures(study: Study, shown: Shown, rows: Sequence[Row]) -> list[Pictures]:
-    """The images that are there; none without those of the run that all are compared with."""
+    """The images of the rows, as far as they exist; none without the reference run's."""
     whole, seeds = shown.bench.setup.whole, seeds_of(shown, rows)
     whole = next((row.arm for row in rows if row.arm.name == whole.name and not shown.show.by), whole)
     arms = {whole.label: whole, **{label_of(shown, row): row.arm for row in rows if row.arm.name != whole.name}}
@@ -174,7 +176,7 @@ def label_of(shown: Shown, row: Row) -> str:
 
 
 def sections(study: Study, shown: Shown) -> list[Section]:
-    """A part of the page: one section, or one of the charts and one for each budget."""
+    """The sections of a part: a single one, or one with the charts and one for each budget."""
     plots, by = charts(shown.rows, shown.show), shown.show.by
     words = [line.removeprefix("- ") for line in sentences(shown.rows)] if "sentences" in shown.show.more else []
     found = [Section(shown.title, [shown.counted], plots=plots)] if by else []
@@ -188,7 +190,7 @@ def sections(study: Study, shown: Shown) -> list[Section]:
 
 
 def write_page(study: Study, shown: Sequence[Shown], folder: Path) -> Path:
-    """Write the page of what is measured into a folder; returns its path."""
+    """Write the page of a study into a folder. Returns its path."""
     where = provenance(shown[0].bench.setup.device)
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     made_by = [f"Made by `python -m lab.study {study.name}` at commit {where['commit'] or 'unknown'}.",

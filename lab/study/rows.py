@@ -1,4 +1,4 @@
-"""The arms of a study that are measured, and what they are compared with in its tables and charts."""
+"""The measured arms of a study as rows, and their comparison with each other, for its tables and charts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,18 +21,18 @@ from unet_caching.samplers.timesteps import is_listed
 
 Cost = Callable[["Row"], float | None]
 PLAIN = "fewer steps"
-EQUAL = 0.98                # what costs so much of a run's cost or more is no cheaper than it
-EXACT = 100.0               # dB, of an image that is the very same
+EQUAL = 0.98                # a run costs as much as another if it costs at least this fraction
+EXACT = 100.0               # dB, for an identical image
 
 
 @dataclass(frozen=True)
 class Row:
-    """An arm with what is known of it."""
+    """An arm with its records."""
     arm: Arm
     records: Mapping[str, Result]       # by measure
     timed: bool = False                 # whether the study measures time
-    made: float | None = 0.0            # CPU seconds that its files took; None where that is not known
-    kept_as: str = ""                   # the name of its run, where a file of that is no longer here
+    made: float | None = 0.0            # CPU seconds that making its fitted files took; None if not known
+    kept_as: str = ""                   # the name of its run, if a fitted file no longer exists
 
     @property
     def run(self) -> Run:
@@ -40,33 +40,33 @@ class Row:
 
     @property
     def name(self) -> str:
-        """That of its run."""
+        """The name of its run."""
         return self.kept_as or self.run.name
 
     @cached_property
     def kind(self) -> str:
-        """What makes it cheap."""
+        """The way in which it is cheaper than the uncached run."""
         return self.arm.entry.kind or kind_of(self.run)
 
     @property
     def plain(self) -> bool:
-        """Whether it computes everything on all of its calls, as plans without cached ones do, too."""
+        """Whether it computes everything in all calls. Plans without cached calls do that, too."""
         return not self.run.caching or self.kind.startswith(PLAIN)
 
     @cached_property
     def cost(self) -> float:
-        """Of an image, in full network calls by multiply-accumulates."""
+        """The cost of an image in full network calls, by multiply-accumulates."""
         spent = self.metric("full calls")
         return spent.value if spent else cost_of(self.run)
 
     @cached_property
     def macs(self) -> float:
-        """Of an image, both rows of guidance."""
+        """The MACs of an image, both rows of guidance included."""
         return macs_per_image(self.run).hook
 
     @property
     def time(self) -> float | None:
-        """Network time of an image in full calls; None where it was not measured."""
+        """The network time of an image in full calls; None if it was not measured."""
         if not self.timed or self.plain:
             return float(self.run.calls) if self.timed else None
         return self.records["time"].times["run"]["full_calls"] if "time" in self.records else None
@@ -76,7 +76,7 @@ class Row:
 
     @cached_property
     def psnr(self) -> np.ndarray | None:
-        """To the run that all are compared with, of each seed, dB: of latents where those were looked at."""
+        """The PSNR to the reference run, dB, by seed: of latents if `near` is measured, else of images."""
         found = self.records.get("near") or self.records.get("fidelity")
         if found is None:
             return None
@@ -84,21 +84,21 @@ class Row:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of its sampler and its caching that are said, by name."""
+        """The given options of its sampler and its caching, by name."""
         own = {name for part in (self.run.spec.sampler, *self.run.spec.caching) for name in arguments.names(part)}
         return {name: value.stem if isinstance(value, Path) else value
                 for name, value in self.run.spec.options.items() if name in own}
 
 
 def cost_of(run: Run) -> float:
-    """Of an image, in full network calls; where each image decides, its mean on held-out seeds."""
+    """The cost of an image, in full network calls; if each image decides, the mean on held-out seeds."""
     adaptive = run.caching.of(AdaptiveMethod)
     found = adaptive.rule.notes.get("spent") if adaptive else None
     return found["mean"] if found else in_full_calls(run)
 
 
 def kind_of(run: Run) -> str:
-    """The name of what a run does to be cheaper."""
+    """The name of the way in which a run is cheaper."""
     plan = run.caching.of(PlanMethod)
     learned = plan is not None and plan.plan.solver is not None
     if run.full_calls == run.calls:
@@ -119,7 +119,7 @@ def kind_of(run: Run) -> str:
 
 
 def rows_of(bench: Bench) -> list[Row]:
-    """The arms of a part of which something is measured."""
+    """The arms of a part that have a record, or need none."""
     timed = "time" in bench.part.measure
     found = [Row(arm, records, timed, bench.cost_of_making(arm.entry)) for arm in bench.arms
              if (records := bench.records(arm)) or not bench.kinds(arm)]
@@ -132,7 +132,7 @@ def rows_of(bench: Bench) -> list[Row]:
 
 
 def front(points: Sequence[Sequence[float]], higher: bool) -> list[int]:
-    """Which of (cost, quality) no other one beats: at most its cost and at least its quality, one of them better."""
+    """The positions of the points (cost, quality) that no other point beats, in both or in one with the other equal."""
     def beaten(i: int) -> bool:
         cost, value = points[i][0], points[i][1] * (1 if higher else -1)
         return any(c <= cost and v * (1 if higher else -1) >= value and (c, v) != tuple(points[i]) for c, v in points)
@@ -147,8 +147,8 @@ def mean_of(values: np.ndarray) -> Metric:
 class Rows:
     """The rows of a part."""
     rows: Sequence[Row]
-    whole: Row                  # the run without caching that all are compared with
-    chosen_on: int = 0          # so many seeds choose settings, and the others tell what they do; 0: all do both
+    whole: Row                  # the reference run, without caching
+    chosen_on: int = 0          # so many seeds choose settings, and the others report; 0: all do both
 
     @property
     def choose(self) -> slice:
@@ -159,15 +159,15 @@ class Rows:
         return slice(self.chosen_on, None)
 
     def near(self, row: Row) -> Metric | None:
-        """How near a row comes on the seeds that report: the mean PSNR of those."""
+        """The mean PSNR of a row on the seeds that report."""
         return None if row.psnr is None else mean_of(row.psnr[self.report])
 
     def rival(self, row: Row, cost: Cost = lambda one: one.cost, among: Callable[[Row], bool] = lambda one: True
               ) -> Row | None:
-        """The run without caching that comes nearest at equal cost, on the seeds that choose.
+        """The nearest run without caching at equal cost, on the seeds that choose.
 
-        Those of its budget, where it has one. Else those that cost no more than the cheapest one which costs as much
-        as the row; None where none does.
+        The candidates are the runs with the row's budget. Without a budget: take the cheapest run that costs as much as
+        the row, and all runs that are no dearer. None if there is no candidate.
         """
         plain = [one for one in self.rows if one.plain and one.psnr is not None and among(one)]
         if row.arm.entry.budget is not None:
@@ -179,7 +179,7 @@ class Rows:
         return max(near, key=lambda one: one.psnr[self.choose].mean(), default=None)    # type: ignore[index]
 
     def nearer(self, row: Row, other: Row | None) -> Metric | None:
-        """How much nearer a row comes than another, dB, paired by seed, on the seeds that report."""
+        """How much nearer a row is than another, dB, paired by seed, on the seeds that report."""
         if other is None or other is row or row.psnr is None or other.psnr is None:
             return None
         return mean_of(row.psnr[self.report] - other.psnr[self.report])

@@ -1,4 +1,4 @@
-"""Carries out studies: what is not there yet, in this process or in several, which may stop and go on at any time."""
+"""Runs the missing arms of a study, in one process or in several, which may stop and go on at any time."""
 
 import hashlib
 import os
@@ -20,17 +20,17 @@ from run.files import ROOT
 from unet_caching.errors import UserError
 
 Pair = tuple[Bench, Arm]
-_SAMPLING = 0.8         # share of an arm's time, of small models, for the time that is left
-_WAIT = 0.5             # seconds until it is looked again what other processes have done
-TELL, GIVE_UP = 60, 3600    # seconds without anything new after which it is told who is waited for, and given up
+_SAMPLING = 0.8         # sampling's share of an arm's time, for small models, to estimate the time left
+_WAIT = 0.5             # seconds between looks at the work of other processes
+TELL, GIVE_UP = 60, 3600    # seconds without news until a message says who is waited for, and until giving up
 
 
 def carry_out(pairs: Sequence[Pair], claims: Path, wait: bool = True) -> None:
-    """Sample and measure what is not there yet, arm by arm, and no arm that another process is at.
+    """Sample and measure what is missing, arm by arm, except for arms that another process has claimed.
 
-    Whoever carries out the same study at the same time takes other arms. claims: a file of locks. wait: until all is
-    there; else what can only be measured once others have made images is left to them. Raises UserError where nothing
-    comes of what other processes have claimed.
+    Processes that run the same study at the same time take other arms. claims: a file of locks. wait: until everything
+    is done; else arms that need images from other processes are left to those. Raises UserError if other processes make
+    no progress with the arms that they have claimed.
     """
     claims.parent.mkdir(parents=True, exist_ok=True)
     waiting = [*enumerate(pairs, 1)]
@@ -50,27 +50,27 @@ def carry_out(pairs: Sequence[Pair], claims: Path, wait: bool = True) -> None:
 
 
 def claim_of(arm: Arm) -> int:
-    """The number of an arm in a file of locks: the same for all processes, whatever else each has left to do."""
+    """The number of an arm in a file of locks, the same in all processes."""
     return int.from_bytes(hashlib.sha256(f"{arm.name} {arm.records.name}".encode()).digest()[:7])
 
 
 class Patience:
-    """Waits for what other processes have claimed, tells whom it waits for, and gives up where nothing comes of it."""
+    """Waits for the arms that other processes have claimed, prints their names, and gives up if nothing happens."""
 
     def __init__(self, claims: Claims):
         self.claims = claims
-        self.there: object = None           # what there was when it last looked
+        self.there: object = None           # the images at the last look
         self.since = self.told = time.monotonic()
 
     def wait(self, arms: Sequence[Arm]) -> None:
-        """A little. arms: those that are not complete. Raises UserError once nothing new came for too long."""
+        """Wait a little. arms: the incomplete ones. Raises UserError if nothing new came for too long."""
         now, there = time.monotonic(), [(arm.name, arm.present) for arm in arms]
         if there != self.there:
             self.there, self.since, self.told = there, now, now
         whom = "; ".join(f"{arm.run.config.name}: {arm.label} ({self._holder(arm)})" for arm in arms)
         if now - self.since > GIVE_UP:
-            raise UserError(f"nothing new came in {GIVE_UP / 60:.0f} minutes of what other processes are at: {whom}; "
-                            "if one of them hangs, end it, and run the same command again")
+            raise UserError(f"other processes made nothing new in {GIVE_UP / 60:.0f} minutes: {whom}; if one of them "
+                            "hangs, end it, and run the same command again")
         if now - self.told > TELL:
             self.told = now
             print(f"waiting for {whom}, nothing new in {(now - self.since) / 60:.0f} minutes", flush=True)
@@ -82,17 +82,16 @@ class Patience:
 
 
 def supervise(pairs: Sequence[Pair], words: Sequence[str], jobs: int, done: Callable[[], object]) -> None:
-    """The same in `jobs` processes with one thread each, while this one tells how long the rest takes, by
-    multiply-accumulates. For a small network that is quicker than one process with all threads.
+    """Run a study in `jobs` processes with one thread each; this process estimates the time left, by MACs.
 
-    words: of the command that carries out the study. Raises UserError where one of the processes fails.
+    For a small network that is quicker than one process with all threads. words: the command that runs the study.
+    Raises UserError if one of the processes fails.
     """
     costs = {id(arm): macs_per_image(arm.run).hook * arm.images for _, arm in pairs}
     seen: set[int] = set()
 
     def work() -> int:
-        """G MACs that are done: those of whole arms, and most of those of the images of others; the rest stands for
-        what is done with an arm once it is sampled."""
+        """The G MACs that are done. Images count for most of an arm's MACs, its measures for the rest."""
         return round(sum(costs[id(arm)] * (1 if id(arm) in seen else _SAMPLING * arm.present / arm.images)
                          for _, arm in pairs) / 1e9)
 
@@ -107,16 +106,16 @@ def supervise(pairs: Sequence[Pair], words: Sequence[str], jobs: int, done: Call
                 done()
             bar.update(max(0, work() - bar.n))
             if failed := [process for process in processes if process.poll()]:
-                raise UserError(f"a process failed with exit code {failed[0].returncode}; to see it alone: "
+                raise UserError(f"a process failed with exit code {failed[0].returncode}; to run it by itself: "
                                 f"python {' '.join(words)}")
             if ended and len(seen) < len(pairs):
-                raise UserError("some arms are not measured; run the same command again")
+                raise UserError("some arms are not measured: run the same command again")
             time.sleep(_WAIT)
 
 
 @contextmanager
 def workers(words: Sequence[str], count: int) -> Iterator[list[subprocess.Popen]]:
-    """Processes that carry out a command, and end with this one."""
+    """Processes that run a command, and end with this one."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     found = [subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, stdin=subprocess.PIPE,
                               stdout=subprocess.DEVNULL) for _ in range(count)]

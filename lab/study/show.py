@@ -1,4 +1,4 @@
-"""How a study is shown: the columns of its tables, and its charts. A study says one of SHOWS, and what it has instead.
+"""How a study is shown: the columns of its tables, and its charts. A study names one of SHOWS, perhaps with changes.
 
     show: budgets
     show: {like: grid, maps: [[interval, branch]]}
@@ -15,15 +15,15 @@ from unet_caching.files.schema import fault
 class Show:
     columns: list[str]                  # words of COLUMNS in lab/study/columns.py, or names of metrics
     by: str = ""                        # budget: a table for each
-    order: str = ""                     # near: the nearest first; cost: the dearest; else as the study has them
-    more: list[str] = field(default_factory=list)       # further tables, words of MORE in lab/study/columns.py
+    order: str = ""                     # near: the nearest first; cost: the dearest first; else the study's order
+    more: list[str] = field(default_factory=list)       # further texts, words of MORE in lab/study/more.py
     charts: list[list[str]] = field(default_factory=list)       # a measure and a cost each (lab/study/charts.py)
-    says: dict[str, str] = field(default_factory=dict)  # what a chart, like "near, cost", tells: its title
+    says: dict[str, str] = field(default_factory=dict)  # the title of a chart, like "near, cost": its message
     front: bool = False                 # charts leave out settings that another one of their kind beats
     lines: bool = True                  # marks of one kind are joined
     maps: list[list[str]] = field(default_factory=list)         # two options each: their values down and across
     samples: int = 0                    # images of each arm in a sheet
-    differences: bool = False           # the sheet also has what changed of each image
+    differences: bool = False           # the sheet also has each image's difference to the first arm's
 
 
 _QUALITY = [["FD-IncMixed5 minus uncached", "macs"], ["PSNR", "macs"]]
@@ -45,7 +45,7 @@ SHOWS = {
 
 
 def show_of(said: str | dict[str, Any]) -> Show:
-    """One of SHOWS, or that with some of its fields said otherwise. Raises ValueError."""
+    """One of SHOWS, with some of its fields given differently. Raises ValueError."""
     own = {"like": said} if isinstance(said, str) else dict(said)
     name = own.pop("like", "arms")
     if name not in SHOWS:

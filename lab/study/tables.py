@@ -18,26 +18,26 @@ from run.files import ROOT
 
 def open_benches(name: str | Path, given: Given, narrow: Callable[[Part], Part] = lambda part: part
                  ) -> tuple[Study, list[Bench]]:
-    """A study and its parts on this machine. narrow: what the user wants otherwise of a part. Raises UserError."""
+    """A study and its parts on this machine. narrow: changes a part by the user's options. Raises UserError."""
     study = read_study(name)
     ledger = Ledger(given.results / study.name / "records.jsonl")
     return study, [Bench(narrow(part), study.path, given, ledger) for part in study.parts]
 
 
 def measured(name: str | Path, results: Path = ROOT / "results") -> list[Row]:
-    """What is known of the arms of a study, by its file of records. Raises UserError."""
+    """The measured arms of a study, from its file of records. Raises UserError."""
     return [row for bench in open_benches(name, Given(results=results))[1] for row in Shown(bench).rows.rows]
 
 
 class Table(NamedTuple):
-    """rows: those of its lines after the head."""
+    """rows: one for each line after the head."""
     heading: str
     rows: list[Row]
     lines: list[tuple[str, ...]]
 
 
 class Shown:
-    """A part of a study as it is shown: what is measured of it."""
+    """A part of a study with its measured arms, to show."""
 
     def __init__(self, bench: Bench):
         self.bench, self.show = bench, bench.show
@@ -46,7 +46,7 @@ class Shown:
 
     @property
     def left_out(self) -> list[Entry]:
-        """The arms that there is nothing of, since a file is not here."""
+        """The arms without records whose fitted files do not exist."""
         kept = [arm.entry.options for arm, _ in self.bench.kept()]
         return [entry for entry in self.bench.left_out if entry.options not in kept]
 
@@ -66,7 +66,7 @@ class Shown:
 
     @property
     def counted(self) -> str:
-        """How many arms there are, on how many seeds, timed where."""
+        """The number of arms and of seeds, and the machine of the times, in words."""
         rows, choose = self.rows.rows, self.rows.chosen_on
         text = f"{len(rows)} arms" if len(rows) >= self.total else f"{len(rows)} of {self.total} arms are measured"
         text += f", {rows[0].arm.images} seeds each"
@@ -86,7 +86,7 @@ class Shown:
 
     @cached_property
     def tables(self) -> list[Table]:
-        """One of all arms, or one for each budget."""
+        """One table of all arms, or one for each budget."""
         if self.show.by != "budget":
             return [self._table("", self.rows.rows)]
         budgets = sorted({row.arm.entry.budget for row in self.rows.rows if row.arm.entry.budget is not None})
@@ -103,8 +103,7 @@ class Shown:
 
 
 def named(rows: Sequence[Row], whole: Row) -> list[Row]:
-    """Rows whose arms are not called anything get the options in which they differ as their label, where that tells
-    them apart; else the name of their run."""
+    """Label rows without a name by the options in which they differ, or by their run if labels would repeat."""
     among = Rows(rows, whole)
     names = [short(row, among) for row in rows]
 
