@@ -9,7 +9,7 @@ is the row's: all settings, the weights, the number of images, the evaluator and
 (eval/tables/current.py). In the text format, the reasons for missing numbers are below the table.
 """
 
-import argparse
+from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
 
@@ -20,35 +20,38 @@ from run import results
 from run.cli import command
 from run.files import write_atomically
 from unet_caching.errors import UserError
+from unet_caching.options import option
+
+
+@dataclass(frozen=True)
+class Options:
+    names: tuple[str, ...] = option((), "table1 to table14 (or 1 to 14), block_caching_table1 and 2", word=True,
+                                    metavar="NAME")
+    format: str = option("text", "default: %(default)s", choices=tuple(FORMATS))
+    results: Path = option(RESULTS, "folder of the results (default: results)")
+    trials: bool = option(False, "show numbers of fewer images, too, labelled")
+    all: bool = option(False, "write all tables into the folder of the results")
 
 
 @command
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME",
-                        help="table1 to table14 (or 1 to 14), block_caching_table1 and 2")
-    parser.add_argument("--format", choices=FORMATS, default="text", help="default: %(default)s")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: results)")
-    parser.add_argument("--trials", action="store_true", help="show numbers of fewer images, too, labelled")
-    parser.add_argument("--all", action="store_true", help="write all tables into the folder of the results")
-    args = parser.parse_args()
-    if bool(args.names) == args.all:
-        raise UserError("give names of tables, like 1 or table12, or --all")
-    if not args.results.is_dir():
-        raise UserError(f"no folder {args.results}")
-    chosen = [find(name) for name in args.names]
+def main(options: Options) -> None:
+    if bool(options.names) == options.all:
+        raise UserError("name tables, like 1 or table12, or use --all")
+    if not options.results.is_dir():
+        raise UserError(f"no folder {options.results}")
+    chosen = [find(name) for name in options.names]
     runs = [runs_of(table) for table in chosen]
-    models = None if args.all else {arm.run.config.name for one in runs for arm in one.arms}
-    found = list(results.read_all(args.results, models))
+    models = None if options.all else {arm.run.config.name for one in runs for arm in one.arms}
+    found = list(results.read_all(options.results, models))
     for table, own in zip(chosen, runs, strict=True):
-        text = FORMATS[args.format](Rendered(table, own, found, args.trials))
-        print(text, end="\n" if args.format == "csv" else "\n\n")
-    if args.all:
-        (args.results / "tables").mkdir(exist_ok=True)
+        text = FORMATS[options.format](Rendered(table, own, found, options.trials))
+        print(text, end="\n" if options.format == "csv" else "\n\n")
+    if options.all:
+        (options.results / "tables").mkdir(exist_ok=True)
         files = everything(found)
         for name, text in files.items():
-            write_atomically(args.results / name, methodcaller("write_text", text))
-        print(f"wrote {args.results}/README.md and {len(files) - 1} files in {args.results}/tables/")
+            write_atomically(options.results / name, methodcaller("write_text", text))
+        print(f"wrote {options.results}/README.md and {len(files) - 1} files in {options.results}/tables/")
 
 
 if __name__ == "__main__":
