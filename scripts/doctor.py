@@ -1,8 +1,8 @@
-"""What is on this machine and what is missing: packages, weights, references, prompts, and what each table still needs.
-The first line says what can be done right now, and the one next step.
+"""What this machine has and what is missing: packages, weights, references, prompts, and the needs of each table.
+The first line says what works right now, and the next step.
 
     python -m scripts.doctor                  every table
-    python -m scripts.doctor table3 table12   these
+    python -m scripts.doctor table3 table12   only these tables
 """
 
 import os
@@ -26,10 +26,10 @@ from scripts.download import Item, catalogue
 from scripts.requirements_met import unmet
 from unet_caching.options import option
 
-# The small models that come with a clone: what they are called, and their weights.
+# The small models of a clone: name and weights.
 SHIPPED = {"DDPM": "checkpoints/ddpm_emoji.safetensors", "LDM": "checkpoints/ldm_emoji.safetensors",
            "Stable Diffusion": "checkpoints/sd_emoji/unet/diffusion_pytorch_model.safetensors"}
-# References that are made here, from images that are fetched: model -> (images by name of the download, their place).
+# References that are made from downloaded images: model -> (name of the download, place of the images).
 MADE_FROM = {"ddpm_cifar10": ("cifar10_images", "data/cifar10/cifar-10-batches-py"),
              "ddpm_bedroom": ("bedroom_images", "data/lsun/bedroom_train_lmdb --count 50000"),
              "ddpm_church": ("church_images", "data/lsun/church_outdoor_train_lmdb --count 50000"),
@@ -49,7 +49,7 @@ def machine() -> Iterator[str]:
 
 
 def state(item: Item) -> str:
-    """Here or missing. `scripts.download` compares what is here with its published digest."""
+    """Here or missing. Only `scripts.download` compares files with their published digests."""
     here = sum(file.there(ROOT) for file in item.files)
     if here < len(item.files):
         return f"missing, {here} of {len(item.files)} files here" if here else "missing"
@@ -57,12 +57,12 @@ def state(item: Item) -> str:
 
 
 def references() -> dict[str, Path]:
-    """The path at which the reference of each published model is looked for."""
+    """The default path of the reference of each published model."""
     return {model: path for family in families().values() for model, path in family.references.items()}
 
 
 def named(path: Path, items: dict[str, Item]) -> str:
-    """How to get what belongs at a path."""
+    """The command that brings the file of a path."""
     for name, item in items.items():
         if any(path == one or path in one.parents for file in item.files for one in file.results):
             return f"bash scripts/download.sh {name}"
@@ -75,12 +75,12 @@ def named(path: Path, items: dict[str, Item]) -> str:
 
 
 def arms_of(table: Study) -> list[Arm]:
-    """The arms of a table with nothing but defaults."""
+    """The arms of a table with default options."""
     return [] if table.schedules else runs_of(table).arms
 
 
 def needs(table: Study, items: dict[str, Item]) -> Iterator[str]:
-    """What a table still needs, a line each, and how to get it; first what sampling needs, then what judging needs."""
+    """The missing files of a table, each with the command that brings it: first for sampling, then for judging."""
     lines = {f"to sample: {option} {path}: {named(path, items)}": path for arm in arms_of(table)
              for option, path in arm.inputs_of_sampling().items()}
     lines |= {f"to judge: {path}: {named(path, items)}": path for arm in arms_of(table)
@@ -90,9 +90,9 @@ def needs(table: Study, items: dict[str, Item]) -> Iterator[str]:
 
 
 def now_and_next(lacking: Sequence[tuple[Study, list[str]]], wrong: Sequence[str]) -> str:
-    """What can be done right now, and the one next step, in a line.
+    """A line that says what works right now, and the next step.
 
-    lacking: what each table needs. wrong: lines about packages that are not right.
+    lacking: tables with their needs. wrong: lines about missing or wrong packages.
     """
     shipped = [name for name, checkpoint in SHIPPED.items() if (ROOT / checkpoint).exists()]
     ready = [table for table, needed in lacking if not needed and arms_of(table)]
@@ -119,7 +119,7 @@ def now_and_next(lacking: Sequence[tuple[Study, list[str]]], wrong: Sequence[str
 
 
 def report(chosen: Sequence[Study]) -> str:
-    """All of it, as text."""
+    """The report as text."""
     items, met = catalogue(), unmet(ROOT / "requirements.txt")
     wrong = list(filter(None, met.values()))
     lacking = [(table, list(needs(table, items))) for table in chosen]
@@ -134,7 +134,6 @@ def report(chosen: Sequence[Study]) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """The command line."""
     tables: tuple[str, ...] = option((), "table1 to table14, block_caching_table1 (default: all)", word=True,
                                      metavar="TABLE")
 

@@ -1,11 +1,11 @@
-"""Fetch what the papers' tables need (scripts/downloads.yaml), by name. bash scripts/download.sh calls it.
+"""Fetch the files of the papers' tables (scripts/downloads.yaml), by name. bash scripts/download.sh calls it.
 
     python -m scripts.download --list
     python -m scripts.download ddpm_cifar10 inception
 
-A file arrives beside its place as NAME.part, is checked, and only then moved there; a transfer that broke off goes on
-where it stopped. What is there already is checked and kept: nothing is ever overwritten. Of several commands at once
-each file is fetched by one; the others wait for it.
+A file arrives beside its place as NAME.part, is checked, and is then moved there. A transfer that broke off goes on
+where it stopped. Existing files are checked and kept: nothing is ever overwritten. If several commands run at once, one
+fetches a file, and the others wait for it.
 """
 
 import hashlib
@@ -32,20 +32,20 @@ from unet_caching.options import option
 
 CATALOGUE = Path(__file__).with_name("downloads.yaml")
 _CHUNK = 1 << 20
-NPM = "npm:"             # before the name of a package: npm fetches it
+NPM = "npm:"             # before the name of a package that npm fetches
 _TRIES, _PAUSE = 5, 2.0     # of a transfer, and seconds between the first two
 
 
 @dataclass
 class File:
-    """A file of the web, as downloads.yaml has it."""
+    """A file to download, in downloads.yaml."""
     url: str                            # http(s)://..., or npm:NAME@VERSION
     path: Path = Path()                 # below the repository
     md5: str | None = None
-    sha256: str | None = None           # of both, the start is enough
+    sha256: str | None = None           # the start of either digest is enough
     bytes: int | None = None
     unpack: dict[str, Path] = field(default_factory=dict)       # {member of the archive, a file or folder: its path}
-    instead: str | None = None          # what to try where the address does not serve it
+    instead: str | None = None          # what to try if the address does not serve it
 
     @property
     def digest(self) -> tuple[str, str] | None:
@@ -54,7 +54,7 @@ class File:
 
     @property
     def results(self) -> list[Path]:
-        """The paths that are there in the end: of the file, or of what is unpacked from it."""
+        """The final paths: of the file, or of the members unpacked from it."""
         return list(self.unpack.values()) or [self.path]
 
     def there(self, root: Path) -> bool:
@@ -62,11 +62,11 @@ class File:
 
     @property
     def checked(self) -> str:
-        """What a file without a fault is known by."""
+        """How a file without a fault was checked."""
         return f"{self.digest[0]} right" if self.digest else "no digest to check it by"
 
     def fault(self, path: Path) -> str | None:
-        """What is wrong with a copy of it; None where nothing is seen."""
+        """The fault of a copy of the file; None if none is seen."""
         if self.digest:
             kind, wanted = self.digest
             with open(path, "rb") as file:
@@ -83,10 +83,10 @@ class File:
 
 @dataclass
 class Item:
-    """What one name fetches, as downloads.yaml has it."""
+    """The files of one name in downloads.yaml."""
     about: str
     files: list[File]
-    base: str = ""                      # put before the urls of files, `to` before their paths
+    base: str = ""                      # the start of the files' urls, as `to` is of their paths
     to: str = ""
     unsure: bool = False                # nobody has seen the files at their addresses
     instead: str | None = None
@@ -96,7 +96,7 @@ class Item:
 
 
 def catalogue(path: Path = CATALOGUE) -> dict[str, Item]:
-    """All items of a YAML file, by name. Raises UserError for one that is not like downloads.yaml."""
+    """All items of a YAML file, by name. Raises UserError for a file unlike downloads.yaml."""
     items = read_yaml_dict(path, Item)
     for name, item in items.items():
         for file in item.files:
@@ -106,15 +106,15 @@ def catalogue(path: Path = CATALOGUE) -> dict[str, Item]:
                 raise UserError(f"{path}, {name}: url is {file.url!r} and should begin with http:// or https://")
             for one in (file.path, *file.results):
                 if one.is_absolute() or ".." in one.parts or not one.name:
-                    raise UserError(f"{path}, {name}: {one} is no path below the repository")
+                    raise UserError(f"{path}, {name}: {one} is not a path below the repository")
     return items
 
 
 def fetch(file: File, root: Path = ROOT) -> str:
-    """Bring one file to its place; returns what was done, in words.
+    """Bring one file to its place. Returns what was done, in words.
 
-    Raises UserError for a file that is there and another one, for what the server refuses, and for a transfer that
-    broke off too often or arrived damaged.
+    Raises UserError if another file is in its place, if the server refuses, and if the transfer broke off too often or
+    the file arrived damaged.
     """
     path = root / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def fetch(file: File, root: Path = ROOT) -> str:
             done = "there already"
         elif path.exists():
             if fault := file.fault(path):
-                raise UserError(f"{path} is there and {fault}: move it away, and it is fetched anew")
+                raise UserError(f"{path} exists and {fault}: move it away, and run the same command again")
             done = f"there already, {file.checked}"
         else:
             _bring(file, path)
@@ -136,7 +136,7 @@ def fetch(file: File, root: Path = ROOT) -> str:
 
 
 def _bring(file: File, path: Path) -> None:
-    """Fetch what is not there, and check it."""
+    """Fetch a missing file, and check it."""
     part = path.with_name(f"{path.name}.part")
     by_hand = f"{f'try {file.instead} instead, or ' if file.instead else ''}fetch it by hand and put it at {file.path}"
     if file.url.startswith(NPM):
@@ -145,12 +145,14 @@ def _bring(file: File, path: Path) -> None:
         _complete(file, part, by_hand)
     if fault := file.fault(part):
         part.unlink()
-        raise UserError(f"{file.url}: what arrived {fault}: removed; run the same command again, or {by_hand}")
+        raise UserError(f"{file.url}: the file that arrived {fault}, and was removed: run the same command again, or "
+                        f"{by_hand}")
     part.replace(path)
 
 
 def _unpack(archive: Path, wanted: dict[str, Path]) -> None:
-    """Members of an archive, files or folders, to their places, each whole or not at all; it is removed then."""
+    """Move members of an archive, files or folders, to their places, each whole or not at all, and remove the archive.
+    """
     work = archive.with_name(f"{archive.name}.part")
     try:
         if zipfile.is_zipfile(archive):
@@ -163,25 +165,25 @@ def _unpack(archive: Path, wanted: dict[str, Path]) -> None:
             to.parent.mkdir(parents=True, exist_ok=True)
             if not to.exists():
                 (work / member).replace(to)
-    except Exception as error:      # what Python's modules raise for damaged, encrypted or unknown archives has no end
+    except Exception as error:      # a damaged, encrypted or unknown archive may raise anything
         if isinstance(error, OSError) and error.errno:
-            raise                   # of the disk
-        raise UserError(f"{archive} does not unpack: {one_line(error)[:200]}; move it away, and it is fetched anew"
-                        ) from None
+            raise                   # the disk's error
+        raise UserError(f"{archive} does not unpack: {one_line(error)[:200]}: move it away, and run the same command "
+                        "again") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     archive.unlink()
 
 
 def _pack(file: File, part: Path, by_hand: str) -> None:
-    """Let npm fetch a package, from whichever registry it is set up for."""
+    """Let npm fetch a package, from the registry of its own settings."""
     if shutil.which("npm") is None:
-        raise UserError(f"{file.url} needs npm, which comes with Node.js: install that, or {by_hand}")
+        raise UserError(f"{file.url} needs npm, which is part of Node.js: install it, or {by_hand}")
     with tempfile.TemporaryDirectory(dir=part.parent) as folder:
         done = subprocess.run(["npm", "pack", file.url.removeprefix(NPM), "--silent"], cwd=folder, capture_output=True)
         packed = list(Path(folder).glob("*.tgz"))
         if done.returncode or len(packed) != 1:
-            raise UserError(f"{file.url}: npm does not fetch it; {by_hand}")
+            raise UserError(f"{file.url}: npm cannot fetch it: {by_hand}")
         packed[0].replace(part)
 
 
@@ -214,7 +216,7 @@ def _transfer(file: File, part: Path) -> bool:
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:      # nothing comes after it: what it is will be checked
+        if error.code == 416 and have:      # nothing is left to send; the file is checked later
             return True
         raise
     with response:
@@ -224,7 +226,7 @@ def _transfer(file: File, part: Path) -> bool:
         total = have + int(length) if length else file.bytes
         free = shutil.disk_usage(part.parent).free
         if total is not None and total - have > free:
-            raise UserError(f"{file.path} needs {total - have:,} bytes more and its disk has {free:,} free")
+            raise UserError(f"{file.path} needs {total - have:,} bytes more, and its disk has {free:,} free")
         with (open(part, "ab" if resumed else "wb") as out,
               tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=file.path.name, disable=None) as bar):
             while chunk := response.read(_CHUNK):
@@ -235,20 +237,19 @@ def _transfer(file: File, part: Path) -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """The command line."""
-    names: tuple[str, ...] = option((), "what to fetch (--list)", word=True, metavar="NAME")
-    listing: bool = option(False, "all names, and what is here", flag="list")
-    catalogue: Path = option(CATALOGUE, "another list (default: scripts/downloads.yaml)")
-    into: Path = option(ROOT, "another folder than the repository")
+    names: tuple[str, ...] = option((), "what to fetch (--list shows the names)", word=True, metavar="NAME")
+    listing: bool = option(False, "print all names, and which files are here", flag="list")
+    catalogue: Path = option(CATALOGUE, "list of files (default: scripts/downloads.yaml)")
+    into: Path = option(ROOT, "folder (default: the repository)")
 
 
 @command
 def main(options: Options) -> None:
     items = catalogue(options.catalogue)
     if options.listing == bool(options.names):
-        raise UserError("give names of what to fetch, or --list")
+        raise UserError("name what to fetch, or use --list")
     if unknown := [name for name in options.names if name not in items]:
-        raise UserError(f"there is no {', '.join(unknown)}: choose from {', '.join(items)}")
+        raise UserError(f"no download {', '.join(unknown)}: choose from {', '.join(items)}")
     for name, item in items.items() if options.listing else ():
         state = "here" if item.there(options.into) else "missing"
         print(f"{name:24}{state:9}{item.about}{' (address unsure)' if item.unsure else ''}")

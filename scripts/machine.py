@@ -1,13 +1,13 @@
-"""What caching brings on this machine: checks, then times of networks of real size, a table, a picture, what to choose.
+"""The speed-up of caching on this machine: checks, then times of networks of real size; a table, a picture, and advice.
 
-    python -m scripts.machine               ten minutes on a GPU; on a CPU what its time allows
-    python -m scripts.machine --quick       one minute; on a CPU the small models, two or three
+    python -m scripts.machine               ten minutes on a GPU; longer on a CPU
+    python -m scripts.machine --quick       one minute; on a CPU two or three, with the small models
     python -m scripts.machine --full        all sizes, dtypes and modes; on a CPU SDXL and a video network, too
-    python -m scripts.machine --show        what has been measured, and nothing else
+    python -m scripts.machine --show        only print the results so far
 
 Weights are random and nothing is downloaded. Our U-Nets, diffusers' with our caching (as in a pipeline), diffusers' own
-and the PyPI package DeepCache, where it is installed, take turns in one process: trust the ratios. Everything goes into
-results/machines/NAME/ as soon as it is measured; stopped, it shows what it has, and the same command goes on.
+and the PyPI package DeepCache, if it is installed, take turns in one process: trust the ratios. Results are written to
+results/machines/NAME/ at once. A stopped command shows them, and the same command goes on.
 """
 
 import gc
@@ -43,17 +43,16 @@ from unet_caching.speed.packed import packable
 Measured = tuple[dict[str, Any], dict[str, Any]]         # settings, times
 REAL = tuple(map(Subject, ("ddpm_cifar10", "ldm_cin256", "sd_v15")))
 LARGE = {"cpu": (Subject("sdxl", 512), Subject("svd", 128, 4)), "cuda": (Subject("sdxl"), Subject("svd"))}
-SECONDS = {"quick": 2.0, "default": 15.0, "full": 120.0}     # of timed rounds, from two rounds on; of whole runs alike
+SECONDS = {"quick": 2.0, "default": 15.0, "full": 120.0}     # limit of timed rounds after the second, and of whole runs
 
 
 @dataclass(frozen=True)
 class Options:
-    """How much, and where it goes."""
-    quick: bool = option(False, "a minute or three", one_of="form")
-    full: bool = option(False, "everything", one_of="form")
-    show: bool = option(False, "print what was measured", one_of="form")
-    name: str | None = option(None, "of the folder below --out (default: the device's name)")
-    out: Path = option(ROOT / "results" / "machines", "(default: results/machines)")
+    quick: bool = option(False, "one to three minutes", one_of="form")
+    full: bool = option(False, "all sizes, dtypes and modes", one_of="form")
+    show: bool = option(False, "only print the results so far", one_of="form")
+    name: str | None = option(None, "folder below --out (default: the device's name)")
+    out: Path = option(ROOT / "results" / "machines", "folder of the results (default: results/machines)")
 
     @property
     def form(self) -> str:
@@ -62,7 +61,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Timed:
-    """What is timed together. sizes: images at a time, the first that fits."""
+    """Forms of a network to time together. sizes: images at a time; the first size that fits is taken."""
     subject: Subject
     sizes: tuple[int, ...]
     dtype: str
@@ -78,14 +77,14 @@ class Timed:
                 "branch": subject.branch, "weights": "random", **{key: one for key, one in sized.items() if one}}
 
     def measure(self, device: torch.device, limit: float) -> Measured:
-        """Those of the first size that fits. Raises UserError where none does."""
+        """The times at the first size that fits. Raises UserError if none fits."""
         dtype = DTYPES[self.dtype]
         plain, (theirs, _) = self.subject.make("meta", dtype)
         needed = 2 * sum(value.nbytes for value in (plain or theirs).parameters())      # ours and theirs
         if needed > free_memory(device):
-            raise UserError(f"it takes {needed / 1e9:.0f} GB, {free_memory(device) / 1e9:.0f} are free")
+            raise UserError(f"it takes {needed / 1e9:.0f} GB, and {free_memory(device) / 1e9:.0f} GB are free")
         for size in self.sizes:
-            gc.collect()        # what was measured before
+            gc.collect()        # the networks measured before
             torch.compiler.reset()
             torch.cuda.empty_cache()
             try:
@@ -96,7 +95,7 @@ class Timed:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes; of a CPU those that the system has available, where it says so."""
+    """The free memory in bytes; for a CPU, the system's available memory, if known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -106,7 +105,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def timed(form: str, device: torch.device) -> list[Timed]:
-    """What a form of this command times on a device."""
+    """The networks that a form of this command times on a device."""
     full, gpu = form == "full", device.type != "cpu"
     subjects = REAL if gpu or form != "quick" else checks.SMALL
     if full or (gpu and form != "quick"):
@@ -122,7 +121,7 @@ def timed(form: str, device: torch.device) -> list[Timed]:
 
 
 class Part(NamedTuple):
-    """Something to measure. settings: of its record, any of them."""
+    """Something to measure. settings: of its record, one of these."""
     what: str
     kind: str
     model: str | None
@@ -130,7 +129,7 @@ class Part(NamedTuple):
     measure: Callable[[], Measured]
 
     def known(self, record: Result) -> bool:
-        """Whether a record is of it."""
+        """Whether a record belongs to it."""
         return (record.kind, record.model) == (self.kind, self.model) and record.settings in self.settings
 
 
@@ -140,7 +139,7 @@ def count(subject: Subject) -> Measured:
 
 @dataclass
 class Session:
-    """The records of a machine, and what is still to be measured."""
+    """The records of a machine, and the parts that are still to be measured."""
     folder: Path
     device: torch.device
     form: str
@@ -155,7 +154,7 @@ class Session:
             print("the PyPI package DeepCache is not installed: it is left out", flush=True)
 
     def parts(self) -> Iterator[Part]:
-        """All that this form measures."""
+        """All parts that this form measures."""
         yield Part("checks", "checks", None, [{}], self.checks)
         for one in timed(self.form, self.device):
             yield Part(str(one), "speed", one.subject.model, [one.settings(size) for size in one.sizes],
@@ -173,7 +172,7 @@ class Session:
         return {}, {"checks": found}
 
     def run(self) -> None:
-        """Measure what there is not yet, one part after the other, each kept at once."""
+        """Measure the missing parts one after the other, and write each at once."""
         parts = list(self.parts())
         for number, part in enumerate(parts, 1):
             there = any(map(part.known, self.records))

@@ -1,4 +1,4 @@
-"""All tables at once: what each costs, what they share, and what is missing here. scripts/all_tables.sh calls it.
+"""The costs of all tables, the runs that they share, and the files that are missing. scripts/all_tables.sh calls it.
 
     python -m scripts.overview --dry-run [options of the table scripts]
 """
@@ -18,25 +18,25 @@ from unet_caching.errors import UserError
 
 
 def cost(arms: list[Arm]) -> list[str]:
-    """Network calls, MACs and disk of what is not there yet."""
+    """The network calls, MACs and disk space of the missing images."""
     left = [(arm.images - arm.present, arm) for arm in arms]
     return [f"{sum(n * arm.run.calls for n, arm in left):,}",
             f"{sum(n * macs_per_image(arm.run).hook for n, arm in left) / 1e15:,.1f}",
             gigabytes(sum(arm.bytes_needed for arm in arms))]
 
 
-def overview(said: Given) -> str:
-    """A line per table; what a table shares with an earlier one is counted there."""
+def overview(given: Given) -> str:
+    """A line per table. Runs that tables share are counted for the first one."""
     lines = [["table", "script", "runs", "new", "calls left", "PMACs left", "disk up to"]]
     seen: dict[Path, Arm] = {}
     for table in (table for table in tables().values() if table.script):
-        arms = {} if table.schedules else {arm.folder: arm for arm in runs_of(table, said).arms}
+        arms = {} if table.schedules else {arm.folder: arm for arm in runs_of(table, given).arms}
         new = [arm for folder, arm in arms.items() if folder not in seen]
         seen |= arms
         lines.append([table.name, str(table.script), str(len(arms)), str(len(new)), *cost(new)])
     lines.append(["all", "", "", str(len(seen)), *cost(list(seen.values()))])
     missing = dict.fromkeys(line for table in tables().values() for line in needs(table, catalogue()))
-    return "\n\n".join([align(lines), disk(list(seen.values()), said.samples),
+    return "\n\n".join([align(lines), disk(list(seen.values()), given.samples),
                         "\n".join(missing or ["nothing is missing"])])
 
 

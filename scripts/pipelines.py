@@ -1,10 +1,10 @@
-"""Measures for docs/pipelines.md, into results/pipelines.jsonl.
+"""Measure the numbers of docs/pipelines.md, into results/pipelines.jsonl.
 
-    python -m scripts.pipelines macs            of U-Nets of video at their real sizes, on the meta device: minutes
-    python -m scripts.pipelines noise           does a forecast help where a sampler adds fresh noise at every step? On
-                                                the three small models; an hour of a core
+    python -m scripts.pipelines macs            of video U-Nets at their real sizes, on the meta device: minutes
+    python -m scripts.pipelines noise           does a forecast help if a sampler adds fresh noise at every step? On the
+                                                three small models; an hour of a core
 
-A run with fresh noise is compared with the same sampler without caching on the same seeds, whose draws are the same.
+A run with fresh noise is compared with the same sampler without caching, on the same seeds and the same noise.
 """
 
 import time
@@ -39,13 +39,13 @@ FILE = ROOT / "results/pipelines.jsonl"
 BRANCHES = (0, 1, 2)
 STEPS, INTERVAL, ORDERS = 50, 3, (0, 1)
 MODELS: dict[str, dict] = {"sd_emoji": {"prompts": ROOT / "data/emoji/prompts.txt"}, "ldm_emoji": {}, "ddpm_emoji": {}}
-# diffusers' schedulers, and what their steps are called with
+# diffusers' schedulers: class, configuration, and further arguments of step()
 SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "DDIM, eta 1": ("DDIMScheduler", {"clip_sample": False}, {"eta": 1.0}),
     "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}, {}),
     "SDE-DPM-Solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++",
                                                          "final_sigmas_type": "zero"}, {})}
-# Class, configuration beside its defaults, and the shapes of what a call with guidance is given: rows are doubled.
+# Class, configuration, and the shapes of the arguments of a call with guidance, which doubles the rows.
 VIDEO: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
     **{f"SVD, {n} frames, 576 x 1024": ("UNetSpatioTemporalConditionModel", {"num_attention_heads": (5, 10, 20, 20)}, {
         "sample": (2, n, 8, 72, 128), "encoder_hidden_states": (2, 1, 1024), "added_time_ids": (2, 3)})
@@ -64,13 +64,13 @@ class Options:
 
 
 def macs() -> Iterator[Result]:
-    """Of a call that computes everything, and of cached ones at each branch."""
+    """The MACs of a full call, and of a cached call at each branch."""
     for name, (kind, config, shapes) in VIDEO.items():
         started = time.time()
         with torch.device("meta"):
             unet = getattr(diffusers, kind)(**config).eval()
             inputs = {key: torch.empty(shape) for key, shape in shapes.items()} | {"timestep": torch.empty(())}
-        meter = Meter(unet.to("meta"))                     # one of its numbers is made elsewhere
+        meter = Meter(unet.to("meta"))                     # one of its tensors is not on the meta device
         for branch in BRANCHES:
             policy = DeepCache(branch, [0])
             for step, what in enumerate((FULL, branch)):
@@ -83,7 +83,7 @@ def macs() -> Iterator[Result]:
 
 @torch.no_grad()
 def sampled(model: ImageModel, sampler: str, seeds: Sequence[int], policy: Policy | None) -> Tensor:
-    """What a sampler ends on, for each seed: [seeds, *shape]."""
+    """The final latents of a sampler, by seed: [seeds, *shape]."""
     kind, settings, words = SAMPLERS[sampler]
     betas = model.config.diffusion.betas()
     scheduler = getattr(diffusers, kind)(len(betas), trained_betas=betas.tolist(), timestep_spacing="trailing",
@@ -98,7 +98,7 @@ def sampled(model: ImageModel, sampler: str, seeds: Sequence[int], policy: Polic
 
 
 def noise(seeds: Sequence[int], machine: Machine) -> Iterator[Result]:
-    """How near reuse and forecast come to the run without caching."""
+    """The PSNR of reuse and forecast to the run without caching."""
     for name, prompts in MODELS.items():
         spec = RunSpec.of(ROOT / f"configs/{name}.yaml", sampler="ddim", steps=STEPS, timesteps="trailing", **prompts)
         runs = [spec.having(interval=INTERVAL, forecast=order).open() for order in ORDERS]

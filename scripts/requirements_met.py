@@ -1,9 +1,9 @@
-"""Exit 0 when this interpreter is a Python that the project runs on and has the packages of requirements.txt, else 1.
+"""Exit 0 if the project runs on this interpreter and it has the packages of requirements.txt, else 1.
 
-    python scripts/requirements_met.py              all of them
-    python scripts/requirements_met.py torch        the named ones; `python` asks for the interpreter alone
+    python scripts/requirements_met.py              all packages
+    python scripts/requirements_met.py torch        only these packages; `python`: only the interpreter
 
-Interpreters of any age run it, to find one that fits: what they may not have is imported late.
+Old interpreters run it, too, to find one that fits. So modules that they may not have are imported late.
 """
 
 import sys
@@ -18,7 +18,7 @@ def python_fits(version: tuple) -> bool:
 
 
 def unmet(file: Path = FILE) -> "dict[str, str]":
-    """What is wrong with the packages of a file of requirements, by name; an empty text where nothing is."""
+    """The faults of the packages of a requirements file, by name; an empty text if a package has none."""
     from importlib.metadata import PackageNotFoundError, version
     try:
         from packaging.requirements import Requirement

@@ -86,7 +86,7 @@ def test_work_that_is_damaged_or_of_another_run_is_refused(two_steps):
     for tensors in ({"seeds": torch.tensor([5]), "latents": torch.zeros(1, 3, 4, 4)}, {"seeds": torch.tensor([5])},
                     {"seeds": torch.tensor([5]), "latents": torch.full((1, 3, 8, 8), torch.nan)}):
         save_file(tensors, latents)
-        with pytest.raises(UserError, match=r"5.safetensors is damaged: .*\[3, 8, 8\]; delete it"):
+        with pytest.raises(UserError, match=r"5.safetensors is damaged.*\[3, 8, 8\] of each: delete it"):
             again(two_steps).converged([5])
 
 

@@ -105,7 +105,7 @@ def test_a_server_without_ranges_is_started_over(server, tmp_path):
 def test_a_part_that_is_there_is_taken_or_thrown_away(server, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/b.bin.part").write_bytes(CONTENT + b"more")
-    with pytest.raises(UserError, match="removed; run the same command again"):
+    with pytest.raises(UserError, match="removed: run the same command again"):
         fetch(one(server), tmp_path)
     (tmp_path / "a/b.bin.part").write_bytes(CONTENT)
     assert "fetched" in fetch(one(server), tmp_path) and len(server.log) == 2
@@ -115,14 +115,14 @@ def test_a_part_that_is_there_is_taken_or_thrown_away(server, tmp_path):
 def test_what_is_there_is_kept_and_never_overwritten(server, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/b.bin").write_bytes(b"mine")
-    with pytest.raises(UserError, match="is there and has another md5 than the published"):
+    with pytest.raises(UserError, match="exists and has another md5 than the published"):
         fetch(one(server), tmp_path)
     assert fetch(one(server, md5=None), tmp_path).endswith("there already, no digest to check it by")
     assert (tmp_path / "a/b.bin").read_bytes() == b"mine" and server.log == []
 
 
 def test_damage_is_not_kept(server, tmp_path):
-    with pytest.raises(UserError, match="what arrived has another sha256 than the published 00ff"):
+    with pytest.raises(UserError, match="the file that arrived has another sha256 than the published 00ff"):
         fetch(one(server, md5=None, sha256="00ff"), tmp_path)
     with pytest.raises(UserError, match="the server says 404"):
         fetch(one(server, url=f"{server.url}/none"), tmp_path)
@@ -184,7 +184,7 @@ def test_without_a_digest_what_is_no_such_file_is_refused(server, tmp_path, cont
         fetch(file, tmp_path)
     assert not any((tmp_path / "d").iterdir())
     (tmp_path / "d/model.ckpt").write_bytes(content)
-    with pytest.raises(UserError, match=f"is there and .*{message}.*move it away"):
+    with pytest.raises(UserError, match=f"exists and .*{message}.*move it away"):
         fetch(file, tmp_path)
 
 
@@ -208,7 +208,7 @@ def test_archives_that_do_not_unpack_leave_nothing_beside(server, tmp_path, cont
     ("- a\n- b", "list, and should hold keys"), ("a: 5", "list.yaml, a: .* is 5 and should be keys with values"),
     ("a: {about: x}", "it has no files"),
     ("a: {about: x, files: [{url: ftp://x, path: y}]}", "should begin with http"),
-    ("a: {about: x, files: [{url: http://x, path: ../y}]}", "no path below the repository"),
+    ("a: {about: x, files: [{url: http://x, path: ../y}]}", "not a path below the repository"),
     ("a: {about: x, files: [{url: http://x, path: y, md6: z}]}", "md6"),
     ("a: {about: x, files: [{url: http://x, path: y, unpack: [1]}]}", "list.yaml, a: ")])
 def test_lists_that_are_none(tmp_path, content, message):
@@ -229,7 +229,7 @@ def test_npm_fetches_its_packages(monkeypatch, tmp_path):
     fetch(file, tmp_path / "a")
     assert (tmp_path / "a/d/x.tgz").read_bytes() == CONTENT
     npm.write_text("#!/bin/sh\nexit 1\n")
-    with pytest.raises(UserError, match=r"npm does not fetch it; fetch it by hand and put it at d/x\.tgz"):
+    with pytest.raises(UserError, match=r"npm cannot fetch it: fetch it by hand and put it at d/x\.tgz"):
         fetch(file, tmp_path / "b")
     npm.unlink()
     monkeypatch.setenv("PATH", str(npm.parent))

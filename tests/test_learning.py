@@ -252,11 +252,11 @@ def test_the_command_learns_plans_and_steps_without_caching(config, tmp_path, ca
     assert run_command(plans.main, *fresh, tmp_path / "kept", "--keep-activations") == 0
     assert before == {name: (tmp_path / "kept" / f"{name}.json").read_text() for name in made}
     assert run_command(plans.main, *words[:3], *words[7:], tmp_path / "no") == 2
-    assert "say what to learn: --plan" in capsys.readouterr().err
+    assert "name what to learn: --plan" in capsys.readouterr().err
     words[4] = tmp_path / "one/found.json"
     words[words.index("0-7")], words[words.index("20-23")] = "30-37", "6-9"
     assert run_command(plans.main, *words, tmp_path / "no") == 2
-    assert "was found on seeds 0-7,10-13, and 6-7 of them would be reported" in capsys.readouterr().err
+    assert "was found on seeds 0-7,10-13, and the report would use 6-7 of them" in capsys.readouterr().err
 
 
 # In a pipeline of diffusers

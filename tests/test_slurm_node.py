@@ -29,7 +29,7 @@ def slurm():
 
 @pytest.mark.parametrize("words, gpus, said", [
     (["--partition", "fast"], 1, "no partition 'fast' on this cluster: it has gpu, cpu"),
-    (["--time", "03:00:00"], 1, "beyond that of partition gpu, 1:00:00"),
+    (["--time", "03:00:00"], 1, "beyond the limit of partition gpu, 1:00:00"),
     (["--images-per-task", "1", "--images", "2000"], 1, "more images per task make fewer"),
     ([], 7, "configuration is not available")])
 def test_what_the_cluster_would_refuse_is_refused_before(slurm, submit_table, capsys, tmp_path, words, gpus, said):

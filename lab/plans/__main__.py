@@ -1,8 +1,8 @@
 """Plans: the best images for a budget.
 
-    python -m lab.plans search      finds the plan of a model for a budget
-    python -m lab.plans learn       improves plans, or steps without caching, by gradient
-    python -m lab.plans transfer    writes a plan of one model for another
+    python -m lab.plans search      find the plan of a model for a budget
+    python -m lab.plans learn       improve plans, or steps without caching, by gradient
+    python -m lab.plans transfer    write a plan of one model for another
 """
 
 import sys
@@ -25,7 +25,7 @@ def main() -> None:
     elif verb in ("-h", "--help"):
         print(__doc__)
     else:
-        raise UserError("say what to do: search, learn or transfer (each has a --help)")
+        raise UserError("name what to do: search, learn or transfer (each has a --help)")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How near runs of one model come to its converged images: those of the same seeds with so many steps that more of them
-change nothing. It is the measure for solvers and caching alike, which all start from the same noise.
+"""Distances of runs to the model's converged images, which have the same seeds and so many steps that more change
+nothing. It measures solvers and caching alike, since all runs start from the same noise.
 
-Converged latents are made once, and a run is measured once for each seed; both are kept batch by batch in a folder, so
-that what was killed goes on where it was, and another study or search finds what it needs.
+Converged latents are made once, and a run is measured once for each seed. Both are kept in a folder, batch by batch: a
+killed command goes on where it was, and other studies and searches use them.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ EXACT = 200.0               # dB, instead of infinity
 class Distances:
     """Measures runs of a model by their distance to the run of many steps, on weights that are read once.
 
-    converged: the run of many steps. folder: where everything is kept, in a folder of its own for each converged run.
+    converged: the run of many steps. folder: of everything that is kept, with a sub-folder for each converged run.
     Raises UserError for a converged run that is random or cached.
     """
 
@@ -57,7 +57,7 @@ class Distances:
         return self.model.settings["checkpoint_sha256"]
 
     def check(self, run: Run) -> None:
-        """Refuse a run that does not come to the same images with ever more steps. Raises UserError."""
+        """Refuse a run that would not reach the same images with ever more steps. Raises UserError."""
         own, other = ({"model": one.config.name, "checkpoint": one.checkpoint, "guidance": one.guidance,
                        "timesteps": one.sampler.timesteps, "condition": one.spec.condition} for one in (self.run, run))
         first, start = (one.sampler.call_timesteps()[0] for one in (run, self.run))
@@ -84,11 +84,11 @@ class Distances:
 
     def latents(self, run: Run, seeds: Sequence[int], policy: Policy | None = None, network: Network | None = None
                 ) -> Tensor:
-        """What a run ends on: float32 [seeds, channels, height, width], on the CPU. For one batch."""
+        """The final latents of a run, for one batch: float32 [seeds, channels, height, width], on the CPU."""
         return self.on(run).latents(seeds, policy, network).float().cpu()
 
     def converged(self, seeds: Sequence[int], title: str | None = "converged images") -> Tensor:
-        """The converged latents, which are made where they are missing."""
+        """The converged latents of some seeds. Missing ones are made."""
         missing = self.missing(seeds)
         for batch, report in batches(missing, self.machine.batch_size, title, self.model):
             made = self.model.latents(batch, report=report).float().cpu()
@@ -105,22 +105,22 @@ class Distances:
         return [seed for seed in seeds if seed not in self._converged]
 
     def _latents(self, file: Path) -> dict[int, Tensor]:
-        """The latents of a file, by seed. Raises UserError for one that holds none."""
+        """The latents of a file, by seed. Raises UserError for a file of something else."""
         tensors = tensors_of(read_tensors(file), file, "converged latents")
         seeds, latents = (tensors.get(name, torch.empty(0)) for name in ("seeds", "latents"))
         shape = getattr(self.model, "shape", None) or self.run.family.shapes(self.run.config)[0]
         if (seeds.ndim, seeds.dtype, latents.dtype) != (1, torch.int64, torch.float32) or latents.shape != (
                 len(seeds), *shape) or not latents.isfinite().all():
-            raise UserError(f"{file} is damaged: it should hold seeds and of each finite latents {list(shape)}; delete "
-                            "it, and the same command makes it again")
+            raise UserError(f"{file} is damaged, since it should have seeds and finite latents {list(shape)} of each: "
+                            "delete it, and run the same command again")
         return dict(zip(seeds.tolist(), latents, strict=True))
 
     def of(self, run: Run, seeds: Sequence[int], calls: Sequence[Call] | None = None, title: str | None = None,
            keep: Callable[[Tensor], object] | None = None) -> np.ndarray:
-        """PSNR of a run's latents to the converged ones, dB: float64 [seeds].
+        """The PSNR of a run's latents to the converged ones, dB: float64 [seeds].
 
         calls: a plan for the calls of a run without caching; None: the run's own caching. title: of a progress bar.
-        keep: is given the latents of each batch, in the order of the seeds; all are made then.
+        keep: gets the latents of each batch, in the order of the seeds; then all seeds are sampled again.
         """
         known = {} if keep else self.known(run, calls)
         missing = [seed for seed in seeds if seed not in known]
@@ -135,21 +135,21 @@ class Distances:
 
     def note(self, run: Run, seeds: Sequence[int], latents: Tensor, calls: Sequence[Call] | None = None
              ) -> dict[int, float]:
-        """Keep how near the latents of a run are, which were made elsewhere; what is known of it then, by seed."""
+        """Keep the PSNR of a run's latents that were made elsewhere. Returns all known PSNRs of the run, by seed."""
         found = psnr_to(self.converged(seeds), latents.float().cpu())
         known = self.known(run, calls) | {seed: min(float(db), EXACT) for seed, db in zip(seeds, found, strict=True)}
         self._write("psnr", _about(run, calls), known)
         return known
 
     def known(self, run: Run, calls: Sequence[Call] | None = None) -> dict[int, float]:
-        """What has been measured of a run, by seed."""
+        """The known PSNRs of a run, by seed."""
         found = self._read("psnr", _about(run, calls)) or {}
         return {int(seed): db for seed, db in found.items()}
 
     def kept(self, part: str, about: object, measure: Callable[[], Any]) -> Any:
-        """What is measured once, and read from then on, as JSON has it.
+        """The JSON-compatible value of `measure()`, which is called once and then read from a file. Raises UserError.
 
-        part: of the folder. about: what decides what is measured, beside what all runs share. Raises UserError.
+        part: of the folder. about: decides the value, besides the settings that all runs share.
         """
         found = self._read(part, about)
         if found is None:
@@ -163,7 +163,7 @@ class Distances:
         write_json(file, {"about": about, "found": found, "sha256": _digest([about, found])})
 
     def _read(self, part: str, about: object) -> Any:
-        """None where nothing is there. Raises UserError for a file that is damaged or of something else."""
+        """The kept value, if there is one. Raises UserError for a file that is damaged or belongs to something else."""
         file = self._file(part, about)
         if not file.is_file():
             return None
@@ -171,13 +171,13 @@ class Distances:
             content = read_json(file)
             if content["sha256"] == _digest([about, content["found"]]):
                 return content["found"]
-        raise UserError(f"{file} is damaged, or of another run: delete it, and the same command measures again")
+        raise UserError(f"{file} is damaged, or of another run: delete it, and run the same command again")
 
     def _file(self, part: str, about: object) -> Path:
         return self.folder / part / f"{_digest(about)[:20]}.json"
 
     def _folder(self, part: str) -> Path:
-        """A part of the folder, made where it is not there, with a note of what is measured on."""
+        """A part of the folder, created if it is missing, beside a note of the model's settings."""
         if not (self.folder / "model.json").is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "model.json", json.loads(json.dumps(self.model.settings, default=str)))
@@ -186,9 +186,9 @@ class Distances:
 
 
 def psnr_to(converged: Tensor, latents: Tensor) -> np.ndarray:
-    """PSNR of latents to the converged ones, dB: [seeds, ...] both -> float64 [seeds].
+    """The PSNR of latents to the converged ones, dB: [seeds, ...] twice -> float64 [seeds].
 
-    The span is the converged latents' own, from their smallest to their largest value.
+    The span of values is from the smallest to the largest of the converged latents.
     """
     wanted = converged.double().flatten(1)
     errors = (latents.double().flatten(1) - wanted).square().mean(1)
@@ -197,7 +197,7 @@ def psnr_to(converged: Tensor, latents: Tensor) -> np.ndarray:
 
 
 def _about(run: Run, calls: Sequence[Call] | None) -> Any:
-    """What decides the latents of a run, beside what all runs share, as JSON has it."""
+    """What decides the latents of a run, besides the settings that all runs share, JSON-compatible."""
     about = {"run": run.brief, "calls": None if calls is None else [[call.branch, *call.damping] for call in calls]}
     return json.loads(json.dumps(about, default=str))
 

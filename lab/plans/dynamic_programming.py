@@ -1,17 +1,16 @@
-"""Dynamic programming over the calls of a run: which to compute wholly, or which timesteps to take."""
+"""Dynamic programming over the calls of a run: the best full steps, or the best timesteps."""
 
 import numpy as np
 
 
 def best_marks(costs: np.ndarray, most: int) -> list[list[int]]:
-    """The calls of a run to mark at the least total cost, for each number of them from 1 to `most`.
+    """The calls of a run to mark at the least total cost, for each number of marks from 1 to `most`.
 
-    costs: [calls + 1, calls, calls + 1], of going from the marked call j to the next one k (or to the end, k = calls)
-    where the one before j is i (the last i: there is none). The first call is always marked. The state is the pair of
-    the last two.
+    costs: [i, j, k], [calls + 1, calls, calls + 1]: from the marked call j to the next one k (k = calls: the end), if i
+    is the mark before j (i = calls: none). The first call is always marked. The state is the last two marks.
     """
     calls = costs.shape[1]
-    cost = np.full((calls + 1, calls), np.inf)          # the least one with marks ..., i, j so far
+    cost = np.full((calls + 1, calls), np.inf)          # the least cost with marks ..., i, j so far
     cost[calls, 0] = 0.0
     before: list[np.ndarray] = []
     found = []

@@ -1,4 +1,4 @@
-"""Measures the candidates of a search, paired by seed, in one process or several: the results are the same."""
+"""Measures the candidates of a search, paired by seed, in one process or several with the same results."""
 
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ CONVERGED = "unipc"
 
 
 class Grid(NamedTuple):
-    """How many steps a run has, and at which timesteps: trailing ones, or a list that begins where those do."""
+    """The number of steps of a run, and its timesteps: trailing, or a list that begins at the same timestep."""
     steps: int
     timesteps: str = SPACING
 
@@ -37,15 +37,15 @@ class Grid(NamedTuple):
 @dataclass(frozen=True)
 class Candidate:
     """A run that a search may choose."""
-    group: str                  # what it is compared among at first
+    group: str                  # it is first compared with others of its group
     sampler: str
     grid: Grid
-    calls: tuple[Call, ...]     # what each of its network calls does
+    calls: tuple[Call, ...]     # its network calls
     order: int = 0              # of its forecasts
 
     @property
     def kind(self) -> str:
-        """What a report calls it."""
+        """Its name in a report."""
         return f"{self.group}, {self.sampler}" if self.group.startswith("fewer steps") else self.group
 
     @property
@@ -70,7 +70,7 @@ class Judge:
 
     @contextmanager
     def processes(self, jobs: int) -> Iterator[None]:
-        """Measure in so many processes from here on, in a `with` statement: the GPUs are dealt out among them."""
+        """Measure in so many processes inside a `with` statement; they share out the GPUs."""
         if jobs == 1:
             yield
             return
@@ -84,7 +84,7 @@ class Judge:
                 self.pool = None
 
     def run(self, sampler: str, grid: Grid) -> Run:
-        """The run without caching over such steps. Raises UserError for some that the sampler cannot do."""
+        """The run without caching over a grid. Raises UserError for a grid that the sampler cannot take."""
         if (sampler, grid) not in self._runs:
             run = run_of(self.distances.run.spec, sampler, grid).open()
             self.distances.check(run)
@@ -93,14 +93,14 @@ class Judge:
         return self._runs[sampler, grid]
 
     def calls(self, sampler: str, grid: Grid) -> int | None:
-        """The network calls of such steps; None where the sampler does not take them."""
+        """The network calls of a grid; None if the sampler cannot take it."""
         try:
             return self.run(sampler, grid).calls
         except UserError:
             return None
 
     def each(self, work: Callable[..., Found], items: Sequence[tuple], title: str, unit: str = "run") -> list[Found]:
-        """work(judge, *item) for every item, in all processes; work: a function that other processes can import."""
+        """work(judge, *item) for every item, in all processes. work: a function that other processes can import."""
         waiting: list[Future[Found]] = []
         if self.pool is not None:
             waiting = [self.pool.submit(_in_process, work, item) for item in items]
@@ -108,7 +108,7 @@ class Judge:
                 for number, item in enumerate(tqdm(items, title, unit=unit, disable=not items))]
 
     def converge(self, seeds: Sequence[int]) -> None:
-        """Make the converged latents that are missing."""
+        """Make the missing converged latents."""
         missing = in_batches(self.distances.missing(seeds), self.distances.machine.batch_size)
         self.each(Judge._converge, [(batch,) for batch in missing], "converged images", "batch")
 
@@ -120,7 +120,7 @@ class Judge:
         return self.distances.of(self.run(candidate.sampler, candidate.grid), seeds, candidate.calls)
 
     def measure(self, candidates: Sequence[Candidate], seeds: Sequence[int], title: str) -> list[np.ndarray]:
-        """`of` for many."""
+        """`of` for many candidates."""
         return self.each(Judge.of, [(candidate, list(seeds)) for candidate in candidates], title)
 
 
@@ -129,7 +129,7 @@ def run_of(spec: RunSpec, sampler: str, grid: Grid) -> RunSpec:
     return spec.having(sampler=sampler, steps=grid.steps, timesteps=grid.timesteps, eta=None)
 
 
-# In the other processes.
+# In the worker processes:
 
 _judges: list[Judge] = []
 
@@ -137,7 +137,7 @@ _judges: list[Judge] = []
 def _begin(converged: RunSpec, machine: Machine, folder: Path, last: "Synchronized[int]") -> None:
     with last.get_lock():
         last.value += 1
-        os.environ["LOCAL_RANK"] = str(last.value)      # by which `run.machine.Device.prepare` takes a GPU
+        os.environ["LOCAL_RANK"] = str(last.value)      # `run.machine.Device.prepare` chooses the GPU by it
     parent: Any = multiprocessing.parent_process()
 
     def end_with_parent() -> None:

@@ -1,14 +1,14 @@
-"""Learns plans by gradient through the sampler: timesteps, solver and forecasts together, the network frozen.
+"""Learn plans by gradient through the sampler: timesteps, solver and forecasts together, with a frozen network.
 
     python -m lab.plans learn --config configs/ldm_emoji.yaml --plan plan.json --calls 8 12 --seeds 1000-1063 \\
         --held-out-seeds 2000-2031 --out learned
     python -m ldm.sample --config configs/ldm_emoji.yaml --plan learned/plan.json --seeds 0-63 --out samples/learned
 
-With --plan, learning starts from plans that a search found, and keeps what their calls compute. With --calls N, it
-starts from N steps without caching, at timesteps that are fitted to the model first; the plan is called
-MODEL_N_steps.json. The loss is the distance of the images of --seeds to the converged ones (unet_caching/learning.py).
-The iteration that is best on the held-out seeds is written, which may be the start. The report uses other seeds. After
-a kill the same command goes on and comes to the same plans.
+With --plan, learning starts from the plans of a search, and keeps what their calls compute. With --calls N, it starts
+from N steps without caching, at timesteps that are first fitted to the model; the plan is MODEL_N_steps.json. The loss
+is the distance of the images of --seeds to the converged images (unet_caching/learning.py). The iteration that is best
+on the held-out seeds is written, which may be the start. The report uses other seeds. After a kill the same command
+goes on and finds the same plans.
 """
 
 import re
@@ -45,37 +45,38 @@ from unet_caching.samplers.diffusion import Predict
 
 @dataclass(frozen=True)
 class Options(SeedOptions):
-    """What is learned, and how."""
     title: ClassVar[str] = "the learning"
     out: Path = required("folder of the plans to write")
     plan: tuple[Path, ...] = option((), "plans to start from", metavar="FILE")
     calls: tuple[int, ...] = option((), "numbers of steps without caching to learn", metavar="N", least=2)
-    iterations: int = option(Learning.iterations, "of Adam, for each plan (default: %(default)s)", least=1)
-    lr: float = option(Learning.lr, "size of its steps (default: %(default)s; unet_caching/learning.py)")
-    last: int | None = option(Learning.last, "how many of the last predictions a coefficient may be learned for "
-                                             "(default: all)", least=1)
-    jobs: int = option(1, "plans that are learned side by side, by processes of --threads each (default: 1)", least=1)
-    keep_activations: bool = option(False, "a third faster; takes the memory of all network calls, not of one")
-    work: Path | None = option(None, "folder of what is measured (default: OUT/work)")
+    iterations: int = option(Learning.iterations, "iterations of Adam for each plan (default: %(default)s)", least=1)
+    lr: float = option(Learning.lr, "learning rate (default: %(default)s; unet_caching/learning.py)")
+    last: int | None = option(Learning.last, "learn coefficients only for so many of the last predictions (default: "
+                                             "all)", least=1)
+    jobs: int = option(1, "plans to learn at once, each in a process with --threads (default: 1)", least=1)
+    keep_activations: bool = option(False, "a third faster, with the memory of all network calls instead of one")
+    work: Path | None = option(None, "folder of measurements (default: OUT/work)")
 
 
-# What the converged run says of its sampler, and plans say themselves.
+# The sampler options of the converged run, which a plan has itself.
 SAMPLING_OF_PLAN = dict.fromkeys(SAMPLING)
 
 
 class Task(NamedTuple):
     """One plan to learn."""
-    plan: Path | int    # to go on from, or a number of steps without caching
+    plan: Path | int    # to start from, or a number of steps without caching
     out: Path
-    state: Path         # what is learned so far
+    state: Path         # the state of learning so far
     seeds: Seeds
     how: Learning
     options: Options
 
 
 def start_of(model: ImageModel, keep: bool) -> Start:
-    """What the runs of a loaded model start from. keep: the activations of all calls. Packed weights have no gradients,
-    so the U-Net is loaded anew (unet_caching/speed/packed.py)."""
+    """The function that starts runs of a loaded model. keep: whether to keep the activations of all calls.
+
+    The U-Net is loaded again, since packed weights have no gradients (unet_caching/speed/packed.py).
+    """
     unet = load_unet(model.config, model.run.checkpoint, **model.run.weights)
     unet.to(model.device, memory_format=torch.channels_last)    # type: ignore[call-overload]  # not in the stubs
     network = unet if keep else Recomputed(unet)
@@ -86,11 +87,11 @@ def start_of(model: ImageModel, keep: bool) -> Start:
 
 
 def fitted_steps(judge: Judge, calls: int, seeds: list[int]) -> Plan:
-    """The plan of so many steps without caching, at the timesteps of those fitted to the model that do best."""
+    """The plan of `calls` steps without caching, at the best of the timesteps that are fitted to the model."""
     found = trajectory(judge, seeds[:GAP_SEEDS])
     lists = dict.fromkeys(lists[calls - 1] for rule in RULES if len(lists := found.fitted(rule, calls)) >= calls)
     if not lists:
-        raise UserError(f"--calls {calls} is more than the converged run has")
+        raise UserError(f"--calls {calls} is more than the steps of the converged run: take fewer")
     runs = [fewer_steps(CONVERGED, Grid(calls, timesteps), calls) for timesteps in lists]
     scores = judge.measure(runs, seeds, "fitted timesteps")
     best = max(zip(runs, scores, strict=True), key=lambda pair: pair[1].mean())[0]
@@ -99,22 +100,22 @@ def fitted_steps(judge: Judge, calls: int, seeds: list[int]) -> Plan:
 
 
 def check_unseen(file: Path, report: Sequence[int]) -> None:
-    """Refuse to report of seeds that a plan was found on. Raises UserError."""
+    """Refuse to report on seeds that a plan was found on. Raises UserError."""
     with as_user_error():
         notes = Plan.load(file).notes
     found_on = {seed for said in (notes, notes.get("learned", {})) for key in ("learnt_on", "chosen_on")
                 if re.fullmatch(r"[\d,-]+", said.get(key, "")) for seed in parse_seeds(said[key])}
     if seen := found_on.intersection(report):
-        raise UserError(f"{file} was found on seeds {format_seeds(found_on)}, and {format_seeds(seen)} of them would "
-                        "be reported: say --report-seeds, others")
+        raise UserError(f"{file} was found on seeds {format_seeds(found_on)}, and the report would use "
+                        f"{format_seeds(seen)} of them: name other seeds with --report-seeds")
 
 
 def learn_one(judge: Judge, task: Task) -> str:
-    """Learn a plan, write it, and say what came of it."""
+    """Learn a plan and write it. Returns a line with its distance and gain."""
     distances, seeds, before = judge.distances, task.seeds, task.state.with_suffix(".json")
     with as_user_error():
         plan = fitted_steps(judge, task.plan, seeds.learn) if isinstance(task.plan, int) else Plan.load(task.plan)
-        plan.save(before)                   # as it was, for its run
+        plan.save(before)                   # unchanged, for a run of it
         run = distances.run.spec.having(**SAMPLING_OF_PLAN, plan=before).open()
         distances.check(run)
         diffusion = run.config.diffusion
@@ -137,7 +138,7 @@ def learn_one(judge: Judge, task: Task) -> str:
 
 
 def learn(words: Sequence[str]) -> None:
-    """Learn as a command line says."""
+    """Learn plans, with the options of a command line."""
     config = config_among(words)
     usual = {"threads": 1} | ({"batch_size": min(8, family_named_by(config).batch_size)} if config else {})
     spec, options, machine = parse_run(__doc__, Options, Machine, words=words, parts=(Condition, NetworkOptions),
@@ -151,7 +152,7 @@ def learn(words: Sequence[str]) -> None:
     outs = {plan: options.out / plan.name for plan in options.plan} | {
         calls: options.out / f"{own.config.name}_{calls}_steps.json" for calls in options.calls}
     if not outs or len(set(outs.values())) < len(outs):
-        raise UserError("say what to learn: --plan, plans of different names, or --calls, steps without caching")
+        raise UserError("name what to learn: --plan, plans of different names, or --calls, steps without caching")
     work = options.work or options.out / "work"
     (work / "learning").mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""Plan files for a model: what binds a plan to it, what its calls cost there; and plans of another model.
+"""Plan files for a model: a plan's binding to its model, the cost of its calls, and the transfer to another model.
 
     python -m lab.plans transfer --plan checkpoints/plans/sd_emoji_18.json --config configs/sd_v15.yaml --out plan.json
     python -m stable_diffusion.sample --config configs/sd_v15.yaml --plan plan.json --prompts prompts.txt --out plan
 
-transfer is for who has no time for a search: the same steps, timesteps, depths and forecasts, at the other model's own
-cost; docs/planning.md says what is known of how well that does. A solver that was learned goes to models with the same
-noise schedule. Nothing is measured on the other model: its weights and its guidance may be any. Depths are branches,
-counted from the outside, which both models must have.
+transfer saves the time of a search: the other model gets the same steps, timesteps, depths and forecasts, at its own
+cost. docs/planning.md says how well that works. A learned solver can only go to models with the same noise schedule.
+Nothing is measured on the other model, so the plan holds for any weights and any guidance. Depths are branches, counted
+from the outside, which both models must have.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from unet_caching.errors import UserError, as_user_error
 from unet_caching.methods.plan import SAMPLING, Call, Plan, PlanCache
 from unet_caching.options import required
 
-GUIDANCE_RANGE = 1.5        # a plan is taken to hold for guidance up to so many times as much, or as little
+GUIDANCE_RANGE = 1.5        # a plan is assumed to hold for guidance scales up to this factor larger or smaller
 
 
 def guidance_range(run: Run) -> list[float] | None:
-    """The least and the most guidance that a plan is taken to hold for which was found for a run."""
+    """The smallest and the largest guidance scale for which a run's plan is assumed to hold."""
     if run.config.sampler.guidance is None:
         return None
     return [run.guidance / GUIDANCE_RANGE, run.guidance * GUIDANCE_RANGE]
@@ -36,7 +36,7 @@ def bound_plan(run: Run, checkpoint_sha256: str | None, calls: Sequence[Call], g
     """The plan of these calls for a model.
 
     run: with the sampler, steps and timesteps of the plan, and without caching. checkpoint_sha256: of its weights;
-    None: any will do. The rest: see `Plan`.
+    None: for any weights. The rest: see `Plan`.
     """
     costs = costs_of(run)
     of_calls = costs.calls(PlanCache(calls), len(calls))
@@ -47,13 +47,14 @@ def bound_plan(run: Run, checkpoint_sha256: str | None, calls: Sequence[Call], g
 def transferred(plan: Plan, config: Path) -> Plan:
     """The plan for the model of a config.
 
-    Raises UserError where that has too few branches, no such timesteps, or not the noise schedule of a learned solver.
+    Raises UserError if the model has too few branches, no such timesteps, or another noise schedule than a learned
+    solver needs.
     """
     run = RunSpec.of(config, **{key: plan.made_for[key] for key in SAMPLING}, eta=None).open()
     _ = run.sampler
     if plan.deepest >= run.unet.num_branches:
-        raise UserError(f"the plan has branch {plan.deepest}, {run.config.name} has branches 0 to "
-                        f"{run.unet.num_branches - 1}")
+        raise UserError(f"the plan has branch {plan.deepest}, and {run.config.name} has branches 0 to "
+                        f"{run.unet.num_branches - 1}: take another plan")
     own = run.spec.config.with_name(f"{plan.made_for['model']}.yaml")
     if plan.solver is not None and not (own.is_file() and _same_noise(RunSpec.of(own).open(), run)):
         raise UserError(f"the plan's solver was learned for the noise schedule of {own.stem}, which {run.config.name} "
@@ -69,8 +70,8 @@ def _same_noise(run: Run, other: Run) -> bool:
 
 @dataclass(frozen=True)
 class Transfer:
-    plan: Path = required("of another model")
-    config: Path = required("of the model to write it for, configs/*.yaml")
+    plan: Path = required("plan of another model")
+    config: Path = required("config of the model to write it for, configs/*.yaml")
     out: Path = required("plan to write, .json")
 
 

@@ -1,16 +1,16 @@
-"""Timesteps that are fitted to a model: where its trajectories bend, steps are short.
+"""Timesteps that are fitted to a model: steps are short where its trajectories bend.
 
-The idea is that of GITS (Chen et al., arXiv 2405.11326): on runs of many steps it is measured what error each longer
-step would make, and dynamic programming finds the timesteps of least error. Theirs is the error of Euler's rule between
-two timesteps; here it may also be that of the second-order multistep rule, which depends on the timestep before, too.
+The idea is from GITS (Chen et al., arXiv 2405.11326): runs of many steps give the error of each longer step, and
+dynamic programming finds the timesteps of least error. GITS takes the error of Euler's rule between two timesteps. Here
+the second-order multistep rule can be taken, too, whose error also depends on the timestep before.
 
 In the images that DPM-Solver++ and UniPC step through (x at a noise level, and the predicted clean image D),
 
     x_k = s_k / s_j x_j - a_k (e^-h - 1) D,    h = l_k - l_j,    l = log(a / s),    a^2 = alpha_bar,    a^2 + s^2 = 1
 
 with D = D_j of first order, and D = D_j + h / (2 (l_j - l_i)) (D_j - D_i) of second (arXiv 2211.01095, Algorithm 2).
-All is linear in x and D, so that their inner products over one trajectory (the Gram matrix) tell the error of every
-step. An error of x is taken to reach the image as large as it is: here x always has about unit variance.
+All is linear in x and D, so their inner products over one trajectory (the Gram matrix) give the error of every step. An
+error of x is assumed to reach the image undiminished: here x always has about unit variance.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from unet_caching.samplers.diffusion import Diffusion, alpha_at, guided, predict
 
 
 class Rule(NamedTuple):
-    """What a step is taken to cost. order: of the solver. coherent: errors of a run add up, else their squares do."""
+    """The assumed error of a step. order: of the solver. coherent: errors of a run add up, else their squares do."""
     order: int
     coherent: bool
 
@@ -43,7 +43,7 @@ class TrajectoryMeter:
     """Stands in for the U-Net while a run samples without caching: `network(x, t, *context, cache=...)`.
 
     `gram`: the inner products of x of each call, the final image and D of each call, per value of an image, float64
-    [2 calls + 1, 2 calls + 1]; summed over the batches that `finish` ended.
+    [2 calls + 1, 2 calls + 1]; the sum over finished batches.
     """
 
     def __init__(self, unet: Network, diffusion: Diffusion, guidance: float):
@@ -66,7 +66,7 @@ class TrajectoryMeter:
         return out
 
     def finish(self, final: Tensor) -> None:
-        """Add a batch up, which ended on `final`, and let go of it."""
+        """Add the products of a batch with the images `final` to `gram`, and drop the batch."""
         states = [*self.states, final.to(self.states[0].device).double()]
         rows = torch.stack([*states, *self.clean]).flatten(1)
         self.gram = self.gram + (rows @ rows.T / rows.shape[1]).cpu().numpy()
@@ -75,14 +75,14 @@ class TrajectoryMeter:
 
 @dataclass
 class Trajectory:
-    """What runs of many steps tell of shorter ones."""
-    timesteps: Sequence[float]      # of their n calls
-    alphas: np.ndarray              # alpha_bar of those
+    """A run of many steps, to choose fewer ones from."""
+    timesteps: Sequence[float]      # of its n calls
+    alphas: np.ndarray              # alpha_bar at the timesteps
     gram: np.ndarray                # see `TrajectoryMeter`, [2n + 1, 2n + 1]
 
     def errors(self, order: int) -> np.ndarray:
-        """The squared error of every step, [i, j, k]: from call j to k (n: the end) where the call before j is i, the
-        last i standing for none."""
+        """The squared error of every step, [i, j, k]: from call j to k (k = n: the end), if the call before j is i (i =
+        n: none)."""
         n, gram = len(self.timesteps), self.gram
         a, s = np.append(self.alphas ** 0.5, 1.0), np.append((1 - self.alphas) ** 0.5, 0.0)
         log_snr = np.log(a[:n] / s[:n])
@@ -102,14 +102,14 @@ class Trajectory:
         return found.clip(min=0)
 
     def fitted(self, rule: Rule, most: int) -> list[str]:
-        """The timesteps of least error for 1, 2, ... `most` steps, as `samplers.timesteps.listed` reads them."""
+        """The timesteps of least error for 1, 2, ... `most` steps, in the format of `samplers.timesteps.listed`."""
         errors = self.errors(rule.order)
         best = best_marks(np.sqrt(errors) if rule.coherent else errors, most)
         return [",".join(str(self.timesteps[call]) for call in calls) for calls in best]
 
 
 def trajectory(judge: Judge, seeds: Sequence[int]) -> Trajectory:
-    """The trajectories of the converged run for some seeds; they are measured once, and kept beside its distances."""
+    """The trajectory of the converged run for some seeds, measured once and kept beside its distances."""
     distances = judge.distances
     run = distances.run
 

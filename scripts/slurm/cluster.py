@@ -1,4 +1,4 @@
-"""What goes to Slurm and comes from it: the settings of the jobs, the jobs that are there, and the lines for sbatch."""
+"""Talks to Slurm: the settings of the jobs, the live jobs, and the lines for sbatch."""
 
 import os
 import re
@@ -15,12 +15,12 @@ from run.settings import read_yaml
 from unet_caching.errors import UserError, one_line
 
 SETTINGS = Path("scripts/slurm/settings.yaml")
-_PATIENCE = 60          # seconds that a client of Slurm gets, and jobs that are just ending
+_PATIENCE = 60          # seconds to wait for a Slurm command, and for jobs that are just ending
 
 
 @dataclass
 class Times:
-    """Time limits, as sbatch takes them."""
+    """Time limits, in the format of sbatch."""
     sample: str
     evaluate: str
     table: str
@@ -28,7 +28,7 @@ class Times:
 
 @dataclass
 class Settings:
-    """scripts/slurm/settings.yaml. gpu, cpu: options of sbatch; none where null, true for one without a value."""
+    """scripts/slurm/settings.yaml. gpu, cpu: options of sbatch; null: left out, true: without a value."""
     time: Times
     images_per_task: int
     account: str | None = None
@@ -44,7 +44,7 @@ class Settings:
 
 
 def read_settings(path: Path) -> Settings:
-    """Read the settings. Raises UserError for a file that is wrong or has no sense."""
+    """Read the settings. Raises UserError for a wrong file."""
     settings = read_yaml(path, Settings)
     for name in ("images_per_task", "tasks_at_once"):
         if (value := getattr(settings, name)) is not None and value < 1:
@@ -55,7 +55,7 @@ def read_settings(path: Path) -> Settings:
 
 
 def seconds(text: str) -> float:
-    """A time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+    """The seconds of a time in Slurm's format: minutes, [hours:]minutes:seconds, days-hours[:minutes[:seconds]].
 
     Raises UserError for anything else.
     """
@@ -63,7 +63,7 @@ def seconds(text: str) -> float:
         return float("inf")
     match = re.fullmatch(r"(?:(\d{1,5})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", text, re.ASCII)
     if not match:
-        raise UserError(f"time limit {text!r} does not parse: write minutes, hours:minutes:seconds or "
+        raise UserError(f"time limit {text!r} does not parse: use minutes, hours:minutes:seconds or "
                         'days-hours:minutes:seconds, in quotes, like "04:00:00"')
     days, *parts = match.groups()
     numbers = [int(part) for part in parts if part is not None]
@@ -72,16 +72,16 @@ def seconds(text: str) -> float:
 
 
 class Live(NamedTuple):
-    """A job of this folder that is queued or running; a task of an array has a line of its own."""
-    job: str                    # id; of the array, where it is of one
+    """A job of this folder that is queued or running; each task of an array is one."""
+    job: str                    # id; for a task, the array's
     task: int | None
     name: str
     pending: bool
 
 
 class Step(NamedTuple):
-    """A job to be submitted."""
-    name: str                   # says what it is for, so that `live_jobs` tells what need not be submitted again
+    """A job to submit."""
+    name: str                   # identifies its work among `live_jobs`, so that nothing is submitted twice
     title: str                  # for the user
     options: list[str]          # of sbatch
     command: list[str]          # a script and its arguments
@@ -89,7 +89,7 @@ class Step(NamedTuple):
     ended: Sequence[str] = ()   # ids of jobs that must have ended
 
     def words(self, ids: dict[str, str] | None = None) -> list[str]:
-        """The words of the whole line, with the ids of the steps before it; without ids, without its dependency."""
+        """The words of the sbatch line. ids: of the steps before it, by name; None: without dependencies."""
         after = [] if ids is None else [":".join(words) for words in (
             ["afterok", *(ids[name] for name in self.ok)], ["afterany", *self.ended]) if len(words) > 1]
         dependency = [f"--dependency={','.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
@@ -97,7 +97,7 @@ class Step(NamedTuple):
 
 
 def as_script(steps: Iterable[Step]) -> list[str]:
-    """The lines that would submit the steps, to be read, or run by bash."""
+    """The lines that would submit the steps, to read or to run with bash."""
     lines: list[str] = []
     ids: dict[str, str] = {}
     for i, step in enumerate(steps, 1):
@@ -108,7 +108,7 @@ def as_script(steps: Iterable[Step]) -> list[str]:
 
 
 def submit(step: Step, ids: dict[str, str]) -> str:
-    """Submit a step, add its id to those of the steps before, and return it. Raises UserError."""
+    """Submit a step, add its id to `ids`, and return it. Raises UserError."""
     ids[step.name] = _ask("sbatch", *step.words(ids)).split(";")[0]
     return ids[step.name]
 
@@ -120,7 +120,7 @@ def cancel(jobs: Sequence[str]) -> None:
 
 
 def check(steps: Sequence[Step]) -> None:
-    """Check that the cluster would take the steps, as far as it says beforehand. Raises UserError."""
+    """Check that the cluster would accept the steps, as far as it can say beforehand. Raises UserError."""
     partitions = [line.split("|") for line in _ask("sinfo", "-h", "-o", "%R|%l|%P").splitlines()]
     limits = {name: limit for name, limit, _ in partitions}
     for step in steps:
@@ -131,7 +131,7 @@ def check(steps: Sequence[Step]) -> None:
             if name not in limits:
                 raise UserError(f"no partition {name!r} on this cluster: it has {', '.join(limits)}")
         if names and all(seconds(given["time"]) > seconds(limits[name]) for name in names):
-            raise UserError(f"the time limit {given['time']} is beyond that of partition {' and '.join(names)}, "
+            raise UserError(f"the time limit {given['time']} is beyond the limit of partition {' and '.join(names)}, "
                             f"{' and '.join(limits[name] for name in names)}")
         try:
             _ask("sbatch", "--test-only", *step.words())
@@ -141,9 +141,9 @@ def check(steps: Sequence[Step]) -> None:
 
 
 def live_jobs() -> list[Live]:
-    """This user's jobs that were submitted from this folder and are not over. Raises UserError.
+    """The user's queued and running jobs that were submitted from this folder. Raises UserError.
 
-    Jobs that are just ending are waited for: they may be gone after that, or back in the queue.
+    It waits for jobs that are just ending: they may disappear, or go back into the queue.
     """
     until = time.monotonic() + _PATIENCE
     while True:
@@ -158,7 +158,7 @@ def live_jobs() -> list[Live]:
 
 
 def _ask(*words: str) -> str:
-    """What a client of Slurm prints. Raises UserError where it is not there, fails, or takes too long."""
+    """The output of a Slurm command. Raises UserError if it does not exist, fails, or takes too long."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=_PATIENCE)
     except FileNotFoundError:

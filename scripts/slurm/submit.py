@@ -2,8 +2,8 @@
 
     bash scripts/slurm/submit_table.sh table1_ldm_imagenet --images 1000 --dry-run
 
-The rows, their commands and what is there of them are those of the table scripts (lab/study/papers.py).
-What is queued already is told by the names of the jobs alone: there is no other record that could be wrong.
+The table scripts (lab/study/papers.py) give the rows, their commands, and which of their images exist. The names of the
+jobs are the only record of what is queued already.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from scripts.slurm.cluster import Live, Settings, Step
 from unet_caching.errors import UserError
 from unet_caching.options import option, required
 
-_SHORTEST = 900     # seconds of a time limit that leave room for work before USR1, which Slurm may send a minute early
+_SHORTEST = 900     # seconds: a time limit that leaves time for work before USR1, which may come a minute early
 
 
 class Slices(NamedTuple):
-    """What an array samples: its task i the seeds i size to (i + 1) size - 1, but not beyond last."""
+    """The seeds of an array: task i samples seeds i size to (i + 1) size - 1, up to last."""
     folder: str
     last: int
     size: int
@@ -58,24 +58,24 @@ class Slices(NamedTuple):
 
 
 def missing_images(arm: Arm) -> set[int]:
-    """Seeds without an image. Those of a row that was judged are looked for by name alone, which is quicker."""
+    """The seeds without an image. For a judged row only file names are checked, which is quicker."""
     if arm.why_not():
         return set(missing_seeds(arm.folder, range(arm.images)))
     return set(range(arm.images)).difference(seeds_there(arm.folder))
 
 
 class Graph:
-    """The steps of a table that are missing, and what is on its way."""
+    """The missing steps of a table, and the live jobs that it needs."""
 
     def __init__(self, settings: Settings, logs: Path, live: Sequence[Live], device: str | None):
         self.settings, self.logs, self.live = settings, logs, live
         self.side = "cpu" if device == "cpu" else "gpu"
         self.steps: dict[str, Step] = {}
         self.keep: list[str] = []           # ids of live jobs that the table needs
-        self.replaced: list[str] = []       # ids of those that wait for what will not come: steps take their places
+        self.replaced: list[str] = []       # ids of pending jobs that would wait in vain: steps replace them
 
     def add_row(self, arm: Arm) -> list[str]:
-        """What a row lacks; returns names of steps and ids of jobs that the table must wait for."""
+        """Add the missing steps of a row. Returns the names of steps and ids of jobs that the table must wait for."""
         missing, taken, arriving = missing_images(arm), set[int](), set[str]()
         for live in self.live:
             slices = Slices.named(live.name)
@@ -86,7 +86,7 @@ class Graph:
         self.keep += sorted(arriving)
         label = f"{arm.run.config.name}_{arm.folder.name}"
         sampled = []
-        # A task may have seeds that another job has too: samplers in one folder share them.
+        # A task may have seeds that another job has, too: samplers in one folder share them.
         size = self.settings.images_per_task
         slices = Slices(str(arm.folder), arm.images - 1, size)
         if tasks := slices.tasks(missing - taken):
@@ -108,7 +108,7 @@ class Graph:
                           sampled, sorted(arriving))]
 
     def add_table(self, words: Sequence[str], file: Path, arms: Sequence[Arm], after: Sequence[str]) -> None:
-        """words: the command that writes it to `file`. after: what `add_row` returned."""
+        """Add the table's step, if it is needed. words: writes the table to `file`. after: from `add_row`."""
         name = f"table:{file}"
         written = file.stat().st_mtime if file.exists() else 0.0
         newer = any(arm.result.exists() and arm.result.stat().st_mtime > written for arm in arms)
@@ -122,7 +122,7 @@ class Graph:
 
     def _add(self, name: str, title: str, side: str, kind: str, log: str, script: list[str], ok: Sequence[str] = (),
              ended: Sequence[str] = (), more: Sequence[str] = ()) -> str:
-        """Add a step, once: two rows may have one folder. What waits for it to be is replaced. Returns its name."""
+        """Add a step once, since two rows may share a folder. It replaces a pending job. Returns its name."""
         if name not in self.steps and kind != "sample":
             self.replaced += [live.job for live in self.live if live.name == name and live.pending]
         options = [*more, *self.settings.options(side, kind), f"--output={self.logs / log}.log"]
@@ -134,7 +134,7 @@ class Graph:
 
 
 def find_table(name: str) -> Study:
-    """A table that has a script, by its name or the script's. Raises UserError."""
+    """A table with a script, by the name of either. Raises UserError."""
     known = {table.script.removesuffix(".sh"): table for table in (tables() | own_tables()).values() if table.script}
     name = name.removesuffix(".sh")
     for script, table in known.items():
@@ -145,25 +145,24 @@ def find_table(name: str) -> Study:
 
 @dataclass(frozen=True)
 class Jobs:
-    """Options of the jobs, beside those of a table."""
     title: ClassVar[str] = "the jobs (defaults: scripts/slurm/settings.yaml)"
     table: str = required("a table script, like table1_ldm_imagenet; table_emoji is a trial", word=True)
     settings: Path = option(cluster.SETTINGS, "another file of settings")
     account: str | None = option(None, "instead of the file's")
-    partition: str | None = option(None, "of sampling and evaluation")
-    cpu_partition: str | None = option(None, "of the table; with --device cpu of everything")
-    time: str | None = option(None, "limit of a task that samples, like 04:00:00")
-    images_per_task: int | None = option(None, "that a task samples", least=1)
-    logs: Path = option(Path("logs/slurm"), "folder (default: %(default)s)")
+    partition: str | None = option(None, "for sampling and evaluation")
+    cpu_partition: str | None = option(None, "for the table; with --device cpu for everything")
+    time: str | None = option(None, "time limit of a task that samples, like 04:00:00")
+    images_per_task: int | None = option(None, "images that a task samples", least=1)
+    logs: Path = option(Path("logs/slurm"), "folder of the logs (default: %(default)s)")
 
 
 def settings_of(jobs: Jobs) -> Settings:
-    """The file's, and the user's before them. Raises UserError."""
+    """The settings of the file, overridden by the user's options. Raises UserError."""
     settings = cluster.read_settings(jobs.settings)
     settings.time.sample = jobs.time if jobs.time is not None else settings.time.sample
     if cluster.seconds(settings.time.sample) < _SHORTEST:
-        raise UserError(f"a task that samples stops five minutes before its time limit, so that must be "
-                        f"{_SHORTEST // 60} minutes or more (the --signal line of scripts/slurm/sample.sbatch)")
+        raise UserError(f"the time limit of a task that samples must be {_SHORTEST // 60} minutes or more: it stops "
+                        "five minutes before (the --signal line of scripts/slurm/sample.sbatch)")
     settings.account = jobs.account or settings.account
     settings.images_per_task = jobs.images_per_task or settings.images_per_task
     for options, partition in ((settings.gpu, jobs.partition), (settings.cpu, jobs.cpu_partition)):
@@ -172,7 +171,7 @@ def settings_of(jobs: Jobs) -> Settings:
 
 
 def build_graph(options: Options, given: Given, script: str, plan: Plan, graph: Graph) -> Graph:
-    """All steps that are missing; says which rows are left out. Raises UserError where none can be sampled."""
+    """Add all missing steps, and print the rows that are left out. Raises UserError if no row can be sampled."""
     ready = []
     for arm in plan.arms:
         if lacking := arm.missing_for_sampling():
@@ -197,7 +196,7 @@ def build_graph(options: Options, given: Given, script: str, plan: Plan, graph: 
 
 
 def show(graph: Graph) -> None:
-    """Print the lines that would submit what is missing."""
+    """Print the lines that would submit the missing steps."""
     for line in [f"mkdir -p {graph.logs}", *cluster.as_script(graph.steps.values())] if graph.steps else []:
         print(line)
     for job in graph.replaced:
@@ -205,7 +204,7 @@ def show(graph: Graph) -> None:
 
 
 def submit(graph: Graph) -> None:
-    """Submit what is missing, and print the ids of its jobs."""
+    """Submit the missing steps, and print the ids of their jobs."""
     steps = list(graph.steps.values())
     cluster.check(steps)
     if steps:
@@ -227,7 +226,7 @@ def main(options: Options, given: Given, jobs: Jobs) -> None:
     if not plan.arms:
         print(f"{table.script} only lists settings, there is nothing to run: bash scripts/{table.script}")
         return
-    with contextlib.nullcontext() if options.dry_run else only_one(ROOT / cluster.SETTINGS):  # the next sees the jobs
+    with contextlib.nullcontext() if options.dry_run else only_one(ROOT / cluster.SETTINGS):  # the next one sees jobs
         try:
             live = cluster.live_jobs()
         except UserError as error:
