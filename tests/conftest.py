@@ -252,16 +252,6 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
-def ddpm_golden() -> Golden:
-    return Golden("ddpm_small")
-
-
-@pytest.fixture(scope="session")
-def sd_golden() -> Golden:
-    return Golden("sd_small")
-
-
-@pytest.fixture(scope="session")
 def inception_file(tmp_path_factory) -> Path:
     """Weights of the Inception network of FID in the published layout, drawn at random so that features spread (He)."""
     from torchvision.models import Inception3

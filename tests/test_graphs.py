@@ -84,16 +84,11 @@ def test_compiles_to_a_graph_for_each_kind_of_call(unet, name, graphs):
 
 
 @torch.no_grad()
-def test_results_stay_when_the_next_come(unet):
+def test_results_stay_when_the_next_come_and_values_from_elsewhere_are_used(unet):
     fast = RecordedNetwork(unet, record)
     first = fast(*inputs(0))
     copy = first.clone()
     assert not torch.equal(fast(*inputs(1)), first) and torch.equal(first, copy)
-
-
-@torch.no_grad()
-def test_values_from_elsewhere_are_used(unet):
-    fast = RecordedNetwork(unet, record)
     for _ in range(2):
         caches = [DeepCache(0, [0]) for _ in range(2)]
         for cache in caches:
@@ -121,7 +116,7 @@ def test_steps_of_an_unknown_kind_are_not_recorded(unet):
     fast, ours, expected = RecordedNetwork(unet, record), Last(), Last()
     for step in range(2):
         assert torch.equal(fast(*inputs(step), cache=ours.at(step)), unet(*inputs(step), cache=expected.at(step)))
-    assert not fast.recordings and ours.value is not expected.value
+    assert not fast.recordings
 
 
 def test_without_a_gpu_goes_on(unet, capsys):

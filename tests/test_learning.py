@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY_UNET, relative_error, run_command, tiny_ddpm
-from sd_pipelines import SIZE, build
+from sd_pipelines import SIZE, build, save_plan
 from torch import nn
 
 from eval.cost.runs import macs_per_image
@@ -232,13 +232,13 @@ def test_damaged_solvers_are_refused_in_one_line(config, tmp_path, change, words
 
 def test_the_command_learns_plans_and_steps_without_caching(config, tmp_path, capsys):
     words = ["learn", "--config", config, "--plan", plan_file(config, tmp_path / "found.json"), "--calls", 3, "--seeds",
-             "0-7", "--held-out-seeds", "10-13", "--report-seeds", "20-23", "--iterations", 3, "--batch-size", 8,
-             "--converged-steps", 12, "--device", "cpu", "--work", tmp_path / "work", "--out"]
+             "0-7", "--held-out-seeds", "10-13", "--report-seeds", "20-23", "--iterations", 2, "--batch-size", 8,
+             "--converged-steps", 10, "--device", "cpu", "--work", tmp_path / "work", "--out"]
     assert run_command(plans.main, *words, tmp_path / "one") == 0
     said = capsys.readouterr().out
     made = {name: Plan.load(tmp_path / "one" / f"{name}.json") for name in ("found", "ddpm_tiny_3_steps")}
     for plan in made.values():
-        assert plan.notes["learned"]["iteration"] == 3 and plan.notes["learned"]["learnt_on"] == "0-7"
+        assert plan.notes["learned"]["iteration"] == 2 and plan.notes["learned"]["learnt_on"] == "0-7"
         assert f"{plan.notes['gain']['mean']:+.2f}" in said and plan.notes["distance"]["seeds"] == "20-23"
         assert plan.solver and plan.made_for["timesteps"].startswith("999,") and "." in plan.made_for["timesteps"]
     assert made["found"].notes["learned_from"] == Plan.load(tmp_path / "found.json").sha256
@@ -261,16 +261,13 @@ def test_the_command_learns_plans_and_steps_without_caching(config, tmp_path, ca
 
 # In a pipeline of diffusers
 
-def test_a_pipeline_learns_a_plan(parts, tmp_path, monkeypatch):
+def test_a_pipeline_learns_a_plan(parts, tmp_path):
     pipe = build(parts)
     pipe.unet.requires_grad_(True)
-    own, path, out = pipe.scheduler, tmp_path / "plan.json", tmp_path / "learned.json"
-    made_for = {"model": "sd_tiny", "unet": {}, "checkpoint_sha256": None, "sampler": "unipc", "steps": 8,
-                "timesteps": LISTED}
-    macs = {"hook": 1, "fc": 1}
-    Plan(made_for, [*CALLS], None, macs, macs).save(path)
+    own, out = pipe.scheduler, tmp_path / "learned.json"
+    path = save_plan(tmp_path / "plan.json", CALLS, steps=8, timesteps=LISTED)
     how = Learning(iterations=2, batch_size=2, judged_every=1)
-    asked = dict(seeds=range(4), held_out=range(10, 12), options=how, converged_steps=12, guidance_scale=3.0,
+    asked = dict(seeds=range(4), held_out=range(10, 12), options=how, converged_steps=10, guidance_scale=3.0,
                  height=SIZE, width=SIZE)
     made = learn_plan(pipe, path, ["a", "b"], out=out, **asked)
     assert pipe.scheduler is own and all(weight.requires_grad for weight in pipe.unet.parameters())

@@ -45,8 +45,7 @@ def full_size() -> UNet:
         return UNet(**vars(SD_V15.unet))
 
 
-@pytest.mark.parametrize("layout", ["compvis", "diffusers"])
-@pytest.mark.parametrize("prefixed", [True, False])
+@pytest.mark.parametrize(("layout", "prefixed"), [("compvis", True), ("compvis", False), ("diffusers", False)])
 def test_sd15_names_load_strictly(full_size, layout, prefixed):
     tensors = {name.removeprefix(UNET): value for name, value in published(f"sd15_unet_{layout}").items()}
     load_state_dict(full_size, {UNET * prefixed + name: value for name, value in tensors.items()})
@@ -56,9 +55,8 @@ def test_sd15_names_load_strictly(full_size, layout, prefixed):
 
 
 @pytest.mark.parametrize(("layout", "name"), [
-    ("compvis", "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"), ("compvis", "out.2.bias"),
-    ("diffusers", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
-    ("diffusers", "up_blocks.0.upsamplers.0.conv.weight"), ("diffusers", "mid_block.resnets.1.time_emb_proj.bias")])
+    ("compvis", "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"),
+    ("diffusers", "up_blocks.0.upsamplers.0.conv.weight")])
 def test_faults_are_named_in_the_layout_given(full_size, layout, name):
     tensors = {key.removeprefix(UNET): value for key, value in published(f"sd15_unet_{layout}").items()}
     wrong = dict(tensors)
@@ -110,13 +108,9 @@ def test_diffusers_computes_the_same_with_our_weights(arguments):
 
 
 @pytest.mark.parametrize(("change", "expected"), [
-    ({"addition_embed_type": "text_time"}, None), ({"addition_embed_type": "text"}, None),
-    ({"transformer_layers_per_block": [1, 2, 10]}, 1), ({"class_embed_type": "timestep"}, None),
+    ({"addition_embed_type": "text_time"}, None), ({"transformer_layers_per_block": [1, 2, 10]}, 1),
     ({"resnet_time_scale_shift": "scale_shift"}, "default"), ({"only_cross_attention": [True, True, False]}, False),
-    ({"act_fn": "gelu"}, "silu"), ({"norm_eps": 1e-6}, 1e-5), ({"freq_shift": 1}, 0),
-    ({"flip_sin_to_cos": False}, True), ({"time_cond_proj_dim": 256}, None), ({"conv_in_kernel": 1}, 3),
-    ({"mid_block_type": None}, "UNetMidBlock2DCrossAttn"), ({"encoder_hid_dim": 4096}, None),
-    ({"dual_cross_attention": True}, False), ({"made_up": 3}, None),
+    ({"freq_shift": 1}, 0), ({"mid_block_type": None}, "UNetMidBlock2DCrossAttn"), ({"made_up": 3}, None),
     ({"_class_name": "SD3Transformer2DModel"}, "UNet2DConditionModel"),
     ({"up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]},
      ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]),

@@ -124,16 +124,6 @@ def test_guidance_switched_off_or_halved_midway(parts, calls, scale, mask):
     assert calls.take() == mask
 
 
-def test_each_row_of_a_batch_is_its_own_image(parts):
-    pipe = build(parts)
-    enable_deepcache(pipe, interval=3)
-    noise = torch.randn(4, 4, SIZE // 2, SIZE // 2, generator=torch.Generator().manual_seed(0))
-    together = run(pipe, PROMPTS, num_images_per_prompt=2, latents=noise)
-    for i, prompt in enumerate(PROMPTS):
-        alone = run(pipe, prompt, num_images_per_prompt=2, latents=noise[2 * i:2 * i + 2])
-        assert relative_error(together[2 * i:2 * i + 2], alone) < TOLERANCE
-
-
 def test_the_unet_may_be_called_directly_and_computes_everything(parts, calls):
     pipe = build(parts)
     before = direct(pipe, 500)

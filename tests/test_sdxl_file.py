@@ -8,12 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import fails, relative_error, settings_of
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionXLPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UniPCMultistepScheduler
 from open_clip.transformer import TextTransformer
 from safetensors.torch import save_file
 from test_sd_sample import BETAS, SCHEDULERS, ended  # noqa: F401  fixtures among them
@@ -83,7 +78,6 @@ def test_one_file_gives_what_diffusers_gives_of_it(sample, tiny, one_file, known
 
 @pytest.mark.parametrize(("sampler", "scheduler"), [
     ("ddim", partial(DDIMScheduler, set_alpha_to_one=True, clip_sample=False)),
-    ("dpmpp", partial(DPMSolverMultistepScheduler, final_sigmas_type="zero")),
     ("unipc", partial(UniPCMultistepScheduler, final_sigmas_type="zero"))])
 def test_v_at_zero_terminal_snr(sample, tiny, one_file, known_sizes, tmp_path, ended, sampler, scheduler,
                                 capsys):
