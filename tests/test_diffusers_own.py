@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import run_command
-from diffusers_own import Seen, kind, main
+from diffusers_own import main
 from forked import Forked
 
 TESTS = '''
@@ -69,16 +69,6 @@ def test_each_kind_of_test_is_named(tmp_path):
     lines = [line for line in run.output.splitlines() if line.startswith(("refused: ", "differs: ", "broken: "))]
     assert [line.split("::test_")[1].split(":")[0] for line in lines] == ["refused", "differs", "broken"]
     assert "Own, which has a forward of its own" in lines[0] and "AssertionError" in lines[2]
-
-
-@pytest.mark.parametrize(("plain", "ours", "expected"), [
-    ({}, {}, "same"), ({}, {"calls": 0}, "untouched"), ({}, {"outputs": ["b"]}, "differs"),
-    ({}, {"outcome": "failed"}, "broken"), ({"outcome": "failed"}, {}, "differs"),
-    ({"outcome": "failed", "reason": "a"}, {"outcome": "failed", "reason": "b"}, "differs"),
-    ({}, {"outcome": "failed", "refused": ["why"]}, "refused"), ({}, {"outcome": "skipped"}, "broken")])
-def test_kinds(plain, ours, expected):
-    assert kind(Seen(**{"calls": 3, "outputs": ["a"]} | plain), Seen(**{"calls": 3, "outputs": ["a"]} | ours)
-                ) == expected
 
 
 @pytest.mark.parametrize(("folder", "word"), [("else", "no checkout of diffusers"), ("tests/pipelines", "name the")])

@@ -129,15 +129,6 @@ def test_configs_that_say_the_same_in_other_words():
         "upcast_attention": True, "_diffusers_version": "0.6.0"}, SD1)
 
 
-def test_sd2_heads():
-    config = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True,
-              "dual_cross_attention": False, "num_class_embeds": None, "upcast_attention": True}
-    assert not differences(config, {
-        "in_channels": 4, "out_channels": 4, "model_channels": 320, "channel_mult": [1, 2, 4, 4], "num_res_blocks": 2,
-        "attention_resolutions": [4, 2, 1], "num_heads": 5, "context_dim": 1024, "num_head_channels": 64,
-        "linear_projections": True})
-
-
 # The tokenizer
 
 def test_clip_tokenizer_from_open_clips_vocabulary():
