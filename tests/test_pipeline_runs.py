@@ -106,11 +106,6 @@ def test_a_callback_can_have_the_next_call_computed(parts, calls):
     assert calls.take() == "101100"
 
 
-def direct_calls(pipe: DiffusionPipeline, number: int) -> None:
-    for t in range(number):
-        direct(pipe, t)
-
-
 def test_loops_of_ones_own(parts, calls, caplog):
     pipe = build(parts)
     enable_deepcache(pipe, interval=5)
@@ -128,7 +123,8 @@ def test_loops_of_ones_own(parts, calls, caplog):
             pipe.unet(x, t, text)
     assert calls.take() == "10000100001000"
     with pipe.progress_bar(total=14):
-        direct_calls(pipe, 14)                                  # by a function that opened no bar
+        for t in range(14):
+            direct(pipe, t)                                     # by a function that opened no bar
     assert calls.take() == "1" * 14 and "nothing was cached" in caplog.text
     pipe.scheduler.set_timesteps(3)
     with pipe.progress_bar(total=3), torch.no_grad():           # more calls than were planned compute everything

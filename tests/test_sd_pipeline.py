@@ -247,19 +247,18 @@ def test_the_hook_of_a_cpu_offload_still_runs(parts, hook_first):
     assert torch.equal(run(pipe), dense)
 
 
-@pytest.mark.parametrize(("prediction", "name"), [("noise", "PNDMScheduler"), ("v", "DDIMScheduler")])
-def test_a_checkpoint_becomes_a_pipeline_on_our_unet(parts, calls, tmp_path, prediction, name):
-    diffusers_prediction = {"noise": "epsilon", "v": "v_prediction"}[prediction]
-    cls = {"noise": PNDMScheduler, "v": DDIMScheduler}[prediction]
+@pytest.mark.parametrize(("prediction", "theirs_is", "scheduler", "more"), [
+    ("noise", "epsilon", PNDMScheduler, {"skip_prk_steps": True}),
+    ("v", "v_prediction", DDIMScheduler, {"clip_sample": False})])
+def test_a_checkpoint_becomes_a_pipeline_on_our_unet(parts, calls, tmp_path, prediction, theirs_is, scheduler, more):
     theirs = build(parts)
-    theirs.scheduler = cls(**BETAS, set_alpha_to_one=False, prediction_type=diffusers_prediction,
-                           **({"skip_prk_steps": True} if prediction == "noise" else {"clip_sample": False}))
+    theirs.scheduler = scheduler(**BETAS, set_alpha_to_one=False, prediction_type=theirs_is, **more)
     theirs.save_pretrained(tmp_path)
     config = Config(name="sd_tiny", unet=Unet(4, 4, 32, [1, 2, 2], 1, [1, 2], 4, 16), resolution=SIZE,
                     downsampling=2, tokens=12, checkpoint="", diffusion=Diffusion(prediction=prediction))
     ours = load_pipeline(config, tmp_path)
     ours.set_progress_bar_config(disable=True)
-    assert type(ours.scheduler).__name__ == name
+    assert type(ours.scheduler) is scheduler
     assert relative_error(run(ours), run(theirs)) < TOLERANCE
     assert "0" not in calls.take()
     enable_deepcache(ours, interval=3)
