@@ -1,4 +1,4 @@
-"""Reading the images that runs made."""
+"""Read the images of sample folders."""
 
 from pathlib import Path
 
@@ -7,15 +7,15 @@ from PIL import Image
 
 from unet_caching.errors import UserError, one_line
 
-# What Pillow raises for a PNG that is cut off or not one: SyntaxError too, for a damaged chunk.
+# What Pillow raises for a truncated or damaged PNG and for other files; SyntaxError for a damaged chunk.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 _LARGEST = 1 << 26      # pixels that an image may claim to have: 8192 x 8192
 
 
 def read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | None = None) -> np.ndarray:
-    """One image: uint8 [height, width, 3]; `shape`: what it must be, as `example` is.
+    """Read an image: uint8 [height, width, 3]. shape: the shape that it must have, which is that of `example`.
 
-    Raises UserError for a file that is no image, not 8-bit RGB, or of another shape.
+    Raises UserError for a file that is not an image, not 8-bit RGB, or of another shape.
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file: move it elsewhere")
@@ -25,7 +25,7 @@ def read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | N
                 raise UserError(f"{path} claims to have {image.width}x{image.height} pixels: delete it and sample it "
                                 "again")
             if image.mode != "RGB":
-                raise UserError(f"{path} is of mode {image.mode}: expected 8-bit RGB")
+                raise UserError(f"{path} has mode {image.mode}: expected 8-bit RGB")
             if any(";16" in str(tile[3]) for tile in image.tile):       # Pillow would drop the lower 8 bits
                 raise UserError(f"{path} has 16 bits a channel: expected 8-bit RGB")
             pixels = np.asarray(image)

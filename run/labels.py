@@ -1,4 +1,4 @@
-"""Class labels that depend on the image's seed alone."""
+"""Class labels that depend only on the image's seed."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,10 +17,9 @@ RULES = ("balanced", "random")
 class Labels:
     """The label of each seed.
 
-    rule: 'balanced': seed mod num_classes, so that consecutive seeds have exactly as many of each class where their
-    number is a multiple of num_classes; 'random': uniform, from a hash of the seed; a list of labels: the one at
-    position seed mod its length. None of them draws from the generator of the image's noise, so an image of the same
-    seed starts from the same x_T whatever its label.
+    rule: 'balanced': seed mod num_classes, so num_classes consecutive seeds have each class once. 'random': uniform,
+    from a hash of the seed. A list of labels: the label at position seed mod its length. No rule draws from the
+    generator of the image's noise, so x_T of a seed does not depend on its label.
     """
     rule: str | list[int]
     num_classes: int
@@ -29,7 +28,7 @@ class Labels:
     def parse(cls, text: str, num_classes: int) -> "Labels":
         """'balanced', 'random', or a list such as '207,360' or '0-9'.
 
-        Raises UserError for anything else, and for a label that is not from 0 to num_classes - 1.
+        Raises UserError for anything else, and for a label outside 0 to num_classes - 1.
         """
         if text in RULES:
             return cls(text, num_classes)
@@ -42,16 +41,16 @@ class Labels:
 
     @classmethod
     def from_settings(cls, settings: dict) -> "Labels | None":
-        """The labels that a run.json's settings tell of; None where its model has no classes.
+        """The labels of a run.json's settings; None if its model has no classes.
 
-        Raises UserError for labels that cannot be.
+        Raises UserError for labels that are not valid.
         """
         if "labels" not in settings:
             return None
         rule, classes = settings["labels"], settings.get("num_classes", 0)
         if fault(rule, str | list[int]) or fault(classes, int) or rule == []:
-            raise UserError(f"the settings of the images have labels {rule!r:.60} of {classes!r:.20} classes: no such "
-                            "rule is known")
+            raise UserError(f"the settings of the images have labels {rule!r:.60} of {classes!r:.20} classes: expected "
+                            f"{', '.join(RULES)} or a list, and a number of classes")
         return cls(rule, classes)
 
     def of(self, seed: int) -> int:
@@ -71,7 +70,7 @@ class Labels:
         return counts
 
     def describe(self, seeds: Sequence[int]) -> str:
-        """Describe the labels in one line, which says so where balanced ones do not come out even."""
+        """Describe the labels in one line, which says if balanced labels are not even."""
         counts = self.counts(seeds)
         used = [count for count in counts if count]
         line = f"labels: {self.rule if isinstance(self.rule, str) else 'listed'}, "
@@ -83,9 +82,9 @@ class Labels:
 
 
 def read_names(path: Path, num_classes: int) -> list[str]:
-    """Class names from a text file, one per line in the order of the labels.
+    """Read class names from a text file, one per line in the order of the labels.
 
-    Raises UserError where it is missing or has another number of lines.
+    Raises UserError if it is missing or has another number of lines.
     """
     if not path.is_file():
         raise UserError(f"no class names {path} (class_names of the config)")
@@ -96,7 +95,7 @@ def read_names(path: Path, num_classes: int) -> list[str]:
 
 
 def write_listing(run: RunFolder, labels: Labels, names: list[str] | None) -> None:
-    """Write images.csv of a sample folder: seed, label and, where `names` are given, class name of each image."""
+    """Write a sample folder's images.csv: the seed, the label and, with `names`, the class name of each image."""
     def line(seed: int) -> str:
         label = labels.of(seed)
         return f"{seed},{label}" + (f",{quoted(names[label])}" if names else "")

@@ -1,4 +1,4 @@
-"""diffusers and transformers for the models: imported after torchvision can be (unet_caching/libraries.py)."""
+"""diffusers and transformers for the models, imported once torchvision can be (unet_caching/libraries.py)."""
 
 from unet_caching.libraries import let_torchvision_import
 

@@ -1,4 +1,4 @@
-"""The machine of a run: where and how it is computed, which changes its time and no image."""
+"""The machine of a run: where and how it is computed. That changes the run's time, but no image."""
 
 import os
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from unet_caching.options import option
 
 @dataclass(frozen=True)
 class Device:
-    """Where to compute. Raises UserError for numbers that cannot be."""
+    """Where to compute. Raises UserError for a number of threads below 1."""
     title: ClassVar[str] = "the machine"
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 (default: %(default)s)")
     threads: int | None = option(None, "CPU threads (default: all cores)", least=1)
@@ -23,9 +23,9 @@ class Device:
         arguments.check(self)
 
     def prepare(self) -> torch.device:
-        """The device, once it has answered; CPU threads are set. Raises UserError where it is not there.
+        """Set the number of CPU threads, and return the device. Raises UserError if it does not exist.
 
-        Under torchrun cuda is the process's own GPU.
+        Under torchrun, cuda is the process's own GPU.
         """
         name = self.device
         if self.threads is not None:
@@ -36,8 +36,8 @@ class Device:
             device = torch.device(name)
             torch.ones(1, device=device).item()
         except (RuntimeError, AssertionError):
-            raise UserError(f"--device {name} is not there: {torch.cuda.device_count()} CUDA devices are visible; cpu "
-                            "always works") from None
+            raise UserError(f"--device {name} does not exist: {torch.cuda.device_count()} CUDA devices are visible; "
+                            "cpu always works") from None
         return device
 
 

@@ -2,8 +2,8 @@
 
     python -m run.npz --samples samples/cin256_n10 --seeds 0-49999 --out samples/cin256_n10.npz
 
-arr_0: uint8 [images, height, width, 3], in the order of the seeds; arr_1: int64 [images], the labels, where the model
-has classes. The file is not compressed, is written image by image, and appears whole or not at all.
+arr_0: uint8 [images, height, width, 3], in the order of the seeds; arr_1: int64 [images], the labels, if the model has
+classes. The file is not compressed, is written image by image, and appears whole or not at all.
 """
 
 import shutil
@@ -24,13 +24,13 @@ from run.seeds import format_some, parse_seeds
 from unet_caching.errors import UserError
 from unet_caching.options import required
 
-_OVERHEAD = 4096        # bytes of headers and of the zip directory, amply
+_OVERHEAD = 4096        # bytes that the headers and the zip directory take at most
 
 
 def pack(samples: Path, seeds: Sequence[int], out: Path) -> None:
-    """Write the images of `seeds`, ascending, and their labels to the npz `out`.
+    """Write the images of `seeds`, in ascending order, and their labels to the npz `out`.
 
-    Raises UserError for images that are missing, damaged or of mixed sizes, and where the disk has no room for it.
+    Raises UserError for images that are missing, damaged or of mixed sizes, and if the disk is too full.
     """
     seeds = sorted(seeds)
     labels = Labels.from_settings(read_run(samples)["settings"])
@@ -65,7 +65,7 @@ def pack(samples: Path, seeds: Sequence[int], out: Path) -> None:
 
 def _write_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...],
                  parts: Iterable[np.ndarray]) -> None:
-    """Add one array to an npz, part by part. The archive's times are fixed, so that equal images give equal files."""
+    """Add one array to an npz, part by part. The time stamp is fixed, so equal images give equal files."""
     member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
     with archive.open(member, "w", force_zip64=True) as file:
         np.lib.format.write_array_header_1_0(
@@ -77,8 +77,8 @@ def _write_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tu
 @dataclass(frozen=True)
 class Options:
     samples: Path = required("sample folder, with run.json")
-    seeds: str = required("which images: 0-49999 or 0-9,20; all of them must be there")
-    out: Path = required("the npz; replaced where it is there")
+    seeds: str = required("which images: 0-49999 or 0-9,20; all of them must exist")
+    out: Path = required("the npz; an existing one is replaced")
 
 
 @command

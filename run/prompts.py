@@ -1,4 +1,4 @@
-"""Reads prompts from the files that public prompt sets come in; prompt i belongs to image i."""
+"""Read prompts from the files of public prompt sets. Prompt i belongs to image i."""
 
 import csv
 import hashlib
@@ -10,19 +10,18 @@ from pathlib import Path
 
 from unet_caching.errors import UserError, one_line
 
-_FIELDS = ("prompt", "caption")     # of a table or of JSON objects, in any case; the first that is there counts
+_FIELDS = ("prompt", "caption")     # names of a column or JSON key, in upper or lower case; the first one found counts
 
 
 def read_prompts(path: Path | str) -> list[str]:
-    """The prompts of a file, in its order; runs of white space within a prompt become one space.
+    """The prompts of a file, in its order. White space within a prompt becomes one space.
 
     .txt            one per line
-    .csv, .tsv      the column prompt or caption, in any case: PartiPrompts.tsv (Prompt; 1,632 rows) as it is
+    .csv, .tsv      the column prompt or caption, in any case, as in PartiPrompts.tsv (Prompt; 1,632 rows)
     .json           a list of strings, or of objects with the key prompt or caption;
-                    or COCO's captions_val2017.json: of each image, in the order of `images`, the caption that comes
-                    first in `annotations`
+                    or COCO's captions_val2017.json: the first caption in `annotations` of each image in `images`
 
-    Raises UserError for a file that is missing, empty or cannot be read, and for an empty prompt, with its place.
+    Raises UserError for a file that is missing, empty or unreadable, and for an empty prompt, with its place.
     """
     path = Path(path)
     readers: dict[str, Callable[[Path, str], Iterator[tuple[str, object]]]] = {
@@ -36,10 +35,10 @@ def read_prompts(path: Path | str) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
         for place, prompt in readers[path.suffix.lower()](path, text):
             if not isinstance(prompt, str) or not prompt.strip():
-                raise UserError(f"{path}, {place}: no prompt there; an image would belong to nothing")
-            prompt.encode()                                 # half a surrogate pair has no place in UTF-8
+                raise UserError(f"{path}, {place}: no prompt there, and each image needs one")
+            prompt.encode()                                 # fails for half a surrogate pair, which UTF-8 cannot write
             prompts.append(" ".join(prompt.split()))
-    except (OSError, ValueError, csv.Error, RecursionError) as error:       # ValueError: of JSON and of UTF-8
+    except (OSError, ValueError, csv.Error, RecursionError) as error:       # ValueError: from JSON or UTF-8
         raise UserError(f"{path} cannot be read: {one_line(error)}") from None
     if not prompts:
         raise UserError(f"{path} has no prompts")
@@ -47,12 +46,12 @@ def read_prompts(path: Path | str) -> list[str]:
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str:
-    """What tells one list of prompts from another: sha256 (hex) of the prompts, joined by line breaks."""
+    """The digest of a list of prompts: sha256 (hex) of the prompts, joined by line breaks."""
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    # Not splitlines: it also breaks at characters that a prompt may hold.
+    # splitlines would also break at other characters, which a prompt may contain.
     for number, line in enumerate(text.rstrip("\r\n").split("\n") if text.strip() else (), 1):
         yield f"line {number}", line
 
@@ -65,7 +64,7 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
 
 
 def _tsv(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    """Quotes are part of a prompt, as in PartiPrompts.tsv, unless they are what a spreadsheet puts around a field."""
+    """Quotes belong to a prompt, as in PartiPrompts.tsv, unless they enclose the field, as spreadsheets write them."""
     lines = _lines(path, text)
     column = _column(path, next(lines, ("", ""))[1].split("\t"))
     for place, line in lines:
@@ -107,7 +106,7 @@ def _coco(path: Path, content: Mapping) -> Iterator[tuple[str, object]]:
             first.setdefault(annotation["image_id"], annotation["caption"])
         images = [image["id"] for image in content["images"]]
     except (KeyError, TypeError):
-        raise UserError(f"{path} has images and annotations, but not those of COCO's captions (captions_val2017.json)"
+        raise UserError(f"{path} has images and annotations, but not in the form of COCO's captions_val2017.json"
                         ) from None
     for image in images:
         yield f"image {image}", first.get(image)

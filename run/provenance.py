@@ -15,7 +15,7 @@ _VECTORS = ("avx", "fma", "amx", "sve", "asimd", "i8mm", "bf16")        # how th
 
 
 def commit() -> str | None:
-    """The repository's commit, with '+changes' where tracked files differ from it; None outside a git checkout."""
+    """The repository's commit, with '+changes' if tracked files differ from it; None outside a git checkout."""
     def git(*args: str) -> str:
         done = subprocess.run(("git", "-C", str(ROOT), *args), capture_output=True, text=True, check=True)
         return done.stdout.strip()
@@ -27,7 +27,7 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that compute."""
+    """The versions of Python and of the packages that change numbers."""
     about = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -49,8 +49,8 @@ def device_name(device: torch.device | str) -> str:
 
 
 def processor() -> dict:
-    """What tells one processor from another of the same name: vendor, family and model number, and its extensions for
-    vectors and matrices; what the system does not say is left out. used: the widest that PyTorch's kernels take."""
+    """The processor, in more detail than its name: vendor, family and model number, and its extensions for vectors and
+    matrices. Fields that the system does not know are missing. used: the widest vectors that PyTorch's kernels use."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -66,6 +66,6 @@ def processor() -> dict:
 
 
 def provenance(device: torch.device | str) -> dict:
-    """Everything that run.json and results say of where they were made."""
+    """What run.json and results record about the program and the machine."""
     return {"commit": commit(), "versions": versions(), "device": str(device), "device_name": device_name(device),
             "processor": processor(), "threads": torch.get_num_threads()}

@@ -1,4 +1,4 @@
-"""YAML files, read into the dataclasses that say what they may hold (unet_caching/files/schema.py)."""
+"""Read YAML files into dataclasses, which are their schemas (unet_caching/files/schema.py)."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,20 +14,20 @@ T = TypeVar("T")
 
 
 def read_yaml(path: Path, schema: type[T]) -> T:
-    """Read a YAML file into the dataclass `schema`, nested ones included.
+    """Read a YAML file into the dataclass `schema`, which may contain others.
 
-    Raises UserError that names the file and the key which is unknown, missing or of the wrong type.
+    Raises UserError, naming the file and the key, for a key that is unknown, missing or of the wrong type.
     """
     return _built(load_yaml(path), schema, str(path))
 
 
 def read_yaml_dict(path: Path, schema: type[T]) -> dict[str, T]:
-    """Read a YAML file whose every entry is a dataclass `schema`. Raises UserError as `read_yaml`."""
+    """Read a YAML file with a dataclass `schema` under each key. Raises UserError as `read_yaml` does."""
     return {name: _built(entry, schema, f"{path}, {name}") for name, entry in load_yaml(path).items()}
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file. Raises UserError where it is missing, no YAML, or holds no keys."""
+    """The keys and values of a YAML file. Raises UserError if it is missing, is not YAML, or has no keys."""
     if not Path(path).is_file():
         raise UserError(f"no config file {path}")
     try:
@@ -37,7 +37,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
         reason = one_line(getattr(error, "msg", None) or error).split(" full_key:")[0][:300]
         raise UserError(f"{path}: {reason}") from None
-    raise UserError(f"{path}: it holds a list, and should hold keys with values, like name: ...")
+    raise UserError(f"{path} holds a list: write keys with values, like name: ...")
 
 
 def _built(content: object, schema: type[T], where: str) -> T:

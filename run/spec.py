@@ -1,5 +1,5 @@
-"""A run as a value. All that decides the image of a seed is in a RunSpec: its options, defaults, checks and names are
-said here and in the dataclasses that it is made of, and nowhere else. Opened, it is a Run.
+"""A run as a value. A RunSpec holds everything that decides the image of a seed. Its options, defaults, checks and
+names stand only here and in the dataclasses that it consists of. Opened, it is a Run.
 
     RunSpec.of("configs/ddpm_cifar10.yaml", interval=5, branch=2).open().settings
     Run.of_folder("samples/cifar10_n5").calls
@@ -40,21 +40,21 @@ from unet_caching.trace import Asked, positions, reused, trace
 from unet_caching.unet import NestedUNet
 
 MOST_STEPS, MOST_GUIDANCE = 10_000, 1000
-TRACED: WeakKeyDictionary[NestedUNet, list[Asked]] = WeakKeyDictionary()      # what a call asks its cache for
+TRACED: WeakKeyDictionary[NestedUNet, list[Asked]] = WeakKeyDictionary()      # the values that a call may keep
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BRIEF = ("model", "sampler", "steps", "dtype", "timesteps", "eta", "guidance", "cache")
 
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """The model that a command is about."""
+    """The model of a command."""
     title: ClassVar[str] = "the model"
     config: Path = required("configs/*.yaml; brings more options", metavar="FILE")
 
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """The sampler's settings; what is not given is the config's."""
+    """The sampler's settings; None: the config's."""
     title: ClassVar[str] = "the sampler (defaults: the paper's)"
     sampler: str | None = option(None, SAMPLERS_HELP, choices=SAMPLERS, metavar="NAME")
     steps: int | None = option(None, "network calls per image; plms makes one more")
@@ -64,7 +64,7 @@ class SamplerOptions:
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """The weights, and their number format."""
+    """The weights and their number format."""
     title: ClassVar[str] = "the network"
     checkpoint: Path | None = option(None, "weights, instead of the config's")
     ema: str | None = option(None, "take the EMA weights (default: yes; CompVis' files: no)", choices=("yes", "no"))
@@ -73,9 +73,9 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run of a model of a family (run/families.py). Options that are not given are the config's, the paper's."""
+    """One run of a model of a family (run/families.py). The defaults are the config's, which are the paper's."""
     family: str
-    config: Path                    # a file of configs/, or another of their kind
+    config: Path                    # a file of configs/, or a similar one
     network: NetworkOptions = NetworkOptions()
     condition: Condition = Condition()
     sampler: SamplerOptions = SamplerOptions()
@@ -83,9 +83,9 @@ class RunSpec:
 
     @classmethod
     def of(cls, config: Path | str, family: str | None = None, **options: Any) -> "RunSpec":
-        """A run of a config with options by name. Raises UserError for one that the model does not have.
+        """A run of a config, with options by name. Raises UserError for an option that the model does not have.
 
-        family: whose config it is; None: that which its name says.
+        family: the config's family; None: the one that the config's name begins with.
         """
         known = families()[family] if family else family_named_by(config)
         return cls(known.name, Path(config), condition=known.condition()).having(**options)
@@ -96,10 +96,10 @@ class RunSpec:
         return self.condition, self.network, self.sampler, *self.caching
 
     def having(self, **options: Any) -> "RunSpec":
-        """The same run with some options changed; paths may be text. Raises UserError."""
+        """The run with some options changed; paths may be text. Raises UserError."""
         known = [name for part in self.parts for name in arguments.names(part)]
         if unknown := options.keys() - set(known):
-            raise UserError(f"{self.config} has no option {', '.join(sorted(unknown))}: there are {', '.join(known)}")
+            raise UserError(f"{self.config} has no option {', '.join(sorted(unknown))}: it has {', '.join(known)}")
 
         def changed(part: Any) -> Any:
             own = {name: arguments.typed(type(part), name, value) for name, value in options.items()
@@ -111,7 +111,7 @@ class RunSpec:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that are not as they are by default, by name."""
+        """The options that differ from their defaults, by name."""
         return {name: value for part in self.parts for name, value in arguments.given(part).items()}
 
     def words(self) -> list[str]:
@@ -119,17 +119,17 @@ class RunSpec:
         return ["--config", str(self.config), *arguments.words(self.options, families()[self.family].flags)]
 
     def to_json(self) -> dict[str, Any]:
-        """What run.json keeps to open the run again: paths below the repository are relative to it."""
+        """What run.json keeps to open the run again. Paths in the repository are relative to it."""
         options = {name: _portable(value) if isinstance(value, Path) else value for name, value in self.options.items()}
         return {"family": self.family, "config": _portable(find_config(self.config)), "options": options}
 
     def open(self) -> "Run":
-        """Read the config, and check the run as far as that goes without weights. Raises UserError."""
+        """Read the config, and check the run as far as possible without weights. Raises UserError."""
         return Run(self)
 
 
 class Run:
-    """A RunSpec together with the config of its model, and what follows from both.
+    """A RunSpec with the config of its model, and what follows from both.
 
     Raises UserError for options that do not go together.
     """
@@ -142,7 +142,7 @@ class Run:
         spec.condition.check(self.config)
         usual, own = self.config.sampler.guidance, getattr(spec.condition, "guidance", None)
         self.guidance: float = own if own is not None else 1.0 if usual is None else usual
-        if not 0 <= self.guidance <= MOST_GUIDANCE:         # beyond, numbers overflow and images are noise
+        if not 0 <= self.guidance <= MOST_GUIDANCE:         # above, numbers overflow and images are noise
             raise UserError(f"--guidance must be from 0 to {MOST_GUIDANCE}, got {self.guidance:g}")
         if spec.network.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {spec.network.dtype!r}")
@@ -155,16 +155,16 @@ class Run:
 
     @classmethod
     def of_folder(cls, folder: Path | str) -> "Run":
-        """The run of a sample folder. Raises UserError where its options do not give it any more, or never did here."""
+        """The run of a sample folder. Raises UserError if its options no longer give the folder's settings."""
         content = read_run(Path(folder))
         kept = content.get("run")
-        if kept is None:        # made before the options were kept
+        if kept is None:        # a folder from before run.json kept the options
             return cls.of_settings(content["settings"])
         return RunSpec.of(kept["config"], kept["family"], **kept["options"]).open()._checked(content["settings"])
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> "Run":
-        """A run without caching, or with DeepCache, by its settings. Raises UserError for one that is not."""
+        """The run with these settings, without caching or with DeepCache. Raises UserError for other caching."""
         cache = settings.get("cache") or {}
         names = (*arguments.names(SamplerOptions), "dtype", "guidance")
         options = {name: settings[name] for name in names if name in settings}
@@ -172,10 +172,10 @@ class Run:
         return RunSpec.of(str(settings.get("model")), **options).open()._checked(settings)
 
     def _checked(self, settings: Mapping[str, Any]) -> "Run":
-        """The run itself. Raises UserError where settings are of another one."""
+        """Return the run itself. Raises UserError if the settings are another run's."""
         ours = self.brief
         if unlike := differences({key: settings.get(key) for key in ours}, json.loads(json.dumps(ours))):
-            raise UserError(f"{self.spec.config} gives another run now: {'; '.join(unlike)}")
+            raise UserError(f"{self.spec.config} now gives another run: {'; '.join(unlike)}")
         return self
 
     @property
@@ -198,8 +198,8 @@ class Run:
 
     @property
     def weights(self) -> dict[str, Any]:
-        """Which weights it takes, where that is not what `checkpoint` gives by itself: ema, and what else the family's
-        `load_unet` and `checkpoint_sha256` know.
+        """Which weights of the checkpoint the run takes, if not the default ones: keywords of the family's `load_unet`
+        and `checkpoint_sha256`.
         """
         network, condition = self.spec.network, self.spec.condition
         own = {name: getattr(condition, name, None) for name in ("unet", "vae")}
@@ -213,9 +213,9 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What decides the pixels, as run.json says it, as far as it is known without weights.
+        """What decides the pixels, as run.json says it, as far as this is known without weights.
 
-        Raises UserError for prompts that cannot be read; those that are not there are left out.
+        Raises UserError for prompts that cannot be read; a missing prompts file is left out.
         """
         guided = {} if self.config.sampler.guidance is None else {"guidance": self.guidance}
         return {"model": self.config.name, **self.spec.condition.settings(self.config), **guided,
@@ -223,12 +223,12 @@ class Run:
 
     @property
     def brief(self) -> dict[str, Any]:
-        """The settings that tell runs of one model on the same seeds apart."""
+        """The settings that distinguish runs of one model on the same seeds."""
         return {key: value for key, value in self.settings.items() if key in BRIEF}
 
     @cached_property
     def fingerprint(self) -> str:
-        """By which pipelines know the U-Net (`unet_caching.files.fitted.fingerprint`)."""
+        """The U-Net's fingerprint, which pipelines check (`unet_caching.files.fitted.fingerprint`)."""
         x, _, *context = example_inputs(self.config)
         return fingerprint(self.unet, x.shape[1], context[0].shape[-1] if context else None)
 
@@ -239,13 +239,13 @@ class Run:
 
     @cached_property
     def reused(self) -> list[frozenset[Hashable]]:
-        """What each network call of an image reuses, by the keys of its caching; nothing where it is a full one."""
+        """The keys of the values that each network call of an image reuses; a full call reuses none."""
         policy = self.caching.policy("meta", self.dtype)
         return [frozenset()] * self.calls if policy is None else list(reused(self.trace, policy, self.calls))
 
     @property
     def trace(self) -> list[Asked]:
-        """What a network call asks its cache for, traced once for each U-Net."""
+        """The values that a network call may keep, traced once for each U-Net."""
         if self.unet not in TRACED:
             inputs = example_inputs(self.config)
             TRACED[self.unet] = trace(lambda cache: self.unet(*inputs, cache=cache))
@@ -257,20 +257,20 @@ class Run:
         return sum(not any(isinstance(key, int) for key in keys) for keys in self.reused)
 
     def made_for(self, checkpoint_sha256: str | None = None) -> dict[str, Any]:
-        """What a file that is fitted to this run says of it (`Fitted.made_for`); without weights it is for any."""
+        """What a fitted file says of this run (`Fitted.made_for`). checkpoint_sha256: None if it suits any weights."""
         return {"model": self.config.name, "unet": asdict(self.config.unet), "checkpoint_sha256": checkpoint_sha256,
                 "sampler": self.sampler.name, "steps": self.steps, "timesteps": self.sampler.timesteps,
                 "fingerprint": self.fingerprint}
 
     def refuse_foreign(self, settings: Mapping[str, Any]) -> None:
-        """Refuse settings, as far as they are known, that the caching was not fitted to. Raises UserError."""
+        """Raise a UserError if the caching was not fitted to these settings, which may be incomplete."""
         with as_user_error():
             self.caching.check({"fingerprint": self.fingerprint, **settings})
             if self.caching:
                 self.caching.check_network(self._channels())
 
     def _channels(self) -> dict[Hashable, int]:
-        """How many channels each value has that the U-Net asks a cache for, by its key."""
+        """The number of channels of each value that a cache may keep, by its key."""
         return {key: one.shape[1 if len(one.shape) == 4 else -1] for key, one in positions(self.trace).items()}
 
     @property
@@ -289,13 +289,15 @@ class Run:
 
 
 def _sampler(spec: RunSpec, config: Config) -> Sampler:
-    """The sampler of a run: as the user says, else as what was fitted to a run does, else the config. Raises UserError,
-    also for a fitted file that cannot be read."""
+    """The sampler of a run: the user's options come before those of a fitted file, these before the config's.
+
+    Raises UserError, also for a fitted file that cannot be read.
+    """
     usual = config.sampler
     with as_user_error():
         fitted = {name: value for method in spec.caching for name, value in method.sampling().items()}
         options = fitted | arguments.given(spec.sampler)
-        table = fitted.get("table") if options == fitted else None       # else the run is refused
+        table = fitted.get("table") if options == fitted else None      # with other options the run is refused later
         name = options.get("sampler", usual.sampler)
         timesteps = options.get("timesteps") or timesteps_for(name, usual.timesteps)
         if not is_listed(timesteps) and timesteps not in TIMESTEPS:
@@ -303,32 +305,32 @@ def _sampler(spec: RunSpec, config: Config) -> Sampler:
                             f"{timesteps[:40]!r}")
         steps = options.get("steps", timesteps.count(",") + 1 if is_listed(timesteps) else usual.steps)
         eta = spec.sampler.eta if spec.sampler.eta is not None else usual.eta if name == "ddim" else 0.0
-        sampler = Sampler(name, steps, timesteps, eta, config.diffusion, table)     # which says how many steps it takes
+        sampler = Sampler(name, steps, timesteps, eta, config.diffusion, table)     # raises for a wrong number of steps
     if not 1 <= steps <= MOST_STEPS:
         raise UserError(f"--steps must be from 1 to {MOST_STEPS}, got {steps}")
     return sampler
 
 
 def _short(timesteps: str) -> str:
-    """A spacing's name; of a list of timesteps, a digest."""
+    """The name of a spacing, or the digest of a list of timesteps."""
     return f"times{hashlib.sha256(timesteps.encode()).hexdigest()[:8]}" if is_listed(timesteps) else timesteps
 
 
 def _portable(path: Path) -> str:
-    """A path relative to the repository, where it is below."""
+    """A path, relative to the repository if it is in there."""
     whole = path.absolute()
     return str(whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else whole)
 
 
 @cache
 def _open(family: str, path: Path, *seen: int) -> tuple[Config, NestedUNet]:
-    """The config and the U-Net of a model: the same for all its runs, as long as its file does not change."""
+    """The config and the U-Net of a model, shared by all its runs as long as the file does not change."""
     config = families()[family].load_config(path)
     return config, build(config)
 
 
 def config_among(words: Sequence[str]) -> Path | None:
-    """The config that a command line names, before its other options, which that decides, are known."""
+    """The config that a command line names. It decides which other options exist, so it is read first."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     return first.parse_known_args(words)[0].config
@@ -337,15 +339,15 @@ def config_among(words: Sequence[str]) -> Path | None:
 def parse_run(doc: str | None, *kinds: type, family: Family | None = None, words: Sequence[str] | None = None,
               parts: Sequence[type] | None = None, defaults: Mapping[str, Any] | None = None,
               prog: str | None = None) -> list[Any]:
-    """The RunSpec that a command line asks for, and an object of each of other dataclasses of options.
+    """Parse a command line into a RunSpec and an object of each of the `kinds`, dataclasses of options.
 
-    family: whose config it takes; None: of any, and --config says which. parts: the options of a run that the command
-    has, by their dataclasses (None: all). defaults: of this command, instead of the options' own; --batch-size has the
-    family's. Raises UserError.
+    family: of the config; None: the one that --config says. parts: the dataclasses of a run's options that the command
+    has; None: all. defaults: this command's, instead of the options' own; that of --batch-size is the family's.
+    Raises UserError.
     """
     words = sys.argv[1:] if words is None else words
     config = config_among(words) if family is None else None
-    if family is None and config is None:       # which ends in an error or in a help of what is known
+    if family is None and config is None:       # ends in an error or in --help
         arguments.parse(doc, ConfigFile, *kinds, words=words, defaults=defaults, prog=prog)
     family = family or family_named_by(config or "")
     spec = RunSpec(family.name, Path(), condition=family.condition())

@@ -235,7 +235,7 @@ def test_a_rhythm_needs_no_weights_and_fits_any(made, config, sample, tmp_path, 
               tmp_path / "other.safetensors")
     assert len(sample("other", "--block-schedule", made / "rhythm.json", "--checkpoint",
                       tmp_path / "other.safetensors")[0]) == 4
-    for steps, why in (("1,2", "must contain 0"), (f"0,{STEPS}", "stay below"), ("x", "do not parse")):
+    for steps, why in (("1,2", "must contain 0"), (f"0,{STEPS}", "stay below"), ("x", "cannot be read")):
         assert fails(run_command(main_of("lab.fit"), "rhythm", "--config", config, "--computed", steps, "--out",
                                  tmp_path / "no.json"), why)
     for path in (HERE.parent / "configs" / "block_schedules").glob("*.json"):

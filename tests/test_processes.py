@@ -85,4 +85,4 @@ def test_a_process_of_torchrun_takes_its_own_gpu(sample, tmp_path, monkeypatch, 
     """Seen in the message, where there is no GPU."""
     monkeypatch.setenv("LOCAL_RANK", "96")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 100)
-    assert fails(capsys, sample("--device", "cuda", "--out", tmp_path / "out"), "cuda:96 is not there")
+    assert fails(capsys, sample("--device", "cuda", "--out", tmp_path / "out"), "cuda:96 does not exist")

@@ -1,1 +1,1 @@
-"""What lab/train.py is made of: the emoji images, and a loop that can be stopped and resumed at any moment."""
+"""The parts of lab/train.py: the emoji images, and a loop that can be stopped and resumed at any moment."""

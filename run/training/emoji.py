@@ -14,7 +14,7 @@ from run.files import ROOT
 
 FOLDER = ROOT / "data" / "emoji"
 
-# The five styles of artwork in words. noto-v1 draws its faces as blobs, fluent-emoji shades the shapes of the flat one.
+# The five styles of artwork in words. noto-v1 draws faces as blobs; fluent-emoji shades fluent-emoji-flat's shapes.
 STYLES = {"noto": "noto style", "noto-v1": "blob style", "fluent-emoji-flat": "flat style",
           "fluent-emoji": "glossy style", "twemoji": "twitter style"}
 
@@ -39,16 +39,16 @@ def read_index(folder: Path = FOLDER) -> list[Emoji]:
 
 
 def class_names(groups: Sequence[str]) -> list[str]:
-    """The name of each label of a class-conditional model of groups, 'group, style': by group and then by style."""
+    """The names of a class-conditional model's labels, 'group, style', sorted by group and then by style."""
     styles = sorted({row.style for row in read_index() if row.split == "train" and row.group in groups})
     return [f"{group}, {style}" for group in groups for style in styles]
 
 
 def load(size: int = 32, split: str | None = None, groups: str | Sequence[str] | None = None,
          folder: Path = FOLDER) -> tuple[np.ndarray, list[Emoji]]:
-    """Images and their rows, in the order of index.csv, narrowed to a split and to one or several groups.
+    """Images of a split and of one or several groups (None: all), with their rows, in the order of index.csv.
 
-    Returns uint8 [n, size, size, 3] and n rows. Raises ValueError for a size, split or group that is not there.
+    Returns uint8 [n, size, size, 3] and n rows. Raises ValueError for a size, split or group that does not exist.
     """
     mosaic = folder / f"emoji_{size}.webp"
     if not mosaic.exists():
@@ -69,7 +69,7 @@ def load(size: int = 32, split: str | None = None, groups: str | Sequence[str] |
 
 
 def load_groups(size: int, split: str | None, groups: Sequence[str]) -> tuple[Tensor, list[Emoji]]:
-    """Load groups one after the other: uint8 [n, 3, size, size] and n rows. Raises ValueError as `load` does."""
+    """Load one group after the other: uint8 [n, 3, size, size] and n rows. Raises ValueError as `load` does."""
     images, rows = load(size, split, groups)
     places = [i for group in groups for i, row in enumerate(rows) if row.group == group]
     return torch.from_numpy(images[places]).permute(0, 3, 1, 2).contiguous(), [rows[i] for i in places]

@@ -26,14 +26,14 @@ Loss = Callable[[Model, Tensor, torch.Generator], Tensor]       # loss(model, ba
 
 @dataclass
 class TrainConfig:
-    """How long and how fast a model is trained."""
+    """The length, learning rate and other settings of training."""
     images: int = 300_000           # training images seen in all
     batch_size: int = 32
-    lr: float = 5e-4                # AdamW; warmed up linearly, cooled linearly over the last `cooldown` of the run
+    lr: float = 5e-4                # of AdamW, with linear warm-up and linear cool-down
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     warmup: int = 6_400             # images
-    cooldown: float = 0.2           # fraction of the run
+    cooldown: float = 0.2           # the last fraction of the run
     ema: float = 0.9985             # per optimiser step
     grad_clip: float = 1.0
     seed: int = 0
@@ -50,12 +50,12 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class Section:
-    """The section of a config that says how a model is trained, beside its data."""
+    """The section of a config about training. Families add the data."""
     bf16: bool = True               # autocast
     loop: TrainConfig = field(default_factory=TrainConfig)
 
 
-WHEN = ("images", "save_every")     # of a run that may change when it goes on
+WHEN = ("images", "save_every")     # the settings that may change when a run is resumed
 
 
 @torch.no_grad()
@@ -67,13 +67,13 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def learning_rate(config: TrainConfig, seen: int) -> float:
-    """The learning rate after so many images: a linear warm-up, constant, a linear cool-down."""
+    """The learning rate after `seen` images: a linear warm-up, constant, a linear cool-down."""
     cool = config.images * config.cooldown
     return config.lr * min(1.0, (seen + config.batch_size) / config.warmup, max(0.02, (config.images - seen) / cool))
 
 
 class Trainer(Generic[Model]):
-    """A model in training, its EMA copy, and all that a restart goes on from."""
+    """A model in training, its EMA copy, and the rest of the state that a restart needs."""
 
     def __init__(self, model: Model, config: TrainConfig, device: str):
         self.config, self.device = config, device
@@ -85,7 +85,7 @@ class Trainer(Generic[Model]):
         self.seen, self.seconds = 0, 0.0
 
     def step(self, loss: Loss[Model], images: Tensor) -> Tensor:
-        """Train on a batch of images that is drawn from all; returns the loss."""
+        """Train on a batch drawn from the images; returns the loss."""
         start, config = time.monotonic(), self.config
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.seen)
@@ -102,18 +102,18 @@ class Trainer(Generic[Model]):
         return value.detach()
 
     def save(self, path: Path) -> None:
-        """Write all of it, whole or not at all."""
+        """Write the whole state, atomically."""
         state = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "seen": self.seen,
                  "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
                  "seconds": self.seconds, "config": asdict(self.config)}
         write_atomically(path, lambda temporary: torch.save(state, temporary))
 
     def load(self, path: Path) -> None:
-        """Go on from a file. Raises UserError for one that is damaged, of another model or of other settings."""
+        """Resume from a file. Raises UserError if it is damaged, or another model's or other settings'."""
         state = read_tensors(path)
         if not isinstance(state, dict) or fault([state.get("seen"), state.get("seconds")], list[float]) or fault(
                 state.get("config"), dict):
-            raise UserError(f"{path} holds no training run: name another --out")
+            raise UserError(f"{path} does not hold a training run: name another --out")
         before, now = ({key: value for key, value in json.loads(json.dumps(one)).items() if key not in WHEN}
                        for one in (state["config"], asdict(self.config)))
         if unlike := differences(before, now):
@@ -124,7 +124,7 @@ class Trainer(Generic[Model]):
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"].cpu())
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{path} is damaged, or of another model: {one_line(error)[:200]}; name another --out"
+            raise UserError(f"{path} is damaged, or another model's: {one_line(error)[:200]}; name another --out"
                             ) from None
         self.seen, self.seconds = state["seen"], state["seconds"]
         print(f"resuming at {self.seen:,} images")
@@ -132,11 +132,11 @@ class Trainer(Generic[Model]):
 
 def train(model: Model, loss: Loss[Model], images: Tensor, config: TrainConfig, out: Path, device: str = "cpu"
           ) -> Model:
-    """Train `model` on `images` and return its EMA copy. Resumes from out/state.pt where there is one.
+    """Train `model` on `images` and return its EMA copy. Resumes from out/state.pt if it exists.
 
-    images: [n, ...], the training set, held in memory; `loss` is given batches of it.
-    Ctrl-C, SIGTERM and SIGUSR1 stop it after a step, with its state saved: raises Stopped.
-    out/log.jsonl gets a line per 1,000 images: images, loss, lr, seconds (of training, over all restarts).
+    images: [n, ...], the training set in memory, from which `loss` gets batches.
+    Ctrl-C, SIGTERM and SIGUSR1 stop training after a step, with the state saved: raises Stopped.
+    out/log.jsonl gets a line per 1,000 images: images, loss, lr, and seconds of training over all restarts.
     """
     out.mkdir(parents=True, exist_ok=True)
     trainer, state = Trainer(model, config, device), out / "state.pt"
