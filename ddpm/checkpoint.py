@@ -1,9 +1,9 @@
-"""Loading and saving DDPM weights under their published names.
+"""Load and save DDPM weights under their published names.
 
-The public checkpoints (pytorch DDIM code, used by DeepCache's release) name levels from the outermost:
-`down.1.block.0`, `mid.attn_1`, `up.1.block.2`. The same weights are published for diffusers' UNet2DModel
-(google/ddpm-cifar10-32, google/ddpm-ema-bedroom-256, google/ddpm-ema-church-256), with names of its own. Our U-Net is a
-nest of blocks, so names are rewritten by rule; every tensor is kept.
+The public checkpoints (of the PyTorch DDIM code, which DeepCache's release uses) count levels from the outermost:
+`down.1.block.0`, `mid.attn_1`, `up.1.block.2`. The same weights are published for diffusers' UNet2DModel under other
+names (google/ddpm-cifar10-32, google/ddpm-ema-bedroom-256, google/ddpm-ema-church-256). Our U-Net is a nest of blocks,
+so names are rewritten by rule. Every tensor is kept.
 """
 
 import re
@@ -35,15 +35,15 @@ def published_name(name: str, num_levels: int, num_res_blocks: int) -> str:
     if match := re.fullmatch(r"middle_block\.(\d)\.(.+)", name):
         return f"mid.{_MIDDLE[match[1]]}.{match[2]}"
     match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.\d\.(.+)", name)
-    assert match, f"{name} is no tensor of this U-Net"
+    assert match, f"{name} is not a tensor of this U-Net"
     side, block, leaf = match.groups()
     if side == "input":     # after conv_in, each level has its ResNet blocks and then a downsampling
         level, i = divmod(int(block) - 1, num_res_blocks + 1)
         part, samples = f"down.{level}", "downsample"
-    else:                   # from the innermost level out
+    else:                   # from the innermost level outwards
         level, i = divmod(int(block), num_res_blocks + 1)
         part, samples = f"up.{num_levels - 1 - level}", "upsample"
-    if leaf.startswith("conv."):                    # only the layers that resample have a bare `conv`
+    if leaf.startswith("conv."):                    # only down- and upsampling have a layer called `conv`
         return f"{part}.{samples}.{leaf}"
     return f"{part}.{'attn' if leaf.split('.')[0] in ('norm', 'q', 'k', 'v', 'proj_out') else 'block'}.{i}.{leaf}"
 
@@ -55,9 +55,9 @@ def published_state_dict(unet: UNet) -> dict[str, Tensor]:
 
 
 def diffusers_name(published: str, num_levels: int) -> str:
-    """The name in diffusers' UNet2DModel of a tensor: 'down.1.attn.0.q.bias' -> 'down_blocks.1.attentions.0.to_q.bias'.
+    """The name in diffusers' UNet2DModel: 'down.1.attn.0.q.bias' -> 'down_blocks.1.attentions.0.to_q.bias'.
 
-    Its decoder's levels count from the innermost.
+    diffusers counts the decoder's levels from the innermost.
     """
     def level(match: re.Match[str]) -> str:
         return f"{match[1]}_blocks.{match[2] if match[1] == 'down' else num_levels - 1 - int(match[2])}"
@@ -77,9 +77,9 @@ def diffusers_name(published: str, num_levels: int) -> str:
 
 
 def load_state_dict(unet: UNet, state_dict: dict[str, Tensor]) -> None:
-    """Load tensors given under their published names, or under those of diffusers' UNet2DModel.
+    """Load tensors with their published names, or with the names of diffusers' UNet2DModel.
 
-    Raises UserError that names every missing, extra or misshapen tensor; the U-Net is left untouched then.
+    Raises UserError that names every missing, extra or misshapen tensor; then the U-Net is unchanged.
     """
     def published(name: str) -> str:
         return published_name(name, unet.num_levels, unet.num_res_blocks)
@@ -93,11 +93,11 @@ def load_state_dict(unet: UNet, state_dict: dict[str, Tensor]) -> None:
 
 
 def load_checkpoint(unet: UNet, path: Path, diffusion: Diffusion | None = None, ema: bool | None = None) -> None:
-    """Load a whole checkpoint file: safetensors, or a pickle.
+    """Load a checkpoint file, safetensors or a pickle.
 
-    The public EMA files hold the tensors alone. The DDIM training code writes a list [weights, optimizer, epoch, step,
-    EMA weights]; its last entry is taken. diffusion, ema: as `run.weight_files.open_weights` takes them.
-    Raises UserError for a file that is missing, damaged, unsafe or of another model.
+    The public EMA files hold only the tensors. The DDIM training code writes a list [weights, optimizer, epoch, step,
+    EMA weights], of which the last entry is taken. diffusion, ema: as in `run.weight_files.open_weights`.
+    Raises UserError for a file that is missing, damaged, unsafe or another model's.
     """
     tensors = open_weights(path, "DDPM", diffusion, ema).tensors
     with named(path):
@@ -107,7 +107,7 @@ def load_checkpoint(unet: UNet, path: Path, diffusion: Diffusion | None = None, 
 def load_unet(config: Config, path: Path, ema: bool | None = None) -> UNet:
     """The U-Net of a config with the weights of a checkpoint file, in evaluation mode, float32 on the CPU.
 
-    Raises UserError for sizes that cannot be, and as `load_checkpoint`.
+    Raises UserError for sizes that are not possible, and as `load_checkpoint` does.
     """
     with as_user_error(f"{config.name}: "):
         unet = UNet(**vars(config.unet))
@@ -116,7 +116,7 @@ def load_unet(config: Config, path: Path, ema: bool | None = None) -> UNet:
 
 
 def diffusers_unet(config: Config, unet: UNet) -> nn.Module:
-    """diffusers' U-Net on the very weights of ours, but those of attention, which are linear layers there."""
+    """diffusers' U-Net with the weights of ours. Its attention has linear layers instead of 1x1 convolutions."""
     sizes = config.unet
     attends = [sizes.resolution >> level in sizes.attn_resolutions for level in range(len(sizes.ch_mult))]
     with torch.device("meta"):
@@ -131,7 +131,7 @@ def diffusers_unet(config: Config, unet: UNet) -> nn.Module:
 
 
 def diffusers_state_dict(unet: UNet) -> dict[str, Tensor]:
-    """The tensors of a U-Net under the names of diffusers' UNet2DModel, whose attention has linear layers."""
+    """The U-Net's tensors under the names of diffusers' UNet2DModel, with attention weights as linear layers."""
     tensors = {}
     for published, value in published_state_dict(unet).items():
         name = diffusers_name(published, unet.num_levels)

@@ -1,4 +1,4 @@
-"""The YAML files of configs/ for DDPM, checked against this schema: an unknown or missing key is an error."""
+"""The schema of DDPM's YAML files in configs/: an unknown or missing key is an error."""
 
 from dataclasses import dataclass, field
 
@@ -27,10 +27,10 @@ class Sampling(families.Sampling):
 
 @dataclass(kw_only=True)
 class Train(loop.Section):
-    """Of `lab.train`."""
-    group: str | None = None        # one group of data/emoji/index.csv, or all
+    """The settings of `lab.train`."""
+    group: str | None = None        # a group of data/emoji/index.csv; None: all
     dropout: float = 0.0
-    start: str | None = None        # weights to go on from, in the layout of `checkpoint`; None: random ones
+    start: str | None = None        # weights to start from, in the layout of `checkpoint`; None: random weights
 
 
 @dataclass(kw_only=True)

@@ -15,11 +15,11 @@ from unet_caching.speed.accelerate import place
 
 
 class DDPM(ImageModel[Config, Condition]):
-    """An unconditional model in pixels: its latents are the images."""
+    """An unconditional model of pixels: its latents are the images."""
 
     def read(self, checkpoint: Path) -> None:
         if self.config.md5 and self.run.spec.network.checkpoint is None:
-            check_md5(checkpoint, self.config.md5)      # first: a download that was cut short should be called that
+            check_md5(checkpoint, self.config.md5)      # first, so that a truncated download is reported as one
         self.unet = place(load_unet(self.config, checkpoint, **self.run.weights), self.device, self.dtype)
 
     def decode(self, latents: Tensor) -> np.ndarray:

@@ -45,7 +45,7 @@ class ResnetBlock(Residual):
 
 
 class AttentionBlock(Residual):
-    """Self-attention over the pixels, one head, with 1x1 convolutions as projections."""
+    """Self-attention over the pixels, with one head and 1x1 convolutions as projections."""
     kind = "transformer"
 
     def __init__(self, channels: int):
@@ -64,7 +64,7 @@ class AttentionBlock(Residual):
 
 
 class Downsample(nn.Module):
-    """Halve height and width. The padding is below and to the right only, as in the published checkpoints."""
+    """Halves height and width. It pads only below and to the right, as in the published checkpoints."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -81,8 +81,8 @@ class UNet(NestedUNet):
     attn_resolutions: sizes in pixels at which attention follows each ResNet block; the middle always has it.
 
     `unet(x, t, cache)`: x [batch, in_channels, resolution, resolution], t [batch] -> [batch, out_channels, ...].
-    `num_branches`: how many skips there are, so that branch is 0..num_branches - 1.
-    Raises ValueError for sizes that cannot be halved often enough or channels that 32 groups do not divide.
+    `num_branches`: the number of skip connections; branch is from 0 to num_branches - 1.
+    Raises ValueError for sizes that cannot be halved often enough, and for channels that 32 groups do not divide.
     """
 
     def __init__(self, resolution: int, in_channels: int, out_channels: int, ch: int, ch_mult: Sequence[int],
@@ -111,7 +111,7 @@ class UNet(NestedUNet):
         self.out = nn.Sequential(group_norm(width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
 
     def embedding(self, t: Tensor) -> Tensor:
-        """What the blocks know of the timestep: [batch] -> [batch, 4 ch], activated once for all of them."""
+        """The embedding of the timestep: [batch] -> [batch, 4 ch], activated once for all blocks."""
         sinusoid = timestep_embedding(t, self.ch)                                            # [batch, ch]
         return self.embed(sinusoid.to(next(self.embed.parameters()).dtype))
 

@@ -1,7 +1,7 @@
-"""Loading and saving LDM weights under their published names.
+"""Load and save LDM weights under their published names.
 
-A public checkpoint (cin256-v2, CompVis) holds three networks, told apart by prefix: the U-Net, the first stage and the
-class embedder. Our U-Net's modules have the published names, so its tensors are used as they lie in the file.
+A public checkpoint (cin256-v2, CompVis) holds three networks with a prefix each: the U-Net, the first stage and the
+class embedder. The modules of our U-Net have the published names.
 """
 
 import os
@@ -28,42 +28,41 @@ UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", first_stage.PREFIX, "cond
 
 
 class Model(NamedTuple):
-    """What a checkpoint holds. `classes`: label -> context vector; the last label is the unconditional one."""
+    """The networks of a checkpoint. classes: label -> context vector; the last label is the unconditional one."""
     unet: UNet
     first_stage: diffusers.VQModel
     classes: nn.Embedding
 
 
 def load_state_dict(unet: UNet, state_dict: dict[str, Tensor]) -> None:
-    """Load tensors given under their published names, with or without `model.diffusion_model.`.
+    """Load tensors with their published names, with or without `model.diffusion_model.`.
 
-    Raises UserError that names every missing, extra or misshapen tensor; the U-Net is left untouched then.
+    Raises UserError that names every missing, extra or misshapen tensor; then the U-Net is unchanged.
     """
     load_strict(unet, {name.removeprefix(UNET): value for name, value in state_dict.items()}, str)
 
 
 def split(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    """Split a whole checkpoint by prefix, which is taken off: {UNET: {...}, FIRST_STAGE: {...}, CLASSES: {...}}.
+    """Split a whole checkpoint by prefix, and remove the prefixes: {UNET: {...}, FIRST_STAGE: {...}, CLASSES: {...}}.
 
-    Raises UserError, naming `path`, where `run.weight_files.split` does, and for another model's weights.
+    Raises UserError, naming `path`, as `run.weight_files.split` does, and for another model's weights.
     """
     parts = weight_files.split(tensors, path, (UNET, FIRST_STAGE, CLASSES), "LDM")
     if "embedding.weight" not in parts[CLASSES]:
         raise UserError(f"{path} is not class-conditional: it has no {CLASSES}embedding.weight but "
-                        f"{CLASSES}{next(iter(parts[CLASSES]))}; Stable Diffusion has a package of its own")
+                        f"{CLASSES}{next(iter(parts[CLASSES]))}; sample Stable Diffusion with stable_diffusion.sample")
     return parts
 
 
 def load_checkpoint(config: Config, path: Path, ema: bool | None = None) -> Model:
     """Build the three networks with the weights of a whole checkpoint file, in evaluation mode, float32 on the CPU.
 
-    A pickle is converted to safetensors next to it, once. Weights in float32 are used where they lie in the file,
-    which is mapped, so that loading takes little more memory than they do. ema: of a U-Net with both, EMA weights or
-    plain ones, which are the default.
-    Raises UserError for a file that is missing, damaged, unsafe or of another model.
+    A pickle is converted, once, to a safetensors file next to it. Weights in float32 are memory-mapped, so loading
+    takes little more memory than they do. ema: take the U-Net's EMA weights or the plain ones, which are the default.
+    Raises UserError for a file that is missing, damaged, unsafe or another model's.
     """
     tensors = open_weights(path, "LDM", config.diffusion, ema).tensors
-    copy = path if ema else convert(path)       # which keeps no more than the weights
+    copy = path if ema else convert(path)       # a converted file has only the plain weights
     parts = split(tensors if copy == path else open_weights(copy, "LDM").tensors, path)
     with torch.device("meta"):
         model = Model(UNet(**vars(config.unet)), first_stage.build(**vars(config.first_stage)),
@@ -78,12 +77,12 @@ def load_checkpoint(config: Config, path: Path, ema: bool | None = None) -> Mode
 
 
 def load_unet(config: Config, path: Path, ema: bool | None = None) -> UNet:
-    """The U-Net of `load_checkpoint` alone. Raises UserError."""
+    """Only the U-Net of `load_checkpoint`. Raises UserError."""
     return load_checkpoint(config, path, ema).unet
 
 
 def published_state_dict(model: Model) -> dict[str, Tensor]:
-    """The three networks' tensors under their published names, as one checkpoint holds them."""
+    """The three networks' tensors under their published names, as in a public checkpoint."""
     return ({UNET + name: value for name, value in model.unet.state_dict().items()}
             | {FIRST_STAGE + name: value for name, value in first_stage.published_state_dict(model.first_stage).items()}
             | {f"{CLASSES}embedding.weight": model.classes.weight})
@@ -92,9 +91,8 @@ def published_state_dict(model: Model) -> dict[str, Tensor]:
 def convert(path: Path) -> Path:
     """The safetensors file to load for `path`: itself, or MODEL.safetensors next to the pickle MODEL.ckpt.
 
-    It is written the first time, with what `split` keeps, and again when the pickle is another one: the digests of both
-    stand in MODEL.safetensors.sha256, in the format of sha256sum. In a folder that cannot be written the pickle is
-    used.
+    It is written, with what `split` keeps, the first time and whenever the pickle has changed. The digests of both
+    files are in MODEL.safetensors.sha256, in the format of sha256sum. In a read-only folder the pickle itself is used.
     """
     path = Path(path)
     if not path.is_file() or is_safetensors(path):
@@ -106,8 +104,9 @@ def convert(path: Path) -> Path:
     current = target.is_file() and noted.get(target.name) == sha256(target)
     if current and noted.get(path.name) == sha256(path):
         return target
-    if target.exists() and not current and (target.name in noted or not note.is_file()):    # which may be cut short
-        raise UserError(f"{target} is in the way of converting {path}: it was not made from it; move one of them")
+    if target.exists() and not current and (target.name in noted or not note.is_file()):    # a note may be cut short
+        raise UserError(f"{path} is to be converted to {target}, which exists and was not made from it: move one of "
+                        "them")
     if not os.access(path.parent, os.W_OK):
         return path
     parts = split(open_weights(path, "LDM").tensors, path)
@@ -115,7 +114,7 @@ def convert(path: Path) -> Path:
     def write(temporary: Path) -> None:
         write_tensors({prefix + name: value for prefix, part in parts.items() for name, value in part.items()},
                       temporary)
-        # The digests first, so that a target without them was never made here; other processes may be doing the same.
+        # First the digests, so that every target made here has them. Other processes may convert at the same time.
         lines = f"{sha256(temporary)}  {target.name}\n{sha256(path)}  {path.name}\n"
         write_atomically(note, lambda note: note.write_text(lines))
 

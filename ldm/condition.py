@@ -1,4 +1,4 @@
-"""What an image of LDM shows: the options of a run beside those that all models share."""
+"""What an image of LDM shows: the options that only this family has."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from unet_caching.options import option
 class ClassCondition(Guided):
     """Which class each image shows."""
     labels: str = option("balanced", "balanced (default): seed mod the number of classes; random: uniform, from the "
-                                     "seed; or a list like 207,360 or 0-9, taken in turn")
+                                     "seed; or a list like 207,360 or 0-9, used in turn")
 
     def check(self, config: Config) -> None:
         config.check_sizes()

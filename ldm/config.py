@@ -1,4 +1,4 @@
-"""The YAML files of configs/ for LDM, checked against this schema: an unknown or missing key is an error."""
+"""The schema of LDM's YAML files in configs/: an unknown or missing key is an error."""
 
 from dataclasses import dataclass, field
 
@@ -34,13 +34,13 @@ class FirstStage:
 
     @property
     def downsampling(self) -> int:
-        """How many pixels, in each direction, make one latent."""
+        """The number of pixels per latent, in each direction."""
         return 2 ** (len(self.ch_mult) - 1)
 
 
 @dataclass
 class Diffusion(diffusion.Diffusion):
-    """LDM's noise schedule, unless the config says otherwise."""
+    """LDM's noise schedule by default."""
     beta_schedule: str = "scaled_linear"
     beta_start: float = 0.0015
     beta_end: float = 0.0195
@@ -56,14 +56,14 @@ class Sampling(families.Sampling):
 
 @dataclass(kw_only=True)
 class TrainFirstStage(loop.Section):
-    """Of `lab.train first-stage`, on all emoji."""
-    noise: float = 0.05                 # standard deviation of what is added to the latents while training
-    penalty: float = 1e-3               # weight of the mean squared latent, so that the noise cannot be outgrown
+    """The settings of `lab.train first-stage`, which trains on all emoji."""
+    noise: float = 0.05                 # standard deviation of noise that training adds to the latents
+    penalty: float = 1e-3               # weight of the mean squared latent, so that latents do not outgrow the noise
 
 
 @dataclass(kw_only=True)
 class Train(loop.Section):
-    """Of `lab.train`."""
+    """The settings of `lab.train`."""
     groups: list[str]                   # of data/emoji/index.csv; a class is a group in one style
     drop_label: float = 0.1             # fraction of the labels that become the unconditional one
     dropout: float = 0.0
@@ -75,7 +75,7 @@ class Config(families.Config):
     unet: Unet
     first_stage: FirstStage
     num_classes: int
-    class_names: str | None = None      # text file, a name per line in the order of the labels, for listings only
+    class_names: str | None = None      # text file with a name per label, only for listings
     diffusion: Diffusion = field(default_factory=Diffusion)
     sampler: Sampling = field(default_factory=Sampling)
     train_first_stage: TrainFirstStage | None = None
@@ -87,18 +87,18 @@ class Config(families.Config):
         return self.first_stage.resolution // self.first_stage.downsampling
 
     def trained_classes(self, train: Train) -> list[str]:
-        """The names of the classes that it is trained on. Raises UserError where there are others than num_classes."""
+        """The names of the classes of the training images. Raises UserError if they are not num_classes many."""
         names = class_names(train.groups)
         if len(names) != self.num_classes:
             raise UserError(f"num_classes is {self.num_classes}, but the groups have {len(names)} classes: {names}")
         return names
 
     def check_sizes(self) -> None:
-        """Raises UserError where the U-Net and the first stage do not fit together."""
+        """Raise a UserError if the U-Net and the first stage do not fit together."""
         stage, within = self.first_stage, 2 ** (len(self.unet.channel_mult) - 1)
         if not self.unet.in_channels == self.unet.out_channels == stage.z_channels:
             raise UserError(f"the U-Net has {self.unet.in_channels} channels in and {self.unet.out_channels} out, the "
                             f"latents have {stage.z_channels}")
         if stage.resolution % (stage.downsampling * within):
-            raise UserError(f"images of {stage.resolution} pixels are not divisible by {stage.downsampling} in the "
-                            f"first stage and {within} in the U-Net")
+            raise UserError(f"images of {stage.resolution} pixels cannot be downsampled by {stage.downsampling} in the "
+                            f"first stage and by {within} in the U-Net")

@@ -1,4 +1,4 @@
-"""The names and sizes of LDM's and Stable Diffusion's U-Net in diffusers, which follow from its structure by rule."""
+"""The names and sizes of LDM's and Stable Diffusion's U-Nets in diffusers, derived from their structure."""
 
 import inspect
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ _RES_BLOCK = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "t
 def diffusers_names(unet: UNet) -> dict[str, str]:
     """Our tensor names -> diffusers', from the structure of this U-Net.
 
-    'input_blocks.4.0.in_layers.2.weight' -> 'down_blocks.1.resnets.0.conv1.weight' in v1.5: a level of the encoder
-    ends with its downsampling, one of the decoder with its upsampling; ResNet blocks and transformers are counted
+    'input_blocks.4.0.in_layers.2.weight' -> 'down_blocks.1.resnets.0.conv1.weight' in v1.5. A level of the encoder
+    ends with its downsampling, a level of the decoder with its upsampling. ResNet blocks and transformers are counted
     within a level.
     """
     modules = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
@@ -50,20 +50,20 @@ def diffusers_names(unet: UNet) -> dict[str, str]:
 
 
 def diffusers_state_dict(unet: UNet) -> dict[str, Tensor]:
-    """The U-Net's own tensors, not copies, under diffusers' names."""
+    """The U-Net's tensors, not copied, under diffusers' names."""
     names = diffusers_names(unet)
     return {names[name]: value for name, value in unet.state_dict().items()}
 
 
 _DOWN = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}        # with cross-attention, without
 _UP = {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
-_NO_DIFFERENCE = ("sample_size", "dropout", "upcast_attention", "addition_embed_type_num_heads")     # to the function
+_NO_DIFFERENCE = ("sample_size", "dropout", "upcast_attention", "addition_embed_type_num_heads")    # to the output
 
 
 def differences(config: Mapping, arguments: Mapping) -> list[tuple[str, object, object]]:
-    """What a config of diffusers' UNet2DConditionModel says otherwise than our UNet of these arguments would have it.
+    """Where a config of diffusers' UNet2DConditionModel differs from our UNet of these arguments.
 
-    Each with the value that it has and should have. Keys that are not said have diffusers' defaults.
+    Returns (key, its value, expected value) for each difference. Missing keys have diffusers' defaults.
     """
     parameters = inspect.signature(diffusers.UNet2DConditionModel).parameters
     known = {name: parameter.default for name, parameter in parameters.items()}
@@ -74,9 +74,9 @@ def differences(config: Mapping, arguments: Mapping) -> list[tuple[str, object, 
 
 
 def diffusers_arguments(arguments: Mapping) -> dict:
-    """The arguments of diffusers' UNet2DConditionModel for those of our UNet.
+    """The arguments of diffusers' UNet2DConditionModel that correspond to those of our UNet.
 
-    attention_head_dim is the number of heads there, whatever its name says: 8 in 1.x, (5, 10, 20, 20) in 2.x.
+    Despite its name, attention_head_dim is the number of heads in diffusers: 8 in 1.x, (5, 10, 20, 20) in 2.x.
     """
     channels = [arguments["model_channels"] * mult for mult in arguments["channel_mult"]]
     attends = [2 ** level in arguments["attention_resolutions"] for level in range(len(channels))]
@@ -95,14 +95,14 @@ def diffusers_arguments(arguments: Mapping) -> dict:
 
 
 def _one(value: object) -> object:
-    """The entry of a list that has the same one for each level; any other list, and any other value, as it is."""
+    """The entry of a list whose entries are all equal; any other value unchanged."""
     if not isinstance(value, list | tuple):
         return value
     return value[0] if value and value.count(value[0]) == len(value) else list(value)
 
 
 def diffusers_unet(config: Config, unet: UNet, **more: Any) -> diffusers.UNet2DConditionModel:
-    """diffusers' U-Net on the very weights of ours. config: of LDM or Stable Diffusion. more: for its class."""
+    """diffusers' U-Net with the weights of ours. config: LDM's or Stable Diffusion's. more: arguments of its class."""
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(**diffusers_arguments(config.unet_arguments), **more)
     theirs.load_state_dict(diffusers_state_dict(unet), assign=True)

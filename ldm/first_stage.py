@@ -17,7 +17,7 @@ PREFIX = "first_stage_model."       # in a whole checkpoint
 
 def build(resolution: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int,
           n_embed: int) -> diffusers.VQModel:
-    """An untrained VQModel from the arguments of the public configuration; the codes have z_channels entries."""
+    """An untrained VQModel from the arguments of the public configuration. Codes have z_channels entries."""
     levels = len(ch_mult)
     return diffusers.VQModel(
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
@@ -29,14 +29,14 @@ def build(resolution: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int,
 def encode(vq: diffusers.VQModel, images: Tensor) -> Tensor:
     """Images [batch, 3, height, width] in -1..1 -> latents [batch, z_channels, height / f, width / f].
 
-    The latents are those before quantisation, which is where the diffusion model lives.
+    These are the latents before quantisation, which the diffusion model works on.
     """
     return vq.encode(images).latents
 
 
 @torch.no_grad()
 def decode(vq: diffusers.VQModel, latents: Tensor, quantize: bool = True) -> Tensor:
-    """Latents -> images, about -1..1. `quantize`: replace each latent by the nearest code first, as LDM does."""
+    """Latents -> images, about -1..1. quantize: first replace each latent by the nearest code, as LDM does."""
     return vq.decode(latents, force_not_quantize=not quantize).sample
 
 
@@ -57,8 +57,8 @@ _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj
 def published_name(name: str, levels: int) -> str:
     """The published name of one of diffusers' tensors, without the prefix of a whole checkpoint.
 
-    'decoder.up_blocks.0.resnets.1.conv_shortcut.weight' -> 'decoder.up.2.block.1.nin_shortcut.weight': the published
-    decoder counts its levels from the outermost, as its encoder does.
+    'decoder.up_blocks.0.resnets.1.conv_shortcut.weight' -> 'decoder.up.2.block.1.nin_shortcut.weight': published names
+    count the levels from the outermost in the decoder, too.
     """
     name = name.replace("conv_shortcut", "nin_shortcut")
     for theirs, ours in _SHARED.items():
@@ -72,7 +72,7 @@ def published_name(name: str, levels: int) -> str:
 
 
 def published_state_dict(vq: diffusers.VQModel) -> dict[str, Tensor]:
-    """The model's tensors under their published names; its attention has 1x1 convolutions there."""
+    """The model's tensors under their published names, with attention weights as 1x1 convolutions."""
     levels = len(vq.config.block_out_channels)
     tensors = {published_name(name, levels): value for name, value in vq.state_dict().items()}
     return {name: value[:, :, None, None] if _is_projection(name) and value.ndim == 2 else value
@@ -80,9 +80,9 @@ def published_state_dict(vq: diffusers.VQModel) -> dict[str, Tensor]:
 
 
 def load_state_dict(vq: diffusers.VQModel, state_dict: dict[str, Tensor]) -> None:
-    """Load tensors given under their published names, with or without `first_stage_model.`.
+    """Load tensors with their published names, with or without `first_stage_model.`.
 
-    Raises UserError that names every missing, extra or misshapen tensor; the model is left untouched then.
+    Raises UserError that names every missing, extra or misshapen tensor; then the model is unchanged.
     """
     state_dict = {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
     flat = {name: value[:, :, 0, 0] if _is_projection(name) and value.shape[2:] == (1, 1) else value
@@ -91,7 +91,7 @@ def load_state_dict(vq: diffusers.VQModel, state_dict: dict[str, Tensor]) -> Non
 
 
 def load(sizes: FirstStage, path: Path) -> diffusers.VQModel:
-    """A first stage with its weights, in evaluation mode. path: of a whole checkpoint, or of the first stage alone.
+    """A first stage with its weights, in evaluation mode. path: a whole checkpoint, or a file of the first stage.
 
     Raises UserError that names the file.
     """
@@ -103,5 +103,5 @@ def load(sizes: FirstStage, path: Path) -> diffusers.VQModel:
 
 
 def _is_projection(name: str) -> bool:
-    """Whether a published name is a weight of attention, a 1x1 convolution there and a linear layer in diffusers."""
+    """Whether a published name is an attention weight: a 1x1 convolution, in diffusers a linear layer."""
     return re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name) is not None

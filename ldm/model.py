@@ -18,13 +18,13 @@ from run.machine import Machine
 from run.spec import Run
 from unet_caching.speed.accelerate import place
 
-DECODED_AT_ONCE = 8     # images; what the first stage needs for more would decide the batch size
+DECODED_AT_ONCE = 8     # images; decoding more at once would take more memory than the U-Net does
 
 
 def names_of_classes(config: Config) -> list[str] | None:
-    """The names of the classes in the order of the labels, from the config's file or from what it was trained on.
+    """The names of the classes in the order of the labels, from the config's file or from its training images.
 
-    None without either. Raises UserError where there are not as many as classes.
+    None without either. Raises UserError for another number of names than of classes.
     """
     if config.class_names is not None:
         return read_names(Path(config.class_names), config.num_classes)
@@ -32,7 +32,7 @@ def names_of_classes(config: Config) -> list[str] | None:
 
 
 class LDM(ImageModel[Config, ClassCondition]):
-    """A model conditional on a class, in the latents of a first stage."""
+    """A class-conditional model in the latents of a first stage."""
 
     def __init__(self, run: Run, machine: Machine):
         super().__init__(run, machine)
@@ -43,8 +43,7 @@ class LDM(ImageModel[Config, ClassCondition]):
         model = load_checkpoint(self.config, checkpoint, **self.run.weights)
         self.unet = place(model.unet, self.device, self.dtype)
         self.classes = model.classes.to(self.device, self.dtype)
-        # In float32 for every --dtype: in half precision it would choose other codes, and it runs once for all the
-        # steps.
+        # In float32 for every --dtype: half precision would choose other codes, and it runs only once per image.
         self.first_stage = place(model.first_stage, self.device)
 
     def context(self, seeds: Sequence[int]) -> Sequence[Tensor]:

@@ -21,8 +21,8 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
 
 
 class GroupNorm32(nn.GroupNorm):
-    """The norm of ResNet blocks and of the head. It has a class of its own in the released code too, whose MAC counter
-    goes by exact class and so leaves it out; the papers' numbers depend on that.
+    """The norm of ResNet blocks and of the output head. The released code also has a class of its own for it. That
+    code's MAC counter goes by exact class, so it leaves this norm out, and the papers' numbers depend on that.
     """
 
     def __init__(self, channels: int):
@@ -51,7 +51,7 @@ class ResBlock(Residual):
 
 
 class Attention(nn.Module):
-    """Attention from x to the context, or to x itself where there is none."""
+    """Attention from x to the context, or to x itself without a context."""
     key, kind = "", "attention"
 
     def __init__(self, channels: int, num_heads: int, context_channels: int):
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Half of a projection, gated by the GELU (exact, not its tanh approximation) of the other half."""
+    """One half of a projection times the GELU (exact, not the tanh approximation) of the other half."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -134,7 +134,7 @@ class SpatialTransformer(Residual):
 
 
 class Downsample(nn.Module):
-    """Halve height and width."""
+    """Halves height and width."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -148,18 +148,19 @@ class UNet(NestedUNet):
     """LDM's noise predictor in the latent space.
 
     model_channels, channel_mult: channels of level i are model_channels * channel_mult[i].
-    attention_resolutions: downsampling factors (1 = the latent's own size) at which a SpatialTransformer follows each
+    attention_resolutions: downsampling factors (1 = the latents' size) at which a SpatialTransformer follows each
     ResNet block; the middle always has one. context_dim: channels of each context token.
-    num_heads: of every attention; with num_head_channels, heads of that width instead, more of them in wider levels.
-    linear_projections: whether linear layers, not 1x1 convolutions, lead into and out of a SpatialTransformer.
-    transformer_depth: blocks of the SpatialTransformers of each level, the middle's those of the last (None: 1).
+    num_heads: of every attention. num_head_channels: the width of a head, instead of a fixed number of heads.
+    linear_projections: whether a SpatialTransformer's projections are linear layers instead of 1x1 convolutions.
+    transformer_depth: transformer blocks per SpatialTransformer, by level; the middle's as the last. None: 1.
 
     `unet(x, t, context, cache)`: x [batch, in_channels, height, width], t [batch], context
     [batch, tokens, context_dim] -> [batch, out_channels, height, width].
-    Module names are the published ones. `num_branches`: how many skips there are: branch is 0..num_branches - 1.
-    Raises ValueError for channels that 32 groups, or the heads, do not divide, and for depths of other levels.
+    Modules have the published names. `num_branches`: the number of skip connections; branch is from 0 to
+    num_branches - 1.
+    Raises ValueError for channels that 32 groups or the heads do not divide, and for a wrong number of depths.
     """
-    norm: Callable[[int], nn.Module] = GroupNorm32      # of ResNet blocks and of the head
+    norm: Callable[[int], nn.Module] = GroupNorm32      # of ResNet blocks and of the output head
 
     def __init__(self, in_channels: int, out_channels: int, model_channels: int, channel_mult: Sequence[int],
                  num_res_blocks: int, attention_resolutions: Sequence[int], num_heads: int, context_dim: int,
@@ -174,7 +175,7 @@ class UNet(NestedUNet):
             raise ValueError(f"{what} not divide model_channels {model_channels} times {channel_mult}")
         depths = [1] * len(channel_mult) if transformer_depth is None else list(transformer_depth)
         if len(depths) != len(channel_mult):
-            raise ValueError(f"transformer_depth {depths} and channel_mult {list(channel_mult)} must be as long")
+            raise ValueError(f"transformer_depth {depths} and channel_mult {list(channel_mult)} must have equal length")
         self.model_channels, emb = model_channels, 4 * model_channels
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
 
@@ -196,7 +197,7 @@ class UNet(NestedUNet):
         self.out = nn.Sequential(self.norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], out_channels, 3, padding=1))
 
     def embedding(self, t: Tensor) -> Tensor:
-        """What the blocks know of the timestep: [batch] -> [batch, 4 model_channels]."""
+        """The embedding of the timestep: [batch] -> [batch, 4 model_channels]."""
         sinusoid = timestep_embedding(t, self.model_channels)                            # [batch, model_channels]
         return self.time_embed(sinusoid.to(next(self.time_embed.parameters()).dtype))
 

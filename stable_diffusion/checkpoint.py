@@ -1,6 +1,6 @@
-"""Loading Stable Diffusion 1.x, 2.x and SDXL: a diffusers folder, or one file in the authors' layout (1.x and SDXL).
+"""Load Stable Diffusion 1.x, 2.x and SDXL from a diffusers folder, or from one file in the authors' layout (1.x, SDXL).
 
-Our U-Net's modules have the authors' names. Diffusers' names follow from the same structure by rule, for any size.
+The modules of our U-Net have the authors' names. diffusers' names are derived from its structure, for any size.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ from unet_caching.errors import UserError
 
 
 class Second(NamedTuple):
-    """SDXL's second text encoder. zeros: zeros stand for a negative prompt that is not given, else the empty text."""
+    """SDXL's second text encoder. zeros: an empty negative prompt becomes zeros, not the encoding of the empty text."""
     text_encoder: transformers.CLIPTextModelWithProjection
     tokenizer: transformers.PreTrainedTokenizerBase
     zeros: bool
 
 
 class Model(NamedTuple):
-    """What a checkpoint holds. unet: ours, unless diffusers' was asked for. second: SDXL's."""
+    """The networks of a checkpoint. unet: ours, or diffusers' with `diffusers_unet`. second: only SDXL's."""
     unet: UNet | diffusers.UNet2DConditionModel
     vae: diffusers.AutoencoderKL | diffusers.VQModel
     text_encoder: transformers.CLIPTextModel | transformers.BertModel
@@ -54,8 +54,8 @@ class Model(NamedTuple):
 def load_state_dict(unet: UNet, state_dict: Mapping[str, Tensor]) -> None:
     """Load tensors in the CompVis layout, with or without `model.diffusion_model.`, or in diffusers' layout.
 
-    Raises UserError that names, as that layout does, every missing, extra or misshapen tensor; the U-Net is left
-    untouched then.
+    Raises UserError that names every missing, extra or misshapen tensor, in the layout of the file; then the U-Net is
+    unchanged.
     """
     state_dict = {name.removeprefix(UNET): value for name, value in state_dict.items()}
     names = diffusers_names(unet)
@@ -65,7 +65,7 @@ def load_state_dict(unet: UNet, state_dict: Mapping[str, Tensor]) -> None:
 
 KL_F8 = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
          "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "sample_size": 512}
-SCALES = 0.18215, 0.13025       # of latents, of 1.x and of SDXL
+SCALES = 0.18215, 0.13025       # of the latents of 1.x and of SDXL
 _VAES = {"AutoencoderKL": diffusers.AutoencoderKL, "VQModel": diffusers.VQModel}
 _IMAGES = {9: "for inpainting: diffusers' StableDiffusionInpaintPipeline takes",
            8: "for edits by instruction: diffusers' StableDiffusionInstructPix2PixPipeline takes",
@@ -77,14 +77,13 @@ def load_checkpoint(config: Config, path: Path, diffusers_unet: bool = False, em
                     unet: Path | None = None, vae: Path | None = None) -> Model:
     """Build all networks with the weights at `path`, in evaluation mode, float32 on the CPU, and the tokenizer.
 
-    path: a diffusers folder (model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/; SDXL's has a
-    text_encoder_2/ and tokenizer_2/, too), its weights in safetensors or pickled, whole or in shards, in float32 or,
-    where there is no other, in float16; or one file of 1.x or SDXL in the authors' layout. With a file the tokenizer
-    is that of a folder tokenizer/ beside it, else CLIP's.
-    Weights in float32 are used where they lie in the file, which is mapped.
-    diffusers_unet: build a folder's U-Net with diffusers' class, whatever its layout is, as for pruned ones.
-    ema: of a U-Net with both, EMA or plain weights (`run.weight_files`). unet, vae: files or folders to take these
-    networks from, instead.
+    path: a diffusers folder, or one file of 1.x or SDXL in the authors' layout. A folder has model_index.json, unet/,
+    vae/, text_encoder/, tokenizer/ and scheduler/, SDXL's also text_encoder_2/ and tokenizer_2/. Its weights are
+    safetensors or pickles, whole or in shards, in float32 or, failing that, float16. The tokenizer of a file comes from
+    a folder tokenizer/ beside it, or else is CLIP's. Weights in float32 are memory-mapped.
+    diffusers_unet: build a folder's U-Net with diffusers' class, whatever its layout, as pruned ones need.
+    ema: take EMA or plain weights of the U-Net (`run.weight_files`). unet, vae: other files or folders to take these
+    networks from.
     Raises UserError for files that are missing, damaged, unsafe or of another model than `config` says.
     """
     others = {name: where for name, where in (("unet", unet), ("vae", vae)) if where is not None}
@@ -101,13 +100,13 @@ def load_checkpoint(config: Config, path: Path, diffusers_unet: bool = False, em
 
 def load_unet(config: Config, path: Path, ema: bool | None = None, unet: Path | None = None, vae: Path | None = None
               ) -> UNet:
-    """The U-Net of `load_checkpoint` alone. Raises UserError."""
+    """Only the U-Net of `load_checkpoint`. Raises UserError."""
     source = None if unet else _open(config, Path(path), ema, {"vae": vae} if vae else {})
     return _unet(config, _unet_part(config, source, ema, unet)).float().eval().requires_grad_(False)
 
 
 def checkpoint_sha256(path: Path, ema: bool | None = None, unet: Path | None = None, vae: Path | None = None) -> str:
-    """The hex digest of what `load_checkpoint` reads: of a file, or of a folder's configs, weights and tokenizer."""
+    """The hex digest of what `load_checkpoint` reads: a file, or a folder's configs, weights and tokenizer."""
     path, others = existing(Path(path)), {name: one for name, one in (("unet", unet), ("vae", vae)) if one is not None}
     lines = [line for name, one in others.items() for line in digests_alone(name, one, ema if name == "unet" else None)]
     if not path.is_dir():
@@ -125,7 +124,7 @@ def _digest(lines: list[str]) -> str:
 
 
 def _open(config: Config, path: Path, ema: bool | None, others: Mapping[str, Path]) -> Folder | OneFile:
-    """others: where networks lie that are taken from elsewhere. Raises UserError."""
+    """Open a checkpoint. others: the networks that are taken from elsewhere, and from where. Raises UserError."""
     ema = None if "unet" in others else ema
     if not existing(path).is_dir():
         return OneFile(path, config, ema, others)
@@ -135,7 +134,7 @@ def _open(config: Config, path: Path, ema: bool | None, others: Mapping[str, Pat
 
 
 def _check_sizes(config: Config, model: Model, path: Path) -> None:
-    """Check that the networks fit together as the config says. Raises UserError."""
+    """Raise a UserError if the networks do not fit together as the config says."""
     vae, second = model.vae.config, model.second
     texts = [(model.text_encoder.config, model.tokenizer)]
     texts += [] if second is None else [(second.text_encoder.config, second.tokenizer)]
@@ -146,7 +145,7 @@ def _check_sizes(config: Config, model: Model, path: Path) -> None:
              ("width of the text encoder", sum(text.hidden_size for text, _ in texts), config.unet.context_dim)]
     for text, tokenizer in texts:
         most, known = text.max_position_embeddings, text.vocab_size
-        if tokenizer.model_max_length > 10 ** 6:        # it does not say
+        if tokenizer.model_max_length > 10 ** 6:        # the tokenizer's files do not say
             tokenizer.model_max_length = min(most, config.tokens)
         sizes += [("model_max_length of the tokenizer", tokenizer.model_max_length, config.tokens),
                   ("max_position_embeddings of the text encoder", most, max(most, config.tokens)),
@@ -158,7 +157,7 @@ def _check_sizes(config: Config, model: Model, path: Path) -> None:
 
 
 def _unet_part(config: Config, source: Folder | OneFile | None, ema: bool | None, path: Path | None) -> Part:
-    """The U-Net's part of a checkpoint, or that at `path`. Raises UserError for one that needs an image."""
+    """The U-Net of a checkpoint, or the one at `path`. Raises UserError for a U-Net that takes an image."""
     if path is not None and (path / "scheduler").is_dir():
         check_scheduler(config, path)
     part = source.part("unet") if path is None and source else read_alone("unet", path or Path(), config.diffusion, ema)
@@ -167,7 +166,7 @@ def _unet_part(config: Config, source: Folder | OneFile | None, ema: bool | None
     channels = config.unet.in_channels if first is None or first.ndim != 4 else first.shape[1]
     if channels in _IMAGES and channels != config.unet.in_channels:
         raise UserError(f"{part.weights}: its U-Net takes {channels} channels, {_IMAGES[channels]} it, and "
-                        "enable_deepcache caches there")
+                        "enable_deepcache caches in that pipeline")
     return part
 
 
@@ -182,8 +181,8 @@ def _unet(config: Config, part: Part) -> UNet:
 
 def _diffusers_unet(config: Config, part: Part) -> diffusers.UNet2DConditionModel:
     if part.config is None:
-        raise UserError(f"{part.weights} is a file: a U-Net of another layout comes with its config, in a diffusers "
-                        "folder")
+        raise UserError(f"{part.weights} is a file: --diffusers-unet needs a diffusers folder, which has the U-Net's "
+                        "config")
     sizes, content = config.unet, read_dict(part.config)
     expected = {"in_channels": sizes.in_channels, "out_channels": sizes.out_channels,
                 "cross_attention_dim": sizes.context_dim,
@@ -197,7 +196,7 @@ def _diffusers_unet(config: Config, part: Part) -> diffusers.UNet2DConditionMode
 
 
 def _vae(config: Config, part: Part) -> diffusers.AutoencoderKL | diffusers.VQModel:
-    """In diffusers' names, today's or older, or in the authors'."""
+    """The autoencoder, from tensors with diffusers' names, today's or older ones, or with the authors'."""
     known = {"_class_name": "AutoencoderKL", **KL_F8, "scaling_factor": SCALES[config.xl is not None]}
     content: dict[str, Any] = known if part.config is None else read_dict(part.config)
     if content.get("_class_name") not in _VAES:
@@ -214,7 +213,7 @@ def _vae(config: Config, part: Part) -> diffusers.AutoencoderKL | diffusers.VQMo
 
 
 def _texts(config: Config, source: Folder | OneFile) -> tuple[Any, Any, Second | None]:
-    """The first text encoder and its tokenizer, and SDXL's second."""
+    """The first text encoder, its tokenizer, and SDXL's second text encoder."""
     if not source.texts:
         return *minilm(config.tokens), None
     kinds = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection

@@ -1,4 +1,4 @@
-"""What an image of Stable Diffusion shows: the options of a run beside those that all models share."""
+"""What an image of Stable Diffusion shows: the options that only this family has."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,17 +17,17 @@ SIZED = ("original_size", "crop", "target_size")
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompt of each seed: seed s has prompt s // per, or, where `per` is None, every seed has the only one."""
+    """The prompt of each seed. Seed s has prompt s // per; if `per` is None, all seeds have the only prompt."""
     prompts: list[str]
     per: int | None
 
     @property
     def images(self) -> int:
-        """How many images all prompts make: one of a single prompt, unless --seeds says more."""
+        """The default number of images: `per` of each prompt, or one."""
         return len(self.prompts) * (self.per or 1)
 
     def place(self, seed: int) -> int:
-        """The place of a seed's prompt among them."""
+        """The index of a seed's prompt."""
         return 0 if self.per is None else seed // self.per
 
     def of(self, seed: int) -> str:
@@ -35,36 +35,36 @@ class Prompts:
         return self.prompts[self.place(seed)]
 
     def check(self, seeds: Sequence[int]) -> None:
-        """Refuse a seed that has no prompt. Raises UserError."""
+        """Raise a UserError for a seed that has no prompt."""
         if self.per is not None and max(seeds) >= self.images:
-            raise UserError(f"seed {max(seeds)} has no prompt: {len(self.prompts)} prompts, {self.per} image(s) of "
-                            f"each, are seeds 0-{self.images - 1}")
+            raise UserError(f"seed {max(seeds)} has no prompt: {len(self.prompts)} prompts with {self.per} image(s) "
+                            f"each are for seeds 0-{self.images - 1}")
 
 
 @dataclass(frozen=True)
 class TextCondition(Guided):
-    """Which prompt each image shows, its size, and how strongly it is led there."""
+    """Which prompt each image shows, its size, and the guidance scale."""
     prompts: Path | None = option(None, "a file of prompts, one for each seed")
     prompt: str | None = option(None, "one prompt, for every seed")
     images_per_prompt: int = option(1, "seed s has prompt s // this (default: 1)", least=1)
-    negative_prompt: str = option("", "what guidance leads away from (default: empty)", metavar="TEXT")
+    negative_prompt: str = option("", "guidance leads away from it (default: empty)", metavar="TEXT")
     height: int | None = option(None, "of the images, in pixels (default: the config's)")
     width: int | None = option(None, "likewise")
-    original_size: str | None = option(None, "SDXL: size before it was cut (default: as it is)", metavar="H,W")
-    crop: str | None = option(None, "SDXL: where it was cut (default: 0,0, nowhere)", metavar="TOP,LEFT")
-    target_size: str | None = option(None, "SDXL: size after that (default: as it is)", metavar="H,W")
-    released_noise: bool = option(False, "the released evaluation's noise: seed 42 again for "
+    original_size: str | None = option(None, "SDXL: size before cropping (default: the image's)", metavar="H,W")
+    crop: str | None = option(None, "SDXL: corner of the crop (default: 0,0)", metavar="TOP,LEFT")
+    target_size: str | None = option(None, "SDXL: size after cropping (default: the image's)", metavar="H,W")
+    released_noise: bool = option(False, "the released evaluation's noise: seed 42 for "
                                   "each batch, so that --batch-size changes images")
-    unet: Path | None = option(None, "a U-Net's weights, instead of the model's")
-    vae: Path | None = option(None, "an autoencoder's, likewise")
-    diffusers_unet: bool = option(False, "the folder's U-Net by diffusers, uncached (BK-SDM)")
+    unet: Path | None = option(None, "weights of the U-Net, instead of the model's")
+    vae: Path | None = option(None, "weights of the autoencoder, likewise")
+    diffusers_unet: bool = option(False, "diffusers' U-Net of a folder, uncached (BK-SDM)")
 
     def __post_init__(self) -> None:
         arguments.check(self)
         if self.prompts is not None and self.prompt is not None:
             raise UserError("give --prompts, a file, or --prompt, a text: not both")
         if self.prompt is not None and self.images_per_prompt != 1:
-            raise UserError("--images-per-prompt is for --prompts; with --prompt every seed of --seeds has the same")
+            raise UserError("--images-per-prompt is for --prompts: with --prompt every seed of --seeds has that prompt")
         for text in (self.prompt or "", self.negative_prompt):
             try:
                 text.encode()
@@ -81,7 +81,7 @@ class TextCondition(Guided):
     def check(self, config: Config) -> None:
         self.latent_size(config)
         if config.xl is None and any(getattr(self, name) is not None for name in SIZED):
-            raise UserError(f"--original-size, --crop and --target-size are for SDXL: {config.name} knows of no sizes")
+            raise UserError(f"--original-size, --crop and --target-size are for SDXL: {config.name} does not take them")
 
     def settings(self, config: Config) -> dict[str, Any]:
         height, width = (pixels * config.downsampling for pixels in self.latent_size(config))
@@ -95,7 +95,7 @@ class TextCondition(Guided):
                 "first_stage_dtype": "fp32", "text_encoder_dtype": "fp32"}
 
     def read_prompts(self) -> Prompts:
-        """The prompts. Raises UserError for an unreadable file, and without file and prompt."""
+        """The prompts of the options. Raises UserError for an unreadable file, and if there is neither."""
         if self.prompts is not None:
             return Prompts(read_prompts(self.prompts), self.images_per_prompt)
         if self.prompt is None:
@@ -103,23 +103,23 @@ class TextCondition(Guided):
         return Prompts([self.prompt], None)
 
     def latent_size(self, config: Config) -> tuple[int, int]:
-        """The height and width of the latents of the images. Raises UserError."""
+        """The height and width of the latents. Raises UserError."""
         sides = [config.resolution if pixels is None else pixels for pixels in (self.height, self.width)]
         for side, pixels in zip(("height", "width"), sides, strict=True):
             if pixels < 1 or pixels % config.downsampling:
-                raise UserError(f"--{side} must be a multiple of {config.downsampling} pixels, by which the "
-                                f"autoencoder downsamples, got {pixels}")
+                raise UserError(f"--{side} must be a multiple of {config.downsampling} pixels, the autoencoder's "
+                                f"downsampling, got {pixels}")
         return sides[0] // config.downsampling, sides[1] // config.downsampling
 
     def sizes(self, config: Config) -> list[int]:
-        """What SDXL is told of the sizes of images, its micro-conditioning: pixels, as `unet.XLUNet` takes them."""
+        """SDXL's micro-conditioning, the sizes of the image in pixels, as `unet.XLUNet` takes them."""
         size = [pixels * config.downsampling for pixels in self.latent_size(config)]
         defaults = {"original_size": size, "crop": [0, 0], "target_size": size}
         return [number for name in SIZED for number in _pair(name, getattr(self, name)) or defaults[name]]
 
 
 def _pair(name: str, text: str | None) -> list[int] | None:
-    """'1024,768' -> [1024, 768]. Raises UserError."""
+    """Read '1024,768' -> [1024, 768]. Raises UserError."""
     if text is None:
         return None
     parts = text.split(",")

@@ -1,4 +1,4 @@
-"""The YAML files of configs/ for Stable Diffusion, checked against this schema: unknown or missing keys are errors."""
+"""The schema of Stable Diffusion's YAML files in configs/: an unknown or missing key is an error."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +19,14 @@ class Unet(ldm.config.Unet):
 
 @dataclass
 class XL:
-    """What SDXL has beside: arguments of `stable_diffusion.unet.XLUNet`. Its text encoders are two, side by side."""
+    """The further arguments of `stable_diffusion.unet.XLUNet`. A config with them is SDXL's, with two text encoders."""
     transformer_depth: list[int]
     adm_in_channels: int
 
 
 @dataclass
 class Diffusion(diffusion.Diffusion):
-    """Stable Diffusion's noise schedule, unless the config says otherwise."""
+    """Stable Diffusion's noise schedule by default."""
     beta_schedule: str = "scaled_linear"
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -43,35 +43,35 @@ class Sampling(families.Sampling):
 
 @dataclass(kw_only=True)
 class Train(loop.Section):
-    """Of `lab.train`."""
+    """The settings of `lab.train`."""
     groups: list[str]                   # of data/emoji/index.csv
-    drop_text: float = 0.1              # fraction of the captions that become the empty one
-    drop_style: float = 0.5             # fraction of the others that do not say the style of the artwork
+    drop_text: float = 0.1              # fraction of the captions that become empty
+    drop_style: float = 0.5             # fraction of the other captions that leave out the style of the artwork
     dropout: float = 0.0
 
 
 @dataclass(kw_only=True)
 class Config(families.Config):
-    """The folder or file at `checkpoint` must be of just these sizes and this noise schedule."""
+    """The folder or file at `checkpoint` must have exactly these sizes and this noise schedule."""
     unet: Unet
     resolution: int                     # of the images, in pixels
     downsampling: int                   # of the autoencoder: latents have resolution / downsampling pixels
-    tokens: int                         # of a text, padded
+    tokens: int                         # of a padded text
     diffusion: Diffusion = field(default_factory=Diffusion)
     sampler: Sampling = field(default_factory=Sampling)
     train: Train | None = None
-    xl: XL | None = None                # SDXL's, and what makes it one
+    xl: XL | None = None                # None: not SDXL
 
     @property
     def unet_arguments(self) -> dict[str, Any]:
         return vars(self.unet) | ({} if self.xl is None else vars(self.xl))
 
     def check_text_to_image(self) -> None:
-        """Raises UserError where the network takes an image besides the prompt."""
+        """Raise a UserError if the network takes an image besides the prompt."""
         if self.unet.in_channels != self.unet.out_channels:
             raise UserError(f"{self.name} takes {self.unet.in_channels} channels and predicts "
-                            f"{self.unet.out_channels}: it needs an image besides the prompt; a diffusers pipeline for "
-                            "that gives it one, and enable_deepcache caches there")
+                            f"{self.unet.out_channels}: it needs an image besides the prompt; use a diffusers pipeline "
+                            "that takes one, in which enable_deepcache caches")
 
     @property
     def latent_size(self) -> int:

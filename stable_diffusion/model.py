@@ -22,15 +22,15 @@ from unet_caching.samplers.noise import SeededNoise
 from unet_caching.speed.accelerate import place
 
 RELEASED_SEED = 42      # of the released evaluation (github horseee/DeepCache, 1691a3a)
-DECODED_AT_ONCE = 4     # images; what the autoencoder needs for more would decide the batch size
+DECODED_AT_ONCE = 4     # images; decoding more at once would take more memory than the U-Net does
 
 
 class ReleasedNoise:
-    """The released evaluation's x_T: it sets seed 42 before every batch, so all batches start from the same noises.
+    """The released evaluation's x_T. It sets seed 42 before every batch, so all batches start from the same noise.
 
-    Seed s is row s % batch_size of batch s // batch_size, whatever else is sampled now. A batch is one draw in the
-    network's dtype on its device, as diffusers' pipeline makes it; the last one, of `images` in all, is smaller
-    (None: no last one).
+    Seed s is row s % batch_size of batch s // batch_size, whichever seeds are sampled now. As in diffusers' pipeline, a
+    batch is one draw in the network's dtype and on its device. images: of all batches together, so that the last batch
+    is smaller; None: all batches are whole.
     """
 
     def __init__(self, batch_size: int, images: int | None, device: torch.device, dtype: torch.dtype):
@@ -38,7 +38,7 @@ class ReleasedNoise:
 
     @property
     def settings(self) -> dict:
-        """What run.json says of it."""
+        """What run.json says of the noise."""
         return {"rule": "released", "seed": RELEASED_SEED, "batch_size": self.batch_size, "device": self.device.type}
 
     def draw(self, seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -57,7 +57,7 @@ class ReleasedNoise:
 
 
 class DiffusersUNet(nn.Module):
-    """diffusers' U-Net, called as ours: the baseline for pruned layouts (BK-SDM). It cannot be cached."""
+    """diffusers' U-Net with the call of ours, a baseline for pruned layouts (BK-SDM). It cannot be cached."""
 
     def __init__(self, unet: diffusers.UNet2DConditionModel):
         super().__init__()
@@ -69,10 +69,10 @@ class DiffusersUNet(nn.Module):
 
 
 class StableDiffusion(ImageModel[Config, TextCondition]):
-    """A model conditional on a prompt, in the latents of an autoencoder.
+    """A text-to-image model in the latents of an autoencoder.
 
-    The U-Net has the run's dtype. Text encoders and autoencoder are in float32, whatever that is: they run once for
-    all the steps, and the autoencoders of 1.x and SDXL overflow in float16.
+    The U-Net has the run's dtype. Text encoders and autoencoder are always in float32: they run only once per image,
+    and the autoencoders of 1.x and SDXL overflow in float16.
     """
 
     def __init__(self, run: Run, machine: Machine):
@@ -80,10 +80,10 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
         config, condition = self.config, self.condition
         config.check_text_to_image()
         if condition.released_noise and self.sampler.eta != 0:
-            raise UserError("--released-noise is the noise that sampling starts from: it needs --eta 0")
+            raise UserError("--released-noise decides only the noise that sampling starts from: it needs --eta 0")
         if condition.diffusers_unet and run.caching:
-            raise UserError("--diffusers-unet runs a U-Net of any layout through diffusers, where nothing is cached: "
-                            "it needs --interval 1, and no --block-schedule")
+            raise UserError("--diffusers-unet runs diffusers' U-Net, which is not cached here: it needs --interval 1, "
+                            "and no --block-schedule")
         self.prompts = condition.read_prompts()
         self.images = self.prompts.images
         self.shape = (config.unet.in_channels, *condition.latent_size(config))
@@ -107,16 +107,16 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
             self.second.text_encoder.to(self.device)
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        """What the U-Net is given of texts, in its dtype: the context [prompts, tokens, context_dim]; SDXL's also the
-        second encoder's summary [prompts, channels]. Equal prompts are encoded once.
+        """Encode texts in the U-Net's dtype: the context [prompts, tokens, context_dim], and for SDXL the second
+        encoder's pooled embedding [prompts, channels]. Equal prompts are encoded once.
         """
         distinct = sorted(set(prompts))
         batch = self._tokens(self.tokenizer, distinct)
         if self.second is None:
-            # As diffusers' pipelines: CLIP attends to the padding too.
+            # As in diffusers' pipelines, CLIP also attends to the padding.
             masked = getattr(self.text_encoder.config, "use_attention_mask", False)
             encoded = [self.text_encoder(batch.input_ids, attention_mask=batch.attention_mask if masked else None)[0]]
-        else:                               # both attended to before their last layers, side by side
+        else:                               # of both, the states before the last layer, side by side
             first = self.text_encoder(batch.input_ids, output_hidden_states=True)
             second = self.second.text_encoder(self._tokens(self.second.tokenizer, distinct).input_ids,
                                               output_hidden_states=True)
@@ -132,7 +132,7 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
         return self.released.draw(seeds, self.shape) if self.released else super().noise(seeds, draws)
 
     def context(self, seeds: Sequence[int]) -> Sequence[Tensor]:
-        """`encode` of the prompts, and what SDXL is told of sizes."""
+        """The encoded prompts, and SDXL's micro-conditioning."""
         context, negative = self.encode([self.prompts.of(seed) for seed in seeds]), self.condition.negative_prompt
         if self.run.guidance != 1:
             nothing = self.encode([negative])
@@ -156,12 +156,13 @@ class StableDiffusion(ImageModel[Config, TextCondition]):
         return [*self._cut_prompts(seeds), *(["released noise: the same in every batch"] if self.released else [])]
 
     def _cut_prompts(self, seeds: Sequence[int]) -> list[str]:
-        """A warning about prompts that are longer than the text encoder takes, with how many tokens are not read."""
+        """A warning about prompts that are too long for the text encoder, with the number of tokens that are cut off.
+        """
         places, limit = sorted({self.prompts.place(seed) for seed in seeds}), self.tokenizer.model_max_length
         tokens = self.tokenizer([self.prompts.prompts[i] for i in places], verbose=False).input_ids
         cut = [f"{len(ids) - limit} of prompt {i}" for i, ids in zip(places, tokens, strict=True) if len(ids) > limit]
-        return [f"warning: {len(cut)} prompt(s) longer than {limit} tokens, start and end included; not read are the "
-                f"last {', '.join(cut[:5])} tokens{', ...' if len(cut) > 5 else ''}"] if cut else []
+        return [f"warning: {len(cut)} prompt(s) longer than {limit} tokens, start and end included: the last "
+                f"{', '.join(cut[:5])}{', ...' if len(cut) > 5 else ''} are cut off"] if cut else []
 
     def write_listing(self, folder: RunFolder) -> None:
         folder.write_listing("prompts.csv", "seed,prompt", lambda seed: f"{seed},{quoted(self.prompts.of(seed))}")

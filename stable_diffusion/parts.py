@@ -1,4 +1,4 @@
-"""Where the networks of a Stable Diffusion checkpoint lie: in a diffusers folder, in one file, or one of them apart."""
+"""The parts of a Stable Diffusion checkpoint: a diffusers folder, one file with all networks, or a single network."""
 
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -23,21 +23,21 @@ _ALONE = {"unet": (UNET, "diffusion_model.", "unet."), "vae": (FIRST_STAGE, "vae
 
 
 class Part(NamedTuple):
-    """One network: its tensors under published names, their file, and diffusers' config, where it lies in a folder."""
+    """One network: its tensors under published names, their file, and diffusers' config if it is from a folder."""
     tensors: dict[str, Tensor]
     weights: Path
     config: Path | None = None
 
 
 def existing(path: Path) -> Path:
-    """The path itself. Raises UserError where there is nothing."""
+    """Return the path. Raises UserError if nothing is there."""
     if not path.exists():
         raise UserError(f"no {path}; the first lines of the model's file in configs/ say where to get it")
     return path
 
 
 def read_dict(path: Path) -> dict:
-    """What a JSON file holds. Raises UserError."""
+    """The JSON object in a file. Raises UserError."""
     with as_user_error():
         content = read_json(existing(path))
         check(content, dict, path)
@@ -45,7 +45,7 @@ def read_dict(path: Path) -> dict:
 
 
 def compare(config: Config, what: object, values: Iterable[tuple[str, object, object]]) -> None:
-    """Raises UserError that says all that is not as it should be. values: name, actual value, expected value."""
+    """Raise a UserError that lists all differences, if there are any. values: name, actual value, expected value."""
     wrong = [f"{name} is {actual!r} and should be {expected!r}" for name, actual, expected in values
              if actual != expected]
     if wrong:
@@ -53,13 +53,13 @@ def compare(config: Config, what: object, values: Iterable[tuple[str, object, ob
 
 
 def read_folder(folder: Path, diffusion: Diffusion | None = None, ema: bool | None = None) -> Part:
-    """A network that diffusers or transformers wrote. Raises UserError."""
+    """Read a network from a folder of diffusers or transformers. Raises UserError."""
     weights = weights_in(folder, ema)
     return Part(open_weights(weights, "Stable Diffusion", diffusion).tensors, weights, existing(folder / "config.json"))
 
 
 def read_alone(name: str, path: Path, diffusion: Diffusion | None = None, ema: bool | None = None) -> Part:
-    """A network, 'unet' or 'vae', from a folder or file that has it, with others or alone. Raises UserError."""
+    """Read only the network 'unet' or 'vae' from a folder or file, which may hold others. Raises UserError."""
     if existing(path).is_dir():
         return read_folder(_inside(name, path), diffusion, ema)
     tensors = open_weights(path, "Stable Diffusion", diffusion, ema).tensors
@@ -68,7 +68,7 @@ def read_alone(name: str, path: Path, diffusion: Diffusion | None = None, ema: b
 
 
 def digests_alone(name: str, path: Path, ema: bool | None = None) -> list[str]:
-    """Of the files that `read_alone` reads, lines as of sha256sum. Raises UserError."""
+    """The digests of the files that `read_alone` reads, as lines of sha256sum. Raises UserError."""
     if not existing(path).is_dir():
         return [f"{file_sha256(path, ema)}  {name}/{path.name}\n"]
     files = [existing(_inside(name, path) / "config.json"), *files_in(_inside(name, path), ema)]
@@ -76,7 +76,7 @@ def digests_alone(name: str, path: Path, ema: bool | None = None) -> list[str]:
 
 
 def files_in(folder: Path, ema: bool | None = None) -> list[Path]:
-    """The files of weights of a network in a folder. Raises UserError."""
+    """The files with a network's weights in its folder. Raises UserError."""
     weights = weights_in(folder, ema)
     return [weights, *map(existing, shards(weights))] if weights.suffix == ".json" else [weights]
 
@@ -90,7 +90,7 @@ class OneFile:
 
     texts: the names of its text encoders. Raises UserError.
     """
-    zeros = True        # SDXL's: base 1.0 says so in its folder
+    zeros = True        # for SDXL, as the folder of base 1.0 says
 
     def __init__(self, path: Path, config: Config, ema: bool | None = None, without: Collection[str] = ()):
         xl = config.xl is not None
@@ -109,7 +109,7 @@ class OneFile:
 
     @staticmethod
     def _refuse(path: Path, tensors: Iterable[str], xl: bool) -> None:
-        """Refuse a file of another model, by its tensors' names. Raises UserError."""
+        """Raise a UserError if the tensors' names are another model's."""
         others = {XL_TEXT: None if xl else "SDXL's: take configs/sdxl.yaml",
                   f"{TEXT}transformer.": "Stable Diffusion 1.x's, not SDXL's: take configs/sd_v15.yaml" if xl else None,
                   f"{TEXT}model.": "Stable Diffusion 2.x's, and does not say whether it predicts noise or v: take its "
@@ -122,19 +122,20 @@ class OneFile:
                 raise UserError(f"{path} is {what} (it holds {prefix}*)")
 
     def part(self, name: str) -> Part:
-        """A network, by the name of its folder in diffusers."""
+        """A network by the name of its folder in diffusers."""
         return self._parts[name]
 
     def tokenizer(self, name: str) -> transformers.CLIPTokenizer:
-        """Of a text encoder: that of a folder beside the file, else CLIP's, which SDXL's second pads with "!"."""
+        """A text encoder's tokenizer: from a folder beside the file, or CLIP's, which pads with "!" in SDXL's second.
+        """
         beside = self.path.parent / name.replace("text_encoder", "tokenizer")
         return clip_tokenizer(beside if beside.is_dir() else None, {"pad_token": "!"} if name.endswith("2") else {})
 
 
 class Folder:
-    """A diffusers folder. texts: the names of its text encoders, none where a package has it. without: as above.
+    """A diffusers folder. texts: the names of its text encoders, none if a package has the encoder. without: as above.
 
-    Raises UserError for what is missing.
+    Raises UserError for missing files.
     """
 
     def __init__(self, path: Path, ema: bool | None = None, without: Collection[str] = ()):
@@ -160,7 +161,7 @@ class Folder:
         return names
 
     def check(self, config: Config) -> None:
-        """Check that all files are there, and scheduler/ agrees with the config's `diffusion`. Raises UserError."""
+        """Raise a UserError if a file is missing, or scheduler/ differs from the config's `diffusion`."""
         if self.xl != (config.xl is not None):
             raise UserError(f"{self.index}: {self.name} is not a pipeline of "
                             f"{'Stable Diffusion 1.x or 2.x' if config.xl is None else 'SDXL'}")
@@ -168,7 +169,7 @@ class Folder:
         check_scheduler(config, self.path)
 
     def files(self) -> list[Path]:
-        """The files that are read."""
+        """The files that loading reads."""
         files = [self.index, self.path / "scheduler" / "scheduler_config.json"]
         for name in self.networks:
             files += [self.path / name / "config.json",
@@ -179,19 +180,19 @@ class Folder:
         return [existing(file) for file in files]
 
     def part(self, name: str) -> Part:
-        """A network, by the name of its folder."""
+        """A network by the name of its folder."""
         return read_folder(self.path / name, None, self.ema if name == "unet" else None)
 
     def _tokenizer(self, name: str) -> Path:
         return self.path / name.replace("text_encoder", "tokenizer")
 
     def tokenizer(self, name: str) -> transformers.CLIPTokenizer:
-        """Of a text encoder."""
+        """A text encoder's tokenizer."""
         return clip_tokenizer(self._tokenizer(name))
 
 
 def check_scheduler(config: Config, folder: Path) -> None:
-    """Check that a folder's scheduler/ agrees with the config's `diffusion`. Raises UserError."""
+    """Raise a UserError if a folder's scheduler/ differs from the config's `diffusion`."""
     file = folder / "scheduler" / "scheduler_config.json"
     others = {"trained_betas": None, "rescale_betas_zero_snr": False}
     actual = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
@@ -201,9 +202,9 @@ def check_scheduler(config: Config, folder: Path) -> None:
 
 
 def scheduler_config(diffusion: Diffusion) -> dict[str, Any]:
-    """What the config of diffusers' schedulers says of a network's noise schedule and prediction."""
+    """A network's noise schedule and prediction as a config of diffusers' schedulers."""
     betas = {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}
-    if diffusion.beta_schedule == "cosine":                 # takes no beta
+    if diffusion.beta_schedule == "cosine":                 # has no betas
         betas = {}
     return {"num_train_timesteps": diffusion.num_timesteps, **betas,
             "beta_schedule": {"cosine": "squaredcos_cap_v2"}.get(diffusion.beta_schedule, diffusion.beta_schedule),

@@ -1,4 +1,4 @@
-"""A Stable Diffusion checkpoint as a diffusers pipeline; caching in it is of unet_caching/pipelines/enable.py."""
+"""A Stable Diffusion checkpoint as a diffusers pipeline, for unet_caching/pipelines/enable.py to cache in."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from stable_diffusion.unet import UNet
 
 def load_pipeline(config: Config, path: Path
                   ) -> diffusers.StableDiffusionPipeline | diffusers.StableDiffusionXLPipeline:
-    """A text-to-image pipeline of a checkpoint in any layout, without caching until `enable_deepcache` sets it.
+    """A text-to-image pipeline of a checkpoint in any layout, in float32 on the CPU, without caching.
 
-    path: as `stable_diffusion.checkpoint.load_checkpoint` takes it, whose UserErrors it raises; one, too, for a
-    network that takes an image. In float32, on the CPU.
-    The scheduler is PLMS, as Stable Diffusion's own; DDIM for a network that predicts v, because PNDMScheduler combines
-    the v of different timesteps. There is no safety checker.
+    path: as in `stable_diffusion.checkpoint.load_checkpoint`.
+    The scheduler is PLMS, as in the authors' code, but DDIM for a network that predicts v, because PNDMScheduler
+    combines the v of different timesteps. There is no safety checker.
+    Raises UserError as `load_checkpoint` does, and for a network that takes an image.
     """
     config.check_text_to_image()
     model = load_checkpoint(config, path)

@@ -1,11 +1,11 @@
 """The U-Net of Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752) and of SDXL (Podell et al., arXiv
-2307.01952): LDM's, attending to a text's tokens.
+2307.01952): LDM's, with attention to a text's tokens.
 
-What differs from LDM-4-G (ldm/unet.py) are sizes, and:
-- attention has 8 heads in 1.x; heads of 64 channels, and linear layers around each transformer, in 2.x and SDXL;
-- cross-attention is at the outer levels, not at the innermost one; in SDXL at the inner ones, not at the outermost one,
-  and in several transformer blocks in a row;
-- its norms are plain ones, and the papers' MACs count them all.
+It differs from LDM-4-G (ldm/unet.py) in its sizes and in this:
+- attention has 8 heads in 1.x. In 2.x and SDXL heads have 64 channels, and each transformer has linear projections;
+- cross-attention is at all levels but the innermost. In SDXL it is at all levels but the outermost, in several
+  transformer blocks in a row;
+- norms are plain ones, and the papers' MACs count them all.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm import unet
 from unet_caching.nest import Cache, Cond, nested_forward, no_cache
 
-SIZES, SIZE_CHANNELS = 6, 256       # what SDXL is told of sizes, and the sinusoids of each of these numbers
+SIZES, SIZE_CHANNELS = 6, 256       # the numbers of SDXL's micro-conditioning, and the sinusoids of each
 
 
 class UNet(unet.UNet):
@@ -33,9 +33,9 @@ class UNet(unet.UNet):
 
 
 class XLUNet(UNet):
-    """SDXL's, whose blocks know of the text as a whole and of sizes, too, beside the timestep.
+    """SDXL's U-Net, whose blocks also get an embedding of the whole text and of sizes, beside the timestep's.
 
-    adm_in_channels: those of a text's summary, and SIZE_CHANNELS for each of SIZES numbers.
+    adm_in_channels: the channels of the text's pooled embedding, and SIZE_CHANNELS for each of SIZES numbers.
     Called `unet(x, t, context, pooled, sizes, cache)`: pooled [batch, adm_in_channels - SIZES * SIZE_CHANNELS]; sizes
     [batch, SIZES] in pixels: height and width of the original, top and left of the crop, height and width of the target
     (the paper's Section 2.2).
@@ -46,7 +46,7 @@ class XLUNet(UNet):
         emb = 4 * self.model_channels
         self.label_emb = nn.Sequential(nn.Sequential(nn.Linear(adm_in_channels, emb), nn.SiLU(), nn.Linear(emb, emb)))
 
-    # What it is given beside x and t comes in one row, before the cache.
+    # All inputs beside x and t come before the cache.
     def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor,    # type: ignore[override]
                 sizes: Tensor, cache: Cache = no_cache) -> Tensor:
         sinusoids = unet.timestep_embedding(sizes.flatten(), SIZE_CHANNELS)                  # [batch SIZES, channels]
@@ -57,5 +57,5 @@ class XLUNet(UNet):
 
 
 def make(arguments: Mapping[str, Any]) -> UNet:
-    """The U-Net of these arguments: SDXL's where they are. Raises ValueError."""
+    """The U-Net of these arguments, SDXL's if they have adm_in_channels. Raises ValueError."""
     return (XLUNet if "adm_in_channels" in arguments else UNet)(**arguments)

@@ -79,7 +79,7 @@ def test_the_digest_depends_on_every_prompt_and_their_order():
     ("x.json", b'["a", 1]', "entry 1: no prompt"),
     ("x.json", b'[{"text": "a"}]', "entry 0: no prompt"),
     ("x.json", b'{"a": 1}', "neither a list"),
-    ("x.json", b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "bbox": 1}]}', "not those of COCO's captions"),
+    ("x.json", b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "bbox": 1}]}', "not in the form of COCO's"),
     ("x.md", b"a", "prompts are read from .txt, .csv, .tsv, .json"),
 ])
 def test_bad_files_are_named_in_one_line(tmp_path, name, content, message):

@@ -249,7 +249,7 @@ def test_the_same_signal_again_stops_at_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("change", "word"), [
     ("--interval 0", "interval"), ("--interval 7", "interval"), ("--branch 4", "branch"), ("--branch -1", "branch"),
-    ("--seeds 3-1", "backwards"), ("--seeds x", "parse"), ("--steps 0", "steps"), ("--eta 2", "eta"),
+    ("--seeds 3-1", "backwards"), ("--seeds x", "cannot be read"), ("--steps 0", "steps"), ("--eta 2", "eta"),
     ("--batch-size 0", "batch-size"), ("--schedule centered", "center"), ("--center 3", "center"),
     ("--zero-cache", "zero-cache"), ("--schedule centered --center 9 --power 1.4 --interval 2", "center"),
     ("--checkpoint nowhere.ckpt", "nowhere.ckpt"), ("--config nowhere.yaml", "nowhere.yaml"),
