@@ -254,8 +254,8 @@ def test_files_that_do_not_fit_are_refused(made, run, config, tmp_path, fails):
         return fails(run(ddpm_sample.main, *words, "--seeds", "0", "--out", tmp_path / "no"), why)
 
     found = BlockSchedule.load(half)
-    for change, why in (({"blocks": {"nobody's": [0]}}, "names nobody's, and this U-Net has no such block"),
-                        ({"calls": STEPS + 1}, f"is of {STEPS + 1} network calls, and this run makes {STEPS}")):
+    for change, why in (({"blocks": {"nobody's": [0]}}, "names nobody's, but this U-Net has no such block"),
+                        ({"calls": STEPS + 1}, f"is for {STEPS + 1} network calls, but this run makes {STEPS}")):
         replace(found, **change).save(bad)
         assert refused(why, "--block-schedule", bad)
     replace(found, blocks=found.blocks | {next(iter(found.blocks)): [*range(STEPS)]}).save(bad)
@@ -263,10 +263,10 @@ def test_files_that_do_not_fit_are_refused(made, run, config, tmp_path, fails):
     table = ScaleShiftTable.load(adjust)
     name = next(iter(table.tensors))
     for change, why in ((lambda value: value[:, :, :1], "has 1 channels for"),
-                        (lambda value: value[:1], "one scale and shift for each reused residual")):
+                        (lambda value: value[:1], "a scale and shift for each reuse of a residual")):
         replace(table, tensors=table.tensors | {name: change(table.tensors[name])}).save(tensors)
         assert refused(why, "--block-schedule", half, "--scale-shift", tensors)
-    for path, why in ((made / "changes.json", "is no block schedule"), (tmp_path / "none.json", "no block schedule")):
+    for path, why in ((made / "changes.json", "no block schedule of"), (tmp_path / "none.json", "no block schedule")):
         assert refused(why, "--block-schedule", path)
     save_file({key: value + 1e-3 for key, value in load_file(config.parent / "tiny.safetensors").items()}, tensors)
     assert refused("checkpoint_sha256", "--block-schedule", half, "--checkpoint", tensors)

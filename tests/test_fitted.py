@@ -153,7 +153,7 @@ def test_tensors_are_part_of_the_digest(path):
     with pytest.raises(ValueError, match="has been changed"):
         AdaptorFile.load(path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
         AdaptorFile.load(path)
 
 
@@ -163,7 +163,7 @@ def test_a_table_belongs_to_one_schedule():
     other = replace(SCHEDULE, blocks={"a": [0, 3]})
     with pytest.raises(ValueError, match="another block schedule"):
         FILES["table"].adjustments(other)
-    with pytest.raises(ValueError, match="one scale and shift for each reused residual"):
+    with pytest.raises(ValueError, match="a scale and shift for each reuse of a residual"):
         shorter = replace(SCHEDULE, blocks={"a": [0]})
         replace(FILES["table"], schedule_sha256=shorter.sha256).adjustments(shorter)
 

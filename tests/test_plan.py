@@ -153,7 +153,7 @@ def test_no_other_method_beside_a_plan(config, file, options, words):
 def test_a_plan_of_a_bigger_network_is_refused(config, tmp_path):
     path = tmp_path / "big.json"
     made(config, [Call(), Call(5)]).save(path)
-    with pytest.raises(ValueError, match="another model: it has branch 5, this one branches 0 to 3"):
+    with pytest.raises(ValueError, match="another model: it has branch 5, this model has branches 0 to 3"):
         bind(options_by_name({"plan": path}), RunShape(2, 2, 4, 1))
     assert isinstance(bind([PlanOptions(path)], RunShape(2, 2, 6, 1)).policy(), PlanCache)
     with pytest.raises(ValueError, match="has 2 network calls, this run makes 3"):

@@ -2,13 +2,13 @@
 
     from unet_caching import disable_deepcache, enable_deepcache
     enable_deepcache(pipe, interval=3)      # a diffusers pipeline with a U-Net; one full step in three
-    disable_deepcache(pipe)                 # as it was
+    disable_deepcache(pipe)                 # back to the original pipeline
     with enable_deepcache(pipe, interval=3, forecast=1):
-        pipe(...)                           # on in here alone
+        pipe(...)                           # caching is on only in here
     pipe.scheduler = plan_scheduler("plan.json", pipe.scheduler)
-    enable_deepcache(pipe, plan="plan.json")                    # a plan, with the timesteps that it was found for
+    enable_deepcache(pipe, plan="plan.json")                    # a plan, with its own timesteps
 
-In a network of one's own: `unet(x, t, cache=DeepCache(branch, uniform(steps, interval)).at(step))`.
+In your own network: `unet(x, t, cache=DeepCache(branch, uniform(steps, interval)).at(step))`.
 """
 
 from importlib import import_module
@@ -36,7 +36,7 @@ _PLACES = {"enable_deepcache": "pipelines.enable", "disable_deepcache": "pipelin
 
 
 def __getattr__(name: str) -> Any:
-    """What is imported from here, at its first use: PyTorch and diffusers take seconds to import."""
+    """Import a public name when it is first used: PyTorch and diffusers take seconds to import."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """What was wrong and what would be right, in one line. Commands print it and exit with 2."""
+    """One line that says what is wrong and what would be right. Commands print it and exit with 2."""
 
 
 @contextmanager
 def as_user_error(prefix: str = "") -> Iterator[None]:
-    """Raise the ValueErrors of rooms that know no user, which say what was wrong, as UserErrors."""
+    """A context that turns the library's ValueErrors, which say what is wrong, into UserErrors."""
     try:
         yield
     except ValueError as error:

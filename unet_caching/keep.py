@@ -1,7 +1,7 @@
-"""The cache that keeps: for each key, the network calls that compute its value, and what stands in on the others.
+"""The cache that keeps values: for each key, the network calls that compute it, and what replaces it on the others.
 
-DeepCache keeps the result of one level, a plan those of several, Block Caching residuals. Their keys are alike, and can
-share a seam. The network calls of a run are counted from 0.
+DeepCache keeps the result of one level, a plan the results of several levels, Block Caching residuals. All of them may
+be in one cache. The network calls of a run are counted from 0.
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -18,25 +18,26 @@ _WEIGHTS = "forecast weights"                               # beside the keys in
 
 
 class Held:
-    """What is held of one key between network calls."""
+    """The values of one key that are held between network calls."""
 
     def __init__(self, computed: Collection[int], forecast: Forecast, place: int):
-        self.computed = frozenset(computed)     # the calls that compute it
+        self.computed = frozenset(computed)     # the calls that compute the value
         self.forecast = forecast
         self.place = place                      # its row of `Keep.weights`
         self.reset()
 
     def reset(self) -> None:
-        self.value: Tensor | None = None        # as it was last computed
-        self.older: tuple[Tensor, ...] = ()     # as it was before that, the latest first; as many as the order at most
-        self.calls: tuple[int, ...] = ()        # which computed these, the latest first
+        self.value: Tensor | None = None        # the latest value
+        self.older: tuple[Tensor, ...] = ()     # the values before it, the latest first, at most `forecast.order`
+        self.calls: tuple[int, ...] = ()        # the calls that computed all of these, the latest first
 
     def known(self, call: int, calls: tuple[int, ...]) -> tuple[int, ...]:
-        """Which calls have computed what is known at a call, the latest first. calls: of the call before it."""
+        """The calls that computed the values held at `call`, the latest first. calls: the same for the call before."""
         return calls if call not in self.computed or calls[:1] == (call,) else (call, *calls)[:self.forecast.order + 1]
 
     def before_computed(self, call: int) -> None:
-        """The call computes the value anew. One that comes again replaces its own; an earlier one begins a run."""
+        """Prepare for a call that computes the value. A repeated call replaces its value; an earlier one starts a run.
+        """
         if self.calls and call < self.calls[0]:
             self.older, self.calls = (), ()
         if self.calls[:1] != (call,) and self.calls and self.value is not None:
@@ -44,21 +45,21 @@ class Held:
         self.calls = self.known(call, self.calls)
 
     def before_reused(self, latest: Tensor) -> None:
-        """The call does not compute it. What stands in for older values that there are not yet has no weight: compiled
-        networks see as many on all such calls, each a tensor of its own."""
+        """Prepare for a call that reuses the value. Older values that do not exist yet are filled in, with weight 0, so
+        that compiled networks see the same number of tensors on all such calls."""
         self.older += tuple(latest.detach() for _ in range(self.forecast.order - len(self.older)))
 
 
 class Keep(Policy):
-    """Compute the value of each key on its own calls; reuse it on all others, or forecast it.
+    """Compute the value of each key on the calls of its schedule; on all others reuse or forecast it.
 
-    schedule: key -> the network calls that compute it; 0 must be one. Other keys are always computed.
-    forecasts: what stands in for reused values: for all keys, or for each; `Forecast()` is reuse, as in the papers.
-    adjust: for each call, what is done to reused values then: value * scale + shift, per channel.
+    schedule: key -> the network calls that compute its value, with call 0. Other keys are always computed.
+    forecasts: one for all keys, or one for each; `Forecast()` is reuse, as in the papers.
+    adjust: for each call, the scale and shift of reused values: value * scale + shift, per channel.
 
     `unet(x, t, cache=cache.at(step))` runs network call `step`. Between calls one tensor is held for each key, and one
-    more for each order. Raises ValueError for a schedule without call 0, or an order that it can feed to no key;
-    RuntimeError for a call that would reuse what was never computed.
+    more for each order of its forecast. Raises ValueError for a schedule without call 0, and for an order that needs
+    more values than any key ever has; RuntimeError for a call that would reuse a value that was never computed.
     """
 
     def __init__(self, schedule: Mapping[Any, Collection[int]],
@@ -76,11 +77,11 @@ class Keep(Policy):
         self.reset()
 
     def reset(self) -> None:
-        """Let go of all values, after the last call of a batch."""
+        """Drop all values, after the last call of a batch."""
         self.step = 0
-        self.reused: frozenset[Hashable] = frozenset()      # by the call
-        self.weights: Tensor | None = None                  # of its forecasts, [keys, order]
-        self.foreseen: dict[tuple, Tensor] = {}             # those of calls to come, by number and what came before
+        self.reused: frozenset[Hashable] = frozenset()      # the keys that the call reuses
+        self.weights: Tensor | None = None                  # of the call's forecasts, [keys, order]
+        self.foreseen: dict[tuple, Tensor] = {}             # weights of later calls, by call and the calls before it
         self.adjustment: Adjustment = {}
         for held in self.held.values():
             held.reset()
@@ -89,15 +90,15 @@ class Keep(Policy):
         return key in self.held
 
     def at(self, step: int) -> "Keep":
-        """Choose what the next network call does: plain values and tensors, set outside any compiled region."""
+        """Choose what the next network call does. This sets plain attributes, outside any compiled region."""
         self.step, reused = step, list[Hashable]()
         for key, held in self.held.items():
             if step in held.computed:
                 held.before_computed(step)
                 continue
             if held.value is None:
-                raise RuntimeError(f"call {step} is to reuse {_named(key)}, which has not been computed since the "
-                                   "start, or which the U-Net does not have")
+                raise RuntimeError(f"call {step} is to reuse {_named(key)}, which no call before it has computed, or "
+                                   "which the U-Net does not have")
             reused.append(key)
             if held.forecast.order:
                 held.before_reused(held.value)
@@ -107,19 +108,19 @@ class Keep(Policy):
         return self
 
     def _weights(self, step: int) -> Tensor:
-        """Of the call's forecasts. They are made on the host with those of the calls to come, and go to the device in
-        one copy: no later call of the run has to wait for one."""
+        """The weights of the call's forecasts. They are made on the CPU together with those of later calls and copied
+        to the device at once, so that no later call waits for a copy."""
         key = step, *(held.calls for held in self.held.values())
         if key not in self.foreseen:
             rows = dict(self._foresee(step))
             value = next(held.value for held in self.held.values() if held.value is not None)
             made = on_device([*rows.values()], value)
-            # Each in memory of its own: for one that begins elsewhere in its memory a network may be compiled anew.
+            # Clones, because a view with another storage offset may make torch.compile compile again.
             self.foreseen = {key: row.clone() for key, row in zip(rows, made, strict=True)}
         return self.foreseen[key]
 
     def _foresee(self, step: int) -> Iterator[tuple[tuple, list[list[float]]]]:
-        """The weights of this call and of those after it, as far as a run of this schedule may be thought to go."""
+        """The weights of this call and of later ones, up to where a run with this schedule may end."""
         planned = sorted({call for held in self.held.values() for call in held.computed})
         gap = max((later - sooner for sooner, later in pairwise(planned)), default=1)
         known = [(held, held.calls) for held in self.held.values()]
@@ -127,7 +128,7 @@ class Keep(Policy):
             known = [(held, held.known(call, calls)) for held, calls in known]
             try:
                 rows = [[] if call in held.computed else held.forecast.weights(call, calls) for held, calls in known]
-            except ValueError:              # it has no damping
+            except ValueError:              # the call has no damping
                 if call == step:
                     raise
                 return
@@ -142,10 +143,10 @@ class Keep(Policy):
         return value
 
     def reuse(self, key: Hashable) -> Tensor:
-        """What stands in for a value that is not computed."""
+        """The value of a key that is not computed on this call."""
         held = self.held[key]
         value = held.value
-        assert value is not None                # `at` has seen to it
+        assert value is not None                # `at` has checked it
         if self.weights is not None and held.forecast.order:
             value = forecast(value, held.older, self.weights[held.place])
         if key not in self.adjustment:
@@ -155,7 +156,7 @@ class Keep(Policy):
 
     @property
     def pattern(self) -> Hashable:
-        """Equal for calls that compute, keep, reuse and adjust the same."""
+        """Equal for calls that compute, keep, reuse and adjust the same keys."""
         orders = tuple((key, held.forecast.order) for key, held in self.held.items())
         return type(self).__name__, orders, self.reused, self._adjusted()
 
@@ -164,11 +165,11 @@ class Keep(Policy):
 
     @property
     def kept(self) -> dict[Hashable, Tensor]:
-        """What a call reads and leaves: values by key, older ones by (key, age), (key, "scale") and (key, "shift"), the
-        weights of its forecasts. To assign to it puts other tensors in its place.
+        """The tensors that a call reads and leaves: values by key, older ones by (key, age), (key, "scale") and
+        (key, "shift"), and the weights of its forecasts. An assignment replaces the tensors.
         """
         found: dict[Hashable, Tensor] = {}
-        for key, held in self.held.items():     # the oldest first: in fixed buffers each moves up before it is replaced
+        for key, held in self.held.items():     # the oldest first: in fixed buffers each moves on before it is replaced
             found |= {(key, age): value for age, value in reversed([*enumerate(held.older, 1)])}
             if held.value is not None:
                 found[key] = held.value
@@ -186,7 +187,7 @@ class Keep(Policy):
 
 
 def joined(*caches: Keep) -> Keep:
-    """One cache that does what several do, whose keys differ. Only one of them may adjust."""
+    """One cache that does what several caches with different keys do. Only one of them may adjust."""
     held = {key: one for cache in caches for key, one in cache.held.items()}
     adjust = next((cache.adjust for cache in caches if cache.adjust is not None), None)
     return Keep({key: one.computed for key, one in held.items()}, {key: one.forecast for key, one in held.items()},
@@ -198,5 +199,5 @@ def _named(key: Hashable) -> str:
 
 
 def _like_channels(x: Tensor, value: Tensor) -> Tensor:
-    """[..., channels] shaped to multiply a feature map [batch, channels, h, w] or tokens [batch, tokens, channels]."""
+    """Reshape [..., channels] to multiply a feature map [batch, channels, h, w] or tokens [batch, tokens, channels]."""
     return x[..., None, None] if value.ndim == 4 else x[..., None, :]

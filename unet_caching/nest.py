@@ -2,8 +2,8 @@
 
     level_k(x) = up_k(cat(level_{k+1}(s_k), s_k))        s_k = down_k(x)
 
-The plain forward and every cached forward are the same lines: a cache is asked for each value that it may keep,
-together with the way to compute it. DeepCache keeps the result of one level, Block Caching keeps residuals.
+The plain forward and every cached forward are the same lines. They ask a cache for each value that it may keep, and
+give it a function that computes the value. DeepCache keeps the result of one level, Block Caching keeps residuals.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -14,22 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Cache = Callable[[Hashable, Callable[[], Tensor]], Tensor]
-Network = Callable[..., Tensor]         # network(x, t, *context, cache=cache): a U-Net, or what stands in for one
-WHOLE = -1                              # the key of all levels together, of which the head makes the output
+Network = Callable[..., Tensor]         # network(x, t, *context, cache=cache): a U-Net, or a function that replaces it
+WHOLE = -1                              # the key of the result of all levels, which the output head takes
 
 
 def no_cache(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-    """Compute every value: the cache that keeps nothing."""
+    """The cache that keeps nothing: it computes every value."""
     return compute()
 
 
 class Cond(NamedTuple):
     """What every block needs besides its input.
 
-    emb: [batch, channels], the embedding of the timestep (and of whatever else the model adds to it).
-    context: [batch, tokens, channels], what cross-attention attends to, or None.
-    cache: `cache(key, compute) -> Tensor`. Keys are the skip index k for the inner level that the decoder block of
-        skip k concatenates, and the module's name for a residual.
+    emb: [batch, channels], the embedding of the timestep, and of what else the model adds to it.
+    context: [batch, tokens, channels] for cross-attention, or None.
+    cache: `cache(key, compute) -> Tensor`. The key of a residual is its module's name. The key of a level is the skip
+        index k whose decoder block concatenates the level's result.
     """
     emb: Tensor
     context: Tensor | None = None
@@ -39,9 +39,9 @@ class Cond(NamedTuple):
 class Residual(nn.Module):
     """x -> shortcut(x) + residual(x). The residual is what Block Caching reuses.
 
-    Subclasses define `residual(x, cond)`, and `shortcut` where the input needs a projection.
-    `key` is the module's name in its U-Net, set by `name_residuals`. `kind`: "resnet", or "transformer" for attention
-    with all that surrounds it. The attention layers inside a transformer go through the cache too, as "attention".
+    Subclasses define `residual(x, cond)`, and `shortcut` if the input needs a projection.
+    `key` is the module's name in its U-Net, set by `name_residuals`. `kind` is "resnet", or "transformer" for a whole
+    transformer. The attention layers inside a transformer may be cached, too, as "attention".
     """
     key = ""
     kind = "resnet"
@@ -57,7 +57,7 @@ class Residual(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width, or go to `size`: one less, where a level of odd size was halved."""
+    """Doubles height and width, or resizes to `size`, which is one less for a level of odd size."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -69,9 +69,9 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Sequential):
-    """Layers in sequence; the residual ones are given the conditioning too, an upsampling its height and width."""
+    """Layers in sequence. Residual ones also get the conditioning, an upsampling its height and width."""
 
-    # nn.Sequential's own forward takes one argument alone.
+    # nn.Sequential's own forward takes only one argument.
     def forward(self, x: Tensor, cond: Cond, size: Sequence[int] | None = None) -> Tensor:  # type: ignore[override]
         for layer in self:
             if isinstance(layer, Residual):
@@ -84,12 +84,12 @@ class Block(nn.Sequential):
 def nest(x: Tensor, down: Sequence[Callable[[Tensor], Tensor]], middle: Callable[[Tensor], Tensor],
          up: Sequence[Callable[[Tensor, Tensor, torch.Size], Tensor]], cache: Cache,
          control: Sequence[Tensor] | None = None) -> Tensor:
-    """Run a U-Net, before its head, whose encoder part k makes skip k and whose decoder part k takes it.
+    """Run a U-Net up to its output head. Encoder part k makes skip k, and decoder part k takes it.
 
-    up: each is given the inner level, the skip, and the height and width of the level above, which it returns.
-    control: what a ControlNet (arXiv 2302.05543) adds to each skip where the decoder takes it, in the order of the
-    skips, and then to the middle's output; or None.
-    Source: DeepCache (arXiv 2312.00858), Section 3.2: a reused level leaves only the parts around it to run.
+    up: each gets the inner level, the skip, and the height and width of the level above, to which it returns.
+    control: what a ControlNet (arXiv 2302.05543) adds to each skip as the decoder takes it, in the order of the skips,
+    and last to the middle's output; or None.
+    Source: DeepCache (arXiv 2312.00858), Section 3.2. If a level is reused, only the parts around it run.
     """
     def level(k: int, x: Tensor) -> Tensor:
         if k == len(down):
@@ -106,10 +106,10 @@ def nest(x: Tensor, down: Sequence[Callable[[Tensor], Tensor]], middle: Callable
 
 def nested_forward(x: Tensor, input_blocks: nn.ModuleList, middle_block: Block, output_blocks: nn.ModuleList,
                    cond: Cond) -> Tensor:
-    """Run a U-Net whose output block -1-k concatenates the output of input block k (its skip k). Both are `Block`s.
+    """Run a U-Net whose output block -1-k concatenates the output of input block k, which is skip k.
 
-    x: [batch, in_channels, height, width] -> [batch, channels, height, width], before the head. Any height and width:
-    each level returns the size that it was given.
+    x: [batch, in_channels, height, width] -> [batch, channels, height, width], before the output head. Any height and
+    width are possible: each level returns the size of its input.
     """
     def down(block: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: block(x, cond)

@@ -1,4 +1,4 @@
-"""A caching method as programs know it: its options, and what comes of them once a run is known."""
+"""A caching method as programs know it: its options, and the method that they give in a run."""
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,51 +15,51 @@ Value = TypeVar("Value")
 
 
 def option(default: Value, help: str, choices: Sequence[str] = (), metavar: str | None = None, **more: Any) -> Value:
-    """A field of a dataclass of options, and what the command line says of it, where the field's name is its flag.
+    """A field of a dataclass of options, with its --help. The field's name is its flag on the command line.
 
-    more: least, the least that a number may be; flag, where that is not the field's name; word, for one that stands
-    without a flag; one_of, a name that options share which exclude each other; anything else that argparse takes.
+    more: least, the least value of a number; flag, if it is not the field's name; word, for an option without a flag;
+    one_of, the name of a group of options that exclude each other; any other argument of argparse.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, **more})
 
 
 def required(help: str, **more: Any) -> Any:
-    """As `option`, for one that must be given."""
+    """An `option` that must be given."""
     return field(kw_only=True, metadata={"help": help, **more})
 
 
 class RunShape(NamedTuple):
     """What methods need to know of a run."""
-    steps: int              # how many schedules are made for
-    calls: int              # how often the network is called, once more for PLMS
-    num_branches: int       # skips of the U-Net
-    branch: int             # the one that is cached unless the user says otherwise
+    steps: int              # the number of steps, which schedules are made for
+    calls: int              # the number of network calls: for PLMS one more
+    num_branches: int       # skip connections of the U-Net
+    branch: int             # the default of --branch
 
 
 class Method:
-    """A method of caching in a run: its options, checked against it."""
+    """A caching method in a run. Its options have been checked."""
     settings: Mapping[str, Any]         # for run.json, under `cache`
-    name: Sequence[str] = ()            # what it adds to the name of a sample folder, in parts
-    summary: str = ""                   # what the last line of a command says
-    system: str = ""                    # what tables and legends call it, where its settings do not say
-    online: bool = False                # whether what a call computes is only known when it runs
-    files: Sequence[Fitted] = ()        # what was fitted, which belongs to one model
+    name: Sequence[str] = ()            # its parts of a sample folder's name
+    summary: str = ""                   # its part of a command's last line
+    system: str = ""                    # its name in tables and legends, if its settings do not say
+    online: bool = False                # whether it is decided during the run what a call computes
+    files: Sequence[Fitted] = ()        # its fitted files, which belong to one model
 
     def policy(self, device: torch.device | str, dtype: torch.dtype) -> Policy | None:
-        """A fresh policy for one batch of a network on a device and in a dtype; None where the method has none."""
+        """A fresh policy for one batch of a network on a device and in a dtype; None if the method has none."""
         raise NotImplementedError
 
     def extrapolate(self, forecast: Forecast, calls: int) -> None:
-        """Forecast what is reused, from now on. calls: network calls of the run.
+        """Forecast the values that the method reuses. calls: network calls of the run.
 
-        Raises ValueError where the method cannot.
+        Raises ValueError if the method cannot.
         """
         raise ValueError("--forecast is not for the other caching options")
 
     def check_network(self, channels: Mapping[Hashable, int]) -> None:
-        """Refuse a U-Net that lacks what is cached, or has another number of channels there. Raises ValueError.
+        """Raise a ValueError if a U-Net lacks a cached value, or it has another number of channels.
 
-        channels: of all that its cache is asked for, by key.
+        channels: of all values that a cache may keep, by key.
         """
 
 
@@ -79,20 +79,19 @@ class ScheduledMethod(Method):
 @dataclass(frozen=True)
 class MethodOptions:
     """The options of one method; subclasses add their fields by `option`."""
-    title: ClassVar[str] = "caching"    # what --help calls their group
-    rare: ClassVar[bool] = False        # whether --help has them after all others
+    title: ClassVar[str] = "caching"    # the title of their group in --help
+    rare: ClassVar[bool] = False        # whether --help lists them last
 
     def sampling(self) -> Mapping[str, Any]:
-        """Settings of the sampler (sampler, steps, timesteps) that a run has unless its user says others, and the table
-        of coefficients that goes with all of them.
+        """The run's defaults of sampler, steps and timesteps, and the table of coefficients that belongs to all three.
 
         Raises ValueError for a file that cannot be read.
         """
         return {}
 
     def bind(self, shape: RunShape, others: Sequence[Method]) -> Method | None:
-        """The method in a run; None where the options ask for nothing.
+        """The method in a run; None if the options leave it off.
 
-        others: the methods ahead of it in the same run. Raises ValueError for options that cannot be.
+        others: the run's methods before this one. Raises ValueError for options that are not possible.
         """
         raise NotImplementedError

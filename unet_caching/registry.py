@@ -1,7 +1,7 @@
 """The registry of caching methods.
 
-A method that is listed here can be reached from the sample commands, MACs, throughput, sweeps, tables, graphs and
-diffusers pipelines: all of them go by the fields of its options and by its `Method` (unet_caching/options.py).
+The sample commands, MACs, throughput, studies, tables, graphs and diffusers pipelines know every method that is listed
+here, by the fields of its options and by its `Method` (unet_caching/options.py).
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -28,7 +28,7 @@ Kind = TypeVar("Kind", bound=Method)
 
 @dataclass(frozen=True)
 class Methods:
-    """The methods of one run; a run without any does not cache."""
+    """The methods of one run; without any, the run does not cache."""
     methods: tuple[Method, ...] = ()
 
     def __bool__(self) -> bool:
@@ -36,38 +36,38 @@ class Methods:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What run.json says of them, under `cache`."""
+        """The entry `cache` of run.json."""
         found: dict[str, Any] = {"interval": 1}
         for method in self.methods:
             found |= method.settings
         return found
 
     def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Policy | None:
-        """A fresh policy for one batch, or None without caching. device, dtype: of the network."""
+        """A fresh policy for one batch; None without caching. device, dtype: the network's."""
         found = (method.policy(device, dtype) for method in self.methods)
         policies = [policy for policy in found if policy is not None]
         if len(policies) < 2:
             return policies[0] if policies else None
-        return joined(*(policy for policy in policies if isinstance(policy, Keep)))     # others run alone
+        return joined(*(policy for policy in policies if isinstance(policy, Keep)))     # other policies are used alone
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse a run that what was fitted was not made for (`Fitted.check`). Raises ValueError."""
+        """Raise a ValueError if a fitted file was not made for a run with these settings (`Fitted.check`)."""
         for method in self.methods:
             for file in method.files:
                 file.check(settings)
 
     def check_network(self, channels: Mapping[Hashable, int]) -> None:
-        """Let every method check what the U-Net has (`Method.check_network`). Raises ValueError."""
+        """Raise a ValueError if the U-Net does not fit a method (`Method.check_network`)."""
         for method in self.methods:
             method.check_network(channels)
 
     def of(self, kind: type[Kind]) -> Kind | None:
-        """The method of a class, where the run has it."""
+        """The run's method of a class, or None."""
         return next((method for method in self.methods if isinstance(method, kind)), None)
 
 
 def bind(options: Sequence[MethodOptions], shape: RunShape) -> Methods:
-    """The methods that options ask for in a run. Raises ValueError for options that do not go together."""
+    """The methods that the options set in a run. Raises ValueError for options that do not go together."""
     found: list[Method] = []
     for one in sorted(options, key=lambda one: METHODS.index(type(one))):
         method = one.bind(shape, found)
@@ -77,7 +77,7 @@ def bind(options: Sequence[MethodOptions], shape: RunShape) -> Methods:
 
 
 def options_by_name(values: Mapping[str, Any]) -> list[MethodOptions]:
-    """The options of all methods, from some of them by name. Raises ValueError for a name that no method has."""
+    """The options of all methods, with some values by name. Raises ValueError for a name that no method has."""
     left = dict(values)
     found = [method(**{one.name: left.pop(one.name) for one in fields(method) if one.name in left})
              for method in METHODS]

@@ -1,7 +1,7 @@
 """Which network calls of a run are full steps: sorted lists of indices that start with 0.
 
-Step 0 is the first network call, at the highest noise level. All three rules make ceil(num_steps / interval) full
-steps, except where `released_ldm` says otherwise.
+Step 0 is the first network call, at the highest noise level. Each rule makes ceil(num_steps / interval) full steps;
+`released_ldm` may make fewer.
 """
 
 import math
@@ -10,12 +10,12 @@ from numbers import Integral
 
 import numpy as np
 
-# What each rule takes beside the numbers of steps and interval.
+# The arguments of each rule after the number of steps and the interval.
 RULES: dict[str, tuple[str, ...]] = {"uniform": (), "centered": ("center", "power"), "released-ldm": ("power",)}
 
 
 def check_settings(rule: str, interval: int, center: int | None = None, power: float | None = None) -> None:
-    """Check what can be known before the number of steps is. Raises ValueError."""
+    """Raise a ValueError for settings that are wrong for any number of steps."""
     if rule not in RULES:
         raise ValueError(f"unknown schedule {rule!r}: choose from {', '.join(RULES)}")
     for name, value in (("center", center), ("power", power)):
@@ -29,14 +29,14 @@ def check_settings(rule: str, interval: int, center: int | None = None, power: f
 
 
 def _check_power(power: float) -> None:
-    # Below, and far above, nothing but the ends of a run is left; the search below takes a step for every 0.02.
+    # Smaller and much larger powers leave only the ends of a run; and the search in `centered` goes down by 0.02.
     if not 0.1 <= power <= 100:
         raise ValueError(f"power must be a number from 0.1 to 100, got {power}")
 
 
 def full_steps(rule: str, num_steps: int, interval: int, center: int | None = None,
                power: float | None = None) -> list[int]:
-    """The full steps that a rule of RULES makes. Raises ValueError for settings that the rule does not take."""
+    """The full steps of a rule of RULES. Raises ValueError for settings that the rule does not take."""
     check_settings(rule, interval, center, power)
     makers: dict[str, Callable[..., list[int]]] = {"uniform": uniform, "centered": centered,
                                                    "released-ldm": released_ldm}
@@ -45,7 +45,7 @@ def full_steps(rule: str, num_steps: int, interval: int, center: int | None = No
 
 
 def _check(num_steps: int, interval: int, power: float = 2.0) -> int:
-    """Check what all rules share, and return ceil(num_steps / interval)."""
+    """Check the arguments that all rules share, and return ceil(num_steps / interval)."""
     if num_steps < 1:
         raise ValueError(f"the number of steps must be 1 or more, got {num_steps}")
     if not 1 <= interval <= num_steps:
@@ -55,7 +55,7 @@ def _check(num_steps: int, interval: int, power: float = 2.0) -> int:
 
 
 def uniform(num_steps: int, interval: int) -> list[int]:
-    """Every `interval`-th step, from the first (DeepCache, Section 3.3, 1:N inference).
+    """Every `interval`-th step from the first on (DeepCache, Section 3.3, 1:N inference).
 
     Raises ValueError unless 1 <= interval <= num_steps.
     """
@@ -66,8 +66,8 @@ def uniform(num_steps: int, interval: int) -> list[int]:
 def centered(num_steps: int, interval: int, center: int, power: float) -> list[int]:
     """More full steps around step `center`, thinning out with `power` (DeepCache, Section 3.3, non-uniform 1:N).
 
-    Follows the released code (github horseee/DeepCache, 1691a3a), to the step. Raises ValueError for an interval
-    outside 1..num_steps, a center outside 0..num_steps - 1, or settings that give no such number of full steps.
+    Gives exactly the steps of the released code (github horseee/DeepCache, 1691a3a). Raises ValueError for an interval
+    outside 1..num_steps, a center outside 0..num_steps - 1, or settings for which the search below finds no schedule.
     """
     num_full = _check(num_steps, interval, power)
     if not 0 <= center < num_steps:
@@ -76,9 +76,9 @@ def centered(num_steps: int, interval: int, center: int, power: float) -> list[i
         return list(range(num_steps))
     tried = power
     while True:
-        # The root of the negative end point is the complex principal value, c^(1/p) e^(i pi/p), so the points between
-        # the two ends lie on a line in the complex plane and the real part of their power is taken. A real power that
-        # keeps the sign gives other steps, and the paper's tables depend on these.
+        # The root of the negative end point is the complex principal value, c^(1/p) e^(i pi/p). So the points between
+        # the ends lie on a line in the complex plane, and the steps are the real part of their power. A real power that
+        # keeps the sign would give other steps, and the paper's tables depend on these.
         low = np.complex128(-center) ** (1 / tried) if center else np.complex128(0)
         high = (num_steps - center) ** (1 / tried)
         points = low + (high - low) * np.arange(num_full + 1) / num_full
@@ -86,16 +86,16 @@ def centered(num_steps: int, interval: int, center: int, power: float) -> list[i
         steps = sorted({0, *(offset + center for offset in offsets[1:-1])})
         if len(steps) == num_full:
             return steps
-        tried -= 0.02           # the released search; the paper's T=50 N=2 c=20 p=1.3 is met at 1.2
+        tried -= 0.02           # the released search; for the paper's T=50 N=2 c=20 p=1.3 it ends at 1.2
         if tried <= 1:
             raise ValueError(f"no schedule of {num_full} full steps in {num_steps} has center {center} and power "
                              f"{power}: choose another center, a higher power, or a longer interval")
 
 
 def released_ldm(num_steps: int, interval: int, power: float) -> list[int]:
-    """The released LDM code's rule: dense at the start, without a center (github horseee/DeepCache, 1691a3a).
+    """The rule of the released LDM code: dense at the start, without a center (github horseee/DeepCache, 1691a3a).
 
-    It drops repeated steps, so fewer than ceil(num_steps / interval) full steps can come out.
+    It drops repeated steps, so there may be fewer than ceil(num_steps / interval) full steps.
     Raises ValueError unless 1 <= interval <= num_steps.
     """
     num_full = _check(num_steps, interval, power)

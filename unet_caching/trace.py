@@ -1,7 +1,7 @@
-"""Tells, without running the network, which values a call asks its cache for and which of them a policy reuses.
+"""Find out which values a network call asks its cache for, and which of them a policy reuses, without sampling.
 
-One call is traced, on the meta device where that is cheapest; any policy can then be walked over what was asked for.
-All that follows from a policy's choices (multiply-accumulates, kinds of calls, pictures) needs nothing else of it.
+One call is traced, best on the meta device. Any policy can then be tried on the traced values. Everything that follows
+from a policy's choices (multiply-accumulates, kinds of calls, pictures) is derived from that.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -18,14 +18,14 @@ Count = TypeVar("Count")
 
 
 class Asked(NamedTuple):
-    """A value that a call asks for. inner: those that computing it asks for in turn."""
+    """A value that a call asks its cache for. inner: the values that computing it asks for in turn."""
     key: Hashable
     shape: torch.Size
     inner: list["Asked"]
 
 
 def trace(forward: Callable[[Cache], object]) -> list[Asked]:
-    """What `forward(cache)` asks its cache for, in its order."""
+    """The values that `forward(cache)` asks its cache for, in order."""
     found: list[Asked] = []
     inside = [found]
 
@@ -42,7 +42,7 @@ def trace(forward: Callable[[Cache], object]) -> list[Asked]:
 
 def metered(forward: Callable[[Cache], object], so_far: Callable[[], Count]
             ) -> tuple[list[Asked], dict[Hashable, tuple[Count, Count]]]:
-    """`trace`, and what a meter said before and after each value was computed, by its key.
+    """`trace`, and the readings of a meter before and after each value is computed, by key.
 
     so_far: reads the meter.
     """
@@ -61,9 +61,9 @@ def metered(forward: Callable[[Cache], object], so_far: Callable[[], Count]
 
 
 def reused(asked: list[Asked], policy: Policy, calls: int) -> Iterator[frozenset[Hashable]]:
-    """The keys that each of the `calls` network calls of a run reuses, the outermost where one contains others.
+    """The keys that each of the `calls` network calls of a run reuses. Of nested values only the outermost is listed.
 
-    The policy, made for the meta device, is walked over stand-ins of the values, once for each of its patterns, and
+    The policy, made for the meta device, is tried on stand-ins of the values, once for each of its patterns. It is
     reset before and after.
     """
     def walk(level: list[Asked], cache: Cache, missed: list[Hashable]) -> None:
@@ -98,7 +98,7 @@ def _stand_in(shape: torch.Size) -> Tensor:
 
 
 def positions(asked: list[Asked]) -> Mapping[Hashable, Asked]:
-    """Every value that is asked for, by its key."""
+    """All traced values by key, inner ones included."""
     found: dict[Hashable, Asked] = {}
     for one in asked:
         found[one.key] = one

@@ -1,4 +1,4 @@
-"""What the U-Nets that caching was shown on have in common: blocks in levels that make a nest."""
+"""What the papers' U-Nets have in common: blocks in levels that form a nest."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,10 +9,10 @@ from unet_caching.nest import Block, Upsample
 
 class NestedUNet(nn.Module):
     """A U-Net of input blocks, a middle block and output blocks, called `unet(x, t, *context, cache=cache)`."""
-    num_branches: int       # how many skips there are; a branch is one of them, 0..num_branches - 1
+    num_branches: int       # the number of skip connections; a branch is one of them, 0..num_branches - 1
 
     def embedding(self, t: Tensor) -> Tensor:
-        """What the blocks know of the timestep: [batch] -> [batch, channels]."""
+        """The embedding of the timestep: [batch] -> [batch, channels]."""
         raise NotImplementedError
 
     def add_blocks(self, conv_in: nn.Conv2d, widths: Sequence[int], num_res_blocks: int,
@@ -20,8 +20,8 @@ class NestedUNet(nn.Module):
                    middle: Callable[[int], Block]) -> None:
         """Make input_blocks, middle_block and output_blocks.
 
-        widths: channels of each level. block(in_channels, out_channels, level), downsample(channels), middle(channels):
-        what they are made of.
+        widths: channels of each level. block(in_channels, out_channels, level), downsample(channels), middle(channels)
+        make their parts.
         """
         # Encoder: a convolution, then for each level its ResNet blocks and a downsampling; each output is a skip.
         channels, skips = conv_in.out_channels, [conv_in.out_channels]
@@ -51,7 +51,7 @@ class NestedUNet(nn.Module):
 
 
 def name_residuals(unet: nn.Module) -> None:
-    """Give every module whose output a cache may keep its name in the U-Net as `key`; they are those with a `kind`."""
+    """Set the `key` of every module whose output a cache may keep, which has a `kind`, to its name in the U-Net."""
     for name, module in unet.named_modules():
         if hasattr(module, "kind"):
             module.key = name

@@ -1,1 +1,1 @@
-"""Files of what was fitted to the runs of one model; those of another are refused."""
+"""Fitted files, which belong to the runs of one model, and the schemas of files."""

@@ -1,8 +1,7 @@
-"""Files of what was fitted to the runs of one model. They say which runs, and are refused by any other.
+"""Fitted files: results of fitting to the runs of one model. A file says which runs, and every other run refuses it.
 
-JSON where there are no tensors, safetensors otherwise, with the same in their metadata: `kind`, `format`, `made_for`,
-`values`, `notes`, and the digest of all but the notes. Errors are ValueErrors here, which say what was wrong with which
-file.
+A file without tensors is JSON; one with tensors is safetensors, with the same JSON in its metadata: `kind`, `format`,
+`made_for`, `values`, `notes`, and the digest of all but the notes. Errors are ValueErrors that name the file.
 """
 
 import hashlib
@@ -27,20 +26,20 @@ Kind = TypeVar("Kind", bound="Fitted")
 
 @dataclass
 class Fitted:
-    """What was fitted to the runs of one model. Kinds of it are dataclasses, whose own fields decide what runs do; one
-    that is None by default is left out of files and digests while it is None.
+    """A result of fitting to the runs of one model. Each kind is a dataclass with further fields, which decide what a
+    run does. A field that is None by default is left out of files and digests while it is None.
     """
-    kind: ClassVar[str]                     # what messages call it
+    kind: ClassVar[str]                     # its name in messages
     maker: ClassVar[str]                    # the command that makes one
     has_tensors: ClassVar[bool] = False
-    made_for: dict[str, Any]                # the settings under `MadeFor`
+    made_for: dict[str, Any]                # the settings of `MadeFor`
     tensors: dict[str, Tensor] = field(default_factory=dict, kw_only=True)      # float32; in files half precision
-    notes: dict[str, Any] = field(default_factory=dict, kw_only=True)           # how it came about
-    known_as: str | None = field(default=None, kw_only=True)    # its sha256 in an earlier format, which runs recorded
+    notes: dict[str, Any] = field(default_factory=dict, kw_only=True)           # how it was made
+    known_as: str | None = field(default=None, kw_only=True)    # its sha256 in an earlier format, for runs that have it
 
     @property
     def sha256(self) -> str:
-        """By which runs know it: the digest of what decides what they do."""
+        """The digest that runs record, of everything that decides what they do."""
         return self.known_as or self._digest()
 
     def _values(self) -> dict[str, Any]:
@@ -53,11 +52,11 @@ class Fitted:
         content = [self.kind, self.made_for, self._values(), self.known_as,
                    {name: hashlib.sha256(_half(value).numpy().tobytes()).hexdigest()
                     for name, value in self.tensors.items()}]
-        numbers = json.loads(json.dumps(content), parse_int=float)      # 5 and 5.0 are one
+        numbers = json.loads(json.dumps(content), parse_int=float)      # so that 5 equals 5.0
         return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: Path | str) -> None:
-        """Write a file: whole, or not at all."""
+        """Write a file, whole or not at all."""
         about = {"kind": self.kind, "format": FORMAT, "sha256": self._digest(), "made_for": self.made_for,
                  "values": self._values(), "notes": self.notes,
                  **({} if self.known_as is None else {"known_as": self.known_as})}
@@ -70,12 +69,12 @@ class Fitted:
 
     @classmethod
     def load(cls: type[Kind], path: Path | str) -> Kind:
-        """Read a file. Raises ValueError where it is missing, damaged, changed by hand or of another kind."""
+        """Read a file. Raises ValueError if it is missing, damaged, changed by hand or of another kind."""
         if not Path(path).is_file():
             raise ValueError(f"no {cls.kind} {path}: {cls.maker} makes one")
         about, tensors = _tensors(path) if cls.has_tensors else (read_json(path), {})
         if not isinstance(about, dict) or (about.get("kind"), about.get("format")) != (cls.kind, FORMAT):
-            raise ValueError(f"{path} is no {cls.kind} of format {FORMAT}: {cls.maker} makes one")
+            raise ValueError(f"{path} holds no {cls.kind} of format {FORMAT}: {cls.maker} makes one")
         check(about, _File, path)
         if both := about["values"].keys() & _COMMON:
             raise ValueError(f"{path} is damaged: it has an unknown key {min(both)}")
@@ -90,18 +89,15 @@ class Fitted:
         return found
 
     def fault(self) -> str | None:
-        """What is wrong with it, beyond what types say; None where nothing is."""
+        """What is wrong with the values, beyond their types; None if nothing is."""
         return None if all(value.isfinite().all() for value in self.tensors.values()) else "its numbers are not finite"
 
     def bounds(self) -> dict[str, Any]:
-        """The settings of the runs that it is for."""
+        """The settings that a run must have."""
         return self.made_for
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse a run of other settings than it was made for; those not known yet may be left out.
-
-        Raises ValueError that says what differs.
-        """
+        """Raise a ValueError that says what differs, if a run has other settings. Unknown ones may be left out."""
         bounds = self.bounds()
         differing = [key for key, value in bounds.items()
                      if key in settings and value != settings[key] and value is not None]
@@ -113,8 +109,8 @@ class Fitted:
 
 @dataclass
 class MadeFor:
-    """What of a run's settings a file is made for. Guidance, prompts and number format may differ: what is fitted is
-    measured over many images, and small changes of the trajectory move it little.
+    """The settings of a run that a file is made for. Guidance, prompts and number format may differ: the fit is a mean
+    over many images, and small changes of the trajectory change it little.
     """
     model: str
     unet: dict
@@ -122,12 +118,12 @@ class MadeFor:
     sampler: str
     steps: int
     timesteps: str
-    fingerprint: str | None = None      # of the U-Net, by which pipelines know it; None where it was not known
+    fingerprint: str | None = None      # of the U-Net, for pipelines; None in older files
 
 
 @dataclass
 class _File:
-    """What is in a file beside tensors."""
+    """The content of a file except the tensors."""
     kind: str
     format: int
     sha256: str
@@ -141,7 +137,7 @@ _COMMON = {one.name for one in fields(Fitted)}
 
 
 def _half(value: Tensor) -> Tensor:
-    """As it is in files, where the error is far below that of what it stands for."""
+    """The half precision of files, whose rounding error is far below the errors of the fit."""
     return value.detach().cpu().half().contiguous()
 
 
@@ -149,14 +145,14 @@ def _tensors(path: Path | str) -> tuple[Any, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             about = (file.metadata() or {}).get("fitted", "{}")
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}     # noqa: SIM118  it is no dict
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}     # noqa: SIM118  it is not a dict
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
     return parse_json(about, path), tensors
 
 
 def made_for(path: Path | str) -> Mapping[str, Any]:
-    """The runs that a file of any kind is for; nothing where it is no such file, which `Fitted.load` refuses."""
+    """The settings of `MadeFor` in a file of any kind; empty for any other file, which `Fitted.load` refuses."""
     for read in (read_json, lambda path: _tensors(path)[0]):
         with suppress(ValueError, KeyError, TypeError, OSError):
             return read(path)["made_for"]
@@ -166,8 +162,8 @@ def made_for(path: Path | str) -> Mapping[str, Any]:
 def fingerprint(unet: nn.Module, in_channels: int, context: int | None) -> str:
     """A digest of a U-Net's shape: equal in our layout and in diffusers', with or without adapters, and when quantised.
 
-    It is of the widths of all normalisations, which nothing of that touches. in_channels: of the image or latents.
-    context: channels of what cross-attention attends to; None without.
+    It is made from the widths of all normalisation layers, which none of these change. in_channels: of the image or
+    latents. context: channels of the tokens of cross-attention; None without it.
     """
     groups = Counter(module.num_channels for module in unet.modules() if isinstance(module, nn.GroupNorm))
     layers = Counter(module.normalized_shape[0] for module in unet.modules() if isinstance(module, nn.LayerNorm))

@@ -1,6 +1,6 @@
-"""Files that a person may edit, checked against types before anything is made of them: dataclasses say what one holds.
+"""Schemas of files that a person may edit. Dataclasses are the schemas, and content is checked before it is used.
 
-Errors name the key and what would be right; they are ValueErrors here.
+Errors are ValueErrors that name the key and what would be right.
 """
 
 import json
@@ -21,12 +21,12 @@ Built = TypeVar("Built")
 
 
 class AtLeast(NamedTuple):
-    """The least that a number may be: Annotated[int, AtLeast(1)]."""
+    """The least value of a number: Annotated[int, AtLeast(1)]."""
     value: float
 
 
 def read_json(path: Path | str) -> Any:
-    """What a JSON file holds. Raises ValueError, naming it, for one that is missing or damaged."""
+    """The content of a JSON file. Raises ValueError, naming the file, if it is missing or damaged."""
     try:
         text = Path(path).read_bytes()
     except OSError as error:
@@ -35,7 +35,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def parse_json(text: str | bytes, path: Path | str) -> Any:
-    """What JSON in a file stands for. Raises ValueError, naming the file, where it is damaged."""
+    """Parse JSON from a file. Raises ValueError, naming the file, if it is damaged."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -45,28 +45,28 @@ def parse_json(text: str | bytes, path: Path | str) -> Any:
 
 
 def readable(content: object) -> str:
-    """JSON, with lists of numbers on one line each."""
+    """Format JSON with each list of numbers on one line."""
     return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(content, indent=1))
 
 
 def fault(value: object, wanted: Any, where: str = "") -> str | None:
-    """What is wrong with a value from a JSON file, with the place of it; None where it is of a type.
+    """What is wrong with a value from a JSON file, and where; None if it has the type `wanted`.
 
     wanted: a type of JSON's values, list[...], tuple[a, b], tuple[a, ...], dict[str, ...], a union, Annotated[...,
-    AtLeast(n)], Path (text), or a dataclass, whose keys must be its fields. Numbers must be finite. where: what the
-    value is, for the message.
+    AtLeast(n)], Path (text), or a dataclass, for an object with its fields as keys. Numbers must be finite. where: the
+    value's name in the message.
     """
     return next(_faults(value, wanted, where), None)
 
 
 def check(value: object, wanted: Any, path: Path | str) -> None:
-    """Raises ValueError, naming the file, for a value that is not of a type (`fault`)."""
+    """Raise a ValueError, naming the file, if a value does not have the type `wanted` (`fault`)."""
     if found := fault(value, wanted):
         raise ValueError(f"{path} is damaged: {found}")
 
 
 def build(value: Any, wanted: type[Built]) -> Built:
-    """What a value without fault stands for: dataclasses, tuples, paths and floats where they are wanted.
+    """Convert a value without fault to the type `wanted`: to dataclasses, tuples, paths and floats.
 
     Raises what a dataclass raises for values that do not go together.
     """

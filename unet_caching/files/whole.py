@@ -9,15 +9,15 @@ from unet_caching.errors import as_user_error
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises ValueError for a path that is there and no regular file, like a device: it would be replaced."""
+    """Raise a ValueError for an existing path that is not a regular file, like a device, which would be replaced."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file: nothing is written there; name another")
 
 
 def write_and_move(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file beside `path`, and move it there; on any failure nothing is left.
+    """Let `write` make a temporary file beside `path`, then move it to `path`. A failure leaves nothing behind.
 
-    Raises UserError where `check_replaceable` refuses the path.
+    Raises UserError for a path that `check_replaceable` refuses.
     """
     with as_user_error():
         check_replaceable(path)

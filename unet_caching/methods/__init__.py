@@ -1,1 +1,1 @@
-"""Feature caching in diffusion U-Nets, independent of the model: the nest, the caches, the schedules."""
+"""The caching methods, in a file each."""

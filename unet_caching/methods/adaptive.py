@@ -1,14 +1,13 @@
-"""Adaptive caching: each image decides while it is made when its deep feature is computed anew.
+"""Adaptive caching: it is decided for each image, during its run, when its deep feature is computed again.
 
-The rule is that of TeaCache (arXiv 2411.19108), moved from transformers to U-Nets. The output of the encoder's first
-residual block is computed on every call anyway. Its relative change from call to call, times a factor, estimates how
-much the deep feature changes. Calibration runs give a factor for each call. The estimates add up. When their sum
-exceeds a threshold, the feature is computed and the sum begins again.
+The rule is TeaCache's (arXiv 2411.19108), moved from transformers to U-Nets. The output of the encoder's first residual
+block is computed on every call anyway. Its relative change from call to call, times a factor, estimates how much the
+deep feature changes. Calibration runs give a factor for each call. The estimates are summed. When the sum exceeds a
+threshold, the feature is computed and the sum starts again at zero.
 
-Every row of a batch decides from its own values alone, so that one seed stays one image in any batch. A batch runs the
-whole U-Net as soon as one of its rows needs it, and the other rows keep their own feature: the rule saves time in small
-batches. A run's cost is known only afterwards. Estimates before that are the cost of the calibration run that is
-nearest to the mean (`typical`).
+Each row of a batch decides only by its own values, so one seed gives one image in any batch. A batch runs the whole
+U-Net as soon as one row needs it, and the other rows keep their features. So the rule saves time in small batches. The
+cost of a run is known only afterwards. Before, it is estimated by the calibration run nearest to the mean (`typical`).
 
 A rule belongs to one model, sampler and number of steps.
 """
@@ -30,14 +29,14 @@ from unet_caching.policy import Policy
 
 @dataclass
 class AdaptiveRule(Fitted):
-    """When an image computes its deep feature."""
+    """When the deep feature of an image is computed."""
     kind = "adaptive rule"
     maker = "python -m lab.fit adaptive"
     branch: Annotated[int, AtLeast(0)]                  # the skip whose inner level is cached
-    watched: str                                        # the residual that is watched, by name
-    factors: list[Annotated[float, AtLeast(0)]]         # of each call, how much more the feature changes than that
-    threshold: Annotated[float, AtLeast(0)]             # of the sum of changes
-    typical: list[int]              # the full steps of the calibration run that is nearest to their mean
+    watched: str                                        # the name of the residual whose changes are summed
+    factors: list[Annotated[float, AtLeast(0)]]         # by call: the feature's change per change of that residual
+    threshold: Annotated[float, AtLeast(0)]             # for the sum of changes
+    typical: list[int]              # the full steps of the calibration run nearest to the mean
 
     def fault(self) -> str | None:
         typical, calls = self.typical, len(self.factors)
@@ -49,19 +48,19 @@ class AdaptiveRule(Fitted):
         return {**self.made_for, "calls": len(self.factors)}
 
     def policy(self) -> "AdaptiveCache":
-        """A fresh cache that decides by it."""
+        """A fresh cache with this rule."""
         return AdaptiveCache(self.branch, self.watched, self.factors, self.threshold, self.typical)
 
 
 class AdaptiveCache(Policy):
-    """Every row computes the feature at skip `branch` when the changes of what is watched add up to more than a
+    """Each row computes the feature at skip `branch` when the changes of the watched residual sum to more than a
     threshold, and reuses it otherwise.
 
-    watched, factors, threshold: as in `AdaptiveRule`. full_steps: those of the meta device, where no value tells, and
-    of nothing else.
+    watched, factors, threshold: as in `AdaptiveRule`. full_steps: used only on the meta device, where tensors have no
+    values.
 
     `unet(x, t, cache=cache.at(step))` runs step `step`. `decided`: for each call since the start, which rows computed
-    the feature, bool [rows]. Raises RuntimeError for a network that asks for the feature before what is watched.
+    the feature, bool [rows]. Raises RuntimeError for a network that asks for the feature before the watched residual.
     """
 
     def __init__(self, branch: int, watched: str, factors: Sequence[float], threshold: float,
@@ -71,12 +70,12 @@ class AdaptiveCache(Policy):
         self.reset()
 
     def reset(self) -> None:
-        """Let go of all values, after the last step of a batch."""
+        """Drop all values, after the last step of a batch."""
         self.step = 0
         self.feature: Tensor | None = None
-        self.seen: Tensor | None = None         # what is watched, on the last call
+        self.seen: Tensor | None = None         # the watched residual on the last call
         self.sums: Tensor | None = None         # float32 [rows], of changes since the row's feature was computed
-        self.watched_on: int | None = None      # the last call
+        self.watched_on: int | None = None      # the call of `seen`
         self.decided: list[Tensor] = []
 
     def at(self, step: int) -> "AdaptiveCache":
@@ -105,8 +104,8 @@ class AdaptiveCache(Policy):
 
     def _level(self, compute: Callable[[], Tensor]) -> Tensor:
         if self.sums is None or self.watched_on != self.step:
-            raise RuntimeError(f"the U-Net asked for the level at branch {self.branch} before {self.watched}: no rule "
-                               "can be had from that")
+            raise RuntimeError(f"the U-Net asked for the level at branch {self.branch} before {self.watched}, which "
+                               "decides whether it is computed")
         wanted = self._wanted(self.sums)
         if wanted.is_meta:
             every, none = self.step in self.full_steps, self.step not in self.full_steps
@@ -134,7 +133,7 @@ class AdaptiveCache(Policy):
 
 
 def relative_change(value: Tensor, previous: Tensor) -> Tensor:
-    """|value - previous|_1 / |value|_1 of each row: [batch, ...] -> [batch]; 0 where nothing changed."""
+    """|value - previous|_1 / |value|_1 of each row: [batch, ...] -> [batch]; 0 without a change."""
     value, previous = value.float().flatten(1), previous.float().flatten(1)
     change, size = (value - previous).abs().sum(1), value.abs().sum(1)
     return torch.where(change == 0, 0.0, change / size)
@@ -150,7 +149,7 @@ class AdaptiveMethod(Method):
         self.settings = {"full_steps": rule.typical, "adaptive": {
             "sha256": rule.sha256, "branch": rule.branch, "threshold": rule.threshold}}
         self.name = [f"adaptive_{Path(file).stem}"]
-        self.summary = f"adaptive at branch {rule.branch}, threshold {rule.threshold:.4g}, full calls as is typical"
+        self.summary = f"adaptive at branch {rule.branch}, threshold {rule.threshold:.4g}, full calls are an estimate"
 
     def policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> AdaptiveCache:
         return self.rule.policy()
@@ -158,13 +157,13 @@ class AdaptiveMethod(Method):
     def check_network(self, channels: Mapping[Hashable, int]) -> None:
         for key in (self.rule.watched, self.rule.branch):
             if key not in channels:
-                raise ValueError(f"the adaptive rule names {key}, and this U-Net has none")
+                raise ValueError(f"the adaptive rule names {key}, which this U-Net does not have")
 
 
 @dataclass(frozen=True)
 class AdaptiveOptions(MethodOptions):
-    """A rule by which each image decides."""
-    title = "caching (adaptive: each image decides when it computes)"
+    """A rule that decides for each image."""
+    title = "caching (adaptive: when to compute is decided for each image)"
     rare = True
     adaptive: Path | None = option(None, "a rule that lab.fit adaptive made for this run", metavar="FILE")
 
@@ -176,6 +175,6 @@ class AdaptiveOptions(MethodOptions):
         rule = AdaptiveRule.load(self.adaptive)
         rule.check({"steps": shape.steps, "calls": shape.calls})
         if rule.branch >= shape.num_branches or not outside([rule.watched], shape.num_branches, rule.branch):
-            raise ValueError(f"{self.adaptive} was made for another model: {rule.watched} does not run at branch "
-                             f"{rule.branch} of {shape.num_branches}")
+            raise ValueError(f"{self.adaptive} was made for another model: {rule.watched} is not outside the level at "
+                             f"branch {rule.branch} of {shape.num_branches}")
         return AdaptiveMethod(rule, self.adaptive)

@@ -1,8 +1,8 @@
 """Block Caching (arXiv 2312.03209): reuse single residuals, each on a schedule derived from how much it changes.
 
-Reused residuals may be multiplied and shifted per channel, as in the paper, or be forecast (unet_caching/forecast.py),
-which is not of the paper. Schedules and scale-shift tables are files (lab/fit makes them), which belong to one model,
-sampler and number of steps.
+Reused residuals may be scaled and shifted per channel, as in the paper, or be forecast (unet_caching/forecast.py),
+which is not in the paper. Schedules and scale-shift tables are files of lab/fit, which belong to one model, sampler and
+number of steps.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -23,11 +23,11 @@ KINDS = ("transformer", "attention", "resnet", "all")
 
 
 def residual_names(unet: nn.Module, kinds: str = "transformer") -> list[str]:
-    """The residuals of a U-Net under which a cache knows them, in the order of its modules.
+    """The names of a U-Net's residuals, which are their keys in a cache, in the order of its modules.
 
-    kinds: 'transformer' (as in the paper: spatial transformers, DDPM's attention blocks), 'attention' (the self- and
-    cross-attentions inside transformers alone), 'resnet' or 'all' (transformers and ResNet blocks).
-    Raises ValueError for any other kind, or when the U-Net has none of it.
+    kinds: 'transformer' (as in the paper: spatial transformers, DDPM's attention blocks), 'attention' (only the self-
+    and cross-attention inside transformers), 'resnet' or 'all' (transformers and ResNet blocks).
+    Raises ValueError for any other kind, and if the U-Net has no blocks of the kind.
     """
     if kinds not in KINDS:
         raise ValueError(f"unknown kind of blocks {kinds!r}: choose from {', '.join(KINDS)}")
@@ -39,7 +39,7 @@ def residual_names(unet: nn.Module, kinds: str = "transformer") -> list[str]:
 
 
 def outside(names: Iterable[str], num_branches: int, branch: int) -> list[str]:
-    """Those of the residuals that run on a cached step of DeepCache at `branch`: in blocks 0..branch of either side."""
+    """The residuals that run on a cached step of DeepCache at `branch`: in blocks 0..branch of encoder and decoder."""
     def runs(name: str) -> bool:
         side, index, *_ = name.split(".")
         skip = {"input_blocks": int(index), "output_blocks": num_branches - 1 - int(index)}.get(side)
@@ -54,11 +54,11 @@ class BlockSchedule(Fitted):
     kind = "block schedule"
     maker = "python -m lab.fit block-schedule"
     calls: Annotated[int, AtLeast(1)]       # network calls of a run
-    kinds: str                              # of KINDS
-    delta: float | None                     # the threshold, None where it was not made from one
+    kinds: str                              # one of KINDS
+    delta: float | None                     # the threshold that gave the schedule, or None
     blocks: dict[str, list[int]]            # residual -> the calls that compute it
-    macs: dict[str, float]                  # "hook", "fc": per call and row, of a run with this schedule
-    macs_full: dict[str, float]             # and of one without caching
+    macs: dict[str, float]                  # "hook", "fc": per call and row of the batch, in a run with this schedule
+    macs_full: dict[str, float]             # the same without caching
 
     def fault(self) -> str | None:
         if not self.blocks:
@@ -73,32 +73,32 @@ class BlockSchedule(Fitted):
         return {name: [call for call in range(self.calls) if call not in steps] for name, steps in self.blocks.items()}
 
     def outside(self, branch: int, num_branches: int) -> dict[str, list[int]]:
-        """The part of it that DeepCache at `branch` leaves to it."""
+        """The part of the schedule for residuals that DeepCache at `branch` does not cache."""
         return {name: self.blocks[name] for name in outside(self.blocks, num_branches, branch)}
 
 
 @dataclass
 class ScaleShiftTable(Fitted):
-    """What is done to reused residuals. tensors: residual -> [calls that reuse it, 2, channels], scales and shifts."""
+    """The scales and shifts of reused residuals. tensors: residual -> [calls that reuse it, 2, channels]."""
     kind = "scale-shift table"
     maker = "python -m lab.fit scale-shift"
     has_tensors = True
-    schedule_sha256: str                    # of the block schedule that it was learnt for
+    schedule_sha256: str                    # of the block schedule that the table was learnt for
 
     @classmethod
     def of(cls, table: Sequence[Adjustment], schedule: BlockSchedule) -> "ScaleShiftTable":
-        """A file of what each network call does to the residuals that it reuses."""
+        """The table of the adjustments of each network call."""
         return cls(schedule.made_for, schedule.sha256, tensors={
             name: torch.stack([torch.stack(table[call][name]) for call in calls])
             for name, calls in schedule.reusing().items() if calls})
 
     def adjustments(self, schedule: BlockSchedule) -> list[Adjustment]:
-        """What each network call does to the residuals that it reuses. Raises ValueError for another schedule."""
+        """The adjustments of each network call. Raises ValueError for another schedule."""
         if self.schedule_sha256 != schedule.sha256:
             raise ValueError("the scale-shift table was made for another block schedule")
         reusing = {name: calls for name, calls in schedule.reusing().items() if calls}
         if {name: len(value) for name, value in self.tensors.items()} != {k: len(v) for k, v in reusing.items()}:
-            raise ValueError("the scale-shift table does not hold one scale and shift for each reused residual")
+            raise ValueError("the scale-shift table does not have a scale and shift for each reuse of a residual")
         return [{name: tuple(self.tensors[name][calls.index(call)]) for name, calls in reusing.items() if call in calls}
                 for call in range(schedule.calls)]
 
@@ -108,7 +108,7 @@ class ScaleShiftTable(Fitted):
 
 
 class BlockCachingMethod(ScheduledMethod):
-    """A block schedule in a run, or that part of it which DeepCache leaves to it."""
+    """A block schedule in a run, or with DeepCache the part outside of its cached level."""
 
     def __init__(self, schedule: BlockSchedule, blocks: dict[str, list[int]], scale_shift: ScaleShiftTable | None,
                  name: str, calls: int):
@@ -118,7 +118,7 @@ class BlockCachingMethod(ScheduledMethod):
         self.settings = {"block_caching": {
             "schedule_sha256": schedule.sha256, "kinds": schedule.kinds, "delta": schedule.delta,
             "blocks": len(blocks), "scale_shift_sha256": None if scale_shift is None else scale_shift.sha256}}
-        self.system = str(schedule.notes.get("system", ""))             # where a program of its own made it
+        self.system = str(schedule.notes.get("system", ""))     # lab.fit kinds with a system of their own note its name
         self.name = [f"blocks_{name}", *(["scale_shift"] if scale_shift else [])]
         self.summary = (f"blocks computed {sum(map(len, blocks.values()))} of {len(blocks) * calls} times"
                         + (", with scale-shift" if scale_shift else ""))
@@ -132,21 +132,21 @@ class BlockCachingMethod(ScheduledMethod):
     def check_network(self, channels: Mapping[Hashable, int]) -> None:
         unknown = [name for name in self.computed if name not in channels]
         if unknown:
-            raise ValueError(f"the block schedule names {unknown[0]}, and this U-Net has no such block")
+            raise ValueError(f"the block schedule names {unknown[0]}, but this U-Net has no such block")
         for call in self.table or ():
             for name, (scale, _) in call.items():
                 if len(scale) != channels.get(name, len(scale)):
-                    raise ValueError(f"the scale-shift table has {len(scale)} channels for {name}, and this U-Net has "
+                    raise ValueError(f"the scale-shift table has {len(scale)} channels for {name}, but this U-Net has "
                                      f"{channels[name]}")
 
 
 @dataclass(frozen=True)
 class BlockCachingOptions(MethodOptions):
     """When each block is computed, and how reused ones are adjusted."""
-    title = "caching (Block Caching; --interval caches what is inside of it)"
+    title = "caching (Block Caching; with --interval, of the blocks outside the cached level)"
     rare = True
     block_schedule: Path | None = option(None, "when each block is computed, by lab.fit", metavar="FILE")
-    scale_shift: Path | None = option(None, "how reused blocks are adjusted, likewise", metavar="FILE")
+    scale_shift: Path | None = option(None, "scale and shift of reused blocks, by lab.fit", metavar="FILE")
 
     def bind(self, shape: RunShape, others: Sequence[Method]) -> BlockCachingMethod | None:
         if self.block_schedule is None:
@@ -155,10 +155,10 @@ class BlockCachingOptions(MethodOptions):
             return None
         level = next((one for one in others if isinstance(one, DeepCacheMethod)), None)
         if level is not None and level.kind is ZeroedCache:
-            raise ValueError("--zero-cache is an ablation of DeepCache alone: leave out --block-schedule")
+            raise ValueError("--zero-cache is an ablation of DeepCache without others: leave out --block-schedule")
         schedule = BlockSchedule.load(self.block_schedule)
         if schedule.made_for["steps"] == shape.steps and schedule.calls != shape.calls:
-            raise ValueError(f"{self.block_schedule} is of {schedule.calls} network calls, and this run makes "
+            raise ValueError(f"{self.block_schedule} is for {schedule.calls} network calls, but this run makes "
                              f"{shape.calls}")
         scale_shift = None if self.scale_shift is None else ScaleShiftTable.load(self.scale_shift)
         blocks = schedule.outside(level.branch, shape.num_branches) if level else schedule.blocks

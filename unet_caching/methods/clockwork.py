@@ -1,19 +1,19 @@
-"""Clockwork (arXiv 2312.08128): the low-resolution part of a U-Net, replaced on most steps by an adaptor of its last
-feature.
+"""Clockwork (arXiv 2312.08128): on most steps an adaptor of its last feature replaces the low-resolution part of a
+U-Net.
 
-With the identity as the adaptor it is DeepCache at a deep branch, to the last bit, and the released code has no other
-(github Qualcomm-AI-research/clockwork-diffusion, 12db4b4); there the part ends with its upsampling, which in networks
-of two blocks per level is the level inside skip 2.
+With the identity as the adaptor, this is bit for bit DeepCache at a deep branch. The released code has only that
+(github Qualcomm-AI-research/clockwork-diffusion, 12db4b4). There the part ends with its upsampling, which in networks
+with two blocks per level is the level inside skip 2.
 
-A learned adaptor, which costs its own convolutions, is a bottleneck of two of them on the last feature of that part,
-told the timestep and how old the feature is:
+A learned adaptor is a bottleneck of two convolutions on the last feature F of that part. It depends on the timestep and
+on the age of the feature:
 
     F -> F + outer(gain * silu(scale * inner(normalised F) + shift))
 
-Scale, shift and gain are of the bottleneck's channels. A linear layer makes them of the timestep embedding while it
-learns; a run of given steps needs one row of them for each network call, and that table is what is kept. The gain grows
-with the age of the feature, in calls. It starts as the identity: `outer` is zero. Its shape, and the age, are ours; the
-paper has residual blocks there that are told the timestep alone.
+Scale, shift and gain have a number for each channel of the bottleneck. In training a linear layer makes them from the
+timestep embedding. A run needs one row of them for each network call, so the file keeps this table. The gain grows with
+the age of the feature, in calls. `outer` starts at zero, so the adaptor starts as the identity. The shape and the age
+are ours; the paper has residual blocks that depend only on the timestep.
 """
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -30,14 +30,14 @@ from unet_caching.methods.deepcache import DeepCache
 from unet_caching.options import Method, MethodOptions, RunShape, option
 
 BRANCH = 2              # see above
-ROWS = 3                # of the table of an adaptor, for each network call: scale, shift, gain
-# The paper's Stable Diffusion: full steps once in four, in the later part of the run; where that begins is ours.
+ROWS = 3                # of an adaptor's table, for each network call: scale, shift, gain
+# The paper's Stable Diffusion: every fourth step is full in the later part of the run; where that begins is ours.
 PRESETS: Mapping[str, Mapping[str, Any]] = {"stable-diffusion": {"clock": 4, "clock_from": 0.5}}
 
 
 class Adaptor(nn.Module):
-    """Makes the feature of a cached step of the last one: [batch, channels, height, width], and a row of the table,
-    [3, width]. width: channels of the bottleneck. It starts as the identity.
+    """Makes the feature of a cached step from the last feature [batch, channels, height, width] and a row [3, width] of
+    the table. width: channels of the bottleneck. It starts as the identity.
     """
 
     def __init__(self, channels: int, width: int):
@@ -55,10 +55,10 @@ class Adaptor(nn.Module):
 
 
 class Clockwork(DeepCache):
-    """DeepCache whose cached steps see its feature through an adaptor.
+    """DeepCache with an adaptor on the feature of cached steps.
 
-    adaptor, table [calls, 3, width]: of `AdaptorFile`, on the network's device; None is the identity.
-    `row`: of the table, what the next call is told. The rest is as in `DeepCache`.
+    adaptor, table [calls, 3, width]: from `AdaptorFile`, on the network's device; None is the identity.
+    `row`: the next call's row of the table. The rest is as in `DeepCache`.
     """
 
     def __init__(self, branch: int, full_steps: Collection[int], adaptor: Adaptor | None = None,
@@ -78,7 +78,7 @@ class Clockwork(DeepCache):
 
     @property
     def age(self) -> int:
-        """How many calls ago the feature was computed."""
+        """The number of calls since the feature was computed."""
         return self.step - self.held[self.branch].calls[0]
 
     @property
@@ -100,7 +100,7 @@ class Clockwork(DeepCache):
 
 
 def clocked(calls: int, clock: int, share: float) -> list[int]:
-    """The full steps: all in the first share of the run, and then one in every `clock`, the first of them full.
+    """The full steps: all steps in the first `share` of the run, then every `clock`-th.
 
     Raises ValueError for a clock below 1, or a share outside 0 to 1.
     """
@@ -114,7 +114,7 @@ def clocked(calls: int, clock: int, share: float) -> list[int]:
 
 @dataclass
 class AdaptorFile(Fitted):
-    """A trained adaptor. tensors: its weights, and its table [network calls, 3, width]."""
+    """A trained adaptor. tensors: its weights and its table [network calls, 3, width]."""
     kind = "adaptor"
     maker = "python -m lab.fit adaptor"
     has_tensors = True
@@ -131,11 +131,11 @@ class AdaptorFile(Fitted):
 
     @property
     def channels(self) -> int:
-        """Of the feature."""
+        """The channels of the feature."""
         return len(self.tensors["outer.weight"])
 
     def adaptor(self, device: torch.device | str, dtype: torch.dtype) -> Adaptor:
-        """The module, on a device, with nothing left to train."""
+        """The module on a device, frozen."""
         made = Adaptor(self.channels, self.table.shape[-1])
         made.load_state_dict(self.weights)
         return made.to(device, dtype).eval().requires_grad_(False)
@@ -183,18 +183,18 @@ class ClockworkMethod(Method):
     def check_network(self, channels: Mapping[Hashable, int]) -> None:
         there = channels.get(self.branch)
         if self.adaptor is not None and there != self.adaptor.channels:
-            raise ValueError(f"the adaptor is of {self.adaptor.channels} channels, and the feature at branch "
+            raise ValueError(f"the adaptor has {self.adaptor.channels} channels, but the feature at branch "
                              f"{self.branch} of this U-Net has {there}")
 
 
 @dataclass(frozen=True)
 class ClockworkOptions(MethodOptions):
-    """How often the low-resolution part runs, and what stands in for it."""
-    title = "caching (Clockwork: an adaptor stands in for the low-resolution part)"
+    """How often the low-resolution part runs, and which adaptor replaces it."""
+    title = "caching (Clockwork: an adaptor replaces the low-resolution part)"
     rare = True
     clock: int = option(1, "one full step in every N (default: 1, no caching)")
-    clock_branch: int | None = option(None, "0-based skip inside of which it does (default: 2)")
-    clock_from: float = option(0.0, "before this share all steps are full (default: 0)", metavar="SHARE")
+    clock_branch: int | None = option(None, "0-based skip outside of that part (default: 2)")
+    clock_from: float = option(0.0, "this first share of all steps is full (default: 0)", metavar="SHARE")
     clock_preset: str | None = option(None, f"the paper's clock and share: {', '.join(PRESETS)}",
                                       choices=tuple(PRESETS), metavar="NAME")
     adaptor: Path | None = option(None, "by lab.fit adaptor (default: the identity)", metavar="FILE")
@@ -211,7 +211,7 @@ class ClockworkOptions(MethodOptions):
                 raise ValueError("--adaptor, --clock-from and --clock-branch need a --clock of 2 or more")
             return None
         if others:
-            raise ValueError("--clock reuses a level in its own way: leave out --interval, --block-schedule and --plan")
+            raise ValueError("--clock decides what is reused: leave out --interval, --block-schedule and --plan")
         branch = min(BRANCH, shape.num_branches - 1) if self.clock_branch is None else self.clock_branch
         if not 0 <= branch < shape.num_branches:
             raise ValueError(f"--clock-branch must be from 0 to {shape.num_branches - 1} for this model, got {branch}")

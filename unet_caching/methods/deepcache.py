@@ -1,4 +1,4 @@
-"""DeepCache (arXiv 2312.00858): compute one deep feature on some steps, reuse it on all others, or forecast it."""
+"""DeepCache (arXiv 2312.00858): compute one deep feature on some steps, and reuse or forecast it on all others."""
 
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from unet_caching.schedules import RULES, full_steps
 
 
 class DeepCache(Keep):
-    """Compute the feature at skip `branch` on the full steps, reuse it on all others.
+    """Compute the feature at skip `branch` on the full steps, and reuse it on all others.
 
-    branch: 0-based skip index; 0 = conv_in reuses most, the last one reuses the middle block alone.
-    full_steps: indices of the network calls that run the whole U-Net (see `unet_caching.schedules`); 0 must be one.
-    forecast: the order of the polynomial through the last full steps (`forecast`); 0 is reuse, as in the paper.
-    damping: of the forecast, for all network calls or for each.
+    branch: 0-based skip index; 0 = conv_in reuses most, the last one reuses only the middle block.
+    full_steps: indices of the network calls that run the whole U-Net (see `unet_caching.schedules`), with 0.
+    forecast: the order of the polynomial through the last full steps (unet_caching/forecast.py); 0 is reuse, as in the
+    paper. damping: of the forecast, for all network calls or for each.
 
     `unet(x, t, cache=cache.at(step))` runs step `step`. Raises ValueError for a negative branch, full steps without 0,
-    or an order that they can never feed; RuntimeError for a cached step with no feature.
+    or an order that needs more full steps; RuntimeError for a cached step without a feature.
     """
 
     def __init__(self, branch: int, full_steps: Collection[int], forecast: int = 0, damping: Damping = 1.0):
@@ -46,7 +46,7 @@ class ZeroedCache(DeepCache):
 
 
 class DeepCacheMethod(ScheduledMethod):
-    """DeepCache at a branch, with the full steps of a run."""
+    """DeepCache in a run, at a branch and with full steps."""
 
     def __init__(self, options: "DeepCacheOptions", branch: int, steps: Sequence[int], shape: RunShape):
         self.kind = ZeroedCache if options.zero_cache else DeepCache
@@ -73,7 +73,7 @@ class DeepCacheMethod(ScheduledMethod):
 
 @dataclass(frozen=True)
 class DeepCacheOptions(MethodOptions):
-    """Which steps are full, and what the others reuse."""
+    """Which steps are full, and which feature the others reuse."""
     title = "caching (DeepCache)"
     interval: int = option(1, "one full step in every N (default: 1, no caching)")
     branch: int | None = option(None, "0-based skip; 0 caches most (default: the paper's)")
@@ -90,7 +90,6 @@ class DeepCacheOptions(MethodOptions):
         steps = full_steps(self.schedule, shape.steps, self.interval, self.center, self.power)
         if self.interval == 1:
             if self.zero_cache:
-                raise ValueError("--zero-cache needs an --interval of 2 or more: without caching there is nothing to "
-                                 "zero")
+                raise ValueError("--zero-cache needs an --interval of 2 or more: it zeros the cached feature")
             return None
         return DeepCacheMethod(self, branch, steps, shape)

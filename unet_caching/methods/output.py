@@ -1,8 +1,9 @@
-"""The whole network computed on some calls alone; what it made then is reused on the others, or forecast.
+"""Skipped network calls: the whole network is computed only on some calls; on the others its output is reused or
+forecast.
 
-It is what methods do that skip network calls: SADA, Spectrum and, with a threshold in the place of the interval,
-TeaCache (arXiv 2411.19108). A skipped call costs next to nothing, so that many of them fit into a budget; the schedule
-here is uniform. What is kept is what the head of the U-Net makes the output of: reused, that is the output itself.
+SADA and Spectrum skip calls like this, and TeaCache (arXiv 2411.19108) does so by a threshold instead of an interval.
+Skipped calls cost almost nothing, so many of them fit into a budget. The schedule here is uniform. The cached value is
+the input of the U-Net's output head, so reusing it reuses the output.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ class OutputMethod(ScheduledMethod):
 @dataclass(frozen=True)
 class OutputOptions(MethodOptions):
     """How often the network is computed."""
-    title = "caching (the whole output of the network; not of the papers)"
+    title = "caching (the whole output of the network; not in the papers)"
     rare = True
     output_interval: int = option(1, "one computed call in every N (default: 1, all)", metavar="N", least=1)
 

@@ -1,9 +1,9 @@
-"""A run as a plan: for each network call which blocks it computes, and what stands in for the others.
+"""A run as a plan: which blocks each network call computes, and which values it reuses or forecasts.
 
-A call computes everything, or the blocks down to some branch b: 0..b of either side. At b it sees the level inside as
-it was last computed, or as a forecast of that (forecast.py). Calls of different depths may follow each other
-in any order, and several levels are held at once: a call refreshes those levels that it computes, 0..b-1, while those
-from b on stay as they were.
+A call computes everything, or only the blocks down to a branch b: 0..b of encoder and decoder. At b it takes the inner
+level's last value, or a forecast of it (forecast.py). Calls of different depths may follow each other in any order, so
+several levels are kept at once. A call refreshes the levels that it computes, 0..b-1; the levels from b on stay
+unchanged.
 
 A plan belongs to one model, sampler, number of steps, spacing of timesteps and range of guidance.
 """
@@ -25,17 +25,17 @@ from unet_caching.options import Method, MethodOptions, RunShape, option
 from unet_caching.samplers.table import Table
 from unet_caching.samplers.timesteps import is_listed
 
-HIGHEST_ORDER = 3           # a forecast beyond it only amplifies what is not smooth
+HIGHEST_ORDER = 3           # higher orders only amplify what is not smooth
 SAMPLING = ("sampler", "steps", "timesteps")
 
 
 @dataclass(frozen=True)
 class Call:
     """What one network call does."""
-    # None computes everything; b computes down to skip b, and reuses or forecasts the level inside.
+    # None computes everything; b computes down to skip b, and reuses or forecasts the inner level.
     branch: int | None = None
-    # A weight for each term of the forecast, as many as its order: () is reuse, (1.0,) a line. Terms for which the
-    # level has not been computed often enough yet have no effect.
+    # A weight per term of the forecast, so its order is their number: () is reuse, (1.0,) is linear. Terms that need
+    # more values than have been computed so far have no effect.
     damping: tuple[float, ...] = ()
 
     def refreshes(self, level: int) -> bool:
@@ -44,7 +44,7 @@ class Call:
 
 
 def check_calls(calls: Sequence[Call]) -> None:
-    """Refuse what is no plan. Raises ValueError that says which call is wrong."""
+    """Raise a ValueError for calls that are not a plan. It names the wrong call."""
     if not calls:
         raise ValueError("a plan needs at least one network call")
     if calls[0].branch is not None:
@@ -55,16 +55,16 @@ def check_calls(calls: Sequence[Call]) -> None:
         if call.branch is None and call.damping:
             raise ValueError(f"call {step} of the plan computes everything: there is nothing to forecast")
         if len(call.damping) > HIGHEST_ORDER:
-            raise ValueError(f"call {step} of the plan has {len(call.damping)} terms of a forecast, and may have up to "
-                             f"{HIGHEST_ORDER}")
+            raise ValueError(f"call {step} of the plan has {len(call.damping)} terms of a forecast, but may have at "
+                             f"most {HIGHEST_ORDER}")
 
 
 class PlanCache(Keep):
     """Compute, reuse and forecast as a plan says, call by call.
 
     `unet(x, t, cache=cache.at(step))` runs network call `step`. Between calls one tensor is held for each level that
-    some call reuses, and one more for each order of its forecasts. Raises ValueError for what is no plan; RuntimeError
-    for a call that would reuse what was never computed, or that the plan does not have.
+    some call reuses, and one more for each order of its forecasts. Raises ValueError for calls that are not a plan;
+    RuntimeError for a call that the plan does not have, or that would reuse a value that was never computed.
     """
 
     def __init__(self, calls: Sequence[Call]):
@@ -82,7 +82,7 @@ class PlanCache(Keep):
 
 
 def _forecast(calls: Sequence[Call], level: int) -> Forecast:
-    """What stands in for a level on the calls of a plan that reuse it; on all others nothing is asked of it."""
+    """The forecast of a level on the calls of a plan that reuse it. On all others it is not used."""
     damping = [call.damping if call.branch == level else () for call in calls]
     order = max(map(len, damping))
     return Forecast(order, [[*one, *[0.0] * (order - len(one))] for one in damping])
@@ -90,23 +90,23 @@ def _forecast(calls: Sequence[Call], level: int) -> Forecast:
 
 @dataclass
 class Plan(Fitted):
-    """What each network call does, and which runs that was found for."""
+    """What each network call does, and the runs that the plan is for."""
     kind = "plan"
     maker = "python -m lab.plans search"
     calls: list[Call]
-    guidance: list[float] | None        # the least and the most that it is taken to hold for; None: the model has none
-    macs: dict[str, Annotated[float, AtLeast(1)]]           # "hook", "fc": of all calls of an image, a row of the batch
+    guidance: list[float] | None        # the least and the most that the plan is for; None: a model without guidance
+    macs: dict[str, Annotated[float, AtLeast(1)]]           # "hook", "fc": all calls of an image, one row of the batch
     macs_full: dict[str, Annotated[float, AtLeast(1)]]      # of one call that computes everything
-    solver: Table | None = None         # that was learned; None: the sampler's own
+    solver: Table | None = None         # the learned solver; None: the sampler's
 
     @property
     def cost(self) -> float:
-        """Its MACs (hook) in those of full network calls."""
+        """The plan's MACs (hook) in full network calls."""
         return self.macs["hook"] / self.macs_full["hook"]
 
     @property
     def deepest(self) -> int:
-        """The deepest branch of its cached calls."""
+        """The deepest branch of the cached calls."""
         return max((call.branch for call in self.calls if call.branch is not None), default=0)
 
     def fault(self) -> str | None:
@@ -160,7 +160,7 @@ class PlanMethod(Method):
 class PlanOptions(MethodOptions):
     """A plan for all network calls, with the sampler, steps and timesteps that it was made for."""
     title = "caching (a plan: what each network call computes)"
-    plan: Path | None = option(None, "what lab.plans found for this model and a budget; "
+    plan: Path | None = option(None, "a plan by lab.plans for this model and a budget; "
                                      "brings sampler, steps and timesteps", metavar="FILE")
 
     def sampling(self) -> Mapping[str, Any]:
@@ -180,6 +180,6 @@ class PlanOptions(MethodOptions):
         if len(plan.calls) != shape.calls:
             raise ValueError(f"the plan {self.plan} has {len(plan.calls)} network calls, this run makes {shape.calls}")
         if plan.deepest >= shape.num_branches:
-            raise ValueError(f"the plan {self.plan} was made for another model: it has branch {plan.deepest}, this one "
-                             f"branches 0 to {shape.num_branches - 1}")
+            raise ValueError(f"the plan {self.plan} was made for another model: it has branch {plan.deepest}, this "
+                             f"model has branches 0 to {shape.num_branches - 1}")
         return PlanMethod(plan, self.plan)
