@@ -165,7 +165,7 @@ def test_it_comes_nearer_and_goes_on_after_a_kill(network, tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             one.learn()
     assert learner(network, tmp_path).learn() == whole == learner(network, tmp_path).learn()
-    with pytest.raises(ValueError, match=r"run\.state is of another learning"):
+    with pytest.raises(ValueError, match=r"run\.state was learned with other settings"):
         learner(network, tmp_path, options=replace(OPTIONS, lr=1.0))
 
 
@@ -286,5 +286,5 @@ def test_a_pipeline_learns_a_plan(parts, tmp_path):
     assert (image(out) - converged).norm() < (image(path) - converged).norm()
 
     pipe.unet.half()
-    with pytest.raises(UserError, match=r"learned in float32, and pipe\.unet is in torch\.float16"):
+    with pytest.raises(UserError, match=r"learned in float32, but pipe\.unet is in torch\.float16"):
         learn_plan(pipe, path, ["a"], out=out, **asked)

@@ -32,7 +32,7 @@ from unet_caching.schedules import uniform
 IMPOSSIBLE = [
     ({"forecast": 7}, "forecast is an order up to"), ({"forecast": -1}, "order"), ({"forecast": 1.5}, "order"),
     ({"plan": "nowhere.json"}, "nowhere.json"), ({"block_schedule": "nowhere.json"}, "nowhere.json"),
-    ({"interval": True}, "interval is True"), ({"intervall": 3}, "no option intervall"),
+    ({"interval": True}, "interval must be a number, got True"), ({"intervall": 3}, "no option intervall"),
     ({"zero_cache": True, "forecast": 1, "interval": 3}, "zero_cache"), ({"branch": 6}, "branch must be from 0 to 5"),
     ({"branch": -1}, "branch"), ({"branch": 1.0}, "branch"), ({"interval": 0}, "interval"), ({"center": 3}, "center"),
     ({"interval": 2.5}, "interval"), ({"schedule": "centered", "center": 3}, "power"),
@@ -77,7 +77,7 @@ def test_a_plan_of_named_timesteps_wants_those(parts, tmp_path, spacing):
         **{key: value for key, value in BETAS.items() if "offset" not in key}, timestep_spacing=other, steps_offset=1))
     enable_deepcache(pipe, plan=path)
     for pipe.scheduler in wrong:
-        with pytest.raises(UserError, match=f"made for unipc at other timesteps .* {spacing} in 6 steps: pipe"):
+        with pytest.raises(UserError, match=f"made for unipc with {spacing} timesteps in 6 steps, .*: pipe"):
             run(pipe)
     pipe.scheduler = plan_scheduler(path, pipe.scheduler)
     assert run(pipe).isfinite().all()
@@ -108,7 +108,7 @@ def test_a_plan_takes_the_noise_levels_of_any_scheduler_or_refuses_it(tmp_path, 
 
 def test_a_plan_for_zero_terminal_snr(parts, tmp_path):
     path, pipe = save_plan(tmp_path / "plan.json"), build(parts)
-    with pytest.raises(UserError, match="zero terminal SNR, where a network that predicts noise tells nothing"):
+    with pytest.raises(UserError, match="zero terminal SNR, where a network that predicts noise says nothing"):
         plan_scheduler(path, DDIMScheduler(**BETAS, rescale_betas_zero_snr=True))
     pipe.scheduler = plan_scheduler(path, DDIMScheduler(**BETAS, rescale_betas_zero_snr=True,
                                                         prediction_type="v_prediction"))
@@ -269,7 +269,7 @@ def test_a_plan_in_a_pipeline_is_that_of_our_own_sampler(pipe, tmp_path, sampler
         pipe.scheduler = plan_scheduler(save_plan(path, each, timesteps=times), pipe.scheduler)
     save_plan(path, each, table, sampler=sampler, timesteps=times)
     enable_deepcache(pipe, plan=path)
-    with pytest.raises(UserError, match=f"made for .*{sampler},? at other timesteps .* 999,900"):
+    with pytest.raises(UserError, match=f"made for .*{sampler} with 999,900"):
         run(pipe, **GIVEN)
 
     pipe.scheduler = plan_scheduler(path, pipe.scheduler)

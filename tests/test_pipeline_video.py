@@ -238,5 +238,5 @@ def test_a_video_unet_of_others():
     for part, name in ((lambda unet: unet.up_blocks[0], "added"), (lambda unet: unet, "factor")):
         pipe.unet = Unet3D.from_config(pipe.unet.config).eval()
         setattr(part(pipe.unet), name, 1.5)
-        with enable_deepcache(pipe), pytest.raises(UserError, match="Unet3D, which cannot be taken apart: it would"):
+        with enable_deepcache(pipe), pytest.raises(UserError, match="Unet3D, which cannot be taken apart: its parts"):
             pipe(6)

@@ -232,7 +232,7 @@ def test_diffusers_that_is_too_old_is_refused_at_import():
     check_diffusers("0.30.0")
     check_diffusers("1.2.0.dev0")
     check_diffusers(diffusers.__version__)
-    with pytest.raises(ImportError, match=r"needs diffusers 0\.30 or newer, and 0\.29\.2 is installed: pip install"):
+    with pytest.raises(ImportError, match=r"needs diffusers 0\.30 or newer, but 0\.29\.2 is installed: pip install"):
         check_diffusers("0.29.2")
 
 

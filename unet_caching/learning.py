@@ -1,9 +1,10 @@
-"""Learns a run through its sampler, with the network frozen: timesteps, solver and the damping of forecasts together.
+"""Learn the timesteps, the solver and the damping of forecasts of a run together, through its sampler, with the network
+frozen.
 
-What is learned is added to a plan: to the coefficients of its solver (samplers/table.py), to its timesteps and to the
+The learned numbers are added to a plan: to the coefficients of its solver (samplers/table.py), its timesteps and the
 damping of each forecast (methods/plan.py). The loss is the mean over the seeds of the logarithm of the mean squared
-error between what a run ends on and the converged image, which is their PSNR. LD3 (arXiv 2405.15506) and S4S (arXiv
-2502.17423) learn timesteps and solvers so; here forecasts of nested features are part of the run.
+error between the run's result and the converged image, which is their PSNR. LD3 (arXiv 2405.15506) and S4S (arXiv
+2502.17423) learn timesteps and solvers like this; here forecasts of nested features are part of the run.
 """
 
 import hashlib
@@ -29,14 +30,14 @@ from unet_caching.policy import Policy
 from unet_caching.samplers.diffusion import Diffusion, Predict
 from unet_caching.samplers.table import Table, multistep, table_of
 
-SMALLEST = 0.02         # share of an image that counts as new in another at least (`Learned.orient`)
-# start(seeds, policy) -> what predicts the noise for these seeds, with the policy as its cache, and their x_T.
+SMALLEST = 0.02         # the least share of an image that counts as new beside others (`Learned.orient`)
+# start(seeds, policy) -> the noise predictor for these seeds, with the policy as its cache, and their x_T.
 Start = Callable[[Sequence[int], Policy | None], tuple[Predict, Tensor]]
 
 
 @dataclass(frozen=True)
 class Solved:
-    """What may be learned of a run: [calls] timesteps, the solver's coefficients, and what each call computes."""
+    """A run in numbers that can be learned: [calls] timesteps, the solver's table, and what each call computes."""
     timesteps: tuple[float, ...]
     table: Table
     calls: tuple[Call, ...]
@@ -44,21 +45,21 @@ class Solved:
 
 @dataclass(frozen=True)
 class Learning:
-    """How to learn."""
+    """The settings of learning."""
     iterations: int = 100
     batch_size: int = 8             # seeds of an iteration
-    # The highest learning rate. 1 is a step of all coefficients that changes images by as much as they are from the
+    # The highest learning rate. With 1, a step of all coefficients changes images by as much as they differ from the
     # converged ones.
     lr: float = 0.5
-    times_lr: float = 20.0          # of the timesteps, in tens of them, and of the damping: so many times that of a
-    damping_lr: float = 10.0        # coefficient
+    times_lr: float = 20.0          # the rates of the timesteps, in tens of timesteps, and of the damping, as multiples
+    damping_lr: float = 10.0        # of a coefficient's
     warmup: int = 10                # iterations in which learning rates rise
-    last: int | None = None         # how many predictions before its own a row of q may take more or less of
-    judged_every: int = 20          # iterations, on the held-out seeds
+    last: int | None = None         # the number of predictions whose coefficients each row of q learns; None: all
+    judged_every: int = 20          # iterations between two evaluations on the held-out seeds
 
 
 class LearnedPlan(PlanCache):
-    """A plan whose damping is a tensor, [calls, highest order]."""
+    """The cache of a plan whose damping is a tensor, [calls, highest order]."""
 
     def __init__(self, calls: Sequence[Call], damping: Tensor):
         super().__init__(calls)
@@ -76,9 +77,9 @@ class LearnedPlan(PlanCache):
 
 
 class Recomputed:
-    """A network whose activations are not kept for its gradients, but computed again: a call at a time is in memory.
+    """A network whose activations are computed again for gradients, so that memory holds those of one call at a time.
 
-    Called as the network is, with a policy; what the policy keeps is kept.
+    Its call is the network's, with a policy. Tensors that the policy keeps are not computed again.
     """
 
     def __init__(self, network: Network):
@@ -90,7 +91,7 @@ class Recomputed:
         as_now, before, after = copy(cache), cache.kept, list[Hashable]()
 
         def call(x: Tensor, t: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
-            policy = copy(as_now)           # what the run's own does by the time of the gradients is another call
+            policy = copy(as_now)           # by the time of the gradients the run's policy is at another call
             policy.kept = dict(zip(before, kept, strict=True))
             output = self.network(x, t, *context, cache=policy)
             after[:] = policy.kept
@@ -102,15 +103,15 @@ class Recomputed:
 
 
 def _rows(rows: Sequence[Sequence[float]]) -> Tensor:
-    """As a matrix, with zeros after rows that are shorter than others."""
+    """Rows as a matrix; shorter rows end with zeros."""
     most = max(map(len, rows))
     return torch.tensor([[*row, *[0.0] * (most - len(row))] for row in rows], dtype=torch.float64)
 
 
 class Learned(nn.Module):
-    """What is added to a run. All is 0 at first; float64.
+    """The learned numbers that are added to a run, in float64 and 0 at first.
 
-    q: [calls, last], along `basis`. times: [calls], in tens of timesteps; the first call stays where it is. damping:
+    q: [calls, last], along `basis`. times: [calls], in tens of timesteps; that of the first call stays 0. damping:
     [calls, highest order].
     """
 
@@ -126,23 +127,23 @@ class Learned(nn.Module):
         self.damping = nn.Parameter(torch.zeros_like(self.damping0))
 
     def solved(self) -> tuple[Tensor, Tensor]:
-        """The timesteps and q."""
+        """The learned timesteps and q."""
         return self.t0 + 10 * self.times, self.q0 + torch.einsum("ik,ikj->ij", self.q, self.basis)
 
     @torch.no_grad()
     def keep_order(self) -> None:
-        """Move timesteps back that came nearer to where a neighbour was than it is to them."""
+        """Keep each timestep within almost half of its first distance to each neighbour, so that they stay in order."""
         gaps = 0.049 * (self.t0[:-1] - self.t0[1:])
         least = F.pad(-gaps, (0, 1), value=-self.t0[-1].item() / 10)
         self.times.copy_(torch.minimum(torch.maximum(self.times, least), F.pad(gaps, (1, 0))))
         self.times[0] = 0
 
     def orient(self, gram: Tensor) -> None:
-        """Choose what q is counted along: the clean image that a call predicts, what is new in the one before it, and
-        in the one before that; a unit of each changes x as much as another. Neighbouring images are nearly alike: along
-        themselves, a step that is small enough for their sum moves nothing else.
+        """Choose the basis of q: the clean image that a call predicts, then the new part of the image before it, and so
+        on. A unit of each changes x equally. Neighbouring images are almost equal. So along the images themselves, a
+        step that is small enough for their sum would hardly change their differences.
 
-        gram: inner products of the images of a run, of which the last has length 1, [calls, calls].
+        gram: inner products of a run's images, scaled so that the last one has length 1, [calls, calls].
         """
         for step, rows in enumerate(self.get_buffer("basis")):
             places = [*range(step, max(-1, step - self.last), -1)]
@@ -151,17 +152,17 @@ class Learned(nn.Module):
             rows[:len(places), places] = torch.linalg.inv(torch.linalg.cholesky(part))
 
     def policy(self) -> LearnedPlan:
-        """A fresh one, which forecasts with the damping that is learned."""
+        """A fresh cache with the learned damping."""
         return LearnedPlan(self.calls, self.damping0 + self.damping)
 
     def sample(self, start: Start, seeds: Sequence[int], alphas: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What the run of some seeds ends on, and D of each call. alphas: [num_timesteps]."""
+        """The results of the run for these seeds, and D of each call. alphas: [num_timesteps]."""
         predict, x = start(seeds, self.policy())
         timesteps, q = self.solved()
         return multistep(predict, x, timesteps, self.p0, q, alphas)
 
     def values(self) -> Solved:
-        """The run as it is learned so far."""
+        """The run as learned so far."""
         timesteps, q = self.solved()
         damping = (self.damping0 + self.damping).tolist()
         return Solved(tuple(round(t, 4) for t in timesteps.tolist()),
@@ -171,14 +172,14 @@ class Learned(nn.Module):
 
 
 def solved(plan: Plan, diffusion: Diffusion) -> Solved:
-    """What may be learned of a plan. Raises ValueError for one of a sampler without a table."""
+    """The run of a plan. Raises ValueError for a plan whose sampler has no table."""
     sampler, steps, listed = (plan.made_for[key] for key in SAMPLING)
     timesteps, own = table_of(sampler, steps, listed, diffusion)
     return Solved(tuple(timesteps), plan.solver or own, tuple(plan.calls))
 
 
 def learned_plan(plan: Plan, outcome: "Outcome", notes: dict[str, Any]) -> Plan:
-    """The plan that comes of learning one. It is another plan, of the same cost."""
+    """The plan that learning makes from a plan, at the same cost."""
     run = outcome.run
     timesteps = ",".join(f"{t:.4f}".rstrip("0").rstrip(".") for t in run.timesteps)
     gain = {"iteration": outcome.iteration, "chosen by, dB": round(outcome.judged[outcome.iteration], 3)}
@@ -188,9 +189,8 @@ def learned_plan(plan: Plan, outcome: "Outcome", notes: dict[str, Any]) -> Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What learning came to. run: the best on the held-out seeds, the run as it was among them. iteration: of that.
-
-    judged: dB gained on the held-out seeds, by iteration.
+    """The result of learning. run: the best one on the held-out seeds, which may be the run before learning. iteration:
+    that of the best run. judged: dB gained on the held-out seeds, by iteration.
     """
     run: Solved
     iteration: int
@@ -198,10 +198,10 @@ class Outcome:
 
 
 class Learner:
-    """Learns a run. converged: the images to come near to, by seed. alphas: [num_timesteps].
+    """Learns a run. converged: the target images of seeds. alphas: [num_timesteps].
 
-    state: a file that is written after each iteration, from which the same learning goes on. about: what else decides
-    what is learned. Raises ValueError for a state of another learning.
+    state: a file that is written after each iteration, and from which the same learning resumes. about: everything else
+    that decides the result. Raises ValueError if the state belongs to other learning.
     """
 
     def __init__(self, run: Solved, start: Start, alphas: Tensor, converged: Callable[[Sequence[int]], Tensor],
@@ -222,7 +222,7 @@ class Learner:
             self._orient()
 
     def learn(self, title: str | None = None) -> Outcome:
-        """title: of a progress bar."""
+        """Learn to the end. title: of a progress bar; None: no bar."""
         total = self.options.iterations
         with tqdm(total=total, initial=self.iteration, desc=title, unit="iteration", disable=title is None) as bar:
             while True:
@@ -241,7 +241,7 @@ class Learner:
         return Outcome(run, self.best[0], {one: self.gain(one) for one in self.judged})
 
     def gain(self, iteration: int) -> float:
-        """dB on the held-out seeds beside the run as it was."""
+        """dB gained on the held-out seeds since the start."""
         return self.judged[0] - self.judged[iteration]
 
     @torch.no_grad()
@@ -266,7 +266,7 @@ class Learner:
         self.iteration += 1
 
     def _error(self, seeds: Sequence[int]) -> Tensor:
-        """The mean over the seeds of 10 log10 of the squared error per square of the converged image."""
+        """The mean over the seeds of 10 log10 (squared error / squared norm of the converged image)."""
         found, _ = self.learned.sample(self.start, seeds, self.alphas)
         wanted = self.converged(seeds).to(found)
         errors = (found - wanted).square().flatten(1).sum(1) / wanted.square().flatten(1).sum(1)
@@ -291,7 +291,7 @@ class Learner:
 
     def _go_on(self, state: dict) -> None:
         if state["about"] != self.about:
-            raise ValueError(f"{self.state} is of another learning: delete it, or take another place")
+            raise ValueError(f"{self.state} was learned with other settings: delete it, or name another place")
         self.iteration, self.best, self.judged = state["iteration"], tuple(state["best"]), state["judged"]
         self.learned.load_state_dict(state["learned"])
         self.optimizer.load_state_dict(state["optimizer"])

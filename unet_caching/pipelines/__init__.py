@@ -1,14 +1,14 @@
-"""Caching in diffusers' own U-Nets and pipelines: their modules in the nest, and what tells one run from the next."""
+"""Caching in diffusers' U-Nets and pipelines: their modules in the nest, and the start and end of each run."""
 
 from importlib.metadata import version
 
-OLDEST = "0.30"         # of diffusers: older ones were not tried
+OLDEST = "0.30"         # version of diffusers; older ones were not tried
 
 
 def check_diffusers(found: str) -> None:
-    """Refuse a version of diffusers that the nest was not compared with. Raises ImportError."""
+    """Raise an ImportError for a version of diffusers that the nest was not compared with."""
     if tuple(map(int, found.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
-        raise ImportError(f"caching in pipelines needs diffusers {OLDEST} or newer, and {found} is installed: "
+        raise ImportError(f"caching in pipelines needs diffusers {OLDEST} or newer, but {found} is installed: "
                           "pip install --upgrade diffusers")
 
 

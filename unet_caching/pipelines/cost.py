@@ -1,5 +1,5 @@
-"""How much a run saves: exact multiply-accumulates of its calls, attention's included, as PyTorch dispatches them in
-one of each kind: nothing else runs."""
+"""How much a run saves: the exact multiply-accumulates of its calls, with attention. They are counted in PyTorch's
+dispatcher, in one call of each kind, without running anything else."""
 
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,23 +14,23 @@ FULL = "full"           # the kind of a call that computes everything
 
 
 class Meter:
-    """The network calls of a run; those of one kind in one place compute the same."""
+    """Counts the network calls of a run. Calls of one kind in one place compute the same."""
 
     def __init__(self, unet: nn.Module):
         compiled = any("_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
                        for module in unet.modules())
-        self.fault = "the U-Net is compiled" if compiled else ""        # why they are not counted
+        self.fault = "the U-Net is compiled" if compiled else ""        # why calls are not counted
         self.macs: dict[Hashable, int] = {}
         self.calls: list[tuple[tuple[int, torch.Size], Hashable]] = []
 
     def call(self, place: tuple[int, torch.Size], kind: Hashable) -> AbstractContextManager:
-        """What a network call is made in. place: which one of its step, on what. kind: None where it is not known."""
+        """The context of a network call. place: its number in its step, and its shape. kind: None if unknown."""
         key = place, len(self.calls) if kind is None else kind
         self.calls.append(key)
         return nullcontext() if self.fault or key in self.macs else Counter(self, key)
 
     def report(self, settings: str) -> str:
-        """What the run did and what that saved, in one line."""
+        """One line about what the run did and saved."""
         begin = f"caching in {len(self.calls)} network calls"
         if self.fault:
             return f"{begin}: {settings}; multiply-accumulates were not counted ({self.fault})"
@@ -42,7 +42,7 @@ class Meter:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operations of matrix products, convolutions and attention."""
+    """Counts the multiply-accumulates of matrix products, convolutions and attention."""
 
     def __init__(self, meter: Meter, key: Hashable):
         super().__init__()
@@ -53,7 +53,7 @@ class Counter(TorchDispatchMode):
         kwargs, name, known = kwargs or {}, function._schema.name, flop_registry.get(function._overloadpacket)
         attention = name.startswith("aten::_scaled_dot_product")
         if known is None and not attention:
-            with self:                      # in inference mode operations that consist of others arrive whole
+            with self:                      # in inference mode composite operations arrive undivided
                 out = function.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out

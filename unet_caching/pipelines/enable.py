@@ -1,9 +1,9 @@
 """Caching in a diffusers pipeline, in two lines.
 
-    enable_deepcache(pipe, interval=3)      # pipe(...) as before, now one full step in three
-    disable_deepcache(pipe)                 # as it was; or: with enable_deepcache(pipe, interval=3): ...
+    enable_deepcache(pipe, interval=3)      # pipe(...) as before, now with one full step in three
+    disable_deepcache(pipe)                 # off again; or: with enable_deepcache(pipe, interval=3): ...
 
-docs/pipelines.md says for which pipelines, loop.py what counts as a step. Several may share one U-Net, in threads too.
+docs/pipelines.md lists the pipelines, loop.py defines a step. Several pipelines, also in threads, may share a U-Net.
 """
 
 import re
@@ -35,24 +35,24 @@ from unet_caching.registry import METHODS, Methods, bind, options_by_name
 from unet_caching.samplers.solvers import solver
 from unet_caching.schedules import check_settings
 
-LONG = 1000     # steps of a run into which all settings fit that any run can have
-# Options of methods that say themselves what each call computes, or leave that to DeepCache where it is asked for.
+LONG = 1000     # steps: in a run of this length all valid settings are possible
+# Options of methods that decide what each call computes. With one of them DeepCache is off unless it is asked for.
 ALONE = {one.name for method in METHODS if method not in (DeepCacheOptions, ForecastOptions) for one in fields(method)}
 
 
 def enable_deepcache(pipe: DiffusionPipeline, interval: int | None = None, branch: int | None = None,
                      schedule: str = "uniform", center: int | None = None, power: float | None = None,
                      **options: Any) -> AbstractContextManager[DiffusionPipeline]:
-    """Switch caching on in a pipeline, or change its settings; in a `with` statement until that ends.
+    """Switch caching on in a pipeline, or change its settings; in a `with` statement until its end.
 
-    interval: N of 1:N, one full step in every N; 2 and 3 are cautious, the papers go up to 10, 1 does not cache. By
-    default 3, or 1 beside a plan, block_schedule, clock or adaptive rule, which say themselves what each call computes.
-    branch: 0-based skip that cached steps still compute; 0 saves most, 1 is the paper's for Stable Diffusion and the
-    default, 2 for a UNet2DModel.
+    interval: N of 1:N, one full step in every N; 2 and 3 are cautious, the papers go up to 10, 1 does not cache. The
+    default is 3, or 1 with a plan, block_schedule, clock or adaptive rule, which decides what each call computes.
+    branch: 0-based skip that cached steps still compute. 0 saves most. The default is 1, the paper's for Stable
+    Diffusion, and 2 for a UNet2DModel.
     schedule: "uniform", or "centered" with the paper's non-uniform center and power (unet_caching/schedules.py).
-    options: of all methods in registry.py, by the names that their flags have in the sample commands, files as paths:
-    forecast=1 extrapolates what is reused (not of the papers). A plan wants its own scheduler: plan_scheduler.
-    Raises UserError for settings that cannot be and for a pipeline that cannot be cached; nothing has changed then.
+    options: of all methods in registry.py, named like the flags of the sample commands, with files as paths.
+    forecast=1 extrapolates the cached values (not in the papers). A plan needs its own scheduler: plan_scheduler.
+    Raises UserError for settings that are not possible and for a pipeline that cannot be cached; then nothing changes.
     """
     if interval is None:
         interval = 1 if options.keys() & ALONE else 3
@@ -65,7 +65,7 @@ def enable_deepcache(pipe: DiffusionPipeline, interval: int | None = None, branc
 
 
 def disable_deepcache(pipe: DiffusionPipeline) -> None:
-    """Give a pipeline its own U-Net's forward back; without effect where caching is off."""
+    """Switch caching off in a pipeline, and give its U-Net the original forward back. No effect if caching is off."""
     bar = vars(pipe).get("progress_bar")
     if isinstance(bar, ProgressBar):
         if bar.shadowed is None:
@@ -77,7 +77,7 @@ def disable_deepcache(pipe: DiffusionPipeline) -> None:
 
 @contextmanager
 def _within(pipe: DiffusionPipeline, before: "ProgressBar | None") -> Iterator[DiffusionPipeline]:
-    """Where this ends, caching does, or is as it was before."""
+    """A context at whose end caching is switched off, or has its earlier settings again."""
     try:
         yield pipe
     finally:
@@ -92,21 +92,21 @@ def _switch_on(pipe: DiffusionPipeline, bar: "ProgressBar") -> None:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """An option: numpy's whole numbers as int, files as paths."""
+    """The value of an option, with numpy's whole numbers as int and files as paths."""
     if name in ("schedule", "clock_preset", "zero_cache"):
         return value
     if isinstance(value, bool):
-        raise ValueError(f"{name} is {value}, and should be a number")
+        raise ValueError(f"{name} must be a number, got {value}")
     return Path(value) if isinstance(value, str) else int(value) if isinstance(value, Integral) else value
 
 
 def _unet(pipe: Any) -> Any:
-    """The U-Net of a pipeline. Raises UserError where there is none that can be cached."""
+    """The U-Net of a pipeline. Raises UserError if there is none that can be cached."""
     name = type(pipe).__name__
     if any(kind.__name__ == "ModularPipeline" for kind in type(pipe).__mro__):
         raise UserError(f"a {name} runs its loop in blocks, outside of pipe.progress_bar: take a pipeline class")
     if not isinstance(pipe, DiffusionPipeline) or not hasattr(pipe, "unet"):
-        raise UserError(f"a {name} has no pipe.unet: caching is for diffusers pipelines that have their U-Net there")
+        raise UserError(f"a {name} has no pipe.unet: caching is for diffusers pipelines with a U-Net")
     for inner, value in vars(pipe).items():
         if isinstance(value, DiffusionPipeline) and getattr(value, "unet", None) is pipe.unet:
             raise UserError(f"the loop of a {name} runs in pipe.{inner}: use enable_deepcache(pipe.{inner})")
@@ -116,7 +116,7 @@ def _unet(pipe: Any) -> Any:
 
 @contextmanager
 def as_options_error(prefix: str = "") -> Iterator[None]:
-    """Raise ValueErrors as UserErrors that speak of arguments, not of the flags of commands."""
+    """A context that turns ValueErrors into UserErrors, with arguments' names instead of flags."""
     try:
         yield
     except ValueError as error:
@@ -125,7 +125,7 @@ def as_options_error(prefix: str = "") -> Iterator[None]:
 
 
 class ProgressBar:
-    """A pipeline's `progress_bar`: the one that it had before, with a run around the loop that it counts."""
+    """Replaces a pipeline's `progress_bar`: the original one, with a run around the loop that it counts."""
 
     def __init__(self, pipe: DiffusionPipeline, options: Mapping[str, Any]):
         self.pipe = pipe
@@ -133,7 +133,7 @@ class ProgressBar:
             self.options = {name: _plain(name, value) for name, value in options.items()}
             check_settings(*(self.options[name] for name in ("schedule", "interval", "center", "power")))
         self.order = options.get("forecast", 0)
-        self.shadowed: Any = None           # set on the object by the user; else it is the class's
+        self.shadowed: Any = None           # a progress bar that the user has set on the object; else it is the class's
         self.warnings: set[str] = set()
 
     def __call__(self, iterable: Any = None, total: int | None = None, **others: Any) -> Any:
@@ -143,14 +143,14 @@ class ProgressBar:
         return bar if total is None and not hasattr(iterable, "__len__") else _Bar(bar, self, loop, iterable, total)
 
     def run(self, loop: Loop, iterable: Any, total: int | None) -> Run:
-        """The run of a loop. Raises UserError for a U-Net, as it is now, that cannot be cached."""
+        """The run of a loop. Raises UserError if the pipeline's present U-Net cannot be cached."""
         check(unwrapped(self.pipe.unet))
         install(self.pipe)
         unet, calls = unwrapped(self.pipe.unet), num_calls(self.pipe, loop, iterable, total)
         return Run(unet, loop, lambda: (self._methods(unet, calls), calls))
 
     def check(self, unet: nn.Module) -> None:
-        """Refuse settings that no run can have. Raises UserError."""
+        """Raise a UserError for settings that no run can have."""
         steps = calls = LONG
         for path in self.options.values():
             if isinstance(path, Path) and (run := made_for(path)):
@@ -162,7 +162,7 @@ class ProgressBar:
             _bound({**self.options, "schedule": "uniform", "center": None, "power": None}, unet, steps, calls)
 
     def _methods(self, unet: nn.Module, calls: int) -> Methods:
-        """What a run of so many network calls caches by: its interval and order fit into it. Raises UserError."""
+        """The methods of a run with this number of calls; interval and order are lowered to fit. Raises UserError."""
         scheduler = getattr(self.pipe, "scheduler", None)
         steps = max(calls - (isinstance(scheduler, PNDMScheduler) and bool(scheduler.config.skip_prk_steps)), 1)
         fitting = self.options | {"interval": min(self.options["interval"], steps)}
@@ -177,9 +177,9 @@ class ProgressBar:
                         raise
         for file in (file for method in found.methods for file in method.files):
             refuse_other_sampling(file, scheduler)
-        few = f"this run has {calls} network calls: there is next to nothing to reuse, and each cached one shows"
-        low = f"this run has {steps} steps, too few to forecast by order {self.order}: order {order} is taken"
-        noise = "this scheduler adds noise at every step, where a forecast gains less, or nothing that is sure"
+        few = f"this run has only {calls} network calls: there is next to nothing to reuse, and each cached call shows"
+        low = f"this run has {steps} steps, too few to forecast by order {self.order}: order {order} is used"
+        noise = "this scheduler adds noise at every step, where a forecast gains less, or nothing for certain"
         kind = f"{type(scheduler).__name__} {getattr(scheduler, 'config', {}).get('algorithm_type')}"
         fresh = order > 0 and re.search("Ancestral|sde|SDE", kind)
         for message in [few] * bool(found and calls < FEW) + [low] * (order < self.order) + [noise] * bool(fresh):
@@ -199,12 +199,12 @@ def _bound(options: Mapping[str, Any], unet: Any, steps: int, calls: int) -> Met
         found.check({"steps": steps, "fingerprint": fingerprint(unet, unet.config.in_channels, context)})
     blocks = found.of(BlockCachingMethod)
     if blocks and (unknown := blocks.computed.keys() - {name for _, name in residuals(unet)}):
-        raise ValueError(f"a block schedule in pipelines is of their residual layers: this U-Net has no {min(unknown)}")
+        raise ValueError(f"the block schedule names {min(unknown)}, which is not a residual layer of this U-Net")
     return found
 
 
 class _Bar:
-    """A progress bar with a run inside it; whatever else it has is the bar's own."""
+    """A progress bar with a run inside it. All other attributes are the bar's."""
 
     def __init__(self, bar: Any, of: ProgressBar, loop: Loop, iterable: Any, total: int | None):
         self._bar, self._of, self._run_of = bar, of, (loop, iterable, total)

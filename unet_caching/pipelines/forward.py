@@ -1,8 +1,8 @@
-"""The forward of a U-Net as a nest over its own modules.
+"""The forward of a diffusers U-Net as a nest of its own modules.
 
-The U-Net's own forward runs, on a stand-in for it whose blocks only note what they are called with; where the last of
-them is called the nest runs over the real ones, and a cache is asked for each inner level. What is around the blocks
-(embeddings, frames moved into the batch, the head) is its own, and without a cache the results are, bit for bit.
+The U-Net's own forward runs on a stand-in whose blocks only record their arguments. When the last block is called, the
+nest runs over the real blocks, and asks a cache for each inner level. All code around the blocks (embeddings, frames
+moved into the batch, the output head) is the U-Net's. Without a cache the results are equal, bit for bit.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from unet_caching.nest import nest, no_cache
 from unet_caching.pipelines.parts import RESAMPLE, Block, Caching, Call, StandIn, decoder, encoder, hooks, middle
 
 ADAPTER = "down_intrablock_additional_residuals"
-# The classes whose forwards were compared with the nest; of others' networks each is, on its first call.
+# The classes of diffusers whose forwards were compared with the nest. Any other U-Net is compared on its first call.
 UNETS = {"UNet2DConditionModel", "UNet2DModel", "UNet3DConditionModel", "UNetMotionModel", "I2VGenXLUNet",
          "UNetSpatioTemporalConditionModel", "AudioLDM2UNet2DConditionModel"}
 BLOCKS = {f"{kind}{side}Block{of}" for side in ("Down", "Up") for kinds, of in (
@@ -34,26 +34,26 @@ _proved: "WeakKeyDictionary[nn.Module, tuple[type, ...]]" = WeakKeyDictionary() 
 
 
 def argument_names(unet: Any) -> tuple[str, ...]:
-    """Of its forward."""
+    """The names of the arguments of a U-Net's forward."""
     return tuple(inspect.signature(type(unet).forward).parameters)[1:]
 
 
 def cached_forward(unet: Any, names: Sequence[str], caching: Caching, *args: Any, **kwargs: Any) -> Any:
-    """`unet(*args, **kwargs)`, with a cache. names: of the arguments of its forward. Raises UserError for residuals of
-    a ControlNet that do not fit."""
+    """`unet(*args, **kwargs)` with a cache. names: of the arguments of its forward. Raises UserError if a ControlNet's
+    residuals do not fit."""
     kwargs.update(zip(names, args, strict=False))
     control, adapter = kwargs.pop("down_block_additional_residuals", None), kwargs.pop(ADAPTER, None)
     extra = kwargs.pop("mid_block_additional_residual", None)
     if control is not None and extra is None and adapter is None and ADAPTER in names:
-        control, adapter = None, control            # the name that an adapter's residuals had before
+        control, adapter = None, control            # an adapter's residuals under their older name
     call = Call(caching, adapter or ())
     (down, downs), (up, ups) = encoder(unet, call), decoder(unet, call)
     center = None if unet.mid_block is None else Block(unet.mid_block)
     if control is not None:
         control = [*control, 0.0 if extra is None else extra]
         if len(control) != len(downs) + 1:
-            raise UserError(f"the ControlNet has {len(control) - 1} residuals for {len(downs)} skips: it is of another "
-                            "architecture")
+            raise UserError(f"the ControlNet has {len(control) - 1} residuals for {len(downs)} skips: use a ControlNet "
+                            "for this U-Net")
 
     def run(x: Tensor) -> Tensor:
         try:
@@ -66,7 +66,7 @@ def cached_forward(unet: Any, names: Sequence[str], caching: Caching, *args: Any
 
 
 def check_kind(unet: Any) -> None:
-    """Refuse a U-Net that does not consist of layers, or whose blocks would not run as they are. Raises UserError."""
+    """Raise a UserError for a U-Net that does not consist of layers, or whose blocks have been changed."""
     kind = type(unet).__name__
     if not all(isinstance(getattr(unet, side, None), nn.ModuleList) and len(getattr(unet, side)) for side in SIDES):
         raise UserError(f"pipe.unet is a {kind} and should be a U-Net with down_blocks, mid_block and up_blocks")
@@ -80,11 +80,11 @@ def check_kind(unet: Any) -> None:
             check_container(f"{side}.{i}", block)
     made = 1 + sum(len(one.resnets) + (getattr(one, "downsamplers", None) is not None) for one in unet.down_blocks)
     if made != (taken := sum(len(block.resnets) for block in unet.up_blocks)):
-        raise UserError(f"pipe.unet is a {kind} that makes {made} skips and takes {taken}")
+        raise UserError(f"pipe.unet is a {kind} that makes {made} skips but takes {taken}")
 
 
 def check_container(name: str, block: nn.Module) -> None:
-    """Refuse what is around the forward of a block and would not run. Raises UserError."""
+    """Raise a UserError for a replaced forward or a hook of a block, which the nest would not run."""
     inside = vars(block)
     own = getattr(inside.get("forward"), "__func__", None) is type(block).forward       # put back by a helper
     if ("forward" in inside and not own and not hooks(block)) or "_hf_hook" in inside:
@@ -95,8 +95,8 @@ def check_container(name: str, block: nn.Module) -> None:
 
 
 def prove(unet: Any, asked: Mapping[nn.Module, str], args: tuple, kwargs: dict) -> None:
-    """Compare the nest with the forward of a U-Net that is not diffusers', on its first call. asked: as `Caching`'s.
-    Raises UserError where they differ."""
+    """Compare the nest with the forward of a U-Net that is not diffusers', on its first call. asked: as in `Caching`.
+    Raises UserError if they differ."""
     kinds = tuple(map(type, (unet, *unet.down_blocks, *unet.up_blocks)))
     if all(map(_known, kinds)) or _proved.get(unet) == kinds:
         return
@@ -105,21 +105,21 @@ def prove(unet: Any, asked: Mapping[nn.Module, str], args: tuple, kwargs: dict) 
         own = type(unet).forward(unet, *args, **kwargs)[0]
         nested = cached_forward(unet, argument_names(unet), Caching(no_cache, asked), *args, **kwargs)[0]
         if not torch.allclose(own, nested, rtol=0, atol=8 * torch.finfo(own.dtype).eps * own.abs().max().item()):
-            raise ValueError("it would compute something else")
+            raise ValueError("its parts compute something else")
     except Exception as error:
         raise UserError(f"pipe.unet is a {kinds[0].__name__}, which cannot be taken apart: {one_line(error)}") from None
     _proved[unet] = kinds
 
 
 def _known(kind: type) -> bool:
-    """Whether the forward of a class is diffusers' own, of those that were tried: a name alone proves nothing."""
+    """Whether the forward of a class is one of diffusers' that were tried. The name of the class is not enough."""
     forward: Any = inspect.unwrap(kind.forward)         # type: ignore[attr-defined]
     code = getattr(forward, "__code__", _known.__code__)
     return forward.__qualname__.split(".")[0] in UNETS | BLOCKS and code.co_filename.startswith(_DIFFUSERS)
 
 
 def _in_layers(block: Any) -> bool:
-    """Whether a block has lists of modules, as many or a multiple for each of its ResNet blocks, and nothing else."""
+    """Whether a block consists only of lists of modules, with equally many modules for each of its ResNet blocks."""
     layers = len(getattr(block, "resnets", None) or ())
     return layers > 0 and not block._parameters and all(
         isinstance(module, nn.ModuleList) and (name in RESAMPLE or len(module) % layers == 0)

@@ -1,6 +1,6 @@
-"""Where the nest takes the place of a U-Net's forward: on the object, under hooks and inside what torch.compile made.
+"""Replace a U-Net's forward by the nest: on the object, under hooks and inside torch.compile's wrappers.
 
-What stands there refers to the U-Net alone, so that this can be copied and pickled while caching is on.
+The replacement refers only to the U-Net, so that the U-Net can be copied and pickled while caching is on.
 """
 
 from typing import Any
@@ -16,13 +16,13 @@ from unet_caching.pipelines.run import caching_of_call, wanted
 
 
 class CachedForward:
-    """The forward of a U-Net: the nest's on the steps of a run, its own otherwise."""
+    """The forward of a U-Net: the nest in the steps of a run, else the U-Net's own."""
 
     def __init__(self, unet: nn.Module):
         self.unet, self.names = unet, argument_names(unet)
 
     def forward(self, *args: Any, caching: Caching | None = None, **kwargs: Any) -> Any:
-        """As the U-Net's. caching: where the call was counted outside, as around a compiled network."""
+        """Call the U-Net. caching: set if the call has been counted already, as around a compiled network."""
         if caching is None and not torch.compiler.is_compiling():
             caching = caching_of_call(self.unet, args, kwargs)
         if caching is None:
@@ -34,7 +34,7 @@ class CachedForward:
 
 
 class Counted:
-    """A compiled U-Net, whose calls are counted outside of its graphs."""
+    """A compiled U-Net. Its calls are counted outside of its graphs."""
 
     def __init__(self, unet: nn.Module, compiled: Any):
         self.unet, self.compiled = unet, compiled
@@ -46,23 +46,23 @@ class Counted:
 
 
 def unwrapped(unet: Any) -> Any:
-    """The U-Net in what torch.compile made of it."""
+    """The U-Net without torch.compile's wrapper."""
     return getattr(unet, "_orig_mod", unet)
 
 
 def check(unet: Any) -> None:
-    """Refuse what the nest cannot run. Raises UserError that says why."""
+    """Raise a UserError that says why, if the nest cannot run this U-Net."""
     check_kind(unet)
     holder, name = _slot(unet)
     forward = vars(holder).get(name)
     if not (forward is None or _is_ours(forward) or getattr(forward, "__func__", None) is type(unet).forward
             or _is_ours(getattr(forward, "_torchdynamo_orig_callable", None))):
-        raise UserError("pipe.unet.forward has been replaced, and what is there would not run; to compile it use "
-                        "torch.compile(pipe.unet) or pipe.unet.compile()")
+        raise UserError("pipe.unet.forward has been replaced, and caching would not run the replacement; to compile "
+                        "use torch.compile(pipe.unet) or pipe.unet.compile()")
 
 
 def install(pipe: Any) -> None:
-    """Put the nest into the U-Net of a pipeline, as it is now; again without effect. `check` it first."""
+    """Put the nest into a pipeline's present U-Net; no effect if it is there. `check` the U-Net first."""
     holder, name = _slot(unet := unwrapped(pipe.unet))
     forward = vars(holder).get(name)
     if _is_ours(getattr(forward, "_torchdynamo_orig_callable", None)):
@@ -76,7 +76,7 @@ def install(pipe: Any) -> None:
 
 
 def uninstall(pipe: Any) -> None:
-    """Give the U-Nets that a pipeline has and had their own forward back, unless another pipeline caches with them."""
+    """Give a pipeline's present and earlier U-Nets their forward back, unless another pipeline caches with them."""
     now, unets = getattr(pipe, "unet", None), [unet for unet, pipes in list(wanted.items()) if pipe in pipes]
     for unet in [*unets, unwrapped(now)] if isinstance(now, nn.Module) else unets:
         others = wanted.get(unet, WeakSet())
@@ -93,7 +93,8 @@ def uninstall(pipe: Any) -> None:
 
 
 def _slot(unet: nn.Module) -> tuple[Any, str]:
-    """Where a U-Net's innermost forward is: inside the hooks of accelerate or diffusers, which may come and go."""
+    """The object and attribute with a U-Net's innermost forward, inside hooks of accelerate or diffusers if it has any.
+    """
     inside = vars(unet)
     references = getattr(inside.get("_diffusers_hook"), "_fn_refs", None)
     if references:
@@ -102,7 +103,7 @@ def _slot(unet: nn.Module) -> tuple[Any, str]:
 
 
 def _compiled(unet: Any) -> list[tuple[Any, str]]:
-    """Where the compiled functions of a U-Net are, by torch.compile(unet) and unet.compile()."""
+    """The objects and attributes with a U-Net's compiled functions, of torch.compile(unet) and unet.compile()."""
     inside = (unwrapped(unet), "_compiled_call_impl")
     return [(unet, "forward")] * (inside[0] is not unet) + [inside] * (vars(inside[0]).get(inside[1]) is not None)
 

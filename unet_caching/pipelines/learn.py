@@ -1,4 +1,4 @@
-"""Learns a plan on a diffusers pipeline: for its U-Net, guidance and prompts (unet_caching/learning.py).
+"""Learn a plan on a diffusers pipeline, for its U-Net, guidance and prompts (unet_caching/learning.py).
 
     learn_plan(pipe, "plan.json", prompts, seeds=range(64), held_out=range(100, 132), out="learned.json")
     pipe.scheduler = plan_scheduler("learned.json", pipe.scheduler)
@@ -33,22 +33,22 @@ from unet_caching.samplers.table import table_of
 def learn_plan(pipe: DiffusionPipeline, plan: Path | str, prompts: Sequence[str] | None, seeds: Sequence[int],
                held_out: Sequence[int], out: Path | str, options: Learning = Learning(),  # noqa: B008  it is frozen
                converged_steps: int = 100, **arguments: Any) -> Plan:
-    """Learn timesteps, solver and forecasts of a plan, and write the plan that comes of it.
+    """Learn timesteps, solver and forecasts of a plan, and write the learned plan.
 
-    prompts: seed s has prompt s % len(prompts), and the noise of a generator with that seed; None where the pipeline
-    takes none. held_out: the seeds on which the best is chosen; the plan as it was is among what is chosen from.
-    out: the plan to write, JSON. Beside it is kept what is learned so far: after a kill the same call goes on, and
-    comes to the same plan. converged_steps: of UniPC, for the images to come near to. arguments: of the pipeline's
-    call, as guidance_scale and height. Raises UserError for a pipeline whose network calls are no function of x and
-    timestep alone, as with a ControlNet, and for one that is not in float32.
+    prompts: seed s has prompt s % len(prompts), and noise from a generator with that seed; None for a pipeline without
+    prompts. held_out: the seeds that choose the best plan, which may be the one before learning.
+    out: the plan to write, JSON. The state of learning is kept beside it; after a kill the same call resumes and gives
+    the same plan. converged_steps: UniPC steps of the target images. arguments: of the pipeline's call, like
+    guidance_scale and height. Raises UserError for a pipeline that is not in float32, or whose network calls depend on
+    more than x and the timestep, as with a ControlNet.
     """
     with as_user_error():
         before = Plan.load(plan)
     own, unet = pipe.scheduler, unwrapped(pipe.unet)
     check(unet)
     if unet.dtype != torch.float32:
-        raise UserError(f"plans are learned in float32, and pipe.unet is in {unet.dtype}: pipe.to(torch.float32); the "
-                        "plan runs in any")
+        raise UserError(f"plans are learned in float32, but pipe.unet is in {unet.dtype}: pipe.to(torch.float32); the "
+                        "learned plan runs in any dtype")
     state, about = Path(out).with_suffix(".learning"), repr((prompts, arguments, converged_steps))
     kept = state.with_suffix(f".{hashlib.sha256(about.encode()).hexdigest()[:8]}.converged")
     weights = [weight for weight in unet.parameters() if weight.requires_grad]
@@ -73,7 +73,7 @@ def learn_plan(pipe: DiffusionPipeline, plan: Path | str, prompts: Sequence[str]
 
 
 class OfScheduler(Diffusion):
-    """What the network of a pipeline was trained for. scheduler: of `plan_scheduler`, which has checked it."""
+    """The noise schedule and prediction of a pipeline's network. scheduler: from `plan_scheduler`, which checks it."""
 
     def __init__(self, scheduler: SchedulerMixin):
         self._betas = scheduler.betas.float().cpu()
@@ -84,11 +84,11 @@ class OfScheduler(Diffusion):
 
 
 class _Stopped(Exception):
-    """A pipeline has come to its first network call."""
+    """Stops a pipeline at its first network call."""
 
 
 class Starts:
-    """What the runs of a pipeline start from, as a `learning.Start`: a pipeline runs up to its first network call.
+    """A `learning.Start` of a pipeline, which runs up to its first network call.
 
     steps: of the pipeline's scheduler. arguments: of the pipeline's call.
     """
@@ -105,8 +105,8 @@ class Starts:
         del call["timestep"]
         guided = len(x) == 2 * len(seeds)
         if not guided and (len(x) != len(seeds) or getattr(self.pipe, "do_classifier_free_guidance", False)):
-            raise UserError(f"the pipeline's network calls are of {len(x)} rows for {len(seeds)} images: plans are "
-                            "learned where an image has one row, or two with guidance")
+            raise UserError(f"the pipeline's network calls have {len(x)} rows for {len(seeds)} images: plans are "
+                            "learned with one row per image, or two with guidance")
         if any(call.get(name) is not None for name in self.names if "additional_residual" in name):
             raise UserError("plans are learned without ControlNets and adapters, whose residuals change from step to "
                             "step")
@@ -144,7 +144,7 @@ class Starts:
         raise UserError(f"a {type(self.pipe).__name__} does not call its U-Net")
 
     def converged(self, seeds: Sequence[int], steps: int, batch_size: int, file: Path) -> dict[int, Tensor]:
-        """The latents of many steps, by seed. file: where they are kept."""
+        """The latents of runs with many steps, by seed. file: keeps them."""
         images: dict[int, Tensor] = torch.load(file, weights_only=True) if file.is_file() else {}
         timesteps, table = table_of("unipc", steps, "trailing", self.diffusion)
         missing = [seed for seed in seeds if seed not in images]

@@ -1,7 +1,7 @@
-"""diffusers' U-Nets taken apart: what lies between two skips is one callable, in the order of our branches.
+"""diffusers' U-Nets in parts: one callable between each two skips, in the order of our branches.
 
-A part is one layer of a block, in the block's own forward: it runs on a stand-in for the block that has this layer
-alone. How modules are called, FreeU, checkpointing and what differs from version to version stay diffusers' own.
+A part is one layer of a block. It runs in the block's own forward, on a stand-in for the block that has only this
+layer. So the calls of modules, FreeU, checkpointing and differences between versions stay diffusers' code.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,30 +15,30 @@ from torch import Tensor
 
 from unet_caching.nest import Cache
 
-Theirs = Any                # a module of diffusers, whose attributes are made at run time
+Theirs = Any                # a module of diffusers, whose attributes mypy does not know
 Down = Callable[[Tensor], Tensor]
 Up = Callable[[Tensor, Tensor, torch.Size], Tensor]         # inner, skip, size of the level above
-LAYER = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")    # in the order in which they run
+LAYER = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")    # in their order in a forward
 RESAMPLE = ("downsamplers", "upsamplers")
 
 
 class Caching(NamedTuple):
-    """What a network call is given to cache by."""
+    """The caching of a network call."""
     cache: Cache
-    asked: Mapping[Theirs, str] = {}        # modules of which it may keep what they add, and the names that it knows
-    meter: AbstractContextManager | None = None         # what the call is made in, where it is counted
+    asked: Mapping[Theirs, str] = {}        # modules whose residuals the cache may keep -> their keys
+    meter: AbstractContextManager | None = None         # a context that counts the call, or None
 
 
 class Call:
-    """One network call. It runs a block's hooks, by which diffusers offloads groups of layers, around those parts of it
-    that run. adapter: residuals of a T2I-Adapter (arXiv 2302.08453)."""
-    inside: Theirs = None                   # the block with hooks of which parts run
+    """One network call. It runs a block's hooks, which diffusers uses to offload groups of layers, around the parts of
+    the block that run. adapter: residuals of a T2I-Adapter (arXiv 2302.08453)."""
+    inside: Theirs = None                   # the block with hooks whose parts are running
 
     def __init__(self, caching: Caching, adapter: Sequence[Tensor]):
         self.caching, self.adapter = caching, adapter
 
     def enter(self, block: Theirs) -> None:
-        """Parts of this block run from now on."""
+        """Parts of this block run next."""
         if block is not self.inside:
             self.leave()
             if "_diffusers_hook" in block.__dict__:
@@ -55,10 +55,10 @@ class Call:
 
 
 class StandIn:
-    """A module in the forward of its class: it has all that the module has, but for what is given here."""
+    """Replaces a module in the forward of its class. It has all attributes of the module, except those given here."""
 
     def __init__(self, module: Theirs, **own: Any):
-        self.__dict__.update(module.__dict__)           # so that a step runs few functions in Python
+        self.__dict__.update(module.__dict__)           # copied, so that attributes are found without __getattr__
         self.__dict__.update(module._modules)
         self.__dict__.update(own)
         self._module = module
@@ -68,7 +68,7 @@ class StandIn:
 
 
 class Block(StandIn):
-    """A block in the forward of its U-Net, which notes what it is called with. _answer: makes what it then returns."""
+    """Replaces a block in the forward of its U-Net, and records its arguments. _answer: makes the value to return."""
     _answer: Callable[[Tensor], Any] | None = None
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ class Block(StandIn):
 
 
 def encoder(unet: Theirs, call: Call) -> tuple[list[Block], list[Down]]:
-    """The down blocks, and their parts: part k makes skip k of its input; skip 0 is what conv_in has made."""
+    """The down blocks, and their parts. Part k makes skip k from its input; skip 0 is the output of conv_in."""
     blocks: list[Block] = []
     parts: list[Down] = [lambda x: x]
     for index, module in enumerate(unet.down_blocks):
@@ -90,14 +90,14 @@ def encoder(unet: Theirs, call: Call) -> tuple[list[Block], list[Down]]:
         skips = len(parts) - first
         block._answer = lambda x, skips=skips: (x, (x,) * skips)
         blocks.append(block)
-        if index < len(call.adapter):       # it adds before the downsampling where there is cross-attention, else after
+        if index < len(call.adapter):       # added before the downsampling in blocks with cross-attention, else after
             place = first + layers - 1 if getattr(block, "has_cross_attention", False) else -1
             parts[place] = lambda x, own=parts[place], more=call.adapter[index]: own(x) + more  # type: ignore[misc]
     return blocks, parts
 
 
 def decoder(unet: Theirs, call: Call) -> tuple[list[Block], list[Up]]:
-    """The up blocks, and their parts: part k takes skip k."""
+    """The up blocks, and their parts. Part k takes skip k."""
     blocks: list[Block] = []
     parts: list[Up] = []
     for module in unet.up_blocks:
@@ -109,7 +109,7 @@ def decoder(unet: Theirs, call: Call) -> tuple[list[Block], list[Up]]:
 
 
 def middle(block: Block | None, call: Call, place: int, x: Tensor) -> Tensor:
-    """The middle block, whole unless what it adds may be kept. place: of what a T2I-Adapter XL adds to it."""
+    """Run the middle block, in parts if its residuals may be kept. place: the index of a T2I-Adapter XL's residual."""
     if block is not None:
         call.enter(block._module)
         if any(name.startswith("middle_block.") for name in call.caching.asked.values()):
@@ -132,7 +132,7 @@ def _downsample(call: Call, block: Block, x: Tensor) -> Tensor:
     for module in block.downsamplers:
         if type(module) is ResnetBlock2D:
             x = module(x, *block._args[:1] or [block._kwargs["temb"]])
-        elif hasattr(module, "input_kwargs_to_split"):      # of FreeNoise's split inference
+        elif hasattr(module, "input_kwargs_to_split"):      # FreeNoise's split inference
             x = module(hidden_states=x)
         else:
             x = module(x)
@@ -142,11 +142,11 @@ def _downsample(call: Call, block: Block, x: Tensor) -> Tensor:
 def _up(call: Call, block: Block, i: int, inner: Tensor, skip: Tensor, size: torch.Size) -> Tensor:
     call.enter(block._module)
     if block.__dict__.get("s1"):
-        inner = inner.clone()               # FreeU (arXiv 2309.11497) writes into it, and it may be kept
+        inner = inner.clone()               # FreeU (arXiv 2309.11497) writes into it, and the cache may keep it
     args, kwargs = ((skip,), *block._args[1:]), block._kwargs
     if "res_hidden_states_tuple" in kwargs:
         args, kwargs = block._args, kwargs | {"res_hidden_states_tuple": (skip,)}
-    if kwargs.get("upsample_size") is not None:         # where some level does not halve; frames stay as many
+    if kwargs.get("upsample_size") is not None:         # if the size of some level is odd; the frames do not change
         kwargs = kwargs | {"upsample_size": (*kwargs["upsample_size"][:-2], *size)}
     last = i == len(block.resnets._modules) - 1
     run = _forward(call, block, layer(block, i), upsamplers=block.upsamplers if last else None)
@@ -154,7 +154,7 @@ def _up(call: Call, block: Block, i: int, inner: Tensor, skip: Tensor, size: tor
 
 
 def _forward(call: Call, block: Block, lists: dict[str, list], **more: Any) -> Callable[..., Any]:
-    """The forward of a block that has these of its modules; of some the cache keeps what they add."""
+    """The forward of a block with only these of its modules. The cache may keep the residuals of some."""
     if call.caching.asked:
         for modules in lists.values():
             for i, module in enumerate(modules):
@@ -164,18 +164,18 @@ def _forward(call: Call, block: Block, lists: dict[str, list], **more: Any) -> C
 
 
 def layer(block: Theirs, i: int) -> dict[str, list]:
-    """The lists of a block with what its i-th layer has of them."""
+    """The i-th layer of a block: the block's lists of modules, each with only the layer's modules."""
     lists, layers = {}, len(block.resnets._modules)
     for name, modules in block._modules.items():
         if name not in RESAMPLE:
             every = [*modules._modules.values()]
-            each = len(every) // layers         # AudioLDM2 has several attentions in a layer
+            each = len(every) // layers         # AudioLDM2 has several attentions per layer
             lists[name] = every[i * each:(i + 1) * each]
     return lists
 
 
 def residuals(unet: Theirs) -> Iterator[tuple[Theirs, str]]:
-    """The modules that add to what they are given, by the names in our own U-Nets: a block schedule fits both."""
+    """The residual modules, with their names in our own U-Nets, so that a block schedule fits both."""
     for side, blocks, k in (("input_blocks", unet.down_blocks, 1), ("output_blocks", unet.up_blocks, 0)):
         for block in blocks:
             for i in range(len(block.resnets)):
@@ -193,7 +193,7 @@ def residuals(unet: Theirs) -> Iterator[tuple[Theirs, str]]:
 
 
 class Kept:
-    """A module of which a cache may keep what it adds to its shortcut."""
+    """A module whose residual, the output without the shortcut, a cache may keep."""
 
     def __init__(self, module: Theirs, name: str, cache: Cache):
         self.module, self.name, self.cache = module, name, cache

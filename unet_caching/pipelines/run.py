@@ -1,6 +1,6 @@
-"""A run: one denoising loop, from where it opens its progress bar to where it closes it, by an exception too.
+"""A run: one denoising loop, from the start to the end of its progress bar, which may also end by an exception.
 
-It is kept in a context variable of its thread: two threads, or two pipelines on one U-Net, never see each other's.
+It is kept in a context variable, so two threads, or two pipelines with one U-Net, never see each other's runs.
 """
 
 import logging
@@ -26,25 +26,26 @@ from unet_caching.policy import Policy
 from unet_caching.registry import Methods
 
 log = logging.getLogger("unet_caching")
-FEW = 10        # network calls: in less there is next to nothing to reuse
+FEW = 10        # network calls: with fewer there is next to nothing to reuse
 wanted: "WeakKeyDictionary[nn.Module, WeakSet]" = WeakKeyDictionary()       # U-Net -> pipelines that cache with it
 _outside: "WeakKeyDictionary[DiffusionPipeline, int]" = WeakKeyDictionary()     # calls outside of progress bars
 _running: ContextVar["Run | None"] = ContextVar("unet_caching_run", default=None)
-# Where the attention processors of Attend-and-Excite, SAG, LEDITS++, Pix2Pix-Zero and Prompt-to-Prompt store their maps
+# Attributes in which the attention processors of Attend-and-Excite, SAG, LEDITS++, Pix2Pix-Zero and Prompt-to-Prompt
+# store their maps.
 STORES = ("attnstore", "attention_store", "attention_probs", "is_pix2pix_zero", "controller")
 
 
 class Stream:
-    """The k-th network calls of all steps, which share a policy: guidance by two calls of a step has two features."""
+    """The k-th network calls of all steps, which share a policy. Guidance by two calls per step has two features."""
 
     def __init__(self, policy: Policy | None):
         self.policy = policy
         self.step = -1
         self.fits: tuple | None = None
-        self.kind: Hashable = FULL          # of the last call: calls of a kind compute the same
+        self.kind: Hashable = FULL          # of the last call; calls of one kind compute the same
 
     def at(self, step: int, x: Tensor) -> Cache:
-        """What the call of this step, on x, is given as its cache."""
+        """The cache of this step's call on x."""
         before, now = (self.step + 1, self.fits), (step, (x.shape, x.dtype, x.device))
         (self.step, self.fits), self.kind = now, FULL
         if self.policy is None:
@@ -53,7 +54,7 @@ class Stream:
             cache = self.policy.at(step)
             self.kind = cache.pattern
             return cache
-        self.policy.reset()                 # nothing to reuse, or nothing that fits: computed, whatever was planned
+        self.policy.reset()                 # nothing that fits can be reused, so this call computes everything
         try:
             self.policy.at(step)
         except RuntimeError:
@@ -62,8 +63,8 @@ class Stream:
 
 
 class Run:
-    """One denoising loop on a U-Net; a context manager, inside which it is the thread's. planned: what it caches by,
-    and for how many steps; asked at the first network call, or ahead of that by `prepare`."""
+    """One denoising loop on a U-Net, and a context in which it is the thread's run. planned: returns the methods and
+    the number of network calls; called at the first network call, or before by `prepare`."""
 
     def __init__(self, unet: nn.Module, loop: Loop, planned: Callable[[], tuple[Methods, int]]):
         self.unet, self.loop, self.planned = unet, loop, planned
@@ -86,7 +87,7 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, *error: Any) -> None:
-        if _running.get() is self:          # a run in a loop that was broken off may end after the next has begun
+        if _running.get() is self:          # the run of a broken-off loop may end after the next has begun
             _running.set(self.outer)
         self.outer = None
         self.streams.clear()
@@ -94,10 +95,10 @@ class Run:
             self._report()
 
     def _report(self) -> None:
-        """Say what the run has done, and what of it was not as planned."""
+        """Log what the run has done, and where it differed from the plan."""
         if self.others and self.step < 0:
-            log.warning("nothing was cached: none of the %d network calls of this run was made by the function that "
-                        "opened the progress bar", self.others)
+            log.warning("nothing was cached: none of this run's %d network calls was made by the function that opened "
+                        "the progress bar", self.others)
         for calls, which in ((self.step + 1 - self.calls, "beyond those planned"),
                              (self.differentiated, "with gradients")):
             if self.plan and calls > 0:
@@ -107,7 +108,7 @@ class Run:
             log.info("%s", self.meter.report(settings))
 
     def next(self, args: tuple, kwargs: dict) -> Caching:
-        """What the next network call of the loop is given to cache by. Raises UserError where it cannot be."""
+        """The caching of the loop's next network call. Raises UserError if the call cannot be cached."""
         x, time = args[0] if args else kwargs["sample"], Timestep(args[1] if len(args) > 1 else kwargs["timestep"])
         if self.plan is None:
             self.prepare()
@@ -118,7 +119,7 @@ class Run:
             self.step, self.stream, self.time = self.step + 1, 0, time
         else:
             self.stream += 1
-        cache: Cache = no_cache             # where a step was not planned, or a loss must not end at what is reused
+        cache: Cache = no_cache             # for steps beyond the plan, and for gradients, which reuse would cut off
         kind: Hashable = FULL
         if self.step < self.calls and not (torch.is_grad_enabled() and self._differentiates(args, kwargs)):
             while len(self.streams) <= self.stream:
@@ -128,15 +129,15 @@ class Run:
         return Caching(cache, self.asked, None if self.meter is None else self.meter.call((self.stream, x.shape), kind))
 
     def _begin(self, plan: Methods, x: Tensor, args: tuple, kwargs: dict) -> None:
-        """What is known at the first network call alone."""
+        """Prepare what depends on the first network call."""
         policy = plan.policy("meta", x.dtype)
         if policy is not None:
             self.asked = {module: name for module, name in residuals(self.unet) if policy.owns(name)}
             for processor in (getattr(module, "processor", None) for module in self.unet.modules()):
                 if any(hasattr(processor, name) for name in STORES):
                     raise UserError(f"{type(processor).__name__}s store attention maps, which are read after each "
-                                    "network call: cached steps do not run the layers that make them. Switch caching "
-                                    "off, or use interval=1")
+                                    "network call, but cached steps do not run the layers that make them: switch "
+                                    "caching off, or use interval=1")
             if any(name.startswith("middle_block.") for name in self.asked.values()):
                 check_container("mid_block", self.unet.get_submodule("mid_block"))
         prove(self.unet, self.asked, args, kwargs)
@@ -144,14 +145,14 @@ class Run:
             self.meter = Meter(self.unet)
 
     def _differentiates(self, args: tuple, kwargs: dict) -> bool:
-        """Whether a loss goes through this call."""
+        """Whether the call is part of a loss."""
         found = self.unet.training or any(getattr(value, "requires_grad", False) for value in (*args, *kwargs.values()))
         self.differentiated += found
         return found
 
 
 def caching_of_call(unet: nn.Module, args: tuple, kwargs: dict) -> Caching | None:
-    """What a call of the U-Net, made one frame up, is given to cache by; None where it is no step of a run on it."""
+    """The caching of a U-Net's call that is made one frame up; None if the call is not a step of a run."""
     run, frame = _running.get(), sys._getframe(1)
     if run is None or run.unet is not unet or run.thread != get_ident():
         _count_outside(unet, frame)
@@ -163,7 +164,7 @@ def caching_of_call(unet: nn.Module, args: tuple, kwargs: dict) -> Caching | Non
 
 
 def _count_outside(unet: nn.Module, frame: FrameType | None) -> None:
-    """Warn where a pipeline with caching on calls its network time and again, and not in its progress bar."""
+    """Warn if a pipeline with caching on often calls its network outside of its progress bar."""
     while frame is not None:
         pipe = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
         if isinstance(pipe, DiffusionPipeline) and pipe in wanted.get(unet, ()):
@@ -176,7 +177,8 @@ def _count_outside(unet: nn.Module, frame: FrameType | None) -> None:
 
 
 def refresh_deepcache() -> None:
-    """Let the next network call of this thread's run compute everything: in a callback that changes the prompt, say."""
+    """Make the next network call of this thread's run compute everything, for a callback that changes the prompt, say.
+    """
     run = _running.get()
     for stream in () if run is None else run.streams:
         stream.fits = None

@@ -1,4 +1,4 @@
-"""The scheduler that a plan was made for, for a diffusers pipeline."""
+"""The scheduler of a plan, for a diffusers pipeline."""
 
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,23 @@ FROM_DIFFUSERS = {theirs: ours for ours, theirs in PREDICTIONS.items()}
 
 
 def plan_scheduler(plan: Path | str, scheduler: SchedulerMixin) -> SchedulerMixin:
-    """diffusers' scheduler of a plan's sampler, at the plan's timesteps and with its solver, for as many steps.
+    """diffusers' scheduler for a plan's sampler, with the plan's timesteps and solver.
 
-    plan: a file of lab.plans search. scheduler: the pipeline's own, whose noise levels and prediction it has. Saved, it
-    is diffusers' without list and solver. Raises UserError for what is no plan, and where there is no such scheduler.
+    plan: a file of lab.plans. scheduler: the pipeline's, whose noise levels and prediction the new one has. If the new
+    one is saved, its timesteps and solver are lost. Raises UserError for a file that is not a plan, and if there is no
+    such scheduler in diffusers.
     """
     with as_user_error():
         found = Plan.load(plan)
         sampler, steps, timesteps = (found.made_for[key] for key in SAMPLING)
-        chosen = solver("unipc" if found.solver else found.made_for["sampler"])     # any would do for its own solver
+        chosen = solver("unipc" if found.solver else found.made_for["sampler"])     # a plan's solver goes with any
     betas, prediction = _betas(scheduler), getattr(scheduler, "config", {}).get("prediction_type", "epsilon")
     if not isinstance(chosen, OfDiffusers) or (not chosen.takes_lists and prediction != "epsilon") or (
             found.solver is not None and prediction not in FROM_DIFFUSERS):
-        raise UserError(f"the plan is of {sampler}, and for a network that predicts {prediction} no scheduler of "
-                        f"diffusers is that: set one of your own, with {steps} {timesteps} timesteps")
+        raise UserError(f"the plan is for {sampler}, and diffusers has no such scheduler for a network that predicts "
+                        f"{prediction}: set your own, with {steps} {timesteps} timesteps")
     with as_user_error():
-        chosen.make(steps, timesteps, betas)        # which refuses what cannot be
+        chosen.make(steps, timesteps, betas)        # checks the steps and timesteps
         own = chosen.own_timesteps(timesteps, steps, betas)
     kind = getattr(diffusers, chosen.scheduler)
 
@@ -58,7 +59,7 @@ def plan_scheduler(plan: Path | str, scheduler: SchedulerMixin) -> SchedulerMixi
 
 
 def _step_of(table: Table) -> Any:
-    """The `step` of a scheduler that goes by a table."""
+    """The method `step` of a scheduler with a table of coefficients."""
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
         if self.step_index is None:
             self._init_step_index(timestep)
@@ -66,8 +67,8 @@ def _step_of(table: Table) -> Any:
         if number == 0:
             self.start, self.clean = sample.float(), []
         elif len(getattr(self, "clean", ())) != number:
-            raise UserError("a learned plan starts from pure noise, with its first step: here are an image to start "
-                            "from, or steps that are left out")
+            raise UserError("a learned plan starts from pure noise and runs all its steps: leave out the start image, "
+                            "and run every step")
         alpha = 1 / (1 + self.sigmas[number].double().item() ** 2)
         prediction = FROM_DIFFUSERS[self.config.prediction_type]
         noise = predicted_noise(prediction, model_output.float(), sample.float(), alpha)
@@ -79,24 +80,26 @@ def _step_of(table: Table) -> Any:
 
 
 def _betas(scheduler: Any) -> Tensor:
-    """The noise levels of a diffusion model, [num_timesteps]. Raises UserError for a scheduler that has others."""
+    """The betas of a scheduler, [num_timesteps]. Raises UserError if its noise levels are not a diffusion model's."""
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     betas, bars = (getattr(scheduler, key, None) for key in ("betas", "alphas_cumprod"))
     if betas is None or bars is None or config.get("use_flow_sigmas"):
-        raise UserError(f"a {name} has no betas: a plan needs the noise levels of a diffusion model, which "
-                        "DDIMScheduler has, say")
+        raise UserError(f"a {name} has no betas: a plan needs the noise levels of a diffusion model, like those of "
+                        "DDIMScheduler")
     betas = betas.float().clone()
     if betas[-1] == 1:                      # zero terminal SNR (arXiv 2305.08891)
         if config.get("prediction_type") == "epsilon":
-            raise UserError(f"this {name} has zero terminal SNR, where a network that predicts noise tells nothing")
+            raise UserError(f"this {name} has zero terminal SNR, where a network that predicts noise says nothing of "
+                            "the image: use a network that predicts v, or another scheduler")
         betas[-1] = 1 - 2 ** -24 / (1 - betas[:-1]).prod()      # diffusers' bound: the first sigma stays finite
     if not torch.allclose((1 - betas).cumprod(0), bars.float(), rtol=1e-3, atol=1e-6):
-        raise UserError(f"the betas of a {name} are not its noise levels: a plan needs those of DDIMScheduler, say")
+        raise UserError(f"the betas of a {name} are not its noise levels: a plan needs noise levels like those of "
+                        "DDIMScheduler")
     return betas
 
 
 def refuse_other_sampling(file: Fitted, scheduler: Any) -> None:
-    """Refuse a pipeline's scheduler, its timesteps set, that is not the sampler that a file was made for. UserError."""
+    """Raise a UserError if a scheduler, with its timesteps set, is not the sampler that a file was made for."""
     sampler, steps, timesteps = (file.made_for[key] for key in SAMPLING)
     learned = isinstance(file, Plan) and file.solver is not None
     chosen, config = solver("unipc" if learned else sampler), getattr(scheduler, "config", {})
@@ -109,7 +112,7 @@ def refuse_other_sampling(file: Fitted, scheduler: Any) -> None:
         same = type(scheduler).__name__ == "DDIMScheduler" and not is_listed(timesteps)
         expected = make_timesteps(timesteps, steps, config.get("num_train_timesteps", 1000))[::-1]
     if not same or [round(float(t), 2) for t in scheduler.timesteps] != [round(t, 2) for t in expected]:
-        what = f"a solver that was learned from {sampler}, at" if learned else f"{sampler} at"
+        what = f"a solver learned from {sampler}" if learned else sampler
         remedy = ": pipe.scheduler = plan_scheduler(FILE, pipe.scheduler)" if isinstance(file, Plan) else ""
-        raise UserError(f"the {file.kind} was made for {what} other timesteps than this pipeline's scheduler has, "
-                        f"{timesteps} in {steps} steps{remedy}")
+        raise UserError(f"the {file.kind} was made for {what} with {timesteps} timesteps in {steps} steps, and this "
+                        f"pipeline's scheduler has others{remedy}")

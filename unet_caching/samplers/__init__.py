@@ -1,1 +1,1 @@
-"""The mathematics of a run: noise of each seed, timesteps, samplers, what a network predicts, guidance."""
+"""The mathematics of a run: the noise of each seed, timesteps, samplers, predictions, guidance."""

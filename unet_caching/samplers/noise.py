@@ -1,4 +1,4 @@
-"""Noise that depends on the image's seed alone: not on batch size, rank, job split, restart or device."""
+"""Noise that depends only on the image's seed: not on batch size, rank, job split, restart or device."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,9 @@ from torch import Tensor
 
 
 class SeededNoise:
-    """One generator per image, on the CPU, so that a GPU draws the same numbers.
+    """One generator per image, on the CPU, so that runs on a GPU get the same numbers.
 
-    Each image's generator is seeded with its own seed, and its draws follow one another: x_T first, then the noise
-    of each stochastic step.
+    Each generator has the image's seed. It draws x_T first, then the noise of each stochastic step.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):

@@ -1,4 +1,4 @@
-"""Samplers with their settings, all called alike, and the predicted noise of a network, which they call."""
+"""Samplers with their settings, which all have the same call, and the noise predictor that they call."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,17 +31,8 @@ TIMESTEPS_HELP = ("how the steps spread over the noise levels (default: the conf
                   f"{_timesteps_help()}; or a list like 999,750,400.5,120 (not plms)")
 
 
-def num_calls(sampler: str, num_steps: int) -> int:
-    """Network calls of a run: PLMS makes one more than it has steps, since its first step takes two.
-
-    Caching schedules are made for the steps and indexed by call, so that PLMS's last call is a cached one wherever
-    anything is, as in the released code (github horseee/DeepCache, 1691a3a).
-    """
-    return solver(sampler).calls(num_steps)
-
-
 def timesteps_for(sampler: str, of_config: str) -> str:
-    """The spacing of the config where the sampler takes it, else 'leading', Stable Diffusion's."""
+    """The config's spacing if the sampler takes it, else Stable Diffusion's, 'leading'."""
     return solver(sampler).spacing(of_config)
 
 
@@ -49,14 +40,14 @@ def timesteps_for(sampler: str, of_config: str) -> str:
 class Sampler:
     """A sampler with its settings. Raises ValueError for settings that do not go together.
 
-    name: of SAMPLERS. timesteps: of TIMESTEPS, those that the sampler takes. eta: of ddim.
+    name: one of SAMPLERS. timesteps: a list, or one of TIMESTEPS that the sampler takes. eta: only for ddim.
     """
     name: str
     steps: int
     timesteps: str
     eta: float
     diffusion: Diffusion
-    table: Table | None = None      # coefficients in the place of the sampler's own
+    table: Table | None = None      # coefficients instead of the sampler's
 
     def __post_init__(self) -> None:
         chosen = solver(self.name)
@@ -71,11 +62,15 @@ class Sampler:
 
     @property
     def calls(self) -> int:
-        """Network calls of a run."""
-        return num_calls(self.name, self.steps)
+        """Network calls of a run: PLMS makes one more than it has steps, since its first step takes two.
+
+        Caching schedules are made for the steps and indexed by call. So with caching PLMS's last call is a cached one,
+        as in the released code (github horseee/DeepCache, 1691a3a).
+        """
+        return solver(self.name).calls(self.steps)
 
     def call_timesteps(self) -> list[float]:
-        """The timestep of each network call, in their order."""
+        """The timestep of each network call, in order."""
         found = []
 
         def predict(x: Tensor, t: float, step: int) -> Tensor:
@@ -87,9 +82,9 @@ class Sampler:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What run.json says of it."""
+        """The sampler's entries of run.json."""
         diffusion = {name: value for name, value in asdict(self.diffusion).items()
-                     if name != "zero_terminal_snr" or value}       # which folders from before it do not have
+                     if name != "zero_terminal_snr" or value}       # older folders do not have this key
         return {"diffusion": diffusion, "sampler": self.name, "steps": self.steps,
                 "timesteps": self.timesteps, "eta": self.eta}
 
@@ -97,8 +92,8 @@ class Sampler:
             progress: Callable[[float], None] | None = None) -> Tensor:
         """Sample x_0 from x_T.
 
-        predict, x: see `samplers.solvers.Solver.run`. noise: draws per image, for eta > 0. progress: called with the
-        fraction of the network calls that is done.
+        predict, x: as in `samplers.solvers.Solver.run`. noise: draws per image, for eta > 0. progress: called with the
+        finished fraction of the network calls.
         """
         def report(step: int, x: Tensor) -> None:
             if progress:
@@ -112,9 +107,9 @@ class Sampler:
 
 def noise_predictor(network: Network, diffusion: Diffusion, dtype: torch.dtype, cache: Policy | None,
                     context: Sequence[Tensor] = (), guidance: float = 1.0) -> Predict:
-    """What samplers call: predict(x, t, step) -> the predicted noise, both float32.
+    """The function that samplers call: predict(x, t, step) -> the predicted noise, both float32.
 
-    network: is given x in `dtype`.
+    network: gets x in `dtype`.
     cache: a fresh caching policy; None computes everything.
     context: for a guidance other than 1, of the doubled batch [uncond, cond].
     """

@@ -1,8 +1,8 @@
-"""The registry of samplers. One that is listed in SOLVERS can be reached from every command; no other file names it.
+"""The registry of samplers. Every command knows the samplers in SOLVERS; no other file names them.
 
-DDIM is ours; the others run through a scheduler of diffusers, all by one loop. That loop feeds the predicted noise, for
-networks that predict v too, so that the multistep rule of PLMS is of noises, as in its paper; diffusers' scheduler
-would take it over the v of different timesteps. To the other samplers it makes no difference.
+DDIM is ours; the others are schedulers of diffusers in one loop. The loop gives them the predicted noise, even if the
+network predicts v. So the multistep rule of PLMS combines noises, as in its paper; diffusers' scheduler would combine
+the v of different timesteps. For the other samplers it makes no difference.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ Noise = Callable[[Sequence[int]], Tensor]
 
 @dataclass(frozen=True)
 class Solver:
-    """A sampler before it has settings. about: what --help says of it."""
+    """A sampler without settings. about: its description in --help."""
     name: str
     about: str
     takes_eta: ClassVar[bool] = False
@@ -29,11 +29,11 @@ class Solver:
 
     @property
     def spacings(self) -> Sequence[str]:
-        """The names of the timesteps that it takes."""
+        """The names of the spacings of timesteps that it takes."""
         raise NotImplementedError
 
     def spacing(self, of_config: str) -> str:
-        """The spacing where only the config says one: its own if the sampler knows it, else Stable Diffusion's."""
+        """The default spacing: the config's if the sampler takes it, else Stable Diffusion's."""
         return of_config if of_config in self.spacings or is_listed(of_config) else "leading"
 
     def calls(self, steps: int) -> int:
@@ -41,14 +41,14 @@ class Solver:
         return steps
 
     def check(self, steps: int, spacing: str, betas: Tensor) -> None:
-        """Refuse a spacing or a number of steps that it does not take. betas: [num_timesteps]. Raises ValueError."""
+        """Raise a ValueError for a spacing or number of steps that it does not take. betas: [num_timesteps]."""
         raise NotImplementedError
 
     def run(self, predict: Predict, x: Tensor, steps: int, spacing: str, diffusion: Diffusion, eta: float = 0.0,
             noise: Noise | None = None, progress: Progress | None = None) -> Tensor:
         """Sample x_0 from x_T.
 
-        x: [batch, channels, height, width], standard normal. noise: draws per image, needed where eta > 0.
+        x: [batch, channels, height, width], standard normal. noise: draws per image, needed for eta > 0.
         progress: called after each network call with (step, x). Raises ValueError as `check` does.
         """
         raise NotImplementedError
@@ -62,9 +62,8 @@ def ddim(predict: Predict, x: Tensor, timesteps: Sequence[float], alphas_cumprod
     predict(x, t, step) -> the predicted noise; t is the timestep, step = 0, 1, ... the number of the network call.
     x: [batch, channels, height, width], standard normal. timesteps: ascending; run from the last to the first.
     alphas_cumprod: [num_timesteps]. final_alpha: alpha_bar of the end point, 1 for a clean image.
-    eta: 0 = deterministic, 1 = the variance of DDPM (Equation 16). noise: draws per image, needed when eta > 0, else
-    ValueError.
-    progress: called after each step with (step, x).
+    eta: 0 = deterministic, 1 = the variance of DDPM (Equation 16). noise: draws per image; eta > 0 without it raises
+    ValueError. progress: called after each step with (step, x).
     """
     bars = torch.tensor([final_alpha, *(alpha_at(alphas_cumprod, t).item() for t in timesteps)], dtype=torch.float64)
     if noise is None and eta > 0:
@@ -84,7 +83,7 @@ def ddim(predict: Predict, x: Tensor, timesteps: Sequence[float], alphas_cumprod
 
 
 class Ddim(Solver):
-    """DDIM over any of its spacings."""
+    """DDIM, over any timesteps."""
     takes_eta = True
 
     @property
@@ -104,9 +103,9 @@ class Ddim(Solver):
         return ddim(predict, x, timesteps, alphas, eta, noise, final_alpha(spacing, alphas), progress)
 
 
-# Our names of spacings -> diffusers' arguments. 'leading': multiples of num_timesteps // (num_steps + 1), each one
-# later, without the lowest. 'linspace': what diffusers makes of the scheduler_config.json published with Stable
-# Diffusion v1.5. 'trailing': see `unet_caching.samplers.timesteps.trailing_timesteps`.
+# Our names of spacings -> diffusers' arguments. 'leading': multiples of num_timesteps // (num_steps + 1), plus one,
+# without the lowest. 'linspace': diffusers' default with the scheduler_config.json published with Stable Diffusion
+# v1.5. 'trailing': see `unet_caching.samplers.timesteps.trailing_timesteps`.
 MULTISTEP: Mapping[str, Mapping[str, Any]] = {
     "leading": {"timestep_spacing": "leading", "steps_offset": 1},
     "linspace": {"timestep_spacing": "linspace"},
@@ -117,9 +116,9 @@ MULTISTEP: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class OfDiffusers(Solver):
-    """A sampler that runs through a scheduler of diffusers.
+    """A sampler that is a scheduler of diffusers.
 
-    scheduler: the name of its class, which is imported when it is needed: diffusers takes seconds.
+    scheduler: the name of its class, imported when first needed, because diffusers takes seconds to import.
     arguments: of the class. by_spacing: further arguments for each spacing.
     """
     scheduler: str
@@ -131,12 +130,12 @@ class OfDiffusers(Solver):
         return tuple(self.by_spacing)
 
     def build(self, kind: type, spacing: str, betas: Tensor, **more: Any) -> Any:
-        """An object of diffusers' class, or of one that is derived from it. more: arguments of it besides."""
+        """An object of diffusers' class, or of a subclass, `kind`. more: further arguments."""
         arguments = {**self.arguments, **self.by_spacing["trailing" if is_listed(spacing) else spacing], **more}
         return kind(len(betas), trained_betas=betas.tolist(), **arguments)
 
     def make(self, steps: int, spacing: str, betas: Tensor) -> Any:
-        """diffusers' scheduler, with its timesteps set: descending, one for each network call.
+        """diffusers' scheduler with its timesteps: descending, one for each network call.
 
         betas: float32 [num_timesteps]. Raises ValueError for a spacing or a number of steps that it does not take.
         """
@@ -158,13 +157,13 @@ class OfDiffusers(Solver):
         return made
 
     def own_timesteps(self, spacing: str, steps: int, betas: Tensor) -> list[float] | None:
-        """Timesteps that are set after diffusers' own, ascending; None where those stay. Raises ValueError."""
+        """The timesteps that replace diffusers', ascending; None if diffusers' are used. Raises ValueError."""
         if self.takes_lists and is_listed(spacing):
             return listed(spacing, steps, len(betas))
         return LISTS[spacing](steps, betas) if spacing in LISTS and spacing in self.by_spacing else None
 
     def check_steps(self, steps: int, spacing: str, num_timesteps: int) -> None:
-        """Check what can be known before the timesteps are. Raises ValueError."""
+        """Raise a ValueError for a spacing or number of steps that no noise schedule has."""
         if spacing not in self.by_spacing:
             known = (" or " if len(self.by_spacing) == 2 else ", ").join(self.by_spacing)
             raise ValueError(f"{self.name} takes timesteps {known}{', or a list' if self.takes_lists else ''}, "
@@ -191,9 +190,9 @@ class OfDiffusers(Solver):
 
 
 def set_listed(scheduler: Any, timesteps: Sequence[float]) -> None:
-    """Give a multistep scheduler of diffusers timesteps of its own, ascending, after its set_timesteps for as many.
+    """Set any timesteps, ascending, in a multistep scheduler of diffusers, after its set_timesteps for as many.
 
-    It is what set_timesteps does for those of a spacing; few of the schedulers take a list themselves.
+    This sets the same attributes as set_timesteps; few of the schedulers take a list.
     """
     own, device = list(timesteps)[::-1], scheduler.timesteps.device
     scheduler.timesteps, scheduler.num_inference_steps = torch.tensor(own, device=device), len(own)
@@ -207,7 +206,7 @@ def _sigmas(alphas: Tensor, timesteps: Sequence[float]) -> Tensor:
 
 
 class Plms(OfDiffusers):
-    """PLMS takes two network calls for its first step: the second timestep comes twice. Its steps are equally long."""
+    """PLMS: its first step takes two network calls, so the second timestep comes twice. All steps are equally long."""
     takes_lists: ClassVar[bool] = False
 
     def calls(self, steps: int) -> int:
@@ -216,7 +215,7 @@ class Plms(OfDiffusers):
     def check_steps(self, steps: int, spacing: str, num_timesteps: int) -> None:
         super().check_steps(steps, spacing, num_timesteps)
         if spacing == "trailing" and num_timesteps % steps:
-            # The scheduler's steps are all num_timesteps // num_steps long, whatever its timesteps are.
+            # All steps of the scheduler are num_timesteps // num_steps long, for any timesteps.
             raise ValueError(f"plms with trailing timesteps needs a number of steps that divides {num_timesteps}, "
                              f"got {steps}")
 
@@ -226,7 +225,7 @@ def _dpm_solver(order: int) -> dict[str, Any]:
             "lower_order_final": True, "final_sigmas_type": "zero"}
 
 
-# Where each ends: 'leading' of DDIM and PLMS, and all of DEIS, on the noise of timestep 0; all else on a clean image.
+# Where runs end: 'leading' of DDIM and PLMS, and always DEIS, at the noise of timestep 0; all others at a clean image.
 SOLVERS: Mapping[str, Solver] = {one.name: one for one in (
     # Song et al., arXiv 2010.02502
     Ddim("ddim", "DDIM"),
@@ -249,7 +248,7 @@ SOLVERS: Mapping[str, Solver] = {one.name: one for one in (
 
 
 def solver(name: str) -> Solver:
-    """The sampler of a name. Raises ValueError for one that is not in SOLVERS."""
+    """The sampler of this name. Raises ValueError for a name that is not in SOLVERS."""
     if name not in SOLVERS:
         raise ValueError(f"unknown sampler {name!r}: choose from {', '.join(SOLVERS)}")
     return SOLVERS[name]

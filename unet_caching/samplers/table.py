@@ -1,9 +1,9 @@
-"""Solvers as tables of numbers over the clean images that the network calls of a run predict.
+"""Solvers as tables of coefficients of the clean images that the network calls of a run predict.
 
     x_{i+1} = p_i x_T + sum over j <= i of q_ij D_j,    D_j = (x_j - s_j noise_j) / a_j,    a^2 = alpha_bar = 1 - s^2
 
-Every linear multistep solver is one, with its corrector. All numbers are of order 1 here; over noises, in x / a, they
-would span five decades on a cosine schedule.
+Every linear multistep solver, with its corrector, is such a table. All coefficients are of order 1. As coefficients of
+the noises, for x / a, they would span five decades on a cosine schedule.
 """
 
 import math
@@ -20,10 +20,10 @@ from unet_caching.samplers.solvers import solver
 def multistep(predict: Predict, x: Tensor, timesteps: Sequence[float] | Tensor, p: Sequence[float] | Tensor,
               q: Sequence[Sequence[float]] | Tensor, alphas: Tensor,
               progress: Callable[[int, Tensor], None] | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Sample x_0 from x_T by a table, differentiable in all that is a tensor: x_0, and D of each call.
+    """Sample x_0 from x_T by a table; returns x_0 and the D of each call. Differentiable in every tensor.
 
-    predict, x, progress: as of `samplers.solvers.Solver.run`. timesteps: of each network call. p: [calls]. q: [calls]
-    of as many or more. alphas: [num_timesteps].
+    predict, x, progress: as in `samplers.solvers.Solver.run`. timesteps: of each network call. p: [calls]. q: [calls]
+    rows with a number per D or more. alphas: [num_timesteps].
     """
     start, clean = x, list[Tensor]()
     for step, t in enumerate(timesteps):
@@ -35,7 +35,7 @@ def multistep(predict: Predict, x: Tensor, timesteps: Sequence[float] | Tensor, 
 
 
 def combined(start: Tensor, clean: Sequence[Tensor], p: float | Tensor, q: Sequence[float] | Tensor) -> Tensor:
-    """p x_T + sum of q_j D_j. q: as many as `clean` or more."""
+    """p x_T + sum of q_j D_j. q: a number per D or more."""
     x = p * start
     for weight, image in zip(q, clean, strict=False):
         x = x + weight * image
@@ -49,7 +49,7 @@ class Table:
     q: tuple[tuple[float, ...], ...]
 
     def check(self, calls: int) -> None:
-        """Refuse a table that is not of so many network calls. Raises ValueError."""
+        """Raise a ValueError if the table is not for this number of network calls."""
         if len(self.p) != calls or [len(row) for row in self.q] != [*range(1, calls + 1)]:
             raise ValueError(f"a solver of {calls} network calls has as many p, and rows of q with 1, 2, ... numbers")
         if not all(map(math.isfinite, (*self.p, *(weight for row in self.q for weight in row)))):
@@ -58,14 +58,14 @@ class Table:
     @torch.no_grad()
     def sample(self, predict: Predict, x: Tensor, timesteps: Sequence[float], alphas: Tensor,
                progress: Callable[[int, Tensor], None] | None = None) -> Tensor:
-        """x_0 by `multistep`."""
+        """Sample x_0 by `multistep`."""
         return multistep(predict, x, timesteps, self.p, self.q, alphas, progress)[0]
 
 
 def table_of(name: str, steps: int, spacing: str, diffusion: Diffusion) -> tuple[list[float], Table]:
-    """The timesteps of a sampler, one for each network call, and its table: it is given vectors instead of images.
+    """The timesteps of a sampler, one for each network call, and its table, found by sampling unit vectors.
 
-    Raises ValueError for settings that the sampler does not take, and for PLMS, whose rule is of noises.
+    Raises ValueError for settings that the sampler does not take, and for PLMS, whose rule combines noises.
     """
     if not solver(name).takes_lists:
         raise ValueError(f"{name} has no table over clean images: choose another sampler")

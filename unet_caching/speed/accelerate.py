@@ -1,4 +1,4 @@
-"""Makes a network ready for a device, and faster on it where that was asked for."""
+"""Make a network ready for a device, and faster on it with torch.compile and CUDA graphs."""
 
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -16,28 +16,28 @@ Placed = TypeVar("Placed", bound=nn.Module)
 
 
 def place(network: Placed, device: torch.device | str, dtype: torch.dtype | None = None) -> Placed:
-    """Make a network ready for inference: on its device, in its dtype (None: as it is), in the layout that is fastest.
+    """Make a network ready for inference: on its device, in its dtype (None: unchanged), in the fastest layout.
 
-    On a CPU with oneDNN that is one which only its kernels read: the network can no longer be moved or saved
-    (speed/packed.py), and the process keeps the memory that it frees from now on (speed/memory.py).
+    On a CPU with oneDNN only oneDNN's kernels can read this layout, so the network can no longer be moved or saved
+    (speed/packed.py). On a CPU the process also keeps the memory that it frees from now on (speed/memory.py).
     """
     network.eval().requires_grad_(False)
     network.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
     if packable(network):
-        network = cast(Placed, pack(network))       # only a layer alone becomes another object
+        network = cast(Placed, pack(network))       # another object only if the network is a single layer
     if torch.device(device).type == "cpu":
-        keep_freed_memory()     # not earlier: what is freed while weights are loaded is better returned
+        keep_freed_memory()     # not earlier, so that the memory freed while loading weights is returned
     return network
 
 
 @dataclass(frozen=True)
 class Accelerated:
-    """A network called as the U-Net is. in_use: which of torch.compile and CUDA graphs it goes through here."""
+    """A network with the call of the U-Net. in_use: whether it uses torch.compile and CUDA graphs."""
     network: Network
     in_use: dict[str, bool]
 
     def report(self) -> list[str]:
-        """The lines that tell the user what was made on the way."""
+        """Lines for the user about graphs and compiling."""
         lines = []
         if isinstance(self.network, RecordedNetwork):
             lines.append(f"CUDA graphs: {len(self.network.recordings)}, recorded in {self.network.seconds:.1f} s")
@@ -47,9 +47,9 @@ class Accelerated:
 
 
 def accelerated(unet: nn.Module, compile: bool, cuda_graphs: bool, graphs: int) -> Accelerated:
-    """Let the network go through what --compile and --cuda-graphs ask for.
+    """The network with torch.compile and CUDA graphs, as --compile and --cuda-graphs say.
 
-    graphs: how many different sets of values the network calls of a run reuse.
+    graphs: the number of different sets of values that the network calls of a run reuse.
     """
     inner: Network = compiled(unet, graphs) if compile else unet
     network = recorded(inner, next(unet.parameters()).device) if cuda_graphs else inner

@@ -1,4 +1,4 @@
-"""Attention made of oneDNN's matrix products, some rows of scores at a time: they stay in a core's cache."""
+"""Attention by oneDNN's matrix products, some rows of scores at a time, so that they stay in a core's cache."""
 
 import math
 
@@ -8,29 +8,29 @@ from torch import Tensor
 
 from unet_caching.speed.onednn import linear, opaque, packed_linear
 
-PRODUCTS = 2**23        # tokens * keys * width of a head: with fewer, PyTorch's attention is faster
-SCORES = 2**22          # bytes of attention scores at a time, for each thread: they stay in its cache
-LINE = 64               # bytes of a line of the cache
-ALIASES = 64            # lines: rows of scores that lie a multiple of this apart displace each other in the cache
-VECTOR = 16             # sums that a register of AVX-512 holds
-SHIFT = 38.0            # e**x is sigmoid(x - SHIFT) * e**SHIFT but for a part of e**(x - SHIFT)
+PRODUCTS = 2**23        # tokens * keys * width of a head; with fewer, PyTorch's attention is faster
+SCORES = 2**22          # bytes of attention scores at a time for each thread, which fit into its cache
+LINE = 64               # bytes of a cache line
+ALIASES = 64            # cache lines: rows of scores whose distance is a multiple of this evict each other
+VECTOR = 16             # sums in a register of AVX-512
+SHIFT = 38.0            # e**x is sigmoid(x - SHIFT) * e**SHIFT, up to a relative error of e**(x - SHIFT)
 
 
 @opaque(lambda query, key, value: query.new_empty(query.transpose(1, 2).shape).transpose(1, 2))
 def rowwise_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of some rows of one head at a time: [batch, heads, tokens, width], a view of heads behind tokens.
+    """Attention, some rows of one head at a time: [batch, heads, tokens, width], with tokens before heads in memory.
 
-    The softmax is powers over their sum, the product with a column of ones. PyTorch's subtracts the largest score
-    first, which changes nothing as long as no power overflows; heads where that is near are left to PyTorch. In
-    bfloat16, powers are the tail of a sigmoid: it is part of the product, so that scores are not rounded before.
-    Zeros fill the last register of a row of values, and lengthen rows of scores that would displace each other.
+    The softmax is powers over their sum, which is the product with a column of ones. PyTorch subtracts the largest score
+    first, which changes nothing unless a power overflows; heads that are near an overflow are left to PyTorch. In
+    bfloat16, powers are the tail of a sigmoid, which is fused into the product, so that scores are not rounded before.
+    Zeros fill the last register of a row of values, and lengthen rows of scores that would evict each other.
     """
     batch, heads, tokens, width = query.shape
     keys, line = key.shape[2], LINE // key.element_size()
     rows = max(1, SCORES * torch.get_num_threads() // (keys * key.element_size()))
     more = 0 if keys % (ALIASES * line) else line
     sigmoids = query.dtype == torch.bfloat16
-    base, least, most = (math.e, 2**-100, 2**-9) if sigmoids else (2, 2**-60, 2**60)       # sums that lose nothing
+    base, least, most = (math.e, 2**-100, 2**-9) if sigmoids else (2, 2**-60, 2**60)       # range of exact sums
     scaled_key = F.pad(key * (1 / (math.log(base) * math.sqrt(width))), (0, 0, 0, more))
     with_ones = F.pad(F.pad(value, (0, 1), value=1), (0, -(width + 1) % VECTOR, 0, more))
     shift = key.new_full((keys + more,), -SHIFT)
@@ -55,6 +55,6 @@ def rowwise_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """F.scaled_dot_product_attention, by oneDNN where that is quicker."""
+    """F.scaled_dot_product_attention, by oneDNN where it is faster."""
     products = query.shape[2] * key.shape[2] * query.shape[3]
     return (rowwise_attention if products >= PRODUCTS else F.scaled_dot_product_attention)(query, key, value)

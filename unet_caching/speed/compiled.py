@@ -1,4 +1,4 @@
-"""Networks that go through torch.compile."""
+"""Networks with torch.compile."""
 
 import torch
 from torch import Tensor, nn
@@ -8,15 +8,15 @@ from unet_caching.speed.packed import waiting
 
 
 def compiled(network: nn.Module, graphs: int) -> Network:
-    """The network through torch.compile, with room for that many graphs: beyond its own limit it falls back or fails.
+    """The compiled network. This raises torch.compile's limit on graphs, beyond which it falls back or fails.
 
-    One more is for a first step, which finds no values yet. Where there is no compiler the network is returned as it
-    is, and a line says so.
+    The limit grows by `graphs`, and by one for the first step, which has no values to reuse. Without a compiler the
+    network is returned unchanged, and a line is printed.
     """
     if missing := missing_compiler(next(network.parameters()).device):
         print(f"torch.compile: not here, {missing}; going on without", flush=True)
         return network
-    limits = torch._dynamo.config           # which count the graphs of all networks of a class together
+    limits = torch._dynamo.config           # they count the graphs of all networks of a class together
     limits.recompile_limit += graphs + 1
     limits.accumulated_recompile_limit += graphs + 1
     print(f"torch.compile: {graphs} graph{'s' if graphs > 1 else ''}, one for each set of reused values", flush=True)
@@ -24,7 +24,7 @@ def compiled(network: nn.Module, graphs: int) -> Network:
 
 
 class PackedFirst(nn.Module):
-    """A compiled network that runs once as it is before, for its convolutions to be packed (speed/packed.py)."""
+    """A compiled network that first runs once uncompiled, which packs its convolutions (speed/packed.py)."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -37,9 +37,9 @@ class PackedFirst(nn.Module):
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """Why torch.compile cannot make code for a device here; None where it can."""
+    """Why torch.compile cannot make code for a device; None if it can."""
     if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler  # here: they take seconds
+        from torch._inductor.cpp_builder import get_cpp_compiler  # here, because they take seconds to import
         from torch._inductor.exc import InvalidCxxCompiler
         try:
             get_cpp_compiler()
@@ -51,5 +51,5 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def compile_seconds() -> float:
-    """Seconds that compiling has taken in this process."""
+    """The seconds that compiling has taken in this process."""
     return torch._dynamo.utils.calculate_time_spent().get("entire_frame_compile", 0.0)

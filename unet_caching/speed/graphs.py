@@ -1,4 +1,4 @@
-"""Network calls recorded once and replayed: on a GPU that saves the time of launching their hundreds of kernels."""
+"""Network calls recorded once and replayed, which saves the launch time of hundreds of kernels on a GPU."""
 
 import time
 from collections.abc import Callable, Hashable
@@ -14,7 +14,7 @@ Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
 
 
 class Recording(NamedTuple):
-    """What a replay reads and writes. kept: the buffers of all that the cache keeps after it."""
+    """A recorded call, with the buffers that a replay reads and writes. kept: those of the policy after the call."""
     inputs: list[Tensor]
     output: Tensor
     replay: Callable[[], object]
@@ -22,26 +22,26 @@ class Recording(NamedTuple):
 
 
 class _KeepsNothing(Policy):
-    """`no_cache` as a policy: all its calls do the same."""
+    """`no_cache` as a policy, whose calls are all alike."""
     pattern = ()
 
 
 class RecordedNetwork(nn.Module):
-    """A network of which each kind of step is recorded when it first comes: with DeepCache two, full and cached steps.
+    """A network with a recording of each kind of step: with DeepCache two, full and cached steps.
 
-    Called as the network is. What a cache keeps between steps lies in buffers of this object, the same for all batches,
-    since a replay reads and writes where the recording did. Inputs of other shapes are recorded on their own. Steps
-    of which it is not known what they do (their cache has no `pattern`) run as ever.
+    Its call is the network's. A replay reads and writes the same memory as the recording. So the tensors that a policy
+    keeps between steps are moved into buffers of this object, for all batches. Inputs of other shapes have their own
+    recordings. Steps whose policy has no `pattern` are not recorded.
 
     record: takes a function without arguments -> (its output, a function that runs it again into the same output).
-    `seconds`: what recording has taken.
+    `seconds`: the time that recording has taken.
     """
 
     def __init__(self, network: Network, record: Record):
         super().__init__()
         self.network, self.record = network, record
         self.recordings: dict[Hashable, Recording] = {}
-        self.kept: dict[Hashable, dict[Hashable, Tensor]] = {}      # for each set of input shapes, the buffers
+        self.kept: dict[Hashable, dict[Hashable, Tensor]] = {}      # the buffers, for each set of input shapes
         self.seconds = 0.0
 
     def forward(self, *args: Tensor, cache: Cache = no_cache) -> Tensor:
@@ -72,16 +72,16 @@ class RecordedNetwork(nn.Module):
             move_kept(policy, buffers)
             return output
 
-        run()       # what comes up once, new buffers among it, is not part of the recording
+        run()       # so that one-time work, like new buffers, is not recorded
         output, replay = self.record(run)
         return Recording(inputs, output, replay, dict(policy.kept))
 
 
 def move_kept(policy: Policy, buffers: dict[Hashable, Tensor]) -> None:
-    """Move what a policy keeps into buffers, by name and shape, which are made where there are none yet."""
+    """Move the tensors that a policy keeps into buffers, by name and shape. Missing buffers are made."""
     kept = dict(policy.kept)
     for name, value in kept.items():
-        place = name, value.shape           # policies differ in how many weights their forecasts have
+        place = name, value.shape           # policies have different numbers of forecast weights
         if place not in buffers:
             buffers[place] = value.clone()
         elif value is not buffers[place]:
@@ -91,11 +91,11 @@ def move_kept(policy: Policy, buffers: dict[Hashable, Tensor]) -> None:
 
 
 def cuda_recorder() -> Record:
-    """Make recordings that are CUDA graphs and share one pool of memory."""
+    """A recorder that makes CUDA graphs with one shared pool of memory."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-        side = torch.cuda.Stream()                      # as PyTorch asks: some warm-up outside the default stream
+        side = torch.cuda.Stream()                      # PyTorch requires a warm-up outside the default stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run()
@@ -108,7 +108,7 @@ def cuda_recorder() -> Record:
 
 
 def recorded(network: Network, device: torch.device) -> Network:
-    """The network with CUDA graphs on a GPU; elsewhere the network as it is, and a line that says so."""
+    """The network with CUDA graphs on a GPU; on other devices the network unchanged, and a line is printed."""
     if device.type != "cuda":
         print(f"CUDA graphs: not here, the device is {device}; going on without", flush=True)
         return network

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, which saves asking the system for it again in every layer."""
+"""Keep freed memory in the process, so that it is not requested from the system again in every layer."""
 
 import ctypes
 import platform
@@ -7,10 +7,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4       # glibc's <malloc.h>
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to return nothing to the system. Returns whether it was told: False with other libraries.
+    """Set glibc's malloc to return no memory to the system. Returns False with other libraries.
 
-    By default it returns large feature maps as soon as they are freed. The system then has to find and clear each page
-    of the next one, which takes longer than the arithmetic of many layers.
+    By default glibc returns the memory of large feature maps as soon as they are freed. Then the system must find and
+    clear each page of the next one, which takes longer than the arithmetic of many layers.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

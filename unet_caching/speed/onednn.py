@@ -1,7 +1,7 @@
-"""PyTorch's operators for weights in the layout in which oneDNN's kernels read them.
+"""PyTorch's operators for weights in the layout of oneDNN's kernels.
 
-They belong to PyTorch's compiler and are private: another release may lack them, and some CPUs lack the instructions.
-unet_caching/speed/probe.py tells where they can be relied on.
+They are private operators of PyTorch's compiler: other releases may lack them, and some CPUs lack the instructions.
+unet_caching/speed/probe.py finds out whether they can be used.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ LIBRARY = torch.library.Library("deepcache", "FRAGMENT")
 
 
 def opaque(fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Make a function opaque to torch.compile, to which it is an operator whose result looks like `fake`'s.
+    """Make a function an operator for torch.compile, which does not look inside. fake: makes a result of equal shape.
 
-    Not by torch.library.custom_op, which in earlier releases looks for the storage of its arguments: packed weights
-    have none.
+    torch.library.custom_op cannot be used: in earlier releases it needs the storage of its arguments, and packed
+    weights have none.
     """
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         name = function.__name__
@@ -29,7 +29,7 @@ def opaque(fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Cal
 
 
 def packed_linear(weight: Tensor) -> Tensor:
-    """The weight [out, in] of a linear layer, packed."""
+    """Pack the weight [out, in] of a linear layer."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
 
@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
 
 def packed_conv2d(weight: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
                   dilation: Sequence[int], groups: int) -> Tensor:
-    """The weight [out, in / groups, height, width] of a convolution, packed in the best way for inputs of a shape."""
+    """Pack the weight [out, in / groups, height, width] of a convolution in the best layout for inputs of a shape."""
     return torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), padding, stride, dilation, groups, list(shape))
 
 
@@ -55,5 +55,5 @@ def _like_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequenc
 @opaque(_like_conv2d)
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
            dilation: Sequence[int], groups: int) -> Tensor:
-    """x [batch, in, height, width] with channels last, weight packed -> likewise."""
+    """x [batch, in, height, width] with channels last, weight packed -> [batch, out, height, width], channels last."""
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, "none", [], "")

@@ -1,9 +1,9 @@
-"""Layers that take the places of a network's own on a CPU: the same results to rounding, in less time.
+"""Layers that replace a network's own on a CPU, with the same results up to rounding, in less time.
 
-PyTorch multiplies float32 matrices by MKL, less than half as fast on the AMD processor of results/throughput as oneDNN
-with packed weights, and reorders the weights of a convolution anew each time that it runs. The layers here pack their
-weights once. Sums are taken in another order than PyTorch's: results agree to rounding, 3e-6 of the largest magnitude
-in float32.
+PyTorch multiplies float32 matrices by MKL. On the AMD processor of results/throughput that is less than half as fast as
+oneDNN with packed weights. PyTorch also reorders the weights of a convolution in every call. The layers here pack their
+weights once. They add in another order than PyTorch, so results differ by rounding, in float32 by 3e-6 of the largest
+magnitude.
 """
 
 import platform
@@ -21,16 +21,16 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def packable(network: nn.Module) -> bool:
-    """Whether oneDNN has kernels for this network here: on an x86 CPU, in float32 or bfloat16 (see `speed.probe`)."""
+    """Whether oneDNN has kernels for a network: on an x86 CPU, in float32 or bfloat16 (see `speed.probe`)."""
     weight = next(network.parameters(), None)
     return (weight is not None and weight.device.type == "cpu" and weight.dtype in DTYPES
             and platform.machine() in ("x86_64", "AMD64") and usable(weight.dtype))
 
 
 def pack(module: nn.Module) -> nn.Module:
-    """The network with faster layers in the places of its own; a layer alone is replaced by what is returned.
+    """Replace a network's layers by faster ones. The network is returned, or its replacement if it is a single layer.
 
-    The best layout of a convolution depends on the size of its input: it is packed when it first runs, eagerly.
+    The best layout of a convolution depends on the size of its input, so it is packed when it first runs uncompiled.
     For inference only: packed weights have no gradients and cannot be saved.
     """
     fast = replacement(module)
@@ -42,9 +42,9 @@ def pack(module: nn.Module) -> nn.Module:
 
 
 def replacement(module: nn.Module) -> nn.Module:
-    """The layer that takes the place of another: the same where there is nothing faster.
+    """The layer that replaces another, which is the layer itself if there is no faster one.
 
-    The layers of our U-Nets are known by what they are made of, attention also as one that a cache may keep (`kind`).
+    Layers of our U-Nets are recognised by the names of their parts, attention also by its `kind`.
     """
     if type(module) is nn.Linear:
         return Linear(module.weight, module.bias)
@@ -63,17 +63,17 @@ def replacement(module: nn.Module) -> nn.Module:
 
 
 def waiting(network: nn.Module) -> bool:
-    """Whether convolutions are still to be packed, when they first run."""
+    """Whether some convolutions have not run yet, and so are not packed."""
     return any(isinstance(module, Conv2d) and not module.packed for module in network.modules())
 
 
 def frozen(value: Tensor) -> nn.Parameter:
-    """A parameter that is not trained."""
+    """A frozen parameter."""
     return nn.Parameter(value.detach(), requires_grad=False)
 
 
 def arguments(layer: nn.Conv2d) -> dict[str, Any]:
-    """The arguments that make a convolution like this one, its weights aside."""
+    """The arguments for another convolution like this one, without weights."""
     names = "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"
     return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None, "device": "meta"}
 
@@ -92,10 +92,10 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d that packs its weight when it first runs; channels are last in its result.
+    """nn.Conv2d that packs its weight when it first runs. Its result has channels last.
 
-    In the wrong layout some sizes take three times as long, so the input's is needed. A compiled network should run
-    once before it is compiled (unet_caching/speed/compiled.py): what has not, stays PyTorch's.
+    The packed layout depends on the input's size: in the wrong one some sizes take three times as long. A network
+    should run once before it is compiled (unet_caching/speed/compiled.py): what has not run stays unpacked.
     """
 
     def __init__(self, layer: nn.Conv2d):
@@ -111,7 +111,7 @@ class Conv2d(nn.Conv2d):
 
 
 class PerPixel(nn.Conv2d):
-    """A 1x1 convolution, by the kernels of linear layers: those of convolutions are far slower in bfloat16."""
+    """A 1x1 convolution by the kernels of linear layers; in bfloat16 those of convolutions are far slower."""
 
     def __init__(self, layer: nn.Conv2d):
         super().__init__(**arguments(layer))
@@ -123,7 +123,7 @@ class PerPixel(nn.Conv2d):
 
 
 class GEGLU(nn.Module):
-    """A gated layer's projection as two: the GELU is part of the product that makes the gate."""
+    """A gated layer with its projection in two halves, so that the GELU is fused into the gate's product."""
 
     def __init__(self, layer: Any):
         super().__init__()

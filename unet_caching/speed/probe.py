@@ -1,4 +1,4 @@
-"""Finds out whether PyTorch's private oneDNN operators are here, run on this CPU, and give what its own give."""
+"""Find out whether PyTorch's private oneDNN operators exist, run on this CPU, and agree with its public operators."""
 
 import functools
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from torch import Tensor
 from unet_caching.speed.attention import rowwise_attention
 from unet_caching.speed.onednn import conv2d, linear, packed_conv2d, packed_linear
 
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}       # of a difference, as a fraction of the largest magnitude
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}        # largest difference, as a fraction of the largest magnitude
 
 
 @functools.cache
 def usable(dtype: torch.dtype) -> bool:
-    """Whether the operators can be relied on in float32 or bfloat16. Found out once; where not, a line says why."""
+    """Whether the operators can be used in float32 or bfloat16. If not, a line is printed, once, that says why."""
     if reason := unusable(dtype):
         print(f"packed weights: not here, {reason}; going on without", flush=True)
     return reason is None
@@ -23,7 +23,7 @@ def usable(dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def unusable(dtype: torch.dtype) -> str | None:
-    """Why the operators cannot be relied on in a dtype; None where they can."""
+    """Why the operators cannot be used in a dtype; None if they can."""
     here = f"PyTorch {torch.__version__}"
     if not torch.backends.mkldnn.is_available():
         return f"{here} has no oneDNN"
@@ -36,13 +36,13 @@ def unusable(dtype: torch.dtype) -> str | None:
             difference = ((found - expected).abs().max() / expected.abs().max()).item()
             if not difference <= LIMITS[dtype]:
                 return f"{name} of {here} is off by {difference:.0e}"
-    except Exception as error:      # whatever an operator raises that is absent, or takes other arguments
+    except Exception as error:      # what a missing operator, or one with other arguments, raises
         return f"{here}: {' '.join(str(error).split())[:200]}"
     return None
 
 
 def results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(what is computed, by the private operators, by PyTorch's own) on small random inputs."""
+    """(name, result of the private operators, result of the public ones) on small random inputs."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
