@@ -105,8 +105,8 @@ def convert(path: Path) -> Path:
     if current and noted.get(path.name) == sha256(path):
         return target
     if target.exists() and not current and (target.name in noted or not note.is_file()):    # a note may be cut short
-        raise UserError(f"{path} is to be converted to {target}, which exists and was not made from it: move one of "
-                        "them")
+        raise UserError(f"{target} is in the way: {path} is to be converted to it, and it was not made from that file; "
+                        "move one of them")
     if not os.access(path.parent, os.W_OK):
         return path
     parts = split(open_weights(path, "LDM").tensors, path)

@@ -20,9 +20,9 @@ SHIFT = 38.0            # e**x is sigmoid(x - SHIFT) * e**SHIFT, up to a relativ
 def rowwise_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention, some rows of one head at a time: [batch, heads, tokens, width], with tokens before heads in memory.
 
-    The softmax is powers over their sum, which is the product with a column of ones. PyTorch subtracts the largest score
-    first, which changes nothing unless a power overflows; heads that are near an overflow are left to PyTorch. In
-    bfloat16, powers are the tail of a sigmoid, which is fused into the product, so that scores are not rounded before.
+    The softmax is powers over their sum, the product with a column of ones. PyTorch subtracts the largest score first,
+    which changes nothing unless a power overflows; heads that are near an overflow are left to PyTorch. In bfloat16,
+    powers are the tail of a sigmoid, which is fused into the product, so that scores are not rounded before.
     Zeros fill the last register of a row of values, and lengthen rows of scores that would evict each other.
     """
     batch, heads, tokens, width = query.shape
