@@ -106,7 +106,7 @@ class AdaptiveCache(Policy):
         if self.sums is None or self.watched_on != self.step:
             raise RuntimeError(f"the U-Net asked for the level at branch {self.branch} before {self.watched}, which "
                                "decides whether it is computed")
-        wanted = self._wanted(self.sums)
+        wanted = torch.ones_like(self.sums, dtype=torch.bool) if self.feature is None else self.sums > self.threshold
         if wanted.is_meta:
             every, none = self.step in self.full_steps, self.step not in self.full_steps
         else:
@@ -118,9 +118,6 @@ class AdaptiveCache(Policy):
         self.sums = torch.where(wanted, 0.0, self.sums)
         self.decided.append(wanted)
         return self.feature
-
-    def _wanted(self, sums: Tensor) -> Tensor:
-        return torch.ones_like(sums, dtype=torch.bool) if self.feature is None else sums > self.threshold
 
     @property
     def kept(self) -> dict[Hashable, Tensor]:

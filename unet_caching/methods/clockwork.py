@@ -77,11 +77,6 @@ class Clockwork(DeepCache):
         self.row = None
 
     @property
-    def age(self) -> int:
-        """The number of calls since the feature was computed."""
-        return self.step - self.held[self.branch].calls[0]
-
-    @property
     def pattern(self) -> Hashable:
         return super().pattern, self.row is not None
 
