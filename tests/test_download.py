@@ -205,7 +205,7 @@ def test_archives_that_do_not_unpack_leave_nothing_beside(server, tmp_path, cont
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("- a\n- b", "list, and should hold keys"), ("a: 5", "list.yaml, a: .* is 5 and should be keys with values"),
+    ("- a\n- b", "holds a list: write keys"), ("a: 5", "list.yaml, a: .* is 5 and should be keys with values"),
     ("a: {about: x}", "it has no files"),
     ("a: {about: x, files: [{url: ftp://x, path: y}]}", "should begin with http"),
     ("a: {about: x, files: [{url: http://x, path: ../y}]}", "not a path below the repository"),
