@@ -11,9 +11,9 @@ from ldm import first_stage
 from ldm.checkpoint import load_checkpoint
 from ldm.condition import ClassCondition
 from ldm.config import Config
-from run.folder import RunFolder, to_uint8
+from run.folder import RunFolder, quoted, to_uint8
 from run.image_model import ImageModel
-from run.labels import Labels, read_names, write_listing
+from run.labels import Labels, read_names
 from run.machine import Machine
 from run.spec import Run
 from unet_caching.speed.accelerate import place
@@ -60,7 +60,11 @@ class LDM(ImageModel[Config, ClassCondition]):
         return [self.labels.describe(seeds)]
 
     def write_listing(self, folder: RunFolder) -> None:
-        write_listing(folder, self.labels, self.names)
+        def line(seed: int) -> str:
+            label = self.labels.of(seed)
+            return f"{seed},{label}" + (f",{quoted(self.names[label])}" if self.names else "")
+
+        folder.write_listing("images.csv", "seed,label,class" if self.names else "seed,label", line)
 
 
 MODEL = LDM

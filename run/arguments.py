@@ -195,20 +195,13 @@ def call(main: Callable[..., None], words: Sequence[str] | None = None, prog: st
     main(*parse(main.__doc__ or sys.modules[main.__module__].__doc__, *kinds, words=words, prog=prog))
 
 
-def call_verb(verbs: Mapping[str, Callable[..., None]], otherwise: Callable[..., None] | None = None) -> None:
-    """Call the function of the verb that the command line starts with; without a verb, `otherwise`.
-
-    Raises UserError if there is neither.
-    """
+def call_verb(verbs: Mapping[str, Callable[..., None]], otherwise: Callable[..., None]) -> None:
+    """Call the function of the verb that the command line starts with; without a verb, `otherwise`."""
     words = sys.argv[1:]
     if words and words[0] in verbs:
         call(verbs[words[0]], words[1:], f"{program()} {words[0]}")
-    elif otherwise is not None:
-        call(otherwise, words)
     else:
-        if words[:1] not in (["-h"], ["--help"]):
-            raise UserError(f"say what to do: {', '.join(verbs)} (each has a --help)")
-        print(f"{sys.modules[next(iter(verbs.values())).__module__].__doc__}\nEach has a --help: {', '.join(verbs)}")
+        call(otherwise, words)
 
 
 def given(options: Any) -> dict[str, Any]:

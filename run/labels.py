@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from run.folder import RunFolder, quoted
 from run.seeds import parse_seeds
 from unet_caching.errors import UserError
 from unet_caching.files.schema import fault
@@ -92,11 +91,3 @@ def read_names(path: Path, num_classes: int) -> list[str]:
     if len(names) != num_classes:
         raise UserError(f"{path} has {len(names)} class names, the model {num_classes} classes")
     return names
-
-
-def write_listing(run: RunFolder, labels: Labels, names: list[str] | None) -> None:
-    """Write a sample folder's images.csv: the seed, the label and, with `names`, the class name of each image."""
-    def line(seed: int) -> str:
-        label = labels.of(seed)
-        return f"{seed},{label}" + (f",{quoted(names[label])}" if names else "")
-    run.write_listing("images.csv", "seed,label,class" if names else "seed,label", line)

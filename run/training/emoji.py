@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,9 +31,9 @@ class Emoji(NamedTuple):
         return f"{name}, {STYLES[self.style]}" if style else name
 
 
-def read_index(folder: Path = FOLDER) -> list[Emoji]:
+def read_index() -> list[Emoji]:
     """All rows of index.csv."""
-    with open(folder / "index.csv", newline="") as file:
+    with open(FOLDER / "index.csv", newline="") as file:
         return [Emoji(**row) for row in csv.DictReader(file)]
 
 
@@ -44,17 +43,17 @@ def class_names(groups: Sequence[str]) -> list[str]:
     return [f"{group}, {style}" for group in groups for style in styles]
 
 
-def load(size: int = 32, split: str | None = None, groups: str | Sequence[str] | None = None,
-         folder: Path = FOLDER) -> tuple[np.ndarray, list[Emoji]]:
+def load(size: int, split: str | None = None, groups: str | Sequence[str] | None = None
+         ) -> tuple[np.ndarray, list[Emoji]]:
     """Images of a split and of one or several groups (None: all), with their rows, in the order of index.csv.
 
     Returns uint8 [n, size, size, 3] and n rows. Raises ValueError for a size, split or group that does not exist.
     """
-    mosaic = folder / f"emoji_{size}.webp"
+    mosaic = FOLDER / f"emoji_{size}.webp"
     if not mosaic.exists():
-        sizes = sorted(int(path.stem.split("_")[1]) for path in folder.glob("emoji_*.webp"))
-        raise ValueError(f"no emoji of {size} pixels in {folder}: there are {sizes}")
-    rows = read_index(folder)
+        sizes = sorted(int(path.stem.split("_")[1]) for path in FOLDER.glob("emoji_*.webp"))
+        raise ValueError(f"no emoji of {size} pixels in {FOLDER}: there are {sizes}")
+    rows = read_index()
     groups = [groups] if isinstance(groups, str) else groups
     for values, known in (([split] if split else [], {row.split for row in rows}),
                           (groups or [], {row.group for row in rows})):
