@@ -13,7 +13,7 @@ _LARGEST = 1 << 26      # pixels that an image may claim to have: 8192 x 8192
 
 
 def read_png(path: Path, shape: tuple[int, ...] | None = None, example: Path | None = None) -> np.ndarray:
-    """Read an image: uint8 [height, width, 3]. shape: the shape that it must have, which is that of `example`.
+    """Read an image: uint8 [height, width, 3]. shape: the shape that it must have, like the image `example`.
 
     Raises UserError for a file that is not an image, not 8-bit RGB, or of another shape.
     """

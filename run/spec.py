@@ -289,7 +289,7 @@ class Run:
 
 
 def _sampler(spec: RunSpec, config: Config) -> Sampler:
-    """The sampler of a run: the user's options come before those of a fitted file, these before the config's.
+    """The sampler of a run. The user's options have priority, then a fitted file's, then the config's.
 
     Raises UserError, also for a fitted file that cannot be read.
     """
