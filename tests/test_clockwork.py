@@ -109,7 +109,7 @@ def test_a_pipeline_takes_a_clock_and_refuses_the_adaptor_of_another_network(ada
     ((*RUN, "--adaptor", "learned", "--clock-branch", 0), "branch 1 there"),
     ((*RUN, "--adaptor", "learned", "--interval", 3), "leave out --interval"),
     ((*RUN, "--adaptor", "learned", "--forecast", 1), "--forecast is not for"),
-    ((*RUN, "--adaptor", "wide"), "of 32 channels, and the feature at branch 1 of this U-Net has 64")])
+    ((*RUN, "--adaptor", "wide"), "has 32 channels, but the feature at branch 1 of this U-Net has 64")])
 def test_refusals(run, adaptor, tmp_path, capsys, words, why):
     made, wide = AdaptorFile.load(adaptor), adaptor.with_name("wide.safetensors")
     replace(made, tensors={**Adaptor(32, 8).state_dict(), "table": made.table}).save(wide)
