@@ -34,7 +34,7 @@ class ForecastOptions(MethodOptions):
         forecast = Forecast(order, 1.0 if order == 0 else damping)          # checks both
         if order == 0:
             if damping != 1:
-                raise ValueError("--forecast-damping needs a --forecast of 1 or more")
+                raise ValueError("--forecast-damping needs --forecast with an order of 1 or more")
             return None
         if not others:
             raise ValueError("--forecast needs an --interval of 2 or more, or --block-schedule: it extrapolates cached "
