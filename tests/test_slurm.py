@@ -44,7 +44,7 @@ def all_files_there(monkeypatch):
         monkeypatch.setattr(Arm, name, lambda arm: [])
 
 
-@pytest.mark.parametrize("name", ["table1", "table2", "table5", "table9", "table13", "block_caching_table1", "emoji"])
+@pytest.mark.parametrize("name", ["table5", "table9", "table13", "block_caching_table1", "emoji"])
 def test_a_table_has_its_jobs(submit_table, no_slurm, all_files_there, name):
     """A sample array and an evaluation per row, none twice, then the table; each waits for what it needs."""
     arms = papers.make_plan(submit.find_table(name), papers.Options(), Given(images=1000)).arms

@@ -210,11 +210,3 @@ def test_a_study_makes_what_it_can_and_leaves_out_the_rest(study, tmp_path):
     assert row[2] == f"{np.mean(spent.details['calls']):.2f}" and row[-1] != "? |"
     before = times(study.samples, "*.json")
     assert study(content, "--make")[0] == 0 and before == times(study.samples, "*.json")
-
-
-def test_a_run_that_is_not_converged_gives_no_number(study):
-    content = {"seeds": "0-3", "measure": ["converged"], "converged": {"sampler": "dpmpp", "steps": 3},
-               "arms": [{"sampler": "dpmpp", "steps": 3, "interval": 2}]}
-    assert study(content)[0] == 0
-    found = records_of(study.folder / "records.jsonl")["uniform_n2_dpmpp_steps3"]["converged"]
-    assert not found.details["convergence"]["converged"] and not found.metrics

@@ -10,6 +10,7 @@ from run.families import example_inputs
 from run.spec import TRACED, Run
 
 _COUNTED: WeakKeyDictionary[nn.Module, Costs] = WeakKeyDictionary()
+_OF_CALLS: WeakKeyDictionary[Run, list[Macs]] = WeakKeyDictionary()
 
 
 def pruned(run: Run) -> str | None:
@@ -28,11 +29,12 @@ def costs_of(run: Run) -> Costs:
 
 
 def call_macs(run: Run) -> list[Macs]:
-    """The MACs of every network call of an image, one row of the batch."""
-    size = pruned(run)
-    if size is not None:
-        return [bk_sdm.step_macs(size)] * run.calls
-    return costs_of(run).calls(run.caching.policy("meta"), run.calls)
+    """The MACs of every network call of an image, one row of the batch; counted once for each run."""
+    if run not in _OF_CALLS:
+        size = pruned(run)
+        _OF_CALLS[run] = (costs_of(run).calls(run.caching.policy("meta"), run.calls) if size is None
+                          else [bk_sdm.step_macs(size)] * run.calls)
+    return _OF_CALLS[run]
 
 
 def macs_per_step(run: Run, over: int | None = None) -> Macs:
