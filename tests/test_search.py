@@ -298,8 +298,8 @@ def test_a_budget_too_small_for_plans_is_spent_on_steps(few, judge):
 
 
 @pytest.mark.parametrize(("words", "why"), [
-    ((), "--calls, --macs or --speedup"), (("--calls", 1.5), "must be 2 full network calls"),
-    (("--speedup", 0), "must be 2 full"), (("--macs", 1e-9), "must be 2 full"),
+    ((), "--calls, --macs or --speedup"), (("--calls", 1.5), "must be from 2 to"),
+    (("--speedup", 0), "must be from 2 to"), (("--macs", 1e-9), "must be from 2 to"),
     (("--calls", 4, "--held-out-seeds", "13-20"), "seed 13 is in two of"),
     (("--calls", 4, "--report-seeds", "30-31"), "--report-seeds must be 4 or more"),
     (("--calls", 4, "--compile"), "are for sampling"), (("--calls", 4, "--attempts", -1), "--attempts must be 0"),

@@ -1,4 +1,4 @@
-"""The plans that a search tries for a budget, and how they are changed to better ones."""
+"""The plans that a search tries for a budget, and changes of them."""
 
 import math
 import random
@@ -16,16 +16,16 @@ from unet_caching.schedules import uniform
 
 PLAN, UNIFORM, FORECAST = "plan", "DeepCache, uniform", "forecast, uniform"
 FEWER, FITTED = "fewer steps", "fewer steps, fitted"
-INTERVALS = (2, 3, 4, 5)    # of the uniform schedules, each with as many calls as the budget pays for
-STRETCH = (1.25, 1.6)       # plans have as many calls as those, or so many times as many full ones as the budget
+INTERVALS = (2, 3, 4, 5)    # of the uniform schedules, each with as many calls as the budget allows
+STRETCH = (1.25, 1.6)       # a plan has as many calls as a uniform schedule, or so many calls for each full one
 MOST_CALLS = 100
-ORDER = 2                   # of the forecasts of plans; the damping that fits may leave little of the second term
-POWERS = (1.0, 0.5, 0.0)    # how much dynamic programming believes of what errors do to the image
+ORDER = 2                   # of the forecasts of plans; the best damping may leave little of the second term
+POWERS = (1.0, 0.5, 0.0)    # powers of the weights of errors in dynamic programming (`Gaps.flattened`)
 
 
 def deepcache_calls(branch: int, full_steps: Collection[int], calls: int, forecast: int = 0, damping: float = 1.0
                     ) -> list[Call]:
-    """The plan that does what `unet_caching.methods.deepcache.DeepCache` does. calls: network calls of the run."""
+    """The plan that equals `unet_caching.methods.deepcache.DeepCache`. calls: network calls of the run."""
     return [Call() if step in full_steps else Call(branch, (damping,) * forecast) for step in range(calls)]
 
 
@@ -37,7 +37,7 @@ class Prices:
 
     @property
     def cheapest(self) -> int:
-        """The branch at which a call costs least."""
+        """The branch whose cached call costs least."""
         return min(self.cached, key=self.cached.__getitem__)
 
     def of(self, depths: Depths) -> float:
@@ -47,12 +47,12 @@ class Prices:
         return self.of(depths) <= self.budget + 1e-9
 
     def full_calls(self, calls: int) -> int:
-        """How many of so many calls can be full where the others are the cheapest."""
+        """The most full calls of a run of `calls`, if the others are the cheapest."""
         cached = self.cached[self.cheapest]
         return min(calls, math.floor((self.budget - calls * cached) / (1 - cached) + 1e-9))
 
     def uniform_calls(self, interval: int) -> int:
-        """The most calls of a uniform schedule that the budget pays for."""
+        """The most calls of a uniform schedule within the budget."""
         calls = interval
         while calls < MOST_CALLS and self.full_calls(calls + 1) >= len(uniform(calls + 1, interval)):
             calls += 1
@@ -79,8 +79,8 @@ def uniform_schedules(prices: Prices, sampler: str) -> Iterator[Candidate]:
 
 
 def plans_of(gaps: Gaps, grid: Grid, prices: Prices, sampler: str) -> Iterator[Candidate]:
-    """The plans over some steps: those that dynamic programming finds, and full calls evenly spread, both with
-    the damping that fits best, and what is left of the budget spent on deeper calls."""
+    """The plans over a grid: from dynamic programming, and with evenly spread full calls. All have the best damping
+    and spend the rest of the budget on deeper calls."""
     calls, most = gaps.calls, prices.full_calls(gaps.calls)
     if most < 2:
         return
@@ -94,12 +94,12 @@ def plans_of(gaps: Gaps, grid: Grid, prices: Prices, sampler: str) -> Iterator[C
 
 
 def fewer_steps(sampler: str, grid: Grid, calls: int) -> Candidate:
-    """Such steps without caching. calls: of the network."""
+    """The candidate without caching over a grid. calls: of the network."""
     return Candidate(FITTED if is_listed(grid.timesteps) else FEWER, sampler, grid, (Call(),) * calls)
 
 
 def deepened(depths: Depths, gaps: Gaps, prices: Prices, order: int) -> Depths:
-    """Spend what is left of the budget on cached calls, where one level deeper saves the most error for its price."""
+    """Spend the rest of the budget on cached calls: those at which one level deeper saves the most error."""
     left, offers = prices.budget - prices.of(depths), []
     for level, below in pairwise(sorted(prices.cached)):
         for step, branch in enumerate(depths):
@@ -120,8 +120,8 @@ def _before(depths: Depths, step: int, level: int) -> list[int]:
 
 
 def neighbours(depths: Depths, gaps: Gaps, prices: Prices, order: int, dice: random.Random) -> Iterator[Depths]:
-    """Plans of the same length near this one and within the budget, without end: a full call moved, some call deeper or
-    shallower, a full call given up for deeper others."""
+    """An endless series of plans near this one, of its length and within the budget: with a full call moved, a call
+    deeper or shallower, or a full call exchanged for deeper others."""
     full = [step for step, branch in enumerate(depths) if branch is None and step]
     cached = [step for step, branch in enumerate(depths) if branch is not None]
     while full and cached:
@@ -141,12 +141,12 @@ def neighbours(depths: Depths, gaps: Gaps, prices: Prices, order: int, dice: ran
             found[dice.choice(full)] = prices.cheapest
         changed = tuple(found)
         if move != "depth":
-            # What deeper calls cost may be needed elsewhere now: it is given out anew.
+            # The budget of deeper calls may be needed elsewhere now, so it is spent again.
             flat = tuple(branch if branch is None else prices.cheapest for branch in found)
             changed = deepened(flat, gaps, prices, order)
         yield changed if prices.allow(changed) else depths      # the caller counts attempts
 
 
 def with_depths(candidate: Candidate, depths: Depths, gaps: Gaps, order: int) -> Candidate:
-    """A plan with other depths, or another order of its forecasts, each with the damping that fits best."""
+    """A plan with other depths, or another order of its forecasts, and with the best damping."""
     return replace(candidate, calls=gaps.fitted(depths, order), order=order)

@@ -1,9 +1,9 @@
-"""What it costs, in error, that a level is not computed on some network calls: measured in one pass of uncached runs.
+"""The error of not computing a level on some network calls, measured in one pass of uncached runs.
 
-The error of a forecast is a distance of features of the same run, so that the inner products of all its features with
-each other (their Gram matrix) tell the error of every gap, order and damping, and the best damping, in closed form.
-How much of a feature's error arrives in the network's output is measured beside, and how much of an output's error in
-the image on a few runs with a single cached call.
+The error of a forecast is a distance of features of the same run. So the inner products of all its features (their Gram
+matrix) give the error of every gap, order and damping, and the best damping, in closed form. The same pass measures how
+much of a feature's error arrives in the network's output. A few runs with a single cached call measure how much of an
+output's error arrives in the image.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -28,9 +28,9 @@ TINY = 1e-30
 class GapMeter:
     """Stands in for the U-Net while a run samples without caching: `network(x, t, *context, cache=...)`.
 
-    branches: the levels that are looked at. `gram`: for each the inner products of its features over all images,
-    float64 [calls, calls], complete after `finish` of each batch. `output`: for each call the squared error of the
-    network's output where the level is as it was one call before.
+    branches: the levels to measure. `gram`: for each, the inner products of its features over all images, float64
+    [calls, calls], complete after `finish` of each batch. `output`: for each, the squared error of the network's output
+    in each call with the level's value of the call before.
     """
 
     def __init__(self, unet: Network, branches: Sequence[int]):
@@ -63,7 +63,7 @@ class GapMeter:
         return out
 
     def finish(self) -> None:
-        """Add the batch up, and let go of its features."""
+        """Add the products and errors of the batch, and drop its features."""
         for branch, features in self.features.items():
             for row in range(len(features[0])):
                 rows = torch.stack([value[row].flatten() for value in features]).double()
@@ -74,14 +74,13 @@ class GapMeter:
 
 @dataclass
 class Gaps:
-    """What is known of the gaps of runs with so many calls."""
+    """The errors of the gaps in runs of some number of calls."""
     gram: Mapping[int, np.ndarray]          # branch -> [calls, calls]
-    weights: Mapping[int, np.ndarray]       # branch -> [calls], the error of the image per error of the feature there
+    weights: Mapping[int, np.ndarray]       # branch -> [calls], the error of the image per error of the feature
     ridge: float = 1e-2
 
     def flattened(self, power: float) -> "Gaps":
-        """The same with weights to a power: 0 takes what an error of the feature does to the image to be the same on
-        all calls, 1 as it was measured."""
+        """The same with weights to a power. 0: errors of the feature matter equally in all calls, 1: as measured."""
         return replace(self, weights={branch: np.where(weight > 0, weight ** power, 0.0)
                                       for branch, weight in self.weights.items()})
 
@@ -90,10 +89,10 @@ class Gaps:
         return len(next(iter(self.gram.values())))
 
     def fit(self, branch: int, step: int, steps: Sequence[int], order: int) -> tuple[tuple[float, ...], float]:
-        """The best damping of a forecast at `step` through computed calls `steps`, the latest first, and the error of
-        the image that it leaves."""
+        """The best damping of a forecast at `step` through computed calls `steps`, the latest first, and the remaining
+        error of the image."""
         gram = self.gram[branch]
-        left = np.zeros(self.calls)                 # what the forecast is to make up for, as a sum of features
+        left = np.zeros(self.calls)                 # the change that the forecast should predict, as a sum of features
         left[step], left[steps[0]] = 1.0, -1.0
         factors = newton_terms(step, steps[:order + 1])
         terms = np.zeros((len(factors), self.calls))
@@ -110,14 +109,14 @@ class Gaps:
         return damping, float(self.weights[branch][step] * np.sqrt(max(0.0, left @ gram @ left)))
 
     def fitted(self, depths: Depths, order: int) -> tuple[Call, ...]:
-        """A plan of these depths, each forecast with the best damping."""
+        """The calls of a plan with these depths, each forecast with the best damping."""
         forecasts = self.forecasts(depths, order)
         return tuple(Call(branch, damping) for branch, (damping, _) in zip(depths, forecasts, strict=True))
 
     def error(self, depths: Depths, order: int) -> float:
-        """The squared error of the image that a plan of these depths is expected to have.
+        """The expected squared error of the image with a plan of these depths.
 
-        Errors within a gap point the same way and add up; those of different gaps do not.
+        Errors within a gap point the same way and add up; errors of different gaps do not.
         """
         total = gap = 0.0
         for branch, (_, error) in zip(depths, self.forecasts(depths, order), strict=True):
@@ -127,7 +126,7 @@ class Gaps:
         return total + gap ** 2
 
     def forecasts(self, depths: Depths, order: int) -> list[tuple[tuple[float, ...], float]]:
-        """The best damping of every call in a plan of these depths, and the error of the image that it leaves."""
+        """The best damping of every call in a plan of these depths, and the remaining error of the image."""
         computed: dict[int, list[int]] = {level: [] for level in self.gram}
         found: list[tuple[tuple[float, ...], float]] = []
         for step, branch in enumerate(depths):
@@ -138,8 +137,8 @@ class Gaps:
         return found
 
     def of_gaps(self, branch: int, coherent: bool) -> np.ndarray:
-        """The squared error of every gap of order 1 between full calls: [i, j, k], from the call after j to that before
-        k where the full call before j is i (the last i: there is none); k up to the number of calls, the end.
+        """The squared error of every gap of order 1 between full calls, [i, j, k]: of the calls between j and k, if the
+        full call before j is i (i = calls: none); k = calls is the end.
         """
         gram, weight, calls = self.gram[branch], self.weights[branch], self.calls
         square = gram.diagonal()
@@ -163,24 +162,24 @@ class Gaps:
 
 
 class GapMeasurements(NamedTuple):
-    """Measures gaps of a model on some seeds, and keeps what it measured beside its distances."""
+    """Measures gaps of a model on some seeds, and keeps the measurements beside its distances."""
     judge: Judge
-    branches: Sequence[int]     # the levels that are looked at, the cheapest first
+    branches: Sequence[int]     # the levels to measure, the cheapest first
     seeds: Sequence[int]
-    probe: Grid = Grid(20)      # of the runs of which `nodes` calls are cached alone, to see what arrives in the image
+    probe: Grid = Grid(20)      # of the runs with a single cached call, one for each of `nodes` calls
     nodes: int = 8
 
     def measure(self, grids: Sequence[Grid]) -> None:
-        """Measure all that `of` needs for runs over such steps."""
+        """Measure everything that `of` needs for some grids."""
         wanted = [self.probe, *sorted({*grids} - {self.probe}, reverse=True)]           # the longest work first
         self.judge.each(_measure, [(grid, *self[1:]) for grid in wanted], "measuring gaps")
 
     def network_calls(self, lengths: Sequence[int]) -> int:
-        """How many full network calls it takes to measure runs of so many calls; what is cached is left out."""
+        """The full network calls of measuring runs of these lengths, without cached calls."""
         return len(self.seeds) * (sum(lengths) + self.probe.steps * (self.nodes + 2))
 
     def of(self, grid: Grid) -> Gaps:
-        """What gaps cost in runs over such steps."""
+        """The gaps of runs over a grid."""
         gram, output = self.measured(grid)
         in_image, weights = self._image_per_output(grid), {}
         for branch in self.branches:
@@ -228,7 +227,7 @@ class GapMeasurements(NamedTuple):
         whole = sampler.diffusion.num_timesteps
         times = np.array([*sampler.call_timesteps(), -1])
         at, long = (whole - 1 - times[:-1]) / whole * probe, (times[:-1] - times[1:]) / whole * probe
-        return np.exp(np.interp(at, calls, ratios)) * long      # with a step as long as it is here
+        return np.exp(np.interp(at, calls, ratios)) * long      # in proportion to the length of the step
 
     def _batches(self) -> list[list[int]]:
         return in_batches(self.seeds, self.judge.distances.machine.batch_size)

@@ -1,5 +1,5 @@
-"""Finds the plan that makes the best images for a budget, for one model: the sampler, the number of steps, what each
-network call computes, and what it reuses or forecasts.
+"""Find the plan with the best images for a budget, for one model: the sampler, the number of steps, what each network
+call computes, and what it reuses or forecasts.
 
     python -m lab.plans search --config configs/ldm_emoji.yaml --calls 12 --seeds 1000-1031 \\
         --held-out-seeds 2000-2063 --out plan.json
@@ -51,22 +51,21 @@ SAMPLERS = ("unipc", "dpmpp", "dpmpp3", "deis", "ddim")
 LEVELS = 3                  # the cheapest ones, among which plans choose
 MEASURED = "PSNR of the latents to the converged ones, dB"
 GAP_SEEDS = 8
-NOTED = 10                  # what was tried on few seeds and is reported, of each kind
+NOTED = 10                  # reported candidates of each kind that were only tried on few seeds
 
 
 @dataclass(frozen=True)
 class SeedOptions:
-    """The runs of a program that learns from some, chooses on others, and reports of others again."""
+    """The seeds to learn from, to choose on and to report on."""
     title: ClassVar[str] = "the runs"
-    seeds: str = required("runs to learn from")
-    held_out_seeds: str = required("runs to choose on")
-    report_seeds: str | None = option(None, "runs to report on (default: as many as the held-out ones, after them)")
+    seeds: str = required("seeds to learn from")
+    held_out_seeds: str = required("seeds to choose on")
+    report_seeds: str | None = option(None, "seeds to report on (default: as many as the held-out ones, after them)")
     converged_steps: int = option(100, "steps of the converged run (default: 100)", least=2)
 
 
 @dataclass(frozen=True)
 class Options(SeedOptions):
-    """What is searched for. Raises UserError for options that do not go together."""
     title: ClassVar[str] = "the search"
     out: Path = required("plan to write, .json")
     calls: float | None = option(None, "the budget: the multiply-accumulates of X full network calls per image, "
@@ -76,11 +75,11 @@ class Options(SeedOptions):
     speedup: float | None = option(None, "the budget: 1/X of the multiply-accumulates of the config's own uncached run",
                                    metavar="X", one_of="budget")
     attempts: int = option(48, "changes of the best plan to try (default: 48)", least=0)
-    jobs: int = option(1, "processes that measure side by side, --threads each (default: 1)", least=1)
-    work: Path | None = option(None, "folder of what is measured (default: OUT.work)")
+    jobs: int = option(1, "processes that measure at once, each with --threads (default: 1)", least=1)
+    work: Path | None = option(None, "folder of measurements (default: OUT.work)")
 
     def prices(self, run: Run) -> Prices:
-        """The budget in full calls, and what cached ones cost. run: the config's own. Raises UserError."""
+        """The budget in full calls, and the cost of cached calls. run: the config's own. Raises UserError."""
         costs = costs_of(run)
         levels = range(min(LEVELS, run.unet.num_branches))
         cached = {branch: costs.calls(DeepCache(branch, [0]), 2)[1].hook / costs.full.hook for branch in levels}
@@ -91,10 +90,10 @@ class Options(SeedOptions):
         elif self.speedup is not None:
             budget = run.calls / self.speedup if self.speedup > 0 else 0.0
         else:
-            raise UserError("say what the budget is: --calls, --macs or --speedup")
+            raise UserError("name the budget with --calls, --macs or --speedup")
         if not 2 <= budget <= run.config.diffusion.num_timesteps:
-            raise UserError(f"the budget must be 2 full network calls per image or more, and no more than there are "
-                            f"timesteps; this is {budget:.3g}")
+            raise UserError(f"the budget must be from 2 to {run.config.diffusion.num_timesteps} full network calls per "
+                            f"image, got {budget:.3g}")
         return Prices(budget, cached)
 
 
@@ -106,7 +105,8 @@ class Seeds(NamedTuple):
 
     @classmethod
     def of(cls, options: SeedOptions, machine: Machine) -> "Seeds":
-        """Raises UserError where two sets share a seed, or one is too small to compare on; and as `check_runs`."""
+        """The seeds of the options. Raises UserError if two sets share a seed or one is too small; and as `check_runs`.
+        """
         learn, choose = parse_seeds(options.seeds), parse_seeds(options.held_out_seeds)
         after = max(*learn, *choose) + 1
         report = parse_seeds(options.report_seeds) if options.report_seeds else [*range(after, after + len(choose))]
@@ -118,7 +118,7 @@ class Seeds(NamedTuple):
 
 
 def announce(tournament: Tournament, seeds: Seeds, jobs: int) -> None:
-    """Say how much there is to compute, before it begins."""
+    """Print how much there is to compute, before it begins."""
     budget, distances = tournament.prices.budget, tournament.judge.distances
     size, unet = distances.machine.batch_size, own_unet(distances.model)
     inputs = example_inputs(distances.run.config, size * distances.run.rows_per_image, distances.model.device,
@@ -133,7 +133,7 @@ def announce(tournament: Tournament, seeds: Seeds, jobs: int) -> None:
 
 
 def noted(found: Sequence[Candidate], first: Sequence[tuple[Candidate, float]], prices: Prices) -> list[dict[str, Any]]:
-    """What was tried: what is reported, the plan first; then, of each kind, what came nearest on few seeds."""
+    """The candidates for the report: the plan, what it is compared with, and of each kind the nearest on few seeds."""
     means, met = dict(first), Counter[str]()
     tried = list(found)
     for candidate, _ in first:
@@ -145,7 +145,7 @@ def noted(found: Sequence[Candidate], first: Sequence[tuple[Candidate, float]], 
 
 
 def search(words: Sequence[str]) -> None:
-    """Search as a command line says."""
+    """Search, with the options of a command line."""
     started, config = time.time(), config_among(words)
     usual = {"threads": 1} | ({"batch_size": min(16, family_named_by(config).batch_size)} if config else {})
     spec, options, machine = parse_run(__doc__, Options, Machine, words=words, parts=(Condition, NetworkOptions),
@@ -180,8 +180,8 @@ def search(words: Sequence[str]) -> None:
 
 
 def decide(tournament: Tournament, seeds: Seeds) -> tuple[list[Candidate], dict[str, Metric]]:
-    """The plan and what it is compared with, and their distances on seeds that nothing was chosen on: of all of them,
-    and by how much the plan comes nearer, paired."""
+    """The plan and the runs that it is compared with; their distances on the report's seeds, and how much nearer the
+    plan is, paired by seed."""
     judge = tournament.judge
     judge.converge(seeds.learn)
     best = tournament.run()
@@ -199,13 +199,13 @@ def decide(tournament: Tournament, seeds: Seeds) -> tuple[list[Candidate], dict[
 
 
 def plan_of(chosen: Candidate, judge: Judge, metric: Metric, seeds: list[int], notes: dict[str, Any]) -> Plan:
-    """The file of what was chosen. metric: its distance on some seeds."""
+    """The plan of the chosen candidate. metric: its distance on some seeds."""
     run = judge.run(chosen.sampler, chosen.grid)
     return bound_plan(run, judge.distances.checkpoint_sha256, chosen.calls, guidance_range(run),
                       {**notes, "distance": distance_note(metric, judge, seeds)})
 
 
 def distance_note(metric: Metric, judge: Judge, seeds: list[int]) -> dict[str, Any]:
-    """What a plan's file says of how near it comes."""
+    """The note on a plan's distance in its file."""
     return {"what": MEASURED, "converged": f"{CONVERGED}, {judge.distances.run.steps} {SPACING} steps",
             "seeds": format_seeds(seeds), "mean": metric.value, "interval": metric.interval}

@@ -1,7 +1,6 @@
 """Finds the best plan for a budget: by real runs of ever fewer candidates on ever more seeds (successive halving,
-Jamieson and Talwalkar, arXiv 1502.07943), then by small changes of the best. What it returns follows from its arguments
-and from what is measured alone, so that a search that was killed, or that runs in other processes, comes to the same
-end.
+Jamieson and Talwalkar, arXiv 1502.07943), then by small changes of the best. The result depends only on the arguments
+and the measurements. So a search that was killed, or that runs in several processes, finds the same plan.
 """
 
 import random
@@ -27,10 +26,10 @@ from lab.plans.gaps import GapMeasurements, Gaps
 from lab.plans.judge import CONVERGED, Candidate, Depths, Grid, Judge
 from lab.plans.timesteps import RULES, Rule, trajectory
 
-BELOW = 3           # fewer steps than the budget pays for are tried too: more of them are not always better
-GRIDS = 3           # the timesteps of plans: trailing, and those that fit best by two rules
-GROUPS = 4          # without plans
-OFFERS = 6          # changes that are weighed by what is measured of gaps, for each that is run
+BELOW = 3           # numbers of steps to try, from the budget's down: more steps are not always better
+GRIDS = 3           # the timesteps of plans: trailing, and fitted by the two best rules
+GROUPS = 4          # groups of candidates, without plans
+OFFERS = 6          # changes that are compared by their gaps' errors, for each that is run
 
 
 @dataclass
@@ -39,25 +38,25 @@ class Tournament:
     judge: Judge
     measured: GapMeasurements
     prices: Prices
-    samplers: Sequence[str]         # which are tried; plans are first compared with one of them
+    samplers: Sequence[str]         # plans are first run with only one of them
     seeds: Sequence[int]            # to learn from
-    attempts: int = 48              # changes of the best plan that are run,
-    at_once: int = 8                # so many of them from each plan that was found
-    rungs: Sequence[int] = (16, 6, 3, 2)        # how many plans are kept after each; the last one has all seeds
-    first: list[tuple[Candidate, float]] = field(default_factory=list)      # with the mean of the first rung
+    attempts: int = 48              # changes of the best plan to run
+    at_once: int = 8                # changes of one plan before the best of them is chosen
+    rungs: Sequence[int] = (16, 6, 3, 2)        # plans to keep after each rung; the last rung has all seeds
+    first: list[tuple[Candidate, float]] = field(default_factory=list)      # candidates and means of the first rung
     _fitted: dict[Rule, list[str]] = field(default_factory=dict)
 
     def sizes(self) -> list[int]:
-        """The seeds of each rung, twice as many as of the one before it."""
+        """The number of seeds of each rung, twice as many as of the rung before."""
         return [max(min(4, len(self.seeds)), len(self.seeds) >> back) for back in reversed(range(len(self.rungs)))]
 
     @property
     def few(self) -> int:
-        """On how many seeds a change is first tried."""
+        """The number of seeds on which a change is first tried."""
         return self.sizes()[-2] if len(self.rungs) > 1 else len(self.seeds)
 
     def network_calls(self) -> int:
-        """How many full network calls `run` makes at most."""
+        """The most full network calls that `run` makes."""
         lengths = self.prices.lengths()
         count = (BELOW * len(self.samplers) + len(RULES) + 3 * len(INTERVALS)
                  + GRIDS * len(lengths) * (2 * len(POWERS) + 1))
@@ -72,7 +71,7 @@ class Tournament:
         return round(images * self.prices.budget) + measured + self.measured.network_calls(GRIDS * lengths)
 
     def run(self) -> list[Candidate]:
-        """The best of each group without a search, then the best plans: found, and improved."""
+        """The best of each group without a search, then the best plans: as found, and improved."""
         lengths, prices = self.prices.lengths(), self.prices
         self.trajectory = trajectory(self.judge, self.measured.seeds)
         fitted = {rule: self.fitted(rule, int(prices.budget)) for rule in RULES}
@@ -92,7 +91,7 @@ class Tournament:
         return [*others.values(), *dict.fromkeys([*plans, *(self.improved(plan) for plan in plans[:1])])]
 
     def without_caching(self) -> Iterator[Candidate]:
-        """Fewer steps, for each sampler as many as the budget pays for, and a few less."""
+        """Fewer steps, for each sampler as many as the budget allows, and a few less."""
         for sampler in self.samplers:
             calls = ((steps, self.judge.calls(sampler, Grid(steps)))
                      for steps in range(int(self.prices.budget + 1e-9), 0, -1))
@@ -101,7 +100,7 @@ class Tournament:
                 yield fewer_steps(sampler, Grid(steps), n)
 
     def fitted(self, rule: Rule, steps: int) -> Grid | None:
-        """So many fitted timesteps; None where the converged run has too few to choose among."""
+        """A grid of fitted timesteps; None if the converged run has too few to choose from."""
         if rule not in self._fitted:
             most = max(int(self.prices.budget), *self.prices.lengths(), 1)
             self._fitted[rule] = self.trajectory.fitted(rule, most)
@@ -113,15 +112,14 @@ class Tournament:
             yield fewer_steps(CONVERGED, grid, grid.steps)
 
     def best_rules(self, fitted: Mapping[Rule, Grid | None]) -> list[Rule]:
-        """The rules by which timesteps were fitted, that whose runs without caching come nearest first."""
+        """The rules of fitted timesteps, the one whose runs without caching are nearest first."""
         runs = {rule: fewer_steps(CONVERGED, grid, grid.steps) for rule, grid in fitted.items() if grid is not None}
         found = self.judge.measure(list(runs.values()), self.seeds[:self.few], "fitted timesteps")
         means = {rule: psnr.mean() for rule, psnr in zip(runs, found, strict=True)}
         return sorted(means, key=lambda rule: -means[rule])
 
     def relatives(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-        """The best plans with forecasts of order 1, and the best one, and the best fitted timesteps, with the other
-        samplers."""
+        """The best plans with forecasts of order 1; the best plan and the best fitted timesteps with other samplers."""
         plans = [one for one in candidates if one.group == PLAN]
         for plan in plans[:max(1, self.rungs[0] // 4)]:
             yield with_depths(plan, plan.depths, self.gaps[plan.grid], 1)
@@ -131,7 +129,7 @@ class Tournament:
                     yield one.on(sampler)
 
     def best(self, candidates: Sequence[Candidate], seeds: Sequence[int], kept: int) -> list[Candidate]:
-        """The best plans, and of each other group a quarter as many, at least one: the best first."""
+        """The best plans, and a quarter as many, but at least one, of each other group; the best first."""
         found = self.judge.measure(candidates, seeds, f"{len(candidates)} candidates, {len(seeds)} seeds")
         means = [float(psnr.mean()) for psnr in found]
         ranked = sorted(zip(candidates, means, strict=True), key=lambda pair: -pair[1])
@@ -143,10 +141,10 @@ class Tournament:
                 for one in members[:kept if group == PLAN else max(1, kept // 4)]]
 
     def improved(self, plan: Candidate) -> Candidate:
-        """A plan after so many attempts at changing it to a better one.
+        """A plan after `attempts` changes.
 
-        Some changes at a time are tried on few seeds, the best two of them on all, and the better one is taken if it is
-        better than the plan by more than half a standard error.
+        Some changes at a time are tried on few seeds, the best two of them on all seeds. The better one replaces the
+        plan if it is better by more than half a standard error.
         """
         dice, tried = random.Random(0), {plan.depths}
         left = self.attempts
@@ -169,7 +167,7 @@ class Tournament:
         return plan
 
     def changes(self, plan: Candidate, dice: random.Random, tried: set[Depths], number: int) -> list[Candidate]:
-        """So many neighbours that were not tried: half of them what gaps say is best, half whatever comes."""
+        """Untried neighbours of a plan: half of them the best by the errors of their gaps, half at random."""
         gaps = self.gaps[plan.grid]
         walk = neighbours(plan.depths, gaps, self.prices, plan.order, dice)
         offers = [depths for depths in dict.fromkeys(islice(walk, OFFERS * number)) if depths not in tried]
@@ -178,6 +176,6 @@ class Tournament:
         return [with_depths(plan, depths, gaps, plan.order) for depths in chosen]
 
     def gains(self, others: Sequence[Candidate], plan: Candidate, seeds: Sequence[int], title: str) -> list[np.ndarray]:
-        """How much nearer other plans come than one, for each seed, dB."""
+        """How much nearer other plans are than one, for each seed, dB."""
         own, *found = self.judge.measure([plan, *others], seeds, title)
         return [one - own for one in found]
