@@ -55,7 +55,7 @@ def fidelity(samples: ImageSet, against: ImageSet, extractor: EffLite0, batch_si
             bar.update(len(x))
     fx, fy = (features_of(images, extractor, batch_size) for images in (samples, against))
     pairs = {name: np.concatenate(values) for name, values in batches.items()}
-    pairs[FEATURE_DISTANCE.key] = _cosine_distance(fx.values, fy.values)
+    pairs[FEATURE_DISTANCE.key] = _cosine_distance(fx.all(), fy.all())
 
     names = [measure.key for measure in PAIRS if measure.key in pairs]
     means = {name: mean_estimate(pairs[name][np.isfinite(pairs[name])]) for name in names}

@@ -26,7 +26,7 @@ from run.image_model import ImageModel, open_model
 from run.machine import Machine
 from run.provenance import provenance
 from run.results import Metric, Result, read_packed, write_packed
-from run.seeds import format_seeds, parse_seeds
+from run.seeds import format_seeds, in_batches, parse_seeds
 from run.spec import RunSpec
 from unet_caching.methods.deepcache import DeepCache
 from unet_caching.options import option, required
@@ -106,7 +106,7 @@ def noise(seeds: Sequence[int], machine: Machine) -> Iterator[Result]:
         model.load()
         for sampler in SAMPLERS:
             started = time.time()
-            batches = [seeds[i:i + machine.batch_size] for i in range(0, len(seeds), machine.batch_size)]
+            batches = in_batches(seeds, machine.batch_size)
             whole = [sampled(model, sampler, batch, None) for batch in batches]
             for order, run in zip(ORDERS, runs, strict=True):
                 values = [value for batch, x in zip(batches, whole, strict=True) for value in psnr_to(x, sampled(

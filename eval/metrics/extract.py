@@ -77,11 +77,6 @@ class Features:
             first += len(part)
         return out
 
-    @property
-    def values(self) -> np.ndarray:
-        """The first layer, whole."""
-        return self.all()
-
 
 def _sha256_of_all(names: Sequence[str], digests: Sequence[str]) -> str:
     return hashlib.sha256("\n".join([*names, *digests]).encode()).hexdigest()

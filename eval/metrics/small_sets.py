@@ -153,15 +153,12 @@ def kernel_distances(x: np.ndarray, wx: np.ndarray, y: np.ndarray, wy: np.ndarra
     return (within(a, wa) + within(b, wb) - 2 * across).numpy()
 
 
-def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
-
-
 def _pair_sums(x: torch.Tensor, wx: torch.Tensor, y: torch.Tensor, wy: torch.Tensor) -> torch.Tensor:
     """sum_ij wx[i, r] k(x_i, y_j) wy[j, r] for every r, a block of the kernel matrix at a time."""
     total = torch.zeros(1, dtype=x.dtype)
     for i in range(0, len(x), _BLOCK):
-        rows = sum(_kernel(x[i:i + _BLOCK], y[j:j + _BLOCK]) @ wy[j:j + _BLOCK] for j in range(0, len(y), _BLOCK))
+        rows = sum((x[i:i + _BLOCK] @ y[j:j + _BLOCK].T / x.shape[1] + 1) ** 3 @ wy[j:j + _BLOCK]
+                   for j in range(0, len(y), _BLOCK))
         total = total + (wx[i:i + _BLOCK] * rows).sum(0)
     return total
 
