@@ -181,6 +181,7 @@ def test_other_studies_are_shown_beside(study, tmp_path):
     code, told = study(both, "--only", "unipc_steps5")
     assert code == 0 and "6 of 6 arms" in told, told
     assert (study.folder / "table.md").read_text().count("| unipc_steps3 |") == 1
+    assert study(both, "--list", "--seeds", "10-12")[0] == 0
     code, told = study(both | {"seeds": "10-16"}, "--list")
     assert code == 2 and "other cannot be shown, too: it has another seeds" in told
 

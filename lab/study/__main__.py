@@ -54,12 +54,14 @@ class Options:
 
 
 def narrowed(part: Part, options: Options, given: Given) -> Part:
-    """A part with the user's seeds, and only with the measures that --only names, if it names any."""
+    """A part with the user's seeds, and only with the measures that --only names, if it names any. Other studies are
+    shown only with the study's own seeds, which are theirs."""
     seeds = parse_seeds(part.seeds if options.seeds is None else options.seeds)
     if given.images:
         seeds = [*seeds, *range(seeds[-1] + 1, seeds[-1] + 1 + given.images)][:given.images]
     named = [kind for kind in part.measure if kind in options.only]
-    return replace(part, seeds=format_seeds(seeds), measure=named or part.measure,
+    also = part.also if format_seeds(seeds) == part.seeds else []
+    return replace(part, seeds=format_seeds(seeds), measure=named or part.measure, also=also,
                    chosen_on=min(part.chosen_on, len(seeds) // 2), twice=min(part.twice, len(seeds)))
 
 
