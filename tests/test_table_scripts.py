@@ -138,7 +138,8 @@ def test_flags_reach_the_right_commands(tmp_path, monkeypatch):
     for name in ("r.npz", "i.pth", "c.bin"):
         (tmp_path / name).touch()
     flags = ["--images", "1000", "--dtype", "fp16", "--labels", "random", "--compile", "--released-noise",
-             "--checkpoint", "w", "--reference", "ldm_cin256=r.npz", "--inception", "i.pth", "--device", "cuda"]
+             "--checkpoint", "w", "--reference", "ldm_cin256=r.npz", "--reference", "ddpm_emoji=emoji:all",
+             "--inception", "i.pth", "--device", "cuda"]
     ddpm, _, ldm, _ = made("table5", *flags)
     assert " ".join(ddpm.command()).startswith(
         "-m ddpm.sample --config configs/ddpm_cifar10.yaml --checkpoint w --dtype fp16 --interval 10 --seeds 0-999 "

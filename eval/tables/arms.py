@@ -68,7 +68,7 @@ class Given(PassedOn, Evaluators):
                 raise UserError(f"--device {self.device} is not a device: use cpu, cuda or cuda:1") from None
         named = (Path(text.rpartition("=")[2]) for text in self.reference)
         for path in (self.inception, self.clip_weights, *named):
-            if path is not None and not path.exists():
+            if path is not None and not (path.exists() or _there(path)):
                 raise UserError(f"no file {path}")
 
     @property
