@@ -116,7 +116,7 @@ def read_file(path: Path) -> tuple[object, dict[str, str]]:
                             "take a file that holds tensors only, or convert it where you trust it") from None
         # The rest of the message advises to open the file unsafely.
         reason = str(error).split("WeightsUnpickler error:")[-1].split("Check the documentation")[0]
-        raise UserError(f"{path} is damaged or not a checkpoint of tensors only: {one_line(reason)[:160]}") from None
+        raise UserError(f"{path} is damaged, or holds more than tensors: {one_line(reason)[:160]}") from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
         raise UserError(f"{path} is damaged or not a checkpoint: {one_line(error)[:160]}") from None
     _check_plain(content, path)
