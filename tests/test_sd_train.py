@@ -162,7 +162,7 @@ def test_training_was_resumed(trained):
 @pytest.mark.parametrize("changes, message", [
     ({"train": None}, "no train section"),
     ({"train": CONFIG["train"] | {"groups": ["Food"]}}, "no emoji of 'Food': choose from"),
-    ({"downsampling": 4}, r"\(4, 3, 384\), and \(2, 3, 384\)"),
+    ({"downsampling": 4}, r"\(4, 3, 384\), but \(2, 3, 384\)"),
     ({"unet": CONFIG["unet"] | {"num_heads": 3}}, "3 heads do not divide"),
 ])
 def test_bad_input_is_one_line(inputs, tmp_path, monkeypatch, capsys, changes, message):

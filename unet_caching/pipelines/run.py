@@ -136,7 +136,7 @@ class Run:
             for processor in (getattr(module, "processor", None) for module in self.unet.modules()):
                 if any(hasattr(processor, name) for name in STORES):
                     raise UserError(f"{type(processor).__name__}s store attention maps, which are read after each "
-                                    "network call, but cached steps do not run the layers that make them: switch "
+                                    "network call: cached steps do not run the layers that make them, so switch "
                                     "caching off, or use interval=1")
             if any(name.startswith("middle_block.") for name in self.asked.values()):
                 check_container("mid_block", self.unet.get_submodule("mid_block"))
