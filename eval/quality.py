@@ -61,14 +61,16 @@ def quality(samples: ImageSet, reference: ImageSet, extractor: SmallExtractor, h
     x, y, *more = (features_of(images, extractor, batch_size)
                    for images in (samples, reference, held_out, against) if images is not None)
     held = more[0] if held_out is not None else None
-    distances = [distance(y.all(), dims, extractor.name) for distance in SMALL_SETS]
-    floors = [real_floor(distances, x.all(), real, repeats // 2) for real in ((None, held.all()) if held else (None,))
+    own, real, *rest = (features.all() for features in (x, y, *more))          # read from disk once
+    unseen = rest[0] if held else None
+    distances = [distance(real, dims, extractor.name) for distance in SMALL_SETS]
+    floors = [real_floor(distances, own, one, repeats // 2) for one in ((None, unseen) if held else (None,))
               ] if with_floors else []
-    nearest = {"samples": _nearest(x.all(), y.all())}
-    if held:
-        nearest["held_out"] = _nearest(held.all(), y.all())
+    nearest = {"samples": _nearest(own, real)}
+    if unseen is not None:
+        nearest["held_out"] = _nearest(unseen, real)
     found = {
-        **{one.measure.name: {**one.estimate(x.all(), repeats), **one.about} for one in distances},
+        **{one.measure.name: {**one.estimate(own, repeats), **one.about} for one in distances},
         "floors": floors,
         "nearest_reference": nearest,
         "samples": _described(samples, x.images_sha256),
@@ -78,7 +80,7 @@ def quality(samples: ImageSet, reference: ImageSet, extractor: SmallExtractor, h
     }
     if against is not None:
         found["difference"] = {
-            **{one.measure.name: one.difference(x.all(), more[-1].all(), repeats) for one in distances},
+            **{one.measure.name: one.difference(own, rest[-1], repeats) for one in distances},
             "against": _described(against, more[-1].images_sha256)}
     return found
 
