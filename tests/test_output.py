@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import TINY_UNET, tiny_ddpm
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 from eval.cost.runs import call_macs
@@ -11,11 +10,6 @@ from unet_caching.errors import UserError
 from unet_caching.pipelines.enable import enable_deepcache
 from unet_caching.samplers.noise import SeededNoise
 from unet_caching.samplers.samplers import noise_predictor
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return tiny_ddpm(tmp_path_factory.mktemp("tiny"), TINY_UNET, steps=9)
 
 
 def test_skipped_calls_give_the_output_of_the_last_full_one(config, unet):
